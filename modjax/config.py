@@ -1,0 +1,300 @@
+"""Frozen configurations that validate themselves: the only thing the library accepts.
+
+A `RunSpec` says what is computed and is hashed into the run's name; an `Execution` says how
+(mesh, layer loop, rematerialisation, logging) and never changes that name.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+PATTERN_ENTRIES = ("dense", "mod", "stochastic")
+ROUTER_WEIGHTS = ("linear", "sigmoid", "two_sigmoid", "one_plus_tanh")
+RESIDUALS = ("delta", "literal", "replace")
+MLPS = ("gelu", "silu", "relu2", "geglu", "swiglu")
+GATED_MLPS = ("geglu", "swiglu")
+DTYPES = ("float32", "bfloat16")
+
+
+class InputError(ValueError):
+    """Input that cannot be used: one line with the field, its value and what would be accepted."""
+
+    def __init__(self, field: str, value: object, accepted: str):
+        super().__init__(f"{field} = {value!r}: {accepted}")
+
+
+def require(condition: bool, field: str, value: object, accepted: str) -> None:
+    """Raises `InputError` unless `condition` holds."""
+    if not condition:
+        raise InputError(field, value, accepted)
+
+
+def _require_one_of(field: str, value: str, accepted: tuple[str, ...]) -> None:
+    require(value in accepted, field, value, f"must be one of {', '.join(accepted)}")
+
+
+def _require_positive(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{prefix}.{name}", value, "must be greater than 0")
+
+
+@dataclass(frozen=True)
+class MoDConfig:
+    """How a routed block selects tokens and adds its update (arXiv 2404.02258, Eq. 1).
+
+    capacity: share of each sequence's positions that the block processes, in (0, 1].
+    weight: how the raw router score r scales the update: r, sigmoid(r), 2 sigmoid(r), 1 + tanh(r).
+    residual: what is scaled, with f the inner block and r its weight: `delta` x + r (f(x) - x),
+      `literal` x + r f(x), `replace` r f(x).
+    """
+
+    capacity: float = 0.125
+    weight: str = "linear"
+    residual: str = "delta"
+
+    def __post_init__(self):
+        require(0 < self.capacity <= 1, "model.mod.capacity", self.capacity, "must be in (0, 1]")
+        _require_one_of("model.mod.weight", self.weight, ROUTER_WEIGHTS)
+        _require_one_of("model.mod.residual", self.residual, RESIDUALS)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: `num_layers` blocks that repeat `pattern`, e.g. ("dense", "mod")."""
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    d_ff: int
+    mlp: str = "gelu"
+    tie_embeddings: bool = False
+    pattern: tuple[str, ...] = ("dense",)
+    mod: MoDConfig = field(default_factory=MoDConfig)
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        _require_positive(
+            self, "model", "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads",
+            "d_ff", "rope_base", "norm_eps",
+        )  # fmt: skip
+        require(
+            self.d_model % self.num_heads == 0, "model.d_model", self.d_model,
+            f"must be a multiple of model.num_heads = {self.num_heads}",
+        )  # fmt: skip
+        require(
+            self.head_dim % 2 == 0, "model.num_heads", self.num_heads,
+            f"must leave an even head width for rotary positions; d_model / num_heads is "
+            f"{self.head_dim}",
+        )  # fmt: skip
+        require(
+            self.num_heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads,
+            f"must divide model.num_heads = {self.num_heads}",
+        )  # fmt: skip
+        require(len(self.pattern) > 0, "model.pattern", self.pattern, "must name a block")
+        for entry in self.pattern:
+            _require_one_of("model.pattern", entry, PATTERN_ENTRIES)
+        require(
+            self.num_layers % len(self.pattern) == 0, "model.num_layers", self.num_layers,
+            f"must be a multiple of the pattern's length, {len(self.pattern)}",
+        )  # fmt: skip
+        _require_one_of("model.mlp", self.mlp, MLPS)
+        _require_one_of("model.dtype", self.dtype, DTYPES)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def num_groups(self) -> int:
+        """How often the pattern repeats."""
+        return self.num_layers // len(self.pattern)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: batch, schedule, optimizer and evaluation.
+
+    batch_size counts sequences per optimizer step; `accumulation` splits it into that many
+    forward-backward passes. The schedule is linear warm-up, then a cosine that reaches
+    `final_learning_rate_fraction` at exactly the last step.
+    """
+
+    batch_size: int
+    seq_len: int
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    final_learning_rate_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    accumulation: int = 1
+    document_mask: bool = False
+    eval_sequences: int = 256
+    eval_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        _require_positive(
+            self, "train", "batch_size", "seq_len", "steps", "learning_rate", "clip_norm",
+            "accumulation", "eval_sequences", "eps",
+        )  # fmt: skip
+        require(
+            0 <= self.warmup_steps <= self.steps, "train.warmup_steps", self.warmup_steps,
+            f"must be between 0 and train.steps = {self.steps}",
+        )  # fmt: skip
+        require(
+            self.batch_size % self.accumulation == 0, "train.accumulation", self.accumulation,
+            f"must divide train.batch_size = {self.batch_size}",
+        )  # fmt: skip
+        for name in ("final_learning_rate_fraction", "b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"train.{name}", value, "must be in [0, 1]")
+        for name in ("weight_decay", "eval_every", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", value, "must be 0 or more")
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_len * self.steps
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which token cache, and which order of it.
+
+    name: the corpus ("stdlib", "text" files prepared under a name, "c4", "lm1b", ...).
+    vocab: "bytes" or "sentencepiece:SIZE".
+    seed: fixes the permutation of windows in every epoch, shared by all runs of a sweep.
+    max_epochs: a run that would read the corpus more often is refused.
+    """
+
+    name: str = "stdlib"
+    vocab: str = "bytes"
+    seed: int = 0
+    max_epochs: float = 1.0
+
+    def __post_init__(self):
+        require(self.name != "", "data.name", self.name, "must name a prepared corpus")
+        _require_positive(self, "data", "max_epochs")
+        require(self.seed >= 0, "data.seed", self.seed, "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that decides what a run computes; its hash names the run."""
+
+    variant: str
+    budget_flops: float
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+
+    def __post_init__(self):
+        require(
+            self.variant != "" and all(c.isalnum() or c in "-_." for c in self.variant),
+            "variant", self.variant, "must be made of letters, digits, '-', '_' and '.'",
+        )  # fmt: skip
+        require(self.budget_flops > 0, "budget_flops", self.budget_flops, "must be greater than 0")
+
+    @property
+    def run_id(self) -> str:
+        """A readable slug and the first 8 hex digits of the hash of the canonical JSON."""
+        text = json.dumps(to_dict(self), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        m = self.model
+        return f"{self.variant}-{self.budget_flops:.0e}-d{m.d_model}-l{m.num_layers}-{digest}"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How runs are executed: nothing here changes what is computed or a run's name.
+
+    layer_loop: "scan", "unroll", or "auto": unrolled on CPU, where the scan costs more than it
+      saves, scanned elsewhere.
+    remat: "none", "dots" (keep matrix products), or "full" (keep block inputs only).
+    data, fsdp, tensor, expert: sizes of the mesh axes; `data` = 0 takes the remaining devices.
+    """
+
+    layer_loop: str = "auto"
+    remat: str = "none"
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+    log_every: int = 10
+    checkpoint_seconds: float = 300.0
+    keep_checkpoints: int = 2
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        _require_one_of("execution.layer_loop", self.layer_loop, ("auto", "scan", "unroll"))
+        _require_one_of("execution.remat", self.remat, ("none", "dots", "full"))
+        require(self.data >= 0, "execution.data", self.data, "must be 0 (the rest) or more")
+        _require_positive(
+            self, "execution", "fsdp", "tensor", "expert", "log_every", "checkpoint_seconds",
+            "keep_checkpoints",
+        )  # fmt: skip
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A frozen config as nested plain dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Builds the frozen config `cls` from nested mappings, checking names and types.
+
+    Raises InputError naming the field for an unknown or missing name, a value of another type,
+    or one that the config itself refuses.
+    """
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        require(name in fields, f"{path}{name}", values[name], f"unknown; known here: "
+                f"{', '.join(fields)}")  # fmt: skip
+    built = {}
+    for name, spec in fields.items():
+        where = f"{path}{name}"
+        if name in values:
+            built[name] = _convert(hints[name], values[name], where)
+        else:
+            has_default = (
+                spec.default is not dataclasses.MISSING
+                or spec.default_factory is not dataclasses.MISSING
+            )
+            require(has_default, where, None, "missing, and has no default")
+    return cls(**built)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, Mapping), where, value, "must be a group of fields")
+        return from_dict(hint, value, f"{where}.")  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        require(isinstance(value, list | tuple), where, value, "must be a list")
+        return tuple(_convert(get_args(hint)[0], item, where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    accepted = hint if isinstance(hint, type | types.UnionType) else object
+    ok = isinstance(value, accepted) and not (isinstance(value, bool) and hint is not bool)
+    name = getattr(hint, "__name__", str(hint))
+    require(ok, where, value, f"must be of type {name}")
+    require(not isinstance(value, float) or math.isfinite(value), where, value, "must be finite")
+    return value

@@ -1,0 +1,105 @@
+"""One record per finished run, and the tables that are views of them."""
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modjax.config import InputError, from_dict, to_dict
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run leaves behind, as `result.json` in its folder. FLOPs by `modjax.flops`.
+
+    Losses are in nats per token; `flops` maps a component to forward FLOPs per sequence;
+    `train_flops` is what was spent, `budget_flops` what was asked for. `status` is "finished" or
+    "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`.
+    """
+
+    run_id: str
+    variant: str
+    status: str
+    diverged_step: int | None
+    budget_flops: float
+    train_flops: float
+    forward_flops_per_token: float
+    flops: dict[str, float]
+    params_total: int
+    params_non_embedding: int
+    params_active: int
+    d_model: int
+    num_layers: int
+    tokens: int
+    epochs: float
+    steps: int
+    batch_size: int
+    seq_len: int
+    learning_rate: float
+    train_loss: float | None
+    eval_loss: float | None
+    eval_loss_sem: float | None
+    eval_bits_per_byte: float | None
+    eval_tokens: int
+    seed: int
+    data_seed: int
+    data_fingerprint: str
+    code_version: str
+    wall_seconds: float
+    train_seconds: float
+    compile_seconds: float
+    eval_seconds: float
+    data_wait_seconds: float
+    median_step_seconds: float
+    device: str
+    versions: dict[str, str]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that `path` holds either its old content or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_record(run_dir: Path, record: Record) -> None:
+    write_json(run_dir / "result.json", to_dict(record))
+
+
+def read_record(run_dir: Path) -> Record | None:
+    """The run's record, or None where it has not finished."""
+    path = run_dir / "result.json"
+    if not path.exists():
+        return None
+    try:
+        return from_dict(Record, json.loads(path.read_text()))
+    except (json.JSONDecodeError, InputError) as error:
+        raise InputError(str(path), "damaged", f"delete it to run this cell again ({error})") from (
+            error
+        )
+
+
+def read_records(workdir: Path) -> list[Record]:
+    """Every finished or diverged run under `workdir`, by variant, budget and size."""
+    found = (read_record(path.parent) for path in workdir.glob("runs/*/result.json"))
+    records = [record for record in found if record is not None]
+    return sorted(records, key=lambda r: (r.variant, r.budget_flops, r.params_total, r.seed))
+
+
+def write_csv(path: Path, records: Iterable[Record]) -> None:
+    """A flat table of records; nested fields become JSON text."""
+    names = [field.name for field in dataclasses.fields(Record)]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for record in records:
+            values = (getattr(record, name) for name in names)
+            writer.writerow([json.dumps(v) if isinstance(v, dict) else v for v in values])
