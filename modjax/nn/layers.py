@@ -1,0 +1,88 @@
+"""The plain layers: parameters, RMSNorm, MLP and rotary positions.
+
+Legend: B batch, L positions, D model width, F feed-forward width, N heads, H head width.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from modjax.config import GATED_MLPS
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": jax.nn.gelu,
+    "geglu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "swiglu": jax.nn.silu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+def normal_param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float
+) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2); `axes` names its logical axes for sharding."""
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a scale (arXiv 1910.07467, Eq. 4), in float32."""
+
+    def __init__(self, d_model: int, *, eps: float):
+        scale = jnp.ones((d_model,), jnp.float32)
+        self.scale = nnx.Param(scale, out_sharding=("norm",), eager_sharding=False)
+        self.eps = eps
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        x32_BLD = x_BLD.astype(jnp.float32)
+        mean_square_BL1 = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
+        y_BLD = x32_BLD * jax.lax.rsqrt(mean_square_BL1 + self.eps) * self.scale[None, None]
+        return y_BLD.astype(x_BLD.dtype)
+
+
+class MLP(nnx.Module):
+    """Two matrices around `activation`, or three where its name ends in "glu" (arXiv 2002.05202).
+
+    `output_std` scales the initial output projection, so that a deep stack starts near identity.
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, *, activation: str, output_std: float, rngs: nnx.Rngs
+    ):
+        std = 1 / math.sqrt(d_model)
+        self.activation = activation
+        self.w_in = normal_param(rngs, (d_model, d_ff), ("embed", "mlp"), std=std)
+        if activation in GATED_MLPS:
+            self.w_gate = normal_param(rngs, (d_model, d_ff), ("embed", "mlp"), std=std)
+        self.w_out = normal_param(rngs, (d_ff, d_model), ("mlp", "embed"), std=output_std)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        dtype = x_BLD.dtype
+        act = ACTIVATIONS[self.activation]
+        h_BLF = x_BLD @ self.w_in.astype(dtype)
+        if self.activation in GATED_MLPS:
+            h_BLF = act(x_BLD @ self.w_gate.astype(dtype)) * h_BLF
+        else:
+            h_BLF = act(h_BLF)
+        return h_BLF @ self.w_out.astype(dtype)
+
+
+def rotary_tables(
+    positions_BL: jax.Array, head_dim: int, base: float, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, each (B, L, H/2), of position * base^(-2i/H) (arXiv 2104.09864, Eq. 34)."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angle_BLH = positions_BL[..., None].astype(jnp.float32) * (base**-exponent)[None, None]
+    return jnp.cos(angle_BLH).astype(dtype), jnp.sin(angle_BLH).astype(dtype)
+
+
+def rotate(x_BNLH: jax.Array, rope_BLH: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates each pair (x_i, x_{i + H/2}) by its position's angle."""
+    cos_B1LH, sin_B1LH = (table[:, None] for table in rope_BLH)
+    a, b = jnp.split(x_BNLH, 2, axis=-1)
+    return jnp.concatenate([a * cos_B1LH - b * sin_B1LH, b * cos_B1LH + a * sin_B1LH], axis=-1)

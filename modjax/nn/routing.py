@@ -1,0 +1,94 @@
+"""Routing: scores in, a `Selection` of positions out; gather and scatter that consume it.
+
+Everything is per sequence and static in shape.
+Legend: B batch, L positions, K selected positions, D trailing dims.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Selection(NamedTuple):
+    """K positions of each sequence.
+
+    indices_BK: ascending; entries that are not valid lie beyond L, so that gathers read zeros
+      and scatters drop them.
+    scores_BK: the router's raw scores at those positions, differentiable; 0 where not valid.
+    valid_BK: False where a sequence had fewer than K positions to choose from.
+    """
+
+    indices_BK: jax.Array
+    scores_BK: jax.Array
+    valid_BK: jax.Array
+
+
+def expert_choice(scores_BL: jax.Array, k: int, valid_BL: jax.Array | None = None) -> Selection:
+    """The block takes its k best-scored valid positions (arXiv 2404.02258, section 3.3).
+
+    Ties go to the earlier position. Exactly k are selected, or all valid ones if fewer.
+    """
+    return select_top_k(scores_BL, scores_BL, k, valid_BL)
+
+
+def stochastic(
+    scores_BL: jax.Array, k: int, valid_BL: jax.Array | None, key: jax.Array
+) -> Selection:
+    """The paper's control: top-k over Gaussian noise; scores only weigh what noise selected."""
+    noise_BL = jax.random.normal(key, scores_BL.shape, jnp.float32)
+    return select_top_k(noise_BL, scores_BL, k, valid_BL)
+
+
+def select_top_k(
+    ranking_BL: jax.Array, scores_BL: jax.Array, k: int, valid_BL: jax.Array | None
+) -> Selection:
+    """Selects each row's k highest-ranked valid positions, in order of position."""
+    length = scores_BL.shape[1]
+    ranking_BL = jax.lax.stop_gradient(ranking_BL)
+    if valid_BL is not None:
+        ranking_BL = jnp.where(valid_BL, ranking_BL, -jnp.inf)
+    _, indices_BK = jax.lax.top_k(ranking_BL, k)
+    if valid_BL is None:
+        indices_BK = jnp.sort(indices_BK, axis=1)
+        return Selection(
+            indices_BK, gather(scores_BL, indices_BK), jnp.ones(indices_BK.shape, bool)
+        )
+    chosen_valid_BK = gather(valid_BL, indices_BK)
+    indices_BK = jnp.sort(jnp.where(chosen_valid_BK, indices_BK, length), axis=1)
+    valid_BK = indices_BK < length
+    # Distinct indices beyond the end keep "sorted and unique" true for the scatter.
+    beyond_K = length + jnp.arange(k, dtype=indices_BK.dtype)
+    indices_BK = jnp.where(valid_BK, indices_BK, beyond_K[None])
+    return Selection(indices_BK, gather(scores_BL, indices_BK), valid_BK)
+
+
+def gather(x_BL: jax.Array, indices_BK: jax.Array) -> jax.Array:
+    """Rows of (B or 1, L, ...) at each sequence's indices: (B, K, ...); 0 beyond the end."""
+
+    def one(x_L, indices_K):
+        return x_L.at[indices_K].get(
+            mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
+        )
+
+    if x_BL.shape[0] == 1:
+        return jax.vmap(one, in_axes=(None, 0))(x_BL[0], indices_BK)
+    return jax.vmap(one)(x_BL, indices_BK)
+
+
+def scatter_add(x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array) -> jax.Array:
+    """Adds updates at each sequence's indices; other positions keep their bits."""
+
+    def one(x_LD, indices_K, update_KD):
+        return x_LD.at[indices_K].add(
+            update_KD, mode="drop", indices_are_sorted=True, unique_indices=True
+        )
+
+    return jax.vmap(one)(x_BLD, indices_BK, update_BKD)
+
+
+def selected_mask(selection: Selection, length: int) -> jax.Array:
+    """Which of the L positions were selected, (B, L) bool."""
+    batch = selection.indices_BK.shape[0]
+    zeros_BL = jnp.zeros((batch, length), jnp.int32)
+    return scatter_add(zeros_BL, selection.indices_BK, selection.valid_BK.astype(jnp.int32)) > 0
