@@ -1,0 +1,32 @@
+"""The demo: isoFLOP curves of Mixture-of-Depths against its dense baseline, in minutes on a CPU.
+
+Command   make demo     (or: modjax sweep --config=configs/tiny.py --workdir=work/tiny --jobs 2)
+Cost      about 7 minutes on 2 cores, after the text is prepared
+Expected  three parabolas per arm with their vertex inside the range; at this size expect no
+          claim about which arm is better: one seed, and losses of very small models.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.model = {"vocab_size": 272}  # 256 bytes and 3 special ids, padded to a multiple of 16
+    config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 256}
+    config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
+    config.execution = {"log_every": 20}
+    config.sweep = {
+        "arms": {
+            "dense": {"pattern": ("dense",)},
+            "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
+        },
+        "budgets": (1.5e11, 5e11, 1.5e12),
+        "sizes": 5,
+        "spread": 0.5,
+        "seeds": (0,),
+        "optimum": {"budget": 5e11, "params": 1.0e5, "exponent": 0.5},
+        "shape": {"width_multiple": 8, "head_dim": 8, "aspect": 16.0, "layer_multiple": 2},
+        "recipe": {"batch_size": 8, "learning_rate": 0.2, "warmup_fraction": 0.05},
+        "flops_per_second": 3e10,
+    }
+    return config

@@ -1,0 +1,129 @@
+"""Config files: from `FILE.py` and `--config.a.b=value` to frozen dataclasses.
+
+A file has `get_config()`, which returns an ml_collections.ConfigDict with the groups `model`,
+`train`, `data`, `execution` and, where it describes a grid, `sweep`. Fields that have a default
+in modjax/config.py may be left out and can still be overridden.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from modjax.config import (
+    DataConfig,
+    Execution,
+    InputError,
+    ModelConfig,
+    MoDConfig,
+    RunSpec,
+    TrainConfig,
+    from_dict,
+    require,
+)
+from modjax.flops import train_flops
+from modjax.scaling.plan import RECIPE_FIELDS, SweepConfig, plan
+
+GROUPS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig, "execution": Execution}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a config file asks for: its values as plain data, and the runs they mean.
+
+    `sweep` is None for a file that describes a single run.
+    """
+
+    config_file: str
+    config: dict[str, Any]
+    execution: Execution
+    sweep: SweepConfig | None
+    specs: list[RunSpec]
+
+
+def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads `FILE.py` or `FILE.py:ARGUMENT` and applies overrides "a.b=value".
+
+    Raises InputError naming the field, its value and what is known for an unknown override, a
+    value of another type, or one that a config refuses.
+    """
+    config = _with_defaults(_read(config_file).to_dict())
+    for override in overrides:
+        config = _override(config, override)
+    values = config.to_dict()
+    for name in values:
+        known = (*GROUPS, "sweep")
+        require(name in known, f"config.{name}", "...", f"unknown; known: {', '.join(known)}")
+    execution = from_dict(Execution, values["execution"], "execution.")
+    data = from_dict(DataConfig, values["data"], "data.")
+    if "sweep" in values:
+        sweep = from_dict(SweepConfig, values["sweep"], "sweep.")
+        specs = plan(sweep, values["model"], values["train"], data)
+        return Experiment(config_file, values, execution, sweep, specs)
+    model = from_dict(ModelConfig, values["model"], "model.")
+    train = from_dict(TrainConfig, values["train"], "train.")
+    budget = train_flops(model, train.seq_len, train.steps * train.batch_size)
+    spec = RunSpec("-".join(model.pattern), budget, model, train, data)
+    return Experiment(config_file, values, execution, None, [spec])
+
+
+def _read(config_file: str) -> ml_collections.ConfigDict:
+    # A private FlagValues keeps absl's own flags and its help out of the command line.
+    values = flags.FlagValues()
+    arguments = ["modjax", f"--config={config_file}"]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    try:
+        values(arguments)
+        config = values.config
+    except InputError:
+        raise
+    except Exception as error:  # the file is the user's code: anything can come out of it
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise InputError("--config", config_file, f"cannot be read: {line}") from error
+    require(
+        isinstance(config, ml_collections.ConfigDict), "--config", config_file,
+        "its get_config() must return an ml_collections.ConfigDict",
+    )  # fmt: skip
+    return config
+
+
+def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Adds the fields that have a default, so that overrides reach them."""
+    for name, cls in GROUPS.items():
+        _fill(values, name, cls)
+    return ml_collections.ConfigDict(values)
+
+
+def _fill(parent: dict[str, Any], name: str, cls: type) -> None:
+    group = parent.setdefault(name, {})
+    require(isinstance(group, dict), f"config.{name}", group, "must be a group of fields")
+    for field in dataclasses.fields(cls):
+        decided = cls is TrainConfig and "sweep" in parent and field.name in RECIPE_FIELDS
+        if not decided and field.default is not dataclasses.MISSING:
+            group.setdefault(field.name, field.default)
+    if cls is ModelConfig:
+        _fill(group, "mod", MoDConfig)
+
+
+def _override(config: ml_collections.ConfigDict, override: str) -> ml_collections.ConfigDict:
+    name, _, text = override.partition("=")
+    group: Any = config
+    for part in name.split("."):
+        inside = isinstance(group, ml_collections.ConfigDict)
+        known = f"unknown; known here: {', '.join(group)}" if inside else "is inside a plain value"
+        require(inside and part in group, f"--config.{name}", text, known)
+        group = group[part]
+    values = flags.FlagValues()
+    arguments = ["modjax", f"--config.{name}={text}"]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+    try:
+        values(arguments)
+        return values.config
+    except (flags.Error, ValueError, TypeError) as error:
+        raise InputError(
+            f"--config.{name}", text, f"must be of type {type(group).__name__}, like {group!r}"
+        ) from error

@@ -1,0 +1,378 @@
+"""From a sweep (arms x budgets x sizes x seeds) to frozen RunSpecs and the table that shows them.
+
+The grid of the first arm, the baseline, is centred on its predicted compute-optimal size. Every
+other arm gets the shapes whose forward FLOPs per token match the baseline's, size by size: the
+sizing rule of Mixture-of-Depths (arXiv 2404.02258, figure 4: the optimal MoD is the one whose
+forward FLOPs equal the optimal baseline's). So all arms see about the same number of tokens.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modjax.config import (
+    DataConfig,
+    InputError,
+    ModelConfig,
+    RunSpec,
+    TrainConfig,
+    from_dict,
+    require,
+)
+from modjax.flops import forward_flops, parameters, total_flops, train_flops
+
+# Fields that the sweep's rules decide, and that its `model` and `train` groups must leave out.
+SHAPE_FIELDS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
+RECIPE_FIELDS = ("batch_size", "steps", "learning_rate", "warmup_steps", "seed")
+BUDGET_TOLERANCE = 0.01
+CENTRE_TOLERANCE_DECADES = 0.15
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Predicted optimum of the baseline: N*(C) = params (C / budget)^exponent, non-embedding."""
+
+    budget: float
+    params: float
+    exponent: float = 0.5
+
+    def __post_init__(self):
+        for name in ("budget", "params"):
+            value = getattr(self, name)
+            require(value > 0, f"sweep.optimum.{name}", value, "must be greater than 0")
+
+    def at(self, budget: float) -> float:
+        return self.params * (budget / self.budget) ** self.exponent
+
+
+@dataclass(frozen=True)
+class ShapeRule:
+    """Every shape follows from its width d, a multiple of `width_multiple`.
+
+    heads d / head_dim; layers d / aspect rounded to a multiple of `layer_multiple`, at least one
+    of them; feed-forward width ff_multiple * d. `layer_multiple` must be a common multiple of the
+    arms' pattern lengths, so that every arm can use every shape.
+    """
+
+    width_multiple: int
+    head_dim: int
+    aspect: float
+    layer_multiple: int
+    ff_multiple: float = 4.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(value > 0, f"sweep.shape.{field.name}", value, "must be greater than 0")
+        require(
+            self.width_multiple % self.head_dim == 0, "sweep.shape.width_multiple",
+            self.width_multiple, f"must be a multiple of sweep.shape.head_dim = {self.head_dim}",
+        )  # fmt: skip
+
+    def at(self, width: int) -> dict[str, int]:
+        groups = max(1, math.floor(width / self.aspect / self.layer_multiple + 0.5))
+        heads = width // self.head_dim
+        values = (
+            width,
+            groups * self.layer_multiple,
+            heads,
+            heads,
+            round(self.ff_multiple * width),
+        )
+        return dict(zip(SHAPE_FIELDS, values, strict=True))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The training recipe that all arms share, by rule of width d and budget C.
+
+    batch B = batch_size (C / optimum.budget)^batch_exponent sequences, rounded to a power of two
+    where the exponent is not 0; peak learning rate = learning_rate * sqrt(B) / d; warm-up =
+    warmup_fraction of the steps.
+    """
+
+    batch_size: int
+    learning_rate: float
+    warmup_fraction: float
+    batch_exponent: float = 0.0
+
+    def __post_init__(self):
+        for name in ("batch_size", "learning_rate"):
+            value = getattr(self, name)
+            require(value > 0, f"sweep.recipe.{name}", value, "must be greater than 0")
+        require(
+            0 <= self.warmup_fraction <= 1, "sweep.recipe.warmup_fraction", self.warmup_fraction,
+            "must be in [0, 1]",
+        )  # fmt: skip
+
+    def batch_at(self, ratio: float) -> int:
+        """Sequences per step at `ratio` = C / optimum.budget."""
+        if self.batch_exponent == 0:
+            return self.batch_size
+        return max(1, 2 ** round(math.log2(self.batch_size * ratio**self.batch_exponent)))
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Arms x budgets x sizes x seeds.
+
+    arms: name -> the model fields in which the arm differs; the first is the baseline.
+    budgets: training FLOPs, in the "matmul" convention of modjax.flops.
+    sizes, spread: so many sizes per arm and budget, within `spread` decades of non-embedding
+      parameters on either side of the predicted optimum. Wide grids bias the fit: 0.6 or less.
+    seeds: initialisations; the order of the data is the same for all runs.
+    flops_per_second: what one worker is expected to reach, for the estimated time only.
+    """
+
+    arms: dict[str, Any]
+    budgets: tuple[float, ...]
+    sizes: int
+    spread: float
+    optimum: Optimum
+    shape: ShapeRule
+    recipe: Recipe
+    flops_per_second: float
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self):
+        for name in ("arms", "budgets", "seeds"):
+            value = getattr(self, name)
+            require(len(value) > 0, f"sweep.{name}", value, "must name at least one")
+        for budget in self.budgets:
+            require(budget > 0, "sweep.budgets", budget, "must be greater than 0")
+        for name in ("sizes", "spread", "flops_per_second"):
+            value = getattr(self, name)
+            require(value > 0, f"sweep.{name}", value, "must be greater than 0")
+
+
+def plan(
+    sweep: SweepConfig, model: Mapping[str, Any], train: Mapping[str, Any], data: DataConfig
+) -> list[RunSpec]:
+    """The runs of a sweep, in the order they are best run: largest budget first.
+
+    model, train: the fields that all runs share; the rest comes from the sweep's rules. The long
+    runs go first because the short ones then fill the gaps, and all workers end together.
+    Raises InputError for an unknown field, a shape that a pattern cannot use, or a budget that
+    is too small for one step.
+    """
+    _require_absent("model", model, SHAPE_FIELDS, "sweep.shape")
+    _require_absent("train", train, RECIPE_FIELDS, "sweep.recipe and sweep.seeds")
+    seq_len = train.get("seq_len")
+    require(isinstance(seq_len, int) and seq_len > 0, "train.seq_len", seq_len, "must be positive")
+    arms = {name: _arm(sweep, model, name) for name in sweep.arms}
+    baseline, *others = arms
+    specs = []
+    for budget in sorted(sweep.budgets, reverse=True):
+        targets = _targets(sweep, budget)
+        widths = _nearest_widths(sweep, arms[baseline], _non_embedding, targets)
+        grid = {baseline: widths}
+        forward = [_forward(arms[baseline](width), seq_len) for width in widths]
+        for arm in others:
+            grid[arm] = _nearest_widths(
+                sweep, arms[arm], lambda built: _forward(built, seq_len), forward
+            )
+        for size in reversed(range(sweep.sizes)):
+            for arm, build in arms.items():
+                built = build(grid[arm][size])
+                specs += [_spec(sweep, arm, budget, built, train, data, s) for s in sweep.seeds]
+    return specs
+
+
+def _require_absent(group: str, values: Mapping, names: Sequence[str], rule: str) -> None:
+    for name in names:
+        require(name not in values, f"{group}.{name}", values.get(name),
+                f"is decided by {rule} in a sweep: leave it out")  # fmt: skip
+
+
+def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[int], ModelConfig]:
+    """width -> the arm's model of that width."""
+    changes = sweep.arms[arm]
+    known = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in SHAPE_FIELDS]
+    require(isinstance(changes, Mapping), f"sweep.arms.{arm}", changes, "must be a group of fields")
+    for name, value in changes.items():
+        require(name in known, f"sweep.arms.{arm}.{name}", value,
+                f"unknown; an arm can change {', '.join(known)}")  # fmt: skip
+    merged = _merge(model, changes)
+    length = len(merged.get("pattern", ("dense",)))
+    require(
+        sweep.shape.layer_multiple % max(1, length) == 0, "sweep.shape.layer_multiple",
+        sweep.shape.layer_multiple, f"must be a multiple of arm {arm}'s pattern length, {length}",
+    )  # fmt: skip
+
+    def build(width: int) -> ModelConfig:
+        return from_dict(ModelConfig, merged | sweep.shape.at(width), "model.")
+
+    return build
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
+        merged[name] = _merge(base[name], value) if nested else value
+    return merged
+
+
+def _non_embedding(model: ModelConfig) -> float:
+    return parameters(model)["non_embedding"]
+
+
+def _forward(model: ModelConfig, seq_len: int) -> float:
+    return total_flops(forward_flops(model, seq_len)) / seq_len
+
+
+def _targets(sweep: SweepConfig, budget: float) -> list[float]:
+    """Sizes evenly spaced in log N within the spread around N*(C)."""
+    centre = sweep.optimum.at(budget)
+    if sweep.sizes == 1:
+        return [centre]
+    steps = [2 * i / (sweep.sizes - 1) - 1 for i in range(sweep.sizes)]
+    return [centre * 10 ** (sweep.spread * step) for step in steps]
+
+
+def _nearest_widths(
+    sweep: SweepConfig,
+    build: Callable[[int], ModelConfig],
+    measure: Callable[[ModelConfig], float],
+    targets: Sequence[float],
+) -> list[int]:
+    """For every target the width whose `measure` is nearest in log, each width at most once."""
+    candidates: dict[int, float] = {}
+    width = 0
+    while not candidates or len(candidates) < len(targets) or candidates[width] < max(targets):
+        width += sweep.shape.width_multiple
+        candidates[width] = measure(build(width))
+    chosen = []
+    for target in targets:
+        free = [w for w in candidates if w not in chosen]
+        chosen.append(min(free, key=lambda w: abs(math.log(candidates[w] / target))))
+    return sorted(chosen)
+
+
+def _spec(
+    sweep: SweepConfig, arm: str, budget: float, model: ModelConfig, train: Mapping[str, Any],
+    data: DataConfig, seed: int,
+) -> RunSpec:  # fmt: skip
+    batch = sweep.recipe.batch_at(budget / sweep.optimum.budget)
+    steps = round(budget / train_flops(model, train["seq_len"], batch))
+    if steps < 1:
+        raise InputError(
+            "sweep.budgets", budget,
+            f"too small for a step of arm {arm} at d_model {model.d_model}, which takes "
+            f"{train_flops(model, train['seq_len'], batch):.2g} FLOPs: raise the budget, or lower "
+            "sweep.recipe.batch_size or sweep.optimum.params",
+        )  # fmt: skip
+    decided = {
+        "batch_size": batch,
+        "steps": steps,
+        "learning_rate": sweep.recipe.learning_rate * math.sqrt(batch) / model.d_model,
+        "warmup_steps": round(sweep.recipe.warmup_fraction * steps),
+        "seed": seed,
+    }
+    return RunSpec(arm, budget, model, from_dict(TrainConfig, {**train, **decided}, "train."), data)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the plan table; `epochs` is None while the token cache is not prepared."""
+
+    run_id: str
+    arm: str
+    seed: int
+    budget_flops: float
+    d_model: int
+    num_layers: int
+    params_total: int
+    params_non_embedding: int
+    params_active: int
+    tokens: int
+    tokens_per_param: float
+    steps: int
+    batch_size: int
+    learning_rate: float
+    epochs: float | None
+    forward_flops_per_token: float
+    train_flops: float
+    achieved: float
+    seconds: float
+    flags: tuple[str, ...]
+
+
+def cells(
+    specs: Sequence[RunSpec],
+    sweep: SweepConfig,
+    epochs: Callable[[RunSpec], float | None],
+    flops_per_second: float,
+) -> list[Cell]:
+    """The plan table, with what is wrong in `flags`: "off-budget" where the achieved FLOPs differ
+    from the budget by more than 1%, "off-centre" where the grid's centre misses the predicted
+    optimum by more than 0.15 decades, "repeats data", and "too many epochs" beyond
+    data.max_epochs. A sweep refuses cells that are off-budget or have too many epochs.
+    """
+    off_centre = _off_centre(specs, sweep)
+    return [
+        _cell(spec, epochs(spec), flops_per_second, (spec.variant, spec.budget_flops) in off_centre)
+        for spec in specs
+    ]
+
+
+def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) -> Cell:
+    model, train = spec.model, spec.train
+    counts = parameters(model)
+    spent = train_flops(model, train.seq_len, train.steps * train.batch_size)
+    achieved = spent / spec.budget_flops
+    limit = spec.data.max_epochs
+    marks = {
+        "off-budget": abs(achieved - 1) > BUDGET_TOLERANCE,
+        "off-centre": off_centre,
+        "repeats data": epochs is not None and 1 < epochs <= limit,
+        "too many epochs": epochs is not None and epochs > limit,
+    }
+    return Cell(
+        run_id=spec.run_id,
+        arm=spec.variant,
+        seed=train.seed,
+        budget_flops=spec.budget_flops,
+        d_model=model.d_model,
+        num_layers=model.num_layers,
+        params_total=counts["total"],
+        params_non_embedding=counts["non_embedding"],
+        params_active=counts["active"],
+        tokens=train.tokens,
+        tokens_per_param=train.tokens / counts["non_embedding"],
+        steps=train.steps,
+        batch_size=train.batch_size,
+        learning_rate=train.learning_rate,
+        epochs=epochs,
+        forward_flops_per_token=_forward(model, train.seq_len),
+        train_flops=spent,
+        achieved=achieved,
+        seconds=spent / rate,
+        flags=tuple(name for name, marked in marks.items() if marked),
+    )
+
+
+def _off_centre(specs: Sequence[RunSpec], sweep: SweepConfig) -> set[tuple[str, float]]:
+    """(arm, budget) whose grid has its centre away from where it should be.
+
+    The baseline's belongs at N*(C); the other arms' at the baseline's forward FLOPs.
+    """
+    baseline = next(iter(sweep.arms))
+
+    def centre(arm: str, budget: float, measure: Callable[[RunSpec], float]) -> float:
+        chosen = [s for s in specs if (s.variant, s.budget_flops) == (arm, budget)]
+        return sum(math.log10(measure(s)) for s in chosen) / len(chosen)
+
+    def forward(spec: RunSpec) -> float:
+        return _forward(spec.model, spec.train.seq_len)
+
+    found = set()
+    for budget in sweep.budgets:
+        size = centre(baseline, budget, lambda s: _non_embedding(s.model))
+        offsets = {baseline: size - math.log10(sweep.optimum.at(budget))}
+        for arm in list(sweep.arms)[1:]:
+            offsets[arm] = centre(arm, budget, forward) - centre(baseline, budget, forward)
+        found |= {(a, budget) for a, o in offsets.items() if abs(o) > CENTRE_TOLERANCE_DECADES}
+    return found
