@@ -1,0 +1,182 @@
+"""What the fits say, in plain English sentences and a table for the terminal."""
+
+import math
+from collections.abc import Callable
+
+from modjax.scaling.parametric import NAMES, Surface
+from modjax.scaling.results import Fits, Gap, Parabola, PowerLaw, Range
+
+KINDS = {
+    ("parameters", "non_embedding"): "non-embedding parameters",
+    ("parameters", "total"): "total parameters",
+    ("forward_flops", "non_embedding"): "forward FLOPs per token",
+    ("forward_flops", "total"): "forward FLOPs per token",
+}
+
+
+def number(value: float) -> str:
+    """A count with three digits and a suffix: 842, 12.3k, 4.56M; FLOPs budgets by `budget`."""
+    if not math.isfinite(value):
+        return "unbounded"
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * limit:
+            return f"{value / limit:#.3g}".rstrip(".") + suffix
+    return f"{value:.3g}"
+
+
+def budget(flops: float) -> str:
+    """A FLOPs budget as one writes it: 6e18, 2.5e12."""
+    mantissa, _, exponent = f"{flops:.3g}".partition("e")
+    if not exponent:
+        mantissa, _, exponent = f"{flops:.2e}".partition("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    return f"{mantissa}e{int(exponent)}"
+
+
+def fixed(digits: int, sign: str = "") -> Callable[[float], str]:
+    def show(value: float) -> str:
+        return f"{value:{sign}.{digits}f}" if math.isfinite(value) else "unbounded"
+
+    return show
+
+
+def span(ends: Range | None, show: Callable[[float], str]) -> str:
+    return "not known" if ends is None else f"{show(ends[0])} to {show(ends[1])}"
+
+
+def parabola_sentence(p: Parabola, size: str) -> str:
+    kind = KINDS[p.quantity, size]
+    where = f"{p.arm} at {budget(p.budget_flops)} FLOPs"
+    if p.refusal is not None:
+        return f"{where}: no optimum in {kind}: {p.refusal}."
+    assert p.optimum is not None and p.loss is not None and p.off_centre is not None
+    assert p.low is not None and p.high is not None and p.optimum_interval is not None
+    side = "below" if p.off_centre < 0 else "above"
+    text = (
+        f"{where}: the loss is least at {number(p.optimum)} {kind} (95% interval "
+        f"{span(p.optimum_interval, number)}), where it is {p.loss:.4f} nats per token "
+        f"({span(p.loss_interval, fixed(4))}); the vertex lies {abs(p.off_centre):.0%} of the "
+        f"half range {side} the centre of the {p.sizes} sizes sampled, {number(p.low)} to "
+        f"{number(p.high)}"
+    )
+    if abs(p.off_centre) > 0.5:
+        text += ", far enough off-centre to bias it"
+    if p.optimum_interval[0] < p.low or p.optimum_interval[1] > p.high:
+        text += "; its interval reaches beyond the sampled sizes"
+    return text + "."
+
+
+def law_sentence(law: PowerLaw, size: str) -> str:
+    kind = "optimal loss" if law.quantity == "loss" else f"optimal {KINDS[law.quantity, size]}"
+    if law.refusal is not None:
+        return f"{law.arm}: no power law for the {kind}: {law.refusal}."
+    assert law.coefficient is not None and law.exponent is not None
+    freedom = (
+        "two points determine it exactly and nothing tests the form"
+        if law.freedom == 0
+        else f"{law.points} optima, {law.freedom} degree{'s' * (law.freedom > 1)} of freedom"
+    )
+    return (
+        f"{law.arm}: {kind} = {law.coefficient:.3g} C^{law.exponent:.3f} (exponent's 95% interval "
+        f"{span(law.exponent_interval, fixed(3))}; {freedom})."
+    )
+
+
+def gap_sentence(gap: Gap) -> str:
+    where = f"{gap.arm} against {gap.baseline} at {budget(gap.budget_flops)} FLOPs"
+    if gap.refusal is not None:
+        return f"{where}: no comparison of optima ({gap.refusal})."
+    assert gap.loss is not None and gap.loss_interval is not None and gap.percent is not None
+    low, high = gap.loss_interval
+    text = (
+        f"{where}, each at its own optimum: {gap.arm}'s loss is {abs(gap.loss):.4f} nats "
+        f"{'lower' if gap.loss < 0 else 'higher'} ({gap.percent:+.2f}%; 95% interval "
+        f"{span(gap.loss_interval, fixed(4, '+'))} nats, "
+        f"{span(gap.percent_interval, fixed(2, '+'))}%)"
+    )
+    if low <= 0 <= high:
+        text += ", which these runs cannot tell from no difference"
+    if gap.flops_ratio is not None:
+        text += (
+            f"; its optimum takes {gap.flops_ratio:.2f} times the forward FLOPs per token "
+            f"({span(gap.flops_ratio_interval, fixed(2))})"
+        )
+    return text + "."
+
+
+def surface_sentence(surface: Surface) -> str:
+    where = f"{surface.arm}, all budgets together, L = E + A/N^alpha + B/D^beta"
+    if surface.refusal is not None:
+        return f"{where}: not reported: {surface.refusal}."
+    parts = []
+    for name in NAMES:
+        value = getattr(surface, name)
+        ends = (surface.intervals or {}).get(name)
+        parts.append(f"{name} {value:.4g}" + (f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else ""))
+    return f"{where} ({surface.runs} runs): {', '.join(parts)}."
+
+
+def method(fits: Fits) -> str:
+    """How the intervals were made, and what they leave out."""
+    seeds = (
+        f"up to {fits.seeds_per_cell} seeds per cell enter as their mean and their spread"
+        if fits.seeds_per_cell > 1
+        else "every cell was run with one seed, so differences between seeds enter only as "
+        "scatter about the parabolas"
+    )
+    return (
+        f"Sizes count {KINDS['parameters', fits.size]}. Intervals are 95%, from {fits.draws} draws "
+        "of a parametric bootstrap: evaluation error, shared by all runs because they are scored "
+        "on the same text, and the scatter of runs about the parabolas of their budget, with "
+        f"its own uncertainty; {seeds}. Diverged runs are left out of every fit by rule."
+    )
+
+
+def sentences(fits: Fits) -> list[str]:
+    """Every result as one sentence: gaps, optima, power laws, surfaces, then diverged runs."""
+    said = [gap_sentence(gap) for gap in fits.gaps]
+    said += [parabola_sentence(p, fits.size) for p in fits.parabolas]
+    said += [law_sentence(law, fits.size) for law in fits.laws]
+    said += [surface_sentence(surface) for surface in fits.surfaces]
+    if fits.diverged:
+        said.append(f"Diverged and left out of every fit: {', '.join(fits.diverged)}.")
+    return said
+
+
+HEADER = ("arm", "budget", "sizes", "optimum N", "95% interval", "loss", "95% interval",
+          "off-centre", "FLOPs/token")  # fmt: skip
+
+
+def rows(fits: Fits) -> list[tuple[str, ...]]:
+    """One row per arm and budget, for `HEADER`; a refused fit says so in place of its optimum."""
+    table = []
+    for p in fits.parabolas:
+        if p.quantity != "parameters":
+            continue
+        start = (p.arm, budget(p.budget_flops), str(p.sizes))
+        if p.refusal is not None:
+            table.append((*start, "refused", *[""] * 5))
+            continue
+        flops = fits.parabola(p.arm, p.budget_flops, "forward_flops")
+        assert p.optimum is not None and p.loss is not None and p.off_centre is not None
+        table.append((
+            *start, number(p.optimum), span(p.optimum_interval, number), f"{p.loss:.4f}",
+            span(p.loss_interval, fixed(4)), f"{p.off_centre:+.2f}",
+            number(flops.optimum) if flops and flops.optimum else "refused",
+        ))  # fmt: skip
+    return table
+
+
+def render_text(fits: Fits) -> str:
+    """The table of optima, the sentences and the method, for a terminal."""
+    table = [HEADER, *rows(fits)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join([*lines, "", *sentences(fits), "", method(fits)])
