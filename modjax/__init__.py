@@ -1,0 +1,52 @@
+"""Conditional computation in transformers, measured by isoFLOP sweeps.
+
+Public names are imported when they are first asked for: `import modjax` itself costs nothing, and
+never imports TensorFlow.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modjax import flops
+    from modjax.config import (
+        DataConfig,
+        Execution,
+        InputError,
+        MoDConfig,
+        ModelConfig,
+        RunSpec,
+        TrainConfig,
+    )
+    from modjax.nn import DenseBlock, MoDBlock, Transformer, expert_choice
+
+__version__ = "0.1.0"
+__all__ = [
+    "DataConfig",
+    "DenseBlock",
+    "Execution",
+    "InputError",
+    "MoDBlock",
+    "MoDConfig",
+    "ModelConfig",
+    "RunSpec",
+    "TrainConfig",
+    "Transformer",
+    "expert_choice",
+    "flops",
+]
+_FROM_NN = ("DenseBlock", "MoDBlock", "Transformer", "expert_choice")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'modjax' has no attribute {name!r}")
+    if name == "flops":
+        return importlib.import_module("modjax.flops")
+    return getattr(
+        importlib.import_module("modjax.nn" if name in _FROM_NN else "modjax.config"), name
+    )
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

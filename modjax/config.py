@@ -217,7 +217,8 @@ class RunSpec:
         text = json.dumps(to_dict(self), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         m = self.model
-        return f"{self.variant}-{self.budget_flops:.0e}-d{m.d_model}-l{m.num_layers}-{digest}"
+        budget = f"{self.budget_flops:.3g}".replace("e+", "e")
+        return f"{self.variant}-{budget}-d{m.d_model}-l{m.num_layers}-{digest}"
 
 
 @dataclass(frozen=True)

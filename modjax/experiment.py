@@ -6,8 +6,10 @@ in modjax/config.py may be left out and can still be overridden.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import runpy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -18,8 +20,8 @@ from modjax.config import (
     DataConfig,
     Execution,
     InputError,
-    ModelConfig,
     MoDConfig,
+    ModelConfig,
     RunSpec,
     TrainConfig,
     from_dict,
@@ -51,7 +53,7 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises InputError naming the field, its value and what is known for an unknown override, a
     value of another type, or one that a config refuses.
     """
-    config = _with_defaults(_read(config_file).to_dict())
+    config = _with_defaults(_read(config_file))
     for override in overrides:
         config = _override(config, override)
     values = config.to_dict()
@@ -71,24 +73,20 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
     return Experiment(config_file, values, execution, None, [spec])
 
 
-def _read(config_file: str) -> ml_collections.ConfigDict:
-    # A private FlagValues keeps absl's own flags and its help out of the command line.
-    values = flags.FlagValues()
-    arguments = ["modjax", f"--config={config_file}"]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+def _read(config_file: str) -> dict[str, Any]:
+    path, _, argument = config_file.partition(":")
+    require(Path(path).is_file(), "--config", path, "no such file")
     try:
-        values(arguments)
-        config = values.config
-    except InputError:
-        raise
+        get_config = runpy.run_path(path)["get_config"]
+        config = get_config(argument) if argument else get_config()
     except Exception as error:  # the file is the user's code: anything can come out of it
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise InputError("--config", config_file, f"cannot be read: {line}") from error
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError("--config", config_file, f"its get_config() failed: {line}") from error
     require(
         isinstance(config, ml_collections.ConfigDict), "--config", config_file,
         "its get_config() must return an ml_collections.ConfigDict",
     )  # fmt: skip
-    return config
+    return config.to_dict()
 
 
 def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -117,6 +115,7 @@ def _override(config: ml_collections.ConfigDict, override: str) -> ml_collection
         known = f"unknown; known here: {', '.join(group)}" if inside else "is inside a plain value"
         require(inside and part in group, f"--config.{name}", text, known)
         group = group[part]
+    # A private FlagValues keeps absl's own flags and its help out of the command line.
     values = flags.FlagValues()
     arguments = ["modjax", f"--config.{name}={text}"]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
@@ -124,6 +123,7 @@ def _override(config: ml_collections.ConfigDict, override: str) -> ml_collection
         values(arguments)
         return values.config
     except (flags.Error, ValueError, TypeError) as error:
-        raise InputError(
-            f"--config.{name}", text, f"must be of type {type(group).__name__}, like {group!r}"
-        ) from error
+        kind = f"must be of type {type(group).__name__}, like {group!r}"
+        if isinstance(group, ml_collections.ConfigDict):
+            kind = f"is a group; set one of its fields: {', '.join(group)}"
+        raise InputError(f"--config.{name}", text, kind) from error

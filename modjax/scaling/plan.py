@@ -1,4 +1,4 @@
-"""From a sweep (arms x budgets x sizes x seeds) to frozen RunSpecs and the table that shows them.
+"""From a sweep (arms x budgets x sizes x seeds) to frozen RunSpecs; cells.py shows them.
 
 The grid of the first arm, the baseline, is centred on its predicted compute-optimal size. Every
 other arm gets the shapes whose forward FLOPs per token match the baseline's, size by size: the
@@ -26,8 +26,6 @@ from modjax.flops import forward_flops, parameters, total_flops, train_flops
 # Fields that the sweep's rules decide, and that its `model` and `train` groups must leave out.
 SHAPE_FIELDS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
 RECIPE_FIELDS = ("batch_size", "steps", "learning_rate", "warmup_steps", "seed")
-BUDGET_TOLERANCE = 0.01
-CENTRE_TOLERANCE_DECADES = 0.15
 
 
 @dataclass(frozen=True)
@@ -160,18 +158,19 @@ def plan(
     _require_absent("model", model, SHAPE_FIELDS, "sweep.shape")
     _require_absent("train", train, RECIPE_FIELDS, "sweep.recipe and sweep.seeds")
     seq_len = train.get("seq_len")
-    require(isinstance(seq_len, int) and seq_len > 0, "train.seq_len", seq_len, "must be positive")
+    if not isinstance(seq_len, int) or seq_len <= 0:
+        raise InputError("train.seq_len", seq_len, "must be a positive number of tokens")
     arms = {name: _arm(sweep, model, name) for name in sweep.arms}
     baseline, *others = arms
     specs = []
     for budget in sorted(sweep.budgets, reverse=True):
         targets = _targets(sweep, budget)
-        widths = _nearest_widths(sweep, arms[baseline], _non_embedding, targets)
+        widths = _nearest_widths(sweep, arms[baseline], non_embedding, targets)
         grid = {baseline: widths}
-        forward = [_forward(arms[baseline](width), seq_len) for width in widths]
+        forward = [forward_per_token(arms[baseline](width), seq_len) for width in widths]
         for arm in others:
             grid[arm] = _nearest_widths(
-                sweep, arms[arm], lambda built: _forward(built, seq_len), forward
+                sweep, arms[arm], lambda built: forward_per_token(built, seq_len), forward
             )
         for size in reversed(range(sweep.sizes)):
             for arm, build in arms.items():
@@ -215,11 +214,13 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _non_embedding(model: ModelConfig) -> float:
+def non_embedding(model: ModelConfig) -> float:
+    """N, the model's parameters without its embedding and output projection."""
     return parameters(model)["non_embedding"]
 
 
-def _forward(model: ModelConfig, seq_len: int) -> float:
+def forward_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs per token, in the convention in which budgets are spent."""
     return total_flops(forward_flops(model, seq_len)) / seq_len
 
 
@@ -272,107 +273,3 @@ def _spec(
         "seed": seed,
     }
     return RunSpec(arm, budget, model, from_dict(TrainConfig, {**train, **decided}, "train."), data)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A row of the plan table; `epochs` is None while the token cache is not prepared."""
-
-    run_id: str
-    arm: str
-    seed: int
-    budget_flops: float
-    d_model: int
-    num_layers: int
-    params_total: int
-    params_non_embedding: int
-    params_active: int
-    tokens: int
-    tokens_per_param: float
-    steps: int
-    batch_size: int
-    learning_rate: float
-    epochs: float | None
-    forward_flops_per_token: float
-    train_flops: float
-    achieved: float
-    seconds: float
-    flags: tuple[str, ...]
-
-
-def cells(
-    specs: Sequence[RunSpec],
-    sweep: SweepConfig,
-    epochs: Callable[[RunSpec], float | None],
-    flops_per_second: float,
-) -> list[Cell]:
-    """The plan table, with what is wrong in `flags`: "off-budget" where the achieved FLOPs differ
-    from the budget by more than 1%, "off-centre" where the grid's centre misses the predicted
-    optimum by more than 0.15 decades, "repeats data", and "too many epochs" beyond
-    data.max_epochs. A sweep refuses cells that are off-budget or have too many epochs.
-    """
-    off_centre = _off_centre(specs, sweep)
-    return [
-        _cell(spec, epochs(spec), flops_per_second, (spec.variant, spec.budget_flops) in off_centre)
-        for spec in specs
-    ]
-
-
-def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) -> Cell:
-    model, train = spec.model, spec.train
-    counts = parameters(model)
-    spent = train_flops(model, train.seq_len, train.steps * train.batch_size)
-    achieved = spent / spec.budget_flops
-    limit = spec.data.max_epochs
-    marks = {
-        "off-budget": abs(achieved - 1) > BUDGET_TOLERANCE,
-        "off-centre": off_centre,
-        "repeats data": epochs is not None and 1 < epochs <= limit,
-        "too many epochs": epochs is not None and epochs > limit,
-    }
-    return Cell(
-        run_id=spec.run_id,
-        arm=spec.variant,
-        seed=train.seed,
-        budget_flops=spec.budget_flops,
-        d_model=model.d_model,
-        num_layers=model.num_layers,
-        params_total=counts["total"],
-        params_non_embedding=counts["non_embedding"],
-        params_active=counts["active"],
-        tokens=train.tokens,
-        tokens_per_param=train.tokens / counts["non_embedding"],
-        steps=train.steps,
-        batch_size=train.batch_size,
-        learning_rate=train.learning_rate,
-        epochs=epochs,
-        forward_flops_per_token=_forward(model, train.seq_len),
-        train_flops=spent,
-        achieved=achieved,
-        seconds=spent / rate,
-        flags=tuple(name for name, marked in marks.items() if marked),
-    )
-
-
-def _off_centre(specs: Sequence[RunSpec], sweep: SweepConfig) -> set[tuple[str, float]]:
-    """(arm, budget) whose grid has its centre away from where it should be.
-
-    The baseline's belongs at N*(C); the other arms' at the baseline's forward FLOPs.
-    """
-    baseline = next(iter(sweep.arms))
-
-    def centre(arm: str, budget: float, measure: Callable[[RunSpec], float]) -> float:
-        chosen = [s for s in specs if (s.variant, s.budget_flops) == (arm, budget)]
-        return sum(math.log10(measure(s)) for s in chosen) / len(chosen)
-
-    def forward(spec: RunSpec) -> float:
-        return _forward(spec.model, spec.train.seq_len)
-
-    found = set()
-    for budget in sweep.budgets:
-        size = centre(baseline, budget, lambda s: _non_embedding(s.model))
-        offsets = {baseline: size - math.log10(sweep.optimum.at(budget))}
-        for arm in list(sweep.arms)[1:]:
-            offsets[arm] = centre(arm, budget, forward) - centre(baseline, budget, forward)
-        found |= {(a, budget) for a, o in offsets.items() if abs(o) > CENTRE_TOLERANCE_DECADES}
-    return found

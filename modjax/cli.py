@@ -1,0 +1,193 @@
+"""The command line: parse, call, print. What a verb does lives in the packages."""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import modjax
+from modjax import verbs
+from modjax.config import InputError
+
+DESCRIPTION = """\
+isoFLOP sweeps of Mixture-of-Depths and other conditional computation, in JAX.
+
+  modjax data prepare                                  make the token cache, once
+  modjax plan   --config=configs/tiny.py               what a sweep would run and cost
+  modjax sweep  --config=configs/tiny.py --workdir=work/tiny --jobs 2
+  modjax status --workdir=work/tiny                    from another terminal
+  modjax report --workdir=work/tiny                    figures, fits and tables in one HTML file
+"""
+EPILOG = """\
+Config values are overridden as --config.GROUP.FIELD=VALUE, for example
+  modjax plan --config=configs/tiny.py --config.sweep.budgets=1e11,4e11 --config.train.b2=0.99
+
+Everything resumes: the same command again goes on where it was stopped.
+
+exit codes: 0 done; 1 unexpected error; 2 bad input or a full disk, said in one line; 3 the sweep
+ended, but with runs given up; 75 stopped by SIGTERM, 130 by Ctrl-C; both saved their state.
+"""
+BAD_INPUT, STOPPED, INTERRUPTED = 2, 75, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"modjax: {message} (`{self.prog} --help` says more)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    overrides, rest = _split(given)
+    args = _parser().parse_args(rest)
+    args.overrides = overrides
+    args.command = shlex.join(["modjax", *given])
+    _be_quiet()
+    try:
+        return args.verb(args) or 0
+    except InputError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("modjax: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, like `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if type(error).__name__ in ("Stopped", "Preempted"):
+            print("modjax: stopped, state saved; the same command goes on", file=sys.stderr)
+            return STOPPED
+        from modjax.scaling.run import is_disk_full
+
+        if is_disk_full(error):
+            where = getattr(error, "filename", None) or getattr(args, "workdir", None) or "disk"
+            return _fail(f"{where}: no space left: free some and give the same command again; "
+                         "finished runs and checkpoints are kept")  # fmt: skip
+        raise
+
+
+def _fail(line: str) -> int:
+    print(f"modjax: {line}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _be_quiet() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name in ("absl", "jax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides as "a.b=value", and all other arguments."""
+    overrides, rest = [], []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        if "=" not in argument:
+            if not remaining or remaining[0].startswith("--"):
+                raise SystemExit(_fail(f"{argument}: needs a value, as {argument}=VALUE"))
+            argument += "=" + remaining.pop(0)
+        overrides.append(argument.removeprefix("--config."))
+    return overrides, rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="modjax", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"modjax {modjax.__version__}")
+    commands = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+
+    def add(name: str, function: Any, text: str, *options: str, to: Any = commands) -> Any:
+        verb = to.add_parser(
+            name, help=text.split(":")[0].split(".")[0], description=text, epilog=EPILOG,
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        verb.set_defaults(verb=function)
+        for option in options:
+            name_or_flag, keywords = _OPTIONS[option]
+            verb.add_argument(name_or_flag, **keywords)
+        return verb
+
+    data = commands.add_parser("data", help="prepare text, or show what is prepared")
+    data_verbs = data.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    prepare = add("prepare", verbs.data_prepare, PREPARE, "data_dir", to=data_verbs)
+    source = prepare.add_mutually_exclusive_group()
+    source.add_argument("--text", nargs="+", default=[], metavar="FILE", type=Path)
+    source.add_argument("--tfds", metavar="NAME", help="c4, lm1b, or any TFDS name with text")
+    prepare.add_argument("--name", help="what to call it; default stdlib, text or the TFDS name")
+    prepare.add_argument("--vocab", default="bytes", help="bytes, sentencepiece:SIZE or a .model")
+    prepare.add_argument("--force", action="store_true", help="prepare again what is there")
+    add("show", verbs.data_show, "the prepared corpora and their counts", "data_dir", to=data_verbs)
+
+    plan = add("plan", verbs.plan, PLAN, "config", "data_dir", "jobs", "json")
+    plan.add_argument("--workdir", type=Path, help="take the speed from the runs finished here")
+    add("sweep", verbs.sweep, SWEEP, "config", "workdir", "data_dir", "jobs", "json")
+    add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
+    add("fit", verbs.fit, "optima, power laws and the gap between arms", "workdir", "json")
+    add("report", verbs.report, "figures, fits and tables in one HTML file", "workdir")
+    train = add("train", verbs.train, TRAIN, "config", "workdir", "data_dir", "json")
+    train.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
+    flops = add("flops", verbs.flops, FLOPS, "config", "json")
+    flops.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
+    bench = add("bench", verbs.bench, "measure a performance figure against its target", "json")
+    bench.add_argument("name", metavar="NAME", help="which figure, or `all`")
+    return parser
+
+
+PREPARE = """make the token cache of a corpus: the one step that needs TensorFlow.
+
+Without options: the Python standard library's own source, which needs no download."""
+PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time, and what is wrong with them.
+
+Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-centre (the grid's
+centre is more than 0.15 decades from the predicted optimum), repeats data, too many epochs
+(beyond data.max_epochs). A sweep refuses off-budget cells and those with too many epochs."""
+SWEEP = """run a plan on local worker processes, and end with a table.
+
+Finished runs are never repeated; what dies is run once more, what dies twice is given up; several
+sweeps may share a folder."""
+TRAIN = """train one run, under the same folders and records as a sweep.
+
+A config with a `sweep` group describes many runs: --run names one, as `modjax plan --json` does."""
+FLOPS = """parameters and FLOPs of a model by component, and in sum under each convention.
+
+For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at
+the largest budget."""
+
+
+def _default_data_dir() -> Path:
+    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return Path(os.environ.get("MODJAX_DATA") or os.path.join(base, "modjax"))
+
+
+_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "config": ("--config", {
+        "required": True, "metavar": "FILE.py[:ARGUMENT]",
+        "help": "the experiment; override its values with --config.GROUP.FIELD=VALUE",
+    }),
+    "workdir": ("--workdir", {"required": True, "type": Path, "help": "where the runs are kept"}),
+    "data_dir": ("--data-dir", {
+        "type": Path, "default": _default_data_dir(),
+        "help": "where token caches are kept; default $MODJAX_DATA, else modjax in the user's "
+        "data folder ($XDG_DATA_HOME)",
+    }),
+    "jobs": ("--jobs", {
+        "type": int, "default": 1, "metavar": "N",
+        "help": "worker processes, which share the cores evenly (default 1); small models are "
+        "fastest with one per core, an accelerator takes 1",
+    }),
+    "json": ("--json", {"action": "store_true", "help": "print JSON"}),
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

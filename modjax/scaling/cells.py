@@ -1,0 +1,116 @@
+"""The plan table: what every run of a sweep is and costs, and what is wrong with it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from modjax.config import RunSpec
+from modjax.flops import parameters, train_flops
+from modjax.scaling.plan import SweepConfig, forward_per_token, non_embedding
+
+BUDGET_TOLERANCE = 0.01
+CENTRE_TOLERANCE_DECADES = 0.15
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the plan table; `epochs` is None while the token cache is not prepared."""
+
+    run_id: str
+    arm: str
+    seed: int
+    budget_flops: float
+    d_model: int
+    num_layers: int
+    params_total: int
+    params_non_embedding: int
+    params_active: int
+    tokens: int
+    tokens_per_param: float
+    steps: int
+    batch_size: int
+    learning_rate: float
+    epochs: float | None
+    forward_flops_per_token: float
+    train_flops: float
+    achieved: float
+    seconds: float
+    flags: tuple[str, ...]
+
+
+def cells(
+    specs: Sequence[RunSpec],
+    sweep: SweepConfig,
+    epochs: Callable[[RunSpec], float | None],
+    flops_per_second: float,
+) -> list[Cell]:
+    """The plan table, with what is wrong in `flags`: "off-budget" where the achieved FLOPs differ
+    from the budget by more than 1%, "off-centre" where the grid's centre misses the predicted
+    optimum by more than 0.15 decades, "repeats data", and "too many epochs" beyond
+    data.max_epochs. A sweep refuses cells that are off-budget or have too many epochs.
+    """
+    off_centre = _off_centre(specs, sweep)
+    return [
+        _cell(spec, epochs(spec), flops_per_second, (spec.variant, spec.budget_flops) in off_centre)
+        for spec in specs
+    ]
+
+
+def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) -> Cell:
+    model, train = spec.model, spec.train
+    counts = parameters(model)
+    spent = train_flops(model, train.seq_len, train.steps * train.batch_size)
+    achieved = spent / spec.budget_flops
+    limit = spec.data.max_epochs
+    marks = {
+        "off-budget": abs(achieved - 1) > BUDGET_TOLERANCE,
+        "off-centre": off_centre,
+        "repeats data": epochs is not None and 1 < epochs <= limit,
+        "too many epochs": epochs is not None and epochs > limit,
+    }
+    return Cell(
+        run_id=spec.run_id,
+        arm=spec.variant,
+        seed=train.seed,
+        budget_flops=spec.budget_flops,
+        d_model=model.d_model,
+        num_layers=model.num_layers,
+        params_total=counts["total"],
+        params_non_embedding=counts["non_embedding"],
+        params_active=counts["active"],
+        tokens=train.tokens,
+        tokens_per_param=train.tokens / counts["non_embedding"],
+        steps=train.steps,
+        batch_size=train.batch_size,
+        learning_rate=train.learning_rate,
+        epochs=epochs,
+        forward_flops_per_token=forward_per_token(model, train.seq_len),
+        train_flops=spent,
+        achieved=achieved,
+        seconds=spent / rate,
+        flags=tuple(name for name, marked in marks.items() if marked),
+    )
+
+
+def _off_centre(specs: Sequence[RunSpec], sweep: SweepConfig) -> set[tuple[str, float]]:
+    """(arm, budget) whose grid has its centre away from where it should be.
+
+    The baseline's belongs at N*(C); the other arms' at the baseline's forward FLOPs.
+    """
+    baseline = next(iter(sweep.arms))
+
+    def centre(arm: str, budget: float, measure: Callable[[RunSpec], float]) -> float:
+        chosen = [s for s in specs if (s.variant, s.budget_flops) == (arm, budget)]
+        return sum(math.log10(measure(s)) for s in chosen) / len(chosen)
+
+    def forward(spec: RunSpec) -> float:
+        return forward_per_token(spec.model, spec.train.seq_len)
+
+    found = set()
+    for budget in sweep.budgets:
+        size = centre(baseline, budget, lambda s: non_embedding(s.model))
+        offsets = {baseline: size - math.log10(sweep.optimum.at(budget))}
+        for arm in list(sweep.arms)[1:]:
+            offsets[arm] = centre(arm, budget, forward) - centre(baseline, budget, forward)
+        found |= {(a, budget) for a, o in offsets.items() if abs(o) > CENTRE_TOLERANCE_DECADES}
+    return found

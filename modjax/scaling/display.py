@@ -1,0 +1,108 @@
+"""What a running sweep shows: a live table on a terminal, sparse plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from modjax.config import RunSpec
+from modjax.scaling.records import Record
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 42s, 3m05s or 2h10m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+
+
+class Display:
+    """Progress on stderr, fed by engines/local.py; a context manager."""
+
+    def __init__(self, specs: Sequence[RunSpec], jobs: int, flops_per_second: float):
+        self.budgets = {spec.run_id: spec.budget_flops for spec in specs}
+        self.jobs = jobs
+        self.expected_rate = flops_per_second
+        self.console = Console(file=sys.stderr)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.done: set[str] = set()
+        self.flops_here = 0.0
+        self.began = time.monotonic()
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def note(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def finished(self, record: Record, announce: bool = True) -> None:
+        """Counts a run that has its result; `announce` is False for those found at the start."""
+        self.done.add(record.run_id)
+        if announce:
+            self.flops_here += self.budgets[record.run_id]
+            loss = "diverged" if record.eval_loss is None else f"loss {record.eval_loss:.4f}"
+            count = f"[{len(self.done):{len(str(len(self.budgets)))}}/{len(self.budgets)}]"
+            self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
+
+    def update(self, workers: Sequence[Any], elsewhere: int) -> None:
+        if not self.console.is_terminal:
+            return
+        table = Table(box=None, pad_edge=False)
+        for name in ("worker", "run", "step", "loss", "left"):
+            table.add_column(name, justify="left" if name == "run" else "right")
+        under_way = 0.0
+        for worker in workers:
+            if worker.spec is None:
+                table.add_row(str(worker.index), "starting" if not worker.ready else "idle")
+                continue
+            steps = worker.spec.train.steps
+            under_way += worker.spec.budget_flops * worker.step / steps
+            spent = time.monotonic() - worker.began
+            left = clock(spent * (steps - worker.step) / worker.step) if worker.step else "?"
+            loss = "" if worker.loss is None else f"{worker.loss:.3f}"
+            table.add_row(
+                str(worker.index), worker.spec.run_id, f"{worker.step}/{steps}", loss, left
+            )
+        total = sum(self.budgets.values())
+        spent_flops = sum(self.budgets[run_id] for run_id in self.done) + under_way
+        rate = self._rate(under_way)
+        summary = f"{len(self.done)}/{len(self.budgets)} runs, "
+        summary += f"about {clock((total - spent_flops) / rate)} left"
+        if elsewhere:
+            summary += f"; {elsewhere} running in another sweep"
+        bar = ProgressBar(total=total, completed=spent_flops, width=60)
+        self.live.update(Group(table, bar, summary), refresh=True)
+
+    def _rate(self, under_way: float) -> float:
+        """FLOP/s of all workers: as expected at first, then more and more as measured."""
+        expected_seconds = 30.0
+        flops = self.expected_rate * self.jobs * expected_seconds + self.flops_here + under_way
+        return flops / (expected_seconds + time.monotonic() - self.began)
+
+
+def step_lines(spec: RunSpec) -> Callable[[dict[str, Any]], None]:
+    """Prints the step and loss on stderr, at most every second; sparsely off a terminal."""
+    seconds, last = (1.0 if sys.stderr.isatty() else 15.0), 0.0
+
+    def show(line: dict[str, Any]) -> None:
+        nonlocal last
+        if "loss" in line and time.monotonic() - last > seconds:
+            last = time.monotonic()
+            print(f"step {line['step']}/{spec.train.steps}  loss {line['loss']:.4f}",
+                  file=sys.stderr)  # fmt: skip
+
+    return show

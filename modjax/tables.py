@@ -1,0 +1,137 @@
+"""Plain-text tables for the command line."""
+
+from collections.abc import Sequence
+
+from modjax.config import RunSpec
+from modjax.flops import CONVENTIONS, forward_flops, parameters, six_nd, total_flops, train_flops
+from modjax.scaling.cells import Cell
+from modjax.scaling.display import clock
+from modjax.scaling.records import Record
+from modjax.scaling.run import Outcome
+from modjax.scaling.status import STATES, Status
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        first, *others = zip(row, widths, strict=True)
+        parts = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def count(value: float) -> str:
+    """A number to three digits with K, M, B or T."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def plan_text(cells: Sequence[Cell], jobs: int) -> str:
+    header = (
+        "arm", "budget", "width", "layers", "total", "non-emb", "active", "tokens", "tok/par",
+        "steps", "batch", "lr", "epochs", "FLOPs", "achieved", "time", "flags",
+    )  # fmt: skip
+    rows = [
+        (
+            c.arm, f"{c.budget_flops:.2g}", str(c.d_model), str(c.num_layers),
+            count(c.params_total), count(c.params_non_embedding), count(c.params_active),
+            count(c.tokens), f"{c.tokens_per_param:.3g}", str(c.steps), str(c.batch_size),
+            f"{c.learning_rate:.2e}", "?" if c.epochs is None else f"{c.epochs:.2f}",
+            f"{c.train_flops:.3g}", f"{c.achieved:.2%}", clock(c.seconds),
+            ", ".join(c.flags) or "-",
+        )
+        for c in cells
+    ]  # fmt: skip
+    flops, seconds = sum(c.train_flops for c in cells), sum(c.seconds for c in cells)
+    flagged = sum(bool(c.flags) for c in cells)
+    return (
+        f"{text_table(header, rows)}\n\n{len(cells)} runs, {flops:.3g} training FLOPs, about "
+        f"{clock(seconds / jobs)} on {jobs} worker{'s' * (jobs > 1)}; {flagged} flagged"
+    )
+
+
+def status_text(status: Status) -> str:
+    rows = [
+        (
+            run.run_id, run.state, f"{run.step}/{run.steps}",
+            "" if run.eval_loss is None else f"{run.eval_loss:.4f}", run.why,
+        )
+        for run in status.runs
+    ]  # fmt: skip
+    counts = ", ".join(f"{status.count(state)} {state}" for state in STATES)
+    table = text_table(("run", "state", "step", "loss", ""), rows)
+    return f"{table}\n\n{counts}; about {clock(status.remaining_seconds)} left"
+
+
+def outcome_text(outcome: Outcome) -> str:
+    rows = [_result(record) for record in outcome.records]
+    rows += [(run_id, "failed", "", "", "", "", "") for run_id in outcome.failures]
+    header = ("run", "state", "non-emb", "tokens", "loss", "+-", "time")
+    failures = [f"failed: {run_id}: {why}" for run_id, why in outcome.failures.items()]
+    return "\n".join([text_table(header, rows), *failures])
+
+
+def _result(record: Record) -> tuple[str, ...]:
+    loss, error = record.eval_loss, record.eval_loss_sem
+    return (
+        record.run_id,
+        record.status,
+        count(record.params_non_embedding),
+        count(record.tokens),
+        "" if loss is None else f"{loss:.4f}",
+        "" if error is None else f"{error:.4f}",
+        clock(record.wall_seconds),
+    )
+
+
+def flops_values(spec: RunSpec) -> dict:
+    """Parameters and FLOPs of a run's model by component, and in sum under each convention."""
+    seq_len, sequences = spec.train.seq_len, spec.train.steps * spec.train.batch_size
+    forward = forward_flops(spec.model, seq_len)
+    sums = {name: total_flops(forward, name) for name in CONVENTIONS}
+    training = {name: train_flops(spec.model, seq_len, sequences, name) for name in CONVENTIONS}
+    tokens = spec.train.tokens
+    return {
+        "run_id": spec.run_id,
+        "seq_len": seq_len,
+        "tokens": tokens,
+        "parameters": parameters(spec.model),
+        "forward_flops_per_sequence": forward,
+        "forward_flops": sums,
+        "train_flops": training | {"6ND": six_nd(spec.model, tokens)},
+    }
+
+
+def flops_text(spec: RunSpec) -> str:
+    values = flops_values(spec)
+    forward, seq_len = values["forward_flops_per_sequence"], values["seq_len"]
+    total = total_flops(forward, "all")
+    parameter_rows = [(name, f"{n:,}") for name, n in values["parameters"].items()]
+    component_rows = [
+        (name, f"{f:.4g}", f"{f / seq_len:.4g}", f"{f / total:.1%}") for name, f in forward.items()
+    ]
+    convention_rows = [
+        (
+            name,
+            f"{values['forward_flops'][name] / seq_len:.4g}" if name in CONVENTIONS else "",
+            f"{training:.4g}",
+            f"{training / values['train_flops']['6ND']:.3f}",
+        )
+        for name, training in values["train_flops"].items()
+    ]
+    header = f"{spec.run_id}: pattern {', '.join(spec.model.pattern)}, {seq_len} positions"
+    return "\n\n".join(
+        (
+            header,
+            text_table(("parameters", ""), parameter_rows),
+            text_table(("forward", "per sequence", "per token", "share"), component_rows),
+            text_table(
+                ("convention", "forward/token", f"train {count(values['tokens'])} tokens", "/6ND"),
+                convention_rows,
+            ),
+        )
+    )

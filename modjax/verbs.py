@@ -1,0 +1,185 @@
+"""What the verbs of the command line do: each calls a package and prints what it returns.
+
+Imports are inside the functions, so that every verb starts as fast as what it needs.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from modjax.config import InputError, RunSpec, require, to_dict
+
+RUNS_FAILED = 3
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    from modjax.data.prepare import prepare
+
+    prepare(
+        name=args.name or args.tfds or ("text" if args.text else "stdlib"),
+        text_files=args.text,
+        tfds_name=args.tfds,
+        vocab=args.vocab,
+        data_dir=args.data_dir,
+        force=args.force,
+    )
+
+
+def data_show(args: argparse.Namespace) -> None:
+    from modjax.data.cache import describe
+
+    print(describe(args.data_dir))
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from modjax.experiment import load
+
+    return load(args.config, args.overrides)
+
+
+def _load_sweep(args: argparse.Namespace) -> Any:
+    experiment = _load(args)
+    require(
+        experiment.sweep is not None, "--config", args.config,
+        "has no `sweep` group: `modjax train` runs it",
+    )  # fmt: skip
+    return experiment
+
+
+def plan(args: argparse.Namespace) -> None:
+    from modjax.scaling.records import read_records
+    from modjax.scaling.run import open_data, plan_table
+    from modjax.tables import plan_text
+
+    experiment = _load_sweep(args)
+    require(args.jobs > 0, "--jobs", args.jobs, "must be greater than 0")
+    note = ""
+    try:
+        cache = open_data(experiment, args.data_dir)
+    except InputError as error:
+        cache, note = None, f"epochs unknown: {error}"
+    cells = plan_table(experiment, cache, read_records(args.workdir) if args.workdir else [])
+    if args.json:
+        return _print_json([to_dict(cell) for cell in cells])
+    print(plan_text(cells, args.jobs))
+    if note:
+        print(note)
+
+
+def sweep(args: argparse.Namespace) -> int:
+    from modjax.scaling import run
+    from modjax.scaling.engines.local import Stopped
+    from modjax.tables import outcome_text
+
+    experiment = _load_sweep(args)
+    cache = run.open_data(experiment, args.data_dir)
+    run.check(experiment, cache)
+    try:
+        outcome = run.sweep(
+            experiment,
+            workdir=args.workdir,
+            data_dir=args.data_dir,
+            jobs=args.jobs,
+            command=args.command,
+            data_fingerprint=cache.manifest.fingerprint,
+        )
+    except Stopped as stopped:
+        if stopped.is_interrupt:
+            raise KeyboardInterrupt from None
+        raise
+    if args.json:
+        _print_json(to_dict(outcome))
+    else:
+        print(outcome_text(outcome))
+    return RUNS_FAILED if outcome.failures else 0
+
+
+def status(args: argparse.Namespace) -> None:
+    from modjax.scaling.status import STATES, status
+    from modjax.tables import status_text
+
+    found = status(args.workdir)
+    if args.json:
+        counts = {state: found.count(state) for state in STATES}
+        return _print_json(counts | dataclasses.asdict(found))
+    print(status_text(found))
+
+
+def fit(args: argparse.Namespace) -> None:
+    from modjax.scaling.fit import fit_all
+    from modjax.scaling.records import read_records
+    from modjax.scaling.results import to_json
+    from modjax.scaling.words import render_text
+
+    records = read_records(args.workdir)
+    require(bool(records), "--workdir", str(args.workdir), "holds no finished run")
+    fits = fit_all(records)
+    if args.json:
+        return _print_json(to_json(fits))
+    print(render_text(fits))
+
+
+def report(args: argparse.Namespace) -> None:
+    from modjax.scaling.report import report
+
+    print(report(args.workdir))
+
+
+def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
+    if args.run is None and len(specs) == 1:
+        return specs[0]
+    for spec in specs:
+        if spec.run_id == args.run:
+            return spec
+    raise InputError("--run", args.run, f"must be one of the plan's {len(specs)} run ids, such as "
+                     f"{specs[0].run_id}")  # fmt: skip
+
+
+def train(args: argparse.Namespace) -> None:
+    from modjax.scaling.display import step_lines
+    from modjax.scaling.run import Outcome, compilation_cache, run
+    from modjax.tables import outcome_text
+
+    experiment = _load(args)
+    spec = _choose(args, experiment.specs)
+    os.environ.update(compilation_cache())
+    from modjax.training.loop import train
+
+    record = run(
+        spec, experiment.execution, workdir=args.workdir, data_dir=args.data_dir, train=train,
+        progress=step_lines(spec),
+    )  # fmt: skip
+    if record is None:
+        raise InputError("--workdir", str(args.workdir), f"another process is doing {spec.run_id}")
+    if args.json:
+        return _print_json(to_dict(record))
+    print(outcome_text(Outcome([record], {})))
+
+
+def flops(args: argparse.Namespace) -> None:
+    from modjax.tables import flops_text, flops_values
+
+    experiment = _load(args)
+    specs = experiment.specs
+    if args.run is None and experiment.sweep is not None:
+        largest = [s for s in specs if s.budget_flops == specs[0].budget_flops]
+        by_arm = {arm: [s for s in largest if s.variant == arm] for arm in experiment.sweep.arms}
+        specs = [of_arm[len(of_arm) // 2] for of_arm in by_arm.values()]
+    else:
+        specs = [_choose(args, specs)]
+    if args.json:
+        return _print_json([flops_values(spec) for spec in specs])
+    print("\n\n\n".join(flops_text(spec) for spec in specs))
+
+
+def bench(args: argparse.Namespace) -> None:
+    from modjax import bench
+
+    bench.run(args.name, json=args.json)

@@ -1,0 +1,66 @@
+"""A stand-in for modjax.training.loop.train with real time, real files and real crashes.
+
+`data_dir` holds the orders, one file each: `crash` (run ids that die by SIGKILL), `refuse` and
+`disk_full` (run ids), `seconds` (how long a run takes). Every start and every finish adds a line
+to the run's folder, so that a test can count them.
+"""
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+from modjax.config import InputError, RunSpec
+from modjax.flops import forward_flops, parameters, train_flops
+from modjax.scaling.records import Record, write_record
+
+STEPS = 20
+
+
+def record_of(spec: RunSpec, eval_loss: float = 2.0) -> Record:
+    model, train = spec.model, spec.train
+    counts = parameters(model)
+    spent = train_flops(model, train.seq_len, train.steps * train.batch_size)
+    return Record(
+        run_id=spec.run_id, variant=spec.variant, status="finished", diverged_step=None,
+        budget_flops=spec.budget_flops, train_flops=spent,
+        forward_flops_per_token=spent / 3 / train.tokens,
+        flops=forward_flops(model, train.seq_len), params_total=counts["total"],
+        params_non_embedding=counts["non_embedding"], params_active=counts["active"],
+        d_model=model.d_model, num_layers=model.num_layers, tokens=train.tokens, epochs=0.5,
+        steps=train.steps, batch_size=train.batch_size, seq_len=train.seq_len,
+        learning_rate=train.learning_rate, train_loss=eval_loss, eval_loss=eval_loss,
+        eval_loss_sem=0.01, eval_bits_per_byte=None, eval_tokens=1000, seed=train.seed,
+        data_seed=0, data_fingerprint="none", code_version="test", wall_seconds=1.0,
+        train_seconds=0.8, compile_seconds=0.1, eval_seconds=0.1, data_wait_seconds=0.0,
+        median_step_seconds=0.01, device="cpu", versions={},
+    )  # fmt: skip
+
+
+def train(spec, execution, *, run_dir: Path, data_dir: Path, progress) -> Record:
+    def ordered(order: str) -> bool:
+        path = data_dir / order
+        return path.exists() and spec.run_id in path.read_text().split()
+
+    _note(run_dir / "starts", str(os.getpid()))
+    print("training", spec.run_id, flush=True)
+    if ordered("crash"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ordered("refuse"):
+        raise InputError("train.batch_size", 7, "must be a multiple of the mesh")
+    if ordered("disk_full"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    seconds = float((data_dir / "seconds").read_text())
+    for step in range(1, STEPS + 1):
+        time.sleep(seconds / STEPS)
+        progress({"step": step, "loss": 3.0})
+    record = record_of(spec)
+    write_record(run_dir, record)
+    _note(run_dir / "finishes", str(os.getpid()))
+    return record
+
+
+def _note(path: Path, text: str) -> None:
+    with open(path, "a") as file:
+        file.write(text + "\n")

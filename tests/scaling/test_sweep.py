@@ -1,0 +1,234 @@
+"""Sweeps with real worker processes and real kills; only the training function is a stand-in."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modjax.config import InputError
+from modjax.experiment import load
+from modjax.scaling import run as runs
+from modjax.scaling.records import read_record, write_json
+from modjax.scaling.status import status
+
+HERE = Path(__file__).parent
+CONFIG = HERE.parents[1] / "configs" / "tiny.py"
+# Six runs: 3 sizes x 2 arms.
+SMALL = ("sweep.sizes=3", "sweep.budgets=5e11")
+DRIVER = """
+import sys
+from pathlib import Path
+from modjax.experiment import load
+from modjax.scaling.run import sweep
+config, workdir, data_dir, jobs = sys.argv[1:5]
+outcome = sweep(load(config, sys.argv[5:]), workdir=Path(workdir), data_dir=Path(data_dir),
+                jobs=int(jobs), command="driver", data_fingerprint="f", train="stand_in:train")
+print(len(outcome.records), len(outcome.failures))
+"""
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """(workdir, data_dir with orders for the stand-in); workers find the stand-in by path."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    orders = tmp_path / "orders"
+    orders.mkdir()
+    (orders / "seconds").write_text("0.05")
+    return tmp_path / "work", orders
+
+
+def sweep(folders, *overrides: str, jobs: int = 2, fingerprint: str = "f"):
+    return runs.sweep(
+        load(str(CONFIG), [*SMALL, *overrides]), workdir=folders[0], data_dir=folders[1],
+        jobs=jobs, command="test", data_fingerprint=fingerprint, train="stand_in:train",
+    )  # fmt: skip
+
+
+def start(folders, jobs: int = 2) -> subprocess.Popen:
+    """The same sweep in a process of its own, to be killed."""
+    arguments = [str(CONFIG), str(folders[0]), str(folders[1]), str(jobs), *SMALL]
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run_ids() -> list[str]:
+    return [spec.run_id for spec in load(str(CONFIG), SMALL).specs]
+
+
+def lines(folders, name: str) -> dict[str, list[str]]:
+    paths = {run_id: folders[0] / "runs" / run_id / name for run_id in run_ids()}
+    return {i: p.read_text().split() if p.exists() else [] for i, p in paths.items()}
+
+
+def wait_until(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def assert_one_result_per_run(folders) -> None:
+    assert all(len(finishes) == 1 for finishes in lines(folders, "finishes").values())
+    for run_id in run_ids():
+        record = read_record(folders[0] / "runs" / run_id)
+        assert record is not None and record.run_id == run_id
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_sweep_ends_with_one_result_per_run_and_repeats_none(folders):
+    outcome = sweep(folders)
+    assert {record.run_id for record in outcome.records} == set(run_ids())
+    assert outcome.failures == {}
+    assert_one_result_per_run(folders)
+    again = sweep(folders)
+    assert len(again.records) == len(run_ids())
+    assert all(len(starts) == 1 for starts in lines(folders, "starts").values())
+    sessions = json.loads((folders[0] / "sweep.json").read_text())
+    assert [len(session["finished"]) for session in sessions] == [6, 0]
+
+
+def test_workers_are_reused_and_imports_paid_once(folders):
+    sweep(folders, jobs=2)
+    pids = {pid for starts in lines(folders, "starts").values() for pid in starts}
+    assert len(pids) == 2
+
+
+def test_a_killed_worker_is_replaced_and_its_run_done_again(folders):
+    (folders[1] / "seconds").write_text("0.6")
+    process = start(folders)
+    wait_until(lambda: any(lines(folders, "starts").values()))
+    victim = next(int(pids[0]) for pids in lines(folders, "starts").values() if pids)
+    os.kill(victim, signal.SIGKILL)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors.decode()
+    assert output.split() == [b"6", b"0"]
+    assert b"killed by SIGKILL; once more" in errors
+    assert sorted(len(s) for s in lines(folders, "starts").values()) == [1, 1, 1, 1, 1, 2]
+    assert_one_result_per_run(folders)
+
+
+def test_a_killed_sweep_leaves_no_worker_behind_and_goes_on_when_restarted(folders):
+    (folders[1] / "seconds").write_text("0.5")
+    process = start(folders)
+    wait_until(lambda: any(lines(folders, "finishes").values()))
+    process.kill()
+    process.communicate()
+    pids = {int(pid) for starts in lines(folders, "starts").values() for pid in starts}
+    wait_until(lambda: not any(alive(pid) for pid in pids))
+    (folders[1] / "seconds").write_text("0.05")
+    assert len(sweep(folders).records) == 6
+    assert_one_result_per_run(folders)
+
+
+def test_two_sweeps_on_one_folder_share_the_runs(folders):
+    (folders[1] / "seconds").write_text("0.4")
+    first, second = start(folders), start(folders)
+    for process in (first, second):
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors.decode()
+        assert output.split() == [b"6", b"0"], "both end with the whole plan's results"
+    assert all(len(starts) == 1 for starts in lines(folders, "starts").values())
+    assert len({pid for starts in lines(folders, "starts").values() for pid in starts}) >= 2
+    assert_one_result_per_run(folders)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_sweep_in_good_order(folders, number):
+    (folders[1] / "seconds").write_text("30")
+    process = start(folders)
+    wait_until(lambda: sum(map(bool, lines(folders, "starts").values())) == 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert b"Stopped: " + number.name.encode() in errors
+    pids = {int(pid) for starts in lines(folders, "starts").values() for pid in starts}
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_run_that_fails_twice_is_given_up_and_the_sweep_goes_on(folders):
+    bad = run_ids()[0]
+    (folders[1] / "crash").write_text(bad)
+    outcome = sweep(folders)
+    assert outcome.failures == {bad: "killed by SIGKILL"}
+    assert len(outcome.records) == 5
+    assert len(lines(folders, "starts")[bad]) == 2
+    failure = json.loads((folders[0] / "runs" / bad / "failure.json").read_text())
+    assert f"training {bad}" in failure["log"]
+    found = status(folders[0])
+    assert found.count("failed") == 1 and found.count("done") == 5
+
+    (folders[1] / "crash").unlink()
+    assert sweep(folders).failures == {}, "a restart tries again"
+    assert status(folders[0]).count("done") == 6
+
+
+def test_bad_input_of_the_first_run_stops_the_sweep_in_the_workers_words(folders):
+    (folders[1] / "refuse").write_text(" ".join(run_ids()))
+    with pytest.raises(InputError, match=r"^train.batch_size = 7: must be a multiple"):
+        sweep(folders)
+
+
+def test_a_full_disk_stops_the_sweep_and_keeps_what_is_finished(folders):
+    (folders[1] / "disk_full").write_text(run_ids()[-1])
+    with pytest.raises(OSError, match="No space left") as caught:
+        sweep(folders, jobs=1)
+    assert runs.is_disk_full(caught.value)
+    assert sum(map(bool, lines(folders, "finishes").values())) == 5
+
+
+def test_workers_that_cannot_start_end_the_sweep_with_their_words(folders):
+    with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
+        runs.sweep(
+            load(str(CONFIG), SMALL), workdir=folders[0], data_dir=folders[1], jobs=1,
+            command="test", data_fingerprint="f", train="no_such_module:train",
+        )  # fmt: skip
+
+
+def test_a_folder_of_another_plan_is_refused_but_a_plan_may_grow(folders):
+    sweep(folders)
+    with pytest.raises(InputError, match=r"--workdir = .*another plan \(6 of its runs"):
+        sweep(folders, "train.b2=0.9")
+    with pytest.raises(InputError, match="other data"):
+        sweep(folders, fingerprint="g")
+    grown = sweep(folders, "sweep.seeds=0,1")
+    assert len(grown.records) == 12
+    assert all(len(starts) == 1 for starts in lines(folders, "starts").values())
+
+
+def test_status_tells_running_from_waiting_by_the_lock(folders):
+    (folders[1] / "seconds").write_text("30")
+    process = start(folders)
+    wait_until(lambda: sum(map(bool, lines(folders, "starts").values())) == 2)
+    found = status(folders[0])
+    assert (found.count("running"), found.count("waiting")) == (2, 4)
+    assert found.remaining_seconds > 0
+    process.terminate()
+    process.communicate(timeout=20)
+    assert status(folders[0]).count("waiting") == 6
+
+
+def test_a_damaged_result_is_named_with_its_remedy(folders):
+    sweep(folders)
+    path = folders[0] / "runs" / run_ids()[0] / "result.json"
+    path.write_text('{"run_id": ')
+    with pytest.raises(InputError, match=r"result.json.*delete it to run this cell again"):
+        sweep(folders)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
