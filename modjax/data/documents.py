@@ -1,0 +1,162 @@
+"""Documents of the two corpora that need no download: the standard library, and the user's files.
+
+No TensorFlow here, so that bad input is found before it is loaded.
+"""
+
+import gzip
+import hashlib
+import json
+import lzma
+import sysconfig
+import tokenize
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from modjax.config import InputError, require
+
+PIECE = 65_536  # characters; plain text is cut into documents of about this size
+VALIDATION_SHARE = 0.05
+STDLIB_VALIDATION_MODULES = 0.065  # of the modules; in Python 3.11 they hold 6% of the text
+BUCKETS = 65_536  # hashes are compared at this resolution
+
+# The library's tests, what was installed beside it, and what differs between builds of one version.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
+
+
+class Document(NamedTuple):
+    id: str
+    text: str
+
+
+def bucket(text: str) -> int:
+    """A hash of `text` in [0, BUCKETS), the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big")
+
+
+def stdlib_documents() -> Iterator[Document]:
+    """The source files of the running Python's standard library, in order of their path."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if LEFT_OUT.intersection(relative.parts[:-1]):
+            continue
+        if relative.parts[0].startswith(LEFT_OUT_PREFIXES):
+            continue
+        try:
+            with tokenize.open(path) as file:
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        if text.strip():
+            yield Document(relative.as_posix(), text)
+
+
+def stdlib_split(document_id: str) -> str:
+    """The split of a document: whole top-level modules, by a hash of their name."""
+    module = document_id.split("/")[0].removesuffix(".py")
+    return "validation" if bucket(module) < STDLIB_VALIDATION_MODULES * BUCKETS else "train"
+
+
+def text_documents(files: Sequence[Path]) -> Iterator[Document]:
+    """Documents of the user's files, in order: UTF-8, compressed with xz or gzip or not at all.
+
+    A file named .jsonl, .ndjson or .json (before .xz or .gz) has one object with a "text" in each
+    line; any other is plain text, cut into documents of about 64 thousand characters at blank
+    lines. Raises InputError naming the file, and the line, that cannot be used.
+    """
+    for path in files:
+        suffixes = [s.lower() for s in path.suffixes if s.lower() not in (".xz", ".gz")]
+        lines_of_json = suffixes[-1:] in ([".jsonl"], [".ndjson"], [".json"])
+        try:
+            with _open(path) as file:
+                pieces = _json_lines(path, file) if lines_of_json else _plain_pieces(file)
+                for number, text in pieces:
+                    if text.strip():
+                        yield Document(f"{path.name}:{number}", text)
+        except UnicodeDecodeError as error:
+            raise InputError("--text", str(path), f"must be UTF-8 text ({error.reason})") from error
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError("--text", str(path), f"cannot be read: {reason}") from error
+
+
+def _open(path: Path) -> IO[str]:
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
+    return opener(path, "rt", encoding="utf-8", newline="\n")  # type: ignore[operator]
+
+
+def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError("--text", f"{path}:{number}", f"is not JSON ({error.msg})") from error
+        text = value.get("text") if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            accepted = 'every line must be an object with a string "text"'
+            raise InputError("--text", f"{path}:{number}", accepted)
+        # JSON can spell half of a surrogate pair, which UTF-8 cannot.
+        yield number, text.encode("utf-8", "replace").decode()
+
+
+def _plain_pieces(file: IO[str]) -> Iterator[tuple[int, str]]:
+    piece: list[str] = []
+    size = number = 0
+    while line := file.readline(PIECE):
+        piece.append(line)
+        size += len(line)
+        if size >= PIECE and (not line.strip() or size >= 4 * PIECE):
+            number += 1
+            yield number, "".join(piece)
+            piece, size = [], 0
+    yield number + 1, "".join(piece)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a first pass over documents found.
+
+    digest: sha256 of every text. documents: how many in each split. A document is in the
+    validation split where its text's `bucket` is at most `validation_bucket`.
+    """
+
+    digest: str
+    documents: dict[str, int]
+    validation_bucket: int
+
+    def split(self, text: str) -> str:
+        return "validation" if bucket(text) <= self.validation_bucket else "train"
+
+
+def scan_text(files: Sequence[Path]) -> Scan:
+    """Reads the user's files once, and puts documents into validation, in order of their hash,
+    until they hold 5% of the text.
+
+    Raises InputError where a file cannot be used or there are not two documents to split.
+    """
+    require(len(files) > 0, "--text", [], "must name a file")
+    digest = hashlib.sha256()
+    characters = np.zeros(BUCKETS, np.int64)
+    counts = np.zeros(BUCKETS, np.int64)
+    for document in text_documents(files):
+        data = document.text.encode()
+        digest.update(len(data).to_bytes(8, "big") + data)
+        characters[bucket(document.text)] += len(data)
+        counts[bucket(document.text)] += 1
+    names = ", ".join(str(path) for path in files)
+    require(counts.sum() > 0, "--text", names, "holds no text")
+    last = int(np.searchsorted(np.cumsum(characters), VALIDATION_SHARE * characters.sum()))
+    validation = int(counts[: last + 1].sum())
+    train = int(counts.sum()) - validation
+    require(train > 0, "--text", names,
+            f"holds one document of {characters.sum()} bytes, and the validation split needs one "
+            f"of its own; give more text (plain text is cut at about {PIECE} "
+            f"characters)")  # fmt: skip
+    return Scan(digest.hexdigest(), {"train": train, "validation": validation}, last)
