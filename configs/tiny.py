@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
         "spread": 0.5,
         "seeds": (0,),
         "optimum": {"budget": 5e11, "params": 1.0e5, "exponent": 0.5},
-        "shape": {"width_multiple": 8, "head_dim": 8, "aspect": 16.0, "layer_multiple": 2},
+        "shape": {"width_multiple": 8, "head_dim": 8, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {"batch_size": 8, "learning_rate": 0.2, "warmup_fraction": 0.05},
         "flops_per_second": 3e10,
     }

@@ -10,7 +10,7 @@ import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import ml_collections
 from absl import flags
@@ -20,7 +20,6 @@ from modjax.config import (
     DataConfig,
     Execution,
     InputError,
-    MoDConfig,
     ModelConfig,
     RunSpec,
     TrainConfig,
@@ -93,18 +92,21 @@ def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:
     """Adds the fields that have a default, so that overrides reach them."""
     for name, cls in GROUPS.items():
         _fill(values, name, cls)
+    if "sweep" in values:
+        _fill(values, "sweep", SweepConfig)
     return ml_collections.ConfigDict(values)
 
 
 def _fill(parent: dict[str, Any], name: str, cls: type) -> None:
     group = parent.setdefault(name, {})
     require(isinstance(group, dict), f"config.{name}", group, "must be a group of fields")
+    hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         decided = cls is TrainConfig and "sweep" in parent and field.name in RECIPE_FIELDS
-        if not decided and field.default is not dataclasses.MISSING:
+        if dataclasses.is_dataclass(hints[field.name]):
+            _fill(group, field.name, hints[field.name])
+        elif field.default is not dataclasses.MISSING and not decided:
             group.setdefault(field.name, field.default)
-    if cls is ModelConfig:
-        _fill(group, "mod", MoDConfig)
 
 
 def _override(config: ml_collections.ConfigDict, override: str) -> ml_collections.ConfigDict:

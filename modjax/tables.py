@@ -37,7 +37,7 @@ def plan_text(cells: Sequence[Cell], jobs: int) -> str:
     )  # fmt: skip
     rows = [
         (
-            c.arm, f"{c.budget_flops:.2g}", str(c.d_model), str(c.num_layers),
+            c.arm, f"{c.budget_flops:.3g}", str(c.d_model), str(c.num_layers),
             count(c.params_total), count(c.params_non_embedding), count(c.params_active),
             count(c.tokens), f"{c.tokens_per_param:.3g}", str(c.steps), str(c.batch_size),
             f"{c.learning_rate:.2e}", "?" if c.epochs is None else f"{c.epochs:.2f}",

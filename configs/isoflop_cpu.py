@@ -1,0 +1,35 @@
+"""isoFLOP curves of MoD, its dense baseline and the stochastic control, in about an hour.
+
+The control routes by Gaussian noise instead of learned scores: without it a gain of MoD can't be
+told from the gain of seeing more tokens per FLOP.
+
+Command   modjax sweep --config=configs/isoflop_cpu.py --workdir=work/isoflop_cpu --jobs 2
+Cost      about an hour on 2 cores
+Expected  see experiments/isoflop/README.md, the record of a run
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.model = {"vocab_size": 272}  # 256 bytes and 3 special ids, padded to a multiple of 16
+    config.train = {"seq_len": 256, "b2": 0.98, "eval_sequences": 256}
+    config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
+    config.execution = {"log_every": 20}
+    config.sweep = {
+        "arms": {
+            "dense": {"pattern": ("dense",)},
+            "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
+            "random12": {"pattern": ("dense", "stochastic"), "mod": {"capacity": 0.125}},
+        },
+        "budgets": (5e11, 1.5e12, 4.5e12, 1.35e13),
+        "sizes": 5,
+        "spread": 0.5,
+        "seeds": (0,),
+        "optimum": {"budget": 1.5e12, "params": 1.5e5, "exponent": 0.5},
+        "shape": {"width_multiple": 8, "head_dim": 8, "aspect": 32.0, "layer_multiple": 4},
+        "recipe": {"batch_size": 8, "learning_rate": 0.2, "warmup_fraction": 0.05},
+        "flops_per_second": 4e10,
+    }
+    return config

@@ -1,0 +1,47 @@
+"""The budgets of Mixture-of-Depths (arXiv 2404.02258, figures 3 and 4): 6e18, 2e19, 1e20 FLOPs.
+
+Models of 60M to 3B parameters, batch 128, sequences of 2048, on C4. The baseline's optimum is
+the paper's at 6e18 FLOPs, 220M parameters, and grows as the square root of the budget.
+
+Command   modjax data prepare --tfds c4 --vocab sentencepiece:32000
+          modjax sweep --config=configs/paper.py:6e18 --workdir=DIR        (or 2e19, or 1e20;
+          without an argument all three; launch/README.md says where)
+Cost      1.7e20 FLOPs for 6e18 (28 runs), 5.6e20 for 2e19, 2.8e21 for 1e20. The time that
+          `modjax plan` prints assumes 5e15 FLOP/s, such as 64 TPU v5e chips at 40%: set
+          --config.sweep.flops_per_second to yours.
+Expected  the paper's: optimal MoD models of 12.5% are larger than the optimal baseline and better
+          by up to 1.5%, and random routing is much worse. Not run by us.
+
+The paper leaves open the learning rate, optimizer, feed-forward width, tokenizer and data.
+"""
+
+import ml_collections
+
+BUDGETS = {"6e18": 6e18, "2e19": 2e19, "1e20": 1e20}
+
+
+def get_config(budget: str = "all") -> ml_collections.ConfigDict:
+    if budget not in (*BUDGETS, "all"):
+        raise ValueError(f"the budget must be one of {', '.join(BUDGETS)}, not {budget!r}")
+    config = ml_collections.ConfigDict()
+    config.model = {"vocab_size": 32_128, "dtype": "bfloat16"}
+    config.train = {"seq_len": 2048, "b2": 0.98, "eval_sequences": 4096, "eval_every": 0}
+    config.data = {"name": "c4", "vocab": "sentencepiece:32000", "seed": 0, "max_epochs": 1.0}
+    config.execution = {"remat": "dots", "fsdp": 1, "checkpoint_seconds": 600.0}
+    config.sweep = {
+        "arms": {
+            "dense": {"pattern": ("dense",)},
+            "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
+            "mod50": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.5}},
+            "random50": {"pattern": ("dense", "stochastic"), "mod": {"capacity": 0.5}},
+        },
+        "budgets": tuple(BUDGETS.values()) if budget == "all" else (BUDGETS[budget],),
+        "sizes": 7,
+        "spread": 0.55,
+        "seeds": (0,),
+        "optimum": {"budget": 6e18, "params": 2.2e8, "exponent": 0.5},
+        "shape": {"width_multiple": 128, "head_dim": 128, "aspect": 64.0, "layer_multiple": 2},
+        "recipe": {"batch_size": 128, "learning_rate": 0.1, "warmup_fraction": 0.02},
+        "flops_per_second": 5e15,
+    }
+    return config

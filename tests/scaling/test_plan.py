@@ -1,0 +1,208 @@
+"""The planner against its stated rules, computed here by hand, and every config of the project."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from modjax.config import InputError
+from modjax.experiment import load
+from modjax.scaling.cells import cells
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = str(CONFIGS / "tiny.py")
+SWEEPS = [
+    "tiny.py", "isoflop_cpu.py", "paper.py", "paper.py:6e18", "paper.py:2e19", "paper.py:1e20",
+]  # fmt: skip
+
+
+def dense_forward_flops_per_token(spec) -> float:
+    """By hand: 2 FLOPs per multiply-add of every matrix product; d_ff = 4 d, all heads separate."""
+    d, layers, length = spec.model.d_model, spec.model.num_layers, spec.train.seq_len
+    return layers * (24 * d * d + 4 * length * d) + 2 * d * spec.model.vocab_size
+
+
+def of(specs, arm, budget=None):
+    return [s for s in specs if s.variant == arm and budget in (None, s.budget_flops)]
+
+
+def table(experiment, epochs=None):
+    return cells(experiment.specs, experiment.sweep, lambda spec: epochs, 1e10)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_config_plans_on_budget_and_on_centre(name):
+    experiment = load(str(CONFIGS / name))
+    assert len({spec.run_id for spec in experiment.specs}) == len(experiment.specs)
+    for cell in table(experiment):
+        assert abs(cell.achieved - 1) < 0.01
+        assert cell.flags == ()
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_steps_spend_the_budget_by_a_hand_count(name):
+    for spec in of(load(str(CONFIGS / name)).specs, "dense"):
+        spent = 3 * dense_forward_flops_per_token(spec) * spec.train.tokens
+        assert spent == pytest.approx(spec.budget_flops, rel=0.01)
+
+
+def test_the_demo_has_three_budgets_five_sizes_and_two_arms():
+    experiment = load(TINY)
+    budgets = {spec.budget_flops for spec in experiment.specs}
+    assert len(budgets) >= 3
+    for budget in budgets:
+        for arm in experiment.sweep.arms:
+            assert len({s.model.d_model for s in of(experiment.specs, arm, budget)}) >= 5
+    assert len(experiment.sweep.arms) >= 2
+
+
+def test_the_papers_grid_has_its_batch_length_and_sizes():
+    experiment = load(str(CONFIGS / "paper.py"))
+    assert {s.train.batch_size for s in experiment.specs} == {128}
+    assert {s.train.seq_len for s in experiment.specs} == {2048}
+    assert sorted({s.budget_flops for s in experiment.specs}) == [6e18, 2e19, 1e20]
+    sizes = [c.params_total for c in table(experiment) if c.arm == "dense"]
+    assert 60e6 < min(sizes) < 120e6
+    assert 2.5e9 < max(sizes) < 3.6e9
+
+
+def test_the_baseline_grid_is_centred_on_the_predicted_optimum():
+    experiment = load(TINY)
+    optimum = experiment.sweep.optimum
+    for budget in experiment.sweep.budgets:
+        sizes = [c.params_non_embedding for c in table(experiment)
+                 if c.arm == "dense" and c.budget_flops == budget]  # fmt: skip
+        predicted = optimum.params * (budget / optimum.budget) ** optimum.exponent
+        centre = sum(map(math.log10, sizes)) / len(sizes)
+        assert centre == pytest.approx(math.log10(predicted), abs=0.15)
+        assert math.log10(max(sizes) / min(sizes)) <= 2 * experiment.sweep.spread + 0.3
+
+
+def test_other_arms_match_the_baselines_forward_flops():
+    rows = table(load(str(CONFIGS / "paper.py:6e18")))
+    forward = {arm: sorted(r.forward_flops_per_token for r in rows if r.arm == arm)
+               for arm in ("dense", "mod12", "mod50")}  # fmt: skip
+    for arm in ("mod12", "mod50"):
+        for mine, baseline in zip(forward[arm], forward["dense"], strict=True):
+            assert mine == pytest.approx(baseline, rel=0.2)
+
+
+def test_arms_of_one_size_rule_differ_only_in_what_the_config_says():
+    specs = load(str(CONFIGS / "isoflop_cpu.py")).specs
+    for mod, control in zip(of(specs, "mod12"), of(specs, "random12"), strict=True):
+        assert mod.train == control.train
+        assert mod.model.d_model == control.model.d_model
+        assert (mod.model.pattern[1], control.model.pattern[1]) == ("mod", "stochastic")
+
+
+def test_the_recipe_follows_its_rules_of_width_and_budget():
+    overrides = ["sweep.recipe.batch_exponent=0.5", "sweep.recipe.learning_rate=0.3",
+                 "sweep.recipe.batch_size=8", "sweep.optimum.budget=5e11",
+                 "sweep.budgets=5e11,8e12", "sweep.recipe.warmup_fraction=0.1"]  # fmt: skip
+    for spec in load(TINY, overrides).specs:
+        batch = {5e11: 8, 8e12: 32}[spec.budget_flops]
+        assert spec.train.batch_size == batch
+        assert spec.train.learning_rate == pytest.approx(0.3 * batch**0.5 / spec.model.d_model)
+        assert spec.train.warmup_steps == round(0.1 * spec.train.steps)
+
+
+def test_shapes_follow_from_the_width():
+    overrides = ["sweep.shape.width_multiple=32", "sweep.shape.head_dim=16",
+                 "sweep.shape.aspect=16.0", "sweep.shape.layer_multiple=2",
+                 "sweep.shape.ff_multiple=3.0"]  # fmt: skip
+    for spec in load(TINY, overrides).specs:
+        model = spec.model
+        assert model.d_model % 32 == 0
+        assert model.num_heads == model.d_model // 16
+        assert model.d_ff == 3 * model.d_model
+        assert model.num_layers == max(2, 2 * (model.d_model // 32))
+
+
+def test_seeds_repeat_the_grid_with_the_same_data_order():
+    specs = load(TINY, ["sweep.seeds=0,1,2"]).specs
+    assert len(specs) == 3 * len(load(TINY).specs)
+    assert {s.train.seed for s in specs} == {0, 1, 2}
+    assert {s.data.seed for s in specs} == {0}
+
+
+def test_the_longest_runs_come_first():
+    budgets = [spec.budget_flops for spec in load(TINY).specs]
+    assert budgets == sorted(budgets, reverse=True)
+
+
+def test_a_run_keeps_its_name_when_only_the_execution_or_the_grid_around_it_changes():
+    names = {spec.run_id for spec in load(TINY).specs}
+    assert names == {s.run_id for s in load(TINY, ["execution.log_every=3"]).specs}
+    assert names < {s.run_id for s in load(TINY, ["sweep.seeds=0,1"]).specs}
+    assert not names & {s.run_id for s in load(TINY, ["train.b2=0.9"]).specs}
+
+
+def test_cells_that_are_off_budget_off_centre_or_repeat_data_are_flagged():
+    def flags(*overrides, epochs=None):
+        return {flag for c in table(load(TINY, overrides), epochs) for flag in c.flags}
+
+    assert flags("sweep.recipe.batch_size=64") == {"off-budget"}
+    assert flags("sweep.optimum.params=3e2") == {"off-centre"}
+    assert flags(epochs=0.9) == set()
+    assert flags("data.max_epochs=2.0", epochs=1.5) == {"repeats data"}
+    assert flags("data.max_epochs=1.0", epochs=1.5) == {"too many epochs"}
+
+
+BAD = {
+    "sweep.nonsense=1": "--config.sweep.nonsense = '1': unknown; known here: arms, budgets",
+    "nonsense.a=1": "--config.nonsense.a = '1': unknown; known here: data, execution",
+    "sweep.sizes.a=1": "--config.sweep.sizes.a = '1': is inside a plain value",
+    "sweep.sizes=many": "--config.sweep.sizes = 'many': must be of type int, like 5",
+    "sweep.sizes=0": "sweep.sizes = 0: must be greater than 0",
+    "sweep.shape=3": "--config.sweep.shape = '3': is a group; set one of its fields: ",
+    "train.steps=100": "--config.train.steps = '100': unknown",
+    "model.d_model=64": "--config.model.d_model = '64': unknown",
+    "model.mlp=tanh": "model.mlp = 'tanh': must be one of gelu",
+    "model.pattern=moe": "model.pattern = 'moe': must be one of dense, mod, stochastic",
+    "sweep.arms.mod12.mod.capacity=1.5": "model.mod.capacity = 1.5: must be in (0, 1]",
+    "sweep.arms.mod12.mod.capacity=0": "model.mod.capacity = 0.0: must be in (0, 1]",
+    "sweep.shape.head_dim=12": "sweep.shape.width_multiple = 8: must be a multiple of",
+    "sweep.shape.layer_multiple=3": "sweep.shape.layer_multiple = 3: must be a multiple of arm",
+    "sweep.budgets=1e3": "sweep.budgets = 1000.0: too small for a step of arm dense",
+    "sweep.budgets=-1.0": "sweep.budgets = -1.0: must be greater than 0",
+    "train.seq_len=0": "train.seq_len = 0: must be a positive number",
+    "execution.remat=maybe": "execution.remat = 'maybe': must be one of none, dots, full",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_input_is_one_line_that_names_field_value_and_remedy(override):
+    # The arms set their own patterns, so a bad pattern of the model needs an arm without one.
+    more = ["sweep.arms={'plain': {}}"] if "pattern" in override else []
+    with pytest.raises(InputError) as caught:
+        load(TINY, [override, *more])
+    assert str(caught.value).startswith(BAD[override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_config_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load(str(tmp_path / "none.py"))
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(InputError, match="ZeroDivisionError: division by zero"):
+        load(str(broken))
+    with pytest.raises(InputError, match="the budget must be one of 6e18, 2e19, 1e20"):
+        load(str(CONFIGS / "paper.py:7e18"))
+    arms = tmp_path / "arms.py"
+    arms.write_text(Path(TINY).read_text().replace('"mod": {"capacity"', '"mode": {"capacity"'))
+    with pytest.raises(InputError, match=r"sweep.arms.mod12.mode = .*unknown; an arm can change"):
+        load(str(arms))
+    planned = tmp_path / "planned.py"
+    planned.write_text(
+        Path(TINY).read_text().replace('"seq_len": 128', '"seq_len": 128, "steps": 9')
+    )
+    with pytest.raises(InputError, match=r"train.steps = 9: is decided by sweep.recipe"):
+        load(str(planned))
+
+
+def test_a_config_without_a_sweep_is_one_run():
+    experiment = load(str(CONFIGS / "single.py"), ["train.steps=70", "train.seed=3"])
+    assert experiment.sweep is None
+    (spec,) = experiment.specs
+    assert (spec.train.steps, spec.train.seed, spec.variant) == (70, 3, "dense-mod")
