@@ -126,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--name", help="what to call it; default stdlib, text or the TFDS name")
     prepare.add_argument("--vocab", default="bytes", help="bytes, sentencepiece:SIZE or a .model")
     prepare.add_argument("--force", action="store_true", help="prepare again what is there")
-    add("show", verbs.data_show, "the prepared corpora and their counts", "data_dir", to=data_verbs)
+    add("show", verbs.data_show, "the prepared corpora and their counts", "data_dir", "json",
+        to=data_verbs)  # fmt: skip
 
     plan = add("plan", verbs.plan, PLAN, "config", "data_dir", "jobs", "json")
     plan.add_argument("--workdir", type=Path, help="take the speed from the runs finished here")

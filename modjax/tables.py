@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from modjax.config import RunSpec
+from modjax.data.cache import Manifest
 from modjax.flops import CONVENTIONS, forward_flops, parameters, six_nd, total_flops, train_flops
 from modjax.scaling.cells import Cell
 from modjax.scaling.display import clock
@@ -28,6 +29,19 @@ def count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{suffix}"
     return f"{value:.3g}"
+
+
+def data_text(manifests: Sequence[Manifest]) -> str:
+    header = ("corpus", "vocab", "ids", "split", "documents", "tokens", "bytes")
+    rows = [
+        (
+            m.name, m.vocab, str(m.vocab_size), name, count(split.documents), count(split.tokens),
+            count(split.bytes),
+        )
+        for m in manifests
+        for name, split in m.splits.items()
+    ]  # fmt: skip
+    return text_table(header, rows)
 
 
 def plan_text(cells: Sequence[Cell], jobs: int) -> str:

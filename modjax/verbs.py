@@ -34,8 +34,12 @@ def data_prepare(args: argparse.Namespace) -> None:
 
 def data_show(args: argparse.Namespace) -> None:
     from modjax.data.cache import describe
+    from modjax.tables import data_text
 
-    print(describe(args.data_dir))
+    manifests = describe(args.data_dir)
+    if args.json:
+        return _print_json([to_dict(manifest) for manifest in manifests])
+    print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
 
 
 def _load(args: argparse.Namespace) -> Any:

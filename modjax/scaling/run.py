@@ -100,23 +100,23 @@ def compilation_cache() -> dict[str, str]:
 
 
 def open_data(experiment: Experiment, data_dir: Path) -> "TokenCache":
-    """The token cache of the experiment. Raises InputError where it can't be used."""
+    """The token cache of the experiment. Raises InputError where it is missing or damaged."""
     from modjax.data.cache import cache_dir, open_cache
 
-    data, model = experiment.specs[0].data, experiment.specs[0].model
-    cache = open_cache(cache_dir(data_dir, data))
-    require(
-        model.vocab_size >= cache.manifest.vocab_size, "model.vocab_size", model.vocab_size,
-        f"must be at least {cache.manifest.vocab_size}, the vocabulary of {data.name}",
-    )  # fmt: skip
-    return cache
+    return open_cache(cache_dir(data_dir, experiment.specs[0].data))
 
 
 def plan_table(
     experiment: Experiment, cache: "TokenCache | None", records: Sequence[Record] = ()
 ) -> list[Cell]:
-    """The cells of a sweep; without a cache their epochs are unknown."""
-    from modjax.data.cache import epochs
+    """The cells of a sweep; without a cache their epochs are unknown.
+
+    Raises InputError where the cache has more tokens than the model has embeddings.
+    """
+    from modjax.data.cache import check_vocab, epochs
+
+    if cache is not None:
+        check_vocab(cache, experiment.specs[0].model)
 
     def read(spec: RunSpec) -> float | None:
         sequences = spec.train.steps * spec.train.batch_size

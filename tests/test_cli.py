@@ -1,0 +1,210 @@
+"""The command line as a user meets it: what it prints, one line for bad input, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from modjax.cli import main
+from modjax.config import DataConfig
+from modjax.data.cache import Manifest, Split, cache_dir
+from modjax.experiment import load
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = f"--config={CONFIGS / 'tiny.py'}"
+# Four runs of a second each.
+SMALL = [
+    "--config.sweep.sizes=2", "--config.sweep.budgets=1e9", "--config.train.seq_len=32",
+    "--config.sweep.optimum={'budget': 1e9, 'params': 1.2e4, 'exponent': 0.5}",
+    "--config.sweep.recipe.batch_size=1", "--config.train.eval_sequences=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """A token cache of two million random letters, written as modjax/data/cache.py describes."""
+    folder = tmp_path_factory.mktemp("data")
+    path = cache_dir(folder, DataConfig())
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, tokens in (("train", 2_000_000), ("validation", 100_000)):
+        array = ts.open(
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path / split}/"}},
+            create=True, dtype=ts.uint16, shape=[tokens],
+        ).result()  # fmt: skip
+        array.write(rng.integers(3, 30, tokens).astype(np.uint16)).result()
+        splits[split] = Split(documents=1, tokens=tokens, bytes=tokens)
+    manifest = Manifest("stdlib", "bytes", 259, 1, "random", "f00", splits)
+    (path / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
+def said(capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `modjax arguments...`"""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_shows_every_verb_and_what_exit_codes_mean(capsys):
+    code, out, _ = said(capsys, "--help")
+    assert code == 0
+    for verb in ("data", "plan", "sweep", "status", "fit", "report", "train", "flops", "bench"):
+        assert f"\n    {verb} " in out
+    assert "exit codes" in out and "75" in out
+
+
+@pytest.mark.parametrize("verb", ["plan", "sweep", "train", "flops"])
+def test_the_help_of_experiment_verbs_explains_overrides(verb, capsys):
+    code, out, _ = said(capsys, verb, "--help")
+    assert code == 0 and "--config.GROUP.FIELD=VALUE" in out
+
+
+def test_plan_prints_every_cell_with_its_epochs(data_dir, capsys):
+    code, out, err = said(capsys, "plan", TINY, f"--data-dir={data_dir}")
+    assert (code, err) == (0, "")
+    specs = load(str(CONFIGS / "tiny.py")).specs
+    assert len([line for line in out.splitlines() if line.startswith(("dense", "mod"))]) == 30
+    assert f"{len(specs)} runs, 2.15e+13 training FLOPs" in out
+    assert "too many epochs" in out, "two million tokens are not enough for the demo"
+
+
+def test_plan_without_data_still_plans(tmp_path, capsys):
+    code, out, err = said(capsys, "plan", TINY, f"--data-dir={tmp_path}")
+    assert (code, err) == (0, "")
+    assert "epochs unknown" in out and "modjax data prepare" in out
+
+
+def test_plan_as_json_has_the_columns_of_the_table(data_dir, capsys):
+    _, out, _ = said(capsys, "plan", TINY, f"--data-dir={data_dir}", "--json")
+    cells = json.loads(out)
+    for cell in cells:
+        assert cell["tokens"] == cell["steps"] * cell["batch_size"] * 128
+        assert cell["epochs"] == pytest.approx(cell["tokens"] / 2e6, rel=1e-3)
+        assert cell["achieved"] == pytest.approx(cell["train_flops"] / cell["budget_flops"])
+
+
+def test_overrides_may_be_separated_by_a_space(tmp_path, capsys):
+    arguments = ("plan", "--config", str(CONFIGS / "tiny.py"), "--config.sweep.seeds", "0,1",
+                 "--data-dir", str(tmp_path), "--json")  # fmt: skip
+    assert len(json.loads(said(capsys, *arguments)[1])) == 60
+
+
+def test_flops_prints_components_that_add_up(capsys):
+    config = f"--config={CONFIGS / 'single.py'}"
+    code, out, _ = said(capsys, "flops", config)
+    assert code == 0 and "chinchilla" in out and "6ND" in out
+    (values,) = json.loads(said(capsys, "flops", config, "--json")[1])
+    # d 64, 4 layers of which 2 on k = 16 of 128 positions: qkv = 6 k d^2 per routed layer.
+    assert values["forward_flops_per_sequence"]["qkv"] == 6 * 64 * 64 * (2 * 128 + 2 * 16)
+    assert values["parameters"]["embedding"] == 272 * 64
+
+
+def test_flops_of_a_sweep_shows_one_model_per_arm(capsys):
+    models = json.loads(said(capsys, "flops", TINY, "--json")[1])
+    assert [model["run_id"].split("-")[0] for model in models] == ["dense", "mod12"]
+
+
+BAD = {
+    "unknown override": (
+        ["plan", TINY, "--config.train.b3=1"],
+        "--config.train.b3 = '1': unknown; known here:",
+    ),
+    "wrong type": (["plan", TINY, "--config.train.b2=x"], "--config.train.b2 = 'x': must be"),
+    "missing value": (["plan", TINY, "--config.train.b2"], "--config.train.b2: needs a value"),
+    "capacity": (
+        ["plan", TINY, "--config.sweep.arms.mod12.mod.capacity=2"],
+        "model.mod.capacity = 2.0: must be in (0, 1]",
+    ),
+    "no such config": (["plan", "--config=none.py"], "--config = 'none.py': no such file"),
+    "not a sweep": (
+        ["plan", f"--config={CONFIGS / 'single.py'}"],
+        "has no `sweep` group: `modjax train` runs it",
+    ),
+    "heads": (
+        ["flops", f"--config={CONFIGS / 'single.py'}", "--config.model.num_heads=5"],
+        "model.d_model = 64: must be a multiple of model.num_heads = 5",
+    ),
+    "no run named": (["train", TINY, "--workdir=x"], "--run = None: must be one of the plan's 30"),
+    "jobs": (["plan", TINY, "--jobs=0"], "--jobs = 0: must be greater than 0"),
+    "unknown verb": (["brew"], "invalid choice: 'brew'"),
+    "unknown option": (["plan", TINY, "--colour=red"], "unrecognized arguments: --colour=red"),
+    "no workdir": (["sweep", TINY], "the following arguments are required: --workdir"),
+    "no sweep here": (["status", "--workdir=nowhere"], "holds no sweep"),
+    "nothing to fit": (["fit", "--workdir=nowhere"], "holds no finished run"),
+    "no cache": (
+        ["sweep", TINY, "--workdir=x", "--data-dir=nowhere"],
+        "no token cache here; make it with `modjax data prepare`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_one_line_and_code_2(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[name]
+    code, out, err = said(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("modjax: ") and err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == [], "nothing was begun"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "too large for the data"),
+        (
+            ["--config.sweep.recipe.batch_size=64", "--config.data.max_epochs=3"],
+            "can't spend it within 1%",
+        ),
+        (["--config.model.vocab_size=200"], "model.vocab_size = 200: must be at least 259"),
+    ],
+)
+def test_a_sweep_refuses_bad_cells_before_it_starts(overrides, message, data_dir, tmp_path, capsys):
+    workdir = tmp_path / "work"
+    code, _, err = said(capsys, "sweep", TINY, f"--data-dir={data_dir}", f"--workdir={workdir}",
+                        *overrides)  # fmt: skip
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not workdir.exists()
+
+
+def test_light_verbs_import_neither_jax_nor_tensorflow(tmp_path):
+    script = f"""
+import sys
+from modjax.cli import main
+assert main(["plan", {TINY!r}, "--data-dir={tmp_path}"]) == 0
+assert main(["flops", {TINY!r}]) == 0
+assert main(["status", "--workdir={tmp_path}"]) == 2
+heavy = {{"jax", "flax", "tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_modjax_is_lazy_and_public_names_resolve():
+    script = """
+import sys, modjax
+assert not {"jax", "numpy", "tensorflow"} & set(sys.modules)
+for name in modjax.__all__:
+    assert getattr(modjax, name) is not None, name
+assert "tensorflow" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    import modjax
+
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = modjax.nonsense
+    assert "Transformer" in dir(modjax)
