@@ -120,9 +120,10 @@ def test_a_killed_worker_is_replaced_and_its_run_done_again(folders):
 
 
 def test_a_killed_sweep_leaves_no_worker_behind_and_goes_on_when_restarted(folders):
-    (folders[1] / "seconds").write_text("0.5")
+    (folders[1] / "seconds").write_text("60")
+    (folders[1] / "quick").write_text(run_ids()[0])
     process = start(folders)
-    wait_until(lambda: any(lines(folders, "finishes").values()))
+    wait_until(lambda: sum(map(bool, lines(folders, "starts").values())) == 3)
     process.kill()
     process.communicate()
     pids = {int(pid) for starts in lines(folders, "starts").values() for pid in starts}
