@@ -123,11 +123,12 @@ def _plain_pieces(file: IO[str]) -> Iterator[tuple[int, str]]:
 class Scan:
     """What a first pass over documents found.
 
-    digest: sha256 of every text. documents: how many in each split. A document is in the
-    validation split where its text's `bucket` is at most `validation_bucket`.
+    digest: sha256 of every text. bytes: of all text. documents: how many in each split. A
+    document is in validation where its text's `bucket` is at most `validation_bucket`.
     """
 
     digest: str
+    bytes: int
     documents: dict[str, int]
     validation_bucket: int
 
@@ -143,20 +144,21 @@ def scan_text(files: Sequence[Path]) -> Scan:
     """
     require(len(files) > 0, "--text", [], "must name a file")
     digest = hashlib.sha256()
-    characters = np.zeros(BUCKETS, np.int64)
+    sizes = np.zeros(BUCKETS, np.int64)
     counts = np.zeros(BUCKETS, np.int64)
     for document in text_documents(files):
         data = document.text.encode()
         digest.update(len(data).to_bytes(8, "big") + data)
-        characters[bucket(document.text)] += len(data)
+        sizes[bucket(document.text)] += len(data)
         counts[bucket(document.text)] += 1
     names = ", ".join(str(path) for path in files)
     require(counts.sum() > 0, "--text", names, "holds no text")
-    last = int(np.searchsorted(np.cumsum(characters), VALIDATION_SHARE * characters.sum()))
+    last = int(np.searchsorted(np.cumsum(sizes), VALIDATION_SHARE * sizes.sum()))
     validation = int(counts[: last + 1].sum())
     train = int(counts.sum()) - validation
     require(train > 0, "--text", names,
-            f"holds one document of {characters.sum()} bytes, and the validation split needs one "
+            f"holds one document of {sizes.sum()} bytes, and the validation split needs one "
             f"of its own; give more text (plain text is cut at about {PIECE} "
             f"characters)")  # fmt: skip
-    return Scan(digest.hexdigest(), {"train": train, "validation": validation}, last)
+    documents = {"train": train, "validation": validation}
+    return Scan(digest.hexdigest(), int(sizes.sum()), documents, last)

@@ -1,0 +1,269 @@
+"""Preparing a token cache: resumable, and usable as a whole or not there at all.
+
+Everything is written into a hidden sibling of the cache, `.NAME-VOCAB.partial`, and renamed at
+the end. A run that was killed goes on behind its last full shard and ends in the same cache.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from modjax.config import DataConfig, InputError, require
+from modjax.data.cache import SPLITS, Manifest, Split, cache_dir, open_cache
+from modjax.data.documents import Scan, scan_text, stdlib_documents
+from modjax.data.vocabulary import TRAINING_BYTES, Vocab, parse_vocab, train_sentencepiece
+from modjax.data.writer import Written, read_journal, write_journal, write_split, write_whole
+
+CORPORA = ("stdlib", "c4", "lm1b")
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Input that has been checked. source names it in the manifest, with a hash where it can."""
+
+    name: str
+    source: str
+    files: tuple[Path, ...] = ()
+    scan: Scan | None = None
+    tfds_name: str | None = None
+
+
+def prepare(
+    *,
+    name: str | None = None,
+    text_files: Sequence[Path] = (),
+    tfds_name: str | None = None,
+    vocab: str = "bytes",
+    data_dir: Path,
+    force: bool = False,
+) -> Path:
+    """Makes the token cache of a corpus, unless it is there already, and returns its folder.
+
+    The corpus is the user's files, or a TFDS data set, or else the one called `name`: stdlib (the
+    default), c4 or lm1b. With files or a data set, `name` is what to call the result.
+    vocab: "bytes", "sentencepiece:SIZE" (trained on the corpus) or the path of a SentencePiece
+    model. force: makes it anew, replacing what is there.
+
+    Raises InputError, before anything is written, for input that cannot be used, and for a full
+    disk, where running it again goes on.
+    """
+    require(re.match(r"\w+:/", str(data_dir)) is None, "--data-dir", str(data_dir),
+            "must be a local folder; prepare there, then copy the cache to the bucket")  # fmt: skip
+    wanted = parse_vocab(vocab)
+    corpus = _check_corpus(name, [Path(file) for file in text_files], tfds_name)
+    source = corpus.source
+    if wanted.file is not None:
+        source += f"; {wanted.name} sha256 {_sha256(wanted.file.read_bytes())}"
+    final = cache_dir(data_dir, DataConfig(name=corpus.name, vocab=wanted.name))
+    if final.exists() and not force:
+        made_from = open_cache(final).manifest.source
+        require(made_from == source, "--name", str(final),
+                f"was prepared from other input ({made_from}); choose another --name, or replace "
+                f"it with --force")  # fmt: skip
+        return final
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        _make_folder(partial)
+        with _locked(partial), _reporting(final.name) as report:
+            _fill(partial, corpus, wanted, source, report)
+            _put_in_place(partial, final)
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        if not any(partial.glob("*/c")):  # nothing worth going on from
+            shutil.rmtree(partial, ignore_errors=True)
+        raise InputError("--data-dir", str(data_dir),
+                         "no space left on the disk; free some and run this again, which goes on "
+                         "from here") from error  # fmt: skip
+    return final
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError("--data-dir", str(path.parent), f"cannot be made: {error}") from error
+
+
+def _check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:
+    require(not (files and tfds_name), "--tfds", tfds_name, "cannot be combined with --text")
+    if files or tfds_name:
+        name = name or ("text" if files else re.sub(r"[^\w.-]", "-", tfds_name or ""))
+        require(name not in CORPORA, "--name", name, "is a built-in corpus; choose another name")
+    name = name or CORPORA[0]
+    require(re.fullmatch(r"\w[\w.-]*", name) is not None, "--name", name,
+            "must be made of letters, digits, '-', '_' and '.'")  # fmt: skip
+    if files:
+        scan = scan_text(files)
+        return Corpus(name, f"text sha256 {scan.digest}", tuple(files), scan)
+    require(tfds_name is not None or name in CORPORA, "--name", name,
+            f"unknown corpus; must be one of {', '.join(CORPORA)}, or come with --text or "
+            f"--tfds")  # fmt: skip
+    if name == "stdlib":
+        digest = _sha256("\0".join(f"{d.id}\0{d.text}" for d in stdlib_documents()).encode())
+        return Corpus(name, f"stdlib of Python {platform.python_version()} sha256 {digest}")
+    tasks = _load_tasks()
+    full_name = tasks.resolve_tfds(tfds_name or {"c4": tasks.C4, "lm1b": tasks.LM1B}[name])
+    return Corpus(name, f"tfds {full_name}", tfds_name=full_name)
+
+
+def _fill(
+    partial: Path, corpus: Corpus, wanted: Vocab, source_name: str, report: Callable[[str], None]
+) -> None:
+    """Brings `partial` to a whole cache, manifest last."""
+    written = read_journal(partial, source_name)
+    write_journal(partial, source_name, written)
+    report("loading TensorFlow")
+    tasks = _load_tasks()
+    scratch = partial / "scratch"
+    scratch.mkdir(exist_ok=True)
+    report("reading the text")
+    if corpus.scan is not None:
+        source = tasks.text_source(corpus.files, corpus.scan)
+    elif corpus.tfds_name is not None:
+        source = tasks.tfds_source(corpus.tfds_name)
+    else:
+        source = tasks.stdlib_source(scratch / "tfds")
+
+    model = b""
+    if wanted.name != "bytes":
+        report(f"making the vocabulary {wanted.name}")
+        model = _model(partial / "vocabulary.model", tasks, source, wanted, corpus)
+    vocabulary = tasks.make_vocabulary(model, scratch)
+    dtype = np.dtype(np.uint16 if vocabulary.vocab_size <= 2**16 else np.uint32)
+
+    for split in SPLITS:
+        if written[split].done:
+            continue
+
+        def save(now: Written, split: str = split) -> None:
+            written[split] = now
+            write_journal(partial, source_name, written)
+
+        start = written[split]
+        task = tasks.make_task("modjax", source, vocabulary, skip=start.documents)
+        total = source.num_input_examples(split)
+        documents = _counted(tasks.tokenized(task, split), split, start.documents, total, report)
+        save(write_split(partial / split, documents, dtype, start, save))
+        require(written[split].bytes > 0, "data", corpus.name, f"its {split} split has no text")
+
+    shutil.rmtree(scratch)
+    fingerprint = hashlib.sha256(model)
+    for split in SPLITS:
+        fingerprint.update(f"{split} {written[split].tokens} {written[split].digest}".encode())
+    manifest = Manifest(
+        name=corpus.name,
+        vocab=wanted.name,
+        vocab_size=vocabulary.vocab_size,
+        eos_id=vocabulary.eos_id,
+        source=source_name,
+        fingerprint=fingerprint.hexdigest(),
+        splits={s: Split(w.documents, w.tokens, w.bytes) for s, w in written.items()},
+    )
+    write_whole(partial / "manifest.json", manifest.to_json())
+
+
+def _model(path: Path, tasks: Any, source: Any, wanted: Vocab, corpus: Corpus) -> bytes:
+    """The SentencePiece model at `path`, where it is put first if need be."""
+    if wanted.file is not None:
+        write_whole(path, wanted.file.read_bytes())
+    elif not path.exists():
+        assert wanted.size is not None
+        # A TFDS data set is in random order, so its beginning will do; files are sampled evenly.
+        every = 1 if corpus.scan is None else max(1, corpus.scan.bytes // TRAINING_BYTES)
+        write_whole(path, train_sentencepiece(tasks.texts(source, every), wanted.size))
+    return path.read_bytes()
+
+
+def _load_tasks() -> Any:
+    """The module that needs TensorFlow."""
+    try:
+        return importlib.import_module("modjax.data.tasks")
+    except ImportError as error:
+        raise InputError("modjax data", f"missing package {error.name}",
+                         "preparing text needs more packages: pip install 'modjax[data]'"
+                         ) from error  # fmt: skip
+
+
+def _counted(
+    batches: Iterator[Any], split: str, done: int, total: int, report: Callable[[str], None]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Documents one by one, reporting how many there have been."""
+    for batch in batches:
+        yield from zip(batch.tokens, batch.bytes, strict=True)
+        done += len(batch.tokens)
+        report(f"{split}: {done:,} of {total:,} documents")
+
+
+@contextlib.contextmanager
+def _reporting(what: str) -> Iterator[Callable[[str], None]]:
+    """One live line of progress on a terminal; elsewhere a line now and then."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(f"{what}: starting") as status:
+            yield lambda text: status.update(f"{what}: {text}")
+        return
+    last = -SECONDS_BETWEEN_LINES
+
+    def report(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"modjax: {what}: {text}", file=sys.stderr, flush=True)
+
+    yield report
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds `folder`, which must not be renamed meanwhile by anyone else."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
+        except BlockingIOError:
+            ours = False
+        require(ours, "--data-dir", str(folder.parent),
+                f"another process is preparing {folder.name}; wait for it to end")  # fmt: skip
+        yield
+    finally:
+        os.close(handle)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(partial, final)
+    (final / "journal.json").unlink()
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

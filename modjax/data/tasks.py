@@ -1,0 +1,189 @@
+"""seqio tasks: where text comes from, and how it becomes tokens.
+
+Importing this module registers modjax_stdlib, modjax_c4 and modjax_lm1b (as bytes) with seqio.
+It loads TensorFlow, which takes about ten seconds; training never does.
+"""
+
+import contextlib
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from modjax.config import InputError, require
+from modjax.data.cache import SPLITS
+from modjax.data.documents import Scan, text_documents
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Sends what is written to stderr to nowhere: TensorFlow's C++ writes before it can be told."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+with _quiet_loading():
+    import absl.logging
+    import seqio
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    import modjax.data.builders.stdlib  # noqa: F401  registers the data set with TFDS
+
+absl.logging.set_verbosity(absl.logging.ERROR)
+tf.config.set_visible_devices([], "GPU")
+
+DOCUMENTS_AT_ONCE = 64
+STDLIB = "stdlib:1.0.0"
+C4 = "c4/en:3.1.0"
+LM1B = "lm1b:1.1.0"
+
+
+class Tokenized(NamedTuple):
+    """Some documents: their tokens, each ending in eos, and the UTF-8 bytes of their text."""
+
+    tokens: list[np.ndarray]
+    bytes: np.ndarray
+
+
+def text_source(files: Sequence[Path], scan: Scan) -> seqio.DataSource:
+    """The user's own files, split as `scan` decided."""
+
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed
+
+        def documents() -> Iterator[dict[str, str]]:
+            for document in text_documents(files):
+                if scan.split(document.text) == split:
+                    yield document._asdict()
+
+        scalar = tf.TensorSpec((), tf.string)
+        return tf.data.Dataset.from_generator(
+            documents, output_signature={"id": scalar, "text": scalar}
+        )
+
+    return seqio.FunctionDataSource(dataset, SPLITS, num_input_examples=scan.documents)
+
+
+def stdlib_source(tfds_dir: Path | None = None) -> seqio.DataSource:
+    """The standard library, built under `tfds_dir` (None: where TFDS keeps its data sets)."""
+    if tfds_dir is not None:
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(None):
+            tfds.builder(STDLIB, data_dir=tfds_dir).download_and_prepare()
+        return seqio.TfdsDataSource(STDLIB, tfds_data_dir=os.fspath(tfds_dir), splits=SPLITS)
+    return seqio.TfdsDataSource(STDLIB, splits=SPLITS)
+
+
+def resolve_tfds(name: str) -> str:
+    """The full name, with configuration and version, of a TFDS data set that has a text feature.
+
+    Raises InputError where there is none of this name, or it has no "text".
+    """
+    try:
+        info = tfds.builder(name).info
+    except Exception as error:  # TFDS raises many kinds
+        reason = str(error).splitlines()[0]
+        raise InputError("--tfds", name, f"must be a data set that TFDS knows: {reason}") from error
+    features = info.features
+    has_text = (
+        isinstance(features, tfds.features.FeaturesDict)
+        and "text" in features
+        and features["text"].dtype == tf.string
+    )
+    require(has_text, "--tfds", name, 'must have a feature named "text" that holds a string')
+    dataset, _, version = info.full_name.rpartition("/")
+    return f"{dataset}:{version}"
+
+
+def tfds_source(name: str) -> seqio.DataSource:
+    """A TFDS data set by its full name, downloaded if it is not there yet.
+
+    Its validation split is its own, else its test split, else the first 5% of train.
+    Raises InputError where it cannot be downloaded or prepared.
+    """
+    builder = tfds.builder(name)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare()
+    except Exception as error:  # anything from a lost connection to a missing Beam runner
+        reason = str(error).strip().splitlines()[0]
+        raise InputError("--tfds", name, f"could not be downloaded: {reason}") from error
+    held_out = [split for split in ("validation", "test") if split in builder.info.splits]
+    splits = {"train": "train", "validation": held_out[0]} if held_out else {
+        "train": "train[5%:]", "validation": "train[:5%]"
+    }  # fmt: skip
+    return seqio.TfdsDataSource(name, splits=splits)
+
+
+def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
+    """The vocabulary of a SentencePiece model, put into `folder`; of bytes where it is empty."""
+    if not model:
+        return seqio.ByteVocabulary()
+    # seqio remembers models by their path, as long as the process lives.
+    path = folder / f"{hashlib.sha256(model).hexdigest()}.model"
+    path.write_bytes(model)
+    return seqio.SentencePieceVocabulary(os.fspath(path))
+
+
+def make_task(
+    name: str, source: seqio.DataSource, vocabulary: seqio.Vocabulary, skip: int = 0
+) -> seqio.Task:
+    """The task that tokenises "text" into "targets", without its first `skip` documents."""
+    return seqio.Task(
+        name,
+        source=source,
+        preprocessors=[
+            lambda dataset: dataset.skip(skip),
+            seqio.map_over_dataset(lambda example: {"targets": example["text"]}),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos,
+        ],
+        output_features={"targets": seqio.Feature(vocabulary, add_eos=True)},
+    )
+
+
+def tokenized(task: seqio.Task, split: str) -> Iterator[Tokenized]:
+    """Every document of a split in a fixed order, some at a time."""
+    dataset = task.get_dataset(None, split, shuffle=False, try_in_mem_cache=False)
+    dataset = dataset.map(
+        lambda example: (
+            example["targets"],
+            tf.strings.length(example["targets_pretokenized"], unit="BYTE"),
+        )
+    )
+    for tokens, size in dataset.ragged_batch(DOCUMENTS_AT_ONCE):
+        ends = tokens.row_splits.numpy()[1:-1]
+        yield Tokenized(np.split(tokens.flat_values.numpy(), ends), size.numpy())
+
+
+def texts(source: seqio.DataSource, every: int) -> Iterator[str]:
+    """The text of each `every`-th training document."""
+    dataset = source.get_dataset("train", shuffle=False).shard(every, 0)
+    for text in dataset.map(lambda example: example["text"]).as_numpy_iterator():
+        yield text.decode()
+
+
+for _name, _source in {
+    "modjax_stdlib": stdlib_source(),
+    "modjax_c4": seqio.TfdsDataSource(C4, splits=SPLITS),
+    "modjax_lm1b": seqio.TfdsDataSource(LM1B, splits={"train": "train", "validation": "test"}),
+}.items():
+    seqio.TaskRegistry.add_provider(_name, make_task(_name, _source, seqio.ByteVocabulary()))
