@@ -31,7 +31,7 @@ Everything resumes: the same command again goes on where it was stopped.
 exit codes: 0 done; 1 unexpected error; 2 bad input or a full disk, said in one line; 3 the sweep
 ended, but with runs given up; 75 stopped by SIGTERM, 130 by Ctrl-C; both saved their state.
 """
-BAD_INPUT, STOPPED, INTERRUPTED = 2, 75, 130
+BAD_INPUT = 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,14 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("modjax: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+        return verbs.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, like `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if type(error).__name__ in ("Stopped", "Preempted"):
-            print("modjax: stopped, state saved; the same command goes on", file=sys.stderr)
-            return STOPPED
         from modjax.scaling.run import is_disk_full
 
         if is_disk_full(error):

@@ -7,12 +7,14 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from modjax.config import InputError, RunSpec, require, to_dict
 
-RUNS_FAILED = 3
+RUNS_FAILED, STOPPED, INTERRUPTED = 3, 75, 130
 
 
 def _print_json(value: Any) -> None:
@@ -22,14 +24,15 @@ def _print_json(value: Any) -> None:
 def data_prepare(args: argparse.Namespace) -> None:
     from modjax.data.prepare import prepare
 
-    prepare(
-        name=args.name or args.tfds or ("text" if args.text else "stdlib"),
+    path = prepare(
+        name=args.name,
         text_files=args.text,
         tfds_name=args.tfds,
         vocab=args.vocab,
         data_dir=args.data_dir,
         force=args.force,
     )
+    print(path)
 
 
 def data_show(args: argparse.Namespace) -> None:
@@ -95,9 +98,7 @@ def sweep(args: argparse.Namespace) -> int:
             data_fingerprint=cache.manifest.fingerprint,
         )
     except Stopped as stopped:
-        if stopped.is_interrupt:
-            raise KeyboardInterrupt from None
-        raise
+        return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED)
     if args.json:
         _print_json(to_dict(outcome))
     else:
@@ -146,7 +147,12 @@ def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
                      f"{specs[0].run_id}")  # fmt: skip
 
 
-def train(args: argparse.Namespace) -> None:
+def _stopped(code: int) -> int:
+    print("modjax: stopped, state saved; the same command goes on from here", file=sys.stderr)
+    return code
+
+
+def train(args: argparse.Namespace) -> int | None:
     from modjax.scaling.display import step_lines
     from modjax.scaling.run import Outcome, compilation_cache, run
     from modjax.tables import outcome_text
@@ -154,17 +160,35 @@ def train(args: argparse.Namespace) -> None:
     experiment = _load(args)
     spec = _choose(args, experiment.specs)
     os.environ.update(compilation_cache())
-    from modjax.training.loop import train
+    from modjax.training.loop import Preempted, train
 
-    record = run(
-        spec, experiment.execution, workdir=args.workdir, data_dir=args.data_dir, train=train,
-        progress=step_lines(spec),
-    )  # fmt: skip
+    interrupted = _interrupt_by_sigterm()
+    try:
+        record = run(
+            spec, experiment.execution, workdir=args.workdir, data_dir=args.data_dir, train=train,
+            progress=step_lines(spec),
+        )  # fmt: skip
+    except Preempted:
+        return _stopped(INTERRUPTED if interrupted else STOPPED)
     if record is None:
         raise InputError("--workdir", str(args.workdir), f"another process is doing {spec.run_id}")
     if args.json:
         return _print_json(to_dict(record))
     print(outcome_text(Outcome([record], {})))
+
+
+def _interrupt_by_sigterm() -> list[int]:
+    """Lets Ctrl-C save the state as SIGTERM does, once training listens to that."""
+    interrupted: list[int] = []
+
+    def handle(signum: int, frame: Any) -> None:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL or interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(signum)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, handle)
+    return interrupted
 
 
 def flops(args: argparse.Namespace) -> None:

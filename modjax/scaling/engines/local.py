@@ -170,7 +170,8 @@ class Session:
             worker.ready, self.failed_starts = True, 0
             return
         if event == "progress":
-            worker.step, worker.loss = message["step"] or worker.step, message["loss"]
+            worker.step = message["step"] or worker.step
+            worker.loss = worker.loss if message["loss"] is None else message["loss"]
             return
         assert spec is not None
         worker.spec = None
