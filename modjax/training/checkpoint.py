@@ -1,0 +1,139 @@
+"""Checkpoints of a run: asynchronous, atomic, bounded in number, verified before they are used.
+
+checkpoints/<step>/state        the arrays of TrainState, by orbax
+checkpoints/<step>/meta         {"run_id", "data_fingerprint", "seconds"}
+checkpoints/<step>/digest.json  {file: sha256}, written before orbax commits the folder
+checkpoints/damaged-<step>      set aside
+"""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from modjax.config import require
+from modjax.training.state import TrainState
+
+logger = logging.getLogger("modjax")
+DIGEST = "digest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    identity: "run_id" and "data_fingerprint"; a checkpoint that carries another is refused.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, identity: dict[str, str]):
+        self._folder = folder.absolute()
+        self._identity = identity
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.LatestN(keep),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(
+                    # orbax reads checksums of its index, not of the arrays: keep our own.
+                    post_finalization_callback=self._write_digest
+                ),
+            ),
+        )
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, float]] | None:
+        """The newest undamaged state, laid out as `abstract`, and the seconds it took to get there.
+
+        Damaged ones are set aside with a warning. None where no checkpoint is left. Raises
+        InputError where a checkpoint belongs to another run or other data.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            damage = find_damage(self._folder / str(step))
+            if damage is not None:
+                self._set_aside(step, damage)
+                continue
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            meta = self._manager.restore(step, args=args)["meta"]
+            for name, value in self._identity.items():
+                require(
+                    meta[name] == value, str(self._folder), meta[name],
+                    f"a checkpoint of another run: this one has {name} = {value!r}; choose another "
+                    "folder, or delete these checkpoints",
+                )  # fmt: skip
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
+            return self._manager.restore(step, args=args)["state"], meta["seconds"]
+        return None
+
+    def save(self, step: int, state: TrainState, seconds: dict[str, float]) -> None:
+        """Returns once `state` may be donated, and writes it in the background.
+
+        An error of an earlier write is raised here or in `wait`.
+        """
+        if step in self._manager.all_steps():
+            return
+        meta = {**self._identity, "seconds": seconds}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
+            meta=ocp.args.JsonSave(meta),  # type: ignore[call-arg]
+        )
+        self._manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Returns when everything is on the disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _write_digest(self) -> None:
+        if jax.process_index() == 0:
+            for folder in self._folder.glob("*orbax-checkpoint-tmp*"):
+                write_digest(folder)
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        target = self._folder / f"damaged-{step}"
+        multihost_utils.sync_global_devices("modjax: every process has found the damage")
+        if jax.process_index() == 0:
+            while target.exists():
+                target = target.with_name(target.name + "-again")
+            (self._folder / str(step)).rename(target)
+            logger.warning(
+                "modjax: checkpoint %d is damaged (%s): kept as %s, using the one before it",
+                step, damage, target,
+            )  # fmt: skip
+        multihost_utils.sync_global_devices("modjax: damaged checkpoint set aside")
+        self._manager.reload()
+
+
+def write_digest(folder: Path) -> None:
+    """Records the sha256 of every file in `folder`."""
+    digest = {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
+    with open(folder / DIGEST, "w") as file:
+        json.dump(digest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def find_damage(folder: Path) -> str | None:
+    """What differs between `folder` and its digest, or None."""
+    try:
+        digest = json.loads((folder / DIGEST).read_text())
+        for name, expected in digest.items():
+            if _sha256(folder / name) != expected:
+                return f"{name} has changed"
+    except (OSError, ValueError, AttributeError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,345 @@
+"""One training run, from its spec to its record."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+import modjax
+from modjax import flops
+from modjax.config import Execution, RunSpec, from_dict, require, to_dict
+from modjax.data.batches import Batch, eval_batches, train_batch
+from modjax.data.cache import (
+    TokenCache,
+    bits_per_byte,
+    cache_dir,
+    check_epochs,
+    check_vocab,
+    epochs,
+    open_cache,
+)
+from modjax.data.prefetch import prefetch
+from modjax.scaling.records import Record, read_record, write_json, write_record
+from modjax.training.checkpoint import Checkpoints
+from modjax.training.evaluate import Evaluation, evaluate
+from modjax.training.metrics import MetricsWriter, last_train_loss
+from modjax.training.optimizer import make_optimizer
+from modjax.training.programs import compile_programs, eval_batch_size, init_state
+from modjax.training.sharding import check_batch, make_mesh, put_batch
+from modjax.training.state import abstract_model, abstract_state
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Preempted(Exception):
+    """SIGTERM arrived: the state of `step` is saved, and the same call goes on from there."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped by SIGTERM at step {step}; state saved")
+        self.step = step
+
+
+def train(
+    spec: RunSpec,
+    execution: Execution,
+    *,
+    run_dir: Path,
+    data_dir: Path,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Record:
+    """Trains `spec` to its record, going on from the newest checkpoint in `run_dir`.
+
+    progress: called with every line that is added to metrics.jsonl.
+    Returns the record without training where result.json exists. Raises InputError for bad input
+    before anything expensive starts, and Preempted after SIGTERM.
+    """
+    record = read_record(run_dir)
+    if record is not None:
+        return record
+    clock = Clock()
+    config, steps = spec.train, spec.train.steps
+    cache = open_cache(cache_dir(data_dir, spec.data))
+    check_vocab(cache, spec.model)
+    check_epochs(cache, spec.data, config.seq_len, config.batch_size * steps)
+    _eval_batches(cache, spec)
+    mesh = make_mesh(execution)
+    check_batch(mesh, config)
+    model = abstract_model(spec.model, execution)
+    abstract = abstract_state(mesh, model, make_optimizer(config, model.logical_axes))
+    _claim(run_dir, spec)
+    identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
+    diverged_step, evaluation = 0, None
+
+    with contextlib.ExitStack() as stack:
+        stopped = stack.enter_context(_sigterm())
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints", keep=execution.keep_checkpoints, identity=identity
+        )
+        stack.callback(checkpoints.close)
+        restored = checkpoints.restore(abstract)
+        if restored is not None:
+            state, clock.seconds = restored
+        clock.lap("setup")
+        programs = compile_programs(mesh, model, config)
+        if restored is None:
+            state = init_state(mesh, model, config)
+        clock.lap("compile")
+
+        start = int(state.step)
+        writer = MetricsWriter(
+            run_dir, start_step=start, tensorboard=execution.tensorboard, progress=progress
+        )
+        stack.callback(writer.close)
+        batches = stack.enter_context(
+            prefetch(lambda i: put_batch(_train_batch(cache, spec, i), mesh), start, steps)
+        )
+        pace = Pace(start)
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        saved_at = time.monotonic()
+
+        def log() -> int:
+            """Waits for the pending metrics and writes them; returns the diverged step or 0."""
+            nonlocal pending
+            if pending is None:
+                return 0
+            step, metrics = pending
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            pending = None
+            pace.reached(step)
+            diverged = values.pop("diverged_step")
+            writer.write(step, _progress_values(spec, step) | values)
+            return diverged
+
+        def measure(step: int) -> Evaluation:
+            batches = (put_batch(batch, mesh) for batch in _eval_batches(cache, spec))
+            result = evaluate(programs.eval_step, state.params, batches)
+            writer.write(step, {
+                "eval_loss": result.loss,
+                "eval_loss_sem": result.sem,
+                "eval_bits_per_byte": bits_per_byte(cache.manifest, result.loss),
+            })  # fmt: skip
+            return result
+
+        for step in range(start + 1, steps + 1):
+            if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0:
+                if diverged_step := log():
+                    break
+                jax.block_until_ready(state)
+                clock.lap("train")
+                measure(step - 1)
+                clock.lap("eval")
+                pace.restart(step - 1)
+
+            state, metrics = programs.train_step(state, next(batches))
+            aux = metrics.pop("aux")
+            # The device is busy with this step while the host waits for the logged one before it.
+            if diverged_step := log():
+                break
+            if step % execution.log_every == 0 or step in (1, steps):
+                pending = (step, metrics | programs.router_statistics(aux))
+
+            stop = stopped(step)
+            if stop or _due(saved_at, execution, step):
+                if diverged_step := log():
+                    break
+                writer.sync()
+                jax.block_until_ready(state)
+                clock.lap("train")
+                checkpoints.save(step, state, clock.seconds)
+                clock.lap("checkpoint")
+                pace.restart(step)
+                saved_at = time.monotonic()
+            if stop:
+                checkpoints.wait()
+                raise Preempted(step)
+
+        diverged_step = diverged_step or log()
+        jax.block_until_ready(state)
+        clock.lap("train")
+        clock.seconds["data_wait"] += batches.waited_seconds
+        if not diverged_step:
+            writer.sync()
+            checkpoints.save(steps, state, clock.seconds)
+            clock.lap("checkpoint")
+            evaluation = measure(steps)
+            clock.lap("eval")
+            if not math.isfinite(evaluation.loss):
+                diverged_step, evaluation = steps, None
+        checkpoints.wait()
+        clock.lap("checkpoint")
+
+    record = _record(
+        spec,
+        cache,
+        diverged_step=diverged_step,
+        train_loss=last_train_loss(run_dir),
+        evaluation=evaluation,
+        seconds=clock.seconds,
+        median_step_seconds=pace.median() or clock.seconds["train"] / steps,
+        device=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    )
+    if jax.process_index() == 0:
+        write_record(run_dir, record)
+    return record
+
+
+class Clock:
+    """Seconds by what they were spent on, over all restarts of a run.
+
+    `data_wait` is part of `train`; all others add up to the wall time.
+    """
+
+    def __init__(self):
+        names = ("setup", "compile", "train", "eval", "checkpoint", "data_wait")
+        self.seconds: dict[str, float] = dict.fromkeys(names, 0.0)
+        self._mark = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Counts the time since the last lap towards `name`."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self._mark
+        self._mark = now
+
+
+class Pace:
+    """Seconds per step between logged steps that nothing interrupted."""
+
+    def __init__(self, step: int):
+        self._per_step: list[float] = []
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._mark = step, time.perf_counter()
+
+    def reached(self, step: int) -> None:
+        now = time.perf_counter()
+        self._per_step.append((now - self._mark) / (step - self._step))
+        self._step, self._mark = step, now
+
+    def median(self) -> float:
+        return statistics.median(self._per_step) if self._per_step else 0.0
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """A function of the step that says whether to stop: once SIGTERM has arrived, everywhere."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+    elif threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # Python delivers signals to the main thread only
+    else:
+        received: list[int] = []
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+        try:
+            yield lambda step: bool(received)
+        finally:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def _due(saved_at: float, execution: Execution, step: int) -> bool:
+    """Whether to save now. Several processes agree on it, which they afford on logged steps."""
+    late = time.monotonic() - saved_at > execution.checkpoint_seconds
+    if jax.process_count() == 1:
+        return late
+    return step % execution.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(late))
+
+
+def _claim(run_dir: Path, spec: RunSpec) -> None:
+    """Makes the run's folder. Raises InputError where it belongs to another run."""
+    path = run_dir / "spec.json"
+    if path.exists():
+        run_id = from_dict(RunSpec, json.loads(path.read_text())).run_id
+        require(run_id == spec.run_id, str(run_dir), run_id,
+                f"holds another run than {spec.run_id}: choose another folder, or delete "
+                "it")  # fmt: skip
+    elif jax.process_index() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, to_dict(spec))
+
+
+def _train_batch(cache: TokenCache, spec: RunSpec, step: int) -> Batch:
+    config = spec.train
+    return train_batch(cache, seq_len=config.seq_len, batch_size=config.batch_size,
+                       seed=spec.data.seed, step=step)  # fmt: skip
+
+
+def _eval_batches(cache: TokenCache, spec: RunSpec) -> Iterator[Batch]:
+    config = spec.train
+    return eval_batches(cache, seq_len=config.seq_len, batch_size=eval_batch_size(config),
+                        sequences=config.eval_sequences)  # fmt: skip
+
+
+def _progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:
+    """How far a run has come after `step` updates."""
+    config, sequences = spec.train, step * spec.train.batch_size
+    return {
+        "tokens": sequences * config.seq_len,
+        "train_flops": flops.train_flops(spec.model, config.seq_len, sequences),
+    }
+
+
+def _record(
+    spec: RunSpec,
+    cache: TokenCache,
+    *,
+    diverged_step: int,
+    train_loss: float | None,
+    evaluation: Evaluation | None,
+    seconds: dict[str, float],
+    median_step_seconds: float,
+    device: str,
+) -> Record:
+    config, model = spec.train, spec.model
+    components = flops.forward_flops(model, config.seq_len)
+    params = flops.parameters(model)
+    steps = diverged_step or config.steps
+    progress = _progress_values(spec, steps)
+    return Record(
+        run_id=spec.run_id,
+        variant=spec.variant,
+        status="diverged" if diverged_step else "finished",
+        diverged_step=diverged_step or None,
+        budget_flops=spec.budget_flops,
+        train_flops=progress["train_flops"],
+        forward_flops_per_token=flops.total_flops(components) / config.seq_len,
+        flops=components,
+        params_total=params["total"],
+        params_non_embedding=params["non_embedding"],
+        params_active=params["active"],
+        d_model=model.d_model,
+        num_layers=model.num_layers,
+        tokens=int(progress["tokens"]),
+        epochs=epochs(cache, config.seq_len, steps * config.batch_size),
+        steps=steps,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        learning_rate=config.learning_rate,
+        train_loss=train_loss,
+        eval_loss=evaluation.loss if evaluation else None,
+        eval_loss_sem=evaluation.sem if evaluation else None,
+        eval_bits_per_byte=bits_per_byte(cache.manifest, evaluation.loss) if evaluation else None,
+        eval_tokens=evaluation.tokens if evaluation else 0,
+        seed=config.seed,
+        data_seed=spec.data.seed,
+        data_fingerprint=cache.manifest.fingerprint,
+        code_version=modjax.__version__,
+        wall_seconds=sum(seconds.values()) - seconds["data_wait"],
+        train_seconds=seconds["train"],
+        compile_seconds=seconds["compile"],
+        eval_seconds=seconds["eval"],
+        data_wait_seconds=seconds["data_wait"],
+        median_step_seconds=median_step_seconds,
+        device=device,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+    )

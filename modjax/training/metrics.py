@@ -1,0 +1,98 @@
+"""Metrics of a run: JSON lines always, TensorBoard when asked.
+
+Lines hold nothing that depends on the clock, so a resumed run writes the same bytes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from modjax.config import InputError
+
+
+class MetricsWriter:
+    """Appends lines to `run_dir`/metrics.jsonl, after dropping those that a resumed run repeats.
+
+    start_step: the step of the restored state. Of that step its training line stays and its
+    evaluation does not, because a state is saved before it is evaluated.
+    progress: called with every line.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        start_step: int,
+        tensorboard: bool,
+        progress: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self._path = run_dir / "metrics.jsonl"
+        kept = [
+            line + "\n" for line, values in _lines(self._path)
+            if values["step"] < start_step
+            or (values["step"] == start_step and "eval_loss" not in values)
+        ]  # fmt: skip
+        self._path.touch()
+        os.truncate(self._path, sum(len(line) for line in kept))
+        self._file = open(self._path, "a")
+        self._progress = progress
+        self._board = _summary_writer(run_dir, start_step) if tensorboard else None
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line. Values that are not finite become null."""
+        line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, float(value), step)
+        if self._progress is not None:
+            self._progress(line)
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk."""
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def last_train_loss(run_dir: Path) -> float | None:
+    losses = [values["loss"] for _, values in _lines(run_dir / "metrics.jsonl") if "loss" in values]
+    return losses[-1] if losses else None
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The whole lines of a metrics file and their values, up to the first that is damaged."""
+    text = path.read_text() if path.exists() else ""
+    found = []
+    for line in text.split("\n")[:-1]:
+        try:
+            found.append((line, json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def _json_number(value: Any) -> int | float | None:
+    if isinstance(value, int):
+        return value
+    # 7 digits: what a float32 holds.
+    return float(f"{float(value):.7g}") if math.isfinite(value) else None
+
+
+def _summary_writer(run_dir: Path, start_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+    except ImportError:
+        raise InputError(
+            "execution.tensorboard", True, "needs tensorboardX: pip install 'modjax[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)

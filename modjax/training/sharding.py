@@ -1,0 +1,116 @@
+"""The mesh, and the one table that maps logical axes of tensors to mesh axes.
+
+Legend: B batch, L positions.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from modjax.config import Execution, TrainConfig, require
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,  # routing is per sequence: a split sequence would make it communicate
+    # parameters
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "experts": "expert",
+    "norm": None,
+    None: None,
+}
+
+
+def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes of MESH_AXES; `execution.data` = 0 takes the devices that remain.
+
+    Raises InputError where the sizes do not fit the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    inner = execution.fsdp * execution.tensor * execution.expert
+    require(
+        len(devices) % inner == 0, "execution.fsdp * tensor * expert", inner,
+        f"must divide the number of devices, {len(devices)}",
+    )  # fmt: skip
+    data = execution.data or len(devices) // inner
+    require(
+        data * inner <= len(devices), "execution.data", data,
+        f"needs {data * inner} devices with fsdp * tensor * expert = {inner}; there are "
+        f"{len(devices)}",
+    )  # fmt: skip
+    sizes = (data, execution.fsdp, execution.tensor, execution.expert)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices[: data * inner])
+
+
+def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes of a tensor whose dims have these logical axes."""
+    return PartitionSpec(*(LOGICAL_TO_MESH[name] for name in logical_axes))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Fixes the sharding of an activation under `jax.set_mesh`; the identity without a mesh.
+
+    Raises ValueError unless every dim of `x` is named.
+    """
+    if len(logical_axes) != x.ndim:
+        raise ValueError(f"{logical_axes} names {len(logical_axes)} dims of shape {x.shape}")
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every (B, L) array of a batch."""
+    return NamedSharding(mesh, partition_spec(("batch", "length")))
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays (B, L), the same on every process, as global arrays sharded over the batch."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x_BL: jax.make_array_from_callback(x_BL.shape, sharding, lambda i: x_BL[i]), batch
+    )
+
+
+def param_shardings(mesh: Mesh, params: Any, logical_axes: Any) -> Any:
+    """The sharding of every parameter. Raises InputError where a dim can't be split evenly."""
+
+    def one(path, param, axes):
+        for size, logical, axis in zip(param.shape, axes, partition_spec(axes), strict=True):
+            ways = _ways(mesh, axis)
+            require(
+                size % ways == 0, f"execution.{axis}", ways,
+                f"must divide {size}, the {logical} dimension of {jax.tree_util.keystr(path)}",
+            )  # fmt: skip
+        return NamedSharding(mesh, partition_spec(axes))
+
+    return jax.tree_util.tree_map_with_path(one, params, logical_axes)
+
+
+def check_batch(mesh: Mesh, train: TrainConfig) -> None:
+    """Raises InputError unless each forward pass splits evenly over the mesh."""
+    ways = _ways(mesh, LOGICAL_TO_MESH["batch"])
+    require(
+        train.batch_size % (ways * train.accumulation) == 0, "train.batch_size", train.batch_size,
+        f"must be a multiple of {ways * train.accumulation}, the mesh's data * fsdp = {ways} times "
+        f"train.accumulation = {train.accumulation}",
+    )  # fmt: skip
+
+
+def _ways(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+    return math.prod(np.asarray([mesh.shape[name] for name in names], int).tolist())
