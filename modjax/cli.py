@@ -134,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     add("report", verbs.report, "figures, fits and tables in one HTML file", "workdir")
     train = add("train", verbs.train, TRAIN, "config", "workdir", "data_dir", "json")
     train.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
+    train.add_argument(
+        "--distributed", action="store_true",
+        help="one of several hosts that run this same command; see launch/README.md",
+    )  # fmt: skip
     flops = add("flops", verbs.flops, FLOPS, "config", "json")
     flops.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
     bench = add("bench", verbs.bench, "measure a performance figure against its target", "json")

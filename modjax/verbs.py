@@ -154,20 +154,28 @@ def _stopped(code: int) -> int:
 
 def train(args: argparse.Namespace) -> int | None:
     from modjax.scaling.display import step_lines
-    from modjax.scaling.run import Outcome, compilation_cache, run
+    from modjax.scaling.run import Outcome, claim, compilation_cache, open_data, run, run_dir
     from modjax.tables import outcome_text
 
     experiment = _load(args)
     spec = _choose(args, experiment.specs)
     os.environ.update(compilation_cache())
+    import jax
+
+    if args.distributed:
+        jax.distributed.initialize()
     from modjax.training.loop import Preempted, train
 
+    where = {"data_dir": args.data_dir, "progress": step_lines(spec)}
     interrupted = _interrupt_by_sigterm()
     try:
-        record = run(
-            spec, experiment.execution, workdir=args.workdir, data_dir=args.data_dir, train=train,
-            progress=step_lines(spec),
-        )  # fmt: skip
+        if args.distributed and jax.process_index() > 0:  # the first process holds the lock
+            train(spec, experiment.execution, run_dir=run_dir(args.workdir, spec.run_id), **where)
+            return 0
+        if experiment.sweep is not None:
+            fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
+            claim(experiment, args.workdir, args.command, fingerprint)
+        record = run(spec, experiment.execution, workdir=args.workdir, train=train, **where)
     except Preempted:
         return _stopped(INTERRUPTED if interrupted else STOPPED)
     if record is None:

@@ -71,8 +71,8 @@ class Display:
                 continue
             steps = worker.spec.train.steps
             under_way += worker.spec.budget_flops * worker.step / steps
-            spent = time.monotonic() - worker.began
-            left = clock(spent * (steps - worker.step) / worker.step) if worker.step else "?"
+            spent, counted = time.monotonic() - worker.first_seen, worker.step - worker.first_step
+            left = clock(spent * (steps - worker.step) / counted) if counted > 0 else "?"
             loss = "" if worker.loss is None else f"{worker.loss:.3f}"
             table.add_row(
                 str(worker.index), worker.spec.run_id, f"{worker.step}/{steps}", loss, left
@@ -84,14 +84,15 @@ class Display:
         summary += f"about {clock((total - spent_flops) / rate)} left"
         if elsewhere:
             summary += f"; {elsewhere} running in another sweep"
-        bar = ProgressBar(total=total, completed=spent_flops, width=60)
-        self.live.update(Group(table, bar, summary), refresh=True)
+        overall = Table.grid(padding=(0, 1))
+        overall.add_row(ProgressBar(total=total, completed=spent_flops, width=40), summary)
+        self.live.update(Group(table, overall), refresh=True)
 
     def _rate(self, under_way: float) -> float:
-        """FLOP/s of all workers: as expected at first, then more and more as measured."""
-        expected_seconds = 30.0
-        flops = self.expected_rate * self.jobs * expected_seconds + self.flops_here + under_way
-        return flops / (expected_seconds + time.monotonic() - self.began)
+        """FLOP/s of all workers: as expected until a run has finished, then as measured."""
+        if self.flops_here == 0:
+            return self.expected_rate * self.jobs
+        return (self.flops_here + under_way) / (time.monotonic() - self.began)
 
 
 def step_lines(spec: RunSpec) -> Callable[[dict[str, Any]], None]:

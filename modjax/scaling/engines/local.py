@@ -60,6 +60,8 @@ class Worker:
     began: float = 0.0
     step: int = 0
     loss: float | None = None
+    first_step: int = 0  # the first step reported, and when: what comes before is compilation
+    first_seen: float = 0.0
     busy_seconds: float = 0.0
 
 
@@ -170,7 +172,9 @@ class Session:
             worker.ready, self.failed_starts = True, 0
             return
         if event == "progress":
-            worker.step = message["step"] or worker.step
+            if worker.step == 0:
+                worker.first_step, worker.first_seen = message["step"], time.monotonic()
+            worker.step = message["step"]
             worker.loss = worker.loss if message["loss"] is None else message["loss"]
             return
         assert spec is not None
