@@ -1,8 +1,8 @@
 """A stand-in for modjax.training.loop.train with real time, real files and real crashes.
 
-`data_dir` holds the orders, one file each: `seconds` (how long a run takes), and run ids in `crash`
-(these die by SIGKILL), `refuse`, `disk_full` and `quick` (these take no time). Every start and every finish adds a line
-to the run's folder, so that a test can count them.
+`data_dir` holds the orders, one file each: `seconds` (how long a run takes), and run ids in
+`crash` (these die by SIGKILL), `refuse`, `disk_full` and `quick` (these take no time). Every start
+and every finish adds a line to the run's folder, so that a test can count them.
 """
 
 import errno
