@@ -97,10 +97,9 @@ def eval_batches(
 
 
 def _read(cache: TokenCache, split: str, window_B: np.ndarray, seq_len: int) -> Batch:
-    tokens = cache.gather(split, window_B * seq_len, seq_len + 1).astype(np.int32)
-    inputs_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
+    tokens = cache.gather(split, window_B * seq_len, seq_len + 1)
+    inputs_BL = tokens[:, :-1].astype(np.int32)
+    targets_BL = tokens[:, 1:].astype(np.int32)
     ends_BL = (inputs_BL == cache.manifest.eos_id).astype(np.int32)
     segment_ids_BL = 1 + np.cumsum(ends_BL, axis=1, dtype=np.int32) - ends_BL
-    weights_BL = np.ones(inputs_BL.shape, np.float32)
-    return Batch(np.ascontiguousarray(inputs_BL), np.ascontiguousarray(targets_BL),
-                 segment_ids_BL, weights_BL)  # fmt: skip
+    return Batch(inputs_BL, targets_BL, segment_ids_BL, np.ones(inputs_BL.shape, np.float32))

@@ -127,8 +127,8 @@ def open_cache(path: Path | str) -> TokenCache:
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_POOL_BYTES}})
     arrays = {}
     for split, counts in manifest.splits.items():
-        require(counts.tokens > 0, "data", str(path),
-                f"its {split} split is empty; prepare it again from more text")  # fmt: skip
+        remedy = f"its {split} split is empty; run `modjax data prepare` with more text"
+        require(counts.tokens > 0, "data", str(path), remedy)
         spec = {
             "driver": "zarr3",
             "kvstore": kvstore(path, split),
@@ -207,6 +207,5 @@ def _one_line(error: Exception | str) -> str:
 
 
 def _damaged(path: Path | str, why: str) -> InputError:
-    return InputError("data", str(path),
-                      f"damaged; make it again with `modjax data prepare --force` "
-                      f"({_one_line(why)})")  # fmt: skip
+    remedy = "cannot be read; if it is damaged, make it again with `modjax data prepare --force`"
+    return InputError("data", str(path), f"{remedy} ({_one_line(why)})")

@@ -86,11 +86,13 @@ def prepare(
     except Exception as error:
         if not _disk_is_full(error):
             raise
-        if not any(partial.glob("*/c")):  # nothing worth going on from
-            shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists() and not any(
+            one.tokens for one in read_journal(partial, source).values()
+        ):
+            shutil.rmtree(partial)
         raise InputError("--data-dir", str(data_dir),
-                         "no space left on the disk; free some and run this again, which goes on "
-                         "from here") from error  # fmt: skip
+                         "no space left on the disk; nothing is lost: free some and run this "
+                         "again") from error  # fmt: skip
     return final
 
 

@@ -45,8 +45,9 @@ with _quiet_loading():
 
     import modjax.data.builders.stdlib  # noqa: F401  registers the data set with TFDS
 
+    tf.config.set_visible_devices([], "GPU")
+
 absl.logging.set_verbosity(absl.logging.ERROR)
-tf.config.set_visible_devices([], "GPU")
 
 DOCUMENTS_AT_ONCE = 64
 STDLIB = "stdlib:1.0.0"

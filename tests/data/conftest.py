@@ -1,0 +1,45 @@
+"""Token caches made straight from arrays, so that most tests need no TensorFlow."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modjax.data.cache import Manifest, Split
+from modjax.data.writer import Written, write_split
+
+EOS = 1
+
+
+@pytest.fixture
+def make_cache(tmp_path) -> Callable[..., Path]:
+    """Writes a cache whose splits hold the given token arrays, and returns its folder."""
+
+    def make(train, validation, name="toy", vocab_size=259, dtype=np.uint16) -> Path:
+        path = tmp_path / f"{name}-bytes"
+        splits = {}
+        for split, tokens in {"train": train, "validation": validation}.items():
+            tokens = np.asarray(tokens, dtype)
+            documents = max(1, int((tokens == EOS).sum()))
+            (path / split).mkdir(parents=True)
+            write_split(path / split, [(tokens, len(tokens))], np.dtype(dtype), Written(), _ignore)
+            splits[split] = Split(documents, len(tokens), max(1, len(tokens) - documents))
+        manifest = Manifest(name, "bytes", vocab_size, EOS, "a test", "0" * 64, splits)
+        (path / "manifest.json").write_text(manifest.to_json())
+        return path
+
+    return make
+
+
+def _ignore(written: Written) -> None:
+    del written
+
+
+@pytest.fixture(scope="session")
+def repository_corpora() -> Path:
+    """Real English text that lies beside the repository on some machines."""
+    path = Path(__file__).parents[2].parent / "shared" / "corpora"
+    if not path.is_dir():
+        pytest.skip("needs the English corpora in ../shared/corpora")
+    return path
