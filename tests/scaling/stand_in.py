@@ -1,10 +1,11 @@
 """A stand-in for modjax.training.loop.train with real time, real files and real crashes.
 
 `data_dir` holds the orders, one file each: `seconds` (how long a run takes), and run ids in
-`crash` (these die by SIGKILL), `refuse`, `disk_full` and `quick` (these take no time). Every start
-and every finish adds a line to the run's folder, so that a test can count them.
+`crash` (these die by SIGKILL), `refuse`, `diverge`, `disk_full` and `quick` (these take no time).
+Every start and every finish adds a line to the run's folder, so that a test can count them.
 """
 
+import dataclasses
 import errno
 import os
 import signal
@@ -49,6 +50,12 @@ def train(spec, execution, *, run_dir: Path, data_dir: Path, progress) -> Record
         os.kill(os.getpid(), signal.SIGKILL)
     if ordered("refuse"):
         raise InputError("train.batch_size", 7, "must be a multiple of the mesh")
+    if ordered("diverge"):
+        record = dataclasses.replace(
+            record_of(spec), status="diverged", diverged_step=7, eval_loss=None, train_loss=None
+        )
+        write_record(run_dir, record)
+        return record
     if ordered("disk_full"):
         raise OSError(errno.ENOSPC, "No space left on device")
     seconds = 0.0 if ordered("quick") else float((data_dir / "seconds").read_text())

@@ -174,6 +174,17 @@ def test_a_run_that_fails_twice_is_given_up_and_the_sweep_goes_on(folders):
     assert status(folders[0]).count("done") == 6
 
 
+def test_a_diverged_run_is_a_result_and_is_not_repeated(folders):
+    bad = run_ids()[0]
+    (folders[1] / "diverge").write_text(bad)
+    assert sweep(folders).failures == {}
+    assert len(sweep(folders).records) == 6
+    assert len(lines(folders, "starts")[bad]) == 1
+    found = status(folders[0])
+    assert (found.count("diverged"), found.count("done")) == (1, 5)
+    assert next(r.why for r in found.runs if r.run_id == bad) == "loss not finite at step 7"
+
+
 def test_bad_input_of_the_first_run_stops_the_sweep_in_the_workers_words(folders):
     (folders[1] / "refuse").write_text(" ".join(run_ids()))
     with pytest.raises(InputError, match=r"^train.batch_size = 7: must be a multiple"):
