@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -82,20 +81,30 @@ def plan(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> int:
     from modjax.scaling import run
-    from modjax.scaling.engines.local import Stopped
-    from modjax.tables import outcome_text
 
     experiment = _load_sweep(args)
     cache = run.open_data(experiment, args.data_dir)
     run.check(experiment, cache)
+    return _run_plan(args, experiment, cache.manifest.fingerprint, jobs=args.jobs)
+
+
+def _run_plan(
+    args: argparse.Namespace, experiment: Any, fingerprint: str, *, jobs: int,
+    only: RunSpec | None = None,
+) -> int:  # fmt: skip
+    from modjax.scaling import run
+    from modjax.scaling.engines.local import Stopped
+    from modjax.tables import outcome_text
+
     try:
         outcome = run.sweep(
             experiment,
             workdir=args.workdir,
             data_dir=args.data_dir,
-            jobs=args.jobs,
+            jobs=jobs,
             command=args.command,
-            data_fingerprint=cache.manifest.fingerprint,
+            data_fingerprint=fingerprint,
+            only=only,
         )
     except Stopped as stopped:
         return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED)
@@ -104,6 +113,11 @@ def sweep(args: argparse.Namespace) -> int:
     else:
         print(outcome_text(outcome))
     return RUNS_FAILED if outcome.failures else 0
+
+
+def _stopped(code: int) -> int:
+    print("modjax: stopped, state saved; the same command goes on from here", file=sys.stderr)
+    return code
 
 
 def status(args: argparse.Namespace) -> None:
@@ -147,56 +161,43 @@ def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
                      f"{specs[0].run_id}")  # fmt: skip
 
 
-def _stopped(code: int) -> int:
-    print("modjax: stopped, state saved; the same command goes on from here", file=sys.stderr)
-    return code
-
-
-def train(args: argparse.Namespace) -> int | None:
-    from modjax.scaling.display import step_lines
-    from modjax.scaling.run import Outcome, claim, compilation_cache, open_data, run, run_dir
-    from modjax.tables import outcome_text
+def train(args: argparse.Namespace) -> int:
+    from modjax.scaling import run
 
     experiment = _load(args)
     spec = _choose(args, experiment.specs)
+    fingerprint = run.open_data(experiment, args.data_dir).manifest.fingerprint
+    if args.distributed:
+        return _train_distributed(args, experiment, spec, fingerprint)
+    return _run_plan(args, experiment, fingerprint, jobs=1, only=spec)
+
+
+def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
+    """This process's part of a run that all hosts of a slice do together."""
+    from modjax.scaling.run import claim, compilation_cache, run, run_dir
+
     os.environ.update(compilation_cache())
     import jax
 
-    if args.distributed:
-        jax.distributed.initialize()
-    from modjax.training.loop import Preempted, train
+    jax.distributed.initialize()
+    from modjax.training.loop import Preempted
+    from modjax.training.loop import train as train_run
 
-    where = {"data_dir": args.data_dir, "progress": step_lines(spec)}
-    interrupted = _interrupt_by_sigterm()
     try:
-        if args.distributed and jax.process_index() > 0:  # the first process holds the lock
-            train(spec, experiment.execution, run_dir=run_dir(args.workdir, spec.run_id), **where)
+        if jax.process_index() > 0:  # the first process holds the lock and writes the result
+            folder = run_dir(args.workdir, spec.run_id)
+            train_run(spec, experiment.execution, run_dir=folder, data_dir=args.data_dir)
             return 0
-        if experiment.sweep is not None:
-            fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
-            claim(experiment, args.workdir, args.command, fingerprint)
-        record = run(spec, experiment.execution, workdir=args.workdir, train=train, **where)
+        claim(experiment, args.workdir, args.command, fingerprint)
+        record = run(
+            spec, experiment.execution, workdir=args.workdir, data_dir=args.data_dir,
+            train=train_run, progress=lambda line: print(json.dumps(line), file=sys.stderr),
+        )  # fmt: skip
     except Preempted:
-        return _stopped(INTERRUPTED if interrupted else STOPPED)
-    if record is None:
-        raise InputError("--workdir", str(args.workdir), f"another process is doing {spec.run_id}")
-    if args.json:
-        return _print_json(to_dict(record))
-    print(outcome_text(Outcome([record], {})))
-
-
-def _interrupt_by_sigterm() -> list[int]:
-    """Lets Ctrl-C save the state as SIGTERM does, once training listens to that."""
-    interrupted: list[int] = []
-
-    def handle(signum: int, frame: Any) -> None:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL or interrupted:
-            raise KeyboardInterrupt
-        interrupted.append(signum)
-        signal.raise_signal(signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, handle)
-    return interrupted
+        return _stopped(STOPPED)
+    require(record is not None, "--run", spec.run_id, "another process is doing it")
+    _print_json(to_dict(record))
+    return 0
 
 
 def flops(args: argparse.Namespace) -> None:

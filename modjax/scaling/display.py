@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -12,6 +12,8 @@ from rich.table import Table
 
 from modjax.config import RunSpec
 from modjax.scaling.records import Record
+
+SECONDS_BETWEEN_LINES = 60.0  # off a terminal, where no run finishes
 
 
 def clock(seconds: float) -> str:
@@ -35,7 +37,7 @@ class Display:
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.done: set[str] = set()
         self.flops_here = 0.0
-        self.began = time.monotonic()
+        self.began = self.noted = time.monotonic()
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
@@ -47,6 +49,7 @@ class Display:
             self.live.stop()
 
     def note(self, line: str) -> None:
+        self.noted = time.monotonic()
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def finished(self, record: Record, announce: bool = True) -> None:
@@ -59,7 +62,7 @@ class Display:
             self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
 
     def update(self, workers: Sequence[Any], elsewhere: int) -> None:
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and time.monotonic() - self.noted < SECONDS_BETWEEN_LINES:
             return
         table = Table(box=None, pad_edge=False)
         for name in ("worker", "run", "step", "loss", "left"):
@@ -84,6 +87,9 @@ class Display:
         summary += f"about {clock((total - spent_flops) / rate)} left"
         if elsewhere:
             summary += f"; {elsewhere} running in another sweep"
+        if not self.console.is_terminal:
+            running = [f"{w.spec.run_id} at step {w.step}" for w in workers if w.spec is not None]
+            return self.note("; ".join([summary, *running]))
         overall = Table.grid(padding=(0, 1))
         overall.add_row(ProgressBar(total=total, completed=spent_flops, width=40), summary)
         self.live.update(Group(table, overall), refresh=True)
@@ -93,17 +99,3 @@ class Display:
         if self.flops_here == 0:
             return self.expected_rate * self.jobs
         return (self.flops_here + under_way) / (time.monotonic() - self.began)
-
-
-def step_lines(spec: RunSpec) -> Callable[[dict[str, Any]], None]:
-    """Prints the step and loss on stderr, at most every second; sparsely off a terminal."""
-    seconds, last = (1.0 if sys.stderr.isatty() else 15.0), 0.0
-
-    def show(line: dict[str, Any]) -> None:
-        nonlocal last
-        if "loss" in line and time.monotonic() - last > seconds:
-            last = time.monotonic()
-            print(f"step {line['step']}/{spec.train.steps}  loss {line['loss']:.4f}",
-                  file=sys.stderr)  # fmt: skip
-
-    return show

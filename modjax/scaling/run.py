@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from modjax.data.cache import TokenCache
 
 Train = Callable[..., Record]
+# FLOP/s of a CPU core or two: for the remaining time of the first run without a sweep's estimate.
+UNMEASURED = 3e10
 
 
 def run_dir(workdir: Path, run_id: str) -> Path:
@@ -193,10 +195,11 @@ class Outcome:
 
 def sweep(
     experiment: Experiment, *, workdir: Path, data_dir: Path, jobs: int, command: str,
-    data_fingerprint: str, train: str = "modjax.training.loop:train",
+    data_fingerprint: str, only: RunSpec | None = None, train: str = "modjax.training.loop:train",
 ) -> Outcome:  # fmt: skip
     """Runs what is not finished of the plan on `jobs` local processes; see engines/local.py.
 
+    only: the one run of the plan to do.
     train: "module:function" that the workers call for every run.
     Call `check` first. Raises InputError for bad input, OSError for a full disk and
     engines.local.Stopped after a signal; what is finished is kept, and the same call goes on.
@@ -206,8 +209,9 @@ def sweep(
     require(jobs > 0, "--jobs", jobs, "must be greater than 0")
     claim(experiment, workdir, command, data_fingerprint)
     started = time.time()
+    specs = experiment.specs if only is None else [only]
     session = local.Session(
-        specs=experiment.specs,
+        specs=specs,
         execution=experiment.execution,
         workdir=workdir,
         data_dir=data_dir,
@@ -219,17 +223,17 @@ def sweep(
         session.run()
     finally:
         _log_session(workdir, started, session)
-    names = {spec.run_id for spec in experiment.specs}
+    names = {spec.run_id for spec in specs}
     records = [record for record in read_records(workdir) if record.run_id in names]
     return Outcome(records, session.failures)
 
 
 def flops_per_second(config: dict[str, Any], records: Sequence[Record]) -> float:
-    """What one worker reaches: measured over the records, or as the config expects."""
+    """What one worker reaches: measured over the records, or as the sweep's config expects."""
     seconds = sum(record.wall_seconds for record in records)
     if seconds > 0:
         return sum(record.train_flops for record in records) / seconds
-    return config["sweep"]["flops_per_second"]
+    return config["sweep"]["flops_per_second"] if "sweep" in config else UNMEASURED
 
 
 def _log_session(workdir: Path, started: float, session: Any) -> None:
