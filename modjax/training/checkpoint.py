@@ -22,6 +22,7 @@ from modjax.training.state import TrainState
 
 logger = logging.getLogger("modjax")
 DIGEST = "digest.json"
+REWRITTEN_AT_COMMIT = "_CHECKPOINT_METADATA"
 
 
 class Checkpoints:
@@ -110,8 +111,9 @@ class Checkpoints:
 
 
 def write_digest(folder: Path) -> None:
-    """Records the sha256 of every file in `folder`."""
-    digest = {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
+    """Records the sha256 of every file in `folder` but the one that orbax rewrites afterwards."""
+    files = [path for path in _files(folder) if path != folder / REWRITTEN_AT_COMMIT]
+    digest = {str(path.relative_to(folder)): _sha256(path) for path in files}
     with open(folder / DIGEST, "w") as file:
         json.dump(digest, file, indent=1)
         file.flush()
