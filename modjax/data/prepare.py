@@ -8,7 +8,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -63,6 +63,7 @@ def prepare(
     Raises InputError, before anything is written, for input that cannot be used, and for a full
     disk, where running it again goes on.
     """
+    _check_packages()
     require(re.match(r"\w+:/", str(data_dir)) is None, "--data-dir", str(data_dir),
             "must be a local folder; prepare there, then copy the cache to the bucket")  # fmt: skip
     wanted = parse_vocab(vocab)
@@ -77,30 +78,36 @@ def prepare(
                 f"was prepared from other input ({made_from}); choose another --name, or replace "
                 f"it with --force")  # fmt: skip
         return final
+    if corpus.tfds_name is not None:
+        _load_tasks().download(corpus.tfds_name)
     partial = final.with_name(f".{final.name}.partial")
     try:
-        _make_folder(partial)
-        with _locked(partial), _reporting(final.name) as report:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot be made: {error.strerror}"
+        raise InputError("--data-dir", str(data_dir), reason) from error
+    with _locked(partial), _reporting(final.name) as report:
+        try:
             _fill(partial, corpus, wanted, source, report)
-            _put_in_place(partial, final)
-    except Exception as error:
-        if not _disk_is_full(error):
-            raise
-        if partial.exists() and not any(
-            one.tokens for one in read_journal(partial, source).values()
-        ):
-            shutil.rmtree(partial)
-        raise InputError("--data-dir", str(data_dir),
-                         "no space left on the disk; nothing is lost: free some and run this "
-                         "again") from error  # fmt: skip
+        except Exception as error:
+            if not isinstance(error, InputError) and not _disk_is_full(error):
+                raise
+            if not any(one.tokens for one in read_journal(partial, source).values()):
+                shutil.rmtree(partial)
+            if isinstance(error, InputError):
+                raise
+            raise InputError("--data-dir", str(data_dir),
+                             "no space left on the disk; nothing is lost: free some and run this "
+                             "again") from error  # fmt: skip
+        _put_in_place(partial, final)
     return final
 
 
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError("--data-dir", str(path.parent), f"cannot be made: {error}") from error
+def _check_packages() -> None:
+    needed = ("seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text", "sentencepiece")
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    require(not missing, "modjax data prepare", ", ".join(missing),
+            "missing packages; pip install 'modjax[data]'")  # fmt: skip
 
 
 def _check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:
@@ -194,13 +201,10 @@ def _model(path: Path, tasks: Any, source: Any, wanted: Vocab, corpus: Corpus) -
 
 
 def _load_tasks() -> Any:
-    """The module that needs TensorFlow."""
-    try:
-        return importlib.import_module("modjax.data.tasks")
-    except ImportError as error:
-        raise InputError("modjax data", f"missing package {error.name}",
-                         "preparing text needs more packages: pip install 'modjax[data]'"
-                         ) from error  # fmt: skip
+    """The module that needs TensorFlow, loaded only once the input has been checked."""
+    from modjax.data import tasks
+
+    return tasks
 
 
 def _counted(

@@ -6,6 +6,7 @@ It loads TensorFlow, which takes about ten seconds; training never does.
 
 import contextlib
 import hashlib
+import logging
 import os
 import sys
 import warnings
@@ -48,6 +49,7 @@ with _quiet_loading():
     tf.config.set_visible_devices([], "GPU")
 
 absl.logging.set_verbosity(absl.logging.ERROR)
+logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 DOCUMENTS_AT_ONCE = 64
 STDLIB = "stdlib:1.0.0"
@@ -99,7 +101,7 @@ def resolve_tfds(name: str) -> str:
     try:
         info = tfds.builder(name).info
     except Exception as error:  # TFDS raises many kinds
-        reason = str(error).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError("--tfds", name, f"must be a data set that TFDS knows: {reason}") from error
     features = info.features
     has_text = (
@@ -112,22 +114,28 @@ def resolve_tfds(name: str) -> str:
     return f"{dataset}:{version}"
 
 
-def tfds_source(name: str) -> seqio.DataSource:
-    """A TFDS data set by its full name, downloaded if it is not there yet.
+def download(name: str) -> None:
+    """Gets a TFDS data set by its full name, unless it is there, with TFDS's own progress bars.
 
-    Its validation split is its own, else its test split, else the first 5% of train.
-    Raises InputError where it cannot be downloaded or prepared.
+    Raises InputError where it cannot be downloaded or made.
     """
-    builder = tfds.builder(name)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            builder.download_and_prepare()
+            tfds.builder(name).download_and_prepare()
     except Exception as error:  # anything from a lost connection to a missing Beam runner
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError("--tfds", name, f"could not be downloaded: {reason}") from error
-    held_out = [split for split in ("validation", "test") if split in builder.info.splits]
+
+
+def tfds_source(name: str) -> seqio.DataSource:
+    """A TFDS data set by its full name.
+
+    Its validation split is its own, else its test split, else the first 5% of train.
+    """
+    found = tfds.builder(name).info.splits
+    held_out = [split for split in ("validation", "test") if split in found]
     splits = {"train": "train", "validation": held_out[0]} if held_out else {
         "train": "train[5%:]", "validation": "train[:5%]"
     }  # fmt: skip

@@ -5,8 +5,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-
 from modjax.config import InputError, require
 
 TRAINING_BYTES = 16 * 2**20  # a vocabulary is trained on about this much text
@@ -39,6 +37,8 @@ def parse_vocab(vocab: str) -> Vocab:
         return Vocab(f"sentencepiece:{int(size)}", size=int(size))
     require(vocab.endswith(".model"), "--vocab", vocab,
             "must be bytes, sentencepiece:SIZE or a SentencePiece FILE.model")  # fmt: skip
+    import sentencepiece
+
     path = Path(vocab)
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())  # type: ignore[call-arg]
@@ -59,6 +59,9 @@ def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
     counts alone and so comes out the same on every machine. Raises InputError where this text
     cannot give so few or so many pieces.
     """
+    import sentencepiece
+
+    sentencepiece.set_min_log_level(2)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]

@@ -150,6 +150,19 @@ def test_the_standard_library_is_a_tfds_data_set_read_whole(tmp_path):
         assert manifest.splits[split].documents == len(texts)
 
 
+def test_training_a_vocabulary_prints_only_our_own_lines(text_file, tmp_path, capfd):
+    prepare(text_files=[text_file], vocab="sentencepiece:401", data_dir=tmp_path)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert all(line.startswith("modjax: ") for line in printed.err.splitlines())
+
+
+def test_missing_packages_are_named_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "seqio", None)
+    with pytest.raises(InputError, match=r"seqio.*pip install 'modjax\[data\]'"):
+        prepare(data_dir=tmp_path)
+
+
 def test_tasks_are_registered_with_seqio_by_name():
     import seqio
 
@@ -232,7 +245,7 @@ def test_more_pieces_than_the_text_can_give_are_refused(text_file, tmp_path):
     with pytest.raises(InputError, match=r"sentencepiece:8192.*too high .8192.") as caught:
         prepare(text_files=[text_file], vocab="sentencepiece:8192", data_dir=tmp_path)
     assert "\n" not in str(caught.value)
-    assert describe(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 COMMAND = """
