@@ -1,12 +1,13 @@
 """The parametric loss surface L(N, D) = E + A / N^alpha + B / D^beta, fitted in two ways.
 
 Both minimise the sum of Huber(log L_predicted - log L), delta = 1e-3 (Hoffmann et al. 2022,
-arXiv 2203.15556, Eq. 10). `fit_descent` runs L-BFGS-B from several starts; with that routine's
-default tolerances on this tiny objective it stops early, near the values that paper published
-(Besiroglu et al. 2024, arXiv 2404.10102). `fit_projection` searches over alpha and beta alone and
-finds E, A and B by non-negative least squares, which is far better conditioned.
+arXiv 2203.15556, Eq. 10). `fit_descent` runs BFGS from several starts, on a scaled objective and
+with analytic gradients: L-BFGS-B with default tolerances on this tiny objective stops early, near
+the values that paper published (Besiroglu et al. 2024, arXiv 2404.10102). `fit_projection`
+searches over alpha and beta alone and finds E, A and B by non-negative least squares, which is
+far better conditioned.
 
-Shapes: M runs, parameters (5,) in the order log E, log A', log B', alpha, beta.
+Shapes: M runs, R resamplings, theta (5,) in the order log E, log A', log B', alpha, beta.
 """
 
 import itertools
@@ -62,35 +63,43 @@ def make_data(n_M: np.ndarray, d_M: np.ndarray, loss_M: np.ndarray) -> Data:
     return Data(log_n_M - centre_n, log_d_M - centre_d, np.log(loss_M), centre_n, centre_d)
 
 
+def residuals(theta: np.ndarray, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """log L_predicted - log L, (..., M), and its derivatives, (..., M, 5), for theta (..., 5)."""
+    log_e, log_a, log_b, alpha, beta = np.moveaxis(theta[..., None], -2, 0)
+    terms = np.stack(np.broadcast_arrays(
+        log_e, log_a - alpha * data.log_n_M, log_b - beta * data.log_d_M
+    ), -1)  # fmt: skip
+    top = terms.max(-1, keepdims=True)
+    log_prediction = top + np.log(np.exp(terms - top).sum(-1, keepdims=True))
+    e, a, b = np.moveaxis(np.exp(terms - log_prediction), -1, 0)  # shares of the prediction
+    slopes = np.stack([e, a, b, -a * data.log_n_M, -b * data.log_d_M], -1)
+    return log_prediction[..., 0] - data.log_loss_M, slopes
+
+
+def huber(residual: np.ndarray) -> np.ndarray:
+    """r^2 / 2 up to delta, delta (|r| - delta / 2) beyond."""
+    size = np.abs(residual)
+    return np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2))
+
+
 def objective(theta: np.ndarray, data: Data) -> tuple[float, np.ndarray, np.ndarray]:
     """Sum of Huber losses, its gradient (5,), and the sum of |terms| of each gradient component."""
-    log_e, log_a, log_b, alpha, beta = theta
-    terms_3M = np.stack([
-        np.full_like(data.log_n_M, log_e),
-        log_a - alpha * data.log_n_M,
-        log_b - beta * data.log_d_M,
-    ])  # fmt: skip
-    top_M = terms_3M.max(0)
-    log_prediction_M = top_M + np.log(np.exp(terms_3M - top_M).sum(0))
-    residual_M = log_prediction_M - data.log_loss_M
-    size_M = np.abs(residual_M)
-    value = np.where(size_M <= DELTA, residual_M**2 / 2, DELTA * (size_M - DELTA / 2)).sum()
-    e_M, a_M, b_M = np.exp(terms_3M - log_prediction_M)  # shares of the prediction
-    slopes_5M = np.stack([e_M, a_M, b_M, -a_M * data.log_n_M, -b_M * data.log_d_M])
-    gradient_5M = np.clip(residual_M, -DELTA, DELTA) * slopes_5M
-    return float(value), gradient_5M.sum(1), np.abs(gradient_5M).sum(1)
+    residual_M, slopes_M5 = residuals(theta, data)
+    gradient_M5 = np.clip(residual_M, -DELTA, DELTA)[:, None] * slopes_M5
+    return float(huber(residual_M).sum()), gradient_M5.sum(0), np.abs(gradient_M5).sum(0)
 
 
 def descend(start: np.ndarray, data: Data) -> OptimizeResult:
-    """L-BFGS-B on the objective over delta^2, which puts a residual of delta at 1/2."""
+    """BFGS on the objective over delta^2, which puts a residual of delta at 1/2.
+
+    With five parameters the full matrix costs nothing and converges where L-BFGS-B crawls.
+    """
 
     def scaled(theta: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient, _ = objective(theta, data)
         return value / DELTA**2, gradient / DELTA**2
 
-    bounds = [(-30, 30)] * 3 + [(0, 5)] * 2
-    options = {"ftol": 1e-15, "gtol": 1e-7, "maxiter": 5000, "maxfun": 20000}
-    return minimize(scaled, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    return minimize(scaled, start, jac=True, method="BFGS", options={"gtol": 1e-6, "maxiter": 5000})
 
 
 def fit_descent(data: Data) -> np.ndarray:
@@ -122,8 +131,7 @@ def project(alpha: float, beta: float, data: Data) -> tuple[float, np.ndarray]:
         prediction_M = basis_M3 @ coefficients_3
         if not (prediction_M > 0).all():
             break
-        size_M = np.abs(np.log(prediction_M) - data.log_loss_M)
-        value = np.where(size_M <= DELTA, size_M**2 / 2, DELTA * (size_M - DELTA / 2)).sum()
+        value = huber(np.log(prediction_M) - data.log_loss_M).sum()
         if value >= best * (1 - 1e-13):
             break
         best, best_3 = float(value), coefficients_3
@@ -143,10 +151,41 @@ def fit_projection(data: Data) -> np.ndarray:
 
 
 def natural(theta: np.ndarray, data: Data) -> np.ndarray:
-    """E, A, B, alpha, beta in the units of the formula."""
-    log_e, log_a, log_b, alpha, beta = theta
-    logs = np.array([log_e, log_a + alpha * data.centre_n, log_b + beta * data.centre_d])
-    return np.concatenate([np.exp(logs), [alpha, beta]])
+    """E, A, B, alpha, beta in the units of the formula, from theta (..., 5)."""
+    shift = theta[..., 3:] * [data.centre_n, data.centre_d]
+    ab = np.exp(theta[..., 1:3] + shift)
+    return np.concatenate([np.exp(theta[..., :1]), ab, theta[..., 3:]], -1)
+
+
+def bootstrap(
+    theta: np.ndarray, data: Data, draws: int, rng: np.random.Generator, steps: int = 150
+) -> np.ndarray:
+    """The minimum, (R, 5), for every resampling of the runs, started from `theta`.
+
+    Levenberg-Marquardt with Huber's weights on all draws at once: a resampling is a weight per run.
+    """
+    runs = len(data.log_loss_M)
+    weight_RM = rng.multinomial(runs, np.full(runs, 1 / runs), size=draws)
+    theta_R5, damping_R = np.tile(theta, (draws, 1)), np.full(draws, 1e-3)
+    residual_RM, slopes_RM5 = residuals(theta_R5, data)
+    value_R = (weight_RM * huber(residual_RM)).sum(-1)
+    for _ in range(steps):
+        pull_RM = weight_RM * DELTA / np.maximum(np.abs(residual_RM), DELTA)
+        weighted_R5M = np.swapaxes(pull_RM[..., None] * slopes_RM5, -1, -2)
+        normal_R55 = weighted_R5M @ slopes_RM5
+        diagonal_R5 = np.einsum("Rii->Ri", normal_R55)
+        normal_R55 = normal_R55 + (damping_R[:, None] * diagonal_R5 + 1e-12)[..., None] * np.eye(5)
+        step_R5 = np.linalg.solve(normal_R55, weighted_R5M @ residual_RM[..., None])[..., 0]
+        trial_R5 = np.clip(theta_R5 - step_R5, [-30] * 3 + [0] * 2, [30] * 3 + [5] * 2)
+        residual, slopes = residuals(trial_R5, data)
+        value = (weight_RM * huber(residual)).sum(-1)
+        better_R = value < value_R
+        damping_R = np.where(better_R, damping_R / 4, damping_R * 4).clip(1e-12, 1e12)
+        theta_R5 = np.where(better_R[:, None], trial_R5, theta_R5)
+        residual_RM = np.where(better_R[:, None], residual, residual_RM)
+        slopes_RM5 = np.where(better_R[:, None, None], slopes, slopes_RM5)
+        value_R = np.minimum(value, value_R)
+    return theta_R5
 
 
 def fit_surface(
@@ -182,16 +221,8 @@ def fit_surface(
         refusal = f"the minimum was not reached: relative gradient {optimality:.1e}"
     intervals = None
     if refusal is None and draws > 0:
-        rng = np.random.default_rng(seed)
-        drawn = np.array([_resample(theta, data, rng) for _ in range(draws)])
-        ends = np.quantile(drawn, [0.025, 0.975], axis=0).T.tolist()
+        drawn_R5 = bootstrap(theta, data, draws, np.random.default_rng(seed))
+        ends = np.quantile(natural(drawn_R5, data), [0.025, 0.975], axis=0).T.tolist()
         intervals = {name: (low, high) for name, (low, high) in zip(NAMES, ends, strict=True)}
     return Surface(arm, runs, **values, objective=value, optimality=optimality,
                    intervals=intervals, refusal=refusal)  # fmt: skip
-
-
-def _resample(theta: np.ndarray, data: Data, rng: np.random.Generator) -> np.ndarray:
-    rows = rng.integers(len(data.log_loss_M), size=len(data.log_loss_M))
-    picked = Data(data.log_n_M[rows], data.log_d_M[rows], data.log_loss_M[rows],
-                  data.centre_n, data.centre_d)  # fmt: skip
-    return natural(descend(theta, picked).x, data)

@@ -20,7 +20,7 @@ def number(value: float) -> str:
         return "unbounded"
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * limit:
-            return f"{value / limit:#.3g}".rstrip(".") + suffix
+            return f"{value / limit:.3g}{suffix}"
     return f"{value:.3g}"
 
 

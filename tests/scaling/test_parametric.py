@@ -96,6 +96,20 @@ def test_intervals_hold_the_planted_exponents():
     assert intervals["beta"][0] < 0.31 < intervals["beta"][1]
 
 
+def test_every_resampling_reaches_its_own_minimum():
+    data = parametric.make_data(*planted(noise=0.01))
+    theta, runs = fit_descent(data), len(data.log_n_M)
+    drawn = parametric.bootstrap(theta, data, 5, np.random.default_rng(3))
+    counts = np.random.default_rng(3).multinomial(runs, np.full(runs, 1 / runs), size=5)
+    for found, count in zip(drawn, counts, strict=True):
+        rows = np.repeat(np.arange(runs), count)
+        picked = parametric.Data(
+            data.log_n_M[rows], data.log_d_M[rows], data.log_loss_M[rows], 0.0, 0.0
+        )
+        least = min(parametric.descend(start, picked).fun for start in (theta, found))
+        np.testing.assert_allclose(objective(found, picked)[0] / 1e-6, least, rtol=1e-6)
+
+
 def test_the_gradient_is_the_derivative_of_the_objective():
     data = parametric.make_data(*planted(noise=0.01))
     theta = np.array([0.3, -1.0, -0.5, 0.4, 0.3])
