@@ -6,6 +6,7 @@ It loads TensorFlow, which takes about ten seconds; training never does.
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import sys
@@ -22,8 +23,8 @@ from modjax.data.documents import Scan, text_documents
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Sends what is written to stderr to nowhere: TensorFlow's C++ writes before it can be told."""
+def _silent() -> Iterator[None]:
+    """Sends stderr to nowhere, for C++ code that remarks on its start and cannot be told not to."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -38,7 +39,7 @@ def _quiet_loading() -> Iterator[None]:
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-with _quiet_loading():
+with _silent():
     import absl.logging
     import seqio
     import tensorflow as tf
@@ -178,7 +179,10 @@ def tokenized(task: seqio.Task, split: str) -> Iterator[Tokenized]:
             tf.strings.length(example["targets_pretokenized"], unit="BYTE"),
         )
     )
-    for tokens, size in dataset.ragged_batch(DOCUMENTS_AT_ONCE):
+    batches = iter(dataset.ragged_batch(DOCUMENTS_AT_ONCE))
+    with _silent():
+        first = list(itertools.islice(batches, 1))
+    for tokens, size in itertools.chain(first, batches):
         ends = tokens.row_splits.numpy()[1:-1]
         yield Tokenized(np.split(tokens.flat_values.numpy(), ends), size.numpy())
 
