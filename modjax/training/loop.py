@@ -90,20 +90,20 @@ def train(
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state, clock.seconds = restored
+        start = int(state.step) if restored is not None else 0
+        batches = stack.enter_context(
+            prefetch(lambda i: put_batch(_train_batch(cache, spec, i), mesh), start, steps)
+        )
         clock.lap("setup")
         programs = compile_programs(mesh, model, config)
         if restored is None:
             state = init_state(mesh, model, config)
         clock.lap("compile")
 
-        start = int(state.step)
         writer = MetricsWriter(
             run_dir, start_step=start, tensorboard=execution.tensorboard, progress=progress
         )
         stack.callback(writer.close)
-        batches = stack.enter_context(
-            prefetch(lambda i: put_batch(_train_batch(cache, spec, i), mesh), start, steps)
-        )
         pace = Pace(start)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         saved_at = time.monotonic()
@@ -114,10 +114,10 @@ def train(
             if pending is None:
                 return 0
             step, metrics = pending
-            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            values = jax.device_get(metrics)
             pending = None
             pace.reached(step)
-            diverged = values.pop("diverged_step")
+            diverged = int(values.pop("diverged_step"))
             writer.write(step, _progress_values(spec, step) | values)
             return diverged
 

@@ -82,10 +82,10 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _json_number(value: Any) -> int | float | None:
-    if isinstance(value, int):
-        return value
-    # 7 digits: what a float32 holds.
-    return float(f"{float(value):.7g}") if math.isfinite(value) else None
+    """Arrays by the 7 digits that a float32 holds."""
+    if not math.isfinite(value):
+        return None
+    return value if isinstance(value, int | float) else float(f"{float(value):.7g}")
 
 
 def _summary_writer(run_dir: Path, start_step: int) -> Any:

@@ -1,4 +1,4 @@
-"""The mesh, and the one table that maps logical axes of tensors to mesh axes.
+"""The mesh, and what lies where on it; modjax/nn/sharding.py has the table of axes.
 
 Legend: B batch, L positions.
 """
@@ -9,27 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from modjax.config import Execution, TrainConfig, require
-
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
-LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
-    # activations
-    "batch": ("data", "fsdp"),
-    "length": None,  # routing is per sequence: a split sequence would make it communicate
-    # parameters
-    "layers": None,
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "experts": "expert",
-    "norm": None,
-    None: None,
-}
+from modjax.nn.sharding import LOGICAL_TO_MESH, MESH_AXES, partition_spec
 
 
 def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mesh:
@@ -52,23 +35,6 @@ def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mes
     sizes = (data, execution.fsdp, execution.tensor, execution.expert)
     types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices[: data * inner])
-
-
-def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
-    """The mesh axes of a tensor whose dims have these logical axes."""
-    return PartitionSpec(*(LOGICAL_TO_MESH[name] for name in logical_axes))
-
-
-def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Fixes the sharding of an activation under `jax.set_mesh`; the identity without a mesh.
-
-    Raises ValueError unless every dim of `x` is named.
-    """
-    if len(logical_axes) != x.ndim:
-        raise ValueError(f"{logical_axes} names {len(logical_axes)} dims of shape {x.shape}")
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -36,7 +36,10 @@ class Model(NamedTuple):
 
 
 def abstract_model(config: ModelConfig, execution: Execution) -> Model:
-    """Splits the model once; `init` maps a PRNG key to parameters, `nnx.merge` undoes the split."""
+    """Splits the model once; `init` maps a PRNG key to parameters, `nnx.merge` undoes the split.
+
+    Call it outside `jax.set_mesh`: flax would take the logical axes for mesh axes.
+    """
 
     def make(key):
         return Transformer(

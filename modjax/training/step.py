@@ -13,8 +13,8 @@ from flax import nnx
 
 from modjax.config import TrainConfig
 from modjax.data.batches import Batch
+from modjax.nn.sharding import constrain
 from modjax.training.optimizer import learning_rate
-from modjax.training.sharding import constrain
 from modjax.training.state import TrainState
 
 TRAIN_STREAM, EVAL_STREAM = 1, 2

@@ -1,0 +1,59 @@
+"""Logical axes of tensors, the one table that maps them to mesh axes, and its use on activations.
+
+A mesh set by `jax.set_mesh` has the axes `data`, `fsdp`, `tensor` and `expert` with Auto types; no
+mesh, or one with other axes, leaves everything as it is.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+
+LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,  # routing is per sequence: a split sequence would make it communicate
+    # parameters
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "experts": "expert",
+    "norm": None,
+    None: None,
+}
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+
+
+def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes of a tensor whose dims have these logical axes."""
+    return PartitionSpec(*(LOGICAL_TO_MESH[name] for name in logical_axes))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Fixes the sharding of an activation. Raises ValueError unless every dim of `x` is named."""
+    if len(logical_axes) != x.ndim:
+        raise ValueError(f"{logical_axes} names {len(logical_axes)} dims of shape {x.shape}")
+    if not _is_ours(jax.sharding.get_abstract_mesh()):
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
+
+
+def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
+    """function(x_BL), where each row of the result depends on the same row of x_BL only.
+
+    Every device runs it on its own rows: some operations, like top-k, the partitioner would
+    otherwise run on the gathered batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _is_ours(mesh) or mesh.size == 1:
+        return function(x_BL)
+    spec = partition_spec(("batch", "length"))
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(x_BL)
+
+
+def _is_ours(mesh: jax.sharding.AbstractMesh) -> bool:
+    return not mesh.empty and mesh.axis_names == MESH_AXES
