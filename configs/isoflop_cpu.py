@@ -14,22 +14,27 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = {"vocab_size": 272}  # 256 bytes and 3 special ids, padded to a multiple of 16
-    config.train = {"seq_len": 256, "b2": 0.98, "eval_sequences": 256}
+    config.train = {"seq_len": 256, "b2": 0.98, "eval_sequences": 512}
     config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
-    config.execution = {"log_every": 20}
+    config.execution = {"log_every": 50}
     config.sweep = {
         "arms": {
             "dense": {"pattern": ("dense",)},
             "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
             "random12": {"pattern": ("dense", "stochastic"), "mod": {"capacity": 0.125}},
         },
-        "budgets": (5e11, 1.5e12, 4.5e12, 1.35e13),
+        "budgets": (5e11, 1.6e12, 5e12),
         "sizes": 5,
         "spread": 0.5,
         "seeds": (0,),
-        "optimum": {"budget": 1.5e12, "params": 1.5e5, "exponent": 0.5},
-        "shape": {"width_multiple": 8, "head_dim": 8, "aspect": 32.0, "layer_multiple": 4},
-        "recipe": {"batch_size": 8, "learning_rate": 0.2, "warmup_fraction": 0.05},
+        "optimum": {"budget": 5e11, "params": 4.5e4, "exponent": 0.5},
+        "shape": {"width_multiple": 8, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
+        "recipe": {
+            "batch_size": 4,
+            "batch_exponent": 0.4,
+            "learning_rate": 0.2,
+            "warmup_fraction": 0.05,
+        },
         "flops_per_second": 4e10,
     }
     return config

@@ -12,21 +12,21 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = {"vocab_size": 272}  # 256 bytes and 3 special ids, padded to a multiple of 16
-    config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 256}
+    config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 512}
     config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
-    config.execution = {"log_every": 20}
+    config.execution = {"log_every": 50}
     config.sweep = {
         "arms": {
             "dense": {"pattern": ("dense",)},
             "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
         },
-        "budgets": (1.5e11, 5e11, 1.5e12),
+        "budgets": (1e11, 3e11, 9e11),
         "sizes": 5,
         "spread": 0.5,
         "seeds": (0,),
-        "optimum": {"budget": 5e11, "params": 1.0e5, "exponent": 0.5},
-        "shape": {"width_multiple": 8, "head_dim": 8, "aspect": 32.0, "layer_multiple": 4},
-        "recipe": {"batch_size": 8, "learning_rate": 0.2, "warmup_fraction": 0.05},
+        "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.5},
+        "shape": {"width_multiple": 8, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
+        "recipe": {"batch_size": 4, "learning_rate": 0.2, "warmup_fraction": 0.05},
         "flops_per_second": 3e10,
     }
     return config

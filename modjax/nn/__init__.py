@@ -3,7 +3,14 @@
 from modjax.nn.attention import Attention, causal_attention
 from modjax.nn.layers import MLP, RMSNorm
 from modjax.nn.mod import MoDBlock, StochasticMoDBlock, routing_statistics
-from modjax.nn.routing import Selection, expert_choice, gather, scatter_add, stochastic
+from modjax.nn.routing import (
+    Selection,
+    expert_choice,
+    gather,
+    scatter_add,
+    stochastic,
+    threshold,
+)
 from modjax.nn.transformer import Context, DenseBlock, Transformer
 
 __all__ = [
@@ -22,4 +29,5 @@ __all__ = [
     "routing_statistics",
     "scatter_add",
     "stochastic",
+    "threshold",
 ]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modjax.nn.layers import normal_param, rotate
+from modjax.nn.layers import normal_param, project, rotate
 
 # Queries are processed in chunks of this many positions, each against the keys up to its end,
 # so that most of the future is never computed.
@@ -82,11 +82,18 @@ class Attention(nnx.Module):
         rope_BLH: tuple[jax.Array, jax.Array],
         segment_ids_BL: jax.Array | None,
     ) -> jax.Array:
-        dtype = x_BLD.dtype
-        q_BNLH = jnp.einsum("BLD,DNH->BNLH", x_BLD, self.w_q.astype(dtype))
-        k_BGLH = jnp.einsum("BLD,DGH->BGLH", x_BLD, self.w_k.astype(dtype))
-        v_BGLH = jnp.einsum("BLD,DGH->BGLH", x_BLD, self.w_v.astype(dtype))
+        q_BNLH, k_BGLH, v_BGLH = (
+            _project_heads(x_BLD, w[...]) for w in (self.w_q, self.w_k, self.w_v)
+        )
         out_BNLH = causal_attention(
             rotate(q_BNLH, rope_BLH), rotate(k_BGLH, rope_BLH), v_BGLH, segment_ids_BL
         )
-        return jnp.einsum("BNLH,NHD->BLD", out_BNLH, self.w_out.astype(dtype))
+        batch, heads, length, head_dim = out_BNLH.shape
+        out_BLD = out_BNLH.transpose(0, 2, 1, 3).reshape(batch, length, heads * head_dim)
+        return project(out_BLD, self.w_out[...].reshape(heads * head_dim, -1))
+
+
+def _project_heads(x_BLD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+    batch, length, _ = x_BLD.shape
+    y_BLF = project(x_BLD, w_DNH.reshape(w_DNH.shape[0], -1))
+    return y_BLF.reshape(batch, length, *w_DNH.shape[1:]).transpose(0, 2, 1, 3)

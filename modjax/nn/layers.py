@@ -30,6 +30,18 @@ def normal_param(
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
+def project(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike = None) -> jax.Array:
+    """x @ w over the last dim of x, multiplied in x's dtype: (B, L, F).
+
+    The product is taken of two matrices: contracting B and L as two dims in the gradient of w
+    makes XLA's CPU backend transpose the activations first, at 1.6 times the cost of the MLP.
+    """
+    batch, length, width = x_BLD.shape
+    x_TD = x_BLD.reshape(batch * length, width)
+    y_TF = jnp.matmul(x_TD, w_DF.astype(x_BLD.dtype), preferred_element_type=out_dtype)
+    return y_TF.reshape(batch, length, w_DF.shape[1])
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a scale (arXiv 1910.07467, Eq. 4), in float32."""
 
@@ -62,14 +74,13 @@ class MLP(nnx.Module):
         self.w_out = normal_param(rngs, (d_ff, d_model), ("mlp", "embed"), std=output_std)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        dtype = x_BLD.dtype
         act = ACTIVATIONS[self.activation]
-        h_BLF = x_BLD @ self.w_in.astype(dtype)
+        h_BLF = project(x_BLD, self.w_in[...])
         if self.activation in GATED_MLPS:
-            h_BLF = act(x_BLD @ self.w_gate.astype(dtype)) * h_BLF
+            h_BLF = act(project(x_BLD, self.w_gate[...])) * h_BLF
         else:
             h_BLF = act(h_BLF)
-        return h_BLF @ self.w_out.astype(dtype)
+        return project(h_BLF, self.w_out[...])
 
 
 def rotary_tables(

@@ -22,6 +22,7 @@ from modjax.nn.routing import (
     selected_mask,
     stochastic,
 )
+from modjax.nn.sharding import constrain
 
 WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda r: r,
@@ -41,7 +42,7 @@ class MoDBlock(nnx.Module):
     def __init__(self, inner: nnx.Module, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs):
         self.inner = inner
         self.config = config
-        self.router = normal_param(rngs, (d_model,), ("embed",), std=1 / math.sqrt(d_model))
+        self.router = normal_param(rngs, (d_model,), ("norm",), std=1 / math.sqrt(d_model))
 
     def __call__(
         self,
@@ -64,8 +65,9 @@ class MoDBlock(nnx.Module):
         x_BKD, selected_inputs = jax.tree.map(
             lambda leaf: gather(leaf, selection.indices_BK), (x_BLD, per_position)
         )
+        x_BKD = constrain(x_BKD, "batch", "length", None)
         out = self.inner(x_BKD, *selected_inputs)  # type: ignore[operator]
-        y_BKD = out[0] if isinstance(out, tuple) else out
+        y_BKD = (out[0] if isinstance(out, tuple) else out).astype(x_BLD.dtype)
         weight_BK1 = WEIGHTS[self.config.weight](selection.scores_BK)[..., None]
         update_BKD = _update(self.config.residual, weight_BK1.astype(x_BLD.dtype), x_BKD, y_BKD)
         aux = {"scores_BL": scores_BL, "selected_BL": selected_mask(selection, length)}

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from modjax.nn.sharding import per_sequence
+
 
 class Selection(NamedTuple):
     """K positions of each sequence.
@@ -40,6 +42,17 @@ def stochastic(
     return select_top_k(noise_BL, scores_BL, k, valid_BL)
 
 
+def threshold(scores_BL: jax.Array, bound: float, valid_BL: jax.Array | None = None) -> Selection:
+    """Every valid position that scores above `bound`, so K = L: causal, for a block's inference.
+
+    Each position decides for itself (arXiv 2404.02258, section 3.5): nothing depends on later ones.
+    """
+    above_BL = scores_BL > bound
+    if valid_BL is not None:
+        above_BL = above_BL & valid_BL
+    return select_top_k(scores_BL, scores_BL, scores_BL.shape[1], above_BL)
+
+
 def select_top_k(
     ranking_BL: jax.Array, scores_BL: jax.Array, k: int, valid_BL: jax.Array | None
 ) -> Selection:
@@ -48,7 +61,7 @@ def select_top_k(
     ranking_BL = jax.lax.stop_gradient(ranking_BL)
     if valid_BL is not None:
         ranking_BL = jnp.where(valid_BL, ranking_BL, -jnp.inf)
-    _, indices_BK = jax.lax.top_k(ranking_BL, k)
+    indices_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[1], ranking_BL)
     if valid_BL is None:
         indices_BK = jnp.sort(indices_BK, axis=1)
         return Selection(

@@ -13,8 +13,9 @@ from flax import nnx
 
 from modjax.config import ModelConfig
 from modjax.nn.attention import Attention
-from modjax.nn.layers import MLP, RMSNorm, normal_param, rotary_tables
+from modjax.nn.layers import MLP, RMSNorm, normal_param, project, rotary_tables
 from modjax.nn.mod import MoDBlock, StochasticMoDBlock
+from modjax.nn.sharding import constrain
 
 Aux = dict[str, dict[str, jax.Array]]
 
@@ -119,14 +120,12 @@ class Transformer(nnx.Module):
         rope_1LH = rotary_tables(positions_1L, config.head_dim, config.rope_base, dtype)
         context = Context(rope_1LH, segment_ids_BL)
         valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
-        x_BLD = self.embedding.astype(dtype)[tokens_BL]
+        table_VD = constrain(self.embedding.astype(dtype), "vocab", None)
+        x_BLD = constrain(table_VD[tokens_BL], "batch", "length", None)
         x_BLD, aux = self._layers(x_BLD, context, valid_BL, key)
         x_BLD = self.final_norm(x_BLD)
         w_DV = self.embedding.T if config.tie_embeddings else self.w_logits[...]
-        logits_BLV = jnp.einsum(
-            "BLD,DV->BLV", x_BLD, w_DV.astype(dtype), preferred_element_type=jnp.float32
-        )
-        return logits_BLV, aux
+        return project(x_BLD, w_DV, jnp.float32), aux
 
     def _layers(self, x_BLD, context, valid_BL, key):
         graphdef, stacked = nnx.split(self.blocks)
@@ -142,6 +141,7 @@ class Transformer(nnx.Module):
                     x_BLD, aux[name] = block(x_BLD, context, valid_BL=valid_BL, key=block_key)
                 else:
                     x_BLD = block(x_BLD, context)
+                x_BLD = constrain(x_BLD, "batch", "length", None)
             return x_BLD, aux
 
         if self.remat != "none":

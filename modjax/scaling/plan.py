@@ -49,9 +49,10 @@ class Optimum:
 class ShapeRule:
     """Every shape follows from its width d, a multiple of `width_multiple`.
 
-    heads d / head_dim; layers d / aspect rounded to a multiple of `layer_multiple`, at least one
-    of them; feed-forward width ff_multiple * d. `layer_multiple` must be a common multiple of the
-    arms' pattern lengths, so that every arm can use every shape.
+    As many heads as divide d into even widths of at least `head_dim`; layers d / aspect rounded to
+    a multiple of `layer_multiple`, at least one of them; feed-forward width ff_multiple * d.
+    `layer_multiple` must be a common multiple of the arms' pattern lengths, so that every arm can
+    use every shape.
     """
 
     width_multiple: int
@@ -65,13 +66,14 @@ class ShapeRule:
             value = getattr(self, field.name)
             require(value > 0, f"sweep.shape.{field.name}", value, "must be greater than 0")
         require(
-            self.width_multiple % self.head_dim == 0, "sweep.shape.width_multiple",
-            self.width_multiple, f"must be a multiple of sweep.shape.head_dim = {self.head_dim}",
+            self.width_multiple % 2 == 0, "sweep.shape.width_multiple", self.width_multiple,
+            "must be even, for rotary positions",
         )  # fmt: skip
 
     def at(self, width: int) -> dict[str, int]:
         groups = max(1, math.floor(width / self.aspect / self.layer_multiple + 0.5))
-        heads = width // self.head_dim
+        even_divisors = (h for h in range(1, width // 2 + 1) if width % (2 * h) == 0)
+        heads = max(h for h in even_divisors if h == 1 or width / h >= self.head_dim)
         values = (
             width,
             groups * self.layer_multiple,

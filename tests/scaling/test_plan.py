@@ -161,7 +161,7 @@ BAD = {
     "model.pattern=moe": "model.pattern = 'moe': must be one of dense, mod, stochastic",
     "sweep.arms.mod12.mod.capacity=1.5": "model.mod.capacity = 1.5: must be in (0, 1]",
     "sweep.arms.mod12.mod.capacity=0": "model.mod.capacity = 0.0: must be in (0, 1]",
-    "sweep.shape.head_dim=12": "sweep.shape.width_multiple = 8: must be a multiple of",
+    "sweep.shape.width_multiple=7": "sweep.shape.width_multiple = 7: must be even",
     "sweep.shape.layer_multiple=3": "sweep.shape.layer_multiple = 3: must be a multiple of arm",
     "sweep.budgets=1e3": "sweep.budgets = 1000.0: too small for a step of arm dense",
     "sweep.budgets=-1.0": "sweep.budgets = -1.0: must be greater than 0",

@@ -1,0 +1,39 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned packages.
+PYTHON ?= python3
+BIN := .venv/bin
+WORK ?= work/tiny
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-slow lint install bench clean
+
+demo: .venv/installed
+	$(BIN)/modjax data prepare
+	$(BIN)/modjax sweep --config=configs/tiny.py --workdir=$(WORK) --jobs 2
+	$(BIN)/modjax fit --workdir=$(WORK)
+	$(BIN)/modjax report --workdir=$(WORK)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[data,tensorboard,dev]'
+	touch $@
+
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/modjax bench all
+
+clean:
+	rm -rf .venv work

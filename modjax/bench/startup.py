@@ -1,0 +1,25 @@
+"""Start-up: `import modjax` and its model against importing jax and flax alone."""
+
+import statistics
+import subprocess
+import sys
+import time
+
+from modjax.bench import Row
+
+ROUNDS = 7
+BASE = "import jax, flax.nnx"
+OURS = "import modjax; modjax.Transformer, modjax.MoDBlock, modjax.flops"
+
+
+def measure() -> list[Row]:
+    seconds: dict[str, list[float]] = {BASE: [], OURS: []}
+    for _ in range(ROUNDS + 1):  # the first round reads the files from disk
+        for code, found in seconds.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True)
+            found.append(time.perf_counter() - start)
+    ratio = statistics.median(
+        ours / base for ours, base in zip(seconds[OURS][1:], seconds[BASE][1:], strict=True)
+    )
+    return [Row("import modjax / import jax and flax", ratio, "ratio", 1.2)]

@@ -1,0 +1,96 @@
+"""The train step: MoD against dense and their FLOP ratio, dense against PyTorch eager.
+
+d 256, 8 layers, 4 heads, 512 positions, batch 8, AdamW, the sizes of the project's targets.
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from modjax.bench import Row
+from modjax.config import Execution, ModelConfig, TrainConfig
+from modjax.data.batches import Batch
+from modjax.flops import train_flops
+from modjax.training.programs import compile_programs, init_state
+from modjax.training.sharding import make_mesh, put_batch
+from modjax.training.state import abstract_model
+
+ROUNDS = 7
+DENSE = ModelConfig(1024, 256, 8, 4, 4, 1024)
+MOD = dataclasses.replace(DENSE, pattern=("dense", "mod"))
+TRAIN = TrainConfig(8, 512, 1000, 1e-3, 10)
+
+Step = Callable[[], Any]
+
+
+def measure() -> list[Row]:
+    tokens = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
+    steps: dict[str, Step] = {
+        "dense": jax_step(DENSE, tokens),
+        "mod": jax_step(MOD, tokens),
+    }
+    why = ""
+    try:
+        from modjax.bench.torch_model import torch_step
+
+        steps["torch"] = torch_step(DENSE, TRAIN, tokens)
+    except ImportError:
+        why = "PyTorch is not installed: pip install 'modjax[bench]'"
+    seconds = interleaved(steps)
+    flop_ratio = train_flops(MOD, TRAIN.seq_len, 1) / train_flops(DENSE, TRAIN.seq_len, 1)
+    print(f"modjax: seconds per step (median): "
+          f"{ {name: round(statistics.median(s), 3) for name, s in seconds.items()} }",
+          file=sys.stderr)  # fmt: skip
+    mod = ratio(seconds, "mod", "dense")
+    against_torch = ratio(seconds, "dense", "torch") if "torch" in seconds else None
+    return [
+        Row("MoD step / dense step / FLOP ratio", mod / flop_ratio, "ratio", 1.05),
+        Row("MoD step / dense step", mod, "ratio", None),
+        Row("dense step / PyTorch eager fp32 step", against_torch, "ratio", 1.3, why=why),
+    ]
+
+
+def interleaved(steps: dict[str, Step], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of each step, all taken in turn, so that drift of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if index >= 2:  # warm-up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], over: str, under: str) -> float:
+    """Median of the ratios round by round."""
+    pairs = zip(seconds[over], seconds[under], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def jax_step(config: ModelConfig, tokens: np.ndarray) -> Step:
+    mesh = make_mesh(Execution(data=1))
+    model = abstract_model(config, Execution())
+    batch = Batch(
+        inputs_BL=tokens[:, :-1].astype(np.int32),
+        targets_BL=tokens[:, 1:].astype(np.int32),
+        segment_ids_BL=np.ones((TRAIN.batch_size, TRAIN.seq_len), np.int32),
+        weights_BL=np.ones((TRAIN.batch_size, TRAIN.seq_len), np.float32),
+    )
+    with jax.set_mesh(mesh):
+        state = init_state(mesh, model, TRAIN)
+        train_step = compile_programs(mesh, model, TRAIN).train_step
+        placed = put_batch(batch, mesh)
+
+    def step():
+        nonlocal state
+        state, metrics = train_step(state, placed)
+        jax.block_until_ready((state, metrics))
+
+    return step

@@ -1,0 +1,276 @@
+"""Mixture-of-Depths against a plain loop, its properties, and the faults seen in public code.
+
+The faults are those of implementations surveyed before this one was written: each test below
+fails for at least one of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modjax.config import MoDConfig, ModelConfig
+from modjax.nn import DenseBlock, MoDBlock, Transformer, routing_statistics, threshold
+from modjax.nn.layers import rotary_tables
+from modjax.nn.transformer import Context
+
+WIDTH, LENGTH = 8, 16
+
+
+class Mixer(nnx.Module):
+    """An inner block whose positions depend on each other: x + (running mean of x) w."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (WIDTH, WIDTH)) / 3)
+
+    def __call__(self, x_BLD):
+        count_1L1 = jnp.arange(1.0, x_BLD.shape[1] + 1)[None, :, None]
+        return x_BLD + jnp.tanh(jnp.cumsum(x_BLD, axis=1) / count_1L1) @ self.w
+
+
+def mod_block(**config):
+    rngs = nnx.Rngs(0)
+    return MoDBlock(Mixer(rngs), WIDTH, MoDConfig(**config), rngs=rngs)
+
+
+def stream(seed=0, batch=3, length=LENGTH, width=WIDTH):
+    return jax.random.normal(jax.random.key(seed), (batch, length, width))
+
+
+SMALL = {"batch": 2, "length": 10}
+
+
+def plain_mod(w, router, x, ranking, capacity, weight, residual):
+    """One sequence, one selected token at a time, in jax so that it can be differentiated."""
+    weigh = {
+        "linear": lambda r: r,
+        "sigmoid": lambda r: 1 / (1 + jnp.exp(-r)),
+        "two_sigmoid": lambda r: 2 / (1 + jnp.exp(-r)),
+        "one_plus_tanh": lambda r: 1 + jnp.tanh(r),
+    }[weight]
+    rows = []
+    for sequence, best_first in zip(x, ranking, strict=True):
+        scores = [sequence[i] @ router for i in range(len(sequence))]
+        k = max(1, round(capacity * len(scores)))
+        out, total = [sequence[i] for i in range(len(scores))], jnp.zeros(WIDTH)
+        for rank, i in enumerate(sorted(best_first[:k].tolist())):
+            total = total + sequence[i]
+            f = sequence[i] + jnp.tanh(total / (rank + 1)) @ w
+            r, x_i = weigh(scores[i]), sequence[i]
+            out[i] = {
+                "delta": x_i + r * (f - x_i),
+                "literal": x_i + r * f,
+                "replace": r * f,
+            }[residual]
+        rows.append(jnp.stack(out))
+    return jnp.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "weight, residual",
+    [("linear", "delta"), ("linear", "literal"), ("linear", "replace"), ("sigmoid", "delta"),
+     ("two_sigmoid", "delta"), ("one_plus_tanh", "literal")],
+)  # fmt: skip
+def test_block_equals_a_plain_loop_in_values_and_gradients(weight, residual):
+    block = mod_block(capacity=0.3, weight=weight, residual=residual)
+    x = stream(**SMALL)
+    ranking = np.argsort(-(np.asarray(x) @ np.asarray(block.router[...])), axis=1)
+    graphdef, params = nnx.split(block)
+
+    def ours(params, x):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)[0]))
+
+    def plain(w, router, x):
+        out = plain_mod(w, router, x, ranking, 0.3, weight, residual)
+        return jnp.sum(jnp.sin(out)), out
+
+    arrays = (block.inner.w[...], block.router[...], x)
+    grads, expected = jax.jit(jax.grad(plain, (0, 1, 2), has_aux=True))(*arrays)
+    np.testing.assert_allclose(block(x)[0], expected, rtol=1e-5, atol=1e-6)
+    grad_params, grad_x = jax.jit(jax.grad(ours, (0, 1)))(params, x)
+    np.testing.assert_allclose(grad_params["inner"]["w"][...], grads[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grad_params["router"][...], grads[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grad_x, grads[2], rtol=1e-4, atol=1e-5)
+
+
+# Properties that need no reference implementation.
+
+
+class Constant(MoDBlock):
+    """A block whose router gives every token weight 1 under any reading."""
+
+    def __call__(self, x_BLD, *per_position, **kwargs):
+        self.router[...] = jnp.zeros(x_BLD.shape[-1]).at[0].set(1.0)
+        return super().__call__(x_BLD.at[..., 0].set(1.0), *per_position, **kwargs)
+
+
+@pytest.mark.parametrize("residual", ["delta", "replace"])
+def test_capacity_one_and_weight_one_is_the_dense_block(residual):
+    rngs = nnx.Rngs(0)
+    inner = Mixer(rngs)
+    config = MoDConfig(capacity=1.0, residual=residual)
+    block = Constant(inner, WIDTH, config, rngs=rngs)
+    x = stream().at[..., 0].set(1.0)
+    # A residual counted twice, or rescaled by the weight, would differ by a multiple of x.
+    np.testing.assert_allclose(block(x)[0], inner(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_block_without_an_update_is_the_identity_bit_for_bit():
+    block = mod_block(capacity=0.5)
+    block.inner.w[...] = jnp.zeros((WIDTH, WIDTH))
+    x = stream()
+    assert np.asarray(block(x)[0]).tobytes() == np.asarray(x).tobytes()
+
+
+def test_a_router_that_says_zero_leaves_the_stream_alone():
+    # Faults: output w * block(x), which rescales the residual.
+    block = mod_block(capacity=0.5)
+    block.router[...] = jnp.zeros(WIDTH)
+    x = stream()
+    np.testing.assert_array_equal(block(x)[0], x)
+
+
+def test_unselected_positions_keep_their_bits_and_selected_ones_change():
+    x = stream()
+    y, aux = mod_block(capacity=0.25)(x)
+    selected = np.asarray(aux["selected_BL"])
+    same = np.all(np.asarray(x) == np.asarray(y), axis=-1)
+    np.testing.assert_array_equal(same, ~selected)
+
+
+def test_each_row_selects_exactly_k_also_when_scores_tie():
+    # Faults: a strict comparison with the k-th score takes k - 1, "at least" takes more on ties;
+    # indices without the batch offset mark row 0 only.
+    block = mod_block(capacity=0.25)
+    x = jnp.tile(stream(length=2), (1, LENGTH // 2, 1))
+    np.testing.assert_array_equal(block(x)[1]["selected_BL"].sum(axis=1), [4, 4, 4])
+
+
+def test_short_sequences_still_select_one_position():
+    x = stream(length=2)
+    np.testing.assert_array_equal(mod_block(capacity=0.125)(x)[1]["selected_BL"].sum(axis=1), 1)
+
+
+def test_weight_of_a_token_does_not_depend_on_the_other_tokens():
+    # Faults: a softmax over the selected tokens, which is not causal and sums to 1. The inner
+    # block's update of the first position depends on that position alone.
+    block = mod_block(capacity=1.0)
+    x = stream()
+    changed = x.at[:, -1].multiply(7.0)
+    np.testing.assert_allclose(block(x)[0][:, 0], block(changed)[0][:, 0], rtol=1e-6)
+
+
+def test_the_router_has_a_gradient_from_every_row():
+    block = mod_block(capacity=0.25)
+    graphdef, params = nnx.split(block)
+    for row in range(3):
+
+        def loss(params, row=row):
+            return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(stream())[0][row]))
+
+        assert float(jnp.abs(jax.grad(loss)(params)["router"][...]).min()) > 0
+
+
+def test_the_router_computes_in_float32_under_bfloat16():
+    block = mod_block(capacity=0.25)
+    x = stream().astype(jnp.bfloat16)
+    y, aux = block(x)
+    assert y.dtype == jnp.bfloat16 and aux["scores_BL"].dtype == jnp.float32
+    exact = np.asarray(x.astype(jnp.float32)) @ np.asarray(block.router[...])
+    np.testing.assert_allclose(aux["scores_BL"], exact, rtol=1e-5, atol=1e-5)
+
+
+def test_selected_tokens_keep_their_original_rotary_positions_and_segments():
+    # Faults: positions compacted to 0..k-1; segment ids not gathered.
+    config = ModelConfig(32, 16, 1, 2, 1, 32)
+    rngs = nnx.Rngs(1)
+    inner = DenseBlock(config, rngs=rngs)
+    block = MoDBlock(inner, 16, MoDConfig(capacity=0.4), rngs=rngs)
+    x = stream(width=16, length=20)
+    segments = jnp.repeat(jnp.array([[1, 2], [1, 1], [1, 2]]), 10, axis=1)
+    rope = rotary_tables(jnp.arange(20)[None], 8, 100.0, jnp.float32)
+    y, aux = jax.jit(block)(x, Context(rope, segments))
+    run = jax.jit(inner)
+    for b in range(3):
+        chosen = np.flatnonzero(aux["selected_BL"][b])
+        rope_chosen = rotary_tables(jnp.asarray(chosen)[None], 8, 100.0, jnp.float32)
+        f = run(x[b : b + 1, chosen], Context(rope_chosen, segments[b : b + 1, chosen]))[0]
+        r = np.asarray(x[b, chosen] @ block.router[...])[:, None]
+        expected = np.asarray(x[b, chosen]) + r * np.asarray(f - x[b, chosen])
+        np.testing.assert_allclose(y[b, chosen], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_never_selected_and_is_left_as_it_was():
+    block = mod_block(capacity=0.5)
+    x = stream()
+    valid = jnp.arange(LENGTH)[None] < jnp.array([[3], [LENGTH], [0]])
+    # Padding scores highest of all.
+    x = jnp.where(valid[..., None], x, 100 * jnp.sign(block.router[...])[None, None])
+    y, aux = block(x, valid_BL=valid)
+    np.testing.assert_array_equal(aux["selected_BL"].sum(axis=1), [3, 8, 0])
+    assert not np.any(np.asarray(aux["selected_BL"]) & ~np.asarray(valid))
+    padding = ~np.asarray(valid)
+    np.testing.assert_array_equal(np.asarray(y)[padding], np.asarray(x)[padding])
+    assert np.all(np.isfinite(y))
+
+
+class ThresholdBlock(MoDBlock):
+    def select(self, scores_BL, k, valid_BL, key):
+        return threshold(scores_BL, 0.0, valid_BL)
+
+
+def earlier_outputs_changed(block, t):
+    x = stream(seed=3)
+    edited = x.at[:, t].set(5.0 * jnp.sign(block.router[...])[None])
+    return np.any(np.asarray(block(x)[0][:, :t]) != np.asarray(block(edited)[0][:, :t]))
+
+
+def test_editing_a_token_reaches_back_under_top_k_but_never_under_a_threshold():
+    rngs = nnx.Rngs(0)
+    causal = ThresholdBlock(Mixer(rngs), WIDTH, MoDConfig(), rngs=rngs)
+    assert earlier_outputs_changed(mod_block(capacity=0.25), LENGTH - 1)
+    for t in (1, LENGTH // 2, LENGTH - 1):
+        assert not earlier_outputs_changed(causal, t)
+
+
+CONFIG = ModelConfig(40, 16, 4, 2, 2, 32, pattern=("dense", "mod"))
+
+
+def test_every_routed_layer_has_a_router_of_its_own():
+    # Faults: one router shared by all layers.
+    config = dataclasses.replace(CONFIG, pattern=("mod",))
+    make = jax.jit(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0))))
+    routers = np.asarray(make()["blocks"]["0_mod"]["router"][...])
+    assert routers.shape == (4, 16)
+    assert len(np.unique(routers.round(6), axis=0)) == 4
+
+
+def test_stochastic_control_draws_other_positions_for_another_key_and_layer():
+    config = dataclasses.replace(CONFIG, pattern=("dense", "stochastic"))
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    tokens = jnp.ones((2, 32), jnp.int32)
+    graphdef, params = nnx.split(model)
+    route = jax.jit(lambda key: nnx.merge(graphdef, params)(tokens, key=key)[1])
+    first, again, other = (
+        np.asarray(route(jax.random.key(s))["1_stochastic"]["selected_BL"]) for s in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other) and np.any(first[0] != first[1])
+    with pytest.raises(ValueError, match="key"):
+        model(tokens)
+
+
+def test_statistics_describe_a_routing_counted_by_hand():
+    scores = np.array([[[1.0, 3.0, 5.0, 7.0]], [[0.0, 0.0, 2.0, 2.0]]])
+    selected = np.array([[[True, True, False, False]], [[True, False, True, False]]])
+    aux = {"1_mod": {"scores_BL": jnp.asarray(scores), "selected_BL": jnp.asarray(selected)}}
+    got = {name: float(value) for name, value in routing_statistics(aux).items()}
+    assert got["router/score_mean"] == pytest.approx((4 + 1) / 2)
+    assert got["router/score_std"] == pytest.approx((5**0.5 + 1) / 2)
+    assert got["router/position_entropy"] == pytest.approx(0.5)  # 2 of 4 positions, evenly
+    assert got["router/chosen_by_all"] == 0.25
+    assert got["router/chosen_by_none"] == 0.25
+    assert routing_statistics({}) == {}

@@ -1,0 +1,112 @@
+"""Selections against a plain loop over sequences and positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modjax.flops import selected_tokens
+from modjax.nn.routing import (
+    expert_choice,
+    gather,
+    scatter_add,
+    selected_mask,
+    stochastic,
+    threshold,
+)
+
+
+def plain_top_k(scores, k, valid):
+    """Positions of the k best valid scores of one sequence, earlier ones first on ties."""
+    candidates = [(-scores[i], i) for i in range(len(scores)) if valid[i]]
+    return sorted(i for _, i in sorted(candidates)[:k])
+
+
+@pytest.mark.parametrize("batch, length, k", [(1, 1, 1), (3, 7, 1), (2, 16, 5), (4, 33, 33)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("padding", [False, True])
+def test_expert_choice_equals_a_plain_loop(batch, length, k, dtype, padding):
+    rng = np.random.default_rng(length * k)
+    # Few distinct values, so that ties at the k-th score are common.
+    scores = jnp.asarray(rng.integers(0, 6, (batch, length)), dtype)
+    valid = rng.random((batch, length)) < 0.6 if padding else np.ones((batch, length), bool)
+    got = expert_choice(scores, k, jnp.asarray(valid) if padding else None)
+    for b in range(batch):
+        expected = plain_top_k(np.asarray(scores[b], np.float32), k, valid[b])
+        kept = np.asarray(got.valid_BK[b])
+        assert np.asarray(got.indices_BK[b])[kept].tolist() == expected
+        assert kept.sum() == min(k, valid[b].sum())
+        np.testing.assert_array_equal(
+            np.asarray(got.scores_BK[b], np.float32)[kept],
+            np.asarray(scores[b], np.float32)[expected],
+        )
+        assert np.all(np.asarray(got.indices_BK[b])[~kept] >= length)
+        assert np.all(np.diff(np.asarray(got.indices_BK[b])) > 0)
+
+
+def test_gather_and_scatter_equal_a_plain_loop_in_values_and_gradients():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 9, 4)).astype(np.float32)
+    update = rng.normal(size=(3, 5, 4)).astype(np.float32)
+    cotangent = rng.normal(size=(3, 9, 4)).astype(np.float32)
+    indices = np.array([[0, 2, 3, 7, 8], [1, 2, 9, 10, 11], [4, 5, 6, 9, 10]])
+
+    def transform(x, update):
+        return scatter_add(x, jnp.asarray(indices), update * gather(x, jnp.asarray(indices)))
+
+    out, pull = jax.vjp(transform, jnp.asarray(x), jnp.asarray(update))
+    expected, grad_x, grad_update = x.copy(), cotangent.copy(), np.zeros_like(update)
+    for b in range(3):
+        for j, i in enumerate(indices[b]):
+            if i < 9:  # beyond the end: read as zero, never written
+                expected[b, i] += update[b, j] * x[b, i]
+                grad_x[b, i] += update[b, j] * cotangent[b, i]
+                grad_update[b, j] = x[b, i] * cotangent[b, i]
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    got_x, got_update = pull(jnp.asarray(cotangent))
+    np.testing.assert_allclose(got_x, grad_x, rtol=1e-6)
+    np.testing.assert_allclose(got_update, grad_update, rtol=1e-6)
+
+
+def test_gather_broadcasts_what_all_sequences_share():
+    table = jnp.arange(12.0).reshape(1, 6, 2)
+    indices = jnp.array([[0, 5], [2, 3]])
+    np.testing.assert_array_equal(gather(table, indices), np.asarray(table)[0][indices])
+
+
+def test_scatter_leaves_other_positions_their_bits():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 3)) * 1e-30, jnp.float32)
+    indices = jnp.array([[1, 4], [0, 7]])
+    out = np.asarray(scatter_add(x, indices, jnp.ones((2, 2, 3))))
+    for b in range(2):
+        others = [i for i in range(8) if i not in np.asarray(indices[b])]
+        assert out[b, others].tobytes() == np.asarray(x)[b, others].tobytes()
+
+
+def test_stochastic_selects_k_positions_whatever_the_scores_and_weighs_them_by_score():
+    scores = jnp.asarray(np.random.default_rng(2).normal(size=(64, 32)), jnp.float32)
+    got = stochastic(scores, 8, None, jax.random.key(0))
+    assert got.indices_BK.shape == (64, 8) and bool(jnp.all(got.valid_BK))
+    np.testing.assert_array_equal(
+        got.scores_BK, np.take_along_axis(np.asarray(scores), np.asarray(got.indices_BK), axis=1)
+    )
+    same_noise = stochastic(-3 * scores, 8, None, jax.random.key(0))
+    np.testing.assert_array_equal(got.indices_BK, same_noise.indices_BK)
+    other = stochastic(scores, 8, None, jax.random.key(1))
+    assert np.any(np.asarray(got.indices_BK) != np.asarray(other.indices_BK))
+    counts = np.bincount(np.asarray(got.indices_BK).ravel(), minlength=32)
+    assert counts.min() > 0  # 16 expected at each of 32 positions
+
+
+def test_threshold_takes_exactly_what_lies_above_and_nothing_of_the_padding():
+    scores = jnp.array([[0.1, 0.9, 0.5, 0.6], [0.7, 0.2, 0.3, 0.51]])
+    valid = jnp.array([[True, True, True, False], [True] * 4])
+    got = selected_mask(threshold(scores, 0.5, valid), 4)
+    np.testing.assert_array_equal(got, [[False, True, False, False], [True, False, False, True]])
+
+
+@pytest.mark.parametrize(
+    "capacity, length, k", [(0.125, 2048, 256), (0.125, 3, 1), (0.01, 10, 1), (1.0, 7, 7)]
+)
+def test_capacity_is_rounded_and_never_selects_nothing(capacity, length, k):
+    assert selected_tokens(capacity, length) == k

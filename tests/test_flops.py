@@ -1,0 +1,94 @@
+"""FLOPs and parameters against published tables, hand formulas and XLA's own count."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from modjax.config import MoDConfig, ModelConfig
+from modjax.flops import (
+    forward_flops,
+    parameters,
+    selected_tokens,
+    six_nd,
+    total_flops,
+    train_flops,
+)
+from modjax.nn import Transformer
+
+# Chinchilla (arXiv 2203.15556) Table A9 shapes: d_model, d_ff, heads, layers, and the ratio of
+# their FLOPs to 6 N D in Table A4.
+CHINCHILLA = [
+    (640, 2560, 10, 10, 1.03),
+    (1024, 4096, 16, 20, 1.10),
+    (1280, 5120, 10, 24, 1.08),
+    (1792, 7168, 14, 26, 1.04),
+    (2048, 8192, 16, 28, 1.03),
+    (3584, 14336, 28, 40, 0.99),
+]
+
+
+@pytest.mark.parametrize("d, f, heads, layers, published", CHINCHILLA)
+def test_chinchilla_table_a4_is_reproduced_without_embedding_and_logits(
+    d, f, heads, layers, published
+):
+    model = ModelConfig(32_000, d, layers, heads, heads, f, tie_embeddings=True)
+    # Chinchilla's N also holds its relative-position matrices, d * d a layer (Transformer-XL).
+    n = parameters(model)["total"] + layers * d * d
+    ratio = train_flops(model, 2048, 1, "chinchilla_table_a4") / (6 * n * 2048)
+    assert ratio == pytest.approx(published, abs=0.006)
+    as_printed = train_flops(model, 2048, 1, "chinchilla") / (6 * n * 2048)
+    assert as_printed > published + 0.03
+
+
+@pytest.mark.parametrize("pattern", [("dense",), ("dense", "mod"), ("mod",)])
+@pytest.mark.parametrize("mlp, kv_heads", [("gelu", 8), ("swiglu", 2)])
+def test_matrix_products_agree_with_what_xla_counts(pattern, mlp, kv_heads):
+    # Elementwise work is a share of about 1/d of XLA's count: a wide model isolates the products.
+    # 128 positions are one query chunk, in which attention skips no future keys.
+    config = ModelConfig(1024, 768, 2, 8, kv_heads, 3072, mlp=mlp, pattern=pattern)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), layer_loop="unroll"))
+    graphdef, params = nnx.split(model)
+    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0])
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    counted = forward.lower(params, tokens).compile().cost_analysis()["flops"]
+    assert 2 * total_flops(forward_flops(config, 128)) == pytest.approx(counted, rel=0.02)
+
+
+def test_components_of_a_small_model_equal_a_count_by_hand():
+    model = ModelConfig(10, 4, 2, 2, 1, 6, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.5))
+    got = forward_flops(model, 8)  # 8 tokens in the dense block, 4 in the routed one
+    assert got == {
+        "embedding": 2 * 8 * 10 * 4,
+        "qkv": 2 * (8 + 4) * 4 * (4 + 2 + 2),
+        "scores": 2 * (8 * 8 + 4 * 4) * 4,
+        "softmax": 3 * (8 * 8 + 4 * 4) * 2,
+        "values": 2 * (8 * 8 + 4 * 4) * 4,
+        "output": 2 * (8 + 4) * 4 * 4,
+        "mlp": 2 * (8 + 4) * 2 * 4 * 6,
+        "router": 2 * 8 * 4,
+        "logits": 2 * 8 * 10 * 4,
+    }
+    assert train_flops(model, 8, 5) == 15 * (sum(got.values()) - got["embedding"] - got["softmax"])
+
+
+def test_every_other_block_at_an_eighth_needs_nine_sixteenths_of_the_linear_flops():
+    dense = ModelConfig(32_000, 1024, 8, 8, 8, 4096)
+    mod = ModelConfig(32_000, 1024, 8, 8, 8, 4096, pattern=("dense", "mod"))
+    for name in ("qkv", "output", "mlp"):
+        assert forward_flops(mod, 2048)[name] / forward_flops(dense, 2048)[name] == 0.5625
+
+
+def test_parameters_active_per_token_count_routed_blocks_by_capacity():
+    dense = parameters(ModelConfig(50, 16, 4, 2, 2, 64))
+    mod = parameters(ModelConfig(50, 16, 4, 2, 2, 64, pattern=("dense", "mod")))
+    block = 4 * 16 * 16 + 2 * 16 * 64 + 2 * 16
+    assert dense["active"] == dense["non_embedding"] == 4 * block + 16
+    assert mod["non_embedding"] == dense["non_embedding"] + 2 * 16
+    assert mod["active"] == 2 * block + 2 * block / 8 + 16 + 2 * 16
+    assert dense["total"] == dense["non_embedding"] + 2 * 50 * 16
+    assert six_nd(ModelConfig(50, 16, 4, 2, 2, 64), 100) == 600 * dense["non_embedding"]
+
+
+def test_capacity_selects_the_same_number_of_tokens_as_the_model():
+    assert [selected_tokens(c, 2048) for c in (0.125, 0.5, 1.0)] == [256, 1024, 2048]
