@@ -76,7 +76,7 @@ def make_train_step(
         key = stream_key(train.seed, TRAIN_STREAM, state.step)
         total_weight = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
         (loss, aux), grads = gradients(state.params, batch, key, total_weight)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int counters with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         step = state.step + 1

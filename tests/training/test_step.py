@@ -1,0 +1,128 @@
+"""The train step: its loss, accumulation, donation, masks and divergence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modjax.config import Execution
+from modjax.training.state import abstract_model
+from modjax.training.step import make_eval_step
+from tests.training.tiny import (
+    QUICK,
+    initial_state,
+    model,
+    one_device_step,
+    random_batch,
+    train_config,
+)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return one_device_step(model(), train_config(document_mask=True))
+
+
+def test_loss_is_the_weighted_mean_of_numpy_cross_entropy(step):
+    state = initial_state(model())
+    split = abstract_model(model(), Execution())
+    batch = random_batch(0, 8, 32)
+    forward = jax.jit(
+        lambda params: nnx.merge(split.graphdef, params)(batch.inputs_BL, batch.segment_ids_BL)[0],
+        compiler_options=QUICK,
+    )
+    logits_BLV = np.asarray(forward(state.params), np.float64)
+    total, count = 0.0, 0.0
+    for b in range(8):
+        for i in range(32):
+            z = logits_BLV[b, i]
+            nll = np.log(np.sum(np.exp(z - z.max()))) + z.max() - z[batch.targets_BL[b, i]]
+            total += batch.weights_BL[b, i] * nll
+            count += batch.weights_BL[b, i]
+
+    eval_step = make_eval_step(split.graphdef, train_config(document_mask=True))
+    sums_B, weights_B = jax.jit(eval_step, compiler_options=QUICK)(
+        state.params, batch, jnp.int32(0)
+    )
+    assert float(jnp.sum(sums_B)) == pytest.approx(total, rel=1e-5)
+    np.testing.assert_allclose(weights_B, batch.weights_BL.sum(axis=1))
+    _, metrics = step(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_targets_of_weight_zero_change_nothing(step):
+    batch = random_batch(1, 8, 32)
+    changed = batch.targets_BL.copy()
+    changed[batch.weights_BL == 0] = 7
+    one, _ = step(initial_state(model()), batch)
+    other, _ = step(initial_state(model()), batch._replace(targets_BL=changed))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_segments_matter_with_a_document_mask_only(step):
+    batch = random_batch(2, 8, 32)
+    joined = batch._replace(segment_ids_BL=np.ones_like(batch.segment_ids_BL))
+    blind = one_device_step(model(), train_config(document_mask=False))
+
+    def loss(step, batch):
+        return float(step(initial_state(model()), batch)[1]["loss"])
+
+    assert loss(step, batch) != loss(step, joined)
+    assert loss(blind, batch) == loss(blind, joined)
+
+
+def test_the_state_is_donated(step):
+    state = initial_state(model())
+    step(state, random_batch(0, 8, 32))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+
+
+def test_accumulated_micro_batches_equal_the_full_batch(step):
+    split = one_device_step(model(), train_config(document_mask=True, accumulation=4))
+    batch = random_batch(3, 8, 32)
+    one, metrics = step(initial_state(model()), batch)
+    other, accumulated = split(initial_state(model()), batch)
+    assert float(accumulated["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    assert float(accumulated["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+    # The first moment is 1 - b1 times the clipped gradient.
+    for a, b in zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+    for slot in metrics["aux"]:
+        np.testing.assert_array_equal(
+            metrics["aux"][slot]["selected_BL"], accumulated["aux"][slot]["selected_BL"]
+        )
+
+
+def test_the_first_step_that_is_not_finite_is_kept(step):
+    state, metrics = step(initial_state(model()), random_batch(0, 8, 32))
+    assert int(metrics["diverged_step"]) == 0
+    broken = state.params | {"w_logits": state.params["w_logits"].at[0, 0].set(jnp.inf)}
+    state = state._replace(params=broken)
+    for _ in range(2):
+        state, metrics = step(state, random_batch(0, 8, 32))
+    assert int(metrics["diverged_step"]) == 2
+    assert int(state.step) == 3
+
+
+def test_stochastic_routing_draws_anew_every_step_and_the_same_in_a_rerun():
+    config = model(pattern=("stochastic",))
+    step = one_device_step(config, train_config())
+
+    def selections():
+        state, masks = initial_state(config), []
+        for _ in range(2):
+            state, metrics = step(state, random_batch(0, 8, 32))
+            masks.append(np.asarray(metrics["aux"]["0_stochastic"]["selected_BL"]))
+        return masks
+
+    (first, second), (again, _) = selections(), selections()
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first, again)
+
+
+def test_the_seed_decides_the_initial_parameters():
+    one, other = initial_state(model(), 0).params, initial_state(model(), 1).params
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        assert np.all(np.asarray(a) == 1) or not np.array_equal(a, b)

@@ -1,0 +1,77 @@
+"""The tiny runs of these tests."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from modjax.config import Execution, MoDConfig, ModelConfig, RunSpec, TrainConfig
+from modjax.data.batches import Batch
+from modjax.training.optimizer import make_optimizer
+from modjax.training.state import TrainState, abstract_model, make_init
+from modjax.training.step import make_train_step
+from tests.conftest import TINY_DATA
+
+MODEL = ModelConfig(
+    vocab_size=260, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, d_ff=32,
+    pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25),
+)  # fmt: skip
+TRAIN = TrainConfig(
+    batch_size=8, seq_len=32, steps=12, learning_rate=0.01, warmup_steps=2, eval_sequences=20
+)
+
+
+def model(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(MODEL, **changes)
+
+
+def train_config(**changes: Any) -> TrainConfig:
+    return dataclasses.replace(TRAIN, **changes)
+
+
+def run_spec(**changes: Any) -> RunSpec:
+    """`changes` replace fields of the model where it has them, and of the training otherwise."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    return RunSpec(
+        variant="tiny",
+        budget_flops=1e9,
+        model=model(**{n: v for n, v in changes.items() if n in names}),
+        train=train_config(**{n: v for n, v in changes.items() if n not in names}),
+        data=TINY_DATA,
+    )
+
+
+def random_batch(seed: int, batch_size: int, seq_len: int, *, vocab: int = 260) -> Batch:
+    """Random tokens in two documents, with some positions that are not scored."""
+    rng = np.random.default_rng(seed)
+    inputs, targets = rng.integers(0, vocab, (2, batch_size, seq_len), dtype=np.int32)
+    segments = 1 + (np.arange(seq_len) > seq_len // 3).astype(np.int32)
+    weights = (rng.random((batch_size, seq_len)) > 0.2).astype(np.float32)
+    return Batch(inputs, targets, np.tile(segments, (batch_size, 1)), weights)
+
+
+# What is compiled here runs a few times: optimising it would take most of the tests' time.
+QUICK = {"xla_backend_optimization_level": "0"}
+
+
+def one_device_step(model_config: ModelConfig, train: TrainConfig) -> Any:
+    """A jitted train step without a mesh."""
+    split = abstract_model(model_config, Execution())
+    optimizer = make_optimizer(train, split.logical_axes)
+    step = make_train_step(split.graphdef, optimizer, train)
+    return jax.jit(step, donate_argnums=0, compiler_options=QUICK)
+
+
+@functools.cache
+def _initial_state(model_config: ModelConfig, seed: int) -> TrainState:
+    split = abstract_model(model_config, Execution())
+    init = make_init(split, make_optimizer(TRAIN, split.logical_axes))
+    return jax.jit(init, compiler_options=QUICK)(np.int32(seed))
+
+
+def initial_state(model_config: ModelConfig, seed: int = 0) -> TrainState:
+    """A state on one device, to be donated."""
+    return jax.tree.map(jnp.copy, _initial_state(model_config, seed))
