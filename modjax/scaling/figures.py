@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -148,25 +147,24 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
     """Loss over the optimal baseline's against forward FLOPs over the optimal baseline's."""
     figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
     ax = figure.subplots()
-    budgets = []
+    shades = {}
     for i, flops in enumerate(fits.budgets):
         best = fits.parabola(fits.baseline, flops, "forward_flops")
         if best is None or best.optimum is None or best.loss is None:
             continue
-        budgets.append(flops)
-        strength = (i + 1) / len(fits.budgets)
+        strength = shades[flops] = 0.3 + 0.7 * (i + 1) / len(fits.budgets)
         for arm in fits.arms:
             colour, _, line = _style(fits, arm)
             parabola = fits.parabola(arm, flops, "forward_flops")
             if parabola is not None and parabola.refusal is None:
                 x, y = _trace(parabola)
-                ax.plot(x / best.optimum, y / best.loss, color=_mix(colour, strength),
+                ax.plot(x / best.optimum, y / best.loss, color=colour, alpha=strength,
                         linestyle=line, linewidth=0.9)  # fmt: skip
         for run in (r for r in records if r.budget_flops == flops and r.eval_loss is not None):
             assert run.eval_loss is not None
             x = run.forward_flops_per_token / best.optimum
             _draw_run(ax, fits, run, x, run.eval_loss / best.loss, strength)
-    if not budgets:
+    if not shades:
         ax.set_axis_off()
         ax.text(0.5, 0.5, f"No budget has an accepted optimum of {fits.baseline}\nto compare with.",
                 ha="center", va="center", transform=ax.transAxes)  # fmt: skip
@@ -176,12 +174,12 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
     _log_ticks(ax, (1, 2, 5), lambda x, _: f"{x:g}")
     ax.set_xlabel(f"Forward FLOPs per token, relative to the optimal {fits.baseline} model")
     ax.set_ylabel(f"Loss, relative to the optimal {fits.baseline} model")
-    shades = [
-        Line2D([], [], color=_mix(INK, (fits.budgets.index(b) + 1) / len(fits.budgets)),
-               linestyle="", marker="o", label=f"{budget(b)} FLOPs")
-        for b in budgets
+    handles = [
+        Line2D([], [], color=INK, alpha=shade, linestyle="", marker="o", markeredgewidth=0,
+               label=f"{budget(b)} FLOPs")
+        for b, shade in shades.items()
     ]  # fmt: skip
-    ax.legend(handles=shades, loc="upper center", handletextpad=0, frameon=True,
+    ax.legend(handles=handles, loc="upper center", handletextpad=0, frameon=True,
               facecolor=SURFACE, edgecolor="none", framealpha=1)  # fmt: skip
     _legend(figure, fits, fits.arms)
     return figure
@@ -196,7 +194,7 @@ def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
     ends, smooth = [], {curve.run_id: _smooth(curve) for curve in curves}
     for curve in curves:
         x, y = smooth[curve.run_id]
-        (line,) = ax.plot(x, y, color=_mix(_style(fits, curve.arm)[0], 0.45), linewidth=0.45)
+        (line,) = ax.plot(x, y, color=_style(fits, curve.arm)[0], alpha=0.5, linewidth=0.45)
         line.set_gid(f"run:{curve.run_id}")
         ends.append(y[-1])
     for arm in fits.arms:
@@ -277,13 +275,6 @@ def _style(fits: Fits, arm: str) -> tuple[str, str, Any]:
     return STYLES[fits.arms.index(arm) % len(STYLES)]
 
 
-def _mix(colour: str, strength: float) -> tuple[float, float, float]:
-    """The colour, towards the background as `strength` falls from 1 to 0."""
-    share = 0.3 + 0.7 * strength
-    red, green, blue = (share * c + (1 - share) for c in to_rgb(colour))
-    return red, green, blue
-
-
 def _short(refusal: str | None) -> str:
     """The first clause of a refusal."""
     return "" if refusal is None else refusal.split(";")[0].split(":")[0].split(",")[0]
@@ -341,7 +332,7 @@ def _draw_run(
         (mark,) = ax.plot([x], [0.97], marker="x", color=colour, markersize=4, linestyle="",
                           transform=ax.get_xaxis_transform(), zorder=3)  # fmt: skip
     else:
-        (mark,) = ax.plot([x], [y], marker=marker, color=_mix(colour, strength), linestyle="",
+        (mark,) = ax.plot([x], [y], marker=marker, color=colour, alpha=strength, linestyle="",
                           markeredgecolor=SURFACE, markeredgewidth=0.35, zorder=5)  # fmt: skip
     mark.set_gid(f"run:{run.run_id}")
 

@@ -238,8 +238,9 @@ def _fit_arm(
     shared_R: np.ndarray,
     rng: np.random.Generator,
 ) -> tuple[Parabola, _Vertex | None]:
+    sizes = f"{parabola.sizes} finished size{'s' * (parabola.sizes != 1)}"
     if solved is None:
-        refusal = (f"{parabola.sizes} finished sizes; a parabola with a residual needs at least "
+        refusal = (f"{sizes}; a parabola with a residual needs at least "
                    f"{MIN_SIZES}")  # fmt: skip
         return dataclasses.replace(parabola, refusal=refusal), None
     c0, c1, c2 = (float(c) for c in solved.coefficients_3)
@@ -247,7 +248,7 @@ def _fit_arm(
     vertex = -c1 / (2 * c2) if c2 != 0 else math.inf
     refusal = None
     if parabola.sizes < MIN_SIZES:
-        refusal = (f"{parabola.sizes} finished sizes; three points fit a parabola exactly and "
+        refusal = (f"{sizes}; three points fit a parabola exactly and "
                    f"leave no residual, so at least {MIN_SIZES} are needed")  # fmt: skip
     elif c2 <= 0:
         refusal = "the fitted curve is concave: it has a maximum, not a minimum"

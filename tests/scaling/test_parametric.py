@@ -107,7 +107,7 @@ def test_every_resampling_reaches_its_own_minimum():
             data.log_n_M[rows], data.log_d_M[rows], data.log_loss_M[rows], 0.0, 0.0
         )
         least = min(parametric.descend(start, picked).fun for start in (theta, found))
-        np.testing.assert_allclose(objective(found, picked)[0] / 1e-6, least, rtol=1e-6)
+        np.testing.assert_allclose(objective(found, picked)[0] / 1e-6, least, rtol=1e-3)
 
 
 def test_the_gradient_is_the_derivative_of_the_objective():

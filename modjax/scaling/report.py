@@ -1,0 +1,307 @@
+"""One self-contained HTML file for a sweep: figures, fits in words and numbers, and every run.
+
+It refers to nothing outside itself: styles and the script (report.css, report.js beside this
+file) are written into it, and so are the figures, as SVG whose marks show their run on hover.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from modjax.config import require
+from modjax.scaling import words
+from modjax.scaling.figures import FAINT, INK, SURFACE, draw_all, read_curves
+from modjax.scaling.fit import fit_all
+from modjax.scaling.records import Record, read_records, write_csv
+from modjax.scaling.results import Fits, save_json
+
+CAPTIONS = {
+    "isoflop": "Validation loss against parameters, one panel per budget. Lines are parabolas in "
+    "log N over the sampled sizes; large hollow marks are their minima, dropped to the 95% "
+    "interval of the optimal size. A cross is a diverged run, placed by its size alone.",
+    "normalised": "Loss relative to the optimal {baseline} model of the same budget against "
+    "forward FLOPs per token relative to it. Below 1 is better, left of 1 is cheaper to run.",
+    "curves": "Training loss (running mean) against training FLOPs: every run thin, and thick "
+    "the least loss that any run of the arm has reached by then. Runs decay their learning rate to "
+    "the end, so only their ends are comparable.",
+    "optima": "Left: the optimal size with its power law. Right: loss at the arm's own optimum "
+    "against {baseline}'s at its own. Bars are 95% intervals; a dotted line is an unbounded one.",
+}
+RUN_COLUMNS = {
+    "run": "run_id", "arm": "variant", "status": "status", "budget": "budget_flops",
+    "N": "params_non_embedding", "loss": "eval_loss", "± sem": "eval_loss_sem",
+    "bits/byte": "eval_bits_per_byte", "FLOPs/token": "forward_flops_per_token",
+    "tokens": "tokens", "epochs": "epochs", "steps": "steps", "width": "d_model",
+    "layers": "num_layers", "total": "params_total", "active": "params_active",
+    "learning rate": "learning_rate", "seed": "seed", "FLOPs spent": "train_flops",
+    "seconds": "wall_seconds", "s/step": "median_step_seconds",
+}  # fmt: skip
+
+
+def report(workdir: Path) -> Path:
+    """Writes report.html, results.csv, fit.json and figures/ into `workdir`; returns the HTML.
+
+    Raises InputError where no run has finished or diverged yet.
+    """
+    records = read_records(workdir) if workdir.is_dir() else []
+    require(len(records) > 0, "--workdir", str(workdir), "holds no finished run; `modjax sweep` "
+            "makes them")  # fmt: skip
+    fits = fit_all(records)
+    figures = draw_all(records, fits, read_curves(workdir, records), workdir / "figures")
+    save_json(workdir / "fit.json", fits)
+    write_csv(workdir / "results.csv", records)
+    path = workdir / "report.html"
+    temporary = path.with_name(".report.html.tmp")
+    temporary.write_text(render(workdir, records, fits, figures), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def render(workdir: Path, records: Sequence[Record], fits: Fits, figures: dict[str, Path]) -> str:
+    """The whole page; `figures` gives the SVG file of each figure by its name."""
+    plan = _json(workdir / "plan.json")
+    specs = {r.run_id: _json(workdir / "runs" / r.run_id / "spec.json") for r in records}
+    tips = {f"run:{r.run_id}": run_tip(r) for r in records}
+    tips |= {
+        f"optimum:{p.arm}:{p.budget_flops}": words.parabola_sentence(p, fits.size)
+        for p in fits.parabolas
+        if p.quantity == "parameters"
+    }
+    others = [arm for arm in fits.arms if arm != fits.baseline]
+    title = f"modjax: {', '.join(others)}{' against ' * bool(others)}{fits.baseline}"
+    resources = files("modjax.scaling")
+    body = [
+        f"<h1>{_text(title)}</h1>",
+        *_summary(workdir, records, fits, plan),
+        "<h2>Figures</h2>",
+        *(_figure(name, path, fits) for name, path in figures.items()),
+        "<h2>Fits in words</h2>",
+        f"<p>{_text(words.method(fits))}</p>",
+        _bullets(words.sentences(fits)[len(fits.gaps) :]),  # the gaps open the page
+        "<h2>Fits in numbers</h2>",
+        _table(words.HEADER, words.rows(fits)),
+        *_gap_table(fits),
+        *_law_table(fits),
+        "<h2>Diverged, refused and missing</h2>",
+        _bullets(_exceptions(workdir, records, fits, plan)),
+        "<h2>Runs</h2>",
+        "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
+        "token. All fields are in results.csv beside this file.</p>",
+        _table(RUN_COLUMNS, [[_cell(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
+               keys=[[_key(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
+               rows=[f"run:{r.run_id}" for r in records]),
+        "<h2>Config</h2>",
+        *_config(plan, specs),
+    ]  # fmt: skip
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title>\n<style>{(resources / 'report.css').read_text()}</style>"
+        f"</head>\n<body>\n<main>\n{chr(10).join(body)}\n</main>\n"
+        '<div id="tip" role="tooltip" hidden></div>\n'
+        f'<script type="application/json" id="tips">{_script(tips)}</script>\n'
+        f"<script>{(resources / 'report.js').read_text()}</script>\n</body></html>\n"
+    )
+
+
+def run_tip(r: Record) -> str:
+    """What hovering a run shows."""
+    loss = (
+        f"loss {r.eval_loss:.4f} ± {r.eval_loss_sem or 0:.4f} nats per token"
+        if r.eval_loss is not None
+        else f"diverged at step {r.diverged_step}"
+    )
+    return (
+        f"{r.run_id}\n{r.variant} at {words.budget(r.budget_flops)} FLOPs, seed {r.seed}\n{loss}\n"
+        f"{words.number(r.params_non_embedding)} non-embedding parameters "
+        f"(total {words.number(r.params_total)}): width {r.d_model}, {r.num_layers} layers\n"
+        f"{words.number(r.forward_flops_per_token)} forward FLOPs per token\n"
+        f"{words.number(r.tokens)} tokens in {r.steps} steps, learning rate {r.learning_rate:.2g}"
+    )
+
+
+def inline_svg(text: str, name: str) -> str:
+    """A matplotlib SVG as part of a page: no prologue, no namespaces, colours that follow the page.
+
+    `id="run:..."` and `id="optimum:..."` become `data-tip`, because a run is in several figures;
+    every other id gets the figure's name in front.
+    """
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'id="((?:run|optimum):[^"]*)"', r'data-tip="\1" tabindex="0"', svg)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    svg = svg.replace(INK, "currentColor").replace(SURFACE, "var(--surface)")
+    return svg.replace(FAINT, "var(--faint)")
+
+
+def _summary(
+    workdir: Path, records: Sequence[Record], fits: Fits, plan: dict[str, Any]
+) -> list[str]:
+    finished = sum(r.status == "finished" for r in records)
+    devices = sorted({r.device for r in records})
+    versions = sorted({f"{name} {v}" for r in records for name, v in r.versions.items()})
+    code = sorted({r.code_version for r in records})
+    facts = {
+        "Command": plan.get("command", "not recorded: this folder has no plan.json"),
+        "Config file": plan.get("config_file", "not recorded"),
+        "Runs": f"{finished} finished, {len(fits.diverged)} diverged, of "
+        f"{len(plan.get('runs', records))} planned",
+        "Time": f"{sum(r.wall_seconds for r in records) / 60:.1f} minutes, summed over runs",
+        "Device": ", ".join(devices),
+        "Versions": ", ".join([*(f"modjax {c}" for c in code), *versions]),
+        "Data": ", ".join(sorted({r.data_fingerprint for r in records})),
+    }
+    rows = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
+    headline = [words.gap_sentence(gap) for gap in fits.gaps]
+    return [_bullets(headline) if headline else "", f'<dl class="facts">{rows}</dl>']
+
+
+def _figure(name: str, path: Path, fits: Fits) -> str:
+    caption = CAPTIONS[name].format(baseline=fits.baseline)
+    svg = inline_svg(path.read_text(encoding="utf-8"), name)
+    return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
+
+
+def _gap_table(fits: Fits) -> list[str]:
+    if not fits.gaps:
+        return []
+    show = words.fixed(4, "+"), words.fixed(2, "+"), words.fixed(2)
+    rows = [
+        (g.arm, words.budget(g.budget_flops), "refused", *[""] * 5)
+        if g.loss is None or g.percent is None
+        else (
+            g.arm, words.budget(g.budget_flops), show[0](g.loss),
+            words.span(g.loss_interval, show[0]), show[1](g.percent),
+            words.span(g.percent_interval, show[1]),
+            "" if g.flops_ratio is None else show[2](g.flops_ratio),
+            words.span(g.flops_ratio_interval, show[2]),
+        )
+        for g in fits.gaps
+    ]  # fmt: skip
+    header = (f"against {fits.baseline}", "budget", "loss gap", "95% interval", "%",
+              "95% interval", "FLOPs ratio", "95% interval")  # fmt: skip
+    return [_table(header, rows)]
+
+
+def _law_table(fits: Fits) -> list[str]:
+    rows = [
+        (law.arm, law.quantity.replace("_", " "), f"{law.coefficient:.3g}",
+         f"{law.exponent:.4f}", words.span(law.exponent_interval, words.fixed(4)), str(law.points))
+        for law in fits.laws
+        if law.coefficient is not None and law.exponent is not None
+    ]  # fmt: skip
+    header = ("arm", "at the optimum", "coefficient", "exponent of C", "95% interval", "optima")
+    return [_table(header, rows)] if rows else []
+
+
+def _exceptions(
+    workdir: Path, records: Sequence[Record], fits: Fits, plan: dict[str, Any]
+) -> list[str]:
+    said = [
+        f"{r.run_id} diverged at step {r.diverged_step} and is left out of every fit."
+        for r in records
+        if r.status == "diverged"
+    ]
+    said += [words.parabola_sentence(p, fits.size) for p in fits.parabolas if p.refusal is not None]
+    for run_id in plan.get("runs", []):
+        if all(r.run_id != run_id for r in records):
+            failure = _json(workdir / "runs" / run_id / "failure.json")
+            why = f"given up: {json.dumps(failure)}" if failure else "not finished"
+            said.append(f"{run_id} has no result ({why}).")
+    return said or ["None: every planned run finished and every fit was accepted."]
+
+
+def _config(plan: dict[str, Any], specs: dict[str, dict[str, Any]]) -> list[str]:
+    """What all runs share, the config as the plan keeps it, and every run's own RunSpec."""
+    flat = [dict(_flatten(spec)) for spec in specs.values() if spec]
+    shared = {
+        name: value
+        for name, value in (flat[0] if flat else {}).items()
+        if all(other.get(name) == value for other in flat)
+    }
+    parts = []
+    if shared:
+        rows = [(name, json.dumps(value)) for name, value in shared.items()]
+        parts += ["<h3>The same in every run</h3>", _table(("field", "value"), rows)]
+    if plan:
+        parts.append(_details("plan.json", plan))
+    return [*parts, *(_details(f"{run_id} spec.json", spec) for run_id, spec in specs.items())]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object of the sweep's, or {} where it is missing or damaged: the report goes on."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _script(value: Any) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def _bullets(items: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{_text(item)}</li>' for item in items)}</ul>"
+
+
+def _details(title: str, value: Any) -> str:
+    return (
+        f"<details><summary>{_text(title)}</summary>"
+        f"<pre>{_text(json.dumps(value, indent=1))}</pre></details>"
+    )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return words.budget(value) if abs(value) >= 1e5 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _key(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _table(
+    header: Iterable[str],
+    body: Sequence[Sequence[str]],
+    keys: Sequence[Sequence[str]] | None = None,
+    rows: Sequence[str] | None = None,
+) -> str:
+    """A sortable table; `keys` are the values to sort by, `rows` the tooltip of each row."""
+    head = "".join(f'<th scope="col"><button>{_text(name)}</button></th>' for name in header)
+    lines = []
+    for i, cells in enumerate(body):
+        tip = f' data-row="{_text(rows[i])}"' if rows else ""
+        values = "".join(
+            f'<td data-key="{_text(keys[i][j] if keys else cell)}">{_text(cell)}</td>'
+            for j, cell in enumerate(cells)
+        )
+        lines.append(f"<tr{tip}>{values}</tr>")
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )

@@ -1,0 +1,113 @@
+import dataclasses
+import struct
+
+import numpy as np
+import pytest
+
+from modjax.scaling.figures import (
+    STYLES,
+    draw_all,
+    isoflop_figure,
+    normalised_figure,
+    optima_figure,
+    read_curves,
+)
+from modjax.scaling.fit import fit_all
+
+
+def marks(figure, prefix):
+    return {
+        line.get_gid(): line
+        for ax in figure.axes
+        for line in ax.lines
+        if (line.get_gid() or "").startswith(prefix)
+    }
+
+
+def texts(figure):
+    return " ".join(text.get_text().replace("\n", " ") for ax in figure.axes for text in ax.texts)
+
+
+@pytest.fixture
+def mixed(make_sweep):
+    """Three arms: one diverged run, and one refused fit with two sizes at the first budget."""
+    records = make_sweep(arms=("dense", "mod", "stochastic"), noise=0.004)
+    kept = []
+    for r in records:
+        if r.variant == "stochastic" and r.budget_flops == 1e12 and r.d_model > 64:
+            continue
+        if r.run_id == "mod-1e+13-n4-s0":
+            r = dataclasses.replace(r, status="diverged", eval_loss=None, diverged_step=7)
+        kept.append(r)
+    return kept
+
+
+def test_every_figure_is_a_print_wide_png_and_an_svg_that_marks_every_run(mixed, make_workdir):
+    workdir = make_workdir(mixed)
+    paths = draw_all(mixed, fit_all(mixed, draws=50), read_curves(workdir, mixed), workdir / "f")
+    assert list(paths) == ["isoflop", "normalised", "curves", "optima"]
+    for path in paths.values():
+        png = path.with_suffix(".png").read_bytes()
+        width = struct.unpack(">I", png[16:20])[0]
+        assert width == round(10 / 2.54 * 300) and len(png) > 10_000
+    for name, wanted in (
+        ("isoflop", mixed),
+        ("normalised", [r for r in mixed if r.eval_loss is not None]),
+        ("curves", mixed),
+    ):
+        svg = paths[name].read_text()
+        assert all(f'id="run:{r.run_id}"' in svg for r in wanted), name
+
+
+def test_optima_are_drawn_where_accepted_and_refusals_are_said(mixed):
+    figure = isoflop_figure(mixed, fit_all(mixed, draws=50))
+    optima = marks(figure, "optimum:")
+    assert len(optima) == 8 and "optimum:stochastic:1000000000000.0" not in optima
+    assert "stochastic refused: 2 finished sizes" in texts(figure)
+    (x,), (y,) = optima["optimum:dense:1000000000000.0"].get_data()
+    np.testing.assert_allclose((x, y), (0.2 * 1e12**0.5, 6 * 1e12**-0.04), rtol=0.05)
+
+
+def test_arms_differ_in_colour_and_marker_and_line_style(mixed):
+    for looks in zip(*STYLES, strict=True):
+        assert len(set(looks)) == len(STYLES) == 6
+    (legend,) = isoflop_figure(mixed, fit_all(mixed, draws=50)).legends
+    shown = [(line.get_color(), line.get_marker()) for line in legend.legend_handles[:3]]
+    assert shown == [style[:2] for style in STYLES[:3]]
+
+
+def test_normalised_points_are_ratios_to_the_optimal_baseline_of_their_budget(make_sweep):
+    records = make_sweep(budgets=(1e12, 1e13))
+    points = marks(normalised_figure(records, fit_all(records, draws=50)), "run:")
+    for r in records:
+        (x,), (y,) = points[f"run:{r.run_id}"].get_data()
+        flops = 2 * 0.2 * r.budget_flops**0.5
+        np.testing.assert_allclose(x, r.forward_flops_per_token / flops, rtol=1e-3)
+        np.testing.assert_allclose(y, r.eval_loss / (6 * r.budget_flops**-0.04), rtol=1e-4)
+
+
+def test_without_an_accepted_baseline_the_figure_says_so(make_sweep):
+    records = make_sweep(sizes=3)
+    figure = normalised_figure(records, fit_all(records, draws=50))
+    assert "accepted optimum of dense" in texts(figure)
+
+
+def test_one_arm_at_one_budget_gives_what_it_can(make_sweep, tmp_path):
+    records = make_sweep(arms=("dense",), budgets=(1e12,))
+    fits = fit_all(records, draws=50)
+    assert optima_figure(fits) is None
+    assert list(draw_all(records, fits, [], tmp_path)) == ["isoflop", "normalised"]
+
+
+def test_curves_leave_out_evaluations_non_finite_losses_and_a_torn_last_line(
+    make_record, make_workdir
+):
+    record = make_record()
+    workdir = make_workdir([record])
+    path = workdir / "runs" / record.run_id / "metrics.jsonl"
+    (before,) = read_curves(workdir, [record])
+    with open(path, "a") as file:
+        file.write('{"step": 201, "train_flops": 1e12, "loss": NaN}\n{"step": 202, "train_fl')
+    (after,) = read_curves(workdir, [record])
+    np.testing.assert_array_equal(after.loss, before.loss)
+    assert len(after.loss) == 20 and after.flops[-1] == record.train_flops

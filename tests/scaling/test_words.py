@@ -1,0 +1,69 @@
+import dataclasses
+import math
+import re
+
+import pytest
+
+from modjax.scaling.fit import fit_all
+from modjax.scaling.words import (
+    budget,
+    gap_sentence,
+    law_sentence,
+    number,
+    parabola_sentence,
+    render_text,
+    sentences,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(842, "842"), (12_345, "12.3k"), (999_900, "1M"), (4.56e6, "4.56M"), (1.2e9, "1.2B"),
+     (math.inf, "unbounded")],
+)  # fmt: skip
+def test_counts_are_written_short(value, shown):
+    assert number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(6e18, "6e18"), (2.5e12, "2.5e12"), (1e5, "1e5"), (123456.0, "1.23e5")]
+)
+def test_budgets_are_written_as_one_says_them(value, shown):
+    assert budget(value) == shown
+
+
+def test_a_gap_names_both_arms_its_direction_and_whether_it_could_be_none(make_sweep):
+    gap = fit_all(make_sweep(budgets=(1e12,)), draws=50).gaps[0]
+    said = gap_sentence(gap)
+    assert "mod against dense at 1e12 FLOPs" in said and "0.0300 nats lower" in said
+    assert "cannot tell" not in said
+    worse = dataclasses.replace(gap, loss=0.01, loss_interval=(-0.02, 0.04))
+    assert "0.0100 nats higher" in gap_sentence(worse)
+    assert "cannot tell from no difference" in gap_sentence(worse)
+
+
+def test_an_off_centre_optimum_is_called_so(make_sweep):
+    fits = fit_all(make_sweep(arms=("dense",), budgets=(1e12,), offset=0.4), draws=50)
+    assert "off-centre to bias it" in parabola_sentence(fits.parabolas[0], fits.size)
+
+
+def test_a_law_through_two_points_is_called_exact(make_sweep):
+    fits = fit_all(make_sweep(arms=("dense",), budgets=(1e12, 1e13)), draws=50)
+    assert "two points determine it exactly" in law_sentence(fits.laws[0], fits.size)
+
+
+def test_the_text_has_a_row_per_arm_and_budget_and_a_sentence_per_result(make_sweep):
+    records = make_sweep()
+    records[-1] = dataclasses.replace(records[-1], status="diverged", eval_loss=None)
+    records = [r for r in records if not (r.variant == "mod" and r.budget_flops == 1e12)] + [
+        r for r in records if r.variant == "mod" and r.budget_flops == 1e12
+    ][:3]
+    fits = fit_all(records, draws=50)
+    text = render_text(fits)
+    said = sentences(fits)
+    assert len(said) == 3 + 12 + 6 + 2 + 1
+    assert all(sentence in text and sentence.endswith(".") for sentence in said)
+    rows = re.findall(r"^(?:dense|mod) +(?:1e12|3e12|1e13) +\d ", text, re.MULTILINE)
+    assert len(rows) == 6
+    assert "refused" in text and records[-4].run_id in text
+    assert "non-embedding" in text and "95%" in text
