@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
             "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
             "random12": {"pattern": ("dense", "stochastic"), "mod": {"capacity": 0.125}},
         },
+        "baseline": "dense",
         "budgets": (5e11, 1.6e12, 5e12),
         "sizes": 5,
         "spread": 0.5,

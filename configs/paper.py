@@ -35,6 +35,7 @@ def get_config(budget: str = "all") -> ml_collections.ConfigDict:
             "mod50": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.5}},
             "random50": {"pattern": ("dense", "stochastic"), "mod": {"capacity": 0.5}},
         },
+        "baseline": "dense",
         "budgets": tuple(BUDGETS.values()) if budget == "all" else (BUDGETS[budget],),
         "sizes": 7,
         "spread": 0.55,

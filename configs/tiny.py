@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
             "dense": {"pattern": ("dense",)},
             "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
         },
+        "baseline": "dense",
         "budgets": (1e11, 3e11, 9e11),
         "sizes": 5,
         "spread": 0.5,

@@ -97,7 +97,7 @@ def _off_centre(specs: Sequence[RunSpec], sweep: SweepConfig) -> set[tuple[str, 
 
     The baseline's belongs at N*(C); the other arms' at the baseline's forward FLOPs.
     """
-    baseline = next(iter(sweep.arms))
+    baseline = sweep.baseline
 
     def centre(arm: str, budget: float, measure: Callable[[RunSpec], float]) -> float:
         chosen = [s for s in specs if (s.variant, s.budget_flops) == (arm, budget)]
@@ -110,7 +110,7 @@ def _off_centre(specs: Sequence[RunSpec], sweep: SweepConfig) -> set[tuple[str, 
     for budget in sweep.budgets:
         size = centre(baseline, budget, lambda s: non_embedding(s.model))
         offsets = {baseline: size - math.log10(sweep.optimum.at(budget))}
-        for arm in list(sweep.arms)[1:]:
+        for arm in sweep.arms.keys() - {baseline}:
             offsets[arm] = centre(arm, budget, forward) - centre(baseline, budget, forward)
         found |= {(a, budget) for a, o in offsets.items() if abs(o) > CENTRE_TOLERANCE_DECADES}
     return found

@@ -1,6 +1,6 @@
 """From a sweep (arms x budgets x sizes x seeds) to frozen RunSpecs; cells.py shows them.
 
-The grid of the first arm, the baseline, is centred on its predicted compute-optimal size. Every
+The grid of the baseline arm is centred on its predicted compute-optimal size. Every
 other arm gets the shapes whose forward FLOPs per token match the baseline's, size by size: the
 sizing rule of Mixture-of-Depths (arXiv 2404.02258, figure 4: the optimal MoD is the one whose
 forward FLOPs equal the optimal baseline's). So all arms see about the same number of tokens.
@@ -118,7 +118,9 @@ class Recipe:
 class SweepConfig:
     """Arms x budgets x sizes x seeds.
 
-    arms: name -> the model fields in which the arm differs; the first is the baseline.
+    arms: name -> the model fields in which the arm differs. A group `recipe` changes the recipe
+      of one arm, to check that the shared one is fair to all.
+    baseline: the arm that sets the grid, and that the others are compared with.
     budgets: training FLOPs, in the "matmul" convention of modjax.flops.
     sizes, spread: so many sizes per arm and budget, within `spread` decades of non-embedding
       parameters on either side of the predicted optimum. Wide grids bias the fit: 0.6 or less.
@@ -127,6 +129,7 @@ class SweepConfig:
     """
 
     arms: dict[str, Any]
+    baseline: str
     budgets: tuple[float, ...]
     sizes: int
     spread: float
@@ -140,6 +143,8 @@ class SweepConfig:
         for name in ("arms", "budgets", "seeds"):
             value = getattr(self, name)
             require(len(value) > 0, f"sweep.{name}", value, "must name at least one")
+        require(self.baseline in self.arms, "sweep.baseline", self.baseline,
+                f"must be one of {', '.join(self.arms)}")  # fmt: skip
         for budget in self.budgets:
             require(budget > 0, "sweep.budgets", budget, "must be greater than 0")
         for name in ("sizes", "spread", "flops_per_second"):
@@ -163,21 +168,26 @@ def plan(
     if not isinstance(seq_len, int) or seq_len <= 0:
         raise InputError("train.seq_len", seq_len, "must be a positive number of tokens")
     arms = {name: _arm(sweep, model, name) for name in sweep.arms}
-    baseline, *others = arms
+    recipes = {name: _recipe(sweep, name) for name in sweep.arms}
+    baseline = sweep.baseline
     specs = []
     for budget in sorted(sweep.budgets, reverse=True):
         targets = _targets(sweep, budget)
         widths = _nearest_widths(sweep, arms[baseline], non_embedding, targets)
         grid = {baseline: widths}
         forward = [forward_per_token(arms[baseline](width), seq_len) for width in widths]
-        for arm in others:
+        for arm in arms.keys() - {baseline}:
             grid[arm] = _nearest_widths(
                 sweep, arms[arm], lambda built: forward_per_token(built, seq_len), forward
             )
         for size in reversed(range(sweep.sizes)):
             for arm, build in arms.items():
                 built = build(grid[arm][size])
-                specs += [_spec(sweep, arm, budget, built, train, data, s) for s in sweep.seeds]
+                ratio = budget / sweep.optimum.budget
+                specs += [
+                    _spec(recipes[arm], ratio, arm, budget, built, train, data, seed)
+                    for seed in sweep.seeds
+                ]
     return specs
 
 
@@ -192,9 +202,10 @@ def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[in
     changes = sweep.arms[arm]
     known = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in SHAPE_FIELDS]
     require(isinstance(changes, Mapping), f"sweep.arms.{arm}", changes, "must be a group of fields")
+    changes = {name: value for name, value in changes.items() if name != "recipe"}
     for name, value in changes.items():
         require(name in known, f"sweep.arms.{arm}.{name}", value,
-                f"unknown; an arm can change {', '.join(known)}")  # fmt: skip
+                f"unknown; an arm can change recipe, {', '.join(known)}")  # fmt: skip
     merged = _merge(model, changes)
     length = len(merged.get("pattern", ("dense",)))
     require(
@@ -206,6 +217,12 @@ def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[in
         return from_dict(ModelConfig, merged | sweep.shape.at(width), "model.")
 
     return build
+
+
+def _recipe(sweep: SweepConfig, arm: str) -> Recipe:
+    changes = sweep.arms[arm].get("recipe", {})
+    merged = {**dataclasses.asdict(sweep.recipe), **changes}
+    return from_dict(Recipe, merged, f"sweep.arms.{arm}.recipe.")
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,10 +272,10 @@ def _nearest_widths(
 
 
 def _spec(
-    sweep: SweepConfig, arm: str, budget: float, model: ModelConfig, train: Mapping[str, Any],
-    data: DataConfig, seed: int,
+    recipe: Recipe, ratio: float, arm: str, budget: float, model: ModelConfig,
+    train: Mapping[str, Any], data: DataConfig, seed: int,
 ) -> RunSpec:  # fmt: skip
-    batch = sweep.recipe.batch_at(budget / sweep.optimum.budget)
+    batch = recipe.batch_at(ratio)
     steps = round(budget / train_flops(model, train["seq_len"], batch))
     if steps < 1:
         raise InputError(
@@ -270,8 +287,8 @@ def _spec(
     decided = {
         "batch_size": batch,
         "steps": steps,
-        "learning_rate": sweep.recipe.learning_rate * math.sqrt(batch) / model.d_model,
-        "warmup_steps": round(sweep.recipe.warmup_fraction * steps),
+        "learning_rate": recipe.learning_rate * math.sqrt(batch) / model.d_model,
+        "warmup_steps": round(recipe.warmup_fraction * steps),
         "seed": seed,
     }
     return RunSpec(arm, budget, model, from_dict(TrainConfig, {**train, **decided}, "train."), data)
