@@ -20,15 +20,23 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep = {
         "arms": {
             "dense": {"pattern": ("dense",)},
-            "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
-            "random12": {"pattern": ("dense", "stochastic"), "mod": {"capacity": 0.125}},
+            "mod12": {
+                "pattern": ("dense", "mod"),
+                "mod": {"capacity": 0.125},
+                "forward_ratio": 0.7,  # where its optimum was found to lie at this scale
+            },
+            "random12": {
+                "pattern": ("dense", "stochastic"),
+                "mod": {"capacity": 0.125},
+                "forward_ratio": 0.7,
+            },
         },
         "baseline": "dense",
-        "budgets": (5e11, 1.6e12, 5e12),
+        "budgets": (3e11, 9e11, 2.7e12),
         "sizes": 5,
         "spread": 0.5,
-        "seeds": (0,),
-        "optimum": {"budget": 5e11, "params": 4.5e4, "exponent": 0.5},
+        "seeds": (0, 1),
+        "optimum": {"budget": 9e11, "params": 6.5e4, "exponent": 0.6},
         "shape": {"width_multiple": 8, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {
             "batch_size": 4,
@@ -36,6 +44,6 @@ def get_config() -> ml_collections.ConfigDict:
             "learning_rate": 0.2,
             "warmup_fraction": 0.05,
         },
-        "flops_per_second": 4e10,
+        "flops_per_second": 2.5e10,
     }
     return config

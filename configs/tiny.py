@@ -18,16 +18,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep = {
         "arms": {
             "dense": {"pattern": ("dense",)},
-            "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
+            "mod12": {
+                "pattern": ("dense", "mod"),
+                "mod": {"capacity": 0.125},
+                "forward_ratio": 0.7,  # where its optimum was found to lie at this scale
+            },
         },
         "baseline": "dense",
         "budgets": (1e11, 3e11, 9e11),
         "sizes": 5,
         "spread": 0.5,
         "seeds": (0,),
-        "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.5},
+        "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.6},
         "shape": {"width_multiple": 8, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {"batch_size": 4, "learning_rate": 0.2, "warmup_fraction": 0.05},
-        "flops_per_second": 3e10,
+        "flops_per_second": 2.5e10,
     }
     return config

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from modjax.config import RunSpec
 from modjax.flops import parameters, train_flops
-from modjax.scaling.plan import SweepConfig, forward_per_token, non_embedding
+from modjax.scaling.plan import SweepConfig, forward_per_token, forward_ratio, non_embedding
 
 BUDGET_TOLERANCE = 0.01
 CENTRE_TOLERANCE_DECADES = 0.15
@@ -111,6 +111,7 @@ def _off_centre(specs: Sequence[RunSpec], sweep: SweepConfig) -> set[tuple[str, 
         size = centre(baseline, budget, lambda s: non_embedding(s.model))
         offsets = {baseline: size - math.log10(sweep.optimum.at(budget))}
         for arm in sweep.arms.keys() - {baseline}:
-            offsets[arm] = centre(arm, budget, forward) - centre(baseline, budget, forward)
+            wanted = centre(baseline, budget, forward) + math.log10(forward_ratio(sweep, arm))
+            offsets[arm] = centre(arm, budget, forward) - wanted
         found |= {(a, budget) for a, o in offsets.items() if abs(o) > CENTRE_TOLERANCE_DECADES}
     return found

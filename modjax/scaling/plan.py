@@ -23,6 +23,8 @@ from modjax.config import (
 )
 from modjax.flops import forward_flops, parameters, total_flops, train_flops
 
+# What an arm can say beside the model fields in which it differs.
+ARM_FIELDS = ("recipe", "forward_ratio")
 # Fields that the sweep's rules decide, and that its `model` and `train` groups must leave out.
 SHAPE_FIELDS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
 RECIPE_FIELDS = ("batch_size", "steps", "learning_rate", "warmup_steps", "seed")
@@ -118,8 +120,9 @@ class Recipe:
 class SweepConfig:
     """Arms x budgets x sizes x seeds.
 
-    arms: name -> the model fields in which the arm differs. A group `recipe` changes the recipe
-      of one arm, to check that the shared one is fair to all.
+    arms: name -> the model fields in which the arm differs, and up to two more: a group `recipe`
+      changes the recipe of one arm, to check that the shared one is fair to all; `forward_ratio`
+      centres its grid on that multiple of the baseline's forward FLOPs instead of on 1.
     baseline: the arm that sets the grid, and that the others are compared with.
     budgets: training FLOPs, in the "matmul" convention of modjax.flops.
     sizes, spread: so many sizes per arm and budget, within `spread` decades of non-embedding
@@ -177,9 +180,11 @@ def plan(
         grid = {baseline: widths}
         forward = [forward_per_token(arms[baseline](width), seq_len) for width in widths]
         for arm in arms.keys() - {baseline}:
+            ratio = forward_ratio(sweep, arm)
             grid[arm] = _nearest_widths(
-                sweep, arms[arm], lambda built: forward_per_token(built, seq_len), forward
-            )
+                sweep, arms[arm], lambda built: forward_per_token(built, seq_len),
+                [ratio * flops for flops in forward],
+            )  # fmt: skip
         for size in reversed(range(sweep.sizes)):
             for arm, build in arms.items():
                 built = build(grid[arm][size])
@@ -202,10 +207,10 @@ def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[in
     changes = sweep.arms[arm]
     known = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in SHAPE_FIELDS]
     require(isinstance(changes, Mapping), f"sweep.arms.{arm}", changes, "must be a group of fields")
-    changes = {name: value for name, value in changes.items() if name != "recipe"}
+    changes = {name: value for name, value in changes.items() if name not in ARM_FIELDS}
     for name, value in changes.items():
         require(name in known, f"sweep.arms.{arm}.{name}", value,
-                f"unknown; an arm can change recipe, {', '.join(known)}")  # fmt: skip
+                f"unknown; an arm can change {', '.join((*ARM_FIELDS, *known))}")  # fmt: skip
     merged = _merge(model, changes)
     length = len(merged.get("pattern", ("dense",)))
     require(
@@ -217,6 +222,14 @@ def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[in
         return from_dict(ModelConfig, merged | sweep.shape.at(width), "model.")
 
     return build
+
+
+def forward_ratio(sweep: SweepConfig, arm: str) -> float:
+    """Forward FLOPs per token at the centre of the arm's grid over the baseline's."""
+    ratio = sweep.arms[arm].get("forward_ratio", 1.0)
+    field = f"sweep.arms.{arm}.forward_ratio"
+    require(isinstance(ratio, int | float) and ratio > 0, field, ratio, "must be greater than 0")
+    return ratio
 
 
 def _recipe(sweep: SweepConfig, arm: str) -> Recipe:
