@@ -30,7 +30,7 @@ INK, FAINT, SURFACE = "#1a1a1a", "#d4d4d4", "#fefefe"
 STYLES = tuple(
     zip(
         ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
-        ("o", "s", "^", "D", "v", "P"),
+        ("o", "s", "^", "D", "v", "<"),
         ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2))),
         strict=True,
     )
@@ -107,7 +107,7 @@ def draw_all(
 
 def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
     """Loss against parameters, one panel per budget, with parabolas and optima."""
-    columns = min(3, len(fits.budgets))
+    columns = 2 if len(fits.budgets) == 4 else min(3, len(fits.budgets))
     lines = math.ceil(len(fits.budgets) / columns)
     figure = Figure(figsize=(WIDTH, 0.35 + 2.2 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -128,7 +128,7 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
                 refusals.append(f"{arm} refused: {_short(parabola.refusal)}")
             for run in runs:
                 x = quantity_of(run, "parameters", fits.size)
-                _draw_run(ax, fits, run, x, run.eval_loss)
+                _draw_run(ax, fits, run, x, run.eval_loss if run.status == "finished" else None)
         ax.margins(x=0.06, y=0.14)
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         low, high = ax.get_ylim()
@@ -372,5 +372,5 @@ def _legend(
                               marker=shape if marker else ""))  # fmt: skip
     if diverged:
         handles.append(Line2D([], [], color=INK, marker="x", linestyle="", label="diverged"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles),
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)),
                   columnspacing=1.6)  # fmt: skip
