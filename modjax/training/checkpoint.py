@@ -6,10 +6,13 @@ checkpoints/<step>/digest.json  {file: sha256}, written before orbax commits the
 checkpoints/damaged-<step>      set aside
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -72,23 +75,36 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, seconds: dict[str, float]) -> None:
         """Returns once `state` may be donated, and writes it in the background.
 
-        An error of an earlier write is raised here or in `wait`.
+        An error of an earlier write is raised here or in `wait`: OSError where the disk is full.
         """
         if step in self._manager.all_steps():
             return
-        meta = {**self._identity, "seconds": seconds}
+        meta = {**self._identity, "seconds": dict(seconds)}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
             meta=ocp.args.JsonSave(meta),  # type: ignore[call-arg]
         )
-        self._manager.save(step, args=args, force=True)
+        with self._disk():
+            self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Returns when everything is on the disk."""
-        self._manager.wait_until_finished()
+        with self._disk():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Raises OSError for a full disk, of which orbax and tensorstore tell in words only."""
+        full = os.strerror(errno.ENOSPC)
+        try:
+            yield
+        except Exception as error:
+            if full in str(error):
+                raise OSError(errno.ENOSPC, full, str(self._folder)) from error
+            raise
 
     def _write_digest(self) -> None:
         if jax.process_index() == 0:

@@ -1,11 +1,11 @@
 """One training run, from its spec to its record."""
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 import modjax
 from modjax import flops
-from modjax.config import Execution, RunSpec, from_dict, require, to_dict
+from modjax.config import Execution, RunSpec, TrainConfig, from_dict, require, to_dict
 from modjax.data.batches import Batch, eval_batches, train_batch
 from modjax.data.cache import (
     TokenCache,
@@ -29,8 +30,9 @@ from modjax.data.cache import (
     open_cache,
 )
 from modjax.data.prefetch import prefetch
-from modjax.scaling.records import Record, read_record, write_json, write_record
+from modjax.records import Record, read_record, write_json, write_record
 from modjax.training.checkpoint import Checkpoints
+from modjax.training.clock import Clock, Pace
 from modjax.training.evaluate import Evaluation, evaluate
 from modjax.training.metrics import MetricsWriter, last_train_loss
 from modjax.training.optimizer import make_optimizer
@@ -38,6 +40,8 @@ from modjax.training.programs import compile_programs, eval_batch_size, init_sta
 from modjax.training.sharding import check_batch, make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_state
 
+# Tokens of one read of the cache.
+READ_TOKENS = 32_768
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -92,18 +96,20 @@ def train(
             state, clock.seconds = restored
         start = int(state.step) if restored is not None else 0
         batches = stack.enter_context(
-            prefetch(lambda i: put_batch(_train_batch(cache, spec, i), mesh), start, steps)
+            prefetch(
+                _batch_maker(cache, spec, mesh), start, steps, depth=2 * _steps_per_read(config)
+            )
         )
+        writer = MetricsWriter(
+            run_dir, start_step=start, tensorboard=execution.tensorboard, progress=progress
+        )
+        stack.callback(writer.close)
         clock.lap("setup")
         programs = compile_programs(mesh, model, config)
         if restored is None:
             state = init_state(mesh, model, config)
         clock.lap("compile")
 
-        writer = MetricsWriter(
-            run_dir, start_step=start, tensorboard=execution.tensorboard, progress=progress
-        )
-        stack.callback(writer.close)
         pace = Pace(start)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         saved_at = time.monotonic()
@@ -120,6 +126,13 @@ def train(
             diverged = int(values.pop("diverged_step"))
             writer.write(step, _progress_values(spec, step) | values)
             return diverged
+
+        def save(step: int) -> None:
+            writer.sync()
+            jax.block_until_ready(state)
+            clock.lap("train")
+            checkpoints.save(step, state, clock.seconds)
+            clock.lap("checkpoint")
 
         def measure(step: int) -> Evaluation:
             batches = (put_batch(batch, mesh) for batch in _eval_batches(cache, spec))
@@ -141,7 +154,12 @@ def train(
                 clock.lap("eval")
                 pace.restart(step - 1)
 
-            state, metrics = programs.train_step(state, next(batches))
+            waited = batches.waited_seconds
+            batch = next(batches)
+            # Otherwise the device had work left, and did not wait.
+            if state.step.is_ready():  # type: ignore[attr-defined]
+                clock.seconds["data_wait"] += batches.waited_seconds - waited
+            state, metrics = programs.train_step(state, batch)
             aux = metrics.pop("aux")
             # The device is busy with this step while the host waits for the logged one before it.
             if diverged_step := log():
@@ -150,14 +168,10 @@ def train(
                 pending = (step, metrics | programs.router_statistics(aux))
 
             stop = stopped(step)
-            if stop or _due(saved_at, execution, step):
+            if stop or (step < steps and _due(saved_at, execution, step)):
                 if diverged_step := log():
                     break
-                writer.sync()
-                jax.block_until_ready(state)
-                clock.lap("train")
-                checkpoints.save(step, state, clock.seconds)
-                clock.lap("checkpoint")
+                save(step)
                 pace.restart(step)
                 saved_at = time.monotonic()
             if stop:
@@ -165,13 +179,9 @@ def train(
                 raise Preempted(step)
 
         diverged_step = diverged_step or log()
-        jax.block_until_ready(state)
         clock.lap("train")
-        clock.seconds["data_wait"] += batches.waited_seconds
         if not diverged_step:
-            writer.sync()
-            checkpoints.save(steps, state, clock.seconds)
-            clock.lap("checkpoint")
+            save(steps)
             evaluation = measure(steps)
             clock.lap("eval")
             if not math.isfinite(evaluation.loss):
@@ -192,43 +202,6 @@ def train(
     if jax.process_index() == 0:
         write_record(run_dir, record)
     return record
-
-
-class Clock:
-    """Seconds by what they were spent on, over all restarts of a run.
-
-    `data_wait` is part of `train`; all others add up to the wall time.
-    """
-
-    def __init__(self):
-        names = ("setup", "compile", "train", "eval", "checkpoint", "data_wait")
-        self.seconds: dict[str, float] = dict.fromkeys(names, 0.0)
-        self._mark = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Counts the time since the last lap towards `name`."""
-        now = time.perf_counter()
-        self.seconds[name] += now - self._mark
-        self._mark = now
-
-
-class Pace:
-    """Seconds per step between logged steps that nothing interrupted."""
-
-    def __init__(self, step: int):
-        self._per_step: list[float] = []
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._mark = step, time.perf_counter()
-
-    def reached(self, step: int) -> None:
-        now = time.perf_counter()
-        self._per_step.append((now - self._mark) / (step - self._step))
-        self._step, self._mark = step, now
-
-    def median(self) -> float:
-        return statistics.median(self._per_step) if self._per_step else 0.0
 
 
 @contextlib.contextmanager
@@ -268,10 +241,28 @@ def _claim(run_dir: Path, spec: RunSpec) -> None:
         write_json(path, to_dict(spec))
 
 
-def _train_batch(cache: TokenCache, spec: RunSpec, step: int) -> Batch:
+def _steps_per_read(config: TrainConfig) -> int:
+    """Small batches are read several at a time: a read costs about 1 ms, however small."""
+    return max(1, READ_TOKENS // (config.batch_size * config.seq_len))
+
+
+def _batch_maker(cache: TokenCache, spec: RunSpec, mesh: Mesh) -> Callable[[int], Batch]:
+    """A function of the step that returns its batch on the devices."""
     config = spec.train
-    return train_batch(cache, seq_len=config.seq_len, batch_size=config.batch_size,
-                       seed=spec.data.seed, step=step)  # fmt: skip
+    steps_per_read = _steps_per_read(config)
+
+    @functools.lru_cache(maxsize=1)
+    def read(index: int) -> Batch:
+        # The order of windows does not depend on how many are taken at once.
+        return train_batch(cache, seq_len=config.seq_len, seed=spec.data.seed, step=index,
+                           batch_size=steps_per_read * config.batch_size)  # fmt: skip
+
+    def make(step: int) -> Batch:
+        index, offset = divmod(step, steps_per_read)
+        rows = slice(offset * config.batch_size, (offset + 1) * config.batch_size)
+        return put_batch(Batch(*(x[rows] for x in read(index))), mesh)
+
+    return make
 
 
 def _eval_batches(cache: TokenCache, spec: RunSpec) -> Iterator[Batch]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from modjax.config import InputError
 
 
@@ -29,23 +31,28 @@ class MetricsWriter:
         tensorboard: bool,
         progress: Callable[[dict[str, Any]], None] | None = None,
     ):
-        self._path = run_dir / "metrics.jsonl"
+        self._progress = progress
+        self._file = self._board = None
+        if jax.process_index() > 0:
+            return  # one process writes for all
+        if tensorboard:
+            self._board = _summary_writer(run_dir, start_step)
+        path = run_dir / "metrics.jsonl"
         kept = [
-            line + "\n" for line, values in _lines(self._path)
+            line + "\n" for line, values in _lines(path)
             if values["step"] < start_step
             or (values["step"] == start_step and "eval_loss" not in values)
         ]  # fmt: skip
-        self._path.touch()
-        os.truncate(self._path, sum(len(line) for line in kept))
-        self._file = open(self._path, "a")
-        self._progress = progress
-        self._board = _summary_writer(run_dir, start_step) if tensorboard else None
+        path.touch()
+        os.truncate(path, sum(len(line) for line in kept))
+        self._file = open(path, "a")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line. Values that are not finite become null."""
         line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, float(value), step)
@@ -54,12 +61,14 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Returns when all lines are on the disk."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -1,1 +1,239 @@
-"""Whole runs, in this process."""
+"""Whole runs: real kills of real processes, divergence, records, and what is refused."""
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from modjax import flops
+from modjax.config import Execution, InputError, to_dict
+from modjax.records import read_record, write_json
+from modjax.training.checkpoint import Checkpoints
+from modjax.training.loop import train
+from modjax.training.optimizer import make_optimizer
+from modjax.training.sharding import make_mesh
+from modjax.training.state import abstract_model, abstract_state
+from tests.training.tiny import run_spec
+
+ONE_DEVICE = Execution(data=1)
+# Long enough to be killed in the middle of: about 2 s.
+KILLED = {"steps": 60, "eval_every": 14}
+
+
+@pytest.fixture
+def start(child_environment, tiny_data_dir):
+    """Starts a training process in a folder."""
+    processes = []
+
+    def start(run_dir: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "tests.training.child"]
+        process = subprocess.Popen(
+            [*command, str(run_dir), str(tiny_data_dir), json.dumps(KILLED)], env=child_environment,
+            cwd=Path(__file__).parents[2], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(child_environment, tiny_data_dir, tmp_path_factory):
+    """The folder of the same run, never stopped."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(
+        [sys.executable, "-m", "tests.training.child", str(run_dir), str(tiny_data_dir),
+         json.dumps(KILLED)],
+        env=child_environment, cwd=Path(__file__).parents[2], check=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    return run_dir
+
+
+def wait_for(process: subprocess.Popen, step: int) -> None:
+    """Returns when the process has told of a step at or after `step`."""
+    for line in process.stdout:
+        if int(line.split()[1]) >= step:
+            return
+    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(run_dir: Path):
+    spec = run_spec(**KILLED)
+    split = abstract_model(spec.model, ONE_DEVICE)
+    optimizer = make_optimizer(spec.train, split.logical_axes)
+    identity = {"run_id": spec.run_id, "data_fingerprint": "tiny-1"}
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=2, identity=identity)
+    state, _ = checkpoints.restore(abstract_state(make_mesh(ONE_DEVICE), split, optimizer))
+    checkpoints.close()
+    return state
+
+
+def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
+    ours, expected = final_state(run_dir), final_state(undisturbed)
+    assert int(expected.step) == KILLED["steps"]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    metrics = (undisturbed / "metrics.jsonl").read_bytes()
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+    ours, expected = read_record(run_dir), read_record(undisturbed)
+    assert ours.eval_loss == expected.eval_loss
+    assert ours.train_loss == expected.train_loss
+
+
+def test_sigkill_at_any_moment_ends_in_identical_bytes(start, undisturbed, tmp_path):
+    rng = random.Random(0)
+    for step in (1, 18, 40):
+        process = start(tmp_path)
+        wait_for(process, step)
+        time.sleep(rng.uniform(0, 0.06))  # in a step, a save, or between
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "result.json").exists()
+    process = start(tmp_path)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    first = int(output.split()[1])
+    assert first > 14, "must go on from a checkpoint"
+    assert_same_end(tmp_path, undisturbed)
+    assert len(list((tmp_path / "checkpoints").iterdir())) <= 2
+
+
+def test_sigterm_saves_and_a_damaged_checkpoint_is_set_aside(start, undisturbed, tmp_path):
+    process = start(tmp_path)
+    wait_for(process, 20)
+    process.terminate()
+    output, _ = process.communicate()
+    assert process.returncode == 75
+    newest = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert newest >= 20
+
+    stored = [
+        path for path in (tmp_path / "checkpoints" / str(newest)).rglob("*") if path.is_file()
+    ]
+    largest = max(stored, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 16
+    largest.write_bytes(content)
+    process = start(tmp_path)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    (message,) = errors.strip().splitlines()
+    assert f"checkpoint {newest} is damaged" in message
+    assert 1 < int(output.split()[1]) <= newest
+    assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data_dir, tmp_path_factory):
+    """A short run with a routed model, on 4 devices, and its record."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    lines = []
+    record = train(run_spec(), Execution(log_every=5, data=2, fsdp=2), run_dir=run_dir,
+                   data_dir=tiny_data_dir, progress=lines.append)  # fmt: skip
+    return run_dir, record, lines
+
+
+def test_the_record_says_what_was_spent(finished):
+    run_dir, record, _ = finished
+    spec = run_spec()
+    assert record == read_record(run_dir)
+    assert (record.status, record.diverged_step, record.steps) == ("finished", None, 12)
+    assert record.tokens == 12 * 8 * 32
+    assert record.train_flops == flops.train_flops(spec.model, 32, 12 * 8)
+    assert record.eval_tokens == spec.train.eval_sequences * 32
+    assert 0 < record.eval_loss_sem < record.eval_loss < np.log(260) + 1
+    assert 0 < record.epochs < 1
+    parts = record.train_seconds + record.compile_seconds + record.eval_seconds
+    assert 0.5 * record.wall_seconds < parts <= record.wall_seconds
+    assert 0 < record.median_step_seconds <= record.train_seconds
+    assert record.device == "4 x cpu"
+
+
+def test_lines_tell_loss_rate_flops_and_routing_of_logged_steps(finished):
+    run_dir, record, lines = finished
+    assert lines == metrics_of(run_dir)
+    assert [line["step"] for line in lines] == [1, 5, 10, 12, 12]
+    for line in lines[:-1]:
+        assert line["tokens"] == line["step"] * 8 * 32
+        assert line["train_flops"] == flops.train_flops(run_spec().model, 32, line["step"] * 8)
+        assert line["grad_norm"] > 0 and 0 <= line["router/chosen_by_all"] <= 1
+    assert lines[-2]["learning_rate"] == pytest.approx(0.1 * run_spec().train.learning_rate)
+    assert lines[-1]["eval_loss"] == record.eval_loss
+    assert record.train_loss == lines[-2]["loss"]
+
+
+def test_a_finished_run_is_not_trained_again(finished, tmp_path):
+    run_dir, record, _ = finished
+    assert train(run_spec(), ONE_DEVICE, run_dir=run_dir, data_dir=tmp_path / "gone") == record
+
+
+def test_divergence_is_recorded_with_its_step_whenever_it_is_noticed(tiny_data_dir, tmp_path):
+    def diverge(log_every):
+        spec = run_spec(learning_rate=1e19, warmup_steps=0, steps=40)
+        run_dir = tmp_path / str(log_every)
+        record = train(spec, Execution(data=1, log_every=log_every), run_dir=run_dir,
+                       data_dir=tiny_data_dir)  # fmt: skip
+        return record, metrics_of(run_dir)
+
+    record, lines = diverge(1)
+    broken = [line["loss"] is None or line["grad_norm"] is None for line in lines]
+    assert broken == [False] * (len(lines) - 1) + [True]
+    assert record.status == "diverged" and record.eval_loss is None
+    assert record.diverged_step == record.steps == lines[-1]["step"]
+    assert record.train_flops == lines[-1]["train_flops"]
+    assert diverge(16)[0].diverged_step == record.diverged_step
+
+
+def refusal(spec, execution, run_dir, data_dir) -> str:
+    with pytest.raises(InputError) as caught:
+        train(spec, execution, run_dir=run_dir, data_dir=data_dir)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "execution", "named"),
+    [
+        ({"vocab_size": 100}, ONE_DEVICE, "model.vocab_size = 100"),
+        ({"steps": 5000}, ONE_DEVICE, "data.max_epochs"),
+        ({"eval_sequences": 10**6}, ONE_DEVICE, "train.eval_sequences"),
+        ({"batch_size": 6}, Execution(), "train.batch_size = 6"),
+        ({"num_heads": 1, "num_kv_heads": 1}, Execution(tensor=2), "execution.tensor = 2"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_anything_is_written(
+    tiny_data_dir, tmp_path, changes, execution, named
+):
+    message = refusal(run_spec(**changes), execution, tmp_path / "run", tiny_data_dir)
+    assert named in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_is_refused(tiny_data_dir, tmp_path):
+    other = run_spec(seed=1)
+    write_json(tmp_path / "spec.json", to_dict(other))
+    message = refusal(run_spec(), ONE_DEVICE, tmp_path, tiny_data_dir)
+    assert other.run_id in message and run_spec().run_id in message
+
+
+def test_checkpoints_of_another_run_are_refused(finished, tiny_data_dir, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(finished[0] / "checkpoints")
+    message = refusal(run_spec(seed=1), Execution(data=2, fsdp=2), tmp_path, tiny_data_dir)
+    assert "run_id" in message
+    assert dataclasses.asdict(finished[1])["run_id"] in message

@@ -1,0 +1,136 @@
+"""Checkpoints: bounded, verified, and those of another run refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modjax.config import InputError
+from modjax.training.checkpoint import DIGEST, Checkpoints, find_damage
+from modjax.training.state import TrainState
+
+IDENTITY = {"run_id": "this", "data_fingerprint": "f"}
+
+
+def state_at(step: int) -> TrainState:
+    rng = np.random.default_rng(step)
+    params = {"w": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)}
+    return TrainState(params, {"m": params["w"] * 2}, jnp.int32(step), jnp.int32(0))
+
+
+def opened(folder, identity=IDENTITY, keep=2):
+    return Checkpoints(folder, keep=keep, identity=identity)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Holds the states of steps 3 and 5; that of step 1 has made room."""
+    checkpoints = opened(tmp_path / "checkpoints")
+    for step in (1, 3, 5):
+        checkpoints.save(step, state_at(step), {"train": float(step)})
+    checkpoints.wait()
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def restore(folder, **options):
+    checkpoints = opened(folder, **options)
+    try:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_at(0)
+        )
+        return checkpoints.restore(abstract)
+    finally:
+        checkpoints.close()
+
+
+def assert_same(state, step):
+    for ours, expected in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(step)), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_the_newest_comes_back_bit_for_bit_and_their_number_is_bounded(folder):
+    state, seconds = restore(folder)
+    assert_same(state, 5)
+    assert seconds == {"train": 5.0}
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "5"]
+
+
+def test_an_empty_folder_restores_nothing(tmp_path):
+    assert restore(tmp_path / "checkpoints") is None
+
+
+def files_of(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, lambda path: path.unlink()])
+def test_damage_to_any_file_with_content_is_found(folder, damage):
+    digest = json.loads((folder / "5" / DIGEST).read_text())
+    assert find_damage(folder / "5") is None
+    assert any("ocdbt" in name for name in digest)
+    for name in digest:
+        path = folder / "5" / name
+        content = path.read_bytes()
+        if content:
+            damage(path)
+            assert find_damage(folder / "5") is not None, name
+            path.write_bytes(content)
+    assert find_damage(folder / "5") is None
+
+
+@pytest.mark.parametrize("which", ["largest", DIGEST])
+def test_a_damaged_newest_is_set_aside_with_a_message_and_the_one_before_used(
+    folder, which, caplog, capfd
+):
+    largest = max(files_of(folder / "5"), key=lambda path: path.stat().st_size)
+    truncate(largest if which == "largest" else folder / "5" / DIGEST)
+    state, _ = restore(folder)
+    assert_same(state, 3)
+    assert (folder / "damaged-5").is_dir() and not (folder / "5").exists()
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "modjax"]
+    assert "checkpoint 5 is damaged" in message and "damaged-5" in message
+    assert capfd.readouterr().err == ""
+    # A later state of the same step is stored and damaged once more.
+    checkpoints = opened(folder)
+    checkpoints.save(5, state_at(5), {})
+    checkpoints.wait()
+    checkpoints.close()
+    truncate(max(files_of(folder / "5"), key=lambda path: path.stat().st_size))
+    assert_same(restore(folder)[0], 3)
+    assert (folder / "damaged-5-again").is_dir()
+
+
+def test_all_damaged_restores_nothing(folder):
+    for step in (3, 5):
+        truncate(max(files_of(folder / str(step)), key=lambda path: path.stat().st_size))
+    assert restore(folder) is None
+
+
+@pytest.mark.parametrize("name", ["run_id", "data_fingerprint"])
+def test_a_checkpoint_of_another_run_is_refused_in_one_line_and_kept(folder, name):
+    with pytest.raises(InputError) as refusal:
+        restore(folder, identity=IDENTITY | {name: "other"})
+    assert name in str(refusal.value) and "'other'" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert_same(restore(folder)[0], 5)
+
+
+def test_what_a_kill_left_half_written_is_ignored_and_removed(folder):
+    half = folder / "9.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "state").write_text("half")
+    assert_same(restore(folder)[0], 5)
+    assert not half.exists()

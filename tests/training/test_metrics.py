@@ -1,0 +1,72 @@
+"""The metrics file: what stays of it when a run goes on, and TensorBoard."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from modjax.config import InputError
+from modjax.training.metrics import MetricsWriter, last_train_loss
+
+
+def write(run_dir, start, lines):
+    writer = MetricsWriter(run_dir, start_step=start, tensorboard=False)
+    for step, values in lines:
+        writer.write(step, values)
+    writer.sync()
+    writer.close()
+    return (run_dir / "metrics.jsonl").read_bytes()
+
+
+LINES = [
+    (1, {"loss": np.float32(3.3)}), (2, {"loss": np.float32(2.2)}), (2, {"eval_loss": 2.5}),
+    (4, {"loss": np.float32(1.1)}), (4, {"eval_loss": 1.5}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("restored", "kept"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)])
+def test_a_resumed_run_repeats_no_line_and_ends_in_the_same_bytes(tmp_path, restored, kept):
+    whole = write(tmp_path, 0, LINES)
+    assert write(tmp_path, restored, []) == b"".join(whole.splitlines(keepends=True)[:kept])
+    assert write(tmp_path, restored, LINES[kept:]) == whole
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3, "loss": 1.0}', "\0\0\0\n"])
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, tail):
+    whole = write(tmp_path, 0, LINES[:2])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(tail)
+    assert write(tmp_path, 9, []) == whole
+
+
+def test_values_that_are_not_finite_are_null_and_floats_keep_their_value(tmp_path):
+    third = np.float32(1) / np.float32(3)
+    text = write(tmp_path, 0, [(1, {"a": np.float32(np.nan), "b": third, "c": 1 / 3, "d": 2**53})])
+    line = json.loads(text)
+    assert line["a"] is None
+    assert np.float32(line["b"]) == pytest.approx(third, rel=1e-6)
+    assert (line["c"], line["d"]) == (1 / 3, 2**53)
+
+
+def test_last_train_loss_skips_evaluations(tmp_path):
+    assert last_train_loss(tmp_path) is None
+    write(tmp_path, 0, LINES)
+    assert last_train_loss(tmp_path) == pytest.approx(1.1)
+
+
+def test_tensorboard_without_its_package_is_refused_with_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(InputError, match=r"modjax\[tensorboard\]"):
+        MetricsWriter(tmp_path, start_step=0, tensorboard=True)
+
+
+def test_tensorboard_gets_every_value_without_tensorflow(tmp_path):
+    pytest.importorskip("tensorboardX")
+    before = "tensorflow" in sys.modules
+    writer = MetricsWriter(tmp_path, start_step=0, tensorboard=True)
+    writer.write(1, {"loss": np.float32(2.0)})
+    writer.sync()
+    writer.close()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert ("tensorflow" in sys.modules) == before

@@ -1,0 +1,176 @@
+"""Meshes of 8 fake devices: same numbers, expected places, and no communication by routing.
+
+`python -m tests.training.test_sharding` writes partition_specs.json anew.
+"""
+
+import collections
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from modjax.config import Execution, InputError
+from modjax.nn.sharding import (
+    LOGICAL_TO_MESH,
+    MESH_AXES,
+    constrain,
+    partition_spec,
+    per_sequence,
+)
+from modjax.training.optimizer import make_optimizer
+from modjax.training.programs import abstract_batch, init_state
+from modjax.training.sharding import check_batch, make_mesh, param_shardings, put_batch
+from modjax.training.state import abstract_model, abstract_state
+from modjax.training.step import make_train_step
+from tests.training.tiny import (
+    QUICK,
+    initial_state,
+    model,
+    one_device_step,
+    random_batch,
+    train_config,
+)
+
+SPECS = Path(__file__).with_name("partition_specs.json")
+CUBE = Execution(data=2, fsdp=2, tensor=2)
+# Every kind of block and of parameter.
+EVERYTHING = model(
+    pattern=("dense", "mod", "stochastic"), num_layers=3, mlp="swiglu", tie_embeddings=False
+)
+
+
+def partition_specs() -> dict[str, list]:
+    split = abstract_model(EVERYTHING, CUBE)
+    shardings = param_shardings(make_mesh(CUBE), split.params, split.logical_axes)
+    leaves = jax.tree_util.tree_leaves_with_path(shardings)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(sharding.spec)
+            for path, sharding in leaves}  # fmt: skip
+
+
+def compile_step(model_config, train, execution):
+    split = abstract_model(model_config, execution)
+    mesh = make_mesh(execution)
+    optimizer = make_optimizer(train, split.logical_axes)
+    state = abstract_state(mesh, split, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = make_train_step(split.graphdef, optimizer, train)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        lowered = jitted.lower(state, abstract_batch(mesh, train.batch_size, train.seq_len))
+        return lowered.compile(QUICK), split, mesh
+
+
+def test_every_parameter_lies_where_the_stored_table_says():
+    assert partition_specs() == json.loads(SPECS.read_text())
+
+
+def test_moments_lie_where_their_parameters_do():
+    split = abstract_model(EVERYTHING, CUBE)
+    state = abstract_state(
+        make_mesh(CUBE), split, make_optimizer(train_config(), split.logical_axes)
+    )
+    shardings = collections.Counter(leaf.sharding.spec for leaf in jax.tree.leaves(state.params))
+    moments = collections.Counter(
+        leaf.sharding.spec for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 0
+    )
+    assert moments == {spec: 2 * count for spec, count in shardings.items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_2x2x2_gives_the_loss_and_gradients_of_one_device(accumulation):
+    # Without clipping or decay, the first moment after one step is 1 - b1 = 1 times the gradient.
+    train = train_config(b1=0.0, clip_norm=1e9, accumulation=accumulation)
+    config = model(num_kv_heads=2, mlp="swiglu")
+    batch = random_batch(0, 8, 32)
+    compiled, split, mesh = compile_step(config, train, CUBE)
+    with jax.set_mesh(mesh):
+        state = init_state(mesh, split, train)
+        # Copied before the step takes the buffers over.
+        params = jax.tree.map(np.array, state.params)
+        sharded, metrics = compiled(state, put_batch(batch, mesh))
+    start = initial_state(config)
+    jax.tree.map(np.testing.assert_allclose, params, start.params)
+    single, expected = one_device_step(config, train)(start, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-5)
+    assert float(expected["grad_norm"]) > 0.1
+    for ours, reference in zip(
+        jax.tree.leaves(sharded.opt_state), jax.tree.leaves(single.opt_state), strict=True
+    ):
+        np.testing.assert_allclose(ours, reference, atol=1e-5)
+    for slot, aux in expected["aux"].items():
+        np.testing.assert_array_equal(metrics["aux"][slot]["selected_BL"], aux["selected_BL"])
+
+
+def collectives(model_config, execution) -> collections.Counter:
+    """How often each kind of collective stands in the compiled train step."""
+    # More selected tokens on a device than the model is wide: with fewer, the partitioner would
+    # rather move activations than parameters, in dense models too.
+    compiled, _, _ = compile_step(model_config, train_config(seq_len=128), execution)
+    kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all"
+    return collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", compiled.as_text()))
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [Execution(), pytest.param(Execution(data=2, fsdp=4), marks=pytest.mark.slow), CUBE],
+)
+def test_routing_adds_no_collective(execution):
+    dense = collectives(model(pattern=("dense", "dense")), execution)
+    assert dense["all-reduce"] > 0
+    assert collectives(model(), execution) == dense
+
+
+def test_constrain_refuses_a_tensor_of_another_rank():
+    with pytest.raises(ValueError, match="2 dims"):
+        constrain(jnp.zeros((2, 3, 4)), "batch", "length")
+
+
+def test_constrain_and_per_sequence_leave_foreign_meshes_alone():
+    x_BL = jnp.arange(6.0).reshape(2, 3)
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(constrain(x_BL, "batch", "length"), x_BL)
+        np.testing.assert_array_equal(per_sequence(jnp.negative, x_BL), -x_BL)
+
+
+@pytest.mark.parametrize(
+    ("execution", "named"),
+    [
+        (Execution(fsdp=3), "execution.fsdp"),
+        (Execution(data=4, tensor=4), "execution.data"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(execution, named):
+    with pytest.raises(InputError, match=named):
+        make_mesh(execution)
+
+
+def test_a_batch_that_does_not_fit_the_mesh_is_refused():
+    mesh = make_mesh(CUBE)
+    check_batch(mesh, train_config(batch_size=8, accumulation=2))
+    with pytest.raises(InputError, match=r"train.batch_size = 6.*multiple of 4"):
+        check_batch(mesh, train_config(batch_size=6))
+    with pytest.raises(InputError, match=r"train.batch_size = 8.*multiple of 16"):
+        check_batch(mesh, train_config(batch_size=8, accumulation=4))
+
+
+def test_a_parameter_that_does_not_split_evenly_is_refused():
+    split = abstract_model(model(num_kv_heads=1), CUBE)
+    with pytest.raises(InputError, match=r"execution.tensor = 2.*kv_heads"):
+        param_shardings(make_mesh(CUBE), split.params, split.logical_axes)
+
+
+def test_every_logical_axis_maps_to_axes_of_the_mesh():
+    mesh = AbstractMesh((2, 2, 2, 1), MESH_AXES)
+    for name in LOGICAL_TO_MESH:
+        jax.sharding.NamedSharding(mesh, partition_spec((name,)))
+    assert partition_spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), None)
+
+
+if __name__ == "__main__":
+    SPECS.write_text(json.dumps(partition_specs(), indent=1) + "\n")
