@@ -14,7 +14,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = {"vocab_size": 272}  # 256 bytes and 3 special ids, padded to a multiple of 16
-    config.train = {"seq_len": 256, "b2": 0.98, "eval_sequences": 512}
+    config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 512}
     config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
     config.execution = {"log_every": 50}
     config.sweep = {
@@ -32,11 +32,11 @@ def get_config() -> ml_collections.ConfigDict:
             },
         },
         "baseline": "dense",
-        "budgets": (3e11, 9e11, 2.7e12),
+        "budgets": (2e11, 6e11, 1.8e12),
         "sizes": 5,
         "spread": 0.5,
         "seeds": (0, 1),
-        "optimum": {"budget": 9e11, "params": 6.5e4, "exponent": 0.6},
+        "optimum": {"budget": 6e11, "params": 5e4, "exponent": 0.6},
         "shape": {"width_multiple": 8, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {
             "batch_size": 4,

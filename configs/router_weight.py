@@ -13,7 +13,7 @@ MOD = {"pattern": ("dense", "mod")}
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = {"vocab_size": 272}
-    config.train = {"seq_len": 256, "b2": 0.98, "eval_sequences": 512}
+    config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 512}
     config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
     config.execution = {"log_every": 50}
     config.sweep = {

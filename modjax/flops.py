@@ -37,7 +37,7 @@ def forward_flops(model: ModelConfig, seq_len: int) -> dict[str, float]:
     d, f, h = model.d_model, model.d_ff, model.head_dim
     heads, kv_heads = model.num_heads, model.num_kv_heads
     matrices = 3 if model.mlp in GATED_MLPS else 2
-    flops = dict.fromkeys((*CHINCHILLA, "router"), 0.0)
+    flops: dict[str, float] = dict.fromkeys((*CHINCHILLA, "router"), 0.0)
     flops["embedding"] = flops["logits"] = 2.0 * seq_len * d * model.vocab_size
     for entry in model.pattern:
         routed = entry != "dense"

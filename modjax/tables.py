@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from modjax.config import RunSpec
 from modjax.data.cache import Manifest
 from modjax.flops import CONVENTIONS, forward_flops, parameters, six_nd, total_flops, train_flops
+from modjax.records import Record
 from modjax.scaling.cells import Cell
 from modjax.scaling.display import clock
-from modjax.scaling.records import Record
 from modjax.scaling.run import Outcome
 from modjax.scaling.status import STATES, Status
 

@@ -60,7 +60,7 @@ def _load_sweep(args: argparse.Namespace) -> Any:
 
 
 def plan(args: argparse.Namespace) -> None:
-    from modjax.scaling.records import read_records
+    from modjax.records import read_records
     from modjax.scaling.run import open_data, plan_table
     from modjax.tables import plan_text
 
@@ -132,14 +132,11 @@ def status(args: argparse.Namespace) -> None:
 
 
 def fit(args: argparse.Namespace) -> None:
-    from modjax.scaling.fit import fit_all
-    from modjax.scaling.records import read_records
+    from modjax.scaling.report import fit_workdir
     from modjax.scaling.results import to_json
     from modjax.scaling.words import render_text
 
-    records = read_records(args.workdir)
-    require(bool(records), "--workdir", str(args.workdir), "holds no finished run")
-    fits = fit_all(records)
+    fits = fit_workdir(args.workdir)[1]
     if args.json:
         return _print_json(to_json(fits))
     print(render_text(fits))

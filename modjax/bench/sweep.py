@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from modjax.bench import Row
-from modjax.scaling.records import Record, read_records
+from modjax.records import Record, read_records
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
 JOBS = 2

@@ -30,7 +30,7 @@ def normal_param(
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
-def project(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike = None) -> jax.Array:
+def project(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
     """x @ w over the last dim of x, multiplied in x's dtype: (B, L, F).
 
     The product is taken of two matrices: contracting B and L as two dims in the gradient of w

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from modjax.config import RunSpec
-from modjax.scaling.records import Record
+from modjax.records import Record
 
 SECONDS_BETWEEN_LINES = 60.0  # off a terminal, where no run finishes
 

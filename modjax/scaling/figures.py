@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from modjax.scaling.records import Record
+from modjax.records import Record
 from modjax.scaling.results import Fits, Parabola, Range, quantity_of
 from modjax.scaling.words import KINDS, budget, number
 

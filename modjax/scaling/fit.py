@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from modjax.config import require
+from modjax.records import Record
 from modjax.scaling.parametric import fit_surface
-from modjax.scaling.records import Record
 from modjax.scaling.results import (
     QUANTITIES,
     SIZES,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from modjax.config import require
+from modjax.records import Record, read_records, write_csv
 from modjax.scaling import words
 from modjax.scaling.figures import FAINT, INK, SURFACE, draw_all, read_curves
 from modjax.scaling.fit import fit_all
-from modjax.scaling.records import Record, read_records, write_csv
 from modjax.scaling.results import Fits, save_json
 
 CAPTIONS = {
@@ -42,15 +42,25 @@ RUN_COLUMNS = {
 }  # fmt: skip
 
 
-def report(workdir: Path) -> Path:
-    """Writes report.html, results.csv, fit.json and figures/ into `workdir`; returns the HTML.
+def fit_workdir(workdir: Path) -> tuple[list[Record], Fits]:
+    """The records of a sweep's folder and their fits, against the baseline that its plan names.
 
     Raises InputError where no run has finished or diverged yet.
     """
     records = read_records(workdir) if workdir.is_dir() else []
     require(len(records) > 0, "--workdir", str(workdir), "holds no finished run; `modjax sweep` "
             "makes them")  # fmt: skip
-    fits = fit_all(records)
+    planned = _json(workdir / "plan.json").get("config", {}).get("sweep", {}).get("baseline")
+    finished = {record.variant for record in records}
+    return records, fit_all(records, baseline=planned if planned in finished else None)
+
+
+def report(workdir: Path) -> Path:
+    """Writes report.html, results.csv, fit.json and figures/ into `workdir`; returns the HTML.
+
+    Raises InputError where no run has finished or diverged yet.
+    """
+    records, fits = fit_workdir(workdir)
     figures = draw_all(records, fits, read_curves(workdir, records), workdir / "figures")
     save_json(workdir / "fit.json", fits)
     write_csv(workdir / "results.csv", records)

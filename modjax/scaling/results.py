@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from modjax.records import Record, write_json
 from modjax.scaling.parametric import Surface
-from modjax.scaling.records import Record, write_json
 
 SIZES = {"non_embedding": "params_non_embedding", "total": "params_total"}
 QUANTITIES = ("parameters", "forward_flops")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modjax.config import RunSpec, from_dict, require
-from modjax.scaling.records import read_record, read_records
+from modjax.records import read_record, read_records
 from modjax.scaling.run import flops_per_second, is_running, run_dir
 
 STATES = ("done", "diverged", "running", "failed", "waiting")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from modjax.scaling.records import Record, write_record
+from modjax.records import Record, write_record
 
 
 def _record(**changes) -> Record:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from modjax.config import InputError, RunSpec
 from modjax.flops import forward_flops, parameters, train_flops
-from modjax.scaling.records import Record, write_record
+from modjax.records import Record, write_record
 
 STEPS = 20
 

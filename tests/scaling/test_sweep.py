@@ -13,8 +13,8 @@ import pytest
 
 from modjax.config import InputError
 from modjax.experiment import load
+from modjax.records import read_record, write_json
 from modjax.scaling import run as runs
-from modjax.scaling.records import read_record, write_json
 from modjax.scaling.status import status
 
 HERE = Path(__file__).parent

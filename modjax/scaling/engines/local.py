@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from modjax.config import Execution, InputError, RunSpec, to_dict
+from modjax.records import read_record, write_json
 from modjax.scaling.display import Display
-from modjax.scaling.records import read_record, write_json
 from modjax.scaling.run import compilation_cache, is_running, run_dir
 
 MAX_ATTEMPTS = 2
