@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
         "spread": 0.5,
         "seeds": (0, 1),
         "optimum": {"budget": 6e11, "params": 5e4, "exponent": 0.6},
-        "shape": {"width_multiple": 8, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
+        "shape": {"width_multiple": 4, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {
             "batch_size": 4,
             "batch_exponent": 0.4,
