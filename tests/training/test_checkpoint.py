@@ -1,6 +1,9 @@
 """Checkpoints: bounded, verified, and those of another run refused."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -134,3 +137,35 @@ def test_what_a_kill_left_half_written_is_ignored_and_removed(folder):
     (half / "state").write_text("half")
     assert_same(restore(folder)[0], 5)
     assert not half.exists()
+
+
+FILL_THE_DISK = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.training.test_checkpoint import assert_same, opened, restore, state_at
+folder = Path(sys.argv[1]) / "checkpoints"
+checkpoints = opened(folder, keep=1000)
+step = 0
+try:
+    while step < 1000:
+        step += 1
+        checkpoints.save(step, state_at(step), {})
+        checkpoints.wait()
+except OSError as error:
+    print(error.strerror)
+assert_same(restore(folder, keep=1000)[0], step - 1)
+"""
+
+
+def test_a_full_disk_is_an_oserror_and_the_checkpoint_before_is_whole(tmp_path, child_environment):
+    root = Path(__file__).parents[2]
+    script = f'mount -t tmpfs -o size=1M tmpfs "{tmp_path}" && "$@"'
+    enter = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*enter, script, "sh", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs permission to mount a small file system")
+    command = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path), str(root)]
+    done = subprocess.run([*enter, script, "sh", *command], env=child_environment, cwd=root,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "No space left on device\n"

@@ -111,6 +111,10 @@ def collectives(model_config, execution) -> collections.Counter:
     # More selected tokens on a device than the model is wide: with fewer, the partitioner would
     # rather move activations than parameters, in dense models too.
     compiled, _, _ = compile_step(model_config, train_config(seq_len=128), execution)
+    return count_collectives(compiled)
+
+
+def count_collectives(compiled) -> collections.Counter:
     kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all"
     return collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", compiled.as_text()))
 
