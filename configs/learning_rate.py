@@ -1,4 +1,4 @@
-"""Is the sweeps' learning rate fair to both arms? Dense and MoD at one size and five rates.
+"""Is the sweeps' learning rate fair to both arms? Dense and MoD at one size and four rates.
 
 Command   modjax sweep --config=configs/learning_rate.py --workdir=work/learning_rate --jobs 2
 Cost      see experiments/learning_rate/README.md
@@ -7,7 +7,7 @@ Expected  both arms are best at the same rate, the one that the other configs us
 
 import ml_collections
 
-RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
+RATES = (0.05, 0.1, 0.2, 0.4)
 PATTERNS = {"dense": ("dense",), "mod12": ("dense", "mod")}
 
 
@@ -27,11 +27,11 @@ def get_config() -> ml_collections.ConfigDict:
             for rate in RATES
         },
         "baseline": "dense-lr0_2",
-        "budgets": (5e11,),
+        "budgets": (3e11,),
         "sizes": 1,
         "spread": 0.5,
         "seeds": (0, 1),
-        "optimum": {"budget": 5e11, "params": 4.5e4, "exponent": 0.5},
+        "optimum": {"budget": 3e11, "params": 4e4, "exponent": 0.5},
         "shape": {"width_multiple": 8, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {"batch_size": 4, "learning_rate": 0.2, "warmup_fraction": 0.05},
         "flops_per_second": 2.5e10,

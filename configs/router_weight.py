@@ -1,4 +1,4 @@
-"""How the router's score weighs a routed block's update: five readings at equal FLOPs.
+"""How the router's score weighs a routed block's update: six arms at equal FLOPs.
 
 Command   modjax sweep --config=configs/router_weight.py --workdir=work/router_weight --jobs 2
 Cost      see experiments/router_weight/README.md
@@ -26,11 +26,11 @@ def get_config() -> ml_collections.ConfigDict:
             "random": {"pattern": ("dense", "stochastic")},
         },
         "baseline": "linear",
-        "budgets": (5e11,),
+        "budgets": (3e11,),
         "sizes": 1,
         "spread": 0.5,
         "seeds": (0, 1, 2),
-        "optimum": {"budget": 5e11, "params": 6e4, "exponent": 0.5},
+        "optimum": {"budget": 3e11, "params": 4e4, "exponent": 0.5},
         "shape": {"width_multiple": 8, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {"batch_size": 4, "learning_rate": 0.2, "warmup_fraction": 0.05},
         "flops_per_second": 2.5e10,

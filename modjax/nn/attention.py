@@ -12,9 +12,9 @@ from flax import nnx
 
 from modjax.nn.layers import normal_param, project, rotate
 
-# Queries are processed in chunks of this many positions, each against the keys up to its end,
-# so that most of the future is never computed.
-QUERY_CHUNK = 128
+# Queries are processed in up to four chunks of at least this many positions, each against the
+# keys up to its end: of the future that the mask hides, three quarters are never computed.
+QUERY_CHUNKS, MIN_QUERY_CHUNK = 4, 128
 
 
 def causal_attention(
@@ -30,8 +30,9 @@ def causal_attention(
     q_BGRLH = q_BNLH.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
     q_BGRLH = q_BGRLH * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
     chunks = []
-    for start in range(0, length, QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, length)
+    chunk = max(MIN_QUERY_CHUNK, math.ceil(length / QUERY_CHUNKS))
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
         mask_1LM = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
         mask_1LM = mask_1LM[None]
         if segment_ids_BL is not None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import math
 import signal
@@ -16,8 +15,6 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-import modjax
-from modjax import flops
 from modjax.config import Execution, RunSpec, TrainConfig, from_dict, require, to_dict
 from modjax.data.batches import Batch, eval_batches, train_batch
 from modjax.data.cache import (
@@ -26,7 +23,6 @@ from modjax.data.cache import (
     cache_dir,
     check_epochs,
     check_vocab,
-    epochs,
     open_cache,
 )
 from modjax.data.prefetch import prefetch
@@ -37,12 +33,12 @@ from modjax.training.evaluate import Evaluation, evaluate
 from modjax.training.metrics import MetricsWriter, last_train_loss
 from modjax.training.optimizer import make_optimizer
 from modjax.training.programs import compile_programs, eval_batch_size, init_state
+from modjax.training.record import make_record, progress_values
 from modjax.training.sharding import check_batch, make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_state
 
 # Tokens of one read of the cache.
 READ_TOKENS = 32_768
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Preempted(Exception):
@@ -124,7 +120,7 @@ def train(
             pending = None
             pace.reached(step)
             diverged = int(values.pop("diverged_step"))
-            writer.write(step, _progress_values(spec, step) | values)
+            writer.write(step, progress_values(spec, step) | values)
             return diverged
 
         def save(step: int) -> None:
@@ -189,7 +185,7 @@ def train(
         checkpoints.wait()
         clock.lap("checkpoint")
 
-    record = _record(
+    record = make_record(
         spec,
         cache,
         diverged_step=diverged_step,
@@ -269,68 +265,3 @@ def _eval_batches(cache: TokenCache, spec: RunSpec) -> Iterator[Batch]:
     config = spec.train
     return eval_batches(cache, seq_len=config.seq_len, batch_size=eval_batch_size(config),
                         sequences=config.eval_sequences)  # fmt: skip
-
-
-def _progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:
-    """How far a run has come after `step` updates."""
-    config, sequences = spec.train, step * spec.train.batch_size
-    return {
-        "tokens": sequences * config.seq_len,
-        "train_flops": flops.train_flops(spec.model, config.seq_len, sequences),
-    }
-
-
-def _record(
-    spec: RunSpec,
-    cache: TokenCache,
-    *,
-    diverged_step: int,
-    train_loss: float | None,
-    evaluation: Evaluation | None,
-    seconds: dict[str, float],
-    median_step_seconds: float,
-    device: str,
-) -> Record:
-    config, model = spec.train, spec.model
-    components = flops.forward_flops(model, config.seq_len)
-    params = flops.parameters(model)
-    steps = diverged_step or config.steps
-    progress = _progress_values(spec, steps)
-    return Record(
-        run_id=spec.run_id,
-        variant=spec.variant,
-        status="diverged" if diverged_step else "finished",
-        diverged_step=diverged_step or None,
-        budget_flops=spec.budget_flops,
-        train_flops=progress["train_flops"],
-        forward_flops_per_token=flops.total_flops(components) / config.seq_len,
-        flops=components,
-        params_total=params["total"],
-        params_non_embedding=params["non_embedding"],
-        params_active=params["active"],
-        d_model=model.d_model,
-        num_layers=model.num_layers,
-        tokens=int(progress["tokens"]),
-        epochs=epochs(cache, config.seq_len, steps * config.batch_size),
-        steps=steps,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        learning_rate=config.learning_rate,
-        train_loss=train_loss,
-        eval_loss=evaluation.loss if evaluation else None,
-        eval_loss_sem=evaluation.sem if evaluation else None,
-        eval_bits_per_byte=bits_per_byte(cache.manifest, evaluation.loss) if evaluation else None,
-        eval_tokens=evaluation.tokens if evaluation else 0,
-        seed=config.seed,
-        data_seed=spec.data.seed,
-        data_fingerprint=cache.manifest.fingerprint,
-        code_version=modjax.__version__,
-        wall_seconds=sum(seconds.values()) - seconds["data_wait"],
-        train_seconds=seconds["train"],
-        compile_seconds=seconds["compile"],
-        eval_seconds=seconds["eval"],
-        data_wait_seconds=seconds["data_wait"],
-        median_step_seconds=median_step_seconds,
-        device=device,
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
-    )

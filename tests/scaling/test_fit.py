@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from modjax.config import InputError
-from modjax.scaling.fit import fit_all, interval
+from modjax.scaling.fit import fit_all
+from modjax.scaling.parabola import interval
 from modjax.scaling.results import QUANTITIES, save_json
 
 

@@ -1,0 +1,81 @@
+"""The record of a run: what it was, what it reached, and what it cost."""
+
+import importlib.metadata
+
+import modjax
+from modjax import flops
+from modjax.config import RunSpec
+from modjax.data.cache import TokenCache, bits_per_byte, epochs
+from modjax.records import Record
+from modjax.training.evaluate import Evaluation
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:
+    """How far a run has come after `step` updates."""
+    config, sequences = spec.train, step * spec.train.batch_size
+    return {
+        "tokens": sequences * config.seq_len,
+        "train_flops": flops.train_flops(spec.model, config.seq_len, sequences),
+    }
+
+
+def make_record(
+    spec: RunSpec,
+    cache: TokenCache,
+    *,
+    diverged_step: int,
+    train_loss: float | None,
+    evaluation: Evaluation | None,
+    seconds: dict[str, float],
+    median_step_seconds: float,
+    device: str,
+) -> Record:
+    """The record of a run that finished, or that diverged at `diverged_step` > 0.
+
+    seconds: by what they were spent on, see training/clock.py.
+    """
+    config, model = spec.train, spec.model
+    components = flops.forward_flops(model, config.seq_len)
+    params = flops.parameters(model)
+    steps = diverged_step or config.steps
+    progress = progress_values(spec, steps)
+    return Record(
+        run_id=spec.run_id,
+        variant=spec.variant,
+        status="diverged" if diverged_step else "finished",
+        diverged_step=diverged_step or None,
+        budget_flops=spec.budget_flops,
+        train_flops=progress["train_flops"],
+        forward_flops_per_token=flops.total_flops(components) / config.seq_len,
+        flops=components,
+        params_total=params["total"],
+        params_non_embedding=params["non_embedding"],
+        params_active=params["active"],
+        d_model=model.d_model,
+        num_layers=model.num_layers,
+        tokens=int(progress["tokens"]),
+        epochs=epochs(cache, config.seq_len, steps * config.batch_size),
+        steps=steps,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        learning_rate=config.learning_rate,
+        train_loss=train_loss,
+        eval_loss=evaluation.loss if evaluation else None,
+        eval_loss_sem=evaluation.sem if evaluation else None,
+        eval_bits_per_byte=bits_per_byte(cache.manifest, evaluation.loss) if evaluation else None,
+        eval_tokens=evaluation.tokens if evaluation else 0,
+        seed=config.seed,
+        data_seed=spec.data.seed,
+        data_fingerprint=cache.manifest.fingerprint,
+        code_version=modjax.__version__,
+        wall_seconds=sum(seconds.values()) - seconds["data_wait"],
+        train_seconds=seconds["train"],
+        compile_seconds=seconds["compile"],
+        eval_seconds=seconds["eval"],
+        data_wait_seconds=seconds["data_wait"],
+        median_step_seconds=median_step_seconds,
+        device=device,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+    )
