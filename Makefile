@@ -7,8 +7,8 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: demo test test-slow lint install bench clean
 
 demo: .venv/installed
-	$(BIN)/modjax data prepare
-	$(BIN)/modjax sweep --config=configs/tiny.py --workdir=$(WORK) --jobs 2
+	$(BIN)/modjax data prepare --data-dir=work/data
+	$(BIN)/modjax sweep --config=configs/tiny.py --workdir=$(WORK) --data-dir=work/data --jobs 2
 	$(BIN)/modjax fit --workdir=$(WORK)
 	$(BIN)/modjax report --workdir=$(WORK)
 

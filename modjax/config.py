@@ -161,9 +161,11 @@ class TrainConfig:
             self.batch_size % self.accumulation == 0, "train.accumulation", self.accumulation,
             f"must divide train.batch_size = {self.batch_size}",
         )  # fmt: skip
-        for name in ("final_learning_rate_fraction", "b1", "b2"):
+        floor = self.final_learning_rate_fraction
+        require(0 <= floor <= 1, "train.final_learning_rate_fraction", floor, "must be in [0, 1]")
+        for name in ("b1", "b2"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"train.{name}", value, "must be in [0, 1]")
+            require(0 <= value < 1, f"train.{name}", value, "must be in [0, 1)")
         for name in ("weight_decay", "eval_every", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "must be 0 or more")
@@ -178,7 +180,7 @@ class DataConfig:
     """Which token cache, and which order of it.
 
     name: the corpus ("stdlib", "text" files prepared under a name, "c4", "lm1b", ...).
-    vocab: "bytes" or "sentencepiece:SIZE".
+    vocab: "bytes", "sentencepiece:SIZE", or the "FILE.model" that the corpus was prepared with.
     seed: fixes the permutation of windows in every epoch, shared by all runs of a sweep.
     max_epochs: a run that would read the corpus more often is refused.
     """
@@ -214,7 +216,9 @@ class RunSpec:
     @property
     def run_id(self) -> str:
         """A readable slug and the first 8 hex digits of the hash of the canonical JSON."""
-        text = json.dumps(to_dict(self), sort_keys=True, separators=(",", ":"))
+        # Through from_dict, so that 1 and 1.0 in a float field name the same run.
+        values = to_dict(from_dict(RunSpec, to_dict(self)))
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         m = self.model
         budget = f"{self.budget_flops:.3g}".replace("e+", "e")

@@ -22,8 +22,9 @@ def causal_attention(
 ) -> jax.Array:
     """Softmax attention (B, N, L, H) over earlier positions of the same segment.
 
-    Causality follows the order of the positions in the arrays; N must be a multiple of G.
-    Every position attends at least to itself. Softmax is computed in float32.
+    q (B, N, L, H), k and v (B, G, L, H), segment ids (B, L) or None; N is a multiple of G.
+    Causality follows the order of the positions in the arrays. Every position attends at least to
+    itself. Scores and softmax are float32, the products take the inputs' dtype.
     """
     batch, heads, length, head_dim = q_BNLH.shape
     kv_heads = k_BGMH.shape[1]
@@ -33,20 +34,20 @@ def causal_attention(
     chunk = max(MIN_QUERY_CHUNK, math.ceil(length / QUERY_CHUNKS))
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        mask_1LM = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        mask_1LM = mask_1LM[None]
+        mask_BLM = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :])[None]
         if segment_ids_BL is not None:
             same = segment_ids_BL[:, start:stop, None] == segment_ids_BL[:, None, :stop]
-            mask_1LM = mask_1LM & same
+            mask_BLM = mask_BLM & same
         chunks.append(
-            _attend(q_BGRLH[..., start:stop, :], k_BGMH[:, :, :stop], v_BGMH[:, :, :stop], mask_1LM)
+            _attend(q_BGRLH[..., start:stop, :], k_BGMH[:, :, :stop], v_BGMH[:, :, :stop], mask_BLM)
         )
     out_BGRLH = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)
     return out_BGRLH.reshape(batch, heads, length, head_dim)
 
 
 def _attend(q_BGRLH, k_BGMH, v_BGMH, mask_BLM):
-    s_BGRLM = jnp.einsum("BGRLH,BGMH->BGRLM", q_BGRLH, k_BGMH).astype(jnp.float32)
+    """One chunk of queries against the keys up to its end; q is scaled already."""
+    s_BGRLM = jnp.einsum("BGRLH,BGMH->BGRLM", q_BGRLH, k_BGMH, preferred_element_type=jnp.float32)
     s_BGRLM = jnp.where(mask_BLM[:, None, None], s_BGRLM, -jnp.inf)
     top_BGRL1 = jax.lax.stop_gradient(jnp.max(s_BGRLM, axis=-1, keepdims=True))
     p_BGRLM = jnp.exp(s_BGRLM - top_BGRL1)
@@ -57,7 +58,7 @@ def _attend(q_BGRLH, k_BGMH, v_BGMH, mask_BLM):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions: (B, L, D) to (B, L, D)."""
 
     def __init__(
         self,

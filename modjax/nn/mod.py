@@ -59,7 +59,11 @@ class MoDBlock(nnx.Module):
         key: for subclasses whose selection is random.
         """
         length = x_BLD.shape[1]
-        scores_BL = jnp.einsum("BLD,D->BL", x_BLD.astype(jnp.float32), self.router[...])
+        # Full float32: accelerators would multiply in bfloat16, and ties would be common.
+        scores_BL = jnp.einsum(
+            "BLD,D->BL", x_BLD.astype(jnp.float32), self.router[...],
+            precision=jax.lax.Precision.HIGHEST,
+        )  # fmt: skip
         selection = self.select(scores_BL, selected_tokens(self.config.capacity, length),
                                 valid_BL, key)  # fmt: skip
         x_BKD, selected_inputs = jax.tree.map(

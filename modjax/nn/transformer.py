@@ -23,8 +23,8 @@ Aux = dict[str, dict[str, jax.Array]]
 class Context(NamedTuple):
     """What belongs to each position beside its activation; a routed block gathers all of it.
 
-    rope_BLH: cos and sin of the original positions. segment_ids_BL: None, or attention stays
-    within equal ids.
+    rope_BLH: cos and sin of the original positions, each H/2 wide. segment_ids_BL: None, or
+    attention stays within equal ids.
     """
 
     rope_BLH: tuple[jax.Array, jax.Array]
@@ -134,7 +134,9 @@ class Transformer(nnx.Module):
             params, index = params_and_index
             blocks = nnx.merge(graphdef, params)
             aux: Aux = {}
-            for i, (name, block) in enumerate(blocks.items()):
+            for i, entry in enumerate(self.config.pattern):
+                name = f"{i}_{entry}"
+                block = blocks[name]
                 if isinstance(block, MoDBlock):
                     block_key = None if key is None else jax.random.fold_in(
                         jax.random.fold_in(key, index), i)  # fmt: skip

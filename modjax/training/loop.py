@@ -30,7 +30,7 @@ from modjax.records import Record, read_record, write_json, write_record
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.clock import Clock, Pace
 from modjax.training.evaluate import Evaluation, evaluate
-from modjax.training.metrics import MetricsWriter, last_train_loss
+from modjax.training.metrics import MetricsWriter, last_train_loss, require_tensorboard
 from modjax.training.optimizer import make_optimizer
 from modjax.training.programs import compile_programs, eval_batch_size, init_state
 from modjax.training.record import make_record, progress_values
@@ -71,7 +71,9 @@ def train(
     cache = open_cache(cache_dir(data_dir, spec.data))
     check_vocab(cache, spec.model)
     check_epochs(cache, spec.data, config.seq_len, config.batch_size * steps)
-    _eval_batches(cache, spec)
+    _eval_batches(cache, spec)  # raises where the validation split is too small
+    if execution.tensorboard:
+        require_tensorboard()
     mesh = make_mesh(execution)
     check_batch(mesh, config)
     model = abstract_model(spec.model, execution)

@@ -3,6 +3,7 @@
 Lines hold nothing that depends on the clock, so a resumed run writes the same bytes.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 
-from modjax.config import InputError
+from modjax.config import require
 
 
 class MetricsWriter:
@@ -97,11 +98,16 @@ def _json_number(value: Any) -> int | float | None:
     return value if isinstance(value, int | float) else float(f"{float(value):.7g}")
 
 
+def require_tensorboard() -> None:
+    """Raises InputError where tensorboardX is not installed."""
+    require(
+        importlib.util.find_spec("tensorboardX") is not None, "execution.tensorboard", True,
+        "needs tensorboardX: pip install -e '.[tensorboard]'",
+    )  # fmt: skip
+
+
 def _summary_writer(run_dir: Path, start_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
-    except ImportError:
-        raise InputError(
-            "execution.tensorboard", True, "needs tensorboardX: pip install 'modjax[tensorboard]'"
-        ) from None
+    require_tensorboard()
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)

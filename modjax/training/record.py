@@ -1,6 +1,9 @@
 """The record of a run: what it was, what it reached, and what it cost."""
 
+import functools
 import importlib.metadata
+import subprocess
+from pathlib import Path
 
 import modjax
 from modjax import flops
@@ -10,6 +13,17 @@ from modjax.records import Record
 from modjax.training.evaluate import Evaluation
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@functools.cache
+def code_version() -> str:
+    """The version, and in a clone the commit: "0.1.0", "0.1.0+1a2b3c4" or "0.1.0+1a2b3c4-dirty"."""
+    root = Path(modjax.__file__).parents[1]
+    if not (root / ".git").exists():
+        return modjax.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return "+".join(filter(None, (modjax.__version__, done.stdout.strip())))
 
 
 def progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:
@@ -69,7 +83,7 @@ def make_record(
         seed=config.seed,
         data_seed=spec.data.seed,
         data_fingerprint=cache.manifest.fingerprint,
-        code_version=modjax.__version__,
+        code_version=code_version(),
         wall_seconds=sum(seconds.values()) - seconds["data_wait"],
         train_seconds=seconds["train"],
         compile_seconds=seconds["compile"],
