@@ -45,7 +45,7 @@ def data_show(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> Any:
-    from modjax.experiment import load
+    from modjax.scaling.experiment import load
 
     return load(args.config, args.overrides)
 

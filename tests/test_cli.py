@@ -15,7 +15,7 @@ import tensorstore as ts
 from modjax.cli import main
 from modjax.config import DataConfig
 from modjax.data.cache import Manifest, Split, cache_dir
-from modjax.experiment import load
+from modjax.scaling.experiment import load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = f"--config={CONFIGS / 'tiny.py'}"

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modjax.config import Execution, InputError, RunSpec, require, to_dict
-from modjax.experiment import Experiment
 from modjax.records import Record, read_record, read_records, write_json
 from modjax.scaling.cells import BUDGET_TOLERANCE, Cell, cells
+from modjax.scaling.experiment import Experiment
 
 if TYPE_CHECKING:
     from modjax.data.cache import TokenCache

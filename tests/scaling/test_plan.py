@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from modjax.config import InputError
-from modjax.experiment import load
 from modjax.scaling.cells import cells
+from modjax.scaling.experiment import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = str(CONFIGS / "tiny.py")

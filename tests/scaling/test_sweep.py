@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from modjax.config import InputError
-from modjax.experiment import load
 from modjax.records import read_record, write_json
 from modjax.scaling import run as runs
+from modjax.scaling.experiment import load
 from modjax.scaling.status import status
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ SMALL = ("sweep.sizes=3", "sweep.budgets=5e11")
 DRIVER = """
 import sys
 from pathlib import Path
-from modjax.experiment import load
+from modjax.scaling.experiment import load
 from modjax.scaling.run import sweep
 config, workdir, data_dir, jobs = sys.argv[1:5]
 outcome = sweep(load(config, sys.argv[5:]), workdir=Path(workdir), data_dir=Path(data_dir),
