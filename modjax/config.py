@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -66,9 +66,20 @@ class MoDConfig:
         _require_one_of("model.mod.residual", self.residual, RESIDUALS)
 
 
+class Slot(NamedTuple):
+    """One place of the pattern: its kind of block, and the share of positions it processes."""
+
+    kind: str
+    capacity: float
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: `num_layers` blocks that repeat `pattern`, e.g. ("dense", "mod")."""
+    """A decoder: `num_layers` blocks that repeat `pattern`, e.g. ("dense", "mod").
+
+    An entry of the pattern is one of PATTERN_ENTRIES; a routed one may carry a capacity of its
+    own, as in "mod:0.5", in place of mod.capacity.
+    """
 
     vocab_size: int
     d_model: int
@@ -104,13 +115,31 @@ class ModelConfig:
         )  # fmt: skip
         require(len(self.pattern) > 0, "model.pattern", self.pattern, "must name a block")
         for entry in self.pattern:
-            _require_one_of("model.pattern", entry, PATTERN_ENTRIES)
+            self._check_entry(entry)
         require(
             self.num_layers % len(self.pattern) == 0, "model.num_layers", self.num_layers,
             f"must be a multiple of the pattern's length, {len(self.pattern)}",
         )  # fmt: skip
         _require_one_of("model.mlp", self.mlp, MLPS)
         _require_one_of("model.dtype", self.dtype, DTYPES)
+
+    def _check_entry(self, entry: str) -> None:
+        kind, colon, capacity = entry.partition(":")
+        _require_one_of("model.pattern", kind, PATTERN_ENTRIES)
+        try:
+            fits = not colon or (kind != "dense" and 0 < float(capacity) <= 1)
+        except ValueError:
+            fits = False
+        require(fits, "model.pattern", entry, "takes a capacity in (0, 1], for routed blocks only")
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The pattern, entry by entry; a dense block processes every position."""
+        split = (entry.partition(":") for entry in self.pattern)
+        return tuple(
+            Slot(kind, 1.0 if kind == "dense" else float(own or self.mod.capacity))
+            for kind, _, own in split
+        )
 
     @property
     def head_dim(self) -> int:

@@ -1,8 +1,9 @@
 """FLOPs and parameters of a ModelConfig by component; pure Python, no jax.
 
-A multiply-add is 2 FLOPs; attention is counted without causal halving. Components follow
-Chinchilla (arXiv 2203.15556, appendix F) and are kept apart so that any published convention can
-be applied afterwards; `CONVENTIONS` names those used here.
+A multiply-add is 2 FLOPs; attention is counted without causal halving, though modjax.nn skips
+most future keys of sequences longer than 128. Components follow Chinchilla (arXiv 2203.15556,
+appendix F) and are kept apart so that any published convention can be applied afterwards;
+`CONVENTIONS` names those used here.
 """
 
 from collections.abc import Mapping
@@ -39,9 +40,9 @@ def forward_flops(model: ModelConfig, seq_len: int) -> dict[str, float]:
     matrices = 3 if model.mlp in GATED_MLPS else 2
     flops: dict[str, float] = dict.fromkeys((*CHINCHILLA, "router"), 0.0)
     flops["embedding"] = flops["logits"] = 2.0 * seq_len * d * model.vocab_size
-    for entry in model.pattern:
-        routed = entry != "dense"
-        tokens = selected_tokens(model.mod.capacity, seq_len) if routed else seq_len
+    for slot in model.slots:
+        routed = slot.kind != "dense"
+        tokens = selected_tokens(slot.capacity, seq_len) if routed else seq_len
         block = {
             "qkv": 2.0 * tokens * d * h * (heads + 2 * kv_heads),
             "scores": 2.0 * tokens * tokens * heads * h,
@@ -85,7 +86,7 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     matrices = 3 if model.mlp in GATED_MLPS else 2
     attention = d * h * (2 * model.num_heads + 2 * model.num_kv_heads)
     block = attention + matrices * d * model.d_ff + 2 * d
-    routed = model.num_groups * sum(entry != "dense" for entry in model.pattern)
+    routed = model.num_groups * sum(slot.kind != "dense" for slot in model.slots)
     counts = {
         "embedding": model.vocab_size * d,
         "logits": 0 if model.tie_embeddings else model.vocab_size * d,
@@ -95,7 +96,7 @@ def parameters(model: ModelConfig) -> dict[str, int]:
         "router": routed * d,
     }
     non_embedding = counts["attention"] + counts["mlp"] + counts["norm"] + counts["router"]
-    skipped = routed * block * (1 - model.mod.capacity)
+    skipped = model.num_groups * block * sum(1 - slot.capacity for slot in model.slots)
     return counts | {
         "total": sum(counts.values()),
         "non_embedding": non_embedding,

@@ -79,6 +79,19 @@ def test_every_other_block_at_an_eighth_needs_nine_sixteenths_of_the_linear_flop
         assert forward_flops(mod, 2048)[name] / forward_flops(dense, 2048)[name] == 0.5625
 
 
+def test_each_place_of_the_pattern_can_have_a_capacity_of_its_own():
+    pattern = ("dense", "mod:0.5", "dense", "mod:0.25")
+    mixed = ModelConfig(50, 16, 4, 2, 2, 64, pattern=pattern)
+    full, half, quarter = (
+        forward_flops(ModelConfig(50, 16, 1, 2, 2, 64, pattern=(entry,)), 64)["mlp"]
+        for entry in ("dense", "mod:0.5", "mod:0.25")
+    )
+    assert (half, quarter) == (full / 2, full / 4)
+    assert forward_flops(mixed, 64)["mlp"] == 2 * full + half + quarter
+    block = 4 * 16 * 16 + 2 * 16 * 64 + 2 * 16
+    assert parameters(mixed)["active"] == 2.75 * block + 16 + 2 * 16
+
+
 def test_parameters_active_per_token_count_routed_blocks_by_capacity():
     dense = parameters(ModelConfig(50, 16, 4, 2, 2, 64))
     mod = parameters(ModelConfig(50, 16, 4, 2, 2, 64, pattern=("dense", "mod")))

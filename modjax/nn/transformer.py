@@ -3,6 +3,8 @@
 Legend: B batch, L positions, D model width, H head width, V vocabulary.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -54,11 +56,12 @@ class DenseBlock(nnx.Module):
         return x_BLD + self.mlp(self.mlp_norm(x_BLD))
 
 
+# What a pattern can name: (ModelConfig, MoDConfig of the slot, rngs) to a block.
 BLOCKS: dict[str, Callable[..., nnx.Module]] = {
-    "dense": DenseBlock,
-    "mod": lambda c, *, rngs: MoDBlock(DenseBlock(c, rngs=rngs), c.d_model, c.mod, rngs=rngs),
-    "stochastic": lambda c, *, rngs: StochasticMoDBlock(
-        DenseBlock(c, rngs=rngs), c.d_model, c.mod, rngs=rngs
+    "dense": lambda c, mod, rngs: DenseBlock(c, rngs=rngs),
+    "mod": lambda c, mod, rngs: MoDBlock(DenseBlock(c, rngs=rngs), c.d_model, mod, rngs=rngs),
+    "stochastic": lambda c, mod, rngs: StochasticMoDBlock(
+        DenseBlock(c, rngs=rngs), c.d_model, mod, rngs=rngs
     ),
 }
 
@@ -88,16 +91,16 @@ class Transformer(nnx.Module):
         self.embedding = normal_param(
             rngs, (v, d), ("vocab", "embed"), std=std if config.tie_embeddings else 1.0
         )
-        stacked = nnx.vmap(
-            lambda rngs, make: make(config, rngs=rngs),
-            in_axes=(0, None),
-            transform_metadata={nnx.PARTITION_NAME: "layers"},
-        )
-        slots = {}
-        for i, entry in enumerate(config.pattern):
+        blocks = {}
+        for i, slot in enumerate(config.slots):
+            mod = dataclasses.replace(config.mod, capacity=slot.capacity)
+            stacked = nnx.vmap(
+                functools.partial(BLOCKS[slot.kind], config, mod),
+                transform_metadata={nnx.PARTITION_NAME: "layers"},
+            )
             with nnx.split_rngs(rngs, splits=config.num_groups):
-                slots[f"{i}_{entry}"] = stacked(rngs, BLOCKS[entry])
-        self.blocks = nnx.Dict(slots)
+                blocks[f"{i}_{slot.kind}"] = stacked(rngs)
+        self.blocks = nnx.Dict(blocks)
         self.final_norm = RMSNorm(d, eps=config.norm_eps)
         if not config.tie_embeddings:
             self.w_logits = normal_param(rngs, (d, v), ("embed", "vocab"), std=std)
@@ -134,8 +137,8 @@ class Transformer(nnx.Module):
             params, index = params_and_index
             blocks = nnx.merge(graphdef, params)
             aux: Aux = {}
-            for i, entry in enumerate(self.config.pattern):
-                name = f"{i}_{entry}"
+            for i, slot in enumerate(self.config.slots):
+                name = f"{i}_{slot.kind}"
                 block = blocks[name]
                 if isinstance(block, MoDBlock):
                     block_key = None if key is None else jax.random.fold_in(

