@@ -68,7 +68,8 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
     model = from_dict(ModelConfig, values["model"], "model.")
     train = from_dict(TrainConfig, values["train"], "train.")
     budget = train_flops(model, train.seq_len, train.steps * train.batch_size)
-    spec = RunSpec("-".join(model.pattern), budget, model, train, data)
+    variant = "-".join(model.pattern).replace(":", "_")
+    spec = RunSpec(variant, budget, model, train, data)
     return Experiment(config_file, values, execution, None, [spec])
 
 
