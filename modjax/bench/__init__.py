@@ -1,20 +1,25 @@
 """`modjax bench`: every performance figure of the project, as ratios taken in one run.
 
-Each benchmark is a function that returns rows; a row that could not be measured has no value and
-says why. Nothing here is a test: machines differ, and these figures are for people to read.
+Each module here declares its rows, `ROWS`, and measures them, `measure()`; a row that could not be
+measured has no value and says why. Nothing here is a test: machines differ, and these figures are
+for people to read.
 """
 
 import dataclasses
 import importlib
 import importlib.metadata
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from modjax.config import InputError
 
-# name -> the module of modjax.bench whose `measure()` returns the rows.
+# name -> what it measures; the module of the same name has ROWS and measure().
 BENCHMARKS = {
     "startup": "time to import modjax against jax and flax alone",
     "step": "train step: MoD against dense and its FLOP ratio, dense against PyTorch",
@@ -25,14 +30,19 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One figure; `better` says on which side of `target` it should lie."""
+    """One figure; `better` says on which side of `target` it should lie, `why` it has no value."""
 
     what: str
-    value: float | None
     unit: str
     target: float | None
     better: str = "lower"
+    value: float | None = None
     why: str = ""
+
+
+def fill(rows: Sequence[Row], values: Sequence[float]) -> list[Row]:
+    """The declared rows with their values."""
+    return [dataclasses.replace(r, value=v) for r, v in zip(rows, values, strict=True)]
 
 
 def run(name: str, *, json: bool = False) -> None:
@@ -40,11 +50,42 @@ def run(name: str, *, json: bool = False) -> None:
     if name != "all" and name not in BENCHMARKS:
         known = "; ".join(f"{key}: {text}" for key, text in BENCHMARKS.items())
         raise InputError("bench", name, f"unknown; known: all; {known}")
+    names = list(BENCHMARKS) if name == "all" else [name]
+    modules = {key: importlib.import_module(f"modjax.bench.{key}") for key in names}
     rows: list[Row] = []
-    for key in BENCHMARKS if name == "all" else (name,):
-        print(f"modjax: bench {key} ...", file=sys.stderr, flush=True)
-        rows += importlib.import_module(f"modjax.bench.{key}").measure()
+    for key, module in modules.items():
+        progress(f"bench {key} ...")
+        rows += _measure(module)
     _print(rows, as_json=json)
+
+
+def _measure(module: Any) -> list[Row]:
+    """The module's rows; whatever ends one benchmark must not lose those of the others."""
+    try:
+        return module.measure()
+    except Exception as error:
+        message = (str(error).strip() or "no message").splitlines()[0]
+        why = f"{type(error).__name__}: {message}"
+        return [dataclasses.replace(row, why=why) for row in module.ROWS]
+
+
+def progress(text: str) -> None:
+    print(f"modjax: {text}", file=sys.stderr, flush=True)
+
+
+def fresh_environment(folder: Path) -> dict[str, str]:
+    """The user's environment, but with the data and caches of modjax in `folder`."""
+    moved = ("MODJAX_DATA", "JAX_COMPILATION_CACHE_DIR")
+    kept = {name: value for name, value in os.environ.items() if name not in moved}
+    return kept | {f"XDG_{kind}_HOME": str(folder / kind) for kind in ("CACHE", "DATA", "STATE")}
+
+
+def call(command: Sequence[str], environment: dict[str, str], cwd: Path | None = None) -> None:
+    """Runs a command without showing its output. Raises RuntimeError with its last line."""
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        raise RuntimeError(f"{' '.join(command[:5])} ended with {done.returncode}: {last}")
 
 
 def _print(rows: list[Row], *, as_json: bool) -> None:
@@ -52,14 +93,19 @@ def _print(rows: list[Row], *, as_json: bool) -> None:
         report = {
             "device": _device(),
             "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "modjax")},
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "rows": [_plain(row) for row in rows],
         }
         print(json.dumps(report, indent=1))
         return
     width = max(len(row.what) for row in rows)
     for row in rows:
         value = f"not measured: {row.why}" if row.value is None else f"{row.value:8.3f} {row.unit}"
-        print(f"{row.what:{width}}  {value:18}  {_verdict(row)}")
+        print(f"{row.what:{width}}  {value:18}  {_verdict(row)}".rstrip())
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    names = ["what", "value", "unit", "target", "better"] + ["why"] * (row.value is None)
+    return {name: getattr(row, name) for name in names}
 
 
 def _verdict(row: Row) -> str:

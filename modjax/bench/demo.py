@@ -1,31 +1,43 @@
 """`make demo` from a clean clone, install included, with nothing cached from earlier runs."""
 
-import os
-import subprocess
+import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from modjax.bench import Row
+from modjax.bench import Row, call, fill, fresh_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+ARMS = ("dense", "mod12")
+ROWS = (
+    Row("make demo from a clean clone", "minutes", 12.0),
+    Row("make demo: budgets with the vertex of both arms inside the range", "budgets", 2, "higher"),
+)
 
 
 def measure() -> list[Row]:
-    what = "make demo from a clean clone"
     if not (REPOSITORY / ".git").exists():
-        return [Row(what, None, "minutes", 12.0, why="not run from a clone")]
-    with tempfile.TemporaryDirectory() as folder:
-        clone = Path(folder) / "modjax"
-        subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(clone)], check=True)
-        environment = os.environ | {
-            "XDG_CACHE_HOME": f"{folder}/cache",
-            "XDG_DATA_HOME": f"{folder}/data",
-        }
+        raise FileNotFoundError("modjax does not run from a clone")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        environment = fresh_environment(folder)
+        clone = folder / "modjax"
+        call(["git", "clone", "-q", str(REPOSITORY), str(clone)], environment)
         start = time.perf_counter()
-        done = subprocess.run(["make", "demo"], cwd=clone, env=environment, capture_output=True)
+        call(["make", "demo", "WORK=work/tiny"], environment, cwd=clone)
         minutes = (time.perf_counter() - start) / 60
-        if done.returncode != 0:
-            why = done.stderr.decode().strip().splitlines()[-1]
-            return [Row(what, None, "minutes", 12.0, why=why)]
-    return [Row(what, minutes, "minutes", 12.0)]
+        fits = json.loads((clone / "work" / "tiny" / "fit.json").read_text())
+    return fill(ROWS, [minutes, budgets_with_vertices_inside(fits)])
+
+
+def budgets_with_vertices_inside(fits: dict[str, Any]) -> int:
+    """Budgets of a fit.json at which both arms' fitted optimum lies in the sampled range."""
+    inside = {
+        (p["arm"], p["budget_flops"])
+        for p in fits["parabolas"]
+        if p["quantity"] == "parameters"
+        and p["optimum"] is not None
+        and p["low"] <= p["optimum"] <= p["high"]
+    }
+    return sum(all((arm, budget) in inside for arm in ARMS) for budget in fits["budgets"])

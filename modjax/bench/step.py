@@ -5,7 +5,6 @@ d 256, 8 layers, 4 heads, 512 positions, batch 8, AdamW, the sizes of the projec
 
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from modjax.bench import Row
+from modjax.bench import Row, fill, progress
 from modjax.config import Execution, ModelConfig, TrainConfig
 from modjax.data.batches import Batch
 from modjax.flops import train_flops
@@ -25,6 +24,11 @@ ROUNDS = 7
 DENSE = ModelConfig(1024, 256, 8, 4, 4, 1024)
 MOD = dataclasses.replace(DENSE, pattern=("dense", "mod"))
 TRAIN = TrainConfig(8, 512, 1000, 1e-3, 10)
+ROWS = (
+    Row("MoD step / dense step / FLOP ratio", "ratio", 1.05),
+    Row("MoD step / dense step", "ratio", None),
+    Row("dense step / PyTorch eager fp32 step", "ratio", 1.3),
+)
 
 Step = Callable[[], Any]
 
@@ -40,20 +44,17 @@ def measure() -> list[Row]:
         from modjax.bench.torch_model import torch_step
 
         steps["torch"] = torch_step(DENSE, TRAIN, tokens)
-    except ImportError:
-        why = "PyTorch is not installed: pip install 'modjax[bench]'"
+    except (ImportError, OSError):  # OSError: its shared libraries do not load
+        why = "PyTorch cannot be imported: pip install -e '.[bench]'"
     seconds = interleaved(steps)
     flop_ratio = train_flops(MOD, TRAIN.seq_len, 1) / train_flops(DENSE, TRAIN.seq_len, 1)
-    print(f"modjax: seconds per step (median): "
-          f"{ {name: round(statistics.median(s), 3) for name, s in seconds.items()} }",
-          file=sys.stderr)  # fmt: skip
+    medians = {name: round(statistics.median(found), 3) for name, found in seconds.items()}
+    progress(f"bench step: median seconds {medians}")
     mod = ratio(seconds, "mod", "dense")
-    against_torch = ratio(seconds, "dense", "torch") if "torch" in seconds else None
-    return [
-        Row("MoD step / dense step / FLOP ratio", mod / flop_ratio, "ratio", 1.05),
-        Row("MoD step / dense step", mod, "ratio", None),
-        Row("dense step / PyTorch eager fp32 step", against_torch, "ratio", 1.3, why=why),
-    ]
+    rows = fill(ROWS[:2], [mod / flop_ratio, mod])
+    if "torch" in seconds:
+        return rows + fill(ROWS[2:], [ratio(seconds, "dense", "torch")])
+    return [*rows, dataclasses.replace(ROWS[2], why=why)]
 
 
 def interleaved(steps: dict[str, Step], rounds: int = ROUNDS) -> dict[str, list[float]]:

@@ -1,0 +1,128 @@
+"""What `modjax bench` prints, whatever its benchmarks do; no figure of this machine is asserted."""
+
+import importlib
+import json
+import sys
+from types import ModuleType
+
+import pytest
+
+from modjax import bench, cli
+from modjax.bench import Row
+from modjax.bench.demo import budgets_with_vertices_inside
+from modjax.config import InputError
+
+
+@pytest.fixture
+def add(monkeypatch):
+    """Replaces the benchmarks by some that are only a function."""
+    monkeypatch.setattr(bench, "BENCHMARKS", {})
+
+    def add(name, rows, measure):
+        module = ModuleType(f"modjax.bench.{name}")
+        module.ROWS, module.measure = rows, measure
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(bench.BENCHMARKS, name, "a stand-in")
+
+    return add
+
+
+SPEED = Row("speed", "ratio", 1.5)
+COUNTS = (Row("count", "budgets", 2, "higher"), Row("untargeted", "ratio", None))
+
+
+def breaks():
+    raise ValueError("the first line\nand a second")
+
+
+def test_an_unknown_name_is_one_line_that_lists_the_known_ones(capsys):
+    with pytest.raises(InputError, match="nonsense") as caught:
+        bench.run("nonsense")
+    assert "\n" not in str(caught.value)
+    assert all(name in str(caught.value) for name in ("all", *bench.BENCHMARKS))
+    assert cli.main(["bench", "nonsense"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_every_benchmark_declares_its_rows():
+    whats = []
+    for name in bench.BENCHMARKS:
+        rows = importlib.import_module(f"modjax.bench.{name}").ROWS
+        assert all(row.value is None and row.better in ("lower", "higher") for row in rows)
+        whats += [row.what for row in rows]
+    assert len(whats) == len(set(whats)) == 9
+
+
+def test_json_holds_every_row_and_a_failure_costs_only_its_own_values(add, capsys):
+    add("broken", COUNTS, breaks)
+    add("works", (SPEED,), lambda: bench.fill((SPEED,), [1.25]))
+    assert cli.main(["bench", "all", "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert set(report) == {"device", "versions", "rows"}
+    why = "ValueError: the first line"
+    assert report["rows"] == [
+        {"what": "count", "value": None, "unit": "budgets", "target": 2, "better": "higher",
+         "why": why},
+        {"what": "untargeted", "value": None, "unit": "ratio", "target": None, "better": "lower",
+         "why": why},
+        {"what": "speed", "value": 1.25, "unit": "ratio", "target": 1.5, "better": "lower"},
+    ]  # fmt: skip
+    assert captured.err.splitlines() == ["modjax: bench broken ...", "modjax: bench works ..."]
+
+
+def test_the_table_says_what_was_missed_and_what_could_not_be_measured(add, capsys):
+    rows = (SPEED, *COUNTS)
+    add("works", rows, lambda: bench.fill(rows, [1.75, 3, 1]))
+    add("broken", (SPEED,), breaks)
+    bench.run("all")
+    speed, count, untargeted, broken = capsys.readouterr().out.splitlines()
+    assert speed.endswith("target <= 1.5: MISSED")
+    assert count.endswith("target >= 2: met")
+    assert untargeted.endswith("1.000 ratio")
+    assert broken.endswith("not measured: ValueError: the first line")
+
+
+def test_an_interrupt_is_not_a_failed_benchmark(add):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    add("interrupted", (SPEED,), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("all")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [("raise SystemExit(7)", "it said nothing"), ("raise SystemExit('a\\nthe end')", "the end")],
+)
+def test_a_command_that_fails_is_told_by_its_last_line(code, said, tmp_path):
+    with pytest.raises(RuntimeError, match=f"ended with [17]: {said}$"):
+        bench.call([sys.executable, "-c", code], bench.fresh_environment(tmp_path))
+
+
+def test_data_and_caches_of_the_user_are_out_of_reach(monkeypatch, tmp_path):
+    monkeypatch.setenv("MODJAX_DATA", "theirs")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "theirs")
+    monkeypatch.setenv("XDG_CACHE_HOME", "theirs")
+    monkeypatch.setenv("KEPT", "ours")
+    environment = bench.fresh_environment(tmp_path)
+    assert "theirs" not in environment.values() and environment["KEPT"] == "ours"
+    assert environment["XDG_DATA_HOME"].startswith(str(tmp_path))
+
+
+def test_a_budget_counts_when_both_arms_have_their_vertex_inside():
+    def parabola(arm, budget, optimum, quantity="parameters"):
+        return {"arm": arm, "budget_flops": budget, "quantity": quantity, "optimum": optimum,
+                "low": 10.0, "high": 100.0}  # fmt: skip
+
+    fits = {
+        "budgets": [1.0, 2.0, 3.0],
+        "parabolas": [
+            parabola("dense", 1.0, 30.0), parabola("mod12", 1.0, 99.0),
+            parabola("dense", 2.0, 30.0), parabola("mod12", 2.0, 101.0),
+            parabola("dense", 3.0, None), parabola("mod12", 3.0, 30.0),
+            parabola("mod12", 2.0, 30.0, "forward_flops"),
+        ],
+    }  # fmt: skip
+    assert budgets_with_vertices_inside(fits) == 1
