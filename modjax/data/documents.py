@@ -138,9 +138,9 @@ class Scan:
 
 def scan_text(files: Sequence[Path]) -> Scan:
     """Reads the user's files once, and puts documents into validation, in order of their hash,
-    until they hold 5% of the text.
+    until they hold 5% of the text or one hash is left for training.
 
-    Raises InputError where a file cannot be used or there are not two documents to split.
+    Raises InputError where a file cannot be used or there are not two distinct documents.
     """
     require(len(files) > 0, "--text", [], "must name a file")
     digest = hashlib.sha256()
@@ -153,12 +153,13 @@ def scan_text(files: Sequence[Path]) -> Scan:
         counts[bucket(document.text)] += 1
     names = ", ".join(str(path) for path in files)
     require(counts.sum() > 0, "--text", names, "holds no text")
-    last = int(np.searchsorted(np.cumsum(sizes), VALIDATION_SHARE * sizes.sum()))
+    buckets = np.flatnonzero(counts)
+    require(len(buckets) > 1, "--text", names,
+            "holds fewer than two distinct documents, and the validation split needs one of its "
+            f"own; give more text (plain text is cut at about {PIECE} characters)")  # fmt: skip
+    wanted = np.searchsorted(np.cumsum(sizes), VALIDATION_SHARE * sizes.sum())
+    last = int(min(wanted, buckets[-2]))
     validation = int(counts[: last + 1].sum())
     train = int(counts.sum()) - validation
-    require(train > 0, "--text", names,
-            f"holds one document of {sizes.sum()} bytes, and the validation split needs one "
-            f"of its own; give more text (plain text is cut at about {PIECE} "
-            f"characters)")  # fmt: skip
     documents = {"train": train, "validation": validation}
     return Scan(digest.hexdigest(), int(sizes.sum()), documents, last)

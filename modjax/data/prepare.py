@@ -73,10 +73,7 @@ def prepare(
         source += f"; {wanted.name} sha256 {_sha256(wanted.file.read_bytes())}"
     final = cache_dir(data_dir, DataConfig(name=corpus.name, vocab=wanted.name))
     if final.exists() and not force:
-        made_from = open_cache(final).manifest.source
-        require(made_from == source, "--name", str(final),
-                f"was prepared from other input ({made_from}); choose another --name, or replace "
-                f"it with --force")  # fmt: skip
+        _check_same(open_cache(final).manifest.source, source, corpus, final)
         return final
     if corpus.tfds_name is not None:
         _load_tasks().download(corpus.tfds_name)
@@ -107,11 +104,13 @@ def _check_packages() -> None:
     needed = ("seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text", "sentencepiece")
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     require(not missing, "modjax data prepare", ", ".join(missing),
-            "missing packages; pip install 'modjax[data]'")  # fmt: skip
+            "missing packages; pip install -e '.[data]'")  # fmt: skip
 
 
 def _check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:
     require(not (files and tfds_name), "--tfds", tfds_name, "cannot be combined with --text")
+    if tfds_name in CORPORA and name in (None, tfds_name):
+        name, tfds_name = tfds_name, None
     if files or tfds_name:
         name = name or ("text" if files else re.sub(r"[^\w.-]", "-", tfds_name or ""))
         require(name not in CORPORA, "--name", name, "is a built-in corpus; choose another name")
@@ -130,6 +129,16 @@ def _check_corpus(name: str | None, files: list[Path], tfds_name: str | None) ->
     tasks = _load_tasks()
     full_name = tasks.resolve_tfds(tfds_name or {"c4": tasks.C4, "lm1b": tasks.LM1B}[name])
     return Corpus(name, f"tfds {full_name}", tfds_name=full_name)
+
+
+def _check_same(made_from: str, source: str, corpus: Corpus, final: Path) -> None:
+    other = f"prepared from other input ({made_from})"
+    if corpus.name in CORPORA:
+        require(made_from == source, "--data-dir", str(final.parent),
+                f"holds {final.name}, {other}; replace it with --force, or choose another "
+                "--data-dir")  # fmt: skip
+    require(made_from == source, "--name", corpus.name,
+            f"{final} was {other}; choose another --name, or replace it with --force")  # fmt: skip
 
 
 def _fill(

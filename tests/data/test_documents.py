@@ -79,7 +79,8 @@ def test_half_a_surrogate_pair_does_not_stop_the_reading(tmp_path):
         ("a.txt.gz", gzip.compress(b"x" * 10**6)[:-20], "a.txt.gz.*cannot be read"),
         ("a.txt", b"", "a.txt.*holds no text"),
         ("a.jsonl", b'{"text": " "}\n', "a.jsonl.*holds no text"),
-        ("a.txt", b"hello\n", "a.txt.*holds one document of 6 bytes"),
+        ("a.txt", b"hello\n", "a.txt.*holds fewer than two distinct documents"),
+        ("a.jsonl", b'{"text": "x"}\n' * 2, "a.jsonl.*fewer than two distinct documents"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, name, content, reason):
@@ -111,6 +112,19 @@ def test_two_documents_are_enough_for_a_validation_split(tmp_path):
     scan = scan_text([write(tmp_path / "a.jsonl", json_lines(["one", "two"]))])
     assert scan.documents == {"train": 1, "validation": 1}
     assert {scan.split("one"), scan.split("two")} == {"train", "validation"}
+
+
+def test_training_keeps_a_document_where_the_last_by_hash_holds_nearly_all_text(tmp_path):
+    small = [f"document {i}" for i in range(9)]
+
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(text.encode()).digest()
+
+    endings = (f"{'x' * 100_000} {i}" for i in range(1000))
+    large = next(text for text in endings if rank(text) > max(map(rank, small)))
+    scan = scan_text([write(tmp_path / "a.jsonl", json_lines([*small, large]))])
+    assert scan.documents == {"train": 1, "validation": 9}
+    assert scan.split(large) == "train"
 
 
 def test_the_scan_depends_on_the_texts_and_not_on_where_they_lie(tmp_path):

@@ -159,7 +159,7 @@ def test_training_a_vocabulary_prints_only_our_own_lines(text_file, tmp_path, ca
 
 def test_missing_packages_are_named_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "seqio", None)
-    with pytest.raises(InputError, match=r"seqio.*pip install 'modjax\[data\]'"):
+    with pytest.raises(InputError, match=r"seqio.*pip install -e '.\[data\]'"):
         prepare(data_dir=tmp_path)
 
 

@@ -1,0 +1,56 @@
+"""What `prepare` makes of its arguments beside caches that are there already: no TensorFlow."""
+
+import dataclasses
+import types
+
+import pytest
+
+from modjax.config import InputError
+from modjax.data import prepare as module
+from modjax.data.cache import open_cache
+from modjax.data.prepare import prepare
+
+
+@pytest.fixture
+def made_from(make_cache, tmp_path):
+    """Puts a cache of a corpus, made from `source`, into tmp_path."""
+
+    def make(name: str, source: str):
+        path = make_cache([5, 6, 1], [7, 1], name=name)
+        manifest = dataclasses.replace(open_cache(path).manifest, source=source)
+        (path / "manifest.json").write_text(manifest.to_json())
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["c4", "lm1b"])
+def test_a_built_in_corpus_may_be_named_as_the_tfds_data_set_it_is(
+    made_from, tmp_path, monkeypatch, name
+):
+    tasks = types.SimpleNamespace(C4="c4/full", LM1B="lm1b/full", resolve_tfds=lambda name: name)
+    monkeypatch.setattr(module, "_load_tasks", lambda: tasks)
+    path = made_from(name, f"tfds {name}/full")
+    assert prepare(tfds_name=name, data_dir=tmp_path) == path
+    assert prepare(name=name, data_dir=tmp_path) == path
+    with pytest.raises(InputError, match="--name = 'stdlib': is a built-in corpus"):
+        prepare(tfds_name=name, name="stdlib", data_dir=tmp_path)
+
+
+def test_the_standard_library_of_another_python_is_refused_with_remedies_that_exist(
+    made_from, tmp_path
+):
+    made_from("stdlib", "stdlib of Python 3.0.0 sha256 00")
+    with pytest.raises(InputError) as caught:
+        prepare(data_dir=tmp_path)
+    said = str(caught.value)
+    assert said.startswith(f"--data-dir = {str(tmp_path)!r}: holds stdlib-bytes, prepared from")
+    assert "Python 3.0.0" in said and "--force" in said and "another --data-dir" in said
+    assert "--name" not in said
+
+
+def test_the_users_text_may_take_another_name(made_from, tmp_path):
+    made_from("text", "text sha256 00")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(InputError, match=r"^--name = 'text': .* choose another --name, or"):
+        prepare(text_files=[tmp_path / "a.jsonl"], data_dir=tmp_path)
