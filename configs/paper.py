@@ -1,7 +1,9 @@
 """The budgets of Mixture-of-Depths (arXiv 2404.02258, figures 3 and 4): 6e18, 2e19, 1e20 FLOPs.
 
-Models of 60M to 3B parameters, batch 128, sequences of 2048, on C4. The baseline's optimum is
-the paper's at 6e18 FLOPs, 220M parameters, and grows as the square root of the budget.
+Dense models of 90M to 3.3B total parameters, which at the same forward FLOPs become 134M to 5.6B
+for MoD of 12.5% and to 4.4B for 50%; batch 128, sequences of 2048, on C4. The baseline's optimum is
+the paper's at 6e18 FLOPs, 220M parameters (taken as non-embedding ones), and grows as the square
+root of the budget.
 
 Command   modjax data prepare --tfds c4 --vocab sentencepiece:32000
           modjax sweep --config=configs/paper.py:6e18 --workdir=DIR        (or 2e19, or 1e20;

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,9 +81,10 @@ def test_the_help_of_experiment_verbs_explains_overrides(verb, capsys):
 def test_plan_prints_every_cell_with_its_epochs(data_dir, capsys):
     code, out, err = said(capsys, "plan", TINY, f"--data-dir={data_dir}")
     assert (code, err) == (0, "")
-    specs = load(str(CONFIGS / "tiny.py")).specs
     assert len([line for line in out.splitlines() if line.startswith(("dense", "mod"))]) == 30
-    assert f"{len(specs)} runs, 2.15e+13 training FLOPs" in out
+    budgets = load(str(CONFIGS / "tiny.py")).sweep.budgets
+    flops = re.search(r"\b30 runs, (\S+) training FLOPs", out)[1]
+    assert float(flops) == pytest.approx(10 * sum(budgets), rel=0.01), "2 arms x 5 sizes"
     assert "too many epochs" in out, "two million tokens are not enough for the demo"
 
 

@@ -143,6 +143,7 @@ class SweepConfig:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self):
+        require(isinstance(self.arms, Mapping), "sweep.arms", self.arms, "must be a group of arms")
         for name in ("arms", "budgets", "seeds"):
             value = getattr(self, name)
             require(len(value) > 0, f"sweep.{name}", value, "must name at least one")
@@ -212,7 +213,10 @@ def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[in
         require(name in known, f"sweep.arms.{arm}.{name}", value,
                 f"unknown; an arm can change {', '.join((*ARM_FIELDS, *known))}")  # fmt: skip
     merged = _merge(model, changes)
-    length = len(merged.get("pattern", ("dense",)))
+    pattern = merged.get("pattern", ("dense",))
+    field = f"sweep.arms.{arm}.pattern" if "pattern" in changes else "model.pattern"
+    require(isinstance(pattern, list | tuple), field, pattern, "must be a list of blocks")
+    length = len(pattern)
     require(
         sweep.shape.layer_multiple % max(1, length) == 0, "sweep.shape.layer_multiple",
         sweep.shape.layer_multiple, f"must be a multiple of arm {arm}'s pattern length, {length}",
@@ -234,8 +238,10 @@ def forward_ratio(sweep: SweepConfig, arm: str) -> float:
 
 def _recipe(sweep: SweepConfig, arm: str) -> Recipe:
     changes = sweep.arms[arm].get("recipe", {})
+    field = f"sweep.arms.{arm}.recipe"
+    require(isinstance(changes, Mapping), field, changes, "must be a group of fields")
     merged = {**dataclasses.asdict(sweep.recipe), **changes}
-    return from_dict(Recipe, merged, f"sweep.arms.{arm}.recipe.")
+    return from_dict(Recipe, merged, f"{field}.")
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
