@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,19 +36,25 @@ def run_dir(workdir: Path, run_id: str) -> Path:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool = False, shared: bool = False) -> Iterator[bool]:
+def lock(path: Path, *, patience: float = 0.0, shared: bool = False) -> Iterator[bool]:
     """Holds the lock file `path` while inside; yields False where another process holds it.
 
-    The kernel drops the lock with the process that holds it, however that dies.
+    patience: seconds to keep trying. The kernel drops the lock with the process that holds it,
+    however that dies.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = time.monotonic() + patience
+    held = False
     with open(path, "a") as file:
-        try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        while not held:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.02)
+        yield held
 
 
 def is_running(folder: Path) -> bool:
@@ -68,12 +75,12 @@ def run(
     """
     folder = run_dir(workdir, spec.run_id)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / "lock") as held:
+    # `is_running` holds the lock for an instant: that is not another process at work.
+    with lock(folder / "lock", patience=1.0) as held:
         if not held:
             return None
         record = read_record(folder)
         if record is None:
-            write_json(folder / "spec.json", to_dict(spec))
             record = train(spec, execution, run_dir=folder, data_dir=data_dir, progress=progress)
         (folder / "failure.json").unlink(missing_ok=True)
         return record
@@ -150,12 +157,13 @@ def check(experiment: Experiment, cache: "TokenCache") -> None:
 def claim(experiment: Experiment, workdir: Path, command: str, data_fingerprint: str) -> None:
     """Writes plan.json and every spec.json; a plan may grow, but not change or shrink.
 
+    command: kept in plan.json until the plan grows; that of a later session is not.
     Raises InputError where `workdir` holds runs that are not part of this plan, or that were
     trained on other data.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     names = [spec.run_id for spec in experiment.specs]
-    with lock(workdir / "plan.lock", wait=True):
+    with lock(workdir / "plan.lock", patience=math.inf):
         path = workdir / "plan.json"
         if path.exists():
             earlier = json.loads(path.read_text())
@@ -170,6 +178,8 @@ def claim(experiment: Experiment, workdir: Path, command: str, data_fingerprint:
                 "holds runs on other data: the token cache was prepared anew since; choose "
                 "another folder, or delete this one",
             )  # fmt: skip
+            if len(earlier["runs"]) == len(names):
+                command = earlier["command"]
         for spec in experiment.specs:
             folder = run_dir(workdir, spec.run_id)
             folder.mkdir(parents=True, exist_ok=True)
@@ -210,6 +220,7 @@ def sweep(
     claim(experiment, workdir, command, data_fingerprint)
     started = time.time()
     specs = experiment.specs if only is None else [only]
+    begun = {s.run_id for s in specs if (run_dir(workdir, s.run_id) / "metrics.jsonl").exists()}
     session = local.Session(
         specs=specs,
         execution=experiment.execution,
@@ -222,7 +233,7 @@ def sweep(
     try:
         session.run()
     finally:
-        _log_session(workdir, started, session)
+        _log_session(workdir, started, session, begun)
     names = {spec.run_id for spec in specs}
     records = [record for record in read_records(workdir) if record.run_id in names]
     return Outcome(records, session.failures)
@@ -236,15 +247,19 @@ def flops_per_second(config: dict[str, Any], records: Sequence[Record]) -> float
     return config["sweep"]["flops_per_second"] if "sweep" in config else UNMEASURED
 
 
-def _log_session(workdir: Path, started: float, session: Any) -> None:
-    """Appends to sweep.json what the session's wall time went to, in seconds.
+def _log_session(workdir: Path, started: float, session: Any, begun: set[str]) -> None:
+    """Appends to sweep.json what the runs that the session finished spent, in seconds.
 
-    `overhead` is the share of the workers' wall time that was neither training nor compilation.
+    begun: runs that an earlier session had begun. A record counts the seconds of all sessions, so
+    `overhead`, the share of the workers' wall time that was neither training nor compilation, is
+    null where one of them was finished here, or where a run was left unfinished.
     """
     finished = [read_record(run_dir(workdir, run_id)) for run_id in session.finished]
     records = [record for record in finished if record is not None]
     wall = time.time() - started
     used = sum(record.train_seconds + record.compile_seconds for record in records)
+    partial = begun.intersection(session.finished) or any(w.spec for w in session.workers)
+    overhead = 1 - used / (wall * max(1, len(session.workers)))
     entry = {
         "started": started,
         "wall_seconds": wall,
@@ -254,11 +269,11 @@ def _log_session(workdir: Path, started: float, session: Any) -> None:
         "compile_seconds": sum(record.compile_seconds for record in records),
         "eval_seconds": sum(record.eval_seconds for record in records),
         "data_wait_seconds": sum(record.data_wait_seconds for record in records),
-        "overhead": 1 - used / (wall * max(1, len(session.workers))),
+        "overhead": None if partial else overhead,
         "finished": list(session.finished),
         "failed": list(session.failures),
     }
-    with lock(workdir / "plan.lock", wait=True):
+    with lock(workdir / "plan.lock", patience=math.inf):
         path = workdir / "sweep.json"
         earlier = json.loads(path.read_text()) if path.exists() else []
         write_json(path, [*earlier, entry])

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -216,6 +217,44 @@ def test_a_folder_of_another_plan_is_refused_but_a_plan_may_grow(folders):
     grown = sweep(folders, "sweep.seeds=0,1")
     assert len(grown.records) == 12
     assert all(len(starts) == 1 for starts in lines(folders, "starts").values())
+
+
+def test_the_plan_keeps_the_command_that_made_it(folders):
+    def claim(command: str, *overrides: str) -> str:
+        runs.claim(load(str(CONFIG), [*SMALL, *overrides]), folders[0], command, "f")
+        return json.loads((folders[0] / "plan.json").read_text())["command"]
+
+    assert claim("modjax sweep first") == "modjax sweep first"
+    assert claim("modjax train --run=one") == "modjax sweep first"
+    assert claim("modjax sweep grown", "sweep.seeds=0,1") == "modjax sweep grown"
+
+
+def test_overhead_is_not_given_where_a_run_was_begun_by_an_earlier_session(folders):
+    sweep(folders)
+    folder = folders[0] / "runs" / run_ids()[0]
+    (folder / "result.json").unlink()
+    (folder / "metrics.jsonl").touch()
+    sweep(folders)
+    first, resumed = json.loads((folders[0] / "sweep.json").read_text())
+    assert resumed["finished"] == [run_ids()[0]]
+    assert first["overhead"] < 1 and resumed["overhead"] is None
+
+
+def test_a_run_that_is_being_looked_at_still_starts(folders):
+    spec = load(str(CONFIG), SMALL).specs[0]
+    folder = runs.run_dir(folders[0], spec.run_id)
+    folder.mkdir(parents=True)
+
+    def run():
+        return runs.run(spec, None, workdir=folders[0], data_dir=folders[1],
+                        train=lambda spec, *_, **__: spec.run_id)  # fmt: skip
+
+    with contextlib.ExitStack() as looking:
+        looking.enter_context(runs.lock(folder / "lock", shared=True))
+        threading.Timer(0.2, looking.close).start()
+        assert run() == spec.run_id
+    with runs.lock(folder / "lock"):
+        assert run() is None, "another process holds it for longer"
 
 
 def test_status_tells_running_from_waiting_by_the_lock(folders):
