@@ -1,6 +1,7 @@
 """The figures of a sweep, 10 cm wide for print, as PNG and SVG.
 
-An arm keeps one colour (Okabe and Ito's palette), one marker and one line style in all figures.
+An arm keeps one colour (Okabe and Ito's palette), one marker and one line style in all figures;
+where there are more arms than colours, the same colour comes again with another of each.
 Every mark of a run carries the SVG id `run:<run_id>`, and every optimum `optimum:<arm>:<budget>`,
 which the report turns into tooltips. Figures use matplotlib's objects, never pyplot: no global
 state and no window.
@@ -27,14 +28,9 @@ from modjax.scaling.results import Fits, Parabola, Range, quantity_of
 from modjax.scaling.words import KINDS, budget, number
 
 INK, FAINT, SURFACE = "#1a1a1a", "#d4d4d4", "#fefefe"
-STYLES = tuple(
-    zip(
-        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
-        ("o", "s", "^", "D", "v", "<"),
-        ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2))),
-        strict=True,
-    )
-)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "<")
+LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2)))
 WIDTH = 10 / 2.54  # inches
 RC: dict[Any, Any] = {
     "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "legend.fontsize": 7,
@@ -191,12 +187,11 @@ def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
     ax = figure.subplots()
-    ends, smooth = [], {curve.run_id: _smooth(curve) for curve in curves}
+    smooth = {curve.run_id: _smooth(curve) for curve in curves}
     for curve in curves:
         x, y = smooth[curve.run_id]
         (line,) = ax.plot(x, y, color=_style(fits, curve.arm)[0], alpha=0.5, linewidth=0.45)
         line.set_gid(f"run:{curve.run_id}")
-        ends.append(y[-1])
     for arm in fits.arms:
         found = [smooth[curve.run_id] for curve in curves if curve.arm == arm]
         if not found:
@@ -209,6 +204,8 @@ def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     every = np.concatenate([y for _, y in smooth.values()])
+    kept = [y[-1] for run_id, (_, y) in smooth.items() if run_id not in fits.diverged]
+    ends = kept or [y[-1] for _, y in smooth.values()]
     ax.set_ylim(0.97 * min(ends), min(every.max(), 2 * max(ends)))
     starts = [x[0] for x, _ in smooth.values()]
     ax.set_xlim(max(min(starts), min(fits.budgets) / 100), 1.1 * max(fits.budgets))
@@ -272,7 +269,8 @@ def optima_figure(fits: Fits) -> Figure | None:
 
 
 def _style(fits: Fits, arm: str) -> tuple[str, str, Any]:
-    return STYLES[fits.arms.index(arm) % len(STYLES)]
+    turn, i = divmod(fits.arms.index(arm), len(COLOURS))
+    return COLOURS[i], MARKERS[(i + turn) % len(MARKERS)], LINES[(i - turn) % len(LINES)]
 
 
 def _short(refusal: str | None) -> str:

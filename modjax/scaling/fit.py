@@ -18,6 +18,7 @@ from modjax.scaling.parabola import (
     make_cells,
     most_seeds,
     power_of_ten,
+    repeats,
 )
 from modjax.scaling.parametric import fit_surface
 from modjax.scaling.results import (
@@ -99,6 +100,7 @@ def fit_all(
         laws=tuple(laws),
         gaps=tuple(gaps),
         surfaces=tuple(surfaces),
+        repeats=tuple(repeats(finished, size)),
         diverged=tuple(r.run_id for r in records if r.status == "diverged"),
     )
 

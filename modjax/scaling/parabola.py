@@ -18,6 +18,7 @@ Shapes: J cells of one arm and budget, R bootstrap draws.
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from modjax.records import Record
-from modjax.scaling.results import Parabola, Range, quantity_of
+from modjax.scaling.results import SIZES, Parabola, Range, Repeat, quantity_of
 
 LEVEL = 0.95
 MIN_SIZES = 4
@@ -84,6 +85,27 @@ def make_cells(runs: Iterable[Record], quantity: str, size: str) -> list[Cell]:
             )
         )
     return sorted(cells, key=lambda cell: cell.x)
+
+
+def repeats(runs: Iterable[Record], size: str) -> list[Repeat]:
+    """Every cell that was run with several seeds, by budget and size."""
+    found = []
+    for group in _by_cell(runs):
+        losses = [r.eval_loss for r in group if r.eval_loss is not None]
+        if len(losses) > 1:
+            r = group[0]
+            found.append(
+                Repeat(
+                    arm=r.variant,
+                    budget_flops=r.budget_flops,
+                    d_model=r.d_model,
+                    params=getattr(r, SIZES[size]),
+                    seeds=len(losses),
+                    loss=statistics.mean(losses),
+                    deviation=statistics.stdev(losses),
+                )
+            )
+    return sorted(found, key=lambda cell: (cell.budget_flops, cell.d_model))
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def render(workdir: Path, records: Sequence[Record], fits: Fits, figures: dict[s
         _table(words.HEADER, words.rows(fits)),
         *_gap_table(fits),
         *_law_table(fits),
+        *_repeat_table(fits),
         "<h2>Diverged, refused and missing</h2>",
         _bullets(_exceptions(workdir, records, fits, plan)),
         "<h2>Runs</h2>",
@@ -210,6 +211,12 @@ def _law_table(fits: Fits) -> list[str]:
     ]  # fmt: skip
     header = ("arm", "at the optimum", "coefficient", "exponent of C", "95% interval", "optima")
     return [_table(header, rows)] if rows else []
+
+
+def _repeat_table(fits: Fits) -> list[str]:
+    if not fits.repeats:
+        return []
+    return ["<h3>Seeds</h3>", _table(words.REPEAT_HEADER, words.repeat_rows(fits))]
 
 
 def _exceptions(

@@ -89,6 +89,19 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """Finished runs that differ in their seed only: mean and standard deviation of their loss."""
+
+    arm: str
+    budget_flops: float
+    d_model: int
+    params: int
+    seeds: int
+    loss: float
+    deviation: float
+
+
+@dataclass(frozen=True)
 class Fits:
     """Everything that `fit_all` finds. size: which parameters are counted, see `SIZES`."""
 
@@ -102,6 +115,7 @@ class Fits:
     laws: tuple[PowerLaw, ...]
     gaps: tuple[Gap, ...]
     surfaces: tuple[Surface, ...]
+    repeats: tuple[Repeat, ...]
     diverged: tuple[str, ...]
 
     def parabola(self, arm: str, budget_flops: float, quantity: str) -> Parabola | None:

@@ -167,9 +167,28 @@ def rows(fits: Fits) -> list[tuple[str, ...]]:
     return table
 
 
+REPEAT_HEADER = ("arm", "budget", "width", "N", "seeds", "mean loss", "std of a seed")
+
+
+def repeat_rows(fits: Fits) -> list[tuple[str, ...]]:
+    """One row per cell that was run with several seeds, for `REPEAT_HEADER`."""
+    return [
+        (r.arm, budget(r.budget_flops), str(r.d_model), number(r.params), str(r.seeds),
+         f"{r.loss:.4f}", f"{r.deviation:.4f}")
+        for r in fits.repeats
+    ]  # fmt: skip
+
+
 def render_text(fits: Fits) -> str:
-    """The table of optima, the sentences and the method, for a terminal."""
-    table = [HEADER, *rows(fits)]
+    """The tables of optima and of seeds, the sentences and the method, for a terminal."""
+    lines = _text_table(HEADER, rows(fits))
+    if fits.repeats:
+        lines += ["", *_text_table(REPEAT_HEADER, repeat_rows(fits))]
+    return "\n".join([*lines, "", *sentences(fits), "", method(fits)])
+
+
+def _text_table(header: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
+    table = [header, *body]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join(
@@ -179,4 +198,4 @@ def render_text(fits: Fits) -> str:
         for row in table
     ]
     lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, "", *sentences(fits), "", method(fits)])
+    return lines

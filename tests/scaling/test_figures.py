@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from modjax.scaling.figures import (
-    STYLES,
+    COLOURS,
+    Curve,
+    curves_figure,
     draw_all,
     isoflop_figure,
     normalised_figure,
@@ -69,11 +71,37 @@ def test_optima_are_drawn_where_accepted_and_refusals_are_said(mixed):
 
 
 def test_arms_differ_in_colour_and_marker_and_line_style(mixed):
-    for looks in zip(*STYLES, strict=True):
-        assert len(set(looks)) == len(STYLES) == 6
     (legend,) = isoflop_figure(mixed, fit_all(mixed, draws=50)).legends
-    shown = [(line.get_color(), line.get_marker()) for line in legend.legend_handles[:3]]
-    assert shown == [style[:2] for style in STYLES[:3]]
+    shown = legend.legend_handles[:3]
+    assert [line.get_color() for line in shown] == list(COLOURS[:3])
+    for look in (lambda line: line.get_marker(), lambda line: line._dash_pattern):
+        assert len({str(look(line)) for line in shown}) == 3
+
+
+def test_more_arms_than_colours_differ_by_marker_and_by_line_alone(make_record):
+    arms = [f"arm{i}" for i in range(13)]
+    records = [make_record(run_id=arm, variant=arm) for arm in arms]
+    (legend,) = isoflop_figure(records, fit_all(records, draws=50)).legends
+    lines = legend.legend_handles
+    assert len({line.get_color() for line in lines[:6]}) == 6
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 13
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 13
+
+
+def test_a_diverged_run_does_not_set_the_limits_of_the_curves(make_record):
+    records = [
+        make_record(run_id="good"),
+        make_record(run_id="bad", status="diverged", eval_loss=None, diverged_step=9),
+    ]
+    flops = np.linspace(1e10, 1e12, 10)
+    curves = [
+        Curve("good", "dense", flops, np.linspace(6, 2, 10)),
+        Curve("bad", "dense", flops, np.geomspace(6, 1e6, 10)),
+    ]
+    figure = curves_figure(curves, fit_all(records, draws=50))
+    assert figure.axes[0].get_ylim() == pytest.approx((0.97 * 2, 2 * 2))
+    figure = curves_figure(curves[1:], fit_all(records, draws=50))
+    assert figure.axes[0].get_ylim()[1] == pytest.approx(1e6), "alone, it is shown"
 
 
 def test_normalised_points_are_ratios_to_the_optimal_baseline_of_their_budget(make_sweep):

@@ -82,6 +82,15 @@ def test_one_run_without_plan_spec_or_curve_gives_a_partial_report(make_record, 
     assert record.run_id in text and "1 finished size;" in text and "no plan.json" in text
 
 
+def test_seeds_of_one_cell_have_a_table(make_record, make_workdir):
+    records = [make_record(run_id=f"s{s}", seed=s, eval_loss=2 + 0.1 * s) for s in range(3)]
+    text = report(make_workdir(records)).read_text()
+    table = text[text.index("<h3>Seeds</h3>") : text.index("<h2>Diverged")]
+    assert re.findall(r"<td[^>]*>([^<]*)", table) == [
+        "dense", "1e12", "64", "200k", "3", "2.1000", "0.1000",
+    ]  # fmt: skip
+
+
 def test_a_sweep_whose_every_run_diverged_still_has_a_report(make_record, make_workdir):
     record = make_record(status="diverged", eval_loss=None, eval_loss_sem=None, diverged_step=9)
     text = report(make_workdir([record])).read_text()

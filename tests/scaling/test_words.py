@@ -47,6 +47,23 @@ def test_an_off_centre_optimum_is_called_so(make_sweep):
     assert "off-centre to bias it" in parabola_sentence(fits.parabolas[0], fits.size)
 
 
+def test_cells_with_several_seeds_have_their_mean_and_spread_where_no_parabola_is(make_record):
+    losses = {"low": (2.10, 2.20, 2.15), "high": (2.3, 2.5), "alone": (2.0,)}
+    records = [
+        make_record(run_id=f"{arm}-s{seed}", variant=arm, seed=seed, eval_loss=loss)
+        for arm, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    records[0] = dataclasses.replace(records[0], status="diverged", eval_loss=None)
+    text = render_text(fit_all(records, draws=50))
+    shown = [line.split() for line in text.splitlines() if line.split()[1:3] == ["1e12", "64"]]
+    assert shown == [
+        ["low", "1e12", "64", "200k", "2", "2.1750", "0.0354"],
+        ["high", "1e12", "64", "200k", "2", "2.4000", "0.1414"],
+    ]
+    assert "std of a seed" not in render_text(fit_all(records[-1:], draws=50))
+
+
 def test_a_law_through_two_points_is_called_exact(make_sweep):
     fits = fit_all(make_sweep(arms=("dense",), budgets=(1e12, 1e13)), draws=50)
     assert "two points determine it exactly" in law_sentence(fits.laws[0], fits.size)
