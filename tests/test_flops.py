@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -104,4 +105,20 @@ def test_parameters_active_per_token_count_routed_blocks_by_capacity():
 
 
 def test_capacity_selects_the_same_number_of_tokens_as_the_model():
-    assert [selected_tokens(c, 2048) for c in (0.125, 0.5, 1.0)] == [256, 1024, 2048]
+    capacities = (0.3, 0.32, 0.01, 1.0)
+    pattern = tuple(f"mod:{capacity}" for capacity in capacities)
+    config = ModelConfig(10, 8, len(pattern), 2, 1, 8, pattern=pattern)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graphdef, shapes = nnx.split(model)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+    def selected(params, tokens):
+        aux = nnx.merge(graphdef, params)(tokens)[1]
+        return [aux[f"{i}_mod"]["selected_BL"].sum(axis=-1) for i in range(len(pattern))]
+
+    quick = {"xla_backend_optimization_level": "0"}
+    counts = jax.jit(selected, compiler_options=quick)(params, rng.integers(0, 10, (2, 24)))
+    in_the_model = [count.tolist() for count in counts]
+    assert in_the_model == [[[selected_tokens(c, 24)] * 2] for c in capacities]
+    assert [selected_tokens(c, 24) for c in capacities] == [7, 8, 1, 24]

@@ -12,6 +12,8 @@ from flax.nnx import bridge
 from modjax import flops
 from modjax.config import MoDConfig, ModelConfig
 from modjax.nn import MoDBlock, Transformer
+from modjax.nn.layers import rotary_tables
+from modjax.nn.transformer import Context
 
 CONFIG = ModelConfig(40, 16, 4, 4, 2, 32, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25))
 TOKENS = jax.random.randint(jax.random.key(7), (3, 24), 0, 40)
@@ -53,6 +55,26 @@ def test_scan_equals_unrolled_in_values_and_gradients(pattern):
         jaxpr = str(jax.make_jaxpr(f)(params))
         assert (" scan[" in jaxpr) == (layer_loop == "scan")
     assert_same(*results)
+
+
+def test_a_pattern_of_twelve_runs_its_blocks_in_order():
+    config = dataclasses.replace(CONFIG, num_layers=12, pattern=("dense",) * 12)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graphdef, shapes = nnx.split(model)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    tokens = TOKENS[:1, :6]
+    quick = {"xla_backend_optimization_level": "0"}
+    forward = jax.jit(lambda p: nnx.merge(graphdef, p)(tokens)[0], compiler_options=quick)
+
+    dense = nnx.split(model.blocks["0_dense"])[0]
+    tables = rotary_tables(jnp.arange(6)[None], config.head_dim, config.rope_base, jnp.float32)
+    one_block = jax.jit(lambda p, x: nnx.merge(dense, p)(x, Context(tables, None)))
+    x_BLD = params["embedding"][...][tokens]
+    for i in range(12):
+        x_BLD = one_block(jax.tree.map(lambda leaf: leaf[0], params["blocks"][f"{i}_dense"]), x_BLD)
+    by_hand = nnx.merge(graphdef, params).final_norm(x_BLD) @ params["w_logits"][...]
+    np.testing.assert_allclose(forward(params), by_hand, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
