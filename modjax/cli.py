@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import modjax
 from modjax import verbs
+from modjax.bench import BENCHMARKS
 from modjax.config import InputError
 
 DESCRIPTION = """\
@@ -22,10 +23,12 @@ isoFLOP sweeps of Mixture-of-Depths and other conditional computation, in JAX.
   modjax status --workdir=work/tiny                    from another terminal
   modjax report --workdir=work/tiny                    figures, fits and tables in one HTML file
 """
-EPILOG = """\
+OVERRIDES = """\
 Config values are overridden as --config.GROUP.FIELD=VALUE, for example
   modjax plan --config=configs/tiny.py --config.sweep.budgets=1e11,4e11 --config.train.b2=0.99
 
+"""
+EPILOG = """\
 Everything resumes: the same command again goes on where it was stopped.
 
 exit codes: 0 done; 1 unexpected error; 2 bad input or a full disk, said in one line; 3 the sweep
@@ -97,7 +100,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="modjax", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
+        prog="modjax", description=DESCRIPTION, epilog=OVERRIDES + EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"modjax {modjax.__version__}")
@@ -105,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, function: Any, text: str, *options: str, to: Any = commands) -> Any:
         verb = to.add_parser(
-            name, help=text.split(":")[0].split(".")[0], description=text, epilog=EPILOG,
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=text.split(":")[0].split(".")[0], description=text,
+            epilog=OVERRIDES * ("config" in options) + EPILOG, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         verb.set_defaults(verb=function)
         for option in options:
@@ -118,10 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     data_verbs = data.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
     prepare = add("prepare", verbs.data_prepare, PREPARE, "data_dir", to=data_verbs)
     source = prepare.add_mutually_exclusive_group()
-    source.add_argument("--text", nargs="+", default=[], metavar="FILE", type=Path)
+    source.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", type=Path,
+        help='plain text, or JSON lines with a "text" (.jsonl); either may be .xz or .gz',
+    )  # fmt: skip
     source.add_argument("--tfds", metavar="NAME", help="c4, lm1b, or any TFDS name with text")
     prepare.add_argument("--name", help="what to call it; default stdlib, text or the TFDS name")
-    prepare.add_argument("--vocab", default="bytes", help="bytes, sentencepiece:SIZE or a .model")
+    prepare.add_argument("--vocab", default="bytes",
+                         help="bytes (the default), sentencepiece:SIZE or a .model")  # fmt: skip
     prepare.add_argument("--force", action="store_true", help="prepare again what is there")
     add("show", verbs.data_show, "the prepared corpora and their counts", "data_dir", "json",
         to=data_verbs)  # fmt: skip
@@ -140,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     flops = add("flops", verbs.flops, FLOPS, "config", "json")
     flops.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
-    bench = add("bench", verbs.bench, "measure a performance figure against its target", "json")
+    bench = add("bench", verbs.bench, BENCH, "json")
     bench.add_argument("name", metavar="NAME", help="which figure, or `all`")
     return parser
 
@@ -164,6 +172,10 @@ FLOPS = """parameters and FLOPs of a model by component, and in sum under each c
 
 For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at
 the largest budget."""
+
+BENCH = """measure a performance figure against its target.
+
+""" + "\n".join(f"  {name:8} {text}" for name, text in BENCHMARKS.items())
 
 
 def _default_data_dir() -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from modjax.bench import BENCHMARKS
 from modjax.cli import main
 from modjax.config import DataConfig
 from modjax.data.cache import Manifest, Split, cache_dir
@@ -75,7 +76,30 @@ def test_help_shows_every_verb_and_what_exit_codes_mean(capsys):
 @pytest.mark.parametrize("verb", ["plan", "sweep", "train", "flops"])
 def test_the_help_of_experiment_verbs_explains_overrides(verb, capsys):
     code, out, _ = said(capsys, verb, "--help")
-    assert code == 0 and "--config.GROUP.FIELD=VALUE" in out
+    assert code == 0 and "Config values are overridden as --config.GROUP.FIELD=VALUE" in out
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [["data", "prepare"], ["data", "show"], ["status"], ["fit"], ["report"], ["bench"]],
+    ids=" ".join,
+)
+def test_the_help_of_other_verbs_says_nothing_of_configs(verb, capsys):
+    code, out, _ = said(capsys, *verb, "--help")
+    assert code == 0 and "exit codes" in out
+    assert "--config" not in out
+
+
+def test_the_help_of_bench_lists_what_it_can_measure(capsys):
+    _, out, _ = said(capsys, "bench", "--help")
+    for name, text in BENCHMARKS.items():
+        assert re.search(rf"^  {name} +{re.escape(text)}$", out, re.MULTILINE)
+
+
+def test_the_help_of_data_prepare_says_which_files_and_which_default(capsys):
+    out = " ".join(said(capsys, "data", "prepare", "--help")[1].split())
+    for words in ("plain text", 'JSON lines with a "text"', ".xz or .gz", "bytes (the default)"):
+        assert words in out
 
 
 def test_plan_prints_every_cell_with_its_epochs(data_dir, capsys):
