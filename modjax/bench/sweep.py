@@ -47,4 +47,5 @@ def _sweep(workdir: Path, environment: dict[str, str]) -> tuple[list[Record], fl
                f"--workdir={workdir}", "--jobs", str(JOBS)]  # fmt: skip
     start = time.perf_counter()
     call(command, environment)
-    return read_records(workdir), time.perf_counter() - start
+    wall = time.perf_counter() - start
+    return read_records(workdir), wall

@@ -3,12 +3,12 @@
 import importlib
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from modjax import bench, cli
-from modjax.bench import Row
+from modjax.bench import Row, sweep
 from modjax.bench.demo import budgets_with_vertices_inside
 from modjax.config import InputError
 
@@ -126,3 +126,24 @@ def test_a_budget_counts_when_both_arms_have_their_vertex_inside():
         ],
     }  # fmt: skip
     assert budgets_with_vertices_inside(fits) == 1
+
+
+def test_the_second_sweep_finds_programs_but_no_results_and_preparing_is_not_timed(monkeypatch):
+    calls = []
+
+    def records(workdir):
+        seconds = 8.0 if workdir.name == "first" else 1.0
+        return [SimpleNamespace(train_seconds=20.0, compile_seconds=seconds, data_wait_seconds=0.1)]
+
+    clock = iter([0.0, 20.0, 100.0, 110.0])
+    monkeypatch.setattr(sweep, "call", lambda command, environment: calls.append(
+        (list(command[3:]), environment)))  # fmt: skip
+    monkeypatch.setattr(sweep, "read_records", records)
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    overhead, compiled, waited = sweep.measure()
+    assert overhead.value == pytest.approx(1 - 28 / (2 * 20))
+    assert (compiled.value, waited.value) == (0.125, pytest.approx(0.005))
+    (prepare, *_), (first, one), (second, other) = calls
+    assert prepare == ["data", "prepare"] and one == other
+    differing = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
+    assert [a.startswith("--workdir=") for a, _ in differing] == [True]
