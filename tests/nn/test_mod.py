@@ -21,12 +21,13 @@ WIDTH, LENGTH = 8, 16
 
 
 class Mixer(nnx.Module):
-    """An inner block whose positions depend on each other: x + (running mean of x) w."""
+    """An inner block, in float32, whose positions depend on each other: x + tanh(mean so far) w."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.w = nnx.Param(jax.random.normal(rngs.params(), (WIDTH, WIDTH)) / 3)
 
     def __call__(self, x_BLD):
+        x_BLD = x_BLD.astype(jnp.float32)
         count_1L1 = jnp.arange(1.0, x_BLD.shape[1] + 1)[None, :, None]
         return x_BLD + jnp.tanh(jnp.cumsum(x_BLD, axis=1) / count_1L1) @ self.w
 
