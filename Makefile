@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/modjax report --workdir=$(WORK)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
         "spread": 0.5,
         "seeds": (0,),
         "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.6},
-        "shape": {"width_multiple": 8, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
+        "shape": {"width_multiple": 4, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {"batch_size": 4, "learning_rate": 0.2, "warmup_fraction": 0.05},
         "flops_per_second": 2.5e10,
     }
