@@ -1,6 +1,7 @@
 """The decoder: loops, rematerialisation, causality, segments, sizes, and use by others."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,26 @@ CONFIG = ModelConfig(40, 16, 4, 4, 2, 32, pattern=("dense", "mod"), mod=MoDConfi
 TOKENS = jax.random.randint(jax.random.key(7), (3, 24), 0, 40)
 
 
+# Tests run each program once or twice: optimising it costs more than it saves.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@functools.cache
 def build(config=CONFIG, **options):
     """The graph definition and parameters, born under one jit: eager ops compile one by one."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
     graphdef = nnx.split(model)[0]
-    make = jax.jit(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0), **options))[1])
+    make = jax.jit(
+        lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0), **options))[1],
+        compiler_options=QUICK,
+    )
     return graphdef, make()
 
 
 def forward(config, *args, **options):
     graphdef, params = build(config, **options)
-    return jax.jit(lambda params, *args: nnx.merge(graphdef, params)(*args))(params, *args)
+    run = jax.jit(lambda params, *args: nnx.merge(graphdef, params)(*args), compiler_options=QUICK)
+    return run(params, *args)
 
 
 def loss_and_grads(config=CONFIG, **options):
@@ -38,7 +48,7 @@ def loss_and_grads(config=CONFIG, **options):
     def loss(params):
         return jnp.mean(jnp.square(nnx.merge(graphdef, params)(TOKENS, key=jax.random.key(0))[0]))
 
-    return jax.jit(jax.value_and_grad(loss)), params
+    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK), params
 
 
 def assert_same(ours, theirs):
@@ -128,12 +138,12 @@ def test_parameters_are_counted_without_building_the_model(mlp, tied):
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits():
-    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    config = dataclasses.replace(DENSE, dtype="bfloat16")
     graphdef, params = build(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     logits = forward(config, TOKENS)[0]
     assert logits.dtype == jnp.float32
-    assert 0 < float(jnp.max(jnp.abs(logits - forward(CONFIG, TOKENS)[0])))
+    assert 0 < float(jnp.max(jnp.abs(logits - forward(DENSE, TOKENS)[0])))
     jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graphdef, p)(TOKENS)[0])(params)
     products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
     assert products and all(e.invars[0].aval.dtype == jnp.bfloat16 for e in products)
