@@ -59,6 +59,11 @@ class Record:
     versions: dict[str, str]
 
 
+def run_dir(workdir: Path, run_id: str) -> Path:
+    """The folder of a run of the sweep in `workdir`."""
+    return workdir / "runs" / run_id
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that `path` holds either its old content or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

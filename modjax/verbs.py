@@ -171,7 +171,8 @@ def train(args: argparse.Namespace) -> int:
 
 def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
     """This process's part of a run that all hosts of a slice do together."""
-    from modjax.scaling.run import claim, compilation_cache, run, run_dir
+    from modjax.records import run_dir
+    from modjax.scaling.run import claim, compilation_cache, run
 
     os.environ.update(compilation_cache())
     import jax

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from modjax.records import Record
+from modjax.records import Record, run_dir
 from modjax.scaling.results import Fits, Parabola, Range, quantity_of
 from modjax.scaling.words import KINDS, budget, number
 
@@ -61,7 +61,7 @@ def read_curves(workdir: Path, records: Iterable[Record]) -> list[Curve]:
     """The learning curve of every record that left a metrics.jsonl; non-finite losses dropped."""
     curves = []
     for record in records:
-        path = workdir / "runs" / record.run_id / "metrics.jsonl"
+        path = run_dir(workdir, record.run_id) / "metrics.jsonl"
         if not path.exists():
             continue
         points = []

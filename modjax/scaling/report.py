@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.config import require
-from modjax.records import Record, read_records, write_csv
+from modjax.records import Record, read_records, run_dir, write_csv
 from modjax.scaling import words
 from modjax.scaling.figures import FAINT, INK, SURFACE, draw_all, read_curves
 from modjax.scaling.fit import fit_all
@@ -74,7 +74,7 @@ def report(workdir: Path) -> Path:
 def render(workdir: Path, records: Sequence[Record], fits: Fits, figures: dict[str, Path]) -> str:
     """The whole page; `figures` gives the SVG file of each figure by its name."""
     plan = _json(workdir / "plan.json")
-    specs = {r.run_id: _json(workdir / "runs" / r.run_id / "spec.json") for r in records}
+    specs = {r.run_id: _json(run_dir(workdir, r.run_id) / "spec.json") for r in records}
     tips = {f"run:{r.run_id}": run_tip(r) for r in records}
     tips |= {
         f"optimum:{p.arm}:{p.budget_flops}": words.parabola_sentence(p, fits.size)
@@ -230,7 +230,7 @@ def _exceptions(
     said += [words.parabola_sentence(p, fits.size) for p in fits.parabolas if p.refusal is not None]
     for run_id in plan.get("runs", []):
         if all(r.run_id != run_id for r in records):
-            failure = _json(workdir / "runs" / run_id / "failure.json")
+            failure = _json(run_dir(workdir, run_id) / "failure.json")
             why = f"given up: {json.dumps(failure)}" if failure else "not finished"
             said.append(f"{run_id} has no result ({why}).")
     return said or ["None: every planned run finished and every fit was accepted."]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modjax.config import Execution, InputError, RunSpec, require, to_dict
-from modjax.records import Record, read_record, read_records, write_json
+from modjax.records import Record, read_record, read_records, run_dir, write_json
 from modjax.scaling.cells import BUDGET_TOLERANCE, Cell, cells
 from modjax.scaling.experiment import Experiment
 
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 Train = Callable[..., Record]
 # FLOP/s of a CPU core or two: for the remaining time of the first run without a sweep's estimate.
 UNMEASURED = 3e10
-
-
-def run_dir(workdir: Path, run_id: str) -> Path:
-    return workdir / "runs" / run_id
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modjax.config import RunSpec, from_dict, require
-from modjax.records import read_record, read_records
-from modjax.scaling.run import flops_per_second, is_running, run_dir
+from modjax.records import read_record, read_records, run_dir
+from modjax.scaling.run import flops_per_second, is_running
 
 STATES = ("done", "diverged", "running", "failed", "waiting")
 

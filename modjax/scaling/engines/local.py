@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from modjax.config import Execution, InputError, RunSpec, to_dict
-from modjax.records import read_record, write_json
+from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.display import Display
-from modjax.scaling.run import compilation_cache, is_running, run_dir
+from modjax.scaling.run import compilation_cache, is_running
 
 MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3

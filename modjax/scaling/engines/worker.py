@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from modjax.config import Execution, InputError, RunSpec, from_dict
-from modjax.scaling.run import Train, is_disk_full, run, run_dir
+from modjax.records import run_dir
+from modjax.scaling.run import Train, is_disk_full, run
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0
