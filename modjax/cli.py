@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from modjax.scaling.run import is_disk_full
+        from modjax.files import is_disk_full
 
         if is_disk_full(error):
             where = getattr(error, "filename", None) or getattr(args, "workdir", None) or "disk"

@@ -3,13 +3,13 @@
 import csv
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modjax.config import InputError, from_dict, to_dict
+from modjax.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,7 @@ def run_dir(workdir: Path, run_id: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that `path` holds either its old content or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_record(run_dir: Path, record: Record) -> None:

@@ -5,7 +5,6 @@ the end. A run that was killed goes on behind its last full shard and ends in th
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -27,7 +26,8 @@ from modjax.config import DataConfig, InputError, require
 from modjax.data.cache import SPLITS, Manifest, Split, cache_dir, open_cache
 from modjax.data.documents import Scan, scan_text, stdlib_documents
 from modjax.data.vocabulary import TRAINING_BYTES, Vocab, parse_vocab, train_sentencepiece
-from modjax.data.writer import Written, read_journal, write_journal, write_split, write_whole
+from modjax.data.writer import Written, read_journal, write_journal, write_split
+from modjax.files import is_disk_full, write_atomically
 
 CORPORA = ("stdlib", "c4", "lm1b")
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
@@ -87,7 +87,7 @@ def prepare(
         try:
             _fill(partial, corpus, wanted, source, report)
         except Exception as error:
-            if not isinstance(error, InputError) and not _disk_is_full(error):
+            if not isinstance(error, InputError) and not is_disk_full(error):
                 raise
             if not any(one.tokens for one in read_journal(partial, source).values()):
                 shutil.rmtree(partial)
@@ -194,18 +194,18 @@ def _fill(
         fingerprint=fingerprint.hexdigest(),
         splits={s: Split(w.documents, w.tokens, w.bytes) for s, w in written.items()},
     )
-    write_whole(partial / "manifest.json", manifest.to_json())
+    write_atomically(partial / "manifest.json", manifest.to_json())
 
 
 def _model(path: Path, tasks: Any, source: Any, wanted: Vocab, corpus: Corpus) -> bytes:
     """The SentencePiece model at `path`, where it is put first if need be."""
     if wanted.file is not None:
-        write_whole(path, wanted.file.read_bytes())
+        write_atomically(path, wanted.file.read_bytes())
     elif not path.exists():
         assert wanted.size is not None
         # A TFDS data set is in random order, so its beginning will do; files are sampled evenly.
         every = 1 if corpus.scan is None else max(1, corpus.scan.bytes // TRAINING_BYTES)
-        write_whole(path, train_sentencepiece(tasks.texts(source, every), wanted.size))
+        write_atomically(path, train_sentencepiece(tasks.texts(source, every), wanted.size))
     return path.read_bytes()
 
 
@@ -270,14 +270,6 @@ def _put_in_place(partial: Path, final: Path) -> None:
     os.rename(partial, final)
     (final / "journal.json").unlink()
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _sha256(content: bytes) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ import tensorstore as ts
 
 from modjax.config import from_dict
 from modjax.data.cache import SPLITS, kvstore
+from modjax.files import write_atomically
 
 CHUNK = 2**15  # tokens decoded together when a window is read
 SHARD = 2**22  # tokens in a file
@@ -48,17 +48,7 @@ def read_journal(folder: Path, request: str) -> dict[str, Written]:
 
 def write_journal(folder: Path, request: str, written: dict[str, Written]) -> None:
     splits = {split: asdict(one) for split, one in written.items()}
-    write_whole(folder / "journal.json", json.dumps({"request": request, "splits": splits}))
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file so that it holds either its old content or all of the new."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(folder / "journal.json", json.dumps({"request": request, "splits": splits}))
 
 
 def write_split(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.config import require
+from modjax.files import write_atomically
 from modjax.records import Record, read_records, run_dir, write_csv
 from modjax.scaling import words
 from modjax.scaling.figures import FAINT, INK, SURFACE, draw_all, read_curves
@@ -65,9 +66,7 @@ def report(workdir: Path) -> Path:
     save_json(workdir / "fit.json", fits)
     write_csv(workdir / "results.csv", records)
     path = workdir / "report.html"
-    temporary = path.with_name(".report.html.tmp")
-    temporary.write_text(render(workdir, records, fits, figures), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, render(workdir, records, fits, figures))
     return path
 
 

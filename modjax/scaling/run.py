@@ -7,7 +7,6 @@ workdir/runs/<run_id>/          lock, spec.json, log.txt, metrics.jsonl, checkpo
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
@@ -80,14 +79,6 @@ def run(
             record = train(spec, execution, run_dir=folder, data_dir=data_dir, progress=progress)
         (folder / "failure.json").unlink(missing_ok=True)
         return record
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` means that the disk is full; orbax and tensorstore say so in words only."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return (isinstance(error, OSError) and error.errno in full) or any(
-        os.strerror(number) in str(error) for number in full
-    )
 
 
 def compilation_cache() -> dict[str, str]:

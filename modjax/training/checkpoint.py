@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from modjax.config import require
+from modjax.files import is_disk_full, write_atomically
 from modjax.training.state import TrainState
 
 logger = logging.getLogger("modjax")
@@ -98,11 +99,11 @@ class Checkpoints:
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
         """Raises OSError for a full disk, of which orbax and tensorstore tell in words only."""
-        full = os.strerror(errno.ENOSPC)
         try:
             yield
         except Exception as error:
-            if full in str(error):
+            if is_disk_full(error):
+                full = os.strerror(errno.ENOSPC)
                 raise OSError(errno.ENOSPC, full, str(self._folder)) from error
             raise
 
@@ -130,10 +131,7 @@ def write_digest(folder: Path) -> None:
     """Records the sha256 of every file in `folder` but the one that orbax rewrites afterwards."""
     files = [path for path in _files(folder) if path != folder / REWRITTEN_AT_COMMIT]
     digest = {str(path.relative_to(folder)): _sha256(path) for path in files}
-    with open(folder / DIGEST, "w") as file:
-        json.dump(digest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(folder / DIGEST, json.dumps(digest, indent=1))
 
 
 def find_damage(folder: Path) -> str | None:

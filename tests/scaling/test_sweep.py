@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from modjax.config import InputError
-from modjax.records import read_record, write_json
+from modjax.files import is_disk_full
+from modjax.records import read_record
 from modjax.scaling import run as runs
 from modjax.scaling.experiment import load
 from modjax.scaling.status import status
@@ -196,7 +197,7 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_finished(folders):
     (folders[1] / "disk_full").write_text(run_ids()[-1])
     with pytest.raises(OSError, match="No space left") as caught:
         sweep(folders, jobs=1)
-    assert runs.is_disk_full(caught.value)
+    assert is_disk_full(caught.value)
     assert sum(map(bool, lines(folders, "finishes").values())) == 5
 
 
@@ -275,11 +276,3 @@ def test_a_damaged_result_is_named_with_its_remedy(folders):
     path.write_text('{"run_id": ')
     with pytest.raises(InputError, match=r"result.json.*delete it to run this cell again"):
         sweep(folders)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}

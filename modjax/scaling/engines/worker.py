@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from modjax.config import Execution, InputError, RunSpec, from_dict
+from modjax.files import is_disk_full
 from modjax.records import run_dir
-from modjax.scaling.run import Train, is_disk_full, run
+from modjax.scaling.run import Train, run
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0
