@@ -191,8 +191,8 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "workdir": ("--workdir", {"required": True, "type": Path, "help": "where the runs are kept"}),
     "data_dir": ("--data-dir", {
         "type": Path, "default": _default_data_dir(),
-        "help": "where token caches are kept; default $MODJAX_DATA, else modjax in the user's "
-        "data folder ($XDG_DATA_HOME)",
+        "help": "where token caches are kept, a folder or a bucket such as gs://BUCKET/FOLDER; "
+        "default $MODJAX_DATA, else modjax in the user's data folder ($XDG_DATA_HOME)",
     }),
     "jobs": ("--jobs", {
         "type": int, "default": 1, "metavar": "N",

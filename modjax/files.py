@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a full disk looks like."""
+"""Files that are written whole or not at all, what a full disk looks like, and where caches go."""
 
 import errno
 import os
@@ -18,6 +18,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def user_cache(name: str) -> Path:
+    """modjax's folder `name` among the user's caches ($XDG_CACHE_HOME)."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "modjax" / name
 
 
 def is_disk_full(error: BaseException | None) -> bool:

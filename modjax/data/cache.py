@@ -25,6 +25,8 @@ from modjax.config import DataConfig, InputError, ModelConfig, from_dict, requir
 
 FORMAT = 1
 SPLITS = ("train", "validation")
+# An object store that does not answer is reported in a quarter of a minute, not of an hour.
+FEW_RETRIES = {f"{store}_request_retries": {"max_retries": 4} for store in ("gcs", "s3", "http")}
 # Decoded chunks kept in memory, so that random windows rarely decode a chunk anew.
 CACHE_POOL_BYTES = 512 * 2**20
 
@@ -77,13 +79,32 @@ def cache_dir(data_dir: Path, data: DataConfig) -> Path:
     return Path(data_dir) / f"{data.name}-{Path(data.vocab).name.replace(':', '-')}"
 
 
+def url(path: Path | str) -> str | None:
+    """The URL that `path` is, such as gs://bucket/folder, or None where it is a local folder."""
+    found = re.fullmatch(r"([a-z][\w+.-]*):/+(.*?)/*", str(path))  # Path() folds the double slash
+    if found is None:
+        return None
+    root = "/" if found[1] == "file" else ""
+    return f"{found[1]}://{root}{found[2]}"
+
+
+def shown(path: Path | str) -> str:
+    """`path` as one writes it."""
+    return url(path) or str(path)
+
+
 def kvstore(path: Path | str, inner: str = "") -> dict[str, Any] | str:
-    """The tensorstore location of `path`/`inner`; understands gs://, s3:// and http(s):// too."""
-    remote = re.match(r"(gs|s3|https?):/+(.*)", str(path))  # Path() folds the double slash
+    """The tensorstore location of `path`/`inner`, a local folder or a URL."""
     folder = f"{inner}/" if inner else ""
-    if remote:
-        return f"{remote[1]}://{remote[2].rstrip('/')}/{folder}"
+    remote = url(path)
+    if remote is not None:
+        return f"{remote}/{folder}"
     return {"driver": "file", "path": f"{Path(path).absolute()}/{folder}"}
+
+
+def open_store(path: Path | str) -> ts.KvStore:
+    """The files of `path`, a local folder or a URL."""
+    return ts.KvStore.open(kvstore(path), context=ts.Context(FEW_RETRIES)).result()
 
 
 class TokenCache:
@@ -111,16 +132,27 @@ class TokenCache:
         return out
 
 
+def read_manifest(path: Path | str) -> bytes | None:
+    """The manifest of the cache at `path`, or None where there is no cache.
+
+    Raises InputError for a URL that cannot be read.
+    """
+    try:
+        found = open_store(path).read("manifest.json").result()
+    except (ValueError, OSError) as error:
+        where = shown(path)
+        raise InputError("data", where, f"cannot be read: {one_line(error)}") from error
+    return found.value if found.state == "value" else None
+
+
 def open_cache(path: Path | str) -> TokenCache:
     """Opens a prepared cache. Raises InputError where it is missing, empty or damaged."""
+    found = read_manifest(path)
+    if found is None:
+        remedy = "no token cache here; make it with `modjax data prepare`"
+        raise InputError("data", shown(path), remedy)
     try:
-        found = ts.KvStore.open(kvstore(path)).result().read("manifest.json").result()
-    except (ValueError, OSError) as error:
-        raise InputError("data", str(path), f"cannot be read: {_one_line(error)}") from error
-    require(found.state == "value", "data", str(path),
-            "no token cache here; make it with `modjax data prepare`")  # fmt: skip
-    try:
-        manifest = Manifest.from_json(found.value)
+        manifest = Manifest.from_json(found)
     except (InputError, ValueError) as error:
         raise _damaged(path, f"manifest.json: {error}") from error
 
@@ -128,7 +160,7 @@ def open_cache(path: Path | str) -> TokenCache:
     arrays = {}
     for split, counts in manifest.splits.items():
         remedy = f"its {split} split is empty; run `modjax data prepare` with more text"
-        require(counts.tokens > 0, "data", str(path), remedy)
+        require(counts.tokens > 0, "data", shown(path), remedy)
         spec = {
             "driver": "zarr3",
             "kvstore": kvstore(path, split),
@@ -149,14 +181,27 @@ def open_cache(path: Path | str) -> TokenCache:
 
 
 def describe(data_dir: Path) -> list[Manifest]:
-    """The manifests of every cache in a local folder, by name; [] where there is none."""
+    """The manifests of every cache in a folder, by name; [] where there is none."""
     manifests = []
-    for path in sorted(Path(data_dir).glob("[!.]*/manifest.json")):
+    for name in _cache_names(data_dir):
+        path = Path(data_dir) / name
         try:
-            manifests.append(Manifest.from_json(path.read_bytes()))
-        except (InputError, ValueError) as error:
-            raise _damaged(path.parent, str(error)) from error
+            manifests.append(Manifest.from_json(read_manifest(path) or b""))
+        except ValueError as error:  # InputError is one
+            raise _damaged(path, str(error)) from error
     return manifests
+
+
+def _cache_names(data_dir: Path | str) -> list[str]:
+    if url(data_dir) is None:
+        return sorted(path.parent.name for path in Path(data_dir).glob("[!.]*/manifest.json"))
+    try:
+        keys = open_store(data_dir).list().result()
+    except (ValueError, OSError, RuntimeError) as error:
+        where = shown(data_dir)
+        raise InputError("--data-dir", where, f"cannot be listed: {one_line(error)}") from error
+    found = (re.fullmatch(r"([^./][^/]*)/manifest\.json", key.decode()) for key in keys)
+    return sorted(match[1] for match in found if match)
 
 
 def num_windows(cache: TokenCache, split: str, seq_len: int) -> int:
@@ -202,10 +247,10 @@ def bits_per_byte(manifest: Manifest, loss: float, split: str = "validation") ->
     return loss * counts.tokens / counts.bytes / math.log(2)
 
 
-def _one_line(error: Exception | str) -> str:
+def one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())[:200]
 
 
 def _damaged(path: Path | str, why: str) -> InputError:
     remedy = "cannot be read; if it is damaged, make it again with `modjax data prepare --force`"
-    return InputError("data", str(path), f"{remedy} ({_one_line(why)})")
+    return InputError("data", shown(path), f"{remedy} ({one_line(why)})")

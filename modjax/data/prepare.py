@@ -2,6 +2,8 @@
 
 Everything is written into a hidden sibling of the cache, `.NAME-VOCAB.partial`, and renamed at
 the end. A run that was killed goes on behind its last full shard and ends in the same cache.
+A cache for an object store is made in the user's cache folder first, and removed there once it is
+uploaded.
 """
 
 import contextlib
@@ -23,11 +25,21 @@ import numpy as np
 from rich.console import Console
 
 from modjax.config import DataConfig, InputError, require
-from modjax.data.cache import SPLITS, Manifest, Split, cache_dir, open_cache
+from modjax.data.cache import (
+    SPLITS,
+    Manifest,
+    Split,
+    cache_dir,
+    open_cache,
+    read_manifest,
+    shown,
+    url,
+)
 from modjax.data.documents import Scan, scan_text, stdlib_documents
+from modjax.data.upload import check_writable, upload
 from modjax.data.vocabulary import TRAINING_BYTES, Vocab, parse_vocab, train_sentencepiece
 from modjax.data.writer import Written, read_journal, write_journal, write_split
-from modjax.files import is_disk_full, write_atomically
+from modjax.files import is_disk_full, user_cache, write_atomically
 
 CORPORA = ("stdlib", "c4", "lm1b")
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
@@ -50,31 +62,55 @@ def prepare(
     text_files: Sequence[Path] = (),
     tfds_name: str | None = None,
     vocab: str = "bytes",
-    data_dir: Path,
+    data_dir: Path | str,
     force: bool = False,
-) -> Path:
+) -> Path | str:
     """Makes the token cache of a corpus, unless it is there already, and returns its folder.
 
     The corpus is the user's files, or a TFDS data set, or else the one called `name`: stdlib (the
     default), c4 or lm1b. With files or a data set, `name` is what to call the result.
     vocab: "bytes", "sentencepiece:SIZE" (trained on the corpus) or the path of a SentencePiece
-    model. force: makes it anew, replacing what is there.
+    model. data_dir: a local folder, or a URL that tensorstore can write, such as gs://bucket/folder
+    or s3://bucket/folder. force: makes it anew, replacing what is there.
 
     Raises InputError, before anything is written, for input that cannot be used, and for a full
     disk, where running it again goes on.
     """
     _check_packages()
-    require(re.match(r"\w+:/", str(data_dir)) is None, "--data-dir", str(data_dir),
-            "must be a local folder; prepare there, then copy the cache to the bucket")  # fmt: skip
     wanted = parse_vocab(vocab)
     corpus = _check_corpus(name, [Path(file) for file in text_files], tfds_name)
     source = corpus.source
     if wanted.file is not None:
         source += f"; {wanted.name} sha256 {_sha256(wanted.file.read_bytes())}"
-    final = cache_dir(data_dir, DataConfig(name=corpus.name, vocab=wanted.name))
-    if final.exists() and not force:
+    final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=wanted.name))
+    bucket = url(final)
+    there = final.exists() if bucket is None else read_manifest(bucket) is not None
+    if there and not force:
         _check_same(open_cache(final).manifest.source, source, corpus, final)
+        return bucket or final
+    if bucket is None:
+        _make(final, corpus, wanted, source)
         return final
+    check_writable(bucket)
+    here = user_cache("upload") / _sha256(bucket.encode())[:16] / final.name
+    if not _was_made(here, source):
+        _make(here, corpus, wanted, source)
+    with _locked(here), _reporting(final.name) as report:
+        upload(here, bucket, report)
+        shutil.rmtree(here.parent)
+    return bucket
+
+
+def _was_made(folder: Path, source: str) -> bool:
+    """Whether an earlier run has made the cache in `folder`, which it did not upload in full."""
+    try:
+        return open_cache(folder).manifest.source == source
+    except InputError:
+        return False
+
+
+def _make(final: Path, corpus: Corpus, wanted: Vocab, source: str) -> None:
+    """Makes the cache in the local folder `final`, replacing what is there."""
     if corpus.tfds_name is not None:
         _load_tasks().download(corpus.tfds_name)
     partial = final.with_name(f".{final.name}.partial")
@@ -82,7 +118,7 @@ def prepare(
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = f"cannot be made: {error.strerror}"
-        raise InputError("--data-dir", str(data_dir), reason) from error
+        raise InputError("--data-dir", str(final.parent), reason) from error
     with _locked(partial), _reporting(final.name) as report:
         try:
             _fill(partial, corpus, wanted, source, report)
@@ -93,11 +129,10 @@ def prepare(
                 shutil.rmtree(partial)
             if isinstance(error, InputError):
                 raise
-            raise InputError("--data-dir", str(data_dir),
+            raise InputError("--data-dir", str(final.parent),
                              "no space left on the disk; nothing is lost: free some and run this "
                              "again") from error  # fmt: skip
         _put_in_place(partial, final)
-    return final
 
 
 def _check_packages() -> None:
@@ -132,13 +167,13 @@ def _check_corpus(name: str | None, files: list[Path], tfds_name: str | None) ->
 
 
 def _check_same(made_from: str, source: str, corpus: Corpus, final: Path) -> None:
-    other = f"prepared from other input ({made_from})"
+    where, other = shown(final), f"prepared from other input ({made_from})"
     if corpus.name in CORPORA:
-        require(made_from == source, "--data-dir", str(final.parent),
+        require(made_from == source, "--data-dir", shown(final.parent),
                 f"holds {final.name}, {other}; replace it with --force, or choose another "
                 "--data-dir")  # fmt: skip
     require(made_from == source, "--name", corpus.name,
-            f"{final} was {other}; choose another --name, or replace it with --force")  # fmt: skip
+            f"{where} was {other}; choose another --name, or replace it with --force")  # fmt: skip
 
 
 def _fill(

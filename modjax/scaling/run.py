@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modjax.config import Execution, InputError, RunSpec, require, to_dict
+from modjax.files import user_cache
 from modjax.records import Record, read_record, read_records, run_dir, write_json
 from modjax.scaling.cells import BUDGET_TOLERANCE, Cell, cells
 from modjax.scaling.experiment import Experiment
@@ -86,9 +87,8 @@ def compilation_cache() -> dict[str, str]:
 
     JAX_COMPILATION_CACHE_DIR moves the cache from its place in the user's cache folder.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     defaults = {
-        "JAX_COMPILATION_CACHE_DIR": os.path.join(base, "modjax", "xla"),
+        "JAX_COMPILATION_CACHE_DIR": str(user_cache("xla")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

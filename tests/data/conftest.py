@@ -1,5 +1,6 @@
 """Token caches made straight from arrays, so that most tests need no TensorFlow."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from modjax.data.cache import Manifest, Split
 from modjax.data.writer import Written, write_split
+from tests.data.bucket import Bucket
 
 EOS = 1
 
@@ -32,8 +34,31 @@ def make_cache(tmp_path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def bucket(monkeypatch):
+    """An object store that answers to gs://bucket."""
+    bucket = Bucket()
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    yield bucket
+    bucket.close()
+
+
 def _ignore(written: Written) -> None:
     del written
+
+
+@pytest.fixture(scope="module")
+def tensorflow(tmp_path_factory):
+    """TensorFlow's packages, loaded once and warning about themselves."""
+    kept = os.environ.get("TFDS_DATA_DIR")
+    os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("tfds"))
+    import modjax.data.tasks
+
+    yield modjax.data.tasks.tf
+    os.environ.pop("TFDS_DATA_DIR")
+    if kept is not None:
+        os.environ["TFDS_DATA_DIR"] = kept
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
-import http.server
 import json
 import math
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -42,51 +40,13 @@ def test_reading_gives_back_what_was_written(path):
     np.testing.assert_array_equal(cache.gather("train", starts, 10), expected)
 
 
-class ByteRanges(http.server.BaseHTTPRequestHandler):
-    """Serves `root` as an object store does: whole objects, byte ranges, and suffixes."""
-
-    root: Path
-
-    def do_GET(self):
-        path = self.root / self.path.lstrip("/")
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content = path.read_bytes()
-        start, stop = 0, len(content)
-        wanted = self.headers.get("Range")
-        if wanted:
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start = int(first) if first else stop - int(last)
-            stop = int(last) + 1 if first and last else stop
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(stop - start))
-        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
-        self.end_headers()
-        self.wfile.write(content[start:stop])
-
-    def log_message(self, format, *arguments):
-        pass
-
-
-def test_a_cache_is_read_from_an_object_store(path):
-    handler = type("Handler", (ByteRanges,), {"root": path})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        cache = open_cache(f"http://127.0.0.1:{server.server_port}")
-        np.testing.assert_array_equal(cache.read("train", 0, 200_000), TRAIN)
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ("gs://bucket/a/b", "gs://bucket/a/b/"),
         (Path("gs://bucket/a/b"), "gs://bucket/a/b/"),
         (cache_dir(Path("s3://bucket/a"), DataConfig()), "s3://bucket/a/stdlib-bytes/"),
+        (Path("file:///data/a"), "file:///data/a/"),
     ],
 )
 def test_a_bucket_stays_a_bucket_though_path_folds_its_slashes(given, expected):

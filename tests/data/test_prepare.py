@@ -1,12 +1,8 @@
-"""Preparing for real: these tests load TensorFlow, in this process and in killed ones."""
+"""Preparing for real: these tests load TensorFlow."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +14,7 @@ from modjax.data.cache import describe, open_cache
 from modjax.data.documents import scan_text, stdlib_documents, stdlib_split
 from modjax.data.prepare import prepare
 
+pytestmark = pytest.mark.usefixtures("tensorflow")
 WORDS = [
     "".join(letters) for letters in np.random.default_rng(0).choice(list("aeiounrst"), (500, 6))
 ]
@@ -25,19 +22,6 @@ TEXTS = [
     f"Document {i}: ü 日本\n\tthen  " + " ".join(WORDS[i : i + 2 * (i % 7)]) + "\n"
     for i in range(300)
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tensorflow(tmp_path_factory):
-    """TensorFlow's packages, loaded once and warning about themselves."""
-    kept = os.environ.get("TFDS_DATA_DIR")
-    os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("tfds"))
-    import modjax.data.tasks
-
-    yield modjax.data.tasks.tf
-    os.environ.pop("TFDS_DATA_DIR")
-    if kept is not None:
-        os.environ["TFDS_DATA_DIR"] = kept
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +201,7 @@ def test_any_tfds_data_set_with_a_text_feature_will_do(tensorflow, tmp_path):
         ({"vocab": "words"}, "--vocab = 'words': must be bytes, sentencepiece:SIZE or a"),
         ({"vocab": "sentencepiece:many"}, "--vocab = 'sentencepiece:many': must give a number"),
         ({"vocab": "missing.model"}, "--vocab = 'missing.model': cannot be read: No such"),
-        ({"data_dir": Path("gs://bucket/data")}, "--data-dir = .*must be a local folder"),
+        ({"data_dir": Path("ftp://a/data")}, "= 'ftp://a/data/stdlib-bytes': .* unsupported URL"),
         ({"data_dir": Path(__file__)}, "--data-dir = .*cannot be made"),
     ],
 )
@@ -246,75 +230,6 @@ def test_more_pieces_than_the_text_can_give_are_refused(text_file, tmp_path):
         prepare(text_files=[text_file], vocab="sentencepiece:8192", data_dir=tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-COMMAND = """
-import sys
-from pathlib import Path
-from modjax.config import InputError
-from modjax.data.prepare import prepare
-try:
-    prepare(text_files=[Path(sys.argv[1])], name="big", data_dir=Path(sys.argv[2]))
-except InputError as error:
-    sys.exit(f"modjax: {error}")
-"""
-
-
-@pytest.fixture(scope="module")
-def big_file(tmp_path_factory) -> Path:
-    """12 million characters: several files of the cache."""
-    letters = np.random.default_rng(0).integers(97, 123, (6000, 2000), np.uint8)
-    path = tmp_path_factory.mktemp("big") / "big.jsonl"
-    path.write_text("".join(f'{{"text": "{bytes(row).decode()}"}}\n' for row in letters))
-    return path
-
-
-def test_killed_and_run_again_it_goes_on_and_ends_in_the_same_cache(big_file, tmp_path):
-    reference = prepare(text_files=[big_file], name="big", data_dir=tmp_path / "whole")
-    data_dir = tmp_path / "killed"
-    command = [sys.executable, "-c", COMMAND, str(big_file), str(data_dir)]
-    journal = data_dir / ".big-bytes.partial" / "journal.json"
-
-    def tokens_kept() -> int:
-        return (
-            json.loads(journal.read_text())["splits"]["train"]["tokens"] if journal.exists() else 0
-        )
-
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 120
-        while not tokens_kept() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert tokens_kept() > 0
-    assert describe(data_dir) == []
-    with pytest.raises(InputError, match="no token cache here"):
-        open_cache(data_dir / "big-bytes")
-
-    first_shard = data_dir / ".big-bytes.partial" / "train" / "c" / "0"
-    when = first_shard.stat().st_mtime_ns
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0
-    assert open_cache(data_dir / "big-bytes").manifest == open_cache(reference).manifest
-    assert (data_dir / "big-bytes" / "train" / "c" / "0").stat().st_mtime_ns == when
-    assert [path.name for path in data_dir.iterdir()] == ["big-bytes"]
-    # Nothing but our own lines: TensorFlow, absl and TFDS are silent.
-    assert again.stdout == ""
-    assert again.stderr and all(line.startswith("modjax: ") for line in again.stderr.splitlines())
-
-
-def test_a_full_disk_ends_in_one_line_and_leaves_no_cache(big_file, tmp_path):
-    script = f'mount -t tmpfs -o size=2M tmpfs "{tmp_path}" && "$@"; echo $?; ls -A "{tmp_path}"'
-    enter = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
-    allowed = shutil.which("unshare") and subprocess.run([*enter, "true"], capture_output=True)
-    if not allowed or allowed.stdout != b"0\n":
-        pytest.skip("needs permission to mount a small file system")
-    command = [sys.executable, "-c", COMMAND, str(big_file), str(tmp_path)]
-    done = subprocess.run([*enter, *command], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "1\n"  # the exit status, and then no file at all
-    refusals = [line for line in done.stderr.splitlines() if "--data-dir" in line]
-    assert len(refusals) == 1 and "no space left on the disk" in refusals[0]
-    assert "Traceback" not in done.stderr
 
 
 def test_real_english_is_prepared(repository_corpora, tmp_path):

@@ -1,0 +1,84 @@
+"""An object store as Google's, for tests: gs:// URLs of any process that has its environment."""
+
+import http.server
+import json
+import threading
+import time
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+class Bucket:
+    """One bucket called gs://bucket. objects: name -> content. refuse: names it will not store."""
+
+    def __init__(self):
+        self.objects: dict[str, bytes] = {}
+        self.refuse: set[str] = set()
+        self.seconds = 0.0  # how long it takes to store one
+        self.requests: list[tuple[str, str]] = []  # method and name, in order
+        handler = type("Handler", (_Handler,), {"bucket": self})
+        self.server = _Server(("127.0.0.1", 0), handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.environment = {
+            "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{self.server.server_port}",
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+        }
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64  # connections that come at once must not wait to be tried again
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    bucket: Bucket
+
+    def do_POST(self):
+        """Stores an object."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        (name,) = parse_qs(urlsplit(self.path).query)["name"]
+        self.bucket.requests.append(("POST", name))
+        time.sleep(self.bucket.seconds)
+        if name in self.bucket.refuse:
+            return self._answer(403, b"no permission")
+        self.bucket.objects[name] = body
+        self._answer(200, json.dumps({"name": name, "generation": "1"}).encode())
+
+    def do_GET(self):
+        """Lists the names in a range, or returns an object or a range of its bytes."""
+        parts = urlsplit(self.path)
+        query = parse_qs(parts.query)
+        if "alt" not in query:
+            first, end = query.get("startOffset", [""])[0], query.get("endOffset", ["\xff"])[0]
+            names = [name for name in sorted(self.bucket.objects) if first <= name < end]
+            return self._answer(200, json.dumps({"items": [{"name": n} for n in names]}).encode())
+        name = unquote(parts.path.rpartition("/o/")[2])
+        if name not in self.bucket.objects:
+            return self._answer(404)
+        content = self.bucket.objects[name]
+        wanted = self.headers.get("Range")
+        if not wanted:
+            return self._answer(200, content)
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        start = int(first) if first else len(content) - int(last)
+        stop = int(last) + 1 if first and last else len(content)
+        self._answer(206, content[start:stop], f"bytes {start}-{stop - 1}/{len(content)}")
+
+    def do_DELETE(self):
+        name = unquote(urlsplit(self.path).path.rpartition("/o/")[2])
+        self.bucket.requests.append(("DELETE", name))
+        self._answer(404 if self.bucket.objects.pop(name, None) is None else 204)
+
+    def _answer(self, status: int, content: bytes = b"", content_range: str = ""):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("x-goog-generation", "1")
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format, *arguments):
+        pass
