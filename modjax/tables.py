@@ -7,7 +7,7 @@ from modjax.data.cache import Manifest
 from modjax.flops import CONVENTIONS, forward_flops, parameters, six_nd, total_flops, train_flops
 from modjax.records import Record
 from modjax.scaling.cells import Cell
-from modjax.scaling.display import clock
+from modjax.scaling.numbers import clock, count
 from modjax.scaling.run import Outcome
 from modjax.scaling.status import STATES, Status
 
@@ -21,14 +21,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         parts = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
-
-
-def count(value: float) -> str:
-    """A number to three digits with K, M, B or T."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
 
 
 def data_text(manifests: Sequence[Manifest]) -> str:

@@ -12,18 +12,9 @@ from rich.table import Table
 
 from modjax.config import RunSpec
 from modjax.records import Record
+from modjax.scaling.numbers import clock
 
 SECONDS_BETWEEN_LINES = 60.0  # off a terminal, where no run finishes
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 42s, 3m05s or 2h10m."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
 
 
 class Display:

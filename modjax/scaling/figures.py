@@ -24,8 +24,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from modjax.records import Record, run_dir
+from modjax.scaling.numbers import budget, count
 from modjax.scaling.results import Fits, Parabola, Range, quantity_of
-from modjax.scaling.words import KINDS, budget, number
+from modjax.scaling.words import KINDS
 
 INK, FAINT, SURFACE = "#1a1a1a", "#d4d4d4", "#fefefe"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -245,7 +246,7 @@ def optima_figure(fits: Fits) -> Figure | None:
         sizes.set_yscale("log")
         sizes.set_ylim(min(values) / 2, max(values) * 2)
         sizes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        sizes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
+        sizes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: count(y)))
         sizes.yaxis.set_minor_formatter(NullFormatter())
     sizes.set_ylabel(f"Optimal\n{KINDS['parameters', fits.size]}")
     gaps.axhline(0, color=_style(fits, fits.baseline)[0], linewidth=1.1)
@@ -352,7 +353,7 @@ def _smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return curve.flops[width - 1 :], mean
 
 
-def _log_ticks(ax: Axes, subs: tuple[int, ...], show: Any = lambda x, _: number(x)) -> None:
+def _log_ticks(ax: Axes, subs: tuple[int, ...], show: Any = lambda x, _: count(x)) -> None:
     """A log abscissa with plain labels at `subs` times the powers of ten."""
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=subs))

@@ -18,6 +18,7 @@ from modjax.records import Record, read_records, run_dir, write_csv
 from modjax.scaling import words
 from modjax.scaling.figures import FAINT, INK, SURFACE, draw_all, read_curves
 from modjax.scaling.fit import fit_all
+from modjax.scaling.numbers import budget, count
 from modjax.scaling.results import Fits, save_json
 
 CAPTIONS = {
@@ -126,11 +127,11 @@ def run_tip(r: Record) -> str:
         else f"diverged at step {r.diverged_step}"
     )
     return (
-        f"{r.run_id}\n{r.variant} at {words.budget(r.budget_flops)} FLOPs, seed {r.seed}\n{loss}\n"
-        f"{words.number(r.params_non_embedding)} non-embedding parameters "
-        f"(total {words.number(r.params_total)}): width {r.d_model}, {r.num_layers} layers\n"
-        f"{words.number(r.forward_flops_per_token)} forward FLOPs per token\n"
-        f"{words.number(r.tokens)} tokens in {r.steps} steps, learning rate {r.learning_rate:.2g}"
+        f"{r.run_id}\n{r.variant} at {budget(r.budget_flops)} FLOPs, seed {r.seed}\n{loss}\n"
+        f"{count(r.params_non_embedding)} non-embedding parameters "
+        f"(total {count(r.params_total)}): width {r.d_model}, {r.num_layers} layers\n"
+        f"{count(r.forward_flops_per_token)} forward FLOPs per token\n"
+        f"{count(r.tokens)} tokens in {r.steps} steps, learning rate {r.learning_rate:.2g}"
     )
 
 
@@ -185,10 +186,10 @@ def _gap_table(fits: Fits) -> list[str]:
         return []
     show = words.fixed(4, "+"), words.fixed(2, "+"), words.fixed(2)
     rows = [
-        (g.arm, words.budget(g.budget_flops), "refused", *[""] * 5)
+        (g.arm, budget(g.budget_flops), "refused", *[""] * 5)
         if g.loss is None or g.percent is None
         else (
-            g.arm, words.budget(g.budget_flops), show[0](g.loss),
+            g.arm, budget(g.budget_flops), show[0](g.loss),
             words.span(g.loss_interval, show[0]), show[1](g.percent),
             words.span(g.percent_interval, show[1]),
             "" if g.flops_ratio is None else show[2](g.flops_ratio),
@@ -293,7 +294,7 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return words.budget(value) if abs(value) >= 1e5 else f"{value:.4g}"
+        return budget(value) if abs(value) >= 1e5 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+from modjax.scaling.numbers import budget, count
 from modjax.scaling.parametric import NAMES, Surface
 from modjax.scaling.results import Fits, Gap, Parabola, PowerLaw, Range
 
@@ -12,25 +13,6 @@ KINDS = {
     ("forward_flops", "non_embedding"): "forward FLOPs per token",
     ("forward_flops", "total"): "forward FLOPs per token",
 }
-
-
-def number(value: float) -> str:
-    """A count with three digits and a suffix: 842, 12.3k, 4.56M; FLOPs budgets by `budget`."""
-    if not math.isfinite(value):
-        return "unbounded"
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * limit:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def budget(flops: float) -> str:
-    """A FLOPs budget as one writes it: 6e18, 2.5e12."""
-    mantissa, _, exponent = f"{flops:.3g}".partition("e")
-    if not exponent:
-        mantissa, _, exponent = f"{flops:.2e}".partition("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent)}"
 
 
 def fixed(digits: int, sign: str = "") -> Callable[[float], str]:
@@ -53,11 +35,11 @@ def parabola_sentence(p: Parabola, size: str) -> str:
     assert p.low is not None and p.high is not None and p.optimum_interval is not None
     side = "below" if p.off_centre < 0 else "above"
     text = (
-        f"{where}: the loss is least at {number(p.optimum)} {kind} (95% interval "
-        f"{span(p.optimum_interval, number)}), where it is {p.loss:.4f} nats per token "
+        f"{where}: the loss is least at {count(p.optimum)} {kind} (95% interval "
+        f"{span(p.optimum_interval, count)}), where it is {p.loss:.4f} nats per token "
         f"({span(p.loss_interval, fixed(4))}); the vertex lies {abs(p.off_centre):.0%} of the "
-        f"half range {side} the centre of the {p.sizes} sizes sampled, {number(p.low)} to "
-        f"{number(p.high)}"
+        f"half range {side} the centre of the {p.sizes} sizes sampled, {count(p.low)} to "
+        f"{count(p.high)}"
     )
     if abs(p.off_centre) > 0.5:
         text += ", far enough off-centre to bias it"
@@ -160,9 +142,9 @@ def rows(fits: Fits) -> list[tuple[str, ...]]:
         flops = fits.parabola(p.arm, p.budget_flops, "forward_flops")
         assert p.optimum is not None and p.loss is not None and p.off_centre is not None
         table.append((
-            *start, number(p.optimum), span(p.optimum_interval, number), f"{p.loss:.4f}",
+            *start, count(p.optimum), span(p.optimum_interval, count), f"{p.loss:.4f}",
             span(p.loss_interval, fixed(4)), f"{p.off_centre:+.2f}",
-            number(flops.optimum) if flops and flops.optimum else "refused",
+            count(flops.optimum) if flops and flops.optimum else "refused",
         ))  # fmt: skip
     return table
 
@@ -173,7 +155,7 @@ REPEAT_HEADER = ("arm", "budget", "width", "N", "seeds", "mean loss", "std of a 
 def repeat_rows(fits: Fits) -> list[tuple[str, ...]]:
     """One row per cell that was run with several seeds, for `REPEAT_HEADER`."""
     return [
-        (r.arm, budget(r.budget_flops), str(r.d_model), number(r.params), str(r.seeds),
+        (r.arm, budget(r.budget_flops), str(r.d_model), count(r.params), str(r.seeds),
          f"{r.loss:.4f}", f"{r.deviation:.4f}")
         for r in fits.repeats
     ]  # fmt: skip

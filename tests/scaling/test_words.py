@@ -1,35 +1,14 @@
 import dataclasses
-import math
 import re
-
-import pytest
 
 from modjax.scaling.fit import fit_all
 from modjax.scaling.words import (
-    budget,
     gap_sentence,
     law_sentence,
-    number,
     parabola_sentence,
     render_text,
     sentences,
 )
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(842, "842"), (12_345, "12.3k"), (999_900, "1M"), (4.56e6, "4.56M"), (1.2e9, "1.2B"),
-     (math.inf, "unbounded")],
-)  # fmt: skip
-def test_counts_are_written_short(value, shown):
-    assert number(value) == shown
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"), [(6e18, "6e18"), (2.5e12, "2.5e12"), (1e5, "1e5"), (123456.0, "1.23e5")]
-)
-def test_budgets_are_written_as_one_says_them(value, shown):
-    assert budget(value) == shown
 
 
 def test_a_gap_names_both_arms_its_direction_and_whether_it_could_be_none(make_sweep):
