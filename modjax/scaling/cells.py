@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from modjax.config import RunSpec
-from modjax.flops import parameters, train_flops
-from modjax.scaling.plan import SweepConfig, forward_per_token, forward_ratio, non_embedding
+from modjax.flops import parameters, run_flops
+from modjax.scaling.plan import forward_per_token, forward_ratio, non_embedding
+from modjax.scaling.sweep_config import SweepConfig
 
 BUDGET_TOLERANCE = 0.01
 CENTRE_TOLERANCE_DECADES = 0.15
@@ -32,7 +33,7 @@ class Cell:
     learning_rate: float
     epochs: float | None
     forward_flops_per_token: float
-    train_flops: float
+    run_flops: float
     achieved: float
     seconds: float
     flags: tuple[str, ...]
@@ -59,7 +60,7 @@ def cells(
 def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) -> Cell:
     model, train = spec.model, spec.train
     counts = parameters(model)
-    spent = train_flops(model, train.seq_len, train.steps * train.batch_size)
+    spent = run_flops(model, train, train.steps)
     achieved = spent / spec.budget_flops
     limit = spec.data.max_epochs
     marks = {
@@ -85,7 +86,7 @@ def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) ->
         learning_rate=train.learning_rate,
         epochs=epochs,
         forward_flops_per_token=forward_per_token(model, train.seq_len),
-        train_flops=spent,
+        run_flops=spent,
         achieved=achieved,
         seconds=spent / rate,
         flags=tuple(name for name, marked in marks.items() if marked),

@@ -26,8 +26,9 @@ from modjax.config import (
     from_dict,
     require,
 )
-from modjax.flops import train_flops
-from modjax.scaling.plan import RECIPE_FIELDS, SweepConfig, plan
+from modjax.flops import run_flops
+from modjax.scaling.plan import plan
+from modjax.scaling.sweep_config import RECIPE_FIELDS, SweepConfig
 
 GROUPS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig, "execution": Execution}
 
@@ -67,7 +68,7 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
         return Experiment(config_file, values, execution, sweep, specs)
     model = from_dict(ModelConfig, values["model"], "model.")
     train = from_dict(TrainConfig, values["train"], "train.")
-    budget = train_flops(model, train.seq_len, train.steps * train.batch_size)
+    budget = run_flops(model, train, train.steps)
     variant = "-".join(model.pattern).replace(":", "_")
     spec = RunSpec(variant, budget, model, train, data)
     return Experiment(config_file, values, execution, None, [spec])

@@ -1,10 +1,6 @@
-"""The figures of a sweep, 10 cm wide for print, as PNG and SVG.
+"""The figures of a sweep, 10 cm wide for print, as PNG and SVG; marks.py says how they look.
 
-An arm keeps one colour (Okabe and Ito's palette), one marker and one line style in all figures;
-where there are more arms than colours, the same colour comes again with another of each.
-Every mark of a run carries the SVG id `run:<run_id>`, and every optimum `optimum:<arm>:<budget>`,
-which the report turns into tooltips. Figures use matplotlib's objects, never pyplot: no global
-state and no window.
+Figures use matplotlib's objects, never pyplot: no global state and no window.
 """
 
 import itertools
@@ -14,38 +10,30 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from modjax.records import Record, run_dir
+from modjax.scaling.marks import (
+    INK,
+    RC,
+    SURFACE,
+    WIDTH,
+    draw_parabola,
+    draw_point,
+    draw_run,
+    legend,
+    log_ticks,
+    style,
+    trace,
+)
 from modjax.scaling.numbers import budget, count
-from modjax.scaling.results import Fits, Parabola, Range, quantity_of
+from modjax.scaling.results import Fits, quantity_of
 from modjax.scaling.words import KINDS
-
-INK, FAINT, SURFACE = "#1a1a1a", "#d4d4d4", "#fefefe"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "<")
-LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2)))
-WIDTH = 10 / 2.54  # inches
-RC: dict[Any, Any] = {
-    "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "legend.fontsize": 7,
-    "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5, "xtick.minor.size": 1.5, "ytick.minor.size": 1.5,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "lines.linewidth": 1.1, "lines.markersize": 3.6, "legend.handlelength": 2.6,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
-    "ytick.color": INK, "figure.facecolor": SURFACE, "axes.facecolor": SURFACE,
-    "savefig.dpi": 300, "svg.fonttype": "path", "axes.formatter.useoffset": False,
-}  # fmt: skip
-
-NAMES = ("isoflop", "normalised", "curves", "optima")
 
 
 @dataclass(frozen=True)
@@ -85,15 +73,16 @@ def draw_all(
 ) -> dict[str, Path]:
     """Draws every figure as PNG (300 dpi) and SVG; returns the SVG of each by name."""
     folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "isoflop": lambda: isoflop_figure(records, fits),
+        "normalised": lambda: normalised_figure(records, fits),
+        "curves": lambda: curves_figure(curves, fits),
+        "optima": lambda: optima_figure(fits),
+    }
     paths = {}
-    for name in NAMES:
+    for name, draw in figures.items():
         with rc_context({**RC, "svg.hashsalt": name}):
-            figure = {
-                "isoflop": lambda: isoflop_figure(records, fits),
-                "normalised": lambda: normalised_figure(records, fits),
-                "curves": lambda: curves_figure(curves, fits),
-                "optima": lambda: optima_figure(fits),
-            }[name]()
+            figure = draw()
             if figure is None:
                 continue
             figure.savefig(folder / f"{name}.png")
@@ -114,18 +103,18 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
         ax.set_title(f"{budget(flops)} FLOPs")
         here = [r for r in records if r.budget_flops == flops]
         xs = [quantity_of(r, "parameters", fits.size) for r in here]
-        _log_ticks(ax, (1, 3) if max(xs) > 8 * min(xs) else (1, 2, 5))
+        log_ticks(ax, (1, 3) if max(xs) > 8 * min(xs) else (1, 2, 5))
         refusals = []
         for arm in fits.arms:
             runs = [r for r in here if r.variant == arm]
             parabola = fits.parabola(arm, flops, "parameters")
             if parabola is not None and parabola.refusal is None:
-                _draw_parabola(ax, fits, parabola)
+                draw_parabola(ax, fits, parabola)
             elif parabola is not None:
                 refusals.append(f"{arm} refused: {_short(parabola.refusal)}")
             for run in runs:
                 x = quantity_of(run, "parameters", fits.size)
-                _draw_run(ax, fits, run, x, run.eval_loss if run.status == "finished" else None)
+                draw_run(ax, fits, run, x, run.eval_loss if run.status == "finished" else None)
         ax.margins(x=0.06, y=0.14)
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         low, high = ax.get_ylim()
@@ -136,7 +125,7 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
         ax.set_ylim(low - 0.1 * (high - low), high + above * (high - low))
     figure.supxlabel(KINDS["parameters", fits.size].capitalize(), fontsize=7)
     figure.supylabel("Validation loss (nats per token)", fontsize=7)
-    _legend(figure, fits, fits.arms, diverged=bool(fits.diverged))
+    legend(figure, fits, fits.arms, diverged=bool(fits.diverged))
     return figure
 
 
@@ -151,16 +140,16 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
             continue
         strength = shades[flops] = 0.3 + 0.7 * (i + 1) / len(fits.budgets)
         for arm in fits.arms:
-            colour, _, line = _style(fits, arm)
+            colour, _, line = style(fits, arm)
             parabola = fits.parabola(arm, flops, "forward_flops")
             if parabola is not None and parabola.refusal is None:
-                x, y = _trace(parabola)
+                x, y = trace(parabola)
                 ax.plot(x / best.optimum, y / best.loss, color=colour, alpha=strength,
                         linestyle=line, linewidth=0.9)  # fmt: skip
         for run in (r for r in records if r.budget_flops == flops and r.eval_loss is not None):
             assert run.eval_loss is not None
             x = run.forward_flops_per_token / best.optimum
-            _draw_run(ax, fits, run, x, run.eval_loss / best.loss, strength)
+            draw_run(ax, fits, run, x, run.eval_loss / best.loss, strength)
     if not shades:
         ax.set_axis_off()
         ax.text(0.5, 0.5, f"No budget has an accepted optimum of {fits.baseline}\nto compare with.",
@@ -168,7 +157,7 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
         return figure
     ax.axhline(1, color=INK, linewidth=0.5, zorder=0)
     ax.axvline(1, color=INK, linewidth=0.5, zorder=0)
-    _log_ticks(ax, (1, 2, 5), lambda x, _: f"{x:g}")
+    log_ticks(ax, (1, 2, 5), lambda x, _: f"{x:g}")
     ax.set_xlabel(f"Forward FLOPs per token, relative to the optimal {fits.baseline} model")
     ax.set_ylabel(f"Loss, relative to the optimal {fits.baseline} model")
     handles = [
@@ -178,7 +167,7 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
     ]  # fmt: skip
     ax.legend(handles=handles, loc="upper center", handletextpad=0, frameon=True,
               facecolor=SURFACE, edgecolor="none", framealpha=1)  # fmt: skip
-    _legend(figure, fits, fits.arms)
+    legend(figure, fits, fits.arms)
     return figure
 
 
@@ -191,7 +180,7 @@ def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
     smooth = {curve.run_id: _smooth(curve) for curve in curves}
     for curve in curves:
         x, y = smooth[curve.run_id]
-        (line,) = ax.plot(x, y, color=_style(fits, curve.arm)[0], alpha=0.5, linewidth=0.45)
+        (line,) = ax.plot(x, y, color=style(fits, curve.arm)[0], alpha=0.5, linewidth=0.45)
         line.set_gid(f"run:{curve.run_id}")
     for arm in fits.arms:
         found = [smooth[curve.run_id] for curve in curves if curve.arm == arm]
@@ -199,8 +188,8 @@ def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
             continue
         x, y = (np.concatenate(values) for values in zip(*found, strict=True))
         order = np.argsort(x)
-        colour, _, style = _style(fits, arm)
-        ax.plot(x[order], np.minimum.accumulate(y[order]), color=colour, linestyle=style,
+        colour, _, dashes = style(fits, arm)
+        ax.plot(x[order], np.minimum.accumulate(y[order]), color=colour, linestyle=dashes,
                 linewidth=1.5)  # fmt: skip
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -218,7 +207,7 @@ def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
     ax.yaxis.set_minor_locator(FixedLocator([]))
     ax.set_xlabel("Training FLOPs")
     ax.set_ylabel("Training loss (nats per token)")
-    _legend(figure, fits, [arm for arm in fits.arms if any(c.arm == arm for c in curves)],
+    legend(figure, fits, [arm for arm in fits.arms if any(c.arm == arm for c in curves)],
             marker=False)  # fmt: skip
     return figure
 
@@ -234,14 +223,14 @@ def optima_figure(fits: Fits) -> Figure | None:
     for arm, law in itertools.product(fits.arms, fits.laws):
         if (law.arm, law.quantity) != (arm, "parameters"):
             continue
-        colour, _, line = _style(fits, arm)
+        colour, _, line = style(fits, arm)
         if law.coefficient is not None and law.exponent is not None:
             sizes.plot(spread, law.coefficient * spread**law.exponent, color=colour,
                        linestyle=line)  # fmt: skip
     for p in fits.parabolas:
         if p.quantity == "parameters" and p.optimum is not None:
             values.append(p.optimum)
-            _draw_point(sizes, fits, p.arm, p.budget_flops, p.optimum, p.optimum_interval)
+            draw_point(sizes, fits, p.arm, p.budget_flops, p.optimum, p.optimum_interval)
     if values:
         sizes.set_yscale("log")
         sizes.set_ylim(min(values) / 2, max(values) * 2)
@@ -249,12 +238,12 @@ def optima_figure(fits: Fits) -> Figure | None:
         sizes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: count(y)))
         sizes.yaxis.set_minor_formatter(NullFormatter())
     sizes.set_ylabel(f"Optimal\n{KINDS['parameters', fits.size]}")
-    gaps.axhline(0, color=_style(fits, fits.baseline)[0], linewidth=1.1)
+    gaps.axhline(0, color=style(fits, fits.baseline)[0], linewidth=1.1)
     others = [arm for arm in fits.arms if arm != fits.baseline]
     for gap in fits.gaps:
         if gap.percent is not None:
             shift = 1.06 ** (others.index(gap.arm) - (len(others) - 1) / 2)
-            _draw_point(gaps, fits, gap.arm, gap.budget_flops * shift, gap.percent,
+            draw_point(gaps, fits, gap.arm, gap.budget_flops * shift, gap.percent,
                         gap.percent_interval)  # fmt: skip
     gaps.set_ylabel(f"Loss at the optimum\nagainst {fits.baseline}'s (%)")
     gaps.margins(y=0.15)
@@ -265,13 +254,8 @@ def optima_figure(fits: Fits) -> Figure | None:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: budget(x)))
         ax.xaxis.set_minor_locator(FixedLocator([]))
         ax.set_xlabel("Budget (training FLOPs)")
-    _legend(figure, fits, fits.arms)
+    legend(figure, fits, fits.arms)
     return figure
-
-
-def _style(fits: Fits, arm: str) -> tuple[str, str, Any]:
-    turn, i = divmod(fits.arms.index(arm), len(COLOURS))
-    return COLOURS[i], MARKERS[(i + turn) % len(MARKERS)], LINES[(i - turn) % len(LINES)]
 
 
 def _short(refusal: str | None) -> str:
@@ -279,97 +263,8 @@ def _short(refusal: str | None) -> str:
     return "" if refusal is None else refusal.split(";")[0].split(":")[0].split(",")[0]
 
 
-def _trace(parabola: Parabola) -> tuple[np.ndarray, np.ndarray]:
-    assert parabola.low is not None and parabola.high is not None
-    x = np.geomspace(parabola.low, parabola.high, 100)
-    return x, parabola.at(x)
-
-
-def _draw_parabola(ax: Axes, fits: Fits, p: Parabola) -> None:
-    """The parabola over the sampled range; its vertex, dropped to the vertex's interval below."""
-    assert p.optimum is not None and p.loss is not None and p.optimum_interval is not None
-    colour, marker, line = _style(fits, p.arm)
-    x, y = _trace(p)
-    ax.plot(x, y, color=colour, linestyle=line)
-    height = 0.02 + 0.028 * fits.arms.index(p.arm)
-    ax.plot(np.clip(p.optimum_interval, x[0], x[-1]), [height, height], color=colour,
-            transform=ax.get_xaxis_transform(), linewidth=1.6, solid_capstyle="butt")  # fmt: skip
-    ax.annotate(
-        "",
-        (p.optimum, height),
-        (p.optimum, p.loss),
-        xycoords=ax.get_xaxis_transform(),
-        textcoords="data",
-        arrowprops={
-            "arrowstyle": "-",
-            "color": colour,
-            "linewidth": 0.5,
-            "shrinkA": 3.2,
-            "shrinkB": 0,
-        },
-    )
-    (mark,) = ax.plot(
-        [p.optimum],
-        [p.loss],
-        marker=marker,
-        markersize=6.5,
-        color=colour,
-        markerfacecolor="none",
-        markeredgewidth=0.9,
-        linestyle="",
-        zorder=4,
-    )
-    mark.set_gid(f"optimum:{p.arm}:{p.budget_flops}")
-
-
-def _draw_run(
-    ax: Axes, fits: Fits, run: Record, x: float, y: float | None, strength: float = 1.0
-) -> None:
-    """One run; a diverged one as a cross on the upper edge."""
-    colour, marker, _ = _style(fits, run.variant)
-    if y is None:
-        (mark,) = ax.plot([x], [0.97], marker="x", color=colour, markersize=4, linestyle="",
-                          transform=ax.get_xaxis_transform(), zorder=3)  # fmt: skip
-    else:
-        (mark,) = ax.plot([x], [y], marker=marker, color=colour, alpha=strength, linestyle="",
-                          markeredgecolor=SURFACE, markeredgewidth=0.35, zorder=5)  # fmt: skip
-    mark.set_gid(f"run:{run.run_id}")
-
-
-def _draw_point(ax: Axes, fits: Fits, arm: str, x: float, y: float, ends: Range | None) -> None:
-    colour, marker, _ = _style(fits, arm)
-    if ends is not None and all(math.isfinite(end) for end in ends):
-        ax.plot([x, x], ends, color=colour, linewidth=0.9)
-    else:
-        ax.axvline(x, color=colour, linewidth=0.7, linestyle=":")  # an unbounded interval
-    ax.plot([x], [y], marker=marker, color=colour, markersize=4.2, markeredgecolor=SURFACE,
-            markeredgewidth=0.35, linestyle="")  # fmt: skip
-
-
 def _smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     """Running mean over a twentieth of the curve's points."""
     width = max(1, len(curve.loss) // 20)
     mean = np.convolve(curve.loss, np.ones(width) / width, mode="valid")
     return curve.flops[width - 1 :], mean
-
-
-def _log_ticks(ax: Axes, subs: tuple[int, ...], show: Any = lambda x, _: count(x)) -> None:
-    """A log abscissa with plain labels at `subs` times the powers of ten."""
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=subs))
-    ax.xaxis.set_major_formatter(FuncFormatter(show))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend(
-    figure: Figure, fits: Fits, arms: Sequence[str], marker: bool = True, diverged: bool = False
-) -> None:
-    handles = []
-    for arm in arms:
-        colour, shape, line = _style(fits, arm)
-        handles.append(Line2D([], [], color=colour, linestyle=line, label=arm,
-                              marker=shape if marker else ""))  # fmt: skip
-    if diverged:
-        handles.append(Line2D([], [], color=INK, marker="x", linestyle="", label="diverged"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)),
-                  columnspacing=1.6)  # fmt: skip

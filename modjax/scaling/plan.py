@@ -9,7 +9,6 @@ forward FLOPs equal the optimal baseline's). So all arms see about the same numb
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from modjax.config import (
@@ -22,138 +21,10 @@ from modjax.config import (
     require,
 )
 from modjax.flops import forward_flops, parameters, total_flops, train_flops
+from modjax.scaling.sweep_config import RECIPE_FIELDS, SHAPE_FIELDS, Recipe, SweepConfig
 
 # What an arm can say beside the model fields in which it differs.
 ARM_FIELDS = ("recipe", "forward_ratio")
-# Fields that the sweep's rules decide, and that its `model` and `train` groups must leave out.
-SHAPE_FIELDS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
-RECIPE_FIELDS = ("batch_size", "steps", "learning_rate", "warmup_steps", "seed")
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """Predicted optimum of the baseline: N*(C) = params (C / budget)^exponent, non-embedding."""
-
-    budget: float
-    params: float
-    exponent: float = 0.5
-
-    def __post_init__(self):
-        for name in ("budget", "params"):
-            value = getattr(self, name)
-            require(value > 0, f"sweep.optimum.{name}", value, "must be greater than 0")
-
-    def at(self, budget: float) -> float:
-        return self.params * (budget / self.budget) ** self.exponent
-
-
-@dataclass(frozen=True)
-class ShapeRule:
-    """Every shape follows from its width d, a multiple of `width_multiple`.
-
-    As many heads as divide d into even widths of at least `head_dim`; layers d / aspect rounded to
-    a multiple of `layer_multiple`, at least one of them; feed-forward width ff_multiple * d.
-    `layer_multiple` must be a common multiple of the arms' pattern lengths, so that every arm can
-    use every shape.
-    """
-
-    width_multiple: int
-    head_dim: int
-    aspect: float
-    layer_multiple: int
-    ff_multiple: float = 4.0
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(value > 0, f"sweep.shape.{field.name}", value, "must be greater than 0")
-        require(
-            self.width_multiple % 2 == 0, "sweep.shape.width_multiple", self.width_multiple,
-            "must be even, for rotary positions",
-        )  # fmt: skip
-
-    def at(self, width: int) -> dict[str, int]:
-        groups = max(1, math.floor(width / self.aspect / self.layer_multiple + 0.5))
-        even_divisors = (h for h in range(1, width // 2 + 1) if width % (2 * h) == 0)
-        heads = max(h for h in even_divisors if h == 1 or width / h >= self.head_dim)
-        values = (
-            width,
-            groups * self.layer_multiple,
-            heads,
-            heads,
-            round(self.ff_multiple * width),
-        )
-        return dict(zip(SHAPE_FIELDS, values, strict=True))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The training recipe that all arms share, by rule of width d and budget C.
-
-    batch B = batch_size (C / optimum.budget)^batch_exponent sequences, rounded to a power of two
-    where the exponent is not 0; peak learning rate = learning_rate * sqrt(B) / d; warm-up =
-    warmup_fraction of the steps.
-    """
-
-    batch_size: int
-    learning_rate: float
-    warmup_fraction: float
-    batch_exponent: float = 0.0
-
-    def __post_init__(self):
-        for name in ("batch_size", "learning_rate"):
-            value = getattr(self, name)
-            require(value > 0, f"sweep.recipe.{name}", value, "must be greater than 0")
-        require(
-            0 <= self.warmup_fraction <= 1, "sweep.recipe.warmup_fraction", self.warmup_fraction,
-            "must be in [0, 1]",
-        )  # fmt: skip
-
-    def batch_at(self, ratio: float) -> int:
-        """Sequences per step at `ratio` = C / optimum.budget."""
-        if self.batch_exponent == 0:
-            return self.batch_size
-        return max(1, 2 ** round(math.log2(self.batch_size * ratio**self.batch_exponent)))
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """Arms x budgets x sizes x seeds.
-
-    arms: name -> the model fields in which the arm differs, and up to two more: a group `recipe`
-      changes the recipe of one arm, to check that the shared one is fair to all; `forward_ratio`
-      centres its grid on that multiple of the baseline's forward FLOPs instead of on 1.
-    baseline: the arm that sets the grid, and that the others are compared with.
-    budgets: training FLOPs, in the "matmul" convention of modjax.flops.
-    sizes, spread: so many sizes per arm and budget, within `spread` decades of non-embedding
-      parameters on either side of the predicted optimum. Wide grids bias the fit: 0.6 or less.
-    seeds: initialisations; the order of the data is the same for all runs.
-    flops_per_second: what one worker is expected to reach, for the estimated time only.
-    """
-
-    arms: dict[str, Any]
-    baseline: str
-    budgets: tuple[float, ...]
-    sizes: int
-    spread: float
-    optimum: Optimum
-    shape: ShapeRule
-    recipe: Recipe
-    flops_per_second: float
-    seeds: tuple[int, ...] = (0,)
-
-    def __post_init__(self):
-        require(isinstance(self.arms, Mapping), "sweep.arms", self.arms, "must be a group of arms")
-        for name in ("arms", "budgets", "seeds"):
-            value = getattr(self, name)
-            require(len(value) > 0, f"sweep.{name}", value, "must name at least one")
-        require(self.baseline in self.arms, "sweep.baseline", self.baseline,
-                f"must be one of {', '.join(self.arms)}")  # fmt: skip
-        for budget in self.budgets:
-            require(budget > 0, "sweep.budgets", budget, "must be greater than 0")
-        for name in ("sizes", "spread", "flops_per_second"):
-            value = getattr(self, name)
-            require(value > 0, f"sweep.{name}", value, "must be greater than 0")
 
 
 def plan(

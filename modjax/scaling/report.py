@@ -4,9 +4,7 @@ It refers to nothing outside itself: styles and the script (report.css, report.j
 file) are written into it, and so are the figures, as SVG whose marks show their run on hover.
 """
 
-import html
 import json
-import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,9 +14,10 @@ from modjax.config import require
 from modjax.files import write_atomically
 from modjax.records import Record, read_records, run_dir, write_csv
 from modjax.scaling import words
-from modjax.scaling.figures import FAINT, INK, SURFACE, draw_all, read_curves
+from modjax.scaling.figures import draw_all, read_curves
 from modjax.scaling.fit import fit_all
 from modjax.scaling.numbers import budget, count
+from modjax.scaling.page import bullets, details, inline_svg, script, table, text
 from modjax.scaling.results import Fits, save_json
 
 CAPTIONS = {
@@ -85,24 +84,24 @@ def render(workdir: Path, records: Sequence[Record], fits: Fits, figures: dict[s
     title = f"modjax: {', '.join(others)}{' against ' * bool(others)}{fits.baseline}"
     resources = files("modjax.scaling")
     body = [
-        f"<h1>{_text(title)}</h1>",
+        f"<h1>{text(title)}</h1>",
         *_summary(workdir, records, fits, plan),
         "<h2>Figures</h2>",
         *(_figure(name, path, fits) for name, path in figures.items()),
         "<h2>Fits in words</h2>",
-        f"<p>{_text(words.method(fits))}</p>",
-        _bullets(words.sentences(fits)[len(fits.gaps) :]),  # the gaps open the page
+        f"<p>{text(words.method(fits))}</p>",
+        bullets(words.sentences(fits)[len(fits.gaps) :]),  # the gaps open the page
         "<h2>Fits in numbers</h2>",
-        _table(words.HEADER, words.rows(fits)),
+        table(words.HEADER, words.rows(fits)),
         *_gap_table(fits),
         *_law_table(fits),
         *_repeat_table(fits),
         "<h2>Diverged, refused and missing</h2>",
-        _bullets(_exceptions(workdir, records, fits, plan)),
+        bullets(_exceptions(workdir, records, fits, plan)),
         "<h2>Runs</h2>",
         "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
         "token. All fields are in results.csv beside this file.</p>",
-        _table(RUN_COLUMNS, [[_cell(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
+        table(RUN_COLUMNS, [[_cell(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
                keys=[[_key(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
                rows=[f"run:{r.run_id}" for r in records]),
         "<h2>Config</h2>",
@@ -111,10 +110,10 @@ def render(workdir: Path, records: Sequence[Record], fits: Fits, figures: dict[s
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title>\n<style>{(resources / 'report.css').read_text()}</style>"
+        f"<title>{text(title)}</title>\n<style>{(resources / 'report.css').read_text()}</style>"
         f"</head>\n<body>\n<main>\n{chr(10).join(body)}\n</main>\n"
         '<div id="tip" role="tooltip" hidden></div>\n'
-        f'<script type="application/json" id="tips">{_script(tips)}</script>\n'
+        f'<script type="application/json" id="tips">{script(tips)}</script>\n'
         f"<script>{(resources / 'report.js').read_text()}</script>\n</body></html>\n"
     )
 
@@ -135,24 +134,6 @@ def run_tip(r: Record) -> str:
     )
 
 
-def inline_svg(text: str, name: str) -> str:
-    """A matplotlib SVG as part of a page: no prologue, no namespaces, colours that follow the page.
-
-    `id="run:..."` and `id="optimum:..."` become `data-tip`, because a run is in several figures;
-    every other id gets the figure's name in front.
-    """
-    svg = text[text.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'id="((?:run|optimum):[^"]*)"', r'data-tip="\1" tabindex="0"', svg)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    svg = svg.replace("url(#", f"url(#{name}-")
-    svg = svg.replace(INK, "currentColor").replace(SURFACE, "var(--surface)")
-    return svg.replace(FAINT, "var(--faint)")
-
-
 def _summary(
     workdir: Path, records: Sequence[Record], fits: Fits, plan: dict[str, Any]
 ) -> list[str]:
@@ -170,15 +151,15 @@ def _summary(
         "Versions": ", ".join([*(f"modjax {c}" for c in code), *versions]),
         "Data": ", ".join(sorted({r.data_fingerprint for r in records})),
     }
-    rows = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
+    rows = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in facts.items())
     headline = [words.gap_sentence(gap) for gap in fits.gaps]
-    return [_bullets(headline) if headline else "", f'<dl class="facts">{rows}</dl>']
+    return [bullets(headline) if headline else "", f'<dl class="facts">{rows}</dl>']
 
 
 def _figure(name: str, path: Path, fits: Fits) -> str:
     caption = CAPTIONS[name].format(baseline=fits.baseline)
     svg = inline_svg(path.read_text(encoding="utf-8"), name)
-    return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>"
 
 
 def _gap_table(fits: Fits) -> list[str]:
@@ -199,7 +180,7 @@ def _gap_table(fits: Fits) -> list[str]:
     ]  # fmt: skip
     header = (f"against {fits.baseline}", "budget", "loss gap", "95% interval", "%",
               "95% interval", "FLOPs ratio", "95% interval")  # fmt: skip
-    return [_table(header, rows)]
+    return [table(header, rows)]
 
 
 def _law_table(fits: Fits) -> list[str]:
@@ -210,13 +191,13 @@ def _law_table(fits: Fits) -> list[str]:
         if law.coefficient is not None and law.exponent is not None
     ]  # fmt: skip
     header = ("arm", "at the optimum", "coefficient", "exponent of C", "95% interval", "optima")
-    return [_table(header, rows)] if rows else []
+    return [table(header, rows)] if rows else []
 
 
 def _repeat_table(fits: Fits) -> list[str]:
     if not fits.repeats:
         return []
-    return ["<h3>Seeds</h3>", _table(words.REPEAT_HEADER, words.repeat_rows(fits))]
+    return ["<h3>Seeds</h3>", table(words.REPEAT_HEADER, words.repeat_rows(fits))]
 
 
 def _exceptions(
@@ -247,10 +228,10 @@ def _config(plan: dict[str, Any], specs: dict[str, dict[str, Any]]) -> list[str]
     parts = []
     if shared:
         rows = [(name, json.dumps(value)) for name, value in shared.items()]
-        parts += ["<h3>The same in every run</h3>", _table(("field", "value"), rows)]
+        parts += ["<h3>The same in every run</h3>", table(("field", "value"), rows)]
     if plan:
-        parts.append(_details("plan.json", plan))
-    return [*parts, *(_details(f"{run_id} spec.json", spec) for run_id, spec in specs.items())]
+        parts.append(details("plan.json", plan))
+    return [*parts, *(details(f"{run_id} spec.json", spec) for run_id, spec in specs.items())]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -270,26 +251,6 @@ def _json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _script(value: Any) -> str:
-    """JSON that may stand inside a script element."""
-    return json.dumps(value).replace("<", "\\u003c")
-
-
-def _bullets(items: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_text(item)}</li>' for item in items)}</ul>"
-
-
-def _details(title: str, value: Any) -> str:
-    return (
-        f"<details><summary>{_text(title)}</summary>"
-        f"<pre>{_text(json.dumps(value, indent=1))}</pre></details>"
-    )
-
-
 def _cell(value: object) -> str:
     if value is None:
         return ""
@@ -300,25 +261,3 @@ def _cell(value: object) -> str:
 
 def _key(value: object) -> str:
     return "" if value is None else str(value)
-
-
-def _table(
-    header: Iterable[str],
-    body: Sequence[Sequence[str]],
-    keys: Sequence[Sequence[str]] | None = None,
-    rows: Sequence[str] | None = None,
-) -> str:
-    """A sortable table; `keys` are the values to sort by, `rows` the tooltip of each row."""
-    head = "".join(f'<th scope="col"><button>{_text(name)}</button></th>' for name in header)
-    lines = []
-    for i, cells in enumerate(body):
-        tip = f' data-row="{_text(rows[i])}"' if rows else ""
-        values = "".join(
-            f'<td data-key="{_text(keys[i][j] if keys else cell)}">{_text(cell)}</td>'
-            for j, cell in enumerate(cells)
-        )
-        lines.append(f"<tr{tip}>{values}</tr>")
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )

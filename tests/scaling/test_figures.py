@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from modjax.scaling.figures import (
-    COLOURS,
     Curve,
     curves_figure,
     draw_all,
@@ -15,6 +14,7 @@ from modjax.scaling.figures import (
     read_curves,
 )
 from modjax.scaling.fit import fit_all
+from modjax.scaling.marks import COLOURS
 
 
 def marks(figure, prefix):
