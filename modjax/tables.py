@@ -8,8 +8,8 @@ from modjax.flops import CONVENTIONS, forward_flops, parameters, six_nd, total_f
 from modjax.records import Record
 from modjax.scaling.cells import Cell
 from modjax.scaling.numbers import clock, count
-from modjax.scaling.run import Outcome
 from modjax.scaling.status import STATES, Status
+from modjax.scaling.sweep import Outcome
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

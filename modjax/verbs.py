@@ -61,7 +61,7 @@ def _load_sweep(args: argparse.Namespace) -> Any:
 
 def plan(args: argparse.Namespace) -> None:
     from modjax.records import read_records
-    from modjax.scaling.run import open_data, plan_table
+    from modjax.scaling.sweep import open_data, plan_table
     from modjax.tables import plan_text
 
     experiment = _load_sweep(args)
@@ -80,11 +80,11 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    from modjax.scaling import run
+    from modjax.scaling.sweep import check, open_data
 
     experiment = _load_sweep(args)
-    cache = run.open_data(experiment, args.data_dir)
-    run.check(experiment, cache)
+    cache = open_data(experiment, args.data_dir)
+    check(experiment, cache)
     return _run_plan(args, experiment, cache.manifest.fingerprint, jobs=args.jobs)
 
 
@@ -92,12 +92,12 @@ def _run_plan(
     args: argparse.Namespace, experiment: Any, fingerprint: str, *, jobs: int,
     only: RunSpec | None = None,
 ) -> int:  # fmt: skip
-    from modjax.scaling import run
     from modjax.scaling.engines.local import Stopped
+    from modjax.scaling.sweep import sweep
     from modjax.tables import outcome_text
 
     try:
-        outcome = run.sweep(
+        outcome = sweep(
             experiment,
             workdir=args.workdir,
             data_dir=args.data_dir,
@@ -159,11 +159,11 @@ def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
 
 
 def train(args: argparse.Namespace) -> int:
-    from modjax.scaling import run
+    from modjax.scaling.sweep import open_data
 
     experiment = _load(args)
     spec = _choose(args, experiment.specs)
-    fingerprint = run.open_data(experiment, args.data_dir).manifest.fingerprint
+    fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
     if args.distributed:
         return _train_distributed(args, experiment, spec, fingerprint)
     return _run_plan(args, experiment, fingerprint, jobs=1, only=spec)
@@ -172,7 +172,8 @@ def train(args: argparse.Namespace) -> int:
 def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
     """This process's part of a run that all hosts of a slice do together."""
     from modjax.records import run_dir
-    from modjax.scaling.run import claim, compilation_cache, run
+    from modjax.scaling.run import compilation_cache, run
+    from modjax.scaling.sweep import claim
 
     os.environ.update(compilation_cache())
     import jax

@@ -3,14 +3,18 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from modjax.config import RunSpec
 from modjax.flops import parameters, run_flops
+from modjax.records import Record
 from modjax.scaling.plan import forward_per_token, forward_ratio, non_embedding
 from modjax.scaling.sweep_config import SweepConfig
 
 BUDGET_TOLERANCE = 0.01
 CENTRE_TOLERANCE_DECADES = 0.15
+# FLOP/s of a CPU core or two: for the remaining time of the first run without a sweep's estimate.
+UNMEASURED = 3e10
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Cell:
     learning_rate: float
     epochs: float | None
     forward_flops_per_token: float
-    run_flops: float
+    train_flops: float
     achieved: float
     seconds: float
     flags: tuple[str, ...]
@@ -55,6 +59,14 @@ def cells(
         _cell(spec, epochs(spec), flops_per_second, (spec.variant, spec.budget_flops) in off_centre)
         for spec in specs
     ]
+
+
+def flops_per_second(config: dict[str, Any], records: Sequence[Record]) -> float:
+    """What one worker reaches: measured over the records, or as the sweep's config expects."""
+    seconds = sum(record.wall_seconds for record in records)
+    if seconds > 0:
+        return sum(record.train_flops for record in records) / seconds
+    return config["sweep"]["flops_per_second"] if "sweep" in config else UNMEASURED
 
 
 def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) -> Cell:
@@ -86,7 +98,7 @@ def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) ->
         learning_rate=train.learning_rate,
         epochs=epochs,
         forward_flops_per_token=forward_per_token(model, train.seq_len),
-        run_flops=spent,
+        train_flops=spent,
         achieved=achieved,
         seconds=spent / rate,
         flags=tuple(name for name, marked in marks.items() if marked),

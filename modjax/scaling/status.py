@@ -7,7 +7,8 @@ from pathlib import Path
 
 from modjax.config import RunSpec, from_dict, require
 from modjax.records import read_record, read_records, run_dir
-from modjax.scaling.run import flops_per_second, is_running
+from modjax.scaling.cells import flops_per_second
+from modjax.scaling.run import is_running
 
 STATES = ("done", "diverged", "running", "failed", "waiting")
 

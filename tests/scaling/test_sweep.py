@@ -16,6 +16,7 @@ from modjax.config import InputError
 from modjax.files import is_disk_full
 from modjax.records import read_record
 from modjax.scaling import run as runs
+from modjax.scaling import sweep as sweeps
 from modjax.scaling.experiment import load
 from modjax.scaling.status import status
 
@@ -27,7 +28,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from modjax.scaling.experiment import load
-from modjax.scaling.run import sweep
+from modjax.scaling.sweep import sweep
 config, workdir, data_dir, jobs = sys.argv[1:5]
 outcome = sweep(load(config, sys.argv[5:]), workdir=Path(workdir), data_dir=Path(data_dir),
                 jobs=int(jobs), command="driver", data_fingerprint="f", train="stand_in:train")
@@ -46,7 +47,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def sweep(folders, *overrides: str, jobs: int = 2, fingerprint: str = "f"):
-    return runs.sweep(
+    return sweeps.sweep(
         load(str(CONFIG), [*SMALL, *overrides]), workdir=folders[0], data_dir=folders[1],
         jobs=jobs, command="test", data_fingerprint=fingerprint, train="stand_in:train",
     )  # fmt: skip
@@ -203,7 +204,7 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_finished(folders):
 
 def test_workers_that_cannot_start_end_the_sweep_with_their_words(folders):
     with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
-        runs.sweep(
+        sweeps.sweep(
             load(str(CONFIG), SMALL), workdir=folders[0], data_dir=folders[1], jobs=1,
             command="test", data_fingerprint="f", train="no_such_module:train",
         )  # fmt: skip
@@ -222,7 +223,7 @@ def test_a_folder_of_another_plan_is_refused_but_a_plan_may_grow(folders):
 
 def test_the_plan_keeps_the_command_that_made_it(folders):
     def claim(command: str, *overrides: str) -> str:
-        runs.claim(load(str(CONFIG), [*SMALL, *overrides]), folders[0], command, "f")
+        sweeps.claim(load(str(CONFIG), [*SMALL, *overrides]), folders[0], command, "f")
         return json.loads((folders[0] / "plan.json").read_text())["command"]
 
     assert claim("modjax sweep first") == "modjax sweep first"
