@@ -1,10 +1,14 @@
 """8 fake devices, strict numerics, and a tiny real token cache that needs no TensorFlow."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from modjax.config import DataConfig
 from modjax.data.cache import Manifest, Split, cache_dir
@@ -43,3 +47,43 @@ def tiny_data_dir(tmp_path_factory) -> Path:
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.to_json())
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """A token cache of two million random letters, written as modjax/data/cache.py describes."""
+    folder = tmp_path_factory.mktemp("data")
+    path = cache_dir(folder, DataConfig())
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, tokens in (("train", 2_000_000), ("validation", 100_000)):
+        array = ts.open(
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path / split}/"}},
+            create=True, dtype=ts.uint16, shape=[tokens],
+        ).result()  # fmt: skip
+        array.write(rng.integers(3, 30, tokens).astype(np.uint16)).result()
+        splits[split] = Split(documents=1, tokens=tokens, bytes=tokens)
+    manifest = Manifest("stdlib", "bytes", 259, 1, "random", "f00", splits)
+    (path / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
+@pytest.fixture
+def modjax(tmp_path_factory):
+    """Starts `modjax ARGUMENTS...` in a process group of its own, which ends with the test."""
+    started = []
+    cache = tmp_path_factory.getbasetemp() / "cache"  # its compiled programs stay out of the user's
+
+    def start(*arguments: object, **environment: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "modjax.cli", *map(str, arguments)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)} | environment,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -1,58 +1,19 @@
 """The command line as a user meets it: what it prints, one line for bad input, exit codes."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import tensorstore as ts
 
 from modjax.bench import BENCHMARKS
 from modjax.cli import main
-from modjax.config import DataConfig
-from modjax.data.cache import Manifest, Split, cache_dir
 from modjax.scaling.experiment import load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = f"--config={CONFIGS / 'tiny.py'}"
-# Two runs of a few seconds, most of it compilation: one size, two layers.
-SMALL = [
-    "--config.sweep.sizes=1", "--config.sweep.budgets=5e9", "--config.train.seq_len=32",
-    "--config.sweep.optimum.budget=5e9", "--config.sweep.optimum.params=6e3",
-    "--config.sweep.shape.layer_multiple=2", "--config.sweep.recipe.batch_size=2",
-    "--config.train.eval_sequences=4",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """A token cache of two million random letters, written as modjax/data/cache.py describes."""
-    folder = tmp_path_factory.mktemp("data")
-    path = cache_dir(folder, DataConfig())
-    rng = np.random.default_rng(0)
-    splits = {}
-    for split, tokens in (("train", 2_000_000), ("validation", 100_000)):
-        array = ts.open(
-            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path / split}/"}},
-            create=True, dtype=ts.uint16, shape=[tokens],
-        ).result()  # fmt: skip
-        array.write(rng.integers(3, 30, tokens).astype(np.uint16)).result()
-        splits[split] = Split(documents=1, tokens=tokens, bytes=tokens)
-    manifest = Manifest("stdlib", "bytes", 259, 1, "random", "f00", splits)
-    (path / "manifest.json").write_text(manifest.to_json())
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def own_compilation_cache(tmp_path_factory, monkeypatch):
-    """Compiled programs of the tests stay out of the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def said(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -245,57 +206,3 @@ def test_an_unknown_public_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = modjax.nonsense
     assert "Transformer" in dir(modjax)
-
-
-def modjax(*arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "modjax.cli", *arguments], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def test_a_sweep_from_config_to_status_with_real_training(data_dir, tmp_path, capsys):
-    where = [f"--workdir={tmp_path / 'work'}", f"--data-dir={data_dir}"]
-    process = modjax("sweep", TINY, *SMALL, *where, "--jobs=2", "--json")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    records = json.loads(out)["records"]
-    assert [record["variant"] for record in records] == ["dense", "mod12"]
-    for record in records:
-        assert record["status"] == "finished"
-        assert record["train_flops"] == pytest.approx(5e9, rel=0.01)
-        # Random letters among 27: nothing below log 27 can be learned.
-        assert np.log(27) - 0.1 < record["eval_loss"] < np.log(272)
-    assert len(err.splitlines()) == 2, f"one plain line per run, and no noise: {err}"
-
-    plan = json.loads((tmp_path / "work" / "plan.json").read_text())
-    assert plan["command"].startswith("modjax sweep --config=")
-    assert sorted(plan["runs"]) == sorted(record["run_id"] for record in records)
-    code, out, _ = said(capsys, "status", where[0], "--json")
-    assert code == 0 and json.loads(out)["done"] == 2
-    code, out, _ = said(capsys, "plan", TINY, *SMALL, *where, "--json")
-    measured = sum(r["train_flops"] for r in records) / sum(r["wall_seconds"] for r in records)
-    assert json.loads(out)[0]["seconds"] == pytest.approx(5e9 / measured, rel=0.01)
-
-
-def test_sigterm_saves_a_single_run_and_exits_with_75(data_dir, tmp_path):
-    arguments = [
-        "train", f"--config={CONFIGS / 'single.py'}", f"--workdir={tmp_path}",
-        f"--data-dir={data_dir}", "--config.model.num_layers=2", "--config.model.d_model=16",
-        "--config.model.num_heads=1", "--config.model.num_kv_heads=1", "--config.model.d_ff=32",
-        "--config.train.steps=100000", "--config.train.seq_len=16", "--config.data.max_epochs=50",
-        "--config.execution.log_every=5",
-    ]  # fmt: skip
-    process = modjax(*arguments)
-    deadline = time.monotonic() + 120
-    while not any(p.stat().st_size for p in tmp_path.glob("runs/*/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert (
-        err.splitlines()[-1] == "modjax: stopped, state saved; the same command goes on from here"
-    )
-    assert list(tmp_path.glob("runs/*/checkpoints/*"))
