@@ -11,13 +11,10 @@ import fcntl
 import hashlib
 import importlib.util
 import os
-import platform
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +32,13 @@ from modjax.data.cache import (
     shown,
     url,
 )
-from modjax.data.documents import Scan, scan_text, stdlib_documents
+from modjax.data.corpus import CORPORA, Corpus, check_corpus, load_tasks, sha256
 from modjax.data.upload import check_writable, upload
 from modjax.data.vocabulary import TRAINING_BYTES, Vocab, parse_vocab, train_sentencepiece
 from modjax.data.writer import Written, read_journal, write_journal, write_split
 from modjax.files import is_disk_full, user_cache, write_atomically
 
-CORPORA = ("stdlib", "c4", "lm1b")
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Input that has been checked. source names it in the manifest, with a hash where it can."""
-
-    name: str
-    source: str
-    files: tuple[Path, ...] = ()
-    scan: Scan | None = None
-    tfds_name: str | None = None
 
 
 def prepare(
@@ -78,10 +63,10 @@ def prepare(
     """
     _check_packages()
     wanted = parse_vocab(vocab)
-    corpus = _check_corpus(name, [Path(file) for file in text_files], tfds_name)
+    corpus = check_corpus(name, [Path(file) for file in text_files], tfds_name)
     source = corpus.source
     if wanted.file is not None:
-        source += f"; {wanted.name} sha256 {_sha256(wanted.file.read_bytes())}"
+        source += f"; {wanted.name} sha256 {sha256(wanted.file.read_bytes())}"
     final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=wanted.name))
     bucket = url(final)
     there = final.exists() if bucket is None else read_manifest(bucket) is not None
@@ -92,7 +77,7 @@ def prepare(
         _make(final, corpus, wanted, source)
         return final
     check_writable(bucket)
-    here = user_cache("upload") / _sha256(bucket.encode())[:16] / final.name
+    here = user_cache("upload") / sha256(bucket.encode())[:16] / final.name
     if not _was_made(here, source):
         _make(here, corpus, wanted, source)
     with _locked(here), _reporting(final.name) as report:
@@ -112,7 +97,7 @@ def _was_made(folder: Path, source: str) -> bool:
 def _make(final: Path, corpus: Corpus, wanted: Vocab, source: str) -> None:
     """Makes the cache in the local folder `final`, replacing what is there."""
     if corpus.tfds_name is not None:
-        _load_tasks().download(corpus.tfds_name)
+        load_tasks().download(corpus.tfds_name)
     partial = final.with_name(f".{final.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -142,30 +127,6 @@ def _check_packages() -> None:
             "missing packages; pip install -e '.[data]'")  # fmt: skip
 
 
-def _check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:
-    require(not (files and tfds_name), "--tfds", tfds_name, "cannot be combined with --text")
-    if tfds_name in CORPORA and name in (None, tfds_name):
-        name, tfds_name = tfds_name, None
-    if files or tfds_name:
-        name = name or ("text" if files else re.sub(r"[^\w.-]", "-", tfds_name or ""))
-        require(name not in CORPORA, "--name", name, "is a built-in corpus; choose another name")
-    name = name or CORPORA[0]
-    require(re.fullmatch(r"\w[\w.-]*", name) is not None, "--name", name,
-            "must be made of letters, digits, '-', '_' and '.'")  # fmt: skip
-    if files:
-        scan = scan_text(files)
-        return Corpus(name, f"text sha256 {scan.digest}", tuple(files), scan)
-    require(tfds_name is not None or name in CORPORA, "--name", name,
-            f"unknown corpus; must be one of {', '.join(CORPORA)}, or come with --text or "
-            f"--tfds")  # fmt: skip
-    if name == "stdlib":
-        digest = _sha256("\0".join(f"{d.id}\0{d.text}" for d in stdlib_documents()).encode())
-        return Corpus(name, f"stdlib of Python {platform.python_version()} sha256 {digest}")
-    tasks = _load_tasks()
-    full_name = tasks.resolve_tfds(tfds_name or {"c4": tasks.C4, "lm1b": tasks.LM1B}[name])
-    return Corpus(name, f"tfds {full_name}", tfds_name=full_name)
-
-
 def _check_same(made_from: str, source: str, corpus: Corpus, final: Path) -> None:
     where, other = shown(final), f"prepared from other input ({made_from})"
     if corpus.name in CORPORA:
@@ -183,7 +144,7 @@ def _fill(
     written = read_journal(partial, source_name)
     write_journal(partial, source_name, written)
     report("loading TensorFlow")
-    tasks = _load_tasks()
+    tasks = load_tasks()
     scratch = partial / "scratch"
     scratch.mkdir(exist_ok=True)
     report("reading the text")
@@ -244,13 +205,6 @@ def _model(path: Path, tasks: Any, source: Any, wanted: Vocab, corpus: Corpus) -
     return path.read_bytes()
 
 
-def _load_tasks() -> Any:
-    """The module that needs TensorFlow, loaded only once the input has been checked."""
-    from modjax.data import tasks
-
-    return tasks
-
-
 def _counted(
     batches: Iterator[Any], split: str, done: int, total: int, report: Callable[[str], None]
 ) -> Iterator[tuple[np.ndarray, int]]:
@@ -305,7 +259,3 @@ def _put_in_place(partial: Path, final: Path) -> None:
     os.rename(partial, final)
     (final / "journal.json").unlink()
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from modjax.config import InputError
-from modjax.data import prepare as module
+from modjax.data import corpus
 from modjax.data.cache import open_cache
 from modjax.data.prepare import prepare
 
@@ -29,7 +29,7 @@ def test_a_built_in_corpus_may_be_named_as_the_tfds_data_set_it_is(
     made_from, tmp_path, monkeypatch, name
 ):
     tasks = types.SimpleNamespace(C4="c4/full", LM1B="lm1b/full", resolve_tfds=lambda name: name)
-    monkeypatch.setattr(module, "_load_tasks", lambda: tasks)
+    monkeypatch.setattr(corpus, "load_tasks", lambda: tasks)
     path = made_from(name, f"tfds {name}/full")
     assert prepare(tfds_name=name, data_dir=tmp_path) == path
     assert prepare(name=name, data_dir=tmp_path) == path

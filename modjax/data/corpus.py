@@ -1,0 +1,64 @@
+"""What text is to be prepared, checked before anything is made."""
+
+import hashlib
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modjax.config import require
+from modjax.data.documents import Scan, scan_text, stdlib_documents
+
+CORPORA = ("stdlib", "c4", "lm1b")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Input that has been checked. source names it in the manifest, with a hash where it can."""
+
+    name: str
+    source: str
+    files: tuple[Path, ...] = ()
+    scan: Scan | None = None
+    tfds_name: str | None = None
+
+
+def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:
+    """The corpus that is asked for: the user's files, a TFDS data set, or one of `CORPORA`.
+
+    Raises InputError for what does not exist, cannot be read or has no name of its own.
+    """
+    require(not (files and tfds_name), "--tfds", tfds_name, "cannot be combined with --text")
+    if tfds_name in CORPORA and name in (None, tfds_name):
+        name, tfds_name = tfds_name, None
+    if files or tfds_name:
+        name = name or ("text" if files else re.sub(r"[^\w.-]", "-", tfds_name or ""))
+        require(name not in CORPORA, "--name", name, "is a built-in corpus; choose another name")
+    name = name or CORPORA[0]
+    require(re.fullmatch(r"\w[\w.-]*", name) is not None, "--name", name,
+            "must be made of letters, digits, '-', '_' and '.'")  # fmt: skip
+    if files:
+        scan = scan_text(files)
+        return Corpus(name, f"text sha256 {scan.digest}", tuple(files), scan)
+    require(tfds_name is not None or name in CORPORA, "--name", name,
+            f"unknown corpus; must be one of {', '.join(CORPORA)}, or come with --text or "
+            f"--tfds")  # fmt: skip
+    if name == "stdlib":
+        digest = sha256("\0".join(f"{d.id}\0{d.text}" for d in stdlib_documents()).encode())
+        return Corpus(name, f"stdlib of Python {platform.python_version()} sha256 {digest}")
+    tasks = load_tasks()
+    full_name = tasks.resolve_tfds(tfds_name or {"c4": tasks.C4, "lm1b": tasks.LM1B}[name])
+    return Corpus(name, f"tfds {full_name}", tfds_name=full_name)
+
+
+def load_tasks() -> Any:
+    """The module that needs TensorFlow, loaded only once the input has been checked."""
+    from modjax.data import tasks
+
+    return tasks
+
+
+def sha256(content: bytes) -> str:
+    """The hash of `content`, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
