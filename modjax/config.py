@@ -15,7 +15,12 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hint
 
 T = TypeVar("T")
 
-PATTERN_ENTRIES = ("dense", "mod", "stochastic")
+PATTERN_ENTRIES = (
+    "dense", "mod", "stochastic", "positional", "learned_position", "token_choice", "attention",
+    "threshold",
+)  # fmt: skip
+# How a routed block selects: as in training, or by one of the ways that never look ahead.
+ROUTINGS = ("top_k", "router", "predictor", "threshold")
 ROUTER_WEIGHTS = ("linear", "sigmoid", "two_sigmoid", "one_plus_tanh")
 RESIDUALS = ("delta", "literal", "replace")
 MLPS = ("gelu", "silu", "relu2", "geglu", "swiglu")
@@ -54,23 +59,45 @@ class MoDConfig:
     weight: how the raw router score r scales the update: r, sigmoid(r), 2 sigmoid(r), 1 + tanh(r).
     residual: what is scaled, with f the inner block and r its weight: `delta` x + r (f(x) - x),
       `literal` x + r f(x), `replace` r f(x).
+    auxiliary_weight, predictor_weight: of the losses that teach the router's own score, or a
+      predictor beside it, to select without the future (section 3.5); 0 leaves them out.
+    balance_weight, z_weight: of the two losses of token choice.
+    slack: a `threshold` block has room for slack * capacity of the positions in training.
     """
 
     capacity: float = 0.125
     weight: str = "linear"
     residual: str = "delta"
+    auxiliary_weight: float = 0.0
+    predictor_weight: float = 0.0
+    balance_weight: float = 0.01
+    z_weight: float = 0.001
+    slack: float = 1.5
 
     def __post_init__(self):
         require(0 < self.capacity <= 1, "model.mod.capacity", self.capacity, "must be in (0, 1]")
+        require(self.slack >= 1, "model.mod.slack", self.slack, "must be 1 or more")
+        for name in ("auxiliary_weight", "predictor_weight", "balance_weight", "z_weight"):
+            value = getattr(self, name)
+            require(value >= 0, f"model.mod.{name}", value, "must be 0 or more")
         _require_one_of("model.mod.weight", self.weight, ROUTER_WEIGHTS)
         _require_one_of("model.mod.residual", self.residual, RESIDUALS)
 
 
 class Slot(NamedTuple):
-    """One place of the pattern: its kind of block, and the share of positions it processes."""
+    """One place of the pattern.
+
+    capacity: the share of positions that the block is to process; room: the share that it has
+    room for in training, which is what it computes.
+    """
 
     kind: str
     capacity: float
+    room: float
+
+    @property
+    def routed(self) -> bool:
+        return self.kind != "dense"
 
 
 @dataclass(frozen=True)
@@ -116,6 +143,13 @@ class ModelConfig:
         require(len(self.pattern) > 0, "model.pattern", self.pattern, "must name a block")
         for entry in self.pattern:
             self._check_entry(entry)
+        kinds = [entry.partition(":")[0] for entry in self.pattern]
+        for before, kind in zip(["nothing", *kinds], kinds, strict=False):
+            require(
+                kind != "attention" or before == "dense", "model.pattern", self.pattern,
+                "an attention block ranks by the attention of the dense block that must come "
+                "right before it",
+            )  # fmt: skip
         require(
             self.num_layers % len(self.pattern) == 0, "model.num_layers", self.num_layers,
             f"must be a multiple of the pattern's length, {len(self.pattern)}",
@@ -135,11 +169,42 @@ class ModelConfig:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """The pattern, entry by entry; a dense block processes every position."""
-        split = (entry.partition(":") for entry in self.pattern)
-        return tuple(
-            Slot(kind, 1.0 if kind == "dense" else float(own or self.mod.capacity))
-            for kind, _, own in split
-        )
+        slots = []
+        for kind, _, own in (entry.partition(":") for entry in self.pattern):
+            capacity = 1.0 if kind == "dense" else float(own or self.mod.capacity)
+            room = min(1.0, self.mod.slack * capacity) if kind == "threshold" else capacity
+            slots.append(Slot(kind, capacity, room))
+        return tuple(slots)
+
+    def check_routing(self, routing: str, field: str) -> None:
+        """Raises InputError where a model of this config has not learned to select by `routing`."""
+        _require_one_of(field, routing, ROUTINGS)
+        for slot in self.slots:
+            require(
+                not slot.routed or routing in self._routings(slot.kind), field, routing,
+                f"{slot.kind} blocks of this model can select by "
+                f"{', '.join(self._routings(slot.kind))}; model.mod.predictor_weight and "
+                "auxiliary_weight > 0 teach more",
+            )  # fmt: skip
+
+    def causal_routing(self) -> str | None:
+        """The best way this model has to select without the future; None for a dense model."""
+        kinds = [slot.kind for slot in self.slots if slot.routed]
+        for routing in ("predictor", "router", "threshold"):
+            if kinds and all(routing in self._routings(kind) for kind in kinds):
+                return routing
+        return None
+
+    def _routings(self, kind: str) -> tuple[str, ...]:
+        if kind in ("positional", "token_choice", "threshold"):  # their own rule never looks ahead
+            return ROUTINGS
+        learned = {
+            # Attention received by a position comes from later ones.
+            "threshold": kind != "attention",
+            "router": kind == "mod" and self.mod.auxiliary_weight > 0,
+            "predictor": self.mod.predictor_weight > 0,
+        }
+        return ("top_k", *(name for name, can in learned.items() if can))
 
     @property
     def head_dim(self) -> int:
@@ -157,7 +222,8 @@ class TrainConfig:
 
     batch_size counts sequences per optimizer step; `accumulation` splits it into that many
     forward-backward passes. The schedule is linear warm-up, then a cosine that reaches
-    `final_learning_rate_fraction` at exactly the last step.
+    `final_learning_rate_fraction` at exactly the last step. Routed blocks start at capacity 1 and
+    reach their own after `capacity_steps` steps, in CAPACITY_STAGES equal stages.
     """
 
     batch_size: int
@@ -172,6 +238,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     accumulation: int = 1
+    capacity_steps: int = 0
     document_mask: bool = False
     eval_sequences: int = 256
     eval_every: int = 0
@@ -192,6 +259,10 @@ class TrainConfig:
         )  # fmt: skip
         floor = self.final_learning_rate_fraction
         require(0 <= floor <= 1, "train.final_learning_rate_fraction", floor, "must be in [0, 1]")
+        require(
+            0 <= self.capacity_steps <= self.steps, "train.capacity_steps", self.capacity_steps,
+            f"must be between 0 and train.steps = {self.steps}",
+        )  # fmt: skip
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}", value, "must be in [0, 1)")

@@ -6,22 +6,51 @@ appendix F) and are kept apart so that any published convention can be applied a
 `CONVENTIONS` names those used here.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
 
-from modjax.config import GATED_MLPS, ModelConfig
+from modjax.config import GATED_MLPS, ModelConfig, TrainConfig
 
-MATMULS = ("qkv", "scores", "values", "output", "mlp", "router", "logits")
+MATMULS = ("qkv", "scores", "values", "output", "mlp", "router", "predictor", "logits")
 CHINCHILLA = ("embedding", "qkv", "scores", "softmax", "values", "output", "mlp", "logits")
 CONVENTIONS: dict[str, tuple[str, ...]] = {
     # What the hardware multiplies: budgets are spent in this convention.
     "matmul": MATMULS,
-    "all": (*CHINCHILLA, "router"),
+    "all": (*CHINCHILLA, "router", "predictor"),
     # Appendix F as printed, and what its Table A4 turns out to count.
     "chinchilla": CHINCHILLA,
     "chinchilla_table_a4": ("qkv", "scores", "softmax", "values", "output", "mlp"),
 }
-# A backward pass costs two forward ones: gradients of activations and of parameters.
+# A backward pass costs two forward ones: gradients of activations and of parameters. A predictor's
+# input takes no gradient, so its backward pass costs one.
 TRAIN_OVER_FORWARD = 3
+# Outputs of the routers that differ from one per position.
+ROUTER_OUTPUTS = {"token_choice": 2, "attention": 0}
+# A capacity schedule goes from capacity 1 to the block's own in this many equal stages.
+CAPACITY_STAGES = 4
+
+
+def predictor_width(d_model: int) -> int:
+    """Hidden width of the predictor beside a router (arXiv 2404.02258 leaves it open)."""
+    return max(1, d_model // 4)
+
+
+def cache_slots(capacity: float, length: int, slack: float | None) -> int:
+    """Positions that a routed block's cache holds of a sequence of at most `length`.
+
+    slack: None has room for every position; else room for slack * capacity of them.
+    """
+    if slack is None:
+        return length
+    return min(length, max(1, math.ceil(slack * capacity * length)))
+
+
+def cache_bytes(model: ModelConfig, length: int, slack: float | None = None) -> int:
+    """Bytes of the key-value caches of one sequence of at most `length` tokens."""
+    slots = (cache_slots(s.capacity, length, slack if s.routed else None) for s in model.slots)
+    width = 2 * model.num_kv_heads * model.head_dim * (2 if model.dtype == "bfloat16" else 4)
+    return model.num_groups * sum(slots) * width
 
 
 def selected_tokens(capacity: float, seq_len: int) -> int:
@@ -33,16 +62,17 @@ def forward_flops(model: ModelConfig, seq_len: int) -> dict[str, float]:
     """Forward FLOPs of one sequence of `seq_len` tokens by component.
 
     A routed block is a dense block on k tokens: its matrix products scale with k, scores,
-    softmax and values with k * k, and its router reads every token (2 S d).
+    softmax and values with k * k, and its router and predictor read every token.
     """
     d, f, h = model.d_model, model.d_ff, model.head_dim
     heads, kv_heads = model.num_heads, model.num_kv_heads
     matrices = 3 if model.mlp in GATED_MLPS else 2
-    flops: dict[str, float] = dict.fromkeys((*CHINCHILLA, "router"), 0.0)
+    flops: dict[str, float] = dict.fromkeys((*CHINCHILLA, "router", "predictor"), 0.0)
     flops["embedding"] = flops["logits"] = 2.0 * seq_len * d * model.vocab_size
     for slot in model.slots:
-        routed = slot.kind != "dense"
-        tokens = selected_tokens(slot.capacity, seq_len) if routed else seq_len
+        tokens = selected_tokens(slot.room, seq_len) if slot.routed else seq_len
+        outputs = ROUTER_OUTPUTS.get(slot.kind, 1) if slot.routed else 0
+        hidden = predictor_width(d) if slot.routed and model.mod.predictor_weight > 0 else 0
         block = {
             "qkv": 2.0 * tokens * d * h * (heads + 2 * kv_heads),
             "scores": 2.0 * tokens * tokens * heads * h,
@@ -50,7 +80,8 @@ def forward_flops(model: ModelConfig, seq_len: int) -> dict[str, float]:
             "values": 2.0 * tokens * tokens * heads * h,
             "output": 2.0 * tokens * heads * h * d,
             "mlp": 2.0 * tokens * matrices * d * f,
-            "router": 2.0 * seq_len * d if routed else 0.0,
+            "router": 2.0 * seq_len * d * outputs,
+            "predictor": 2.0 * seq_len * (d + 1) * hidden,
         }
         for name, value in block.items():
             flops[name] += model.num_groups * value
@@ -65,9 +96,40 @@ def total_flops(components: Mapping[str, float], convention: str = "matmul") -> 
 def train_flops(
     model: ModelConfig, seq_len: int, sequences: int, convention: str = "matmul"
 ) -> float:
-    """Training FLOPs of `sequences` sequences: three times the forward pass."""
-    forward = total_flops(forward_flops(model, seq_len), convention)
-    return TRAIN_OVER_FORWARD * forward * sequences
+    """Training FLOPs of `sequences` sequences: three times the forward pass, predictors twice."""
+    components = forward_flops(model, seq_len)
+    once = components["predictor"] if "predictor" in CONVENTIONS[convention] else 0.0
+    return (TRAIN_OVER_FORWARD * total_flops(components, convention) - once) * sequences
+
+
+def at_stage(model: ModelConfig, stage: int) -> ModelConfig:
+    """The model of a capacity schedule's stage: capacity c^(stage / CAPACITY_STAGES).
+
+    Stage 0 computes every position, stage CAPACITY_STAGES is `model` itself.
+    """
+    if stage >= CAPACITY_STAGES:
+        return model
+    share = stage / CAPACITY_STAGES
+    pattern = (f"{s.kind}:{s.capacity**share!r}" if s.routed else s.kind for s in model.slots)
+    return dataclasses.replace(model, pattern=tuple(pattern))
+
+
+def stage_of_step(train: TrainConfig, step: int) -> int:
+    """The stage of the capacity schedule in which update `step`, from 1, is made."""
+    if step > train.capacity_steps:
+        return CAPACITY_STAGES
+    return (step - 1) * CAPACITY_STAGES // train.capacity_steps
+
+
+def run_flops(model: ModelConfig, train: TrainConfig, steps: int) -> float:
+    """Training FLOPs of a run's first `steps` updates, in the convention that spends budgets."""
+    per_step = [
+        train_flops(at_stage(model, stage), train.seq_len, train.batch_size)
+        for stage in range(CAPACITY_STAGES + 1)
+    ]
+    scheduled = min(steps, train.capacity_steps)
+    staged = sum(per_step[stage_of_step(train, step)] for step in range(1, scheduled + 1))
+    return staged + (steps - scheduled) * per_step[-1]
 
 
 def six_nd(model: ModelConfig, tokens: float) -> float:
@@ -76,7 +138,7 @@ def six_nd(model: ModelConfig, tokens: float) -> float:
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameter counts by component, and three sums.
+    """Counts of learned parameters by component, and three sums.
 
     `total` counts each tensor once, `non_embedding` leaves out the embedding and the output
     projection, `active` is the share of `non_embedding` used per token: routed blocks count
@@ -86,16 +148,19 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     matrices = 3 if model.mlp in GATED_MLPS else 2
     attention = d * h * (2 * model.num_heads + 2 * model.num_kv_heads)
     block = attention + matrices * d * model.d_ff + 2 * d
-    routed = model.num_groups * sum(slot.kind != "dense" for slot in model.slots)
+    routed = [slot for slot in model.slots if slot.routed]
+    hidden = predictor_width(d) if model.mod.predictor_weight > 0 else 0
+    routers = sum(d * ROUTER_OUTPUTS.get(slot.kind, 1) for slot in routed)
     counts = {
         "embedding": model.vocab_size * d,
         "logits": 0 if model.tie_embeddings else model.vocab_size * d,
         "attention": model.num_layers * attention,
         "mlp": model.num_layers * matrices * d * model.d_ff,
         "norm": (2 * model.num_layers + 1) * d,
-        "router": routed * d,
+        "router": model.num_groups * routers,
+        "predictor": model.num_groups * len(routed) * (d * hidden + hidden + 2 * (hidden > 0)),
     }
-    non_embedding = counts["attention"] + counts["mlp"] + counts["norm"] + counts["router"]
+    non_embedding = sum(counts.values()) - counts["embedding"] - counts["logits"]
     skipped = model.num_groups * block * sum(1 - slot.capacity for slot in model.slots)
     return counts | {
         "total": sum(counts.values()),

@@ -57,6 +57,12 @@ class Record:
     median_step_seconds: float
     device: str
     versions: dict[str, str]
+    causal_routing: str | None = None
+    causal_loss: float | None = None
+    causal_difference: float | None = None
+    causal_difference_sem: float | None = None
+    causal_accuracy: float | None = None
+    causal_capacity: float | None = None
 
 
 def run_dir(workdir: Path, run_id: str) -> Path:

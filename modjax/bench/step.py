@@ -16,7 +16,8 @@ from modjax.bench import Row, fill, progress
 from modjax.config import Execution, ModelConfig, TrainConfig
 from modjax.data.batches import Batch
 from modjax.flops import train_flops
-from modjax.training.programs import compile_programs, init_state
+from modjax.training.optimizer import make_schedule
+from modjax.training.programs import init_state, lower_train_step
 from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import abstract_model
 
@@ -86,12 +87,12 @@ def jax_step(config: ModelConfig, tokens: np.ndarray) -> Step:
     )
     with jax.set_mesh(mesh):
         state = init_state(mesh, model, TRAIN)
-        train_step = compile_programs(mesh, model, TRAIN).train_step
+        train_step = lower_train_step(mesh, model, TRAIN).compile()
         placed = put_batch(batch, mesh)
 
     def step():
         nonlocal state
-        state, metrics = train_step(state, placed)
+        state, metrics = train_step(state, placed, make_schedule(TRAIN))
         jax.block_until_ready((state, metrics))
 
     return step

@@ -2,32 +2,56 @@
 
 from modjax.nn.attention import Attention, causal_attention
 from modjax.nn.layers import MLP, RMSNorm
-from modjax.nn.mod import MoDBlock, StochasticMoDBlock, routing_statistics
+from modjax.nn.mod import MoDBlock, routing_losses, update_thresholds
+from modjax.nn.routers import (
+    AttentionReceived,
+    ExpertChoice,
+    LearnedPosition,
+    Positional,
+    Stochastic,
+    Threshold,
+    TokenChoice,
+)
 from modjax.nn.routing import (
     Selection,
+    every_nth,
     expert_choice,
     gather,
     scatter_add,
     stochastic,
     threshold,
+    token_choice,
 )
-from modjax.nn.transformer import Context, DenseBlock, Transformer
+from modjax.nn.statistics import decision_quality, routing_statistics
+from modjax.nn.transformer import Cache, Context, DenseBlock, Transformer
 
 __all__ = [
     "MLP",
     "Attention",
+    "AttentionReceived",
+    "Cache",
     "Context",
     "DenseBlock",
+    "ExpertChoice",
+    "LearnedPosition",
     "MoDBlock",
+    "Positional",
     "RMSNorm",
     "Selection",
-    "StochasticMoDBlock",
+    "Stochastic",
+    "Threshold",
+    "TokenChoice",
     "Transformer",
     "causal_attention",
+    "decision_quality",
+    "every_nth",
     "expert_choice",
     "gather",
+    "routing_losses",
     "routing_statistics",
     "scatter_add",
     "stochastic",
     "threshold",
+    "token_choice",
+    "update_thresholds",
 ]

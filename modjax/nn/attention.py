@@ -26,35 +26,65 @@ def causal_attention(
     Causality follows the order of the positions in the arrays. Every position attends at least to
     itself. Scores and softmax are float32, the products take the inputs' dtype.
     """
-    batch, heads, length, head_dim = q_BNLH.shape
-    kv_heads = k_BGMH.shape[1]
-    q_BGRLH = q_BNLH.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
-    q_BGRLH = q_BGRLH * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
     chunks = []
-    chunk = max(MIN_QUERY_CHUNK, math.ceil(length / QUERY_CHUNKS))
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        mask_BLM = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :])[None]
-        if segment_ids_BL is not None:
-            same = segment_ids_BL[:, start:stop, None] == segment_ids_BL[:, None, :stop]
-            mask_BLM = mask_BLM & same
-        chunks.append(
-            _attend(q_BGRLH[..., start:stop, :], k_BGMH[:, :, :stop], v_BGMH[:, :, :stop], mask_BLM)
+    for start, stop in _query_chunks(q_BNLH.shape[2]):
+        p_BGRLM, total_BGRL1, _ = _probabilities(q_BNLH, k_BGMH, segment_ids_BL, start, stop)
+        out_BGRLH = jnp.einsum(
+            "BGRLM,BGMH->BGRLH", p_BGRLM.astype(v_BGMH.dtype), v_BGMH[:, :, :stop]
         )
+        # Normalising after the product with the values divides H numbers a row, not M.
+        chunks.append((out_BGRLH / total_BGRL1.astype(out_BGRLH.dtype)).astype(q_BNLH.dtype))
     out_BGRLH = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)
-    return out_BGRLH.reshape(batch, heads, length, head_dim)
+    return out_BGRLH.reshape(q_BNLH.shape)
 
 
-def _attend(q_BGRLH, k_BGMH, v_BGMH, mask_BLM):
-    """One chunk of queries against the keys up to its end; q is scaled already."""
-    s_BGRLM = jnp.einsum("BGRLH,BGMH->BGRLM", q_BGRLH, k_BGMH, preferred_element_type=jnp.float32)
+def received_attention(
+    q_BNLH: jax.Array, k_BGMH: jax.Array, segment_ids_BL: jax.Array | None
+) -> jax.Array:
+    """Attention that each position receives, relative to what uniform attention would give it.
+
+    (B, L) float32: the mean over heads of sum_i a_ij / sum_i (1 / n_i), over the queries i that
+    see position j, of which each sees n_i positions. A-MoD (arXiv 2412.20875) sums the columns of
+    attention that is not causal; here those of early positions are longer, hence the division.
+    No gradient passes.
+    """
+    q_BNLH, k_BGMH = jax.lax.stop_gradient((q_BNLH, k_BGMH))
+    batch, _, length, _ = q_BNLH.shape
+    received_BM = uniform_BM = jnp.zeros((batch, length), jnp.float32)
+    for start, stop in _query_chunks(length):
+        p_BGRLM, total_BGRL1, mask_BLM = _probabilities(
+            q_BNLH, k_BGMH, segment_ids_BL, start, stop
+        )
+        column_BM = jnp.mean(jnp.sum(p_BGRLM / total_BGRL1, axis=3), axis=(1, 2))
+        received_BM = received_BM.at[:, :stop].add(column_BM)
+        mask_BLM = mask_BLM.astype(jnp.float32)
+        share_BM = jnp.sum(mask_BLM / jnp.sum(mask_BLM, axis=2, keepdims=True), axis=1)
+        uniform_BM = uniform_BM.at[:, :stop].add(share_BM)
+    return received_BM / uniform_BM
+
+
+def _query_chunks(length: int) -> list[tuple[int, int]]:
+    chunk = max(MIN_QUERY_CHUNK, math.ceil(length / QUERY_CHUNKS))
+    return [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+def _probabilities(q_BNLH, k_BGMH, segment_ids_BL, start, stop):
+    """Attention of queries start:stop before normalisation, its sums, and the mask."""
+    batch, heads, _, head_dim = q_BNLH.shape
+    kv_heads = k_BGMH.shape[1]
+    q_BNLH = q_BNLH[:, :, start:stop] * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
+    q_BGRLH = q_BNLH.reshape(batch, kv_heads, heads // kv_heads, stop - start, head_dim)
+    mask_BLM = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :])[None]
+    if segment_ids_BL is not None:
+        same = segment_ids_BL[:, start:stop, None] == segment_ids_BL[:, None, :stop]
+        mask_BLM = mask_BLM & same
+    s_BGRLM = jnp.einsum(
+        "BGRLH,BGMH->BGRLM", q_BGRLH, k_BGMH[:, :, :stop], preferred_element_type=jnp.float32
+    )
     s_BGRLM = jnp.where(mask_BLM[:, None, None], s_BGRLM, -jnp.inf)
     top_BGRL1 = jax.lax.stop_gradient(jnp.max(s_BGRLM, axis=-1, keepdims=True))
     p_BGRLM = jnp.exp(s_BGRLM - top_BGRL1)
-    # Normalising after the product with the values divides H numbers a row, not M.
-    total_BGRL1 = jnp.sum(p_BGRLM, axis=-1, keepdims=True)
-    out_BGRLH = jnp.einsum("BGRLM,BGMH->BGRLH", p_BGRLM.astype(v_BGMH.dtype), v_BGMH)
-    return (out_BGRLH / total_BGRL1.astype(out_BGRLH.dtype)).astype(q_BGRLH.dtype)
+    return p_BGRLM, jnp.sum(p_BGRLM, axis=-1, keepdims=True), mask_BLM
 
 
 class Attention(nnx.Module):
@@ -84,12 +114,19 @@ class Attention(nnx.Module):
         rope_BLH: tuple[jax.Array, jax.Array],
         segment_ids_BL: jax.Array | None,
     ) -> jax.Array:
+        return self.merge(causal_attention(*self.heads(x_BLD, rope_BLH), segment_ids_BL))
+
+    def heads(
+        self, x_BLD: jax.Array, rope_BLH: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries (B, N, L, H), rotated keys and values (B, G, L, H)."""
         q_BNLH, k_BGLH, v_BGLH = (
             _project_heads(x_BLD, w[...]) for w in (self.w_q, self.w_k, self.w_v)
         )
-        out_BNLH = causal_attention(
-            rotate(q_BNLH, rope_BLH), rotate(k_BGLH, rope_BLH), v_BGLH, segment_ids_BL
-        )
+        return rotate(q_BNLH, rope_BLH), rotate(k_BGLH, rope_BLH), v_BGLH
+
+    def merge(self, out_BNLH: jax.Array) -> jax.Array:
+        """What the heads attended to, projected back: (B, L, D)."""
         batch, heads, length, head_dim = out_BNLH.shape
         out_BLD = out_BNLH.transpose(0, 2, 1, 3).reshape(batch, length, heads * head_dim)
         return project(out_BLD, self.w_out[...].reshape(heads * head_dim, -1))

@@ -1,8 +1,9 @@
 """Mixture-of-Depths: a wrapper that lets any block process only a share of the positions.
 
-Legend: B batch, L positions, K selected positions, D model width, A routed blocks.
+Legend: B batch, L positions, K selected positions, D model width, A routed blocks, G groups.
 """
 
+import bisect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,36 +14,45 @@ from flax import nnx
 
 from modjax.config import MoDConfig
 from modjax.flops import selected_tokens
-from modjax.nn.layers import normal_param
+from modjax.nn.cache import KVCache, append, filled
+from modjax.nn.routers import At, ExpertChoice, Predictor, Ranking, masked_mean
 from modjax.nn.routing import (
     Selection,
-    expert_choice,
     gather,
     scatter_add,
+    select_first_k,
+    select_top_k,
     selected_mask,
-    stochastic,
 )
-from modjax.nn.sharding import constrain
+from modjax.nn.sharding import constrain, per_sequence
 
-WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "linear": lambda r: r,
-    "sigmoid": jax.nn.sigmoid,
-    "two_sigmoid": lambda r: 2 * jax.nn.sigmoid(r),
-    "one_plus_tanh": lambda r: 1 + jnp.tanh(r),
-}
+# The running mean of the k-th score forgets at this rate; until then it is the plain mean.
+THRESHOLD_RATE = 0.01
+
+BlockAux = dict[str, Any]
+
+
+class Statistic(nnx.Param):
+    """A number that training measures and no gradient reaches."""
 
 
 class MoDBlock(nnx.Module):
     """Routes the k = max(1, round(capacity * L)) best-scored positions through `inner`.
 
-    Eq. 1 of arXiv 2404.02258. `inner` maps (x_BKD, *per_position) to x_BKD or to (x_BKD, aux)
+    Eq. 1 of arXiv 2404.02258. `inner` maps (x_BKD, *per_position) to x_BKD or to (x_BKD, extra)
     and sees the selected positions only, in order, with what belongs to each of them.
+    router: what ranks and selects, a class of modjax.nn.routers.
     """
 
-    def __init__(self, inner: nnx.Module, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, inner: nnx.Module, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs,
+        router: Callable[..., Any] = ExpertChoice,
+    ):  # fmt: skip
         self.inner = inner
         self.config = config
-        self.router = normal_param(rngs, (d_model,), ("norm",), std=1 / math.sqrt(d_model))
+        self.router = router(d_model, config, rngs=rngs)
+        self.threshold = Statistic(jnp.zeros(1), out_sharding=("norm",), eager_sharding=False)
+        self.predictor = Predictor(d_model, rngs=rngs) if config.predictor_weight > 0 else None
 
     def __call__(
         self,
@@ -50,89 +60,237 @@ class MoDBlock(nnx.Module):
         *per_position: Any,
         valid_BL: jax.Array | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns x_BLD and {"scores_BL", "selected_BL"}.
+        received_BL: jax.Array | None = None,
+        routing: str = "top_k",
+        slots: int | None = None,
+    ) -> tuple[jax.Array, BlockAux]:
+        """Returns x_BLD and aux, of which every leaf begins with the batch:
+
+        scores_BL: the raw router scores. target_BL: what training selects of these inputs.
+        wanted_BL, selected_BL: what `routing` chose, and the part of it that was processed.
+        predictor_BL: logits of the predictor, where there is one. kth_B: the k-th best rank.
+        losses: name -> (B,), weighted: add the mean of each to the objective.
 
         per_position: pytrees of arrays (B or 1, L, ...) that `inner` takes beside x: positions,
           segment ids, rotary tables. Each is gathered like x.
         valid_BL: False marks padding, which is never selected.
-        key: for subclasses whose selection is random.
+        key: for random routing. received_BL: for routing by attention.
+        routing: "top_k" selects as in training; "router", "predictor" and "threshold" let each
+          position decide for itself, and drop none, or those beyond the first `slots` of a row.
         """
-        length = x_BLD.shape[1]
-        # Full float32: accelerators would multiply in bfloat16, and ties would be common.
-        scores_BL = jnp.einsum(
-            "BLD,D->BL", x_BLD.astype(jnp.float32), self.router[...],
-            precision=jax.lax.Precision.HIGHEST,
+        at = _at(x_BLD, valid_BL, key, received_BL)
+        x_BLD, _, aux = self._forward(x_BLD, per_position, at, routing, slots, self.inner, None)
+        return x_BLD, aux
+
+    def prefill(
+        self, x_BLD: jax.Array, *per_position: Any, valid_BL: jax.Array, key: jax.Array | None,
+        routing: str, slots: int,
+    ) -> tuple[jax.Array, BlockAux, KVCache]:  # fmt: skip
+        """The call, and a cache with `slots` slots of the positions that were processed.
+
+        `inner.prefill` returns its output and its keys and values (B, G, K, H).
+        """
+        at = _at(x_BLD, valid_BL, key, None)
+
+        def pad(kv_BGKH):
+            room = ((0, 0), (0, 0), (0, slots - kv_BGKH[0].shape[2]), (0, 0))
+            return tuple(jnp.pad(leaf, room) for leaf in kv_BGKH)
+
+        x_BLD, (k_BGMH, v_BGMH), aux = self._forward(
+            x_BLD, per_position, at, routing, slots, self.inner.prefill, pad  # type: ignore[attr-defined]
         )  # fmt: skip
-        selection = self.select(scores_BL, selected_tokens(self.config.capacity, length),
-                                valid_BL, key)  # fmt: skip
+        length_B = jnp.sum(aux["selected_BL"], axis=1)
+        overflow_B = jnp.sum(aux["wanted_BL"], axis=1) - length_B
+        return x_BLD, aux, filled(k_BGMH, v_BGMH, length_B, overflow_B, slots)
+
+    def decode(
+        self, x_B1D: jax.Array, *per_position: Any, positions_B: jax.Array, active_B: jax.Array,
+        cache: KVCache, key: jax.Array | None, routing: str,
+    ) -> tuple[jax.Array, KVCache, jax.Array]:  # fmt: skip
+        """One token per row: new x, new cache, and which rows were processed.
+
+        Rows that are not routed are not computed; where none is, the weights of `inner` are not
+        read. A token that finds no slot passes the block by, and is counted in the cache.
+        `inner.decode(x, *per_position, cache)` returns its output and the token's keys and values.
+        """
+        at = At(positions_B[:, None], active_B[:, None], key, None)
+        ranking = self.router(x_B1D, at)
+        wanted_B = self._wanted(x_B1D, ranking, at, routing)[:, 0] & active_B
+        routed_B = wanted_B & (cache.length_B < cache.k_BGMH.shape[2])
+        x_B1D, k_BG1H, v_BG1H = self._decode_rows(
+            x_B1D, per_position, ranking.scores_BL, routed_B, cache
+        )
+        dropped_B = (wanted_B & ~routed_B).astype(jnp.int32)
+        cache = cache._replace(overflow_B=cache.overflow_B + dropped_B)
+        return x_B1D, append(cache, k_BG1H, v_BG1H, routed_B), routed_B
+
+    def _forward(self, x_BLD, per_position, at, routing, slots, run, pad):
+        """New x, what `run` returned beside it, through `pad`, and aux."""
+        length = x_BLD.shape[1]
+        ranking = self.router(x_BLD, at)
+        target, kth_B = self._training_selection(ranking, at, length)
+        target_BL = selected_mask(target, length)
+        aux: BlockAux = {
+            "scores_BL": ranking.scores_BL,
+            "target_BL": target_BL,
+            "kth_B": kth_B,
+            "losses": dict(ranking.losses),
+        }
+        if self.config.auxiliary_weight > 0:
+            loss_B = _cross_entropy(ranking.scores_BL, target_BL, at.valid_BL)
+            aux["losses"]["auxiliary"] = self.config.auxiliary_weight * loss_B
+        if self.predictor is not None:
+            aux["predictor_BL"] = self.predictor(x_BLD, ranking.scores_BL)
+            loss_B = _cross_entropy(aux["predictor_BL"], target_BL, at.valid_BL)
+            aux["losses"]["predictor"] = self.config.predictor_weight * loss_B
+        if routing == "top_k":
+            wanted_BL = self.router.wants(ranking, at, self._threshold())
+            aux["wanted_BL"] = target_BL if wanted_BL is None else _and(wanted_BL, at.valid_BL)
+            aux["selected_BL"] = target_BL
+            x_BLD, extra = self._process(x_BLD, per_position, target, run)
+            return x_BLD, extra if pad is None else pad(extra), aux
+        wanted_BL = _and(self._wanted(x_BLD, ranking, at, routing), at.valid_BL)
+        bound = length if slots is None else min(slots, length)
+        selected_BL = wanted_BL & (jnp.cumsum(wanted_BL, axis=1) <= bound)
+        aux |= {"wanted_BL": wanted_BL, "selected_BL": selected_BL}
+
+        def with_room_for(room):
+            def branch():
+                selection = select_first_k(selected_BL, ranking.scores_BL, room)
+                new_BLD, extra = self._process(x_BLD, per_position, selection, run)
+                return (new_BLD, extra if pad is None else pad(extra))
+            return branch
+
+        # Static shapes, none dropped: of a few compiled sizes, the first that holds every row.
+        rooms = _rooms(selected_tokens(self.config.capacity, length), bound)
+        most = jnp.max(jnp.sum(selected_BL, axis=1))
+        index = jnp.searchsorted(jnp.array(rooms), most)
+        x_BLD, extra = jax.lax.switch(index, [with_room_for(room) for room in rooms])
+        return x_BLD, extra, aux
+
+    def _training_selection(self, ranking: Ranking, at: At, length: int):
+        """What training selects, and each row's k-th best rank (infinite where it has fewer)."""
+        k = selected_tokens(self.config.capacity, length)
+        wanted_BL = self.router.wants(ranking, at, self._threshold())
+        if wanted_BL is None:
+            selection = select_top_k(ranking.ranking_BL, ranking.scores_BL, k, at.valid_BL)
+            rank_BK = gather(jax.lax.stop_gradient(ranking.ranking_BL), selection.indices_BK)
+            return selection, jnp.min(jnp.where(selection.valid_BK, rank_BK, jnp.inf), axis=1)
+        room = selected_tokens(min(1.0, self.router.slack * self.config.capacity), length)
+        wanted_BL = _and(wanted_BL, at.valid_BL)
+        selection = select_first_k(wanted_BL, ranking.scores_BL, room)
+        rank_BL = jax.lax.stop_gradient(ranking.ranking_BL)
+        rank_BL = rank_BL if at.valid_BL is None else jnp.where(at.valid_BL, rank_BL, -jnp.inf)
+        return selection, per_sequence(lambda rank_BL: jax.lax.top_k(rank_BL, k)[0][:, -1], rank_BL)
+
+    def _wanted(self, x_BLD, ranking: Ranking, at: At, routing: str) -> jax.Array:
+        """Which positions ask to be processed, each by itself: (B, L) bool."""
+        own_BL = self.router.wants(ranking, at, self._threshold())
+        if own_BL is not None and routing != "predictor":
+            return own_BL
+        if routing == "router":
+            return ranking.scores_BL > 0
+        if routing == "threshold":
+            return ranking.ranking_BL > self._threshold()
+        if routing == "predictor" and self.predictor is not None:
+            return self.predictor(x_BLD, ranking.scores_BL) > 0
+        raise ValueError(f"routing {routing!r}: this block cannot select by it")
+
+    def _threshold(self) -> jax.Array:
+        return jax.lax.stop_gradient(self.threshold[...])[0]
+
+    def _process(self, x_BLD, per_position, selection: Selection, run) -> tuple[jax.Array, Any]:
+        """Runs the selected positions and adds their weighed updates to the stream."""
         x_BKD, selected_inputs = jax.tree.map(
             lambda leaf: gather(leaf, selection.indices_BK), (x_BLD, per_position)
         )
         x_BKD = constrain(x_BKD, "batch", "length", None)
-        out = self.inner(x_BKD, *selected_inputs)  # type: ignore[operator]
-        y_BKD = (out[0] if isinstance(out, tuple) else out).astype(x_BLD.dtype)
-        weight_BK1 = WEIGHTS[self.config.weight](selection.scores_BK)[..., None]
-        update_BKD = _update(self.config.residual, weight_BK1.astype(x_BLD.dtype), x_BKD, y_BKD)
-        aux = {"scores_BL": scores_BL, "selected_BL": selected_mask(selection, length)}
-        return scatter_add(x_BLD, selection.indices_BK, update_BKD), aux
+        out = run(x_BKD, *selected_inputs)
+        y_BKD, extra = out if isinstance(out, tuple) else (out, None)
+        update_BKD = self._update(selection.scores_BK, x_BKD, y_BKD.astype(x_BLD.dtype))
+        return scatter_add(x_BLD, selection.indices_BK, update_BKD), extra
 
-    def select(
-        self, scores_BL: jax.Array, k: int, valid_BL: jax.Array | None, key: jax.Array | None
-    ) -> Selection:
-        del key
-        return expert_choice(scores_BL, k, valid_BL)
+    def _update(self, scores_BK, x_BKD, y_BKD) -> jax.Array:
+        """What is added to the stream at selected positions, for each reading of Eq. 1."""
+        weight_BK1 = self.router.weigh(scores_BK)[..., None].astype(x_BKD.dtype)
+        if self.config.residual == "delta":
+            return weight_BK1 * (y_BKD - x_BKD)
+        if self.config.residual == "literal":
+            return weight_BK1 * y_BKD
+        return weight_BK1 * y_BKD - x_BKD
+
+    def _decode_rows(self, x_B1D, per_position, scores_B1, routed_B, cache):
+        """Runs the routed rows only: of a few compiled batch sizes, the first that holds them."""
+        batch, heads, _, width = cache.k_BGMH.shape
+        none_BG1H = jnp.zeros((batch, heads, 1, width), cache.k_BGMH.dtype)
+        sizes = [0, *(2**i for i in range(math.ceil(math.log2(batch)))), batch]
+        order_B = jnp.argsort(~routed_B, stable=True)
+
+        def of(size):
+            def branch():
+                if size == 0:
+                    return x_B1D, none_BG1H, none_BG1H
+                rows = order_B[:size] if size < batch else jnp.arange(batch)
+                inputs = (x_B1D, per_position, scores_B1, routed_B, cache)
+                if size < batch:
+                    inputs = jax.tree.map(lambda leaf: leaf[rows], inputs)
+                x, per_row, scores, routed, rows_cache = inputs
+                y, (k, v) = self.inner.decode(x, *per_row, rows_cache)
+                new = jnp.where(routed[:, None, None], x + self._update(scores, x, y), x)
+                if size == batch:
+                    return new, k, v
+                return tuple(
+                    old.at[rows].set(part)
+                    for old, part in zip((x_B1D, none_BG1H, none_BG1H), (new, k, v), strict=True)
+                )
+            return branch
+
+        index = jnp.searchsorted(jnp.array(sizes), jnp.sum(routed_B))
+        return jax.lax.switch(index, [of(size) for size in sizes])
 
 
-class StochasticMoDBlock(MoDBlock):
-    """The paper's control: the same block, its positions drawn at random."""
-
-    def select(self, scores_BL, k, valid_BL, key):
-        if key is None:
-            raise ValueError("stochastic routing needs a PRNG key: model(tokens, key=...)")
-        return stochastic(scores_BL, k, valid_BL, key)
+def _at(x_BLD, valid_BL, key, received_BL) -> At:
+    positions_BL = jnp.broadcast_to(jnp.arange(x_BLD.shape[1]), x_BLD.shape[:2])
+    return At(positions_BL, valid_BL, key, received_BL)
 
 
-def _update(residual: str, weight_BK1, x_BKD, y_BKD):
-    """What is added to the stream at selected positions, for each reading of Eq. 1."""
-    if residual == "delta":
-        return weight_BK1 * (y_BKD - x_BKD)
-    if residual == "literal":
-        return weight_BK1 * y_BKD
-    return weight_BK1 * y_BKD - x_BKD
+def _and(wanted_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
+    return wanted_BL if valid_BL is None else wanted_BL & valid_BL
 
 
-def routing_statistics(
-    aux: dict[str, dict[str, jax.Array]], valid_BL: jax.Array | None = None
-) -> dict[str, jax.Array]:
-    """Scalars that describe the routers of one forward pass; {} for a dense model.
+def _rooms(k: int, bound: int) -> list[int]:
+    """Compiled sizes: k, 3/2 k, and then doubling, up to `bound`."""
+    sizes = [k, k + math.ceil(k / 2)]
+    while sizes[-1] < bound:
+        sizes.append(2 * k * 2 ** (len(sizes) - 2))
+    return [*sizes[: bisect.bisect_left(sizes, bound)], bound]
 
-    score_mean, score_std: of the raw scores over valid positions, averaged over routed blocks.
-    position_entropy: entropy of "which position was chosen", from the batch's counts, averaged
-      over routed blocks and divided by log L: 1 where every position is chosen equally often.
-    chosen_by_all, chosen_by_none: share of valid positions that every, or no, routed block took.
+
+def _cross_entropy(logits_BL, target_BL, valid_BL) -> jax.Array:
+    """Each row's mean binary cross-entropy over valid positions, (B,)."""
+    sign_BL = jnp.where(target_BL, 1.0, -1.0)
+    return masked_mean(jax.nn.softplus(-sign_BL * logits_BL), valid_BL)
+
+
+def update_thresholds(blocks: dict[str, Any], aux: dict[str, BlockAux], updates: jax.Array) -> Any:
+    """Parameters of the blocks with every threshold moved towards the batch's mean k-th score.
+
+    blocks: the tree of Transformer.blocks. updates: how often this was done before.
     """
-    if not aux:
-        return {}
-    scores_ABL = jnp.concatenate([slot["scores_BL"] for slot in aux.values()])
-    selected_ABL = jnp.concatenate([slot["selected_BL"] for slot in aux.values()])
-    length = scores_ABL.shape[-1]
-    if valid_BL is None:
-        valid_BL = jnp.ones(scores_ABL.shape[1:], bool)
-    count = jnp.sum(valid_BL).astype(jnp.float32)
-    masked_ABL = jnp.where(valid_BL[None], scores_ABL, 0.0)
-    mean_A = jnp.sum(masked_ABL, axis=(1, 2)) / count
-    centred_ABL = jnp.where(valid_BL[None], scores_ABL - mean_A[:, None, None], 0.0)
-    std_A = jnp.sqrt(jnp.sum(jnp.square(centred_ABL), axis=(1, 2)) / count)
-    chosen_AL = jnp.sum(selected_ABL, axis=1).astype(jnp.float32)
-    share_AL = chosen_AL / jnp.maximum(jnp.sum(chosen_AL, axis=1, keepdims=True), 1.0)
-    entropy_A = -jnp.sum(jax.scipy.special.xlogy(share_AL, share_AL), axis=1) / math.log(length)
-    every_BL = jnp.all(selected_ABL, axis=0) & valid_BL
-    none_BL = ~jnp.any(selected_ABL, axis=0) & valid_BL
-    return {
-        "router/score_mean": jnp.mean(mean_A),
-        "router/score_std": jnp.mean(std_A),
-        "router/position_entropy": jnp.mean(entropy_A),
-        "router/chosen_by_all": jnp.sum(every_BL).astype(jnp.float32) / count,
-        "router/chosen_by_none": jnp.sum(none_BL).astype(jnp.float32) / count,
-    }
+    rate = jnp.maximum(THRESHOLD_RATE, 1 / (updates.astype(jnp.float32) + 1))
+    new = dict(blocks)
+    for name, slot in aux.items():
+        old_G = blocks[name]["threshold"][:, 0]
+        known_GB = jnp.isfinite(slot["kth_B"])
+        total_G = jnp.sum(jnp.where(known_GB, slot["kth_B"], 0.0), axis=1)
+        count_G = jnp.sum(known_GB, axis=1).astype(jnp.float32)
+        mean_G = jnp.where(count_G > 0, total_G / jnp.maximum(count_G, 1.0), old_G)
+        new_G = old_G + rate * (mean_G - old_G)
+        new[name] = {**blocks[name], "threshold": new_G[:, None]}
+    return new
+
+
+def routing_losses(aux: dict[str, BlockAux]) -> jax.Array:
+    """What the routed blocks add to the objective: the sum over blocks of their mean losses."""
+    losses_GB = [loss_GB for slot in aux.values() for loss_GB in slot["losses"].values()]
+    return sum((jnp.sum(jnp.mean(loss_GB, axis=1)) for loss_GB in losses_GB), jnp.float32(0))

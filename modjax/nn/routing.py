@@ -4,6 +4,7 @@ Everything is per sequence and static in shape.
 Legend: B batch, L positions, K selected positions, D trailing dims.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -38,19 +39,51 @@ def stochastic(
     scores_BL: jax.Array, k: int, valid_BL: jax.Array | None, key: jax.Array
 ) -> Selection:
     """The paper's control: top-k over Gaussian noise; scores only weigh what noise selected."""
-    noise_BL = jax.random.normal(key, scores_BL.shape, jnp.float32)
-    return select_top_k(noise_BL, scores_BL, k, valid_BL)
+    positions_BL = jnp.broadcast_to(jnp.arange(scores_BL.shape[1]), scores_BL.shape)
+    return select_top_k(position_noise(key, positions_BL), scores_BL, k, valid_BL)
 
 
-def threshold(scores_BL: jax.Array, bound: float, valid_BL: jax.Array | None = None) -> Selection:
-    """Every valid position that scores above `bound`, so K = L: causal, for a block's inference.
+def position_noise(key: jax.Array, positions_BL: jax.Array) -> jax.Array:
+    """Gaussian noise (B, L) that depends on the key, the row and the position alone.
 
-    Each position decides for itself (arXiv 2404.02258, section 3.5): nothing depends on later ones.
+    So a token meets the same noise whether its sequence is read at once or token by token.
     """
+
+    def one(key, positions_L):
+        keys_L = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions_L)
+        return jax.vmap(lambda key: jax.random.normal(key, (), jnp.float32))(keys_L)
+
+    return jax.vmap(one)(jax.random.split(key, positions_BL.shape[0]), positions_BL)
+
+
+def every_nth(positions_BL: jax.Array, capacity: float) -> jax.Array:
+    """The fixed pattern: whether a position is the last of its ceil(1 / capacity) neighbours."""
+    n = math.ceil(1 / capacity)
+    return (positions_BL + 1) % n == 0
+
+
+def token_choice(logits_BL2: jax.Array, k: int, valid_BL: jax.Array | None = None) -> Selection:
+    """Each position takes the likelier of two paths, (skip, process) (arXiv 2404.02258, fig. 2).
+
+    The first k that choose to be processed are; later ones overflow. scores_BK is the log-odds of
+    the path, so that its sigmoid is the softmax weight.
+    """
+    odds_BL = logits_BL2[..., 1] - logits_BL2[..., 0]
+    return threshold(odds_BL, 0.0, k, valid_BL)
+
+
+def threshold(
+    scores_BL: jax.Array, bound: float | jax.Array, k: int, valid_BL: jax.Array | None = None
+) -> Selection:
+    """The first k valid positions that score above `bound`: causal, each decides for itself."""
     above_BL = scores_BL > bound
-    if valid_BL is not None:
-        above_BL = above_BL & valid_BL
-    return select_top_k(scores_BL, scores_BL, scores_BL.shape[1], above_BL)
+    return select_first_k(above_BL if valid_BL is None else above_BL & valid_BL, scores_BL, k)
+
+
+def select_first_k(wanted_BL: jax.Array, scores_BL: jax.Array, k: int) -> Selection:
+    """Selects each row's first k wanted positions; the others are dropped."""
+    # Ties of a top-k go to the earlier position.
+    return select_top_k(wanted_BL.astype(jnp.float32), scores_BL, k, wanted_BL)
 
 
 def select_top_k(

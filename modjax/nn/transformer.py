@@ -1,6 +1,6 @@
 """A decoder: a repeating pattern of blocks between an embedding and logits.
 
-Legend: B batch, L positions, D model width, H head width, V vocabulary.
+Legend: B batch, L positions, D model width, N heads, H head width, V vocabulary.
 """
 
 import dataclasses
@@ -13,13 +13,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modjax.config import ModelConfig
-from modjax.nn.attention import Attention
+from modjax.config import ModelConfig, Slot
+from modjax.flops import cache_slots
+from modjax.nn.attention import Attention, causal_attention, received_attention
+from modjax.nn.cache import KVCache, append, cached_attention, filled
 from modjax.nn.layers import MLP, RMSNorm, normal_param, project, rotary_tables
-from modjax.nn.mod import MoDBlock, StochasticMoDBlock
+from modjax.nn.mod import BlockAux, MoDBlock
+from modjax.nn.routers import ROUTERS
 from modjax.nn.sharding import constrain
 
-Aux = dict[str, dict[str, jax.Array]]
+Aux = dict[str, BlockAux]
+
+
+class Cache(NamedTuple):
+    """What decoding keeps: layer by layer, and the position of each row's next token."""
+
+    layers: tuple[KVCache, ...]
+    positions_B: jax.Array
 
 
 class Context(NamedTuple):
@@ -51,19 +61,48 @@ class DenseBlock(nnx.Module):
         )  # fmt: skip
 
     def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
-        h_BLD = self.attention_norm(x_BLD)
-        x_BLD = x_BLD + self.attention(h_BLD, context.rope_BLH, context.segment_ids_BL)
+        return self.prefill(x_BLD, context)[0]
+
+    def ranked(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        """The call, and the attention that each position received, (B, L)."""
+        q_BNLH, k_BGLH, v_BGLH = self._heads(x_BLD, context)
+        received_BL = received_attention(q_BNLH, k_BGLH, context.segment_ids_BL)
+        out_BNLH = causal_attention(q_BNLH, k_BGLH, v_BGLH, context.segment_ids_BL)
+        return self._add(x_BLD, out_BNLH), received_BL
+
+    def prefill(
+        self, x_BLD: jax.Array, context: Context
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The call, and its keys and values (B, G, L, H)."""
+        q_BNLH, k_BGLH, v_BGLH = self._heads(x_BLD, context)
+        out_BNLH = causal_attention(q_BNLH, k_BGLH, v_BGLH, context.segment_ids_BL)
+        return self._add(x_BLD, out_BNLH), (k_BGLH, v_BGLH)
+
+    def decode(
+        self, x_B1D: jax.Array, context: Context, cache: KVCache
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """One token per row after those in `cache`, and its keys and values (B, G, 1, H)."""
+        q_BN1H, k_BG1H, v_BG1H = self._heads(x_B1D, context)
+        out_BN1H = cached_attention(q_BN1H, k_BG1H, v_BG1H, cache)
+        return self._add(x_B1D, out_BN1H), (k_BG1H, v_BG1H)
+
+    def _heads(self, x_BLD, context):
+        return self.attention.heads(self.attention_norm(x_BLD), context.rope_BLH)
+
+    def _add(self, x_BLD, out_BNLH):
+        x_BLD = x_BLD + self.attention.merge(out_BNLH)
         return x_BLD + self.mlp(self.mlp_norm(x_BLD))
 
 
-# What a pattern can name: (ModelConfig, MoDConfig of the slot, rngs) to a block.
-BLOCKS: dict[str, Callable[..., nnx.Module]] = {
-    "dense": lambda c, mod, rngs: DenseBlock(c, rngs=rngs),
-    "mod": lambda c, mod, rngs: MoDBlock(DenseBlock(c, rngs=rngs), c.d_model, mod, rngs=rngs),
-    "stochastic": lambda c, mod, rngs: StochasticMoDBlock(
-        DenseBlock(c, rngs=rngs), c.d_model, mod, rngs=rngs
-    ),
-}
+def make_block(config: ModelConfig, kind: str, capacity: float, rngs: nnx.Rngs) -> nnx.Module:
+    """The block that an entry of the pattern names."""
+    block = DenseBlock(config, rngs=rngs)
+    if kind == "dense":
+        return block
+    # Only where the score orders the positions by what they hold can it learn to select them.
+    auxiliary = config.mod.auxiliary_weight if kind == "mod" else 0.0
+    mod = dataclasses.replace(config.mod, capacity=capacity, auxiliary_weight=auxiliary)
+    return MoDBlock(block, config.d_model, mod, rngs=rngs, router=ROUTERS[kind])
 
 
 class Transformer(nnx.Module):
@@ -92,14 +131,13 @@ class Transformer(nnx.Module):
             rngs, (v, d), ("vocab", "embed"), std=std if config.tie_embeddings else 1.0
         )
         blocks = {}
-        for i, slot in enumerate(config.slots):
-            mod = dataclasses.replace(config.mod, capacity=slot.capacity)
+        for name, slot in self._slots():
             stacked = nnx.vmap(
-                functools.partial(BLOCKS[slot.kind], config, mod),
+                functools.partial(make_block, config, slot.kind, slot.capacity),
                 transform_metadata={nnx.PARTITION_NAME: "layers"},
             )
             with nnx.split_rngs(rngs, splits=config.num_groups):
-                blocks[f"{i}_{slot.kind}"] = stacked(rngs)
+                blocks[name] = stacked(rngs)
         self.blocks = nnx.Dict(blocks)
         self.final_norm = RMSNorm(d, eps=config.norm_eps)
         if not config.tie_embeddings:
@@ -111,63 +149,180 @@ class Transformer(nnx.Module):
         segment_ids_BL: jax.Array | None = None,
         *,
         key: jax.Array | None = None,
+        routing: str = "top_k",
+        slack: float | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Logits (B, L, V) in float32, and the aux of every routed slot stacked over groups.
 
         segment_ids_BL: attention stays within equal ids, 0 is padding (never routed).
         key: PRNG key, needed by random routing only.
+        routing: "top_k" as in training, or "router", "predictor" or "threshold", which never look
+          ahead. slack: with these, a routed block takes the first slack * capacity * L positions
+          of a row at most; None, all that ask.
         """
-        config = self.config
-        dtype = jnp.dtype(config.dtype)
-        positions_1L = jnp.arange(tokens_BL.shape[1])[None]
-        rope_1LH = rotary_tables(positions_1L, config.head_dim, config.rope_base, dtype)
-        context = Context(rope_1LH, segment_ids_BL)
         valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
-        table_VD = constrain(self.embedding.astype(dtype), "vocab", None)
-        x_BLD = constrain(table_VD[tokens_BL], "batch", "length", None)
-        x_BLD, aux = self._layers(x_BLD, context, valid_BL, key)
-        x_BLD = self.final_norm(x_BLD)
-        w_DV = self.embedding.T if config.tie_embeddings else self.w_logits[...]
-        return project(x_BLD, w_DV, jnp.float32), aux
+        length = tokens_BL.shape[1]
+        context = self._context(jnp.arange(length)[None], segment_ids_BL)
 
-    def _layers(self, x_BLD, context, valid_BL, key):
-        graphdef, stacked = nnx.split(self.blocks)
-
-        def group(x_BLD, params_and_index):
-            params, index = params_and_index
-            blocks = nnx.merge(graphdef, params)
+        def group(blocks, x_BLD, index):
             aux: Aux = {}
-            for i, slot in enumerate(self.config.slots):
-                name = f"{i}_{slot.kind}"
+            received_BL = None
+            for i, (name, slot) in enumerate(self._slots()):
                 block = blocks[name]
                 if isinstance(block, MoDBlock):
-                    block_key = None if key is None else jax.random.fold_in(
-                        jax.random.fold_in(key, index), i)  # fmt: skip
-                    x_BLD, aux[name] = block(x_BLD, context, valid_BL=valid_BL, key=block_key)
+                    x_BLD, aux[name] = block(
+                        x_BLD, context, valid_BL=valid_BL, key=_block_key(key, index, i),
+                        received_BL=received_BL, routing=routing,
+                        slots=cache_slots(slot.capacity, length, slack),
+                    )  # fmt: skip
+                elif routing == "top_k" and self._ranks(i + 1):
+                    x_BLD, received_BL = block.ranked(x_BLD, context)
                 else:
                     x_BLD = block(x_BLD, context)
                 x_BLD = constrain(x_BLD, "batch", "length", None)
             return x_BLD, aux
 
+        x_BLD, aux = self._groups(self._embed(tokens_BL), group)
+        return self._logits(x_BLD), aux
+
+    def prefill(
+        self,
+        tokens_BL: jax.Array,
+        lengths_B: jax.Array,
+        *,
+        max_length: int,
+        routing: str,
+        slack: float | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache, jax.Array]:
+        """Reads prompts: logits (B, V) after their last token, caches, and depths_BL.
+
+        tokens_BL: row b holds lengths_B[b] >= 1 tokens, and then padding.
+        max_length: of prompt and continuation. routing, slack: see the call; not "top_k". A routed
+          block's cache has room for slack * capacity * max_length tokens of a row.
+        depths_BL: how many routed blocks processed each position.
+        """
+        valid_BL = jnp.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
+        # Padding comes after everything real: causal attention never sees it.
+        context = self._context(jnp.arange(tokens_BL.shape[1])[None], None)
+
+        def group(blocks, x_BLD, index):
+            caches: list[KVCache] = []
+            depth_BL = jnp.zeros(tokens_BL.shape, jnp.int32)
+            for i, (name, slot) in enumerate(self._slots()):
+                block = blocks[name]
+                if isinstance(block, MoDBlock):
+                    x_BLD, aux, cache = block.prefill(
+                        x_BLD, context, valid_BL=valid_BL, key=_block_key(key, index, i),
+                        routing=routing, slots=cache_slots(slot.capacity, max_length, slack),
+                    )  # fmt: skip
+                    depth_BL += aux["selected_BL"].astype(jnp.int32)
+                else:
+                    x_BLD, (k, v) = block.prefill(x_BLD, context)
+                    cache = filled(k, v, lengths_B, jnp.zeros_like(lengths_B), max_length)
+                caches.append(cache)
+            return x_BLD, (caches, depth_BL)
+
+        x_BLD, (caches, depth_GBL) = self._groups(self._embed(tokens_BL), group)
+        layers = tuple(
+            jax.tree.map(lambda leaf: leaf[g], cache)  # noqa: B023
+            for g in range(self.config.num_groups) for cache in caches
+        )  # fmt: skip
+        x_B1D = jnp.take_along_axis(x_BLD, (lengths_B - 1)[:, None, None], axis=1)
+        cache = Cache(layers, lengths_B.astype(jnp.int32))
+        return self._logits(x_B1D)[:, 0], cache, jnp.sum(depth_GBL, axis=0)
+
+    def decoder(
+        self, *, routing: str, key: jax.Array | None = None
+    ) -> Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache, jax.Array]]:
+        """A function (tokens_B, active_B, cache) -> (logits_BV, cache, depth_B) for a loop.
+
+        One more token of every row that is active; the others keep their caches. The layers are
+        taken apart here, outside the loop, so that a step reads the weights that it uses only.
+        """
+        graphdef, layers = self._unstacked()
+        slots = self._slots()
+
+        def step(tokens_B, active_B, cache):
+            x_B1D = self._embed(tokens_B[:, None])
+            context = self._context(cache.positions_B[:, None], None)
+            depth_B = jnp.zeros_like(tokens_B)
+            caches = []
+            for index, layer_cache in enumerate(cache.layers):
+                group, i = divmod(index, len(slots))
+                block = nnx.merge(graphdef, layers[group])[slots[i][0]]
+                if isinstance(block, MoDBlock):
+                    x_B1D, layer_cache, routed_B = block.decode(
+                        x_B1D, context, positions_B=cache.positions_B, active_B=active_B,
+                        cache=layer_cache, key=_block_key(key, group, i), routing=routing,
+                    )  # fmt: skip
+                    depth_B += routed_B.astype(depth_B.dtype)
+                else:
+                    x_B1D, (k, v) = block.decode(x_B1D, context, layer_cache)
+                    layer_cache = append(layer_cache, k, v, active_B)
+                caches.append(layer_cache)
+            positions_B = cache.positions_B + active_B.astype(jnp.int32)
+            return self._logits(x_B1D)[:, 0], Cache(tuple(caches), positions_B), depth_B
+
+        return step
+
+    def _slots(self) -> list[tuple[str, Slot]]:
+        """The pattern's slots, under their names in `blocks`."""
+        return [(f"{i}_{slot.kind}", slot) for i, slot in enumerate(self.config.slots)]
+
+    def _ranks(self, index: int) -> bool:
+        """Whether the slot's block ranks by the attention of the block before it."""
+        slots = self.config.slots
+        return index < len(slots) and slots[index].kind == "attention"
+
+    def _context(self, positions_BL, segment_ids_BL) -> Context:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        rope_BLH = rotary_tables(positions_BL, config.head_dim, config.rope_base, dtype)
+        return Context(rope_BLH, segment_ids_BL)
+
+    def _embed(self, tokens_BL):
+        table_VD = constrain(self.embedding.astype(jnp.dtype(self.config.dtype)), "vocab", None)
+        return constrain(table_VD[tokens_BL], "batch", "length", None)
+
+    def _logits(self, x_BLD):
+        w_DV = self.embedding.T if self.config.tie_embeddings else self.w_logits[...]
+        return project(self.final_norm(x_BLD), w_DV, jnp.float32)
+
+    def _groups(self, x_BLD, group):
+        """Runs group(blocks, x_BLD, index) -> (x_BLD, out) over the groups; stacks `out`."""
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def run(x_BLD, params_and_index):
+            params, index = params_and_index
+            return group(nnx.merge(graphdef, params), x_BLD, index)
+
         if self.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            group = jax.checkpoint(group, policy=dots if self.remat == "dots" else None)
-        groups = self.config.num_groups
+            run = jax.checkpoint(run, policy=dots if self.remat == "dots" else None)
         unroll = self.layer_loop == "unroll" or (
             self.layer_loop == "auto" and jax.default_backend() == "cpu"
         )
         if not unroll:
-            return jax.lax.scan(group, x_BLD, (stacked, jnp.arange(groups)))
-        # lax.split transposes to one concatenation; indexing would pad and add every gradient.
-        layers = [
-            jax.tree.unflatten(jax.tree.structure(stacked), [part[0] for part in leaves])
-            for leaves in zip(
-                *(jax.lax.split(leaf, [1] * groups) for leaf in jax.tree.leaves(stacked)),
-                strict=True,
-            )
-        ]
+            return jax.lax.scan(run, x_BLD, (stacked, jnp.arange(self.config.num_groups)))
         per_group = []
-        for index, params in enumerate(layers):
-            x_BLD, aux = group(x_BLD, (params, index))
-            per_group.append(aux)
+        for index, params in enumerate(self._unstacked()[1]):
+            x_BLD, out = run(x_BLD, (params, index))
+            per_group.append(out)
         return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_group)
+
+    def _unstacked(self):
+        """The graph definition of a group's blocks, and the parameters of every group."""
+        graphdef, stacked = nnx.split(self.blocks)
+        groups = self.config.num_groups
+        # lax.split transposes to one concatenation; indexing would pad and add every gradient.
+        leaves = [jax.lax.split(leaf, [1] * groups) for leaf in jax.tree.leaves(stacked)]
+        structure = jax.tree.structure(stacked)
+        return graphdef, [
+            jax.tree.unflatten(structure, [part[0] for part in parts])
+            for parts in zip(*leaves, strict=True)
+        ]
+
+
+def _block_key(key: jax.Array | None, group: int | jax.Array, index: int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(jax.random.fold_in(key, group), index)

@@ -1,10 +1,22 @@
-"""Loss on a fixed set of validation windows."""
+"""Loss on a fixed set of validation windows, and what routing decided there.
+
+Legend: B sequences, G groups.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class Scores(NamedTuple):
+    """Per sequence: summed loss in nats, tokens scored, and the counts of step.decisions."""
+
+    loss_B: np.ndarray
+    weight_B: np.ndarray
+    decisions: dict[str, dict[str, np.ndarray]]
 
 
 class Evaluation(NamedTuple):
@@ -15,24 +27,71 @@ class Evaluation(NamedTuple):
     tokens: int
 
 
-def evaluate(eval_step: Callable, params: Any, batches: Iterable[Any]) -> Evaluation:
-    """Runs `eval_step` (see step.make_eval_step) over batches that are on the device."""
+class Quality(NamedTuple):
+    """A routed block's causal decisions against what training would select.
+
+    accuracy, precision, recall: shares; always answering "no" has accuracy 1 - capacity.
+    capacity: share of positions processed. overflow: share of positions that found no room.
+    most: the largest share of one sequence's positions that was processed.
+    """
+
+    accuracy: float
+    precision: float
+    recall: float
+    capacity: float
+    overflow: float
+    most: float
+
+
+def evaluate(eval_step: Callable, params: Any, batches: Iterable[Any]) -> Scores:
+    """Runs `eval_step` (see programs.compile_eval_step) over batches that are on the device."""
     # Every batch is dispatched before the first result is fetched.
     results = [eval_step(params, batch, jnp.int32(i)) for i, batch in enumerate(batches)]
-    loss_B = np.concatenate([np.asarray(loss, np.float64) for loss, _ in results])
-    weight_B = np.concatenate([np.asarray(weight, np.float64) for _, weight in results])
-    return summarise(loss_B, weight_B)
+    return Scores(
+        *jax.tree.map(lambda *parts: np.concatenate([np.float64(part) for part in parts]), *results)
+    )
 
 
-def summarise(loss_B: np.ndarray, weight_B: np.ndarray) -> Evaluation:
+def summarise(scores: Scores) -> Evaluation:
     """Mean and standard error from each sequence's summed loss and weight.
 
     The mean is the ratio R = sum(loss) / sum(weight); its standard error is the linearised one
     of a ratio, sqrt(n / (n - 1) * sum((loss - R weight)^2)) / sum(weight) (Cochran 1977,
     Sampling Techniques, section 2.11). Sequences of weight 0 are padding.
     """
-    loss_B, weight_B = loss_B[weight_B > 0], weight_B[weight_B > 0]
+    kept = scores.weight_B > 0
+    loss_B, weight_B = scores.loss_B[kept], scores.weight_B[kept]
     n, total = len(weight_B), float(weight_B.sum())
     mean = float(loss_B.sum()) / total
     spread = float(np.square(loss_B - mean * weight_B).sum())
     return Evaluation(mean, (n / max(n - 1, 1) * spread) ** 0.5 / total, round(total))
+
+
+def difference(ours: Scores, theirs: Scores) -> Evaluation:
+    """Our loss less theirs on the same sequences; paired, so its error is that of differences."""
+    return summarise(ours._replace(loss_B=ours.loss_B - theirs.loss_B))
+
+
+def quality(scores: Scores) -> dict[str, Quality]:
+    """Each routed block's, under its slot of the pattern and its repetition, as in 1_mod.0."""
+    found = {}
+    for name, counts in scores.decisions.items():
+        total = {key: count_BG[scores.weight_B > 0].sum(0) for key, count_BG in counts.items()}
+        share_BG = counts["selected"] / np.maximum(counts["positions"], 1)
+        for g, positions in enumerate(total["positions"]):
+            wanted, selected, target = (total[key][g] for key in ("wanted", "selected", "target"))
+            found[f"{name}.{g}"] = Quality(
+                accuracy=float(total["agreed"][g] / positions),
+                precision=float(total["both"][g] / max(wanted, 1)),
+                recall=float(total["both"][g] / max(target, 1)),
+                capacity=float(selected / positions),
+                overflow=float((wanted - selected) / positions),
+                most=float(share_BG[:, g].max()),
+            )
+    return found
+
+
+def mean_quality(qualities: Iterable[Quality]) -> Quality:
+    """The mean over blocks; of `most`, the largest."""
+    values = np.array(list(qualities))
+    return Quality(*values.mean(0)[:-1].tolist(), float(values[:, -1].max()))

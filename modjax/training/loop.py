@@ -29,9 +29,15 @@ from modjax.data.prefetch import prefetch
 from modjax.records import Record, read_record, write_json, write_record
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.clock import Clock, Pace
-from modjax.training.evaluate import Evaluation, evaluate
+from modjax.training.evaluate import (
+    Evaluation,
+    difference,
+    evaluate,
+    mean_quality,
+    quality,
+    summarise,
+)
 from modjax.training.metrics import MetricsWriter, last_train_loss, require_tensorboard
-from modjax.training.optimizer import make_optimizer
 from modjax.training.programs import compile_programs, eval_batch_size, init_state
 from modjax.training.record import make_record, progress_values
 from modjax.training.sharding import check_batch, make_mesh, put_batch
@@ -77,10 +83,10 @@ def train(
     mesh = make_mesh(execution)
     check_batch(mesh, config)
     model = abstract_model(spec.model, execution)
-    abstract = abstract_state(mesh, model, make_optimizer(config, model.logical_axes))
+    abstract = abstract_state(mesh, model, config)
     _claim(run_dir, spec)
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
-    diverged_step, evaluation = 0, None
+    diverged_step, evaluation, causal = 0, None, {}
 
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(_sigterm())
@@ -103,7 +109,7 @@ def train(
         )
         stack.callback(writer.close)
         clock.lap("setup")
-        programs = compile_programs(mesh, model, config)
+        programs = compile_programs(mesh, model, spec, execution)
         if restored is None:
             state = init_state(mesh, model, config)
         clock.lap("compile")
@@ -132,15 +138,38 @@ def train(
             checkpoints.save(step, state, clock.seconds)
             clock.lap("checkpoint")
 
-        def measure(step: int) -> Evaluation:
-            batches = (put_batch(batch, mesh) for batch in _eval_batches(cache, spec))
-            result = evaluate(programs.eval_step, state.params, batches)
-            writer.write(step, {
+        def measure(step: int) -> tuple[Evaluation, dict[str, Any]]:
+            """The loss as trained, and the record's fields of causal routing."""
+            scores = {
+                routing: evaluate(eval_step, state.params, (
+                    put_batch(batch, mesh) for batch in _eval_batches(cache, spec)
+                ))
+                for routing, eval_step in programs.eval_steps.items()
+            }  # fmt: skip
+            result = summarise(scores["top_k"])
+            values = {
                 "eval_loss": result.loss,
                 "eval_loss_sem": result.sem,
                 "eval_bits_per_byte": bits_per_byte(cache.manifest, result.loss),
-            })  # fmt: skip
-            return result
+            }
+            causal = {}
+            for routing in scores.keys() - {"top_k"}:
+                blocks = quality(scores[routing])
+                mean = mean_quality(blocks.values())
+                gap = difference(scores[routing], scores["top_k"])
+                causal = {
+                    "causal_routing": routing,
+                    "causal_loss": summarise(scores[routing]).loss,
+                    "causal_difference": gap.loss,
+                    "causal_difference_sem": gap.sem,
+                    "causal_accuracy": mean.accuracy,
+                    "causal_capacity": mean.capacity,
+                }
+                values |= {f"eval_{k}": v for k, v in causal.items() if k != "causal_routing"}
+                for block, found in blocks.items():
+                    values |= {f"eval_{routing}/{k}/{block}": v for k, v in found._asdict().items()}
+            writer.write(step, values)
+            return result, causal
 
         for step in range(start + 1, steps + 1):
             if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0:
@@ -157,7 +186,7 @@ def train(
             # Otherwise the device had work left, and did not wait.
             if state.step.is_ready():  # type: ignore[attr-defined]
                 clock.seconds["data_wait"] += batches.waited_seconds - waited
-            state, metrics = programs.train_step(state, batch)
+            state, metrics = programs.train_step(state, batch, step)
             aux = metrics.pop("aux")
             # The device is busy with this step while the host waits for the logged one before it.
             if diverged_step := log():
@@ -180,10 +209,10 @@ def train(
         clock.lap("train")
         if not diverged_step:
             save(steps)
-            evaluation = measure(steps)
+            evaluation, causal = measure(steps)
             clock.lap("eval")
             if not math.isfinite(evaluation.loss):
-                diverged_step, evaluation = steps, None
+                diverged_step, evaluation, causal = steps, None, {}
         checkpoints.wait()
         clock.lap("checkpoint")
 
@@ -193,6 +222,7 @@ def train(
         diverged_step=diverged_step,
         train_loss=last_train_loss(run_dir),
         evaluation=evaluation,
+        causal=causal,
         seconds=clock.seconds,
         median_step_seconds=pace.median() or clock.seconds["train"] / steps,
         device=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",

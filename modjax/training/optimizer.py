@@ -1,7 +1,7 @@
 """AdamW with linear warm-up, a cosine that ends at the last step, clipping, decay on matrices."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +10,57 @@ import optax
 from modjax.config import TrainConfig
 
 
-def learning_rate(train: TrainConfig, updates: Any) -> jax.Array:
+class Schedule(NamedTuple):
+    """The numbers of a TrainConfig that a compiled step takes as arguments, not as constants.
+
+    So runs that differ in them alone share their programs. See TrainConfig for the fields.
+    """
+
+    seed: jax.Array
+    steps: jax.Array
+    warmup_steps: jax.Array
+    learning_rate: jax.Array
+    final_learning_rate_fraction: jax.Array
+
+
+def make_schedule(train: TrainConfig) -> Schedule:
+    values = (getattr(train, name) for name in Schedule._fields)
+    return Schedule(*(jnp.asarray(v, jnp.int32 if type(v) is int else jnp.float32) for v in values))
+
+
+def learning_rate(schedule: Schedule, updates: jax.Array) -> jax.Array:
     """The learning rate of the update that follows `updates` earlier ones.
 
     With t = updates + 1 counted from 1, W warm-up steps, T steps, peak p and floor f: p t / W up
     to t = W, then p (f + (1 - f) (1 + cos(pi (t - W) / (T - W))) / 2) (arXiv 1608.03983, Eq. 5),
     so that the last update, t = T, uses p f.
     """
-    t = jnp.asarray(updates, jnp.float32) + 1
-    warmup, steps = train.warmup_steps, train.steps
-    progress = jnp.clip((t - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-    floor = train.final_learning_rate_fraction
+    t, warmup, steps = (
+        x.astype(jnp.float32) for x in (updates + 1, schedule.warmup_steps, schedule.steps)
+    )
+    progress = jnp.clip((t - warmup) / jnp.maximum(steps - warmup, 1.0), 0.0, 1.0)
+    floor = schedule.final_learning_rate_fraction
     cosine = floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return train.learning_rate * jnp.where(t <= warmup, t / max(warmup, 1), cosine)
+    ramp = t / jnp.maximum(warmup, 1.0)
+    return schedule.learning_rate * jnp.where(t <= warmup, ramp, cosine)
 
 
-def make_optimizer(train: TrainConfig, logical_axes: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    train: TrainConfig, schedule: Schedule, logical_axes: Any
+) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (arXiv 1711.05101); only matrices decay.
 
+    Predictors are clipped apart, so that training one changes nothing else.
     logical_axes: the logical axes of every parameter; "layers" stacks parameters and is no dim
       of a matrix.
     """
+    predictors = is_predictor(logical_axes)
+    others = jax.tree.map(lambda mine: not mine, predictors)
     return optax.chain(
-        optax.clip_by_global_norm(train.clip_norm),
+        optax.masked(optax.clip_by_global_norm(train.clip_norm), others),
+        optax.masked(optax.clip_by_global_norm(train.clip_norm), predictors),
         optax.adamw(
-            functools.partial(learning_rate, train),
+            functools.partial(learning_rate, schedule),
             b1=train.b1,
             b2=train.b2,
             eps=train.eps,
@@ -51,3 +77,20 @@ def is_matrix(logical_axes: Any) -> Any:
         logical_axes,
         is_leaf=lambda node: isinstance(node, tuple),
     )
+
+
+def is_predictor(logical_axes: Any) -> Any:
+    """Whether each parameter belongs to the predictor of a routed block."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(getattr(entry, "key", None) == "predictor" for entry in path),
+        logical_axes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def gradient_norm(grads: Any, logical_axes: Any) -> jax.Array:
+    """Global norm of the gradient without the predictors' part."""
+    kept = jax.tree.map(
+        lambda mine, grad: jnp.zeros_like(grad) if mine else grad, is_predictor(logical_axes), grads
+    )
+    return optax.tree.norm(kept)

@@ -8,55 +8,86 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modjax.config import TrainConfig
+from modjax.config import Execution, RunSpec, TrainConfig
 from modjax.data.batches import Batch
+from modjax.flops import CAPACITY_STAGES, at_stage, stage_of_step
 from modjax.nn import routing_statistics
-from modjax.training.optimizer import make_optimizer
+from modjax.training.optimizer import make_schedule
 from modjax.training.sharding import batch_sharding
-from modjax.training.state import Model, TrainState, abstract_state, make_init
+from modjax.training.state import Model, TrainState, abstract_model, abstract_state, make_init
 from modjax.training.step import make_eval_step, make_train_step
 
 
 class Programs(NamedTuple):
-    """train_step(state, batch) takes `state` over; eval_step(params, batch, index);
-    router_statistics(aux) maps metrics["aux"] of a train step to scalars.
+    """train_step(state, batch, step) takes `state` over, where `step` counts from 1;
+    eval_steps: by routing, "top_k" and the best causal one that the model has, functions
+    (params, batch, index) as make_eval_step's; router_statistics(aux) maps metrics["aux"] of a
+    train step to scalars.
     """
 
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
-    eval_step: Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+    train_step: Callable[[TrainState, Batch, int], tuple[TrainState, dict[str, Any]]]
+    eval_steps: dict[str, Callable[[Any, Batch, jax.Array], tuple]]
     router_statistics: Callable[[Any], dict[str, jax.Array]]
 
 
-def compile_programs(mesh: Mesh, model: Model, train: TrainConfig) -> Programs:
-    """Compiles what every run needs; call under `jax.set_mesh(mesh)`."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    optimizer = make_optimizer(train, model.logical_axes)
-    state = abstract_state(mesh, model, optimizer)
-    train_step = jax.jit(
-        make_train_step(model.graphdef, optimizer, train),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-    ).lower(state, abstract_batch(mesh, train.batch_size, train.seq_len))
-    compiled_train_step = train_step.compile()
+def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, execution: Execution) -> Programs:
+    """Compiles what a run needs; call under `jax.set_mesh(mesh)`.
+
+    A capacity schedule is a train step per stage: their parameters have the same shapes.
+    """
+    train = spec.train
+    schedule = make_schedule(train)
+    steps = {CAPACITY_STAGES: lower_train_step(mesh, model, train)}
+    for stage in range(CAPACITY_STAGES if train.capacity_steps else 0):
+        staged = abstract_model(at_stage(spec.model, stage), execution)
+        # Its slots are named alike: only the numbers selected differ.
+        steps[stage] = lower_train_step(mesh, staged, train)
+    compiled = {stage: lowered.compile() for stage, lowered in steps.items()}
     aux = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        train_step.out_info[1]["aux"],
-        compiled_train_step.output_shardings[1]["aux"],
+        steps[CAPACITY_STAGES].out_info[1]["aux"],
+        compiled[CAPACITY_STAGES].output_shardings[1]["aux"],
     )
-    eval_batch = abstract_batch(mesh, eval_batch_size(train), train.seq_len)
-    eval_step = jax.jit(make_eval_step(model.graphdef, train), out_shardings=replicated)
+
+    def train_step(state, batch, step):
+        return compiled[stage_of_step(train, step)](state, batch, schedule)
+
+    causal = spec.model.causal_routing()
+    routings = ("top_k", causal) if causal else ("top_k",)
     return Programs(
-        compiled_train_step,
-        eval_step.lower(state.params, eval_batch, jnp.int32(0)).compile(),
+        train_step,
+        {routing: compile_eval_step(mesh, model, train, routing=routing) for routing in routings},
         jax.jit(routing_statistics).lower(aux).compile() if aux else routing_statistics,
     )
 
 
+def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: Any) -> Callable:
+    """A function (params, batch, index), as make_eval_step's for the run's seed."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    seed = jnp.int32(train.seed)
+    state = abstract_state(mesh, model, train)
+    batch = abstract_batch(mesh, eval_batch_size(train), train.seq_len)
+    eval_step = jax.jit(
+        make_eval_step(model.graphdef, train, **routing), out_shardings=replicated
+    )
+    compiled = eval_step.lower(state.params, batch, seed, seed).compile()
+    return lambda params, batch, index: compiled(params, batch, seed, index)
+
+
+def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig) -> Any:
+    """The train step (state, batch, schedule), to be compiled."""
+    state = abstract_state(mesh, model, train)
+    return jax.jit(
+        make_train_step(model, train),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+    ).lower(state, abstract_batch(mesh, train.batch_size, train.seq_len), make_schedule(train))
+
+
 def init_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
     """The state before the first step, born sharded; a function of the seed alone."""
-    optimizer = make_optimizer(train, model.logical_axes)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(mesh, model, optimizer))
-    init = jax.jit(make_init(model, optimizer), out_shardings=shardings)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(mesh, model, train))
+    init = jax.jit(make_init(model, train), out_shardings=shardings)
     seed = jnp.int32(train.seed)
     # It runs once: on CPU, optimising it costs more time than it saves.
     level = "0" if jax.default_backend() == "cpu" else "3"

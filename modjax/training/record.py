@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import modjax
 from modjax import flops
@@ -31,7 +32,7 @@ def progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:
     config, sequences = spec.train, step * spec.train.batch_size
     return {
         "tokens": sequences * config.seq_len,
-        "train_flops": flops.train_flops(spec.model, config.seq_len, sequences),
+        "train_flops": flops.run_flops(spec.model, config, step),
     }
 
 
@@ -42,12 +43,14 @@ def make_record(
     diverged_step: int,
     train_loss: float | None,
     evaluation: Evaluation | None,
+    causal: dict[str, Any],
     seconds: dict[str, float],
     median_step_seconds: float,
     device: str,
 ) -> Record:
     """The record of a run that finished, or that diverged at `diverged_step` > 0.
 
+    causal: the record's fields of that name, {} for a dense model.
     seconds: by what they were spent on, see training/clock.py.
     """
     config, model = spec.train, spec.model
@@ -92,4 +95,5 @@ def make_record(
         median_step_seconds=median_step_seconds,
         device=device,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        **causal,
     )

@@ -9,8 +9,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modjax.config import Execution, ModelConfig
+from modjax.config import Execution, ModelConfig, TrainConfig
 from modjax.nn import Transformer
+from modjax.training.optimizer import make_optimizer, make_schedule
 from modjax.training.sharding import param_shardings
 
 
@@ -58,10 +59,9 @@ def abstract_model(config: ModelConfig, execution: Execution) -> Model:
     return Model(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(logical_axes), init)
 
 
-def make_init(
-    model: Model, optimizer: optax.GradientTransformation
-) -> Callable[[jax.Array], TrainState]:
+def make_init(model: Model, train: TrainConfig) -> Callable[[jax.Array], TrainState]:
     """A pure function from a seed (int32) to the state before the first step."""
+    optimizer = make_optimizer(train, make_schedule(train), model.logical_axes)
 
     def init(seed):
         params = model.init(jax.random.key(seed))
@@ -70,8 +70,9 @@ def make_init(
     return init
 
 
-def abstract_state(mesh: Mesh, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
     """Shapes and shardings of the state; the optimizer's moments lie where their parameters do."""
+    optimizer = make_optimizer(train, make_schedule(train), model.logical_axes)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = param_shardings(mesh, model.params, model.logical_axes)
 

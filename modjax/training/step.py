@@ -13,40 +13,47 @@ from flax import nnx
 
 from modjax.config import TrainConfig
 from modjax.data.batches import Batch
+from modjax.nn import routing_losses, update_thresholds
 from modjax.nn.sharding import constrain
-from modjax.training.optimizer import learning_rate
-from modjax.training.state import TrainState
+from modjax.training.optimizer import Schedule, gradient_norm, learning_rate, make_optimizer
+from modjax.training.state import Model, TrainState
 
 TRAIN_STREAM, EVAL_STREAM = 1, 2
 
 
 def token_losses(
-    graphdef: Any, params: Any, batch: Any, document_mask: bool, key: jax.Array
+    graphdef: Any, params: Any, batch: Any, document_mask: bool, key: jax.Array, **routing: Any
 ) -> tuple[jax.Array, Any]:
-    """Cross-entropy of every position (B, L) in nats, from float32 logits, and the model's aux."""
+    """Cross-entropy of every position (B, L) in nats, from float32 logits, and the model's aux.
+
+    routing: `routing` and `slack`, as Transformer takes them.
+    """
     model = nnx.merge(graphdef, params)
     inputs_BL = constrain(batch.inputs_BL, "batch", "length")
     segment_ids_BL = batch.segment_ids_BL if document_mask else None
-    logits_BLV, aux = model(inputs_BL, segment_ids_BL, key=key)
+    logits_BLV, aux = model(inputs_BL, segment_ids_BL, key=key, **routing)
     logits_BLV = constrain(logits_BLV, "batch", "length", "vocab")
     return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL), aux
 
 
 def make_train_step(
-    graphdef: Any, optimizer: optax.GradientTransformation, train: TrainConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """A pure function (state, batch) -> (state, metrics); jit it with the state donated.
+    model: Model, train: TrainConfig
+) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, dict[str, Any]]]:
+    """A pure function (state, batch, schedule) -> (state, metrics); jit it with the state donated.
 
-    The loss is sum(weight * nll) / sum(weight) over the whole batch, however it is accumulated.
-    metrics: loss, grad_norm (before clipping), learning_rate, diverged_step, and `aux`, what the
-    routers of the forward pass returned. Steps count from 1; randomness is drawn from (seed, step).
+    The loss is sum(weight * nll) / sum(weight) over the whole batch, however it is accumulated;
+    the routers' own losses are added to what is minimised, not to what is reported.
+    metrics: loss, grad_norm (before clipping, without predictors), learning_rate, diverged_step,
+    and `aux`, what the routers of the forward pass returned. Steps count from 1; randomness is
+    drawn from (seed, step).
     """
 
-    def weighted_loss(params, batch, key, total_weight):
-        nll_BL, aux = token_losses(graphdef, params, batch, train.document_mask, key)
-        return jnp.sum(nll_BL * batch.weights_BL) / total_weight, aux
+    def objective(params, batch, key, total_weight):
+        nll_BL, aux = token_losses(model.graphdef, params, batch, train.document_mask, key)
+        loss = jnp.sum(nll_BL * batch.weights_BL) / total_weight
+        return loss + routing_losses(aux) / train.accumulation, (loss, aux)
 
-    value_and_grad = jax.value_and_grad(weighted_loss, has_aux=True)
+    gradient = jax.grad(objective, has_aux=True)
 
     def accumulated(params, batch, key, total_weight):
         # Strided rows, so that every device keeps the rows that it already has.
@@ -56,33 +63,37 @@ def make_train_step(
 
         def add(total, item):
             micro_batch, index = item
-            (loss, aux), grads = value_and_grad(
+            grads, (loss, aux) = gradient(
                 params, micro_batch, jax.random.fold_in(key, index), total_weight
             )
-            return jax.tree.map(jnp.add, total, (loss, grads)), aux
+            return jax.tree.map(jnp.add, total, (grads, loss)), aux
 
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
         indices_A = jnp.arange(train.accumulation)
-        (loss, grads), aux_AGBL = jax.lax.scan(add, zero, (batch_ABL, indices_A))
-        aux = jax.tree.map(
-            lambda x_AGBL: jnp.moveaxis(x_AGBL, 0, 2).reshape(x_AGBL.shape[1], -1, x_AGBL.shape[3]),
-            aux_AGBL,
-        )
-        return (loss, aux), grads
+        (grads, loss), aux_AGB = jax.lax.scan(add, zero, (batch_ABL, indices_A))
 
-    gradients = value_and_grad if train.accumulation == 1 else accumulated
+        def one_batch(x_AGB):
+            x_GBA = jnp.moveaxis(x_AGB, 0, 2)
+            return x_GBA.reshape(x_GBA.shape[0], -1, *x_GBA.shape[3:])
 
-    def train_step(state, batch):
-        key = stream_key(train.seed, TRAIN_STREAM, state.step)
+        return grads, (loss, jax.tree.map(one_batch, aux_AGB))
+
+    gradients = gradient if train.accumulation == 1 else accumulated
+
+    def train_step(state, batch, schedule):
+        optimizer = make_optimizer(train, schedule, model.logical_axes)
+        key = stream_key(schedule.seed, TRAIN_STREAM, state.step)
         total_weight = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
-        (loss, aux), grads = gradients(state.params, batch, key, total_weight)
-        grad_norm = optax.tree.norm(grads)
+        grads, (loss, aux) = gradients(state.params, batch, key, total_weight)
+        grad_norm = gradient_norm(grads, model.logical_axes)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int counters with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params |= {"blocks": update_thresholds(params["blocks"], aux, state.step)}
         step = state.step + 1
         diverged = (state.diverged_step == 0) & ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         new_state = TrainState(
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt_state=opt_state,
             step=step,
             diverged_step=jnp.where(diverged, step, state.diverged_step),
@@ -90,7 +101,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": learning_rate(train, state.step),
+            "learning_rate": learning_rate(schedule, state.step),
             "diverged_step": new_state.diverged_step,
             "aux": aux,
         }
@@ -100,18 +111,48 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: Any, train: TrainConfig
-) -> Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]:
-    """A pure function (params, batch, index) -> summed loss and weight of each sequence, (B,)."""
+    graphdef: Any, train: TrainConfig, **routing: Any
+) -> Callable[[Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]:
+    """A pure function (params, batch, seed, index) of an evaluation batch.
 
-    def eval_step(params, batch, index):
-        key = stream_key(train.seed, EVAL_STREAM, index)
-        nll_BL, _ = token_losses(graphdef, params, batch, train.document_mask, key)
-        return jnp.sum(nll_BL * batch.weights_BL, axis=1), jnp.sum(batch.weights_BL, axis=1)
+    Returns the summed loss and the weight of each sequence, (B,), and of each routed block what
+    `routing` decided: see `decisions`.
+    """
+
+    def eval_step(params, batch, seed, index):
+        key = stream_key(seed, EVAL_STREAM, index)
+        nll_BL, aux = token_losses(
+            graphdef, params, batch, train.document_mask, key, **routing
+        )
+        loss_B = jnp.sum(nll_BL * batch.weights_BL, axis=1)
+        weight_B = jnp.sum(batch.weights_BL, axis=1)
+        return loss_B, weight_B, decisions(aux, batch.segment_ids_BL > 0)
 
     return eval_step
 
 
-def stream_key(seed: int, stream: int, index: jax.Array) -> jax.Array:
+def decisions(aux: Any, valid_BL: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """Per slot of the pattern, counts (B, G) of positions by what routing decided for them.
+
+    both: wanted, and selected by training; wanted, target: either of them; agreed: both or
+    neither; selected: processed; positions: all.
+    """
+
+    def counts(slot):
+        wanted, target = slot["wanted_BL"], slot["target_BL"]
+        masks = {
+            "both": wanted & target,
+            "wanted": wanted,
+            "target": target,
+            "agreed": wanted == target,
+            "selected": slot["selected_BL"],
+            "positions": jnp.ones_like(wanted),
+        }
+        return {name: jnp.sum(mask & valid_BL[None], axis=2).T for name, mask in masks.items()}
+
+    return {name: counts(slot) for name, slot in aux.items()}
+
+
+def stream_key(seed: jax.Array, stream: int, index: jax.Array) -> jax.Array:
     """The key of one step, or evaluation batch, of one seed."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)

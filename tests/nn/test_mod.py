@@ -78,7 +78,7 @@ def plain_mod(w, router, x, ranking, capacity, weight, residual):
 def test_block_equals_a_plain_loop_in_values_and_gradients(weight, residual):
     block = mod_block(capacity=0.3, weight=weight, residual=residual)
     x = stream(**SMALL)
-    ranking = np.argsort(-(np.asarray(x) @ np.asarray(block.router[...])), axis=1)
+    ranking = np.argsort(-(np.asarray(x) @ np.asarray(block.router.w[...])), axis=1)
     graphdef, params = nnx.split(block)
 
     def ours(params, x):
@@ -88,12 +88,12 @@ def test_block_equals_a_plain_loop_in_values_and_gradients(weight, residual):
         out = plain_mod(w, router, x, ranking, 0.3, weight, residual)
         return jnp.sum(jnp.sin(out)), out
 
-    arrays = (block.inner.w[...], block.router[...], x)
+    arrays = (block.inner.w[...], block.router.w[...], x)
     grads, expected = jax.jit(jax.grad(plain, (0, 1, 2), has_aux=True))(*arrays)
     np.testing.assert_allclose(block(x)[0], expected, rtol=1e-5, atol=1e-6)
     grad_params, grad_x = jax.jit(jax.grad(ours, (0, 1)))(params, x)
     np.testing.assert_allclose(grad_params["inner"]["w"][...], grads[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(grad_params["router"][...], grads[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grad_params["router"]["w"][...], grads[1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grad_x, grads[2], rtol=1e-4, atol=1e-5)
 
 
@@ -104,7 +104,7 @@ class Constant(MoDBlock):
     """A block whose router gives every token weight 1 under any reading."""
 
     def __call__(self, x_BLD, *per_position, **kwargs):
-        self.router[...] = jnp.zeros(x_BLD.shape[-1]).at[0].set(1.0)
+        self.router.w[...] = jnp.zeros(x_BLD.shape[-1]).at[0].set(1.0)
         return super().__call__(x_BLD.at[..., 0].set(1.0), *per_position, **kwargs)
 
 
@@ -129,7 +129,7 @@ def test_a_block_without_an_update_is_the_identity_bit_for_bit():
 def test_a_router_that_says_zero_leaves_the_stream_alone():
     # Faults: output w * block(x), which rescales the residual.
     block = mod_block(capacity=0.5)
-    block.router[...] = jnp.zeros(WIDTH)
+    block.router.w[...] = jnp.zeros(WIDTH)
     x = stream()
     np.testing.assert_array_equal(block(x)[0], x)
 
@@ -172,7 +172,7 @@ def test_the_router_has_a_gradient_from_every_row():
         def loss(params, row=row):
             return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(stream())[0][row]))
 
-        assert float(jnp.abs(jax.grad(loss)(params)["router"][...]).min()) > 0
+        assert float(jnp.abs(jax.grad(loss)(params)["router"]["w"][...]).min()) > 0
 
 
 def test_the_router_computes_in_float32_under_bfloat16():
@@ -180,7 +180,7 @@ def test_the_router_computes_in_float32_under_bfloat16():
     x = stream().astype(jnp.bfloat16)
     y, aux = block(x)
     assert y.dtype == jnp.bfloat16 and aux["scores_BL"].dtype == jnp.float32
-    exact = np.asarray(x.astype(jnp.float32)) @ np.asarray(block.router[...])
+    exact = np.asarray(x.astype(jnp.float32)) @ np.asarray(block.router.w[...])
     np.testing.assert_allclose(aux["scores_BL"], exact, rtol=1e-5, atol=1e-5)
 
 
@@ -199,7 +199,7 @@ def test_selected_tokens_keep_their_original_rotary_positions_and_segments():
         chosen = np.flatnonzero(aux["selected_BL"][b])
         rope_chosen = rotary_tables(jnp.asarray(chosen)[None], 8, 100.0, jnp.float32)
         f = run(x[b : b + 1, chosen], Context(rope_chosen, segments[b : b + 1, chosen]))[0]
-        r = np.asarray(x[b, chosen] @ block.router[...])[:, None]
+        r = np.asarray(x[b, chosen] @ block.router.w[...])[:, None]
         expected = np.asarray(x[b, chosen]) + r * np.asarray(f - x[b, chosen])
         np.testing.assert_allclose(y[b, chosen], expected, rtol=1e-4, atol=1e-5)
 
@@ -209,7 +209,7 @@ def test_padding_is_never_selected_and_is_left_as_it_was():
     x = stream()
     valid = jnp.arange(LENGTH)[None] < jnp.array([[3], [LENGTH], [0]])
     # Padding scores highest of all.
-    x = jnp.where(valid[..., None], x, 100 * jnp.sign(block.router[...])[None, None])
+    x = jnp.where(valid[..., None], x, 100 * jnp.sign(block.router.w[...])[None, None])
     y, aux = block(x, valid_BL=valid)
     np.testing.assert_array_equal(aux["selected_BL"].sum(axis=1), [3, 8, 0])
     assert not np.any(np.asarray(aux["selected_BL"]) & ~np.asarray(valid))
@@ -225,7 +225,7 @@ class ThresholdBlock(MoDBlock):
 
 def earlier_outputs_changed(block, t):
     x = stream(seed=3)
-    edited = x.at[:, t].set(5.0 * jnp.sign(block.router[...])[None])
+    edited = x.at[:, t].set(5.0 * jnp.sign(block.router.w[...])[None])
     return np.any(np.asarray(block(x)[0][:, :t]) != np.asarray(block(edited)[0][:, :t]))
 
 
@@ -244,7 +244,7 @@ def test_every_routed_layer_has_a_router_of_its_own():
     # Faults: one router shared by all layers.
     config = dataclasses.replace(CONFIG, pattern=("mod",))
     make = jax.jit(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0))))
-    routers = np.asarray(make()["blocks"]["0_mod"]["router"][...])
+    routers = np.asarray(make()["blocks"]["0_mod"]["router"]["w"][...])
     assert routers.shape == (4, 16)
     assert len(np.unique(routers.round(6), axis=0)) == 4
 

@@ -174,7 +174,7 @@ def test_mod_wraps_the_block_of_another_nnx_model():
     x = jax.random.normal(jax.random.key(0), (2, 8, 16))
     y, aux = block(x, jnp.arange(8)[None])
     b, i = np.argwhere(aux["selected_BL"])[3]
-    r = float(x[b, i] @ block.router[...])
+    r = float(x[b, i] @ block.router.w[...])
     update = block.inner.linear(x[b, i]) * np.cos(np.float32(i))
     np.testing.assert_allclose(y[b, i], x[b, i] + r * update, rtol=1e-5, atol=1e-6)
 
@@ -190,6 +190,6 @@ def test_mod_works_in_a_linen_model_through_the_bridge():
     x = jax.random.normal(jax.random.key(0), (2, 8, 16))
     # The bridge boxes parameters with their sharding, as linen.with_partitioning does.
     variables = linen.unbox(TheirModel().init(jax.random.key(1), x))
-    assert variables["params"]["routed"]["router"].shape == (16,)
+    assert variables["params"]["routed"]["router"]["w"].shape == (16,)
     grads = jax.grad(lambda v: jnp.sum(jnp.sin(TheirModel().apply(v, x))))(variables)
-    assert float(jnp.abs(grads["params"]["routed"]["router"]).max()) > 0
+    assert float(jnp.abs(grads["params"]["routed"]["router"]["w"]).max()) > 0

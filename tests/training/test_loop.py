@@ -17,7 +17,6 @@ from modjax.config import Execution, InputError, to_dict
 from modjax.records import read_record, write_json
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.loop import train
-from modjax.training.optimizer import make_optimizer
 from modjax.training.sharding import make_mesh
 from modjax.training.state import abstract_model, abstract_state
 from tests.training.tiny import run_spec
@@ -82,10 +81,9 @@ def metrics_of(run_dir: Path) -> list[dict]:
 def final_state(run_dir: Path):
     spec = run_spec(**KILLED)
     split = abstract_model(spec.model, ONE_DEVICE)
-    optimizer = make_optimizer(spec.train, split.logical_axes)
     identity = {"run_id": spec.run_id, "data_fingerprint": "tiny-1"}
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=2, identity=identity)
-    state, _ = checkpoints.restore(abstract_state(make_mesh(ONE_DEVICE), split, optimizer))
+    state, _ = checkpoints.restore(abstract_state(make_mesh(ONE_DEVICE), split, spec.train))
     checkpoints.close()
     return state
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from modjax.config import TrainConfig
-from modjax.training.optimizer import is_matrix, learning_rate, make_optimizer
+from modjax.training.optimizer import is_matrix, learning_rate, make_optimizer, make_schedule
 
 
 def config(**changes) -> TrainConfig:
@@ -28,7 +28,7 @@ def numpy_learning_rate(train: TrainConfig, step: int) -> float:
 @pytest.mark.parametrize("floor", [0.1, 0.0])
 def test_every_step_has_the_rate_of_a_cosine_that_ends_at_the_last_step(warmup, steps, floor):
     train = config(warmup_steps=warmup, steps=steps, final_learning_rate_fraction=floor)
-    ours = [float(learning_rate(train, jnp.int32(i))) for i in range(steps)]
+    ours = [float(learning_rate(make_schedule(train), jnp.int32(i))) for i in range(steps)]
     np.testing.assert_allclose(
         ours, [numpy_learning_rate(train, i + 1) for i in range(steps)], rtol=1e-5, atol=1e-8
     )
@@ -54,7 +54,7 @@ def test_stacked_vectors_are_no_matrices():
 
 def test_updates_equal_numpy_adamw_with_clipping_and_decay_on_matrices_only():
     train = config(steps=6, warmup_steps=2, weight_decay=0.3, clip_norm=0.7, b1=0.8, b2=0.95)
-    optimizer = make_optimizer(train, AXES)
+    optimizer = make_optimizer(train, make_schedule(train), AXES)
     rng = np.random.default_rng(0)
     shapes = {
         "embedding": (5, 4),

@@ -22,7 +22,7 @@ from modjax.nn.sharding import (
     partition_spec,
     per_sequence,
 )
-from modjax.training.optimizer import make_optimizer
+from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch, init_state
 from modjax.training.sharding import check_batch, make_mesh, param_shardings, put_batch
 from modjax.training.state import abstract_model, abstract_state
@@ -55,13 +55,13 @@ def partition_specs() -> dict[str, list]:
 def compile_step(model_config, train, execution):
     split = abstract_model(model_config, execution)
     mesh = make_mesh(execution)
-    optimizer = make_optimizer(train, split.logical_axes)
-    state = abstract_state(mesh, split, optimizer)
+    state = abstract_state(mesh, split, train)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(split.graphdef, optimizer, train)
+    step = make_train_step(split, train)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        lowered = jitted.lower(state, abstract_batch(mesh, train.batch_size, train.seq_len))
+        batch = abstract_batch(mesh, train.batch_size, train.seq_len)
+        lowered = jitted.lower(state, batch, make_schedule(train))
         return lowered.compile(QUICK), split, mesh
 
 
@@ -71,9 +71,7 @@ def test_every_parameter_lies_where_the_stored_table_says():
 
 def test_moments_lie_where_their_parameters_do():
     split = abstract_model(EVERYTHING, CUBE)
-    state = abstract_state(
-        make_mesh(CUBE), split, make_optimizer(train_config(), split.logical_axes)
-    )
+    state = abstract_state(make_mesh(CUBE), split, train_config())
     shardings = collections.Counter(leaf.sharding.spec for leaf in jax.tree.leaves(state.params))
     moments = collections.Counter(
         leaf.sharding.spec for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 0
@@ -92,7 +90,7 @@ def test_2x2x2_gives_the_loss_and_gradients_of_one_device(accumulation):
         state = init_state(mesh, split, train)
         # Copied before the step takes the buffers over.
         params = jax.tree.map(np.array, state.params)
-        sharded, metrics = compiled(state, put_batch(batch, mesh))
+        sharded, metrics = compiled(state, put_batch(batch, mesh), make_schedule(train))
     start = initial_state(config)
     jax.tree.map(np.testing.assert_allclose, params, start.params)
     single, expected = one_device_step(config, train)(start, batch)

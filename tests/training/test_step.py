@@ -42,8 +42,8 @@ def test_loss_is_the_weighted_mean_of_numpy_cross_entropy(step):
             count += batch.weights_BL[b, i]
 
     eval_step = make_eval_step(split.graphdef, train_config(document_mask=True))
-    sums_B, weights_B = jax.jit(eval_step, compiler_options=QUICK)(
-        state.params, batch, jnp.int32(0)
+    sums_B, weights_B, _ = jax.jit(eval_step, compiler_options=QUICK)(
+        state.params, batch, jnp.int32(0), jnp.int32(0)
     )
     assert float(jnp.sum(sums_B)) == pytest.approx(total, rel=1e-5)
     np.testing.assert_allclose(weights_B, batch.weights_BL.sum(axis=1))

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from modjax.config import Execution, ModelConfig, TrainConfig
 from modjax.nn.sharding import MESH_AXES
-from modjax.training.optimizer import make_optimizer
+from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch
 from modjax.training.state import abstract_model, abstract_state
 from modjax.training.step import make_train_step
@@ -32,14 +32,13 @@ def compile_for_tpu(config: ModelConfig):
     devices = np.array(topology.devices).reshape(sizes)
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     model = abstract_model(config, EXECUTION)
-    optimizer = make_optimizer(TRAIN, model.logical_axes)
-    state = abstract_state(mesh, model, optimizer)
+    state = abstract_state(mesh, model, TRAIN)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(model.graphdef, optimizer, TRAIN)
+    step = make_train_step(model, TRAIN)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         batch = abstract_batch(mesh, TRAIN.batch_size, TRAIN.seq_len)
-        return jitted.lower(state, batch).compile()
+        return jitted.lower(state, batch, make_schedule(TRAIN)).compile()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 
 from modjax.config import Execution, MoDConfig, ModelConfig, RunSpec, TrainConfig
 from modjax.data.batches import Batch
-from modjax.training.optimizer import make_optimizer
+from modjax.training.optimizer import make_schedule
 from modjax.training.state import TrainState, abstract_model, make_init
 from modjax.training.step import make_train_step
 from tests.conftest import TINY_DATA
@@ -60,15 +60,14 @@ QUICK = {"xla_backend_optimization_level": "0"}
 def one_device_step(model_config: ModelConfig, train: TrainConfig) -> Any:
     """A jitted train step without a mesh."""
     split = abstract_model(model_config, Execution())
-    optimizer = make_optimizer(train, split.logical_axes)
-    step = make_train_step(split.graphdef, optimizer, train)
-    return jax.jit(step, donate_argnums=0, compiler_options=QUICK)
+    step = jax.jit(make_train_step(split, train), donate_argnums=0, compiler_options=QUICK)
+    return lambda state, batch: step(state, batch, make_schedule(train))
 
 
 @functools.cache
 def _initial_state(model_config: ModelConfig, seed: int) -> TrainState:
     split = abstract_model(model_config, Execution())
-    init = make_init(split, make_optimizer(TRAIN, split.logical_axes))
+    init = make_init(split, TRAIN)
     return jax.jit(init, compiler_options=QUICK)(np.int32(seed))
 
 
