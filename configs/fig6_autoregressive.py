@@ -1,0 +1,36 @@
+"""Three ways to select without the future, across sizes: predictor, auxiliary loss, threshold.
+
+Command   modjax sweep --config=configs/fig6_autoregressive.py --workdir=work/fig6 --jobs 2
+Cost      see experiments/fig6_autoregressive/README.md
+Expected  the loss of a run under its causal routing within a hundredth of a nat of its top-k loss
+"""
+
+import ml_collections
+
+PATTERN = {"pattern": ("dense", "mod"), "forward_ratio": 0.7}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.model = {"vocab_size": 272, "mod": {"capacity": 0.125}}
+    config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 512}
+    config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
+    config.execution = {"log_every": 50}
+    config.sweep = {
+        "arms": {
+            "dense": {"pattern": ("dense",)},
+            "predictor": PATTERN | {"mod": {"predictor_weight": 1.0}},
+            "auxiliary": PATTERN | {"mod": {"auxiliary_weight": 0.01}},
+            "threshold": PATTERN,  # nothing is taught; a running mean of the k-th score decides
+        },
+        "baseline": "dense",
+        "budgets": (6e11,),
+        "sizes": 4,
+        "spread": 0.45,
+        "seeds": (0, 1),
+        "optimum": {"budget": 6e11, "params": 5e4, "exponent": 0.6},
+        "shape": {"width_multiple": 4, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
+        "recipe": {"batch_size": 4, "learning_rate": 0.2, "warmup_fraction": 0.05},
+        "flops_per_second": 2.5e10,
+    }
+    return config
