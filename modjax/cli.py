@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import modjax
-from modjax import verbs
+from modjax import verbs, verbs_finished
 from modjax.bench import BENCHMARKS
-from modjax.config import InputError
+from modjax.config import ROUTINGS, InputError
 
 DESCRIPTION = """\
 isoFLOP sweeps of Mixture-of-Depths and other conditional computation, in JAX.
@@ -28,9 +28,12 @@ Config values are overridden as --config.GROUP.FIELD=VALUE, for example
   modjax plan --config=configs/tiny.py --config.sweep.budgets=1e11,4e11 --config.train.b2=0.99
 
 """
-EPILOG = """\
-Everything resumes: the same command again goes on where it was stopped.
+RESUMES = """\
+The same command again goes on where it was stopped.
 
+"""
+RESUMING = ("prepare", "sweep", "train")
+EPILOG = """\
 exit codes: 0 done; 1 unexpected error; 2 bad input or a full disk, said in one line; 3 the sweep
 ended, but with runs given up; 75 stopped by SIGTERM, 130 by Ctrl-C; both saved their state.
 """
@@ -100,7 +103,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="modjax", description=DESCRIPTION, epilog=OVERRIDES + EPILOG, allow_abbrev=False,
+        prog="modjax", description=DESCRIPTION, epilog=OVERRIDES + RESUMES + EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"modjax {modjax.__version__}")
@@ -109,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, function: Any, text: str, *options: str, to: Any = commands) -> Any:
         verb = to.add_parser(
             name, help=text.split(":")[0].split(".")[0], description=text,
-            epilog=OVERRIDES * ("config" in options) + EPILOG, allow_abbrev=False,
+            epilog=OVERRIDES * ("config" in options) + RESUMES * (name in RESUMING) + EPILOG, allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         verb.set_defaults(verb=function)
@@ -146,6 +149,24 @@ def _parser() -> argparse.ArgumentParser:
         "--distributed", action="store_true",
         help="one of several hosts that run this same command; see launch/README.md",
     )  # fmt: skip
+    evaluate = add("eval", verbs_finished.evaluate, EVAL, "workdir", "data_dir", "slack", "json")
+    evaluate.add_argument("--run", metavar="RUN_ID", help="one run; else every one with a router")
+    evaluate.add_argument("--routing", required=True, help=", ".join(ROUTINGS))
+    sample = add("sample", verbs_finished.sample, SAMPLE, "workdir", "data_dir", "slack", "json")
+    sample.add_argument("--run", metavar="RUN_ID", help="which run; may be left out for one")
+    sample.add_argument("--routing", help="router, predictor or threshold; default the best learned")
+    prompt = sample.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to continue")
+    prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line")
+    sample.add_argument("--tokens", type=int, default=256, metavar="N", help="how many; default 256")
+    sample.add_argument("--temperature", type=float, default=1.0, help="default 1; 0 is greedy")
+    sample.add_argument("--top-k", type=int, default=0, help="of the k likeliest; default 0, all")
+    sample.add_argument("--top-p", type=float, default=1.0, help="of this mass; default 1, all")
+    sample.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
+    sample.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end before this text; may be given again")  # fmt: skip
+    sample.add_argument("--show-depth", action="store_true",
+                        help="colour each token by how many routed blocks it used")  # fmt: skip
     flops = add("flops", verbs.flops, FLOPS, "config", "json")
     flops.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
     bench = add("bench", verbs.bench, BENCH, "json")
@@ -168,6 +189,14 @@ sweeps may share a folder."""
 TRAIN = """train one run, under the same folders and records as a sweep.
 
 A config with a `sweep` group describes many runs: --run names one, as `modjax plan --json` does."""
+EVAL = """the validation loss of finished runs under another routing than they were trained with.
+
+Prints the paired difference from the loss as trained (top_k) with its standard error, and what
+every routed block decided: accuracy, precision and recall against top-k, the share of positions
+processed, the share that found no room (--slack), and the largest share of one sequence."""
+SAMPLE = """continue a prompt with a finished run, under routing that never looks ahead.
+
+Caches hold what each block processed; the text of one prompt is printed while it is drawn."""
 FLOPS = """parameters and FLOPs of a model by component, and in sum under each convention.
 
 For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at
@@ -198,6 +227,11 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "type": int, "default": 1, "metavar": "N",
         "help": "worker processes, which share the cores evenly (default 1); small models are "
         "fastest with one per core, an accelerator takes 1",
+    }),
+    "slack": ("--slack", {
+        "type": float, "metavar": "X",
+        "help": "a routed block has room for X times its capacity; the rest passes it by, and is "
+        "counted; default: room for all",
     }),
     "json": ("--json", {"action": "store_true", "help": "print JSON"}),
 }  # fmt: skip

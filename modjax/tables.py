@@ -1,15 +1,27 @@
 """Plain-text tables for the command line."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from modjax.config import RunSpec
 from modjax.data.cache import Manifest
-from modjax.flops import CONVENTIONS, forward_flops, parameters, six_nd, total_flops, train_flops
+from modjax.flops import (
+    CONVENTIONS,
+    cache_bytes,
+    forward_flops,
+    parameters,
+    six_nd,
+    total_flops,
+    train_flops,
+)
 from modjax.records import Record
 from modjax.scaling.cells import Cell
 from modjax.scaling.numbers import clock, count
 from modjax.scaling.status import STATES, Status
 from modjax.scaling.sweep import Outcome
+
+if TYPE_CHECKING:
+    from modjax.training.finished import Comparison
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -94,6 +106,22 @@ def _result(record: Record) -> tuple[str, ...]:
     )
 
 
+def comparison_text(found: "Comparison") -> str:
+    bound = "" if found.slack is None else f", room for {found.slack:g} times the capacity"
+    gap = found.difference
+    header = (
+        f"{found.run_id}\n"
+        f"top_k {found.top_k.loss:.4f}   {found.routing} {found.causal.loss:.4f}   "
+        f"difference {gap.loss:+.4f} +- {gap.sem:.4f} ({gap.loss / found.top_k.loss:+.2%}) over "
+        f"{count(gap.tokens)} tokens{bound}"
+    )
+    rows = [
+        (name, *(f"{value:.1%}" for value in block)) for name, block in found.blocks.items()
+    ]
+    names = ("block", "accuracy", "precision", "recall", "capacity", "overflow", "most")
+    return f"{header}\n{text_table(names, rows)}\n"
+
+
 def flops_values(spec: RunSpec) -> dict:
     """Parameters and FLOPs of a run's model by component, and in sum under each convention."""
     seq_len, sequences = spec.train.seq_len, spec.train.steps * spec.train.batch_size
@@ -106,6 +134,10 @@ def flops_values(spec: RunSpec) -> dict:
         "seq_len": seq_len,
         "tokens": tokens,
         "parameters": parameters(spec.model),
+        "cache_bytes_per_sequence": {
+            "exact": cache_bytes(spec.model, seq_len),
+            "slack 1.5": cache_bytes(spec.model, seq_len, 1.5),
+        },
         "forward_flops_per_sequence": forward,
         "forward_flops": sums,
         "train_flops": training | {"6ND": six_nd(spec.model, tokens)},
@@ -117,6 +149,7 @@ def flops_text(spec: RunSpec) -> str:
     forward, seq_len = values["forward_flops_per_sequence"], values["seq_len"]
     total = total_flops(forward, "all")
     parameter_rows = [(name, f"{n:,}") for name, n in values["parameters"].items()]
+    cache_rows = [(name, f"{n:,}") for name, n in values["cache_bytes_per_sequence"].items()]
     component_rows = [
         (name, f"{f:.4g}", f"{f / seq_len:.4g}", f"{f / total:.1%}") for name, f in forward.items()
     ]
@@ -134,6 +167,7 @@ def flops_text(spec: RunSpec) -> str:
         (
             header,
             text_table(("parameters", ""), parameter_rows),
+            text_table(("key-value caches", "bytes of a sequence"), cache_rows),
             text_table(("forward", "per sequence", "per token", "share"), component_rows),
             text_table(
                 ("convention", "forward/token", f"train {count(values['tokens'])} tokens", "/6ND"),

@@ -16,7 +16,7 @@ from modjax.config import InputError, RunSpec, require, to_dict
 RUNS_FAILED, STOPPED, INTERRUPTED = 3, 75, 130
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
@@ -40,7 +40,7 @@ def data_show(args: argparse.Namespace) -> None:
 
     manifests = describe(args.data_dir)
     if args.json:
-        return _print_json([to_dict(manifest) for manifest in manifests])
+        return print_json([to_dict(manifest) for manifest in manifests])
     print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
 
 
@@ -73,7 +73,7 @@ def plan(args: argparse.Namespace) -> None:
         cache, note = None, f"epochs unknown: {error}"
     cells = plan_table(experiment, cache, read_records(args.workdir) if args.workdir else [])
     if args.json:
-        return _print_json([to_dict(cell) for cell in cells])
+        return print_json([to_dict(cell) for cell in cells])
     print(plan_text(cells, args.jobs))
     if note:
         print(note)
@@ -109,7 +109,7 @@ def _run_plan(
     except Stopped as stopped:
         return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED)
     if args.json:
-        _print_json(to_dict(outcome))
+        print_json(to_dict(outcome))
     else:
         print(outcome_text(outcome))
     return RUNS_FAILED if outcome.failures else 0
@@ -127,7 +127,7 @@ def status(args: argparse.Namespace) -> None:
     found = status(args.workdir)
     if args.json:
         counts = {state: found.count(state) for state in STATES}
-        return _print_json(counts | dataclasses.asdict(found))
+        return print_json(counts | dataclasses.asdict(found))
     print(status_text(found))
 
 
@@ -138,7 +138,7 @@ def fit(args: argparse.Namespace) -> None:
 
     fits = fit_workdir(args.workdir)[1]
     if args.json:
-        return _print_json(to_json(fits))
+        return print_json(to_json(fits))
     print(render_text(fits))
 
 
@@ -195,7 +195,7 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
     except Preempted:
         return _stopped(STOPPED)
     require(record is not None, "--run", spec.run_id, "another process is doing it")
-    _print_json(to_dict(record))
+    print_json(to_dict(record))
     return 0
 
 
@@ -211,7 +211,7 @@ def flops(args: argparse.Namespace) -> None:
     else:
         specs = [_choose(args, specs)]
     if args.json:
-        return _print_json([flops_values(spec) for spec in specs])
+        return print_json([flops_values(spec) for spec in specs])
     print("\n\n\n".join(flops_text(spec) for spec in specs))
 
 

@@ -92,5 +92,6 @@ def test_a_run_is_named_by_its_values_and_survives_json():
 def test_a_pattern_gives_each_slot_its_capacity():
     model = ModelConfig(**MODEL | {"pattern": ("dense", "mod", "dense", "mod:0.5")})
     assert model.slots == (
-        Slot("dense", 1.0), Slot("mod", 0.125), Slot("dense", 1.0), Slot("mod", 0.5),
+        Slot("dense", 1.0, 1.0), Slot("mod", 0.125, 0.125), Slot("dense", 1.0, 1.0),
+        Slot("mod", 0.5, 0.5),
     )  # fmt: skip

@@ -68,6 +68,7 @@ def test_components_of_a_small_model_equal_a_count_by_hand():
         "output": 2 * (8 + 4) * 4 * 4,
         "mlp": 2 * (8 + 4) * 2 * 4 * 6,
         "router": 2 * 8 * 4,
+        "predictor": 0,
         "logits": 2 * 8 * 10 * 4,
     }
     assert train_flops(model, 8, 5) == 15 * (sum(got.values()) - got["embedding"] - got["softmax"])

@@ -100,3 +100,48 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
         left -= len(text.encode())
         if left <= 0:
             return
+
+
+class Codec:
+    """Text to token ids and back, with the vocabulary of a prepared corpus.
+
+    Bytes are the ids from 3 on, as seqio numbers them. model: of SentencePiece, or None for bytes.
+    """
+
+    BYTES_FROM = 3
+
+    def __init__(self, model: bytes | None):
+        self._model = None
+        if model is not None:
+            import sentencepiece
+
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)  # type: ignore[call-arg]
+
+    def encode(self, text: str, field: str) -> list[int]:
+        """Raises InputError where the vocabulary has no token for a part of `text`."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
+            raise InputError(field, text, f"is not UTF-8 at character {error.start}") from error
+        if self._model is None:
+            return [byte + self.BYTES_FROM for byte in data]
+        ids: list[int] = self._model.encode(text)  # type: ignore[assignment]
+        unknown = self._model.unk_id()
+        require(unknown not in ids, field, text,
+                "has characters that the vocabulary does not know")  # fmt: skip
+        return ids
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        """The bytes of each token; special ones have none."""
+        if self._model is None:
+            return [bytes([i - self.BYTES_FROM]) if 3 <= i < 259 else b"" for i in ids]
+        return [self._piece(int(i)) for i in ids]
+
+    def _piece(self, i: int) -> bytes:
+        assert self._model is not None
+        if self._model.is_control(i) or self._model.is_unknown(i):
+            return b""
+        piece = self._model.id_to_piece(i)
+        if self._model.is_byte(i):  # "<0x0A>"
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace("\u2581", " ").encode()

@@ -3,12 +3,16 @@
 Legend: B sequences, G groups.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from modjax.config import TrainConfig
+from modjax.data.batches import Batch, eval_batches
+from modjax.data.cache import TokenCache
 
 
 class Scores(NamedTuple):
@@ -41,6 +45,17 @@ class Quality(NamedTuple):
     capacity: float
     overflow: float
     most: float
+
+
+def eval_batch_size(train: TrainConfig) -> int:
+    """As many sequences as one forward pass of training."""
+    return train.batch_size // train.accumulation
+
+
+def validation_batches(cache: TokenCache, train: TrainConfig) -> Iterator[Batch]:
+    """The windows that a run is evaluated on. Raises InputError where the split is too small."""
+    return eval_batches(cache, seq_len=train.seq_len, batch_size=eval_batch_size(train),
+                        sequences=train.eval_sequences)  # fmt: skip
 
 
 def evaluate(eval_step: Callable, params: Any, batches: Iterable[Any]) -> Scores:

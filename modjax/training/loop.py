@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from modjax.config import Execution, RunSpec, TrainConfig, from_dict, require, to_dict
-from modjax.data.batches import Batch, eval_batches, train_batch
+from modjax.data.batches import Batch, train_batch
 from modjax.data.cache import (
     TokenCache,
     bits_per_byte,
@@ -36,9 +36,10 @@ from modjax.training.evaluate import (
     mean_quality,
     quality,
     summarise,
+    validation_batches,
 )
 from modjax.training.metrics import MetricsWriter, last_train_loss, require_tensorboard
-from modjax.training.programs import compile_programs, eval_batch_size, init_state
+from modjax.training.programs import compile_programs, init_state
 from modjax.training.record import make_record, progress_values
 from modjax.training.sharding import check_batch, make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_state
@@ -77,7 +78,7 @@ def train(
     cache = open_cache(cache_dir(data_dir, spec.data))
     check_vocab(cache, spec.model)
     check_epochs(cache, spec.data, config.seq_len, config.batch_size * steps)
-    _eval_batches(cache, spec)  # raises where the validation split is too small
+    validation_batches(cache, config)  # raises where the validation split is too small
     if execution.tensorboard:
         require_tensorboard()
     mesh = make_mesh(execution)
@@ -142,7 +143,7 @@ def train(
             """The loss as trained, and the record's fields of causal routing."""
             scores = {
                 routing: evaluate(eval_step, state.params, (
-                    put_batch(batch, mesh) for batch in _eval_batches(cache, spec)
+                    put_batch(batch, mesh) for batch in validation_batches(cache, config)
                 ))
                 for routing, eval_step in programs.eval_steps.items()
             }  # fmt: skip
@@ -292,8 +293,3 @@ def _batch_maker(cache: TokenCache, spec: RunSpec, mesh: Mesh) -> Callable[[int]
 
     return make
 
-
-def _eval_batches(cache: TokenCache, spec: RunSpec) -> Iterator[Batch]:
-    config = spec.train
-    return eval_batches(cache, seq_len=config.seq_len, batch_size=eval_batch_size(config),
-                        sequences=config.eval_sequences)  # fmt: skip

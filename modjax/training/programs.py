@@ -12,6 +12,7 @@ from modjax.config import Execution, RunSpec, TrainConfig
 from modjax.data.batches import Batch
 from modjax.flops import CAPACITY_STAGES, at_stage, stage_of_step
 from modjax.nn import routing_statistics
+from modjax.training.evaluate import eval_batch_size
 from modjax.training.optimizer import make_schedule
 from modjax.training.sharding import batch_sharding
 from modjax.training.state import Model, TrainState, abstract_model, abstract_state, make_init
@@ -93,11 +94,6 @@ def init_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
     level = "0" if jax.default_backend() == "cpu" else "3"
     compiled = init.lower(seed).compile({"xla_backend_optimization_level": level})
     return compiled(seed)
-
-
-def eval_batch_size(train: TrainConfig) -> int:
-    """As many sequences as one forward pass of training."""
-    return train.batch_size // train.accumulation
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Batch:

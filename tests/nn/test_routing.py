@@ -101,7 +101,7 @@ def test_stochastic_selects_k_positions_whatever_the_scores_and_weighs_them_by_s
 def test_threshold_takes_exactly_what_lies_above_and_nothing_of_the_padding():
     scores = jnp.array([[0.1, 0.9, 0.5, 0.6], [0.7, 0.2, 0.3, 0.51]])
     valid = jnp.array([[True, True, True, False], [True] * 4])
-    got = selected_mask(threshold(scores, 0.5, valid), 4)
+    got = selected_mask(threshold(scores, 0.5, 4, valid), 4)
     np.testing.assert_array_equal(got, [[False, True, False, False], [True, False, False, True]])
 
 

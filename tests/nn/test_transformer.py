@@ -14,6 +14,7 @@ from modjax import flops
 from modjax.config import MoDConfig, ModelConfig
 from modjax.nn import MoDBlock, Transformer
 from modjax.nn.layers import rotary_tables
+from modjax.nn.mod import Statistic
 from modjax.nn.transformer import Context
 
 CONFIG = ModelConfig(40, 16, 4, 4, 2, 32, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25))
@@ -133,7 +134,8 @@ def test_padding_does_not_change_the_routing_of_real_tokens():
 def test_parameters_are_counted_without_building_the_model(mlp, tied):
     config = dataclasses.replace(CONFIG, mlp=mlp, tie_embeddings=tied)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    learned = nnx.state(model, nnx.All(nnx.Param, nnx.Not(Statistic)))
+    sizes = [leaf.size for leaf in jax.tree.leaves(learned)]
     assert sum(sizes) == flops.parameters(config)["total"]
 
 

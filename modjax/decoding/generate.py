@@ -1,0 +1,219 @@
+"""Sampling from a model, token by token: the whole generation is one compiled loop.
+
+Any Flax NNX model will do that has `prefill` and `decoder` as modjax.Transformer has them.
+Legend: B batch, L prompt positions, N new tokens, V vocabulary, W longest stop sequence.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from modjax.config import ROUTINGS, require
+
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest; 0,
+    all. top_p: only the fewest likeliest that have this mass (arXiv 1904.09751). vocab_size: ids
+    from here on are never drawn; None, all may be.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        require(self.temperature >= 0, "temperature", self.temperature, "must be 0 or more")
+        require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (all) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("logits_BV", "cache", "key", "step", "done_B", "recent_BW"),
+    meta_fields=("max_length", "routing", "stop"),
+)
+@dataclass(frozen=True)
+class State:
+    """Where a generation stands; `resume` goes on from here, now or after it was saved."""
+
+    logits_BV: jax.Array
+    cache: Any
+    key: jax.Array
+    step: jax.Array
+    done_B: jax.Array
+    recent_BW: jax.Array
+    max_length: int
+    routing: str
+    stop: tuple[tuple[int, ...], ...]
+
+
+class Generated(NamedTuple):
+    """tokens_BN: new tokens, up to and with a stop sequence, and then 0.
+
+    depths_BN: routed blocks that processed each of them; -1 after the end. prompt_depths_BL: the
+    same of the prompt, None after `resume`. state: to go on from.
+    """
+
+    tokens_BN: jax.Array
+    depths_BN: jax.Array
+    prompt_depths_BL: jax.Array | None
+    state: State
+
+
+def generate(
+    model: Any,
+    params: Any,
+    tokens_BL: Any,
+    *,
+    max_new_tokens: int,
+    routing: str,
+    lengths_B: Any = None,
+    max_length: int | None = None,
+    slack: float | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    stop: tuple[tuple[int, ...], ...] = (),
+    seed: int = 0,
+) -> Generated:
+    """Continues every prompt by up to `max_new_tokens` tokens.
+
+    model, params: graph definition and parameters, `nnx.split(model)`.
+    tokens_BL: prompts; row b has lengths_B[b] tokens and then padding (None: no padding).
+    routing: "router", "predictor" or "threshold", which never look ahead; for a dense model any.
+    max_length: of prompt and continuation, for which caches have room: more than this call needs
+      where `resume` is to go on. slack: see Transformer.prefill.
+    stop: token sequences that end a row.
+    Raises InputError for an empty prompt, one that does not fit, or "top_k", before compiling.
+    """
+    tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
+    batch, length = tokens_BL.shape
+    longest, shortest = length, length
+    if lengths_B is not None:
+        longest, shortest = int(np.max(lengths_B)), int(np.min(lengths_B))
+    max_length = longest + max_new_tokens if max_length is None else max_length
+    require(shortest > 0, "prompt", "", "is empty: give at least one token")
+    require(longest <= length, "lengths_B", longest, f"must be at most {length}, the prompts' width")
+    require(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "must be 0 or more")
+    require(
+        routing in ROUTINGS and routing != "top_k", "routing", routing,
+        f"must be one of {', '.join(ROUTINGS[1:])}; top_k looks at tokens not yet drawn",
+    )  # fmt: skip
+    _require_fits(longest, max_new_tokens, max_length)
+    require(length <= max_length, "tokens_BL", length, f"is wider than max_length = {max_length}")
+    lengths_B = jnp.full(batch, length) if lengths_B is None else lengths_B
+    logits_BV, cache, prompt_depths_BL = _prefill(
+        model, params, tokens_BL, jnp.asarray(lengths_B, jnp.int32), jax.random.key(seed),
+        max_length=max_length, routing=routing, slack=slack,
+    )  # fmt: skip
+    state = State(
+        logits_BV=logits_BV,
+        cache=cache,
+        key=jax.random.key(seed),
+        step=jnp.int32(0),
+        done_B=jnp.zeros(batch, bool),
+        recent_BW=jnp.full((batch, max((len(s) for s in stop), default=1)), -1, jnp.int32),
+        max_length=max_length,
+        routing=routing,
+        stop=stop,
+    )
+    tokens_BN, depths_BN, state = _loop(model, params, state, max_new_tokens, sampling)
+    return Generated(tokens_BN, depths_BN, prompt_depths_BL, state)
+
+
+def resume(
+    model: Any, params: Any, state: State, *, max_new_tokens: int, sampling: Sampling
+) -> Generated:
+    """Goes on from a state as if `generate` had not stopped there."""
+    used = int(jnp.max(state.cache.positions_B))
+    _require_fits(used, max_new_tokens, state.max_length)
+    tokens_BN, depths_BN, state = _loop(model, params, state, max_new_tokens, sampling)
+    return Generated(tokens_BN, depths_BN, None, state)
+
+
+def _require_fits(used: int, more: int, max_length: int) -> None:
+    require(
+        used + more <= max_length, "prompt", f"{used} tokens",
+        f"with {more} new ones does not fit the cache of max_length = {max_length}",
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_length", "routing", "slack"))
+def _prefill(model, params, tokens_BL, lengths_B, key, *, max_length, routing, slack):
+    return nnx.merge(model, params).prefill(
+        tokens_BL, lengths_B, max_length=max_length, routing=routing, slack=slack, key=key
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "new", "sampling"), donate_argnames="state"
+)
+def _loop(model, params, state, new, sampling):
+    step = nnx.merge(model, params).decoder(routing=state.routing, key=state.key)
+    batch = state.done_B.shape[0]
+
+    def more(carry):
+        i, _, _, state = carry
+        return (i < new) & ~jnp.all(state.done_B)
+
+    def draw(carry):
+        i, tokens_BN, depths_BN, state = carry
+        active_B = ~state.done_B
+        key = jax.random.fold_in(state.key, state.step)
+        tokens_B = jnp.where(active_B, draw_tokens(state.logits_BV, key, sampling), PAD)
+        logits_BV, cache, depths_B = step(tokens_B, active_B, state.cache)
+        recent_BW = jnp.concatenate([state.recent_BW[:, 1:], tokens_B[:, None]], axis=1)
+        state = dataclasses.replace(
+            state, logits_BV=logits_BV, cache=cache, step=state.step + 1,
+            done_B=state.done_B | _ends(recent_BW, state.stop), recent_BW=recent_BW,
+        )  # fmt: skip
+        tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, tokens_B, i, 1)
+        depths_B = jnp.where(active_B, depths_B, -1)
+        return i + 1, tokens_BN, jax.lax.dynamic_update_index_in_dim(depths_BN, depths_B, i, 1), state
+
+    nothing = jnp.full((batch, new), PAD, jnp.int32)
+    start = (jnp.int32(0), nothing, jnp.full_like(nothing, -1), state)
+    _, tokens_BN, depths_BN, state = jax.lax.while_loop(more, draw, start)
+    return tokens_BN, depths_BN, state
+
+
+def draw_tokens(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token per row, (B,); a row's draw depends on the key, its number and its logits."""
+    if sampling.vocab_size is not None:
+        allowed_V = jnp.arange(logits_BV.shape[1]) < sampling.vocab_size
+        logits_BV = jnp.where(allowed_V[None], logits_BV, -jnp.inf)
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    vocab = logits_BV.shape[1]
+    if 0 < sampling.top_k < vocab:
+        kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
+    if sampling.top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=1, descending=True)
+        p_BV = jax.nn.softmax(sorted_BV, axis=1)
+        # A token stays while those before it have less than the mass: the first always does.
+        kept_B = jnp.sum(jnp.cumsum(p_BV, axis=1) - p_BV < sampling.top_p, axis=1)
+        least_B1 = jnp.take_along_axis(sorted_BV, kept_B[:, None] - 1, axis=1)
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits_BV.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def _ends(recent_BW: jax.Array, stop: tuple[tuple[int, ...], ...]) -> jax.Array:
+    """Whether each row ends with one of the stop sequences, (B,)."""
+    ended_B = jnp.zeros(recent_BW.shape[0], bool)
+    for sequence in stop:
+        tail_BW = recent_BW[:, recent_BW.shape[1] - len(sequence) :]
+        ended_B |= jnp.all(tail_BW == jnp.array(sequence, jnp.int32)[None], axis=1)
+    return ended_B

@@ -1,0 +1,101 @@
+"""A finished run, opened again: to evaluate it under another routing, or to sample from it."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from modjax.config import Execution, InputError, RunSpec, from_dict, require
+from modjax.data.cache import TokenCache, cache_dir, open_cache
+from modjax.records import read_records, run_dir
+from modjax.training.checkpoint import Checkpoints
+from modjax.training.evaluate import (
+    Evaluation,
+    Quality,
+    difference,
+    evaluate,
+    quality,
+    summarise,
+    validation_batches,
+)
+from modjax.training.programs import compile_eval_step
+from modjax.training.sharding import make_mesh, put_batch
+from modjax.training.state import Model, abstract_model, abstract_state
+
+
+class Finished(NamedTuple):
+    """A run's spec, the cache it was trained on, its model and its final parameters on `mesh`."""
+
+    spec: RunSpec
+    cache: TokenCache
+    mesh: Mesh
+    model: Model
+    params: Any
+
+
+def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> list[RunSpec]:
+    """The finished runs of `workdir`, or the one that `run_id` names.
+
+    routed: only those with a routed block. Raises InputError where there is none.
+    """
+    specs = [
+        from_dict(RunSpec, json.loads((run_dir(workdir, record.run_id) / "spec.json").read_text()))
+        for record in read_records(workdir)
+        if record.status == "finished"
+    ]
+    kept = [s for s in specs if not routed or any(slot.routed for slot in s.model.slots)]
+    what = "finished run with a routed block" if routed else "finished run"
+    require(len(kept) > 0, "--workdir", str(workdir), f"holds no {what}")
+    if run_id is None:
+        return kept
+    named = [spec for spec in kept if spec.run_id == run_id]
+    require(len(named) > 0, "--run", run_id,
+            f"must be one of {len(kept)} finished runs, such as {kept[-1].run_id}")  # fmt: skip
+    return named
+
+
+def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
+    """Loads a finished run. Raises InputError where its data or its checkpoint is missing."""
+    cache = open_cache(cache_dir(data_dir, spec.data))
+    execution = Execution(data=1)
+    mesh = make_mesh(execution)
+    model = abstract_model(spec.model, execution)
+    folder = run_dir(workdir, spec.run_id) / "checkpoints"
+    identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(folder, keep=1, identity=identity)
+        restored = checkpoints.restore(abstract_state(mesh, model, spec.train))
+        checkpoints.close()
+    if restored is None:
+        raise InputError("--workdir", str(workdir), f"has no checkpoint of {spec.run_id}")
+    return Finished(spec, cache, mesh, model, restored[0].params)
+
+
+class Comparison(NamedTuple):
+    """A run's loss under a causal routing against its loss as trained, and what each block did."""
+
+    run_id: str
+    routing: str
+    slack: float | None
+    top_k: Evaluation
+    causal: Evaluation
+    difference: Evaluation
+    blocks: dict[str, Quality]
+
+
+def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
+    """Evaluates a run on its validation windows as trained, and under `routing` and `slack`."""
+    scores = {}
+    for name, arguments in {
+        "top_k": {"routing": "top_k"}, "causal": {"routing": routing, "slack": slack}
+    }.items():  # fmt: skip
+        with jax.set_mesh(run.mesh):
+            step = compile_eval_step(run.mesh, run.model, run.spec.train, **arguments)
+            batches = (put_batch(b, run.mesh) for b in validation_batches(run.cache, run.spec.train))
+            scores[name] = evaluate(step, run.params, batches)
+    return Comparison(
+        run.spec.run_id, routing, slack, summarise(scores["top_k"]), summarise(scores["causal"]),
+        difference(scores["causal"], scores["top_k"]), quality(scores["causal"]),
+    )  # fmt: skip

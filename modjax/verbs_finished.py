@@ -1,0 +1,99 @@
+"""The verbs that open finished runs again: eval and sample.
+
+Imports are inside the functions, so that every verb starts as fast as what it needs.
+"""
+
+import argparse
+from typing import Any
+
+from modjax.config import InputError, RunSpec, require
+from modjax.verbs import print_json
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from modjax.tables import comparison_text
+    from modjax.training.finished import choose, compare, open_run
+
+    specs = choose(args.workdir, args.run, routed=True)
+    require(args.slack is None or args.slack > 0, "--slack", args.slack, "must be greater than 0")
+    if args.run is None:  # a sweep may hold models that have not learned this routing
+        able = [spec for spec in specs if _learned(spec, args.routing)]
+        specs = able or specs
+    for spec in specs:
+        spec.model.check_routing(args.routing, "--routing")
+    found = []
+    for spec in specs:
+        run = open_run(spec, workdir=args.workdir, data_dir=args.data_dir)
+        found.append(compare(run, args.routing, args.slack))
+        if not args.json:
+            print(comparison_text(found[-1]), flush=True)
+    if args.json:
+        print_json([_plain(comparison) for comparison in found])
+
+
+def _learned(spec: RunSpec, routing: str) -> bool:
+    try:
+        spec.model.check_routing(routing, "--routing")
+    except InputError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples as dicts."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def sample(args: argparse.Namespace) -> None:
+    from modjax.decoding.generate import Sampling
+    from modjax.decoding.text import choose_routing, coloured, sample
+    from modjax.training.finished import choose, open_run
+
+    prompts = _prompts(args)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    require(args.tokens > 0, "--tokens", args.tokens, "must be greater than 0")
+    require(args.slack is None or args.slack > 0, "--slack", args.slack, "must be greater than 0")
+    require(args.seed >= 0, "--seed", args.seed, "must be 0 or more")
+    specs = choose(args.workdir, args.run)
+    if args.routing is not None:
+        for spec in specs[-1:]:
+            spec.model.check_routing(args.routing, "--routing")
+    require(len(specs) == 1, "--run", args.run,
+            f"must name one of the {len(specs)} finished runs, such as {specs[-1].run_id}")  # fmt: skip
+    run = open_run(specs[0], workdir=args.workdir, data_dir=args.data_dir)
+    choose_routing(run, args.routing)
+    streams = len(prompts) == 1 and not (args.json or args.show_depth)
+
+    def write(text: str) -> None:
+        if streams:
+            print(text, end="", flush=True)
+
+    if streams:
+        print(prompts[0], end="", flush=True)
+    samples = sample(
+        run, prompts, routing=args.routing, slack=args.slack, sampling=sampling,
+        max_new_tokens=args.tokens, stop=args.stop, seed=args.seed, write=write,
+    )  # fmt: skip
+    if streams:
+        return print()
+    if args.json:
+        fields = ("prompt", "text", "depths", "routed_blocks", "overflow")
+        return print_json([{name: getattr(s, name) for name in fields} for s in samples])
+    texts = (coloured(s) if args.show_depth else s.prompt + s.text for s in samples)
+    print("\n\n".join(texts))
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt is not None:
+        require(args.prompt != "", "--prompt", args.prompt, "is empty: give at least one character")
+        return [args.prompt]
+    try:
+        lines = args.prompts.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise InputError("--prompts", str(args.prompts), f"cannot be read: {reason}") from error
+    require(len(lines) > 0 and all(lines), "--prompts", str(args.prompts),
+            "must hold one prompt a line, none of them empty")  # fmt: skip
+    return lines
