@@ -283,7 +283,7 @@ def update_thresholds(blocks: dict[str, Any], aux: dict[str, BlockAux], updates:
         old_G = blocks[name]["threshold"][:, 0]
         known_GB = jnp.isfinite(slot["kth_B"])
         total_G = jnp.sum(jnp.where(known_GB, slot["kth_B"], 0.0), axis=1)
-        count_G = jnp.sum(known_GB, axis=1).astype(jnp.float32)
+        count_G = jnp.sum(known_GB.astype(jnp.float32), axis=1)
         mean_G = jnp.where(count_G > 0, total_G / jnp.maximum(count_G, 1.0), old_G)
         new_G = old_G + rate * (mean_G - old_G)
         new[name] = {**blocks[name], "threshold": new_G[:, None]}
