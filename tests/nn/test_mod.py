@@ -13,23 +13,12 @@ import pytest
 from flax import nnx
 
 from modjax.config import MoDConfig, ModelConfig
-from modjax.nn import DenseBlock, MoDBlock, Transformer, routing_statistics, threshold
+from modjax.nn import DenseBlock, MoDBlock, Transformer, routing_statistics
 from modjax.nn.layers import rotary_tables
 from modjax.nn.transformer import Context
+from tests.nn.small import QUICK, WIDTH, Mixer
 
-WIDTH, LENGTH = 8, 16
-
-
-class Mixer(nnx.Module):
-    """An inner block, in float32, whose positions depend on each other: x + tanh(mean so far) w."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.w = nnx.Param(jax.random.normal(rngs.params(), (WIDTH, WIDTH)) / 3)
-
-    def __call__(self, x_BLD):
-        x_BLD = x_BLD.astype(jnp.float32)
-        count_1L1 = jnp.arange(1.0, x_BLD.shape[1] + 1)[None, :, None]
-        return x_BLD + jnp.tanh(jnp.cumsum(x_BLD, axis=1) / count_1L1) @ self.w
+LENGTH = 16
 
 
 def mod_block(**config):
@@ -218,23 +207,21 @@ def test_padding_is_never_selected_and_is_left_as_it_was():
     assert np.all(np.isfinite(y))
 
 
-class ThresholdBlock(MoDBlock):
-    def select(self, scores_BL, k, valid_BL, key):
-        return threshold(scores_BL, 0.0, valid_BL)
-
-
-def earlier_outputs_changed(block, t):
-    x = stream(seed=3)
-    edited = x.at[:, t].set(5.0 * jnp.sign(block.router.w[...])[None])
-    return np.any(np.asarray(block(x)[0][:, :t]) != np.asarray(block(edited)[0][:, :t]))
-
-
-def test_editing_a_token_reaches_back_under_top_k_but_never_under_a_threshold():
-    rngs = nnx.Rngs(0)
-    causal = ThresholdBlock(Mixer(rngs), WIDTH, MoDConfig(), rngs=rngs)
-    assert earlier_outputs_changed(mod_block(capacity=0.25), LENGTH - 1)
-    for t in (1, LENGTH // 2, LENGTH - 1):
-        assert not earlier_outputs_changed(causal, t)
+@pytest.mark.parametrize(
+    "routing, reaches_back",
+    [("top_k", True), ("router", False), ("threshold", False), ("predictor", False)],
+)
+def test_editing_a_token_reaches_back_under_top_k_only(routing, reaches_back):
+    block = mod_block(capacity=0.25, predictor_weight=1.0)
+    x = stream(seed=3, batch=1)
+    favourite = 5.0 * jnp.sign(block.router.w[...])
+    # Row 0 is left alone; row i has another token at edits[i - 1].
+    edits = [1, LENGTH // 2, LENGTH - 1]
+    rows = jnp.concatenate([x, *(x.at[:, t].set(favourite[None]) for t in edits)])
+    y = np.asarray(jax.jit(lambda x: block(x, routing=routing)[0], compiler_options=QUICK)(rows))
+    changed = [bool(np.any(y[0, :t] != y[i + 1, :t])) for i, t in enumerate(edits)]
+    assert changed[-1] == reaches_back and any(changed) == reaches_back
+    assert all(np.any(y[0, t:] != y[i + 1, t:]) for i, t in enumerate(edits))
 
 
 CONFIG = ModelConfig(40, 16, 4, 2, 2, 32, pattern=("dense", "mod"))
@@ -267,11 +254,16 @@ def test_stochastic_control_draws_other_positions_for_another_key_and_layer():
 def test_statistics_describe_a_routing_counted_by_hand():
     scores = np.array([[[1.0, 3.0, 5.0, 7.0]], [[0.0, 0.0, 2.0, 2.0]]])
     selected = np.array([[[True, True, False, False]], [[True, False, True, False]]])
-    aux = {"1_mod": {"scores_BL": jnp.asarray(scores), "selected_BL": jnp.asarray(selected)}}
+    # The last position of the first block asked, and found no room.
+    wanted = np.array([[[True, True, False, True]], [[True, False, True, False]]])
+    slot = {"scores_BL": scores, "selected_BL": selected, "wanted_BL": wanted, "losses": {}}
+    aux = {"1_mod": jax.tree.map(jnp.asarray, slot)}
     got = {name: float(value) for name, value in routing_statistics(aux).items()}
     assert got["router/score_mean"] == pytest.approx((4 + 1) / 2)
     assert got["router/score_std"] == pytest.approx((5**0.5 + 1) / 2)
     assert got["router/position_entropy"] == pytest.approx(0.5)  # 2 of 4 positions, evenly
     assert got["router/chosen_by_all"] == 0.25
     assert got["router/chosen_by_none"] == 0.25
+    assert got["router/capacity"] == 0.5
+    assert got["router/overflow"] == 1 / 8
     assert routing_statistics({}) == {}

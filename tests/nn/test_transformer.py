@@ -1,7 +1,6 @@
 """The decoder: loops, rematerialisation, causality, segments, sizes, and use by others."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +15,10 @@ from modjax.nn import MoDBlock, Transformer
 from modjax.nn.layers import rotary_tables
 from modjax.nn.mod import Statistic
 from modjax.nn.transformer import Context
+from tests.nn.small import QUICK, build
 
 CONFIG = ModelConfig(40, 16, 4, 4, 2, 32, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25))
 TOKENS = jax.random.randint(jax.random.key(7), (3, 24), 0, 40)
-
-
-# Tests run each program once or twice: optimising it costs more than it saves.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-@functools.cache
-def build(config=CONFIG, **options):
-    """The graph definition and parameters, born under one jit: eager ops compile one by one."""
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
-    graphdef = nnx.split(model)[0]
-    make = jax.jit(
-        lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0), **options))[1],
-        compiler_options=QUICK,
-    )
-    return graphdef, make()
 
 
 def forward(config, *args, **options):

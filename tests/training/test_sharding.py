@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from modjax.config import Execution, InputError
+from modjax.config import Execution, InputError, MoDConfig
 from modjax.nn.sharding import (
     LOGICAL_TO_MESH,
     MESH_AXES,
@@ -40,8 +40,9 @@ SPECS = Path(__file__).with_name("partition_specs.json")
 CUBE = Execution(data=2, fsdp=2, tensor=2)
 # Every kind of block and of parameter.
 EVERYTHING = model(
-    pattern=("dense", "mod", "stochastic"), num_layers=3, mlp="swiglu", tie_embeddings=False
-)
+    pattern=("dense", "mod", "stochastic", "token_choice"), num_layers=4, mlp="swiglu",
+    tie_embeddings=False, mod=MoDConfig(predictor_weight=1.0),
+)  # fmt: skip
 
 
 def partition_specs() -> dict[str, list]:

@@ -124,5 +124,7 @@ def test_stochastic_routing_draws_anew_every_step_and_the_same_in_a_rerun():
 
 def test_the_seed_decides_the_initial_parameters():
     one, other = initial_state(model(), 0).params, initial_state(model(), 1).params
+    thresholds = one["blocks"]["1_mod"].pop("threshold"), other["blocks"]["1_mod"].pop("threshold")
+    assert [float(threshold[0, 0]) for threshold in thresholds] == [0, 0]
     for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
         assert np.all(np.asarray(a) == 1) or not np.array_equal(a, b)

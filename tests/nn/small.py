@@ -1,0 +1,42 @@
+"""The small blocks and models of these tests, and how they are compiled.
+
+Legend: B batch, L positions, D width.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from modjax.config import ModelConfig
+from modjax.nn import Transformer
+
+# Tests run each program once or twice: optimising it costs more than it saves.
+QUICK = {"xla_backend_optimization_level": 0}
+WIDTH = 8
+
+
+class Mixer(nnx.Module):
+    """An inner block, in float32, whose positions depend on each other: x + tanh(mean so far) w."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (WIDTH, WIDTH)) / 3)
+
+    def __call__(self, x_BLD):
+        x_BLD = x_BLD.astype(jnp.float32)
+        count_1L1 = jnp.arange(1.0, x_BLD.shape[1] + 1)[None, :, None]
+        return x_BLD + jnp.tanh(jnp.cumsum(x_BLD, axis=1) / count_1L1) @ self.w
+
+
+@functools.cache
+def build(config: ModelConfig, **options: Any) -> tuple[Any, Any]:
+    """The graph definition and parameters, born under one jit: eager ops compile one by one."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
+    graphdef = nnx.split(model)[0]
+    make = jax.jit(
+        lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0), **options))[1],
+        compiler_options=QUICK,
+    )
+    return graphdef, make()
