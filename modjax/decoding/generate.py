@@ -127,6 +127,9 @@ def generate(
         routing=routing,
         stop=stop,
     )
+    if max_new_tokens == 0:  # reading the prompt was asked for, and `resume` draws
+        none_BN = jnp.zeros((batch, 0), jnp.int32)
+        return Generated(none_BN, none_BN, prompt_depths_BL, state)
     tokens_BN, depths_BN, state = _loop(model, params, state, max_new_tokens, sampling)
     return Generated(tokens_BN, depths_BN, prompt_depths_BL, state)
 

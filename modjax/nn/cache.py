@@ -36,20 +36,30 @@ def filled(
 
 def append(cache: KVCache, k_BG1H: jax.Array, v_BG1H: jax.Array, write_B: jax.Array) -> KVCache:
     """Writes one token into the next slot of the rows that `write_B` names, which must have one."""
-    batch, _, slots, _ = cache.k_BGMH.shape
-    rows_B = jnp.arange(batch)
-    slot_B = jnp.where(write_B, cache.length_B, slots)  # beyond the end: dropped
-    return cache._replace(
-        k_BGMH=cache.k_BGMH.at[rows_B, :, slot_B].set(k_BG1H[:, :, 0], mode="drop"),
-        v_BGMH=cache.v_BGMH.at[rows_B, :, slot_B].set(v_BG1H[:, :, 0], mode="drop"),
-        length_B=cache.length_B + write_B.astype(jnp.int32),
+    batch, kv_heads, slots, _ = cache.k_BGMH.shape
+    # One index per row and head: XLA makes a write at a single index a dynamic-update-slice, fuses
+    # that into every reader, and copies the cache for each.
+    rows_B1, heads_1G = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None]
+    slot_B1 = jnp.where(write_B, cache.length_B, slots)[:, None]  # beyond the end: dropped
+    k_BGMH, v_BGMH = (
+        old.at[rows_B1, heads_1G, slot_B1].set(new_BG1H[:, :, 0], mode="drop")
+        for old, new_BG1H in ((cache.k_BGMH, k_BG1H), (cache.v_BGMH, v_BG1H))
     )
+    length_B = cache.length_B + write_B.astype(jnp.int32)
+    return cache._replace(k_BGMH=k_BGMH, v_BGMH=v_BGMH, length_B=length_B)
 
 
-def cached_attention(
-    q_BN1H: jax.Array, k_BG1H: jax.Array, v_BG1H: jax.Array, cache: KVCache
-) -> jax.Array:
-    """Attention (B, N, 1, H) of one new token over the cached ones and itself.
+def last(cache: KVCache) -> tuple[jax.Array, jax.Array]:
+    """Keys and values (B, G, 1, H) of the slot that each row filled last."""
+    slot_B111 = jnp.maximum(cache.length_B - 1, 0)[:, None, None, None]
+    k_BG1H, v_BG1H = (
+        jnp.take_along_axis(leaf, slot_B111, axis=2) for leaf in (cache.k_BGMH, cache.v_BGMH)
+    )
+    return k_BG1H, v_BG1H
+
+
+def cached_attention(q_BN1H: jax.Array, cache: KVCache) -> jax.Array:
+    """Attention (B, N, 1, H) of each row's last token over what its cache holds.
 
     Scores and softmax are float32, the products take the inputs' dtype.
     """
@@ -57,17 +67,13 @@ def cached_attention(
     kv_heads, slots = cache.k_BGMH.shape[1:3]
     q_BGRH = q_BN1H.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     q_BGRH = q_BGRH * jnp.asarray(1 / math.sqrt(head_dim), q_BN1H.dtype)
-
-    def scores(k_BGMH):
-        return jnp.einsum("BGRH,BGMH->BGRM", q_BGRH, k_BGMH, preferred_element_type=jnp.float32)
-
+    s_BGRM = jnp.einsum(
+        "BGRH,BGMH->BGRM", q_BGRH, cache.k_BGMH, preferred_element_type=jnp.float32
+    )
     filled_B11M = (jnp.arange(slots)[None] < cache.length_B[:, None])[:, None, None]
-    s_BGRM = jnp.where(filled_B11M, scores(cache.k_BGMH), -jnp.inf)
-    own_BGR1 = scores(k_BG1H)
-    top_BGR1 = jnp.maximum(jnp.max(s_BGRM, axis=-1, keepdims=True), own_BGR1)
-    p_BGRM, own_BGR1 = jnp.exp(s_BGRM - top_BGR1), jnp.exp(own_BGR1 - top_BGR1)
-    total_BGR1 = jnp.sum(p_BGRM, axis=-1, keepdims=True) + own_BGR1
-    out_BGRH = jnp.einsum("BGRM,BGMH->BGRH", p_BGRM.astype(v_BG1H.dtype), cache.v_BGMH)
-    out_BGRH += own_BGR1.astype(v_BG1H.dtype) * v_BG1H
+    s_BGRM = jnp.where(filled_B11M, s_BGRM, -jnp.inf)
+    p_BGRM = jnp.exp(s_BGRM - jnp.max(s_BGRM, axis=-1, keepdims=True))
+    total_BGR1 = jnp.sum(p_BGRM, axis=-1, keepdims=True)
+    out_BGRH = jnp.einsum("BGRM,BGMH->BGRH", p_BGRM.astype(q_BN1H.dtype), cache.v_BGMH)
     out_BGRH = (out_BGRH / total_BGR1.astype(out_BGRH.dtype)).astype(q_BN1H.dtype)
     return out_BGRH.reshape(batch, heads, 1, head_dim)

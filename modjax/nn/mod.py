@@ -14,7 +14,7 @@ from flax import nnx
 
 from modjax.config import MoDConfig
 from modjax.flops import selected_tokens
-from modjax.nn.cache import KVCache, append, filled
+from modjax.nn.cache import KVCache, append, filled, last
 from modjax.nn.routers import At, ExpertChoice, Predictor, Ranking, masked_mean
 from modjax.nn.routing import (
     Selection,
@@ -111,7 +111,8 @@ class MoDBlock(nnx.Module):
 
         Rows that are not routed are not computed; where none is, the weights of `inner` are not
         read. A token that finds no slot passes the block by, and is counted in the cache.
-        `inner.decode(x, *per_position, cache)` returns its output and the token's keys and values.
+        `inner.decode(x, *per_position, cache, write_B)` returns its output and the cache with the
+        token in the rows of `write_B`.
         """
         at = At(positions_B[:, None], active_B[:, None], key, None)
         ranking = self.router(x_B1D, at)
@@ -235,7 +236,8 @@ class MoDBlock(nnx.Module):
                 if size < batch:
                     inputs = jax.tree.map(lambda leaf: leaf[rows], inputs)
                 x, per_row, scores, routed, rows_cache = inputs
-                y, (k, v) = self.inner.decode(x, *per_row, rows_cache)
+                y, rows_cache = self.inner.decode(x, *per_row, rows_cache, routed)
+                k, v = last(rows_cache)
                 new = jnp.where(routed[:, None, None], x + self._update(scores, x, y), x)
                 if size == batch:
                     return new, k, v

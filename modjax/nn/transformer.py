@@ -79,12 +79,13 @@ class DenseBlock(nnx.Module):
         return self._add(x_BLD, out_BNLH), (k_BGLH, v_BGLH)
 
     def decode(
-        self, x_B1D: jax.Array, context: Context, cache: KVCache
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """One token per row after those in `cache`, and its keys and values (B, G, 1, H)."""
+        self, x_B1D: jax.Array, context: Context, cache: KVCache, write_B: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """One token per row after those in `cache`, which keeps it in the rows of `write_B`."""
         q_BN1H, k_BG1H, v_BG1H = self._heads(x_B1D, context)
-        out_BN1H = cached_attention(q_BN1H, k_BG1H, v_BG1H, cache)
-        return self._add(x_B1D, out_BN1H), (k_BG1H, v_BG1H)
+        # Written before it is read: XLA copies a cache that is read and then written.
+        cache = append(cache, k_BG1H, v_BG1H, write_B)
+        return self._add(x_B1D, cached_attention(q_BN1H, cache)), cache
 
     def _heads(self, x_BLD, context):
         return self.attention.heads(self.attention_norm(x_BLD), context.rope_BLH)
@@ -258,8 +259,7 @@ class Transformer(nnx.Module):
                     )  # fmt: skip
                     depth_B += routed_B.astype(depth_B.dtype)
                 else:
-                    x_B1D, (k, v) = block.decode(x_B1D, context, layer_cache)
-                    layer_cache = append(layer_cache, k, v, active_B)
+                    x_B1D, layer_cache = block.decode(x_B1D, context, layer_cache, active_B)
                 caches.append(layer_cache)
             positions_B = cache.positions_B + active_B.astype(jnp.int32)
             return self._logits(x_B1D)[:, 0], Cache(tuple(caches), positions_B), depth_B

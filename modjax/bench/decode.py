@@ -1,0 +1,147 @@
+"""Decoding: MoD against dense, both against the memory that they must read, and prefill.
+
+d 512, 12 layers, a context of 1024; MoD 12.5% every other block with a predictor, whose line is set
+so that random weights route as often as a trained model does.
+"""
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from modjax.bench import Row, fill, progress
+from modjax.bench.step import MOD as STEP_MOD
+from modjax.bench.step import TRAIN, interleaved, jax_step, ratio
+from modjax.config import MoDConfig, ModelConfig
+from modjax.decoding.generate import Sampling, State, generate, resume
+from modjax.flops import cache_bytes
+from modjax.nn import Transformer
+
+CONTEXT, NEW, SLACK = 1024, 64, 1.5
+DENSE = ModelConfig(1024, 512, 12, 8, 8, 2048)
+MOD = dataclasses.replace(
+    DENSE, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.125, predictor_weight=1.0)
+)
+ROWS = (
+    Row("decode tokens/s, MoD over dense, batch 1", "ratio", 1.5, "higher"),
+    Row("decode tokens/s, MoD over dense, batch 16", "ratio", 1.35, "higher"),
+    Row("KV cache bytes, MoD over dense, slack 1.5", "ratio", 0.62),
+    Row("dense decode, batch 1 / reading all parameters once", "ratio", 1.5),
+    Row("prefill, predictor routing / top-k routing", "ratio", 1.15),
+    Row("train step, with predictor / without", "ratio", 1.03),
+    Row("share of tokens that the MoD model routed", "share", None),
+)
+
+
+def measure() -> list[Row]:
+    models = {"dense": split(DENSE), "mod": calibrated(split(MOD))}
+    seconds, routed = {}, 0.0
+    for batch in (1, 16):
+        steps = {}
+        for name, (graphdef, params) in models.items():
+            state = start(graphdef, params, batch)
+            steps[name] = decoding(graphdef, params, state)
+            if name == "mod" and batch == 16:
+                depths_BN = resume(graphdef, params, copy(state), max_new_tokens=NEW,
+                                   sampling=Sampling()).depths_BN  # fmt: skip
+                routed = float(jnp.mean(depths_BN)) / (MOD.num_layers // 2)
+        seconds[batch] = timed(steps)
+        medians = {n: round(NEW * batch / statistics.median(s), 1) for n, s in seconds[batch].items()}
+        progress(f"bench decode: batch {batch}: tokens per second {medians}")
+    read = interleaved({"read": reading(models["dense"][1])})["read"]
+    one_token = statistics.median(seconds[1]["dense"]) / NEW
+    prefill = interleaved({r: prefilling(*models["mod"], r) for r in ("predictor", "top_k")})
+    tokens = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
+    taught = dataclasses.replace(STEP_MOD, mod=dataclasses.replace(STEP_MOD.mod, predictor_weight=1.0))
+    train = interleaved({"with": jax_step(taught, tokens), "without": jax_step(STEP_MOD, tokens)})
+    return fill(ROWS, [
+        ratio(seconds[1], "dense", "mod"),
+        ratio(seconds[16], "dense", "mod"),
+        cache_bytes(MOD, CONTEXT, SLACK) / cache_bytes(DENSE, CONTEXT, SLACK),
+        one_token / statistics.median(read),
+        ratio(prefill, "predictor", "top_k"),
+        ratio(train, "with", "without"),
+        routed,
+    ])  # fmt: skip
+
+
+def split(config: ModelConfig) -> tuple[Any, Any]:
+    graphdef, params = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def calibrated(model: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Sets every predictor to "the score is above the mean k-th score", at a predictor's cost."""
+    graphdef, params = model
+    tokens_BL = np.random.default_rng(1).integers(0, DENSE.vocab_size, (4, CONTEXT))
+    _, aux = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens_BL))(params)
+    for name, slot in aux.items():
+        predictor = params["blocks"][name]["predictor"]
+        predictor["w_out"] = jnp.zeros_like(predictor["w_out"])
+        kth_G = jnp.mean(slot["kth_B"], axis=1)
+        predictor["line"] = jnp.stack([jnp.ones_like(kth_G), -kth_G], axis=1)
+    return graphdef, params
+
+
+def start(graphdef: Any, params: Any, batch: int) -> State:
+    """The state after a prompt that leaves room for NEW tokens in the context."""
+    length = CONTEXT - NEW
+    tokens_BL = np.random.default_rng(2).integers(0, DENSE.vocab_size, (batch, length))
+    found = generate(graphdef, params, tokens_BL, max_new_tokens=0, max_length=CONTEXT,
+                     routing="predictor", slack=SLACK)  # fmt: skip
+    return found.state
+
+
+def copy(state: State) -> State:
+    return jax.tree.map(jnp.copy, state)
+
+
+def decoding(graphdef: Any, params: Any, state: State) -> Any:
+    """A function of a state that is used up: draws NEW tokens, and waits for them."""
+
+    def prepare():
+        return jax.block_until_ready(copy(state))
+
+    def step(ready):
+        found = resume(graphdef, params, ready, max_new_tokens=NEW, sampling=Sampling())
+        jax.block_until_ready(found.tokens_BN)
+
+    return prepare, step
+
+
+def timed(steps: dict[str, Any], rounds: int = 7) -> dict[str, list[float]]:
+    """Seconds of each step without its preparation, taken in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 1):
+        for name, (prepare, step) in steps.items():
+            ready = prepare()
+            began = time.perf_counter()
+            step(ready)
+            if index >= 1:  # warm-up
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def reading(params: Any) -> Any:
+    """Reads every parameter once: what decoding one token cannot avoid."""
+    total = jax.jit(lambda params: [jnp.sum(leaf) for leaf in jax.tree.leaves(params)])
+    return lambda: jax.block_until_ready(total(params))
+
+
+def prefilling(graphdef: Any, params: Any, routing: str) -> Any:
+    tokens_BL = np.random.default_rng(3).integers(0, DENSE.vocab_size, (1, CONTEXT))
+    lengths_B = jnp.full(1, CONTEXT)
+
+    def prefill(params):
+        model = nnx.merge(graphdef, params)
+        return model.prefill(
+            jnp.asarray(tokens_BL), lengths_B, max_length=CONTEXT, routing=routing, slack=None
+        )[:2]
+
+    compiled = jax.jit(prefill)
+    return lambda: jax.block_until_ready(compiled(params))
