@@ -36,11 +36,11 @@ def get_config() -> ml_collections.ConfigDict:
             for name, arm in ARMS.items()
         },
         "baseline": "dense",
-        "budgets": (6e11,),
+        "budgets": (3e11,),
         "sizes": 4,
         "spread": 0.45,
         "seeds": (0, 1),
-        "optimum": {"budget": 6e11, "params": 5e4, "exponent": 0.6},
+        "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.6},
         "shape": {"width_multiple": 4, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {"batch_size": 4, "learning_rate": 0.2, "warmup_fraction": 0.05},
         "flops_per_second": 2.5e10,

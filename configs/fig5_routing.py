@@ -24,9 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.train = {
         "batch_size": 16,
         "seq_len": 256,
-        "steps": 900,
+        "steps": 600,
         "learning_rate": 0.0083,
-        "warmup_steps": 45,
+        "warmup_steps": 30,
         "b2": 0.98,
         "eval_sequences": 256,
     }
