@@ -82,7 +82,7 @@ def generate(
     lengths_B: Any = None,
     max_length: int | None = None,
     slack: float | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),
     stop: tuple[tuple[int, ...], ...] = (),
     seed: int = 0,
 ) -> Generated:

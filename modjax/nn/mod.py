@@ -3,7 +3,6 @@
 Legend: B batch, L positions, K selected positions, D model width, A routed blocks, G groups.
 """
 
-import bisect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -261,11 +260,8 @@ def _and(wanted_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
 
 
 def _rooms(k: int, bound: int) -> list[int]:
-    """Compiled sizes: k, 3/2 k, and then doubling, up to `bound`."""
-    sizes = [k, k + math.ceil(k / 2)]
-    while sizes[-1] < bound:
-        sizes.append(2 * k * 2 ** (len(sizes) - 2))
-    return [*sizes[: bisect.bisect_left(sizes, bound)], bound]
+    """Compiled sizes: 3/2 k for what is usual, 3 k, and `bound`. Each costs time to compile."""
+    return [room for room in (math.ceil(1.5 * k), 3 * k) if room < bound] + [bound]
 
 
 def _cross_entropy(logits_BL, target_BL, valid_BL) -> jax.Array:

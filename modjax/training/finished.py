@@ -59,7 +59,7 @@ def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> list[R
 def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
     """Loads a finished run. Raises InputError where its data or its checkpoint is missing."""
     cache = open_cache(cache_dir(data_dir, spec.data))
-    execution = Execution(data=1)
+    execution = Execution(data=1, layer_loop="scan")
     mesh = make_mesh(execution)
     model = abstract_model(spec.model, execution)
     folder = run_dir(workdir, spec.run_id) / "checkpoints"

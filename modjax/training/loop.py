@@ -26,6 +26,7 @@ from modjax.data.cache import (
     open_cache,
 )
 from modjax.data.prefetch import prefetch
+from modjax.flops import CAPACITY_STAGES
 from modjax.records import Record, read_record, write_json, write_record
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.clock import Clock, Pace
@@ -39,10 +40,10 @@ from modjax.training.evaluate import (
     validation_batches,
 )
 from modjax.training.metrics import MetricsWriter, last_train_loss, require_tensorboard
-from modjax.training.programs import compile_programs, init_state
+from modjax.training.programs import compile_programs, init_state, make_models
 from modjax.training.record import make_record, progress_values
 from modjax.training.sharding import check_batch, make_mesh, put_batch
-from modjax.training.state import abstract_model, abstract_state
+from modjax.training.state import abstract_state
 
 # Tokens of one read of the cache.
 READ_TOKENS = 32_768
@@ -83,7 +84,8 @@ def train(
         require_tensorboard()
     mesh = make_mesh(execution)
     check_batch(mesh, config)
-    model = abstract_model(spec.model, execution)
+    models = make_models(spec, execution)
+    model = models.by_stage[CAPACITY_STAGES]
     abstract = abstract_state(mesh, model, config)
     _claim(run_dir, spec)
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
@@ -110,7 +112,7 @@ def train(
         )
         stack.callback(writer.close)
         clock.lap("setup")
-        programs = compile_programs(mesh, model, spec, execution)
+        programs = compile_programs(mesh, models, spec)
         if restored is None:
             state = init_state(mesh, model, config)
         clock.lap("compile")

@@ -1,5 +1,6 @@
 """The compiled programs of a run: compiled ahead, so that their time is known apart."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,22 +32,37 @@ class Programs(NamedTuple):
     router_statistics: Callable[[Any], dict[str, jax.Array]]
 
 
-def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, execution: Execution) -> Programs:
-    """Compiles what a run needs; call under `jax.set_mesh(mesh)`.
+class Models(NamedTuple):
+    """The model of a run, as its stages train it and as it is evaluated; all share parameters.
 
-    A capacity schedule is a train step per stage: their parameters have the same shapes.
+    by_stage: of the capacity schedule; the last is the model itself. evaluated: with scanned
+    layers, which compile in less time than unrolled ones save in a few evaluations.
     """
+
+    by_stage: dict[int, Model]
+    evaluated: Model
+
+
+def make_models(spec: RunSpec, execution: Execution) -> Models:
+    """Call it outside `jax.set_mesh`, see `abstract_model`."""
+    first = 0 if spec.train.capacity_steps else CAPACITY_STAGES
+    stages = range(first, CAPACITY_STAGES + 1)
+    scanned = dataclasses.replace(execution, layer_loop="scan")
+    return Models(
+        {stage: abstract_model(at_stage(spec.model, stage), execution) for stage in stages},
+        abstract_model(spec.model, scanned),
+    )
+
+
+def compile_programs(mesh: Mesh, models: Models, spec: RunSpec) -> Programs:
+    """Compiles what a run needs; call under `jax.set_mesh(mesh)`."""
     train = spec.train
     schedule = make_schedule(train)
-    steps = {CAPACITY_STAGES: lower_train_step(mesh, model, train)}
-    for stage in range(CAPACITY_STAGES if train.capacity_steps else 0):
-        staged = abstract_model(at_stage(spec.model, stage), execution)
-        # Its slots are named alike: only the numbers selected differ.
-        steps[stage] = lower_train_step(mesh, staged, train)
-    compiled = {stage: lowered.compile() for stage, lowered in steps.items()}
+    lowered = {s: lower_train_step(mesh, model, train) for s, model in models.by_stage.items()}
+    compiled = {stage: step.compile() for stage, step in lowered.items()}
     aux = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        steps[CAPACITY_STAGES].out_info[1]["aux"],
+        lowered[CAPACITY_STAGES].out_info[1]["aux"],
         compiled[CAPACITY_STAGES].output_shardings[1]["aux"],
     )
 
@@ -57,7 +73,7 @@ def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, execution: Executi
     routings = ("top_k", causal) if causal else ("top_k",)
     return Programs(
         train_step,
-        {routing: compile_eval_step(mesh, model, train, routing=routing) for routing in routings},
+        {name: compile_eval_step(mesh, models.evaluated, train, routing=name) for name in routings},
         jax.jit(routing_statistics).lower(aux).compile() if aux else routing_statistics,
     )
 
