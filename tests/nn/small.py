@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from modjax.config import ModelConfig
@@ -40,3 +41,12 @@ def build(config: ModelConfig, **options: Any) -> tuple[Any, Any]:
         compiler_options=QUICK,
     )
     return graphdef, make()
+
+
+def random_model(config: ModelConfig, *, std: float = 0.3, seed: int = 0) -> tuple[Any, Any]:
+    """The graph definition and parameters from N(0, std^2), thresholds and all, without a jit."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graphdef, shapes = nnx.split(model)
+    rng = np.random.default_rng(seed)
+    draw = jax.tree.map(lambda leaf: rng.normal(0, std, leaf.shape).astype(np.float32), shapes)
+    return graphdef, draw

@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 from modjax.config import MoDConfig, ModelConfig
-from modjax.nn import DenseBlock, MoDBlock, Transformer, routing_statistics
+from modjax.nn import DenseBlock, MoDBlock, routing_statistics
 from modjax.nn.layers import rotary_tables
 from modjax.nn.transformer import Context
-from tests.nn.small import QUICK, WIDTH, Mixer
+from tests.nn.small import QUICK, WIDTH, Mixer, build
 
 LENGTH = 16
 
@@ -182,8 +182,8 @@ def test_selected_tokens_keep_their_original_rotary_positions_and_segments():
     x = stream(width=16, length=20)
     segments = jnp.repeat(jnp.array([[1, 2], [1, 1], [1, 2]]), 10, axis=1)
     rope = rotary_tables(jnp.arange(20)[None], 8, 100.0, jnp.float32)
-    y, aux = jax.jit(block)(x, Context(rope, segments))
-    run = jax.jit(inner)
+    y, aux = jax.jit(block, compiler_options=QUICK)(x, Context(rope, segments))
+    run = jax.jit(inner, compiler_options=QUICK)
     for b in range(3):
         chosen = np.flatnonzero(aux["selected_BL"][b])
         rope_chosen = rotary_tables(jnp.asarray(chosen)[None], 8, 100.0, jnp.float32)
@@ -230,25 +230,28 @@ CONFIG = ModelConfig(40, 16, 4, 2, 2, 32, pattern=("dense", "mod"))
 def test_every_routed_layer_has_a_router_of_its_own():
     # Faults: one router shared by all layers.
     config = dataclasses.replace(CONFIG, pattern=("mod",))
-    make = jax.jit(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0))))
-    routers = np.asarray(make()["blocks"]["0_mod"]["router"]["w"][...])
+    params = nnx.to_pure_dict(build(config)[1])
+    routers = np.asarray(params["blocks"]["0_mod"]["router"]["w"])
     assert routers.shape == (4, 16)
     assert len(np.unique(routers.round(6), axis=0)) == 4
 
 
 def test_stochastic_control_draws_other_positions_for_another_key_and_layer():
     config = dataclasses.replace(CONFIG, pattern=("dense", "stochastic"))
-    model = Transformer(config, rngs=nnx.Rngs(0))
     tokens = jnp.ones((2, 32), jnp.int32)
-    graphdef, params = nnx.split(model)
-    route = jax.jit(lambda key: nnx.merge(graphdef, params)(tokens, key=key)[1])
+    graphdef, params = build(config)
+
+    def run(key):
+        return nnx.merge(graphdef, params)(tokens, key=key)[1]
+
+    route = jax.jit(run, compiler_options=QUICK)
     first, again, other = (
         np.asarray(route(jax.random.key(s))["1_stochastic"]["selected_BL"]) for s in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other) and np.any(first[0] != first[1])
     with pytest.raises(ValueError, match="key"):
-        model(tokens)
+        jax.eval_shape(run, None)
 
 
 def test_statistics_describe_a_routing_counted_by_hand():
