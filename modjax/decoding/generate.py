@@ -6,6 +6,7 @@ Legend: B batch, L prompt positions, N new tokens, V vocabulary, W longest stop 
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ class Sampling:
     vocab_size: int | None = None
 
     def __post_init__(self):
-        require(self.temperature >= 0, "temperature", self.temperature, "must be 0 or more")
+        finite = 0 <= self.temperature < math.inf
+        require(finite, "temperature", self.temperature, "must be 0 or more, and finite")
         require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (all) or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
 
@@ -101,14 +103,15 @@ def generate(
     longest, shortest = length, length
     if lengths_B is not None:
         longest, shortest = int(np.max(lengths_B)), int(np.min(lengths_B))
-    max_length = longest + max_new_tokens if max_length is None else max_length
+    max_length = max_length or longest + max_new_tokens
     require(shortest > 0, "prompt", "", "is empty: give at least one token")
-    require(longest <= length, "lengths_B", longest, f"must be at most {length}, the prompts' width")
+    require(longest <= length, "lengths_B", longest, f"must be at most their width, {length}")
     require(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "must be 0 or more")
     require(
         routing in ROUTINGS and routing != "top_k", "routing", routing,
         f"must be one of {', '.join(ROUTINGS[1:])}; top_k looks at tokens not yet drawn",
     )  # fmt: skip
+    require(() not in stop, "stop", (), "is empty: give at least one token")
     _require_fits(longest, max_new_tokens, max_length)
     require(length <= max_length, "tokens_BL", length, f"is wider than max_length = {max_length}")
     lengths_B = jnp.full(batch, length) if lengths_B is None else lengths_B
@@ -137,7 +140,10 @@ def generate(
 def resume(
     model: Any, params: Any, state: State, *, max_new_tokens: int, sampling: Sampling
 ) -> Generated:
-    """Goes on from a state as if `generate` had not stopped there."""
+    """Goes on from a state as if `generate` had not stopped there, and takes its arrays over.
+
+    Raises InputError where the new tokens do not fit the caches, before compiling.
+    """
     used = int(jnp.max(state.cache.positions_B))
     _require_fits(used, max_new_tokens, state.max_length)
     tokens_BN, depths_BN, state = _loop(model, params, state, max_new_tokens, sampling)
@@ -158,9 +164,7 @@ def _prefill(model, params, tokens_BL, lengths_B, key, *, max_length, routing, s
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "new", "sampling"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=("model", "new", "sampling"), donate_argnames="state")
 def _loop(model, params, state, new, sampling):
     step = nnx.merge(model, params).decoder(routing=state.routing, key=state.key)
     batch = state.done_B.shape[0]
@@ -182,7 +186,8 @@ def _loop(model, params, state, new, sampling):
         )  # fmt: skip
         tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, tokens_B, i, 1)
         depths_B = jnp.where(active_B, depths_B, -1)
-        return i + 1, tokens_BN, jax.lax.dynamic_update_index_in_dim(depths_BN, depths_B, i, 1), state
+        depths_BN = jax.lax.dynamic_update_index_in_dim(depths_BN, depths_B, i, 1)
+        return i + 1, tokens_BN, depths_BN, state
 
     nothing = jnp.full((batch, new), PAD, jnp.int32)
     start = (jnp.int32(0), nothing, jnp.full_like(nothing, -1), state)
@@ -197,7 +202,8 @@ def draw_tokens(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax
         logits_BV = jnp.where(allowed_V[None], logits_BV, -jnp.inf)
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+    # The likeliest becomes 0, so that no temperature overflows.
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)) / sampling.temperature
     vocab = logits_BV.shape[1]
     if 0 < sampling.top_k < vocab:
         kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]

@@ -1,0 +1,271 @@
+"""Generation equals re-running the causal forward pass, and draws are from the right distribution.
+
+Legend: B batch, L positions, N new tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modjax.config import InputError, MoDConfig, ModelConfig
+from modjax.decoding.generate import Sampling, draw_tokens, generate, resume
+from tests.nn.small import QUICK, random_model
+
+ROUTED = ModelConfig(
+    vocab_size=24, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=32,
+    pattern=("dense", "mod"), mod=MoDConfig(capacity=0.5, predictor_weight=1.0),
+)  # fmt: skip
+MODELS = {
+    "predictor": ROUTED,
+    "threshold": ROUTED,
+    "router": dataclasses.replace(ROUTED, pattern=("dense",)),  # dense: any routing will do
+}
+PROMPTS_BL = np.array([[3, 9, 4, 17], [5, 0, 0, 0], [11, 2, 6, 0]], np.int32)
+LENGTHS_B = np.array([4, 1, 3], np.int32)
+NEW, MAX_LENGTH = 8, 12
+GREEDY, DRAWN = Sampling(temperature=0), Sampling(temperature=1.5, top_k=20, top_p=0.95)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(routing, **options):
+    arguments = {"lengths_B": LENGTHS_B, "max_new_tokens": NEW, "max_length": MAX_LENGTH} | options
+    return generate(*random_model(MODELS[routing]), PROMPTS_BL, routing=routing, **arguments)
+
+
+@functools.cache
+def naive(routing):
+    """Greedy tokens, and the depth of every position, from full forward passes."""
+    graphdef, params = random_model(MODELS[routing])
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def forward(params, tokens_BL, lengths_B):
+        valid_BL = jnp.arange(MAX_LENGTH)[None] < lengths_B[:, None]
+        model = nnx.merge(graphdef, params)
+        logits_BLV, aux = model(tokens_BL, valid_BL.astype(jnp.int32), routing=routing)
+        selected = [slot["selected_BL"] for slot in aux.values()]
+        depth_BL = sum((jnp.sum(x, axis=0) for x in selected), jnp.zeros(tokens_BL.shape, int))
+        return logits_BLV, depth_BL
+
+    tokens_BL, rows = np.zeros((3, MAX_LENGTH), np.int32), np.arange(3)
+    tokens_BL[:, :4] = PROMPTS_BL
+    for n in range(NEW):
+        logits_BLV, _ = forward(params, tokens_BL, LENGTHS_B + n)
+        tokens_BL[rows, LENGTHS_B + n] = np.argmax(logits_BLV[rows, LENGTHS_B + n - 1], axis=1)
+    _, depth_BL = forward(params, tokens_BL, LENGTHS_B + NEW)
+    return tokens_BL, np.asarray(depth_BL)
+
+
+@functools.cache
+def greedy(routing):
+    return run(routing, sampling=GREEDY)
+
+
+@pytest.mark.parametrize("routing", MODELS)
+def test_greedy_generation_equals_full_forward_passes_of_a_growing_sequence(routing):
+    tokens_BL, depth_BL = naive(routing)
+    found = greedy(routing)
+    for b, length in enumerate(LENGTHS_B):
+        new = slice(length, length + NEW)
+        np.testing.assert_array_equal(found.tokens_BN[b], tokens_BL[b, new])
+        np.testing.assert_array_equal(found.depths_BN[b], depth_BL[b, new])
+        np.testing.assert_array_equal(found.prompt_depths_BL[b, :length], depth_BL[b, :length])
+    if routing != "router":
+        assert {0, 1} == set(np.asarray(found.depths_BN).ravel()), "both ways through the block"
+
+
+def test_a_stop_sequence_ends_its_row_and_no_other():
+    tokens_BL, depth_BL = naive("predictor")
+    full_BN = np.stack([row[n : n + NEW] for row, n in zip(tokens_BL, LENGTHS_B, strict=True)])
+    pair, other = tuple(full_BN[0, 2:4].tolist()), (int(full_BN[2, 5]), 23, 23)
+    found = run("predictor", sampling=GREEDY, stop=(pair, other))
+    ends = []
+    for b, row in enumerate(full_BN):
+        ends.append(next((n for n in range(2, NEW + 1) if tuple(row[n - 2 : n]) == pair), NEW))
+        np.testing.assert_array_equal(found.tokens_BN[b, : ends[b]], row[: ends[b]])
+        np.testing.assert_array_equal(found.tokens_BN[b, ends[b] :], 0)
+        depth_N = depth_BL[b, LENGTHS_B[b] :]
+        np.testing.assert_array_equal(found.depths_BN[b, : ends[b]], depth_N[: ends[b]])
+        np.testing.assert_array_equal(found.depths_BN[b, ends[b] :], -1)
+    assert ends[0] == 4 and max(ends) == NEW
+    np.testing.assert_array_equal(found.state.done_B, np.array(ends) < NEW)
+    np.testing.assert_array_equal(found.state.cache.positions_B, LENGTHS_B + ends)
+
+
+@functools.cache
+def drawn():
+    return run("predictor", sampling=DRAWN, seed=1)
+
+
+def test_resuming_equals_not_stopping_to_the_bit_also_from_the_disk(tmp_path):
+    model = random_model(ROUTED)
+    whole = drawn()
+    first = run("predictor", sampling=DRAWN, seed=1, max_new_tokens=NEW // 2)
+    arrays, structure = jax.tree.flatten(first.state)
+    is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in arrays]
+    raw = [jax.random.key_data(x) if key else x for x, key in zip(arrays, is_key, strict=True)]
+    np.savez(tmp_path / "state.npz", *map(np.asarray, raw))
+
+    with np.load(tmp_path / "state.npz") as file:
+        raw = [jnp.asarray(file[name]) for name in file.files]
+    arrays = [jax.random.wrap_key_data(x) if k else x for x, k in zip(raw, is_key, strict=True)]
+    states = {"kept": first.state, "loaded": jax.tree.unflatten(structure, arrays)}
+    for name, state in states.items():
+        second = resume(*model, state, max_new_tokens=NEW // 2, sampling=DRAWN)
+        assert second.prompt_depths_BL is None
+        for field in ("tokens_BN", "depths_BN"):
+            parts = [getattr(first, field), getattr(second, field)]
+            np.testing.assert_array_equal(
+                np.concatenate(parts, axis=1), getattr(whole, field), err_msg=name
+            )
+        np.testing.assert_array_equal(second.state.logits_BV, whole.state.logits_BV)
+        for ours, theirs in zip(second.state.cache.layers, whole.state.cache.layers, strict=True):
+            np.testing.assert_array_equal(ours.k_BGMH, theirs.k_BGMH)
+
+
+def test_a_seed_fixes_the_text_and_another_gives_another():
+    tokens = [np.asarray(run("predictor", sampling=DRAWN, seed=s).tokens_BN) for s in (1, 2)]
+    np.testing.assert_array_equal(tokens[0], drawn().tokens_BN)
+    assert np.mean(tokens[0] != tokens[1]) > 0.5
+
+
+def test_no_new_tokens_reads_the_prompt_and_resume_draws():
+    nothing = run("predictor", sampling=DRAWN, seed=1, max_new_tokens=0)
+    assert nothing.tokens_BN.shape == (3, 0)
+    then = resume(*random_model(ROUTED), nothing.state, max_new_tokens=NEW, sampling=DRAWN)
+    np.testing.assert_array_equal(then.tokens_BN, drawn().tokens_BN)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens_BL": np.zeros((2, 0), int)}, "prompt = '': is empty"),
+        ({"lengths_B": np.array([3, 0])}, "prompt = '': is empty"),
+        ({"lengths_B": np.array([3, 5])}, "lengths_B = 5: must be at most"),
+        ({"max_length": 3}, "prompt = '4 tokens': with 8 new ones does not fit .* max_length = 3"),
+        ({"max_length": 11}, "with 8 new ones does not fit the cache of max_length = 11"),
+        ({"routing": "top_k"}, "routing = 'top_k': must be one of router, predictor, threshold"),
+        ({"routing": "both"}, "routing = 'both': must be one of router, predictor, threshold"),
+        ({"max_new_tokens": -1}, "max_new_tokens = -1: must be 0 or more"),
+        ({"stop": ((4,), ())}, r"stop = \(\): "),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_compiled(options, message):
+    arguments = {
+        "tokens_BL": np.zeros((2, 4), int), "max_new_tokens": 8, "routing": "predictor"
+    } | options  # fmt: skip
+    with pytest.raises(InputError, match=message) as caught:
+        generate(None, None, **arguments)  # no model: whatever uses one fails otherwise
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_cache_cannot_be_resumed():
+    with pytest.raises(InputError, match=r"'12 tokens': with 1 new ones .* max_length = 12"):
+        resume(None, None, greedy("predictor").state, max_new_tokens=1, sampling=GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature = -0.1: must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature = nan: must be 0 or more"),
+        ({"temperature": float("inf")}, "temperature = inf: must be 0 or more"),
+        ({"top_k": -1}, "top_k = -1: must be 0"),
+        ({"top_p": 0.0}, r"top_p = 0.0: must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p = 1.5: must be in \(0, 1\]"),
+    ],
+)
+def test_sampling_refuses_what_means_nothing(options, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**options)
+
+
+# Descending but for ties: at ids 1 and 2, 5 and 6, 9 and 10.
+LOGITS_V = np.log([0.2, 0.15, 0.15, 0.12, 0.1, 0.07, 0.07, 0.05, 0.04, 0.02, 0.02, 0.01])
+LOGITS_V = LOGITS_V[[7, 0, 9, 3, 1, 11, 5, 2, 8, 4, 10, 6]].astype(np.float32)
+DRAWS = 20_000
+
+
+def draws(logits_V, sampling, seed=0):
+    """Many draws: every row is one, independent of the others."""
+    logits_BV = np.broadcast_to(np.float32(logits_V), (DRAWS, len(logits_V)))
+    return np.asarray(_draw(logits_BV, jax.random.key(seed), sampling))
+
+
+_draw = jax.jit(draw_tokens, static_argnames="sampling", compiler_options=QUICK)
+
+
+def reference(logits_V, temperature, top_k, top_p):
+    """Probabilities in float64, one token at a time; ties with the last one kept are kept."""
+    p_V = np.exp(np.float64(logits_V) / temperature)
+    order = np.argsort(-p_V, kind="stable")
+    if top_k:
+        p_V = np.where(p_V >= p_V[order[min(top_k, len(p_V)) - 1]], p_V, 0)
+    p_V /= p_V.sum()
+    mass = 0.0
+    for v in order:
+        if mass >= top_p:
+            break
+        mass, least = mass + p_V[v], p_V[v]
+    p_V = np.where(p_V >= least, p_V, 0)
+    return p_V / p_V.sum()
+
+
+def test_temperature_0_takes_the_likeliest_whatever_else_is_asked():
+    logits_BV = np.random.default_rng(0).normal(0, 1, (50, 12)).astype(np.float32)
+    for options in ({}, {"top_k": 3, "top_p": 0.1}):
+        tokens_B = draw_tokens(logits_BV, jax.random.key(0), Sampling(temperature=0, **options))
+        np.testing.assert_array_equal(tokens_B, np.argmax(logits_BV, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 1, 1.0), (1.0, 2, 1.0), (1.0, 4, 1.0), (1.0, 50, 1.0),
+        (1.0, 0, 1e-6), (1.0, 0, 0.3), (1.0, 0, 0.6), (1.3, 0, 0.9), (1.0, 6, 0.8),
+    ],
+)  # fmt: skip
+def test_draws_follow_the_numpy_softmax_of_exactly_the_kept_tokens(temperature, top_k, top_p):
+    p_V = reference(LOGITS_V, temperature, top_k, top_p)
+    count_V = np.bincount(draws(LOGITS_V, Sampling(temperature, top_k, top_p)), minlength=12)
+    np.testing.assert_array_equal(count_V > 0, p_V > 0)
+    # Five standard errors of a binomial count.
+    assert np.all(np.abs(count_V - DRAWS * p_V) <= 5 * np.sqrt(DRAWS * p_V * (1 - p_V)))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.9}])
+def test_ids_beyond_the_vocabulary_are_never_drawn(options):
+    logits_V = np.concatenate([LOGITS_V, np.full(4, 9, np.float32)])  # the likeliest by far
+    drawn_ids = set(draws(logits_V, Sampling(**options, vocab_size=12)))
+    assert drawn_ids and max(drawn_ids) < 12
+    if "top_k" in options:
+        assert len(drawn_ids) == 5, "ids that cannot be drawn do not count among the k"
+
+
+def test_even_a_minute_temperature_draws_the_likeliest():
+    # Logits divided by it overflow.
+    for options in ({}, {"top_p": 0.9}, {"vocab_size": 11}):
+        sampling = Sampling(temperature=1e-37, **options)
+        tokens_B = draws(50 * LOGITS_V, sampling)
+        np.testing.assert_array_equal(tokens_B, np.argmax(LOGITS_V))
+
+
+def test_a_rows_draw_depends_on_its_own_logits_only():
+    rng = np.random.default_rng(1)
+    logits_BV, others_BV = rng.normal(0, 1, (2, DRAWS, 12)).astype(np.float32)
+    others_BV[::2] = logits_BV[::2]
+    key = jax.random.key(5)
+    mine_B, theirs_B = (np.asarray(_draw(x, key, Sampling())) for x in (logits_BV, others_BV))
+    np.testing.assert_array_equal(mine_B[::2], theirs_B[::2])
+    assert np.any(mine_B[1::2] != theirs_B[1::2])
+    assert np.any(mine_B != np.asarray(_draw(logits_BV, jax.random.key(6), Sampling())))
