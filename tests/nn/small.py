@@ -17,6 +17,18 @@ from modjax.nn import Transformer
 # Tests run each program once or twice: optimising it costs more than it saves.
 QUICK = {"xla_backend_optimization_level": 0}
 WIDTH = 8
+# By causal routing, a pattern of every router that knows it: one program tests them all.
+KINDS = {
+    "predictor": (
+        "dense", "attention", "mod", "stochastic", "positional", "learned_position",
+        "token_choice", "threshold",
+    ),
+    "threshold": (
+        "dense", "mod", "stochastic", "positional", "learned_position", "token_choice",
+        "threshold",
+    ),
+    "router": ("dense", "mod", "positional", "token_choice", "threshold"),
+}  # fmt: skip
 
 
 class Mixer(nnx.Module):

@@ -14,20 +14,8 @@ from flax import nnx
 
 from modjax.config import PATTERN_ENTRIES, ROUTINGS, InputError, MoDConfig, ModelConfig
 from modjax.flops import cache_bytes, cache_slots
-from tests.nn.small import QUICK, random_model
+from tests.nn.small import KINDS, QUICK, random_model
 
-# Every kind of router that a causal routing knows, in one model: one program tests them all.
-KINDS = {
-    "predictor": (
-        "dense", "attention", "mod", "stochastic", "positional", "learned_position",
-        "token_choice", "threshold",
-    ),
-    "threshold": (
-        "dense", "mod", "stochastic", "positional", "learned_position", "token_choice",
-        "threshold",
-    ),
-    "router": ("dense", "mod", "positional", "token_choice", "threshold"),
-}  # fmt: skip
 MOD = MoDConfig(capacity=0.5, predictor_weight=1.0, auxiliary_weight=1.0)
 LENGTH = 12
 # Ragged prompts, and a row that ends before the others.
