@@ -103,8 +103,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="modjax", description=DESCRIPTION, epilog=OVERRIDES + RESUMES + EPILOG, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="modjax", description=DESCRIPTION, epilog=OVERRIDES + RESUMES + EPILOG,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"modjax {modjax.__version__}")
     commands = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
@@ -112,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, function: Any, text: str, *options: str, to: Any = commands) -> Any:
         verb = to.add_parser(
             name, help=text.split(":")[0].split(".")[0], description=text,
-            epilog=OVERRIDES * ("config" in options) + RESUMES * (name in RESUMING) + EPILOG, allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=OVERRIDES * ("config" in options) + RESUMES * (name in RESUMING) + EPILOG,
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         verb.set_defaults(verb=function)
         for option in options:
@@ -141,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--workdir", type=Path, help="take the speed from the runs finished here")
     add("sweep", verbs.sweep, SWEEP, "config", "workdir", "data_dir", "jobs", "json")
     add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
-    add("fit", verbs.fit, "optima, power laws and the gap between arms", "workdir", "json")
-    add("report", verbs.report, "figures, fits and tables in one HTML file", "workdir")
+    add("fit", verbs.fit, "optima, power laws and the gap between arms", "workdir", "loss", "json")
+    add("report", verbs.report, "figures, fits and tables in one HTML file", "workdir", "loss")
     train = add("train", verbs.train, TRAIN, "config", "workdir", "data_dir", "json")
     train.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
     train.add_argument(
@@ -154,11 +154,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--routing", required=True, help=", ".join(ROUTINGS))
     sample = add("sample", verbs_finished.sample, SAMPLE, "workdir", "data_dir", "slack", "json")
     sample.add_argument("--run", metavar="RUN_ID", help="which run; may be left out for one")
-    sample.add_argument("--routing", help="router, predictor or threshold; default the best learned")
+    sample.add_argument("--routing", help="router, predictor or threshold; default: any learned")
     prompt = sample.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line")
-    sample.add_argument("--tokens", type=int, default=256, metavar="N", help="how many; default 256")
+    sample.add_argument("--tokens", type=int, default=256, metavar="N", help="default 256")
     sample.add_argument("--temperature", type=float, default=1.0, help="default 1; 0 is greedy")
     sample.add_argument("--top-k", type=int, default=0, help="of the k likeliest; default 0, all")
     sample.add_argument("--top-p", type=float, default=1.0, help="of this mass; default 1, all")
@@ -227,6 +227,10 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "type": int, "default": 1, "metavar": "N",
         "help": "worker processes, which share the cores evenly (default 1); small models are "
         "fastest with one per core, an accelerator takes 1",
+    }),
+    "loss": ("--loss", {
+        "choices": ("top_k", "causal"), "default": "top_k",
+        "help": "of routed runs: as trained (the default), or under routing that never looks ahead",
     }),
     "slack": ("--slack", {
         "type": float, "metavar": "X",

@@ -115,9 +115,7 @@ def comparison_text(found: "Comparison") -> str:
         f"difference {gap.loss:+.4f} +- {gap.sem:.4f} ({gap.loss / found.top_k.loss:+.2%}) over "
         f"{count(gap.tokens)} tokens{bound}"
     )
-    rows = [
-        (name, *(f"{value:.1%}" for value in block)) for name, block in found.blocks.items()
-    ]
+    rows = [(name, *(f"{value:.1%}" for value in block)) for name, block in found.blocks.items()]
     names = ("block", "accuracy", "precision", "recall", "capacity", "overflow", "most")
     return f"{header}\n{text_table(names, rows)}\n"
 

@@ -136,7 +136,7 @@ def fit(args: argparse.Namespace) -> None:
     from modjax.scaling.results import to_json
     from modjax.scaling.words import render_text
 
-    fits = fit_workdir(args.workdir)[1]
+    fits = fit_workdir(args.workdir, args.loss)[1]
     if args.json:
         return print_json(to_json(fits))
     print(render_text(fits))
@@ -145,7 +145,7 @@ def fit(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     from modjax.scaling.report import report
 
-    print(report(args.workdir))
+    print(report(args.workdir, args.loss))
 
 
 def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:

@@ -60,8 +60,8 @@ def sample(args: argparse.Namespace) -> None:
     if args.routing is not None:
         for spec in specs[-1:]:
             spec.model.check_routing(args.routing, "--routing")
-    require(len(specs) == 1, "--run", args.run,
-            f"must name one of the {len(specs)} finished runs, such as {specs[-1].run_id}")  # fmt: skip
+    require(len(specs) == 1, "--run", args.run, f"must name one of the {len(specs)} finished runs, "
+            f"such as {specs[-1].run_id}")  # fmt: skip
     run = open_run(specs[0], workdir=args.workdir, data_dir=args.data_dir)
     choose_routing(run, args.routing)
     streams = len(prompts) == 1 and not (args.json or args.show_depth)
@@ -70,8 +70,6 @@ def sample(args: argparse.Namespace) -> None:
         if streams:
             print(text, end="", flush=True)
 
-    if streams:
-        print(prompts[0], end="", flush=True)
     samples = sample(
         run, prompts, routing=args.routing, slack=args.slack, sampling=sampling,
         max_new_tokens=args.tokens, stop=args.stop, seed=args.seed, write=write,
@@ -90,10 +88,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         require(args.prompt != "", "--prompt", args.prompt, "is empty: give at least one character")
         return [args.prompt]
     try:
-        lines = args.prompts.read_text().splitlines()
+        lines = args.prompts.read_text("utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError("--prompts", str(args.prompts), f"cannot be read: {reason}") from error
-    require(len(lines) > 0 and all(lines), "--prompts", str(args.prompts),
+    require(all(lines), "--prompts", str(args.prompts),
             "must hold one prompt a line, none of them empty")  # fmt: skip
     return lines

@@ -51,13 +51,16 @@ def measure() -> list[Row]:
                                    sampling=Sampling()).depths_BN  # fmt: skip
                 routed = float(jnp.mean(depths_BN)) / (MOD.num_layers // 2)
         seconds[batch] = timed(steps)
-        medians = {n: round(NEW * batch / statistics.median(s), 1) for n, s in seconds[batch].items()}
-        progress(f"bench decode: batch {batch}: tokens per second {medians}")
+        rates = {
+            name: round(NEW * batch / statistics.median(found), 1)
+            for name, found in seconds[batch].items()
+        }
+        progress(f"bench decode: batch {batch}: tokens per second {rates}")
     read = interleaved({"read": reading(models["dense"][1])})["read"]
     one_token = statistics.median(seconds[1]["dense"]) / NEW
     prefill = interleaved({r: prefilling(*models["mod"], r) for r in ("predictor", "top_k")})
     tokens = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
-    taught = dataclasses.replace(STEP_MOD, mod=dataclasses.replace(STEP_MOD.mod, predictor_weight=1.0))
+    taught = dataclasses.replace(STEP_MOD, mod=MoDConfig(predictor_weight=1.0))
     train = interleaved({"with": jax_step(taught, tokens), "without": jax_step(STEP_MOD, tokens)})
     return fill(ROWS, [
         ratio(seconds[1], "dense", "mod"),
@@ -114,7 +117,7 @@ def decoding(graphdef: Any, params: Any, state: State) -> Any:
     return prepare, step
 
 
-def timed(steps: dict[str, Any], rounds: int = 7) -> dict[str, list[float]]:
+def timed(steps: dict[str, Any], rounds: int = 5) -> dict[str, list[float]]:
     """Seconds of each step without its preparation, taken in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 1):

@@ -103,7 +103,7 @@ def generate(
     longest, shortest = length, length
     if lengths_B is not None:
         longest, shortest = int(np.max(lengths_B)), int(np.min(lengths_B))
-    max_length = max_length or longest + max_new_tokens
+    room: int = max_length or longest + max_new_tokens
     require(shortest > 0, "prompt", "", "is empty: give at least one token")
     require(longest <= length, "lengths_B", longest, f"must be at most their width, {length}")
     require(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "must be 0 or more")
@@ -112,12 +112,12 @@ def generate(
         f"must be one of {', '.join(ROUTINGS[1:])}; top_k looks at tokens not yet drawn",
     )  # fmt: skip
     require(() not in stop, "stop", (), "is empty: give at least one token")
-    _require_fits(longest, max_new_tokens, max_length)
-    require(length <= max_length, "tokens_BL", length, f"is wider than max_length = {max_length}")
+    _require_fits(longest, max_new_tokens, room)
+    require(length <= room, "tokens_BL", length, f"is wider than max_length = {room}")
     lengths_B = jnp.full(batch, length) if lengths_B is None else lengths_B
     logits_BV, cache, prompt_depths_BL = _prefill(
         model, params, tokens_BL, jnp.asarray(lengths_B, jnp.int32), jax.random.key(seed),
-        max_length=max_length, routing=routing, slack=slack,
+        max_length=room, routing=routing, slack=slack,
     )  # fmt: skip
     state = State(
         logits_BV=logits_BV,
@@ -126,7 +126,7 @@ def generate(
         step=jnp.int32(0),
         done_B=jnp.zeros(batch, bool),
         recent_BW=jnp.full((batch, max((len(s) for s in stop), default=1)), -1, jnp.int32),
-        max_length=max_length,
+        max_length=room,
         routing=routing,
         stop=stop,
     )

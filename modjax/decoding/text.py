@@ -4,9 +4,12 @@ Legend: B batch, L prompt positions, N new tokens.
 """
 
 import codecs
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from modjax.config import InputError, require
@@ -53,10 +56,10 @@ def choose_routing(run: Finished, routing: str | None) -> str:
     if routing is None:
         dense = not any(slot.routed for slot in config.slots)
         routing = "router" if dense else config.causal_routing()
-        require(
-            routing is not None, "--routing", None,
-            "this model has not learned to select without the future: train it with "
-            "model.mod.predictor_weight > 0",
+    if routing is None:
+        raise InputError(
+            "--routing", None, "this model has not learned to select without the future: train it "
+            "with model.mod.predictor_weight > 0",
         )  # fmt: skip
     require(routing != "top_k", "--routing", routing,
             "looks at tokens that are not drawn yet: router, predictor or threshold")  # fmt: skip
@@ -76,71 +79,98 @@ def sample(
     seed: int,
     write: Callable[[str], None],
 ) -> list[Sample]:
-    """Continues every prompt; `write` is called with the first one's text as it is drawn.
+    """Continues every prompt; `write` gets the first one and its continuation, while it is drawn.
 
-    A row ends at the end of a document or after one of `stop`, which is left out of its text.
+    A row ends at the end of a document, or before one of `stop`.
     Raises InputError for an empty prompt or one outside the vocabulary, before anything compiles.
     """
     routing = choose_routing(run, routing)
     codec = open_codec(run)
-    eos = run.cache.manifest.eos_id
+    vocab_size = min(run.cache.manifest.vocab_size, run.spec.model.vocab_size)
     encoded = [codec.encode(prompt, "--prompt") for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         require(len(ids) > 0, "--prompt", prompt, "is empty: give at least one character")
-        require(max(ids) < run.spec.model.vocab_size, "--prompt", prompt,
-                f"has tokens beyond model.vocab_size = {run.spec.model.vocab_size}")  # fmt: skip
-    stops = ((eos,), *(tuple(codec.encode(text, "--stop")) for text in stop))
-    if () in stops:
-        raise InputError("--stop", "", "is empty: give at least one character")
+        require(max(ids) < vocab_size, "--prompt", prompt,
+                f"has tokens beyond the vocabulary's {vocab_size}")  # fmt: skip
+    for text in stop:
+        require(len(codec.encode(text, "--stop")) > 0, "--stop", text,
+                "is empty: give at least one character")  # fmt: skip
     tokens_BL = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
     for b, ids in enumerate(encoded):
         tokens_BL[b, : len(ids)] = ids
     lengths_B = np.array([len(ids) for ids in encoded], np.int32)
-    vocab_size = min(run.cache.manifest.vocab_size, run.spec.model.vocab_size)
-    sampling = Sampling(sampling.temperature, sampling.top_k, sampling.top_p, vocab_size)
+    stops = [text.encode() for text in stop]
+    sampling = dataclasses.replace(sampling, vocab_size=vocab_size)
 
+    write(prompts[0])
     first = min(STREAM_EVERY, max_new_tokens)
     drawn: list[Generated] = [
         generate(
             run.model.graphdef, run.params, tokens_BL, lengths_B=lengths_B, routing=routing,
-            slack=slack, sampling=sampling, stop=stops, seed=seed, max_new_tokens=first,
-            max_length=int(lengths_B.max()) + max_new_tokens,
+            slack=slack, sampling=sampling, stop=((run.cache.manifest.eos_id,),), seed=seed,
+            max_new_tokens=first, max_length=int(lengths_B.max()) + max_new_tokens,
         )
     ]  # fmt: skip
     stream = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    left = max_new_tokens - first
+    held_back = max(map(len, stops), default=1) - 1  # may be the beginning of a stop
+    shown, left = 0, max_new_tokens - first
     while True:
-        write(stream.decode(b"".join(codec.pieces(_kept(drawn[-1].tokens_BN[0], eos)))))
-        if left == 0 or bool(np.all(drawn[-1].state.done_B)):
+        state = drawn[-1].state
+        rows = [_row(drawn, b, codec, stops) for b in range(len(prompts))]
+        done_B = np.asarray(state.done_B) | [row.stopped for row in rows]
+        over = left == 0 or bool(done_B.all())
+        data = b"".join(rows[0].pieces)
+        ready = len(data) if over or done_B[0] else max(shown, len(data) - held_back)
+        write(stream.decode(data[shown:ready], final=over))
+        shown = ready
+        if over:
             break
         now = min(STREAM_EVERY, left)
+        state = dataclasses.replace(state, done_B=jnp.asarray(done_B))
         drawn.append(
-            resume(run.model.graphdef, run.params, drawn[-1].state, max_new_tokens=now,
-                   sampling=sampling)
-        )  # fmt: skip
+            resume(run.model.graphdef, run.params, state, max_new_tokens=now, sampling=sampling)
+        )
         left -= now
-    new_BN = np.concatenate([np.asarray(part.tokens_BN) for part in drawn], axis=1)
-    depths_BN = np.concatenate([np.asarray(part.depths_BN) for part in drawn], axis=1)
-    prompt_depths_BL = np.asarray(drawn[0].prompt_depths_BL)
-    overflow_B = sum(np.asarray(c.overflow_B) for c in drawn[-1].state.cache.layers)
+    overflow_B = np.sum([c.overflow_B for c in drawn[-1].state.cache.layers], axis=0)
     model = run.spec.model
     routed = model.num_groups * sum(slot.routed for slot in model.slots)
-    samples = []
-    for b, prompt in enumerate(prompts):
-        count = int(np.sum(depths_BN[b] >= 0))
-        pieces = codec.pieces([*encoded[b], *new_BN[b, :count]])
-        text = b"".join(pieces[len(encoded[b]) :]).decode(errors="replace")
-        for end in stop:
-            text = text.removesuffix(end)
-        depths = [*prompt_depths_BL[b, : lengths_B[b]], *depths_BN[b, :count]]
-        samples.append(
-            Sample(prompt, text, pieces, [int(d) for d in depths], routed, int(overflow_B[b]))
+    return [
+        Sample(
+            prompt=prompt,
+            text=b"".join(rows[b].pieces).decode(errors="replace"),
+            pieces=codec.pieces(encoded[b]) + rows[b].pieces,
+            depths=np.asarray(drawn[0].prompt_depths_BL)[b, : lengths_B[b]].tolist()
+            + rows[b].depths,
+            routed_blocks=routed,
+            overflow=int(overflow_B[b]),
         )
-    return samples
+        for b, prompt in enumerate(prompts)
+    ]
 
 
-def _kept(tokens_N: np.ndarray, eos: int) -> list[int]:
-    return [int(token) for token in tokens_N if token not in (0, eos)]
+class _Row(NamedTuple):
+    pieces: list[bytes]
+    depths: list[int]
+    stopped: bool
+
+
+def _row(drawn: Sequence[Generated], b: int, codec: Codec, stops: Sequence[bytes]) -> _Row:
+    """What was drawn in a row until now, up to the first of `stops`.
+
+    These are looked for in the text: the tokens that spell one may be others than its own.
+    """
+    tokens_N = np.concatenate([part.tokens_BN[b] for part in drawn])
+    depths_N = np.concatenate([part.depths_BN[b] for part in drawn])
+    pieces = codec.pieces(tokens_N[depths_N >= 0].tolist())
+    starts = [at for at in (b"".join(pieces).find(text) for text in stops) if at >= 0]
+    kept: list[bytes] = []
+    room = min(starts, default=sum(map(len, pieces)))
+    for piece in pieces:
+        if room == 0:
+            break
+        kept.append(piece[:room])
+        room -= len(kept[-1])
+    return _Row(kept, depths_N[: len(kept)].tolist(), len(starts) > 0)
 
 
 def coloured(sample: Sample) -> str:

@@ -52,9 +52,7 @@ def received_attention(
     batch, _, length, _ = q_BNLH.shape
     received_BM = uniform_BM = jnp.zeros((batch, length), jnp.float32)
     for start, stop in _query_chunks(length):
-        p_BGRLM, total_BGRL1, mask_BLM = _probabilities(
-            q_BNLH, k_BGMH, segment_ids_BL, start, stop
-        )
+        p_BGRLM, total_BGRL1, mask_BLM = _probabilities(q_BNLH, k_BGMH, segment_ids_BL, start, stop)
         column_BM = jnp.mean(jnp.sum(p_BGRLM / total_BGRL1, axis=3), axis=(1, 2))
         received_BM = received_BM.at[:, :stop].add(column_BM)
         mask_BLM = mask_BLM.astype(jnp.float32)

@@ -67,9 +67,7 @@ def cached_attention(q_BN1H: jax.Array, cache: KVCache) -> jax.Array:
     kv_heads, slots = cache.k_BGMH.shape[1:3]
     q_BGRH = q_BN1H.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     q_BGRH = q_BGRH * jnp.asarray(1 / math.sqrt(head_dim), q_BN1H.dtype)
-    s_BGRM = jnp.einsum(
-        "BGRH,BGMH->BGRM", q_BGRH, cache.k_BGMH, preferred_element_type=jnp.float32
-    )
+    s_BGRM = jnp.einsum("BGRH,BGMH->BGRM", q_BGRH, cache.k_BGMH, preferred_element_type=jnp.float32)
     filled_B11M = (jnp.arange(slots)[None] < cache.length_B[:, None])[:, None, None]
     s_BGRM = jnp.where(filled_B11M, s_BGRM, -jnp.inf)
     p_BGRM = jnp.exp(s_BGRM - jnp.max(s_BGRM, axis=-1, keepdims=True))

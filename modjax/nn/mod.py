@@ -159,6 +159,7 @@ class MoDBlock(nnx.Module):
                 selection = select_first_k(selected_BL, ranking.scores_BL, room)
                 new_BLD, extra = self._process(x_BLD, per_position, selection, run)
                 return (new_BLD, extra if pad is None else pad(extra))
+
             return branch
 
         # Static shapes, none dropped: of a few compiled sizes, the first that holds every row.
@@ -235,7 +236,7 @@ class MoDBlock(nnx.Module):
                 if size < batch:
                     inputs = jax.tree.map(lambda leaf: leaf[rows], inputs)
                 x, per_row, scores, routed, rows_cache = inputs
-                y, rows_cache = self.inner.decode(x, *per_row, rows_cache, routed)
+                y, rows_cache = self.inner.decode(x, *per_row, rows_cache, routed)  # type: ignore[attr-defined]
                 k, v = last(rows_cache)
                 new = jnp.where(routed[:, None, None], x + self._update(scores, x, y), x)
                 if size == batch:
@@ -244,6 +245,7 @@ class MoDBlock(nnx.Module):
                     old.at[rows].set(part)
                     for old, part in zip((x_B1D, none_BG1H, none_BG1H), (new, k, v), strict=True)
                 )
+
             return branch
 
         index = jnp.searchsorted(jnp.array(sizes), jnp.sum(routed_B))

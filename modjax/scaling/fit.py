@@ -29,6 +29,7 @@ from modjax.scaling.results import (
     Parabola,
     PowerLaw,
     quantity_of,
+    under,
 )
 
 _Vertices = dict[tuple[str, float, str], Vertex]  # by arm, budget, quantity
@@ -38,18 +39,21 @@ def fit_all(
     records: Sequence[Record],
     *,
     size: str = "non_embedding",
+    loss: str = "top_k",
     baseline: str | None = None,
     draws: int = 2000,
     seed: int = 0,
 ) -> Fits:
     """Every fit of a sweep. Diverged runs are left out by rule and listed.
 
+    loss: "top_k" or "causal", see results.under.
     baseline: the arm that others are compared with; None takes "dense", or else the first arm.
     draws: bootstrap draws of every vertex; the parametric surfaces, which are slower, take 1/20.
     Raises InputError for no records, an unknown size or baseline, or runs that were not scored
     on the same validation data.
     """
     require(len(records) > 0, "records", 0, "no run has finished; run the sweep first")
+    records = under(records, loss)
     require(size in SIZES, "size", size, f"must be one of {', '.join(SIZES)}")
     arms = list(dict.fromkeys(r.variant for r in records))
     baseline = baseline or ("dense" if "dense" in arms else arms[0])
@@ -86,11 +90,12 @@ def fit_all(
         runs = [r for r in finished if r.variant == arm]
         n = np.array([quantity_of(r, "parameters", size) for r in runs], dtype=float)
         d = np.array([r.tokens for r in runs], dtype=float)
-        loss = np.array([r.eval_loss for r in runs], dtype=float)
-        surfaces.append(fit_surface(arm, n, d, loss, draws=draws // 20, seed=seed))
+        losses = np.array([r.eval_loss for r in runs], dtype=float)
+        surfaces.append(fit_surface(arm, n, d, losses, draws=draws // 20, seed=seed))
     order = {arm: i for i, arm in enumerate(arms)}
     return Fits(
         size=size,
+        loss=loss,
         baseline=baseline,
         arms=tuple(arms),
         budgets=tuple(budgets),

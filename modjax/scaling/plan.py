@@ -20,7 +20,14 @@ from modjax.config import (
     from_dict,
     require,
 )
-from modjax.flops import forward_flops, parameters, total_flops, train_flops
+from modjax.flops import (
+    CAPACITY_STAGES,
+    at_stage,
+    forward_flops,
+    parameters,
+    total_flops,
+    train_flops,
+)
 from modjax.scaling.sweep_config import RECIPE_FIELDS, SHAPE_FIELDS, Recipe, SweepConfig
 
 # What an arm can say beside the model fields in which it differs.
@@ -166,19 +173,24 @@ def _spec(
     train: Mapping[str, Any], data: DataConfig, seed: int,
 ) -> RunSpec:  # fmt: skip
     batch = recipe.batch_at(ratio)
-    steps = round(budget / train_flops(model, train["seq_len"], batch))
+    share = recipe.capacity_fraction if any(slot.routed for slot in model.slots) else 0.0
+    stages = [at_stage(model, stage) for stage in range(CAPACITY_STAGES)]
+    scheduled = sum(train_flops(m, train["seq_len"], batch) for m in stages) / CAPACITY_STAGES
+    per_step = (1 - share) * train_flops(model, train["seq_len"], batch) + share * scheduled
+    steps = round(budget / per_step)
     if steps < 1:
         raise InputError(
             "sweep.budgets", budget,
             f"too small for a step of arm {arm} at d_model {model.d_model}, which takes "
-            f"{train_flops(model, train['seq_len'], batch):.2g} FLOPs: raise the budget, or lower "
-            "sweep.recipe.batch_size or sweep.optimum.params",
+            f"{per_step:.2g} FLOPs: raise the budget, or lower sweep.recipe.batch_size or "
+            "sweep.optimum.params",
         )  # fmt: skip
     decided = {
         "batch_size": batch,
         "steps": steps,
         "learning_rate": recipe.learning_rate * math.sqrt(batch) / model.d_model,
         "warmup_steps": round(recipe.warmup_fraction * steps),
+        "capacity_steps": round(share * steps),
         "seed": seed,
     }
     return RunSpec(arm, budget, model, from_dict(TrainConfig, {**train, **decided}, "train."), data)

@@ -18,7 +18,7 @@ from modjax.scaling.figures import draw_all, read_curves
 from modjax.scaling.fit import fit_all
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.page import bullets, details, inline_svg, script, table, text
-from modjax.scaling.results import Fits, save_json
+from modjax.scaling.results import Fits, save_json, under
 
 CAPTIONS = {
     "isoflop": "Validation loss against parameters, one panel per budget. Lines are parabolas in "
@@ -43,8 +43,10 @@ RUN_COLUMNS = {
 }  # fmt: skip
 
 
-def fit_workdir(workdir: Path) -> tuple[list[Record], Fits]:
+def fit_workdir(workdir: Path, loss: str = "top_k") -> tuple[list[Record], Fits]:
     """The records of a sweep's folder and their fits, against the baseline that its plan names.
+
+    loss: "top_k" or "causal", see results.under; it stands in the records as eval_loss.
 
     Raises InputError where no run has finished or diverged yet.
     """
@@ -53,15 +55,16 @@ def fit_workdir(workdir: Path) -> tuple[list[Record], Fits]:
             "makes them")  # fmt: skip
     planned = _json(workdir / "plan.json").get("config", {}).get("sweep", {}).get("baseline")
     finished = {record.variant for record in records}
-    return records, fit_all(records, baseline=planned if planned in finished else None)
+    baseline = planned if planned in finished else None
+    return under(records, loss), fit_all(records, loss=loss, baseline=baseline)
 
 
-def report(workdir: Path) -> Path:
+def report(workdir: Path, loss: str = "top_k") -> Path:
     """Writes report.html, results.csv, fit.json and figures/ into `workdir`; returns the HTML.
 
     Raises InputError where no run has finished or diverged yet.
     """
-    records, fits = fit_workdir(workdir)
+    records, fits = fit_workdir(workdir, loss)
     figures = draw_all(records, fits, read_curves(workdir, records), workdir / "figures")
     save_json(workdir / "fit.json", fits)
     write_csv(workdir / "results.csv", records)

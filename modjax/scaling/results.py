@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from modjax.config import require
 from modjax.records import Record, write_json
 from modjax.scaling.parametric import Surface
 
@@ -103,9 +105,13 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Fits:
-    """Everything that `fit_all` finds. size: which parameters are counted, see `SIZES`."""
+    """Everything that `fit_all` finds. size: which parameters are counted, see `SIZES`.
+
+    loss: "top_k", as the runs were trained, or "causal", see `under`.
+    """
 
     size: str
+    loss: str
     baseline: str
     arms: tuple[str, ...]
     budgets: tuple[float, ...]
@@ -124,6 +130,24 @@ class Fits:
             if (p.arm, p.budget_flops, p.quantity) == wanted:
                 return p
         return None
+
+
+def under(records: Sequence[Record], loss: str) -> list[Record]:
+    """The records with the loss that fits and figures take.
+
+    "top_k": as trained. "causal": of routed runs that under routing which never looks ahead.
+    Raises InputError for a routed run that has none.
+    """
+    if loss == "top_k":
+        return list(records)
+    routed = [r for r in records if r.flops.get("router", 0) > 0 and r.status == "finished"]
+    without = [r.run_id for r in routed if r.causal_loss is None]
+    require(not without, "--loss", loss, f"{len(without)} routed runs have no causal loss, such as "
+            f"{without[0] if without else ''}")  # fmt: skip
+    return [
+        r if r.causal_loss is None else dataclasses.replace(r, eval_loss=r.causal_loss)
+        for r in records
+    ]
 
 
 def quantity_of(record: Record, quantity: str, size: str) -> float:

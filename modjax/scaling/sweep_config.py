@@ -10,7 +10,9 @@ from modjax.config import require
 
 # Fields that the sweep's rules decide, and that its `model` and `train` groups must leave out.
 SHAPE_FIELDS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
-RECIPE_FIELDS = ("batch_size", "steps", "learning_rate", "warmup_steps", "seed")
+RECIPE_FIELDS = (
+    "batch_size", "steps", "learning_rate", "warmup_steps", "capacity_steps", "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,23 @@ class Recipe:
 
     batch B = batch_size (C / optimum.budget)^batch_exponent sequences, rounded to a power of two
     where the exponent is not 0; peak learning rate = learning_rate * sqrt(B) / d; warm-up =
-    warmup_fraction of the steps.
+    warmup_fraction of the steps; routed blocks reach their capacity from 1 within
+    capacity_fraction of the steps.
     """
 
     batch_size: int
     learning_rate: float
     warmup_fraction: float
     batch_exponent: float = 0.0
+    capacity_fraction: float = 0.0
 
     def __post_init__(self):
         for name in ("batch_size", "learning_rate"):
             value = getattr(self, name)
             require(value > 0, f"sweep.recipe.{name}", value, "must be greater than 0")
-        require(
-            0 <= self.warmup_fraction <= 1, "sweep.recipe.warmup_fraction", self.warmup_fraction,
-            "must be in [0, 1]",
-        )  # fmt: skip
+        for name in ("warmup_fraction", "capacity_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"sweep.recipe.{name}", value, "must be in [0, 1]")
 
     def batch_at(self, ratio: float) -> int:
         """Sequences per step at `ratio` = C / optimum.budget."""

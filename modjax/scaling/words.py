@@ -14,6 +14,11 @@ KINDS = {
     ("forward_flops", "total"): "forward FLOPs per token",
 }
 
+LOSSES = {
+    "top_k": "Losses are those of the runs as they were trained.",
+    "causal": "Losses of routed runs are under routing that never looks ahead.",
+}
+
 
 def fixed(digits: int, sign: str = "") -> Callable[[float], str]:
     def show(value: float) -> str:
@@ -107,7 +112,8 @@ def method(fits: Fits) -> str:
         "scatter about the parabolas"
     )
     return (
-        f"Sizes count {KINDS['parameters', fits.size]}. Intervals are 95%, from {fits.draws} draws "
+        f"{LOSSES[fits.loss]} Sizes count {KINDS['parameters', fits.size]}. Intervals are 95%, "
+        f"from {fits.draws} draws "
         "of a parametric bootstrap: evaluation error, shared by all runs because they are scored "
         "on the same text, and the scatter of runs about the parabolas of their budget, with "
         f"its own uncertainty; {seeds}. Diverged runs are left out of every fit by rule."

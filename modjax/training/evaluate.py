@@ -109,4 +109,5 @@ def quality(scores: Scores) -> dict[str, Quality]:
 def mean_quality(qualities: Iterable[Quality]) -> Quality:
     """The mean over blocks; of `most`, the largest."""
     values = np.array(list(qualities))
-    return Quality(*values.mean(0)[:-1].tolist(), float(values[:, -1].max()))
+    mean = Quality._make(values.mean(axis=0).tolist())
+    return mean._replace(most=float(values[:, -1].max()))

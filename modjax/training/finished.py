@@ -93,7 +93,8 @@ def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
     }.items():  # fmt: skip
         with jax.set_mesh(run.mesh):
             step = compile_eval_step(run.mesh, run.model, run.spec.train, **arguments)
-            batches = (put_batch(b, run.mesh) for b in validation_batches(run.cache, run.spec.train))
+            windows = validation_batches(run.cache, run.spec.train)
+            batches = (put_batch(batch, run.mesh) for batch in windows)
             scores[name] = evaluate(step, run.params, batches)
     return Comparison(
         run.spec.run_id, routing, slack, summarise(scores["top_k"]), summarise(scores["causal"]),

@@ -294,4 +294,3 @@ def _batch_maker(cache: TokenCache, spec: RunSpec, mesh: Mesh) -> Callable[[int]
         return put_batch(Batch(*(x[rows] for x in read(index))), mesh)
 
     return make
-

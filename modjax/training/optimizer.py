@@ -1,6 +1,5 @@
 """AdamW with linear warm-up, a cosine that ends at the last step, clipping, decay on matrices."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +59,7 @@ def make_optimizer(
         optax.masked(optax.clip_by_global_norm(train.clip_norm), others),
         optax.masked(optax.clip_by_global_norm(train.clip_norm), predictors),
         optax.adamw(
-            functools.partial(learning_rate, schedule),
+            lambda updates: learning_rate(schedule, jnp.asarray(updates)),
             b1=train.b1,
             b2=train.b2,
             eps=train.eps,

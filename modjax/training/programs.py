@@ -84,9 +84,7 @@ def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: A
     seed = jnp.int32(train.seed)
     state = abstract_state(mesh, model, train)
     batch = abstract_batch(mesh, eval_batch_size(train), train.seq_len)
-    eval_step = jax.jit(
-        make_eval_step(model.graphdef, train, **routing), out_shardings=replicated
-    )
+    eval_step = jax.jit(make_eval_step(model.graphdef, train, **routing), out_shardings=replicated)
     compiled = eval_step.lower(state.params, batch, seed, seed).compile()
     return lambda params, batch, index: compiled(params, batch, seed, index)
 

@@ -88,7 +88,7 @@ def make_train_step(
         grad_norm = gradient_norm(grads, model.logical_axes)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int counters with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         params |= {"blocks": update_thresholds(params["blocks"], aux, state.step)}
         step = state.step + 1
         diverged = (state.diverged_step == 0) & ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
@@ -121,9 +121,7 @@ def make_eval_step(
 
     def eval_step(params, batch, seed, index):
         key = stream_key(seed, EVAL_STREAM, index)
-        nll_BL, aux = token_losses(
-            graphdef, params, batch, train.document_mask, key, **routing
-        )
+        nll_BL, aux = token_losses(graphdef, params, batch, train.document_mask, key, **routing)
         loss_B = jnp.sum(nll_BL * batch.weights_BL, axis=1)
         weight_B = jnp.sum(batch.weights_BL, axis=1)
         return loss_B, weight_B, decisions(aux, batch.segment_ids_BL > 0)
