@@ -33,8 +33,14 @@ def get_config(budget: str = "all") -> ml_collections.ConfigDict:
     config.sweep = {
         "arms": {
             "dense": {"pattern": ("dense",)},
-            "mod12": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.125}},
-            "mod50": {"pattern": ("dense", "mod"), "mod": {"capacity": 0.5}},
+            "mod12": {
+                "pattern": ("dense", "mod"),
+                "mod": {"capacity": 0.125, "predictor_weight": 1.0},
+            },
+            "mod50": {
+                "pattern": ("dense", "mod"),
+                "mod": {"capacity": 0.5, "predictor_weight": 1.0},
+            },
             "random50": {"pattern": ("dense", "stochastic"), "mod": {"capacity": 0.5}},
         },
         "baseline": "dense",

@@ -20,7 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
             "dense": {"pattern": ("dense",)},
             "mod12": {
                 "pattern": ("dense", "mod"),
-                "mod": {"capacity": 0.125},
+                # The predictor changes nothing else, and lets the model be sampled from.
+                "mod": {"capacity": 0.125, "predictor_weight": 1.0},
                 "forward_ratio": 0.7,  # where its optimum was found to lie at this scale
             },
         },

@@ -12,7 +12,7 @@ from modjax.scaling.experiment import load
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = str(CONFIGS / "tiny.py")
 SWEEPS = [
-    *sorted({path.name for path in CONFIGS.glob("*.py")} - {"single.py"}),
+    *sorted({path.name for path in CONFIGS.glob("*.py")} - {"single.py", "fig5_routing.py"}),
     *("paper.py:6e18", "paper.py:2e19", "paper.py:1e20"),
 ]
 

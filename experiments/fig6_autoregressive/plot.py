@@ -1,0 +1,89 @@
+"""Figure 6: losses under causal routing against top-k, and accuracy over training.
+
+Usage: python experiments/fig6_autoregressive/plot.py WORKDIR   (a finished configs/fig6 sweep)
+Writes figure.png and results.csv beside this file, and prints the table of README.md.
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
+
+from modjax.records import Record, read_records, run_dir, write_csv
+from modjax.scaling.marks import COLOURS, MARKERS, RC
+
+HERE = Path(__file__).parent
+# The metric that follows each arm's own way to select without the future.
+ACCURACY = {"predictor": "predictor/accuracy", "auxiliary": "router/accuracy"}
+
+
+def accuracy_curve(folder: Path, metric: str) -> tuple[list[float], list[float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if metric in line]
+    return [line["tokens"] for line in kept], [line[metric] for line in kept]
+
+
+def draw(workdir: Path, records: list[Record]) -> None:
+    arms = list(dict.fromkeys(r.variant for r in records if r.causal_loss is not None))
+    with plt.rc_context(RC):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(16 / 2.54, 6 / 2.54))
+        for arm, colour, marker in zip(arms, COLOURS, MARKERS, strict=False):
+            mine = [r for r in records if r.variant == arm]
+            x = [r.params_non_embedding * 1.03 ** arms.index(arm) for r in mine]
+            gaps = [100 * r.causal_difference / r.eval_loss for r in mine]
+            bars = [100 * r.causal_difference_sem / r.eval_loss for r in mine]
+            left.errorbar(x, gaps, bars, fmt=marker, color=colour, label=arm, linewidth=0.8)
+            if arm in ACCURACY:
+                middle = sorted({r.d_model for r in mine})[-2]
+                for r in mine:
+                    if r.d_model == middle:
+                        curve = accuracy_curve(run_dir(workdir, r.run_id), ACCURACY[arm])
+                        right.plot(*curve, color=colour, label=arm if r.seed == 0 else None)
+        left.axhline(0, color="#d4d4d4", linewidth=0.6, zorder=0)
+        left.set(xscale="log", xlabel="non-embedding parameters",
+                 ylabel="causal loss over top-k loss, %")  # fmt: skip
+        right.axhline(0.875, color="#d4d4d4", linewidth=0.6, zorder=0)
+        right.text(0, 0.878, 'always "no"', color="#777777")
+        right.set(xlabel="tokens", ylabel="accuracy on the training batch", ylim=(0.8, 1))
+        left.xaxis.set_minor_formatter(NullFormatter())
+        left.legend()
+        right.legend(loc="lower right")
+        figure.tight_layout()
+        figure.savefig(HERE / "figure.png", dpi=200)
+
+
+def table(records: list[Record]) -> None:
+    cells = defaultdict(list)
+    for r in records:
+        cells[r.variant, r.d_model].append(r)
+    print("| arm | d | top-k loss | causal loss | difference | accuracy | capacity |")
+    print("|---|---|---|---|---|---|---|")
+    for (arm, width), runs in sorted(cells.items()):
+        mean = {
+            name: statistics.mean(getattr(r, name) or 0 for r in runs)
+            for name in ("eval_loss", "causal_loss", "causal_difference", "causal_accuracy",
+                         "causal_capacity")
+        }  # fmt: skip
+        if mean["causal_loss"] == 0:
+            print(f"| {arm} | {width} | {mean['eval_loss']:.4f} | | | | |")
+            continue
+        print(
+            f"| {arm} | {width} | {mean['eval_loss']:.4f} | {mean['causal_loss']:.4f} | "
+            f"{mean['causal_difference']:+.4f} | {mean['causal_accuracy']:.1%} | "
+            f"{mean['causal_capacity']:.1%} |"
+        )
+
+
+if __name__ == "__main__":
+    workdir = Path(sys.argv[1])
+    records = read_records(workdir)
+    draw(workdir, records)
+    write_csv(HERE / "results.csv", records)
+    table(records)
