@@ -176,7 +176,7 @@ class MoDBlock(nnx.Module):
         if wanted_BL is None:
             selection = select_top_k(ranking.ranking_BL, ranking.scores_BL, k, at.valid_BL)
             rank_BK = gather(jax.lax.stop_gradient(ranking.ranking_BL), selection.indices_BK)
-            return selection, jnp.min(jnp.where(selection.valid_BK, rank_BK, jnp.inf), axis=1)
+            return selection, jnp.min(jnp.where(selection.valid_BK, rank_BK, -jnp.inf), axis=1)
         room = selected_tokens(min(1.0, self.router.slack * self.config.capacity), length)
         wanted_BL = _and(wanted_BL, at.valid_BL)
         selection = select_first_k(wanted_BL, ranking.scores_BL, room)

@@ -52,7 +52,8 @@ def routing_statistics(aux: Aux, valid_BL: jax.Array | None = None) -> dict[str,
         "router/chosen_by_all": jnp.sum(every_BL).astype(jnp.float32) / count,
         "router/chosen_by_none": jnp.sum(none_BL).astype(jnp.float32) / count,
         "router/capacity": jnp.sum(chosen_AL) / (count * chosen_AL.shape[0]),
-        "router/overflow": jnp.mean((wanted_ABL & ~selected_ABL).astype(jnp.float32)),
+        "router/overflow": jnp.sum(wanted_ABL & ~selected_ABL).astype(jnp.float32)
+        / (count * chosen_AL.shape[0]),
     }
     names = {name for slot in aux.values() for name in slot["losses"]}
     for name in sorted(names):

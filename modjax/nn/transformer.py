@@ -176,7 +176,7 @@ class Transformer(nnx.Module):
                         received_BL=received_BL, routing=routing,
                         slots=cache_slots(slot.capacity, length, slack),
                     )  # fmt: skip
-                elif routing == "top_k" and self._ranks(i + 1):
+                elif self._ranks(i + 1):
                     x_BLD, received_BL = block.ranked(x_BLD, context)
                 else:
                     x_BLD = block(x_BLD, context)
