@@ -64,10 +64,12 @@ def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
     model = abstract_model(spec.model, execution)
     folder = run_dir(workdir, spec.run_id) / "checkpoints"
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
-    with jax.set_mesh(mesh):
-        checkpoints = Checkpoints(folder, keep=1, identity=identity)
-        restored = checkpoints.restore(abstract_state(mesh, model, spec.train))
-        checkpoints.close()
+    restored = None
+    if folder.is_dir():  # orbax would make it
+        with jax.set_mesh(mesh):
+            checkpoints = Checkpoints(folder, keep=1, identity=identity)
+            restored = checkpoints.restore(abstract_state(mesh, model, spec.train))
+            checkpoints.close()
     if restored is None:
         raise InputError("--workdir", str(workdir), f"has no checkpoint of {spec.run_id}")
     return Finished(spec, cache, mesh, model, restored[0].params)
