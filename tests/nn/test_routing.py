@@ -7,12 +7,16 @@ import pytest
 
 from modjax.flops import selected_tokens
 from modjax.nn.routing import (
+    every_nth,
     expert_choice,
     gather,
+    position_noise,
     scatter_add,
+    select_first_k,
     selected_mask,
     stochastic,
     threshold,
+    token_choice,
 )
 
 
@@ -103,6 +107,71 @@ def test_threshold_takes_exactly_what_lies_above_and_nothing_of_the_padding():
     valid = jnp.array([[True, True, True, False], [True] * 4])
     got = selected_mask(threshold(scores, 0.5, 4, valid), 4)
     np.testing.assert_array_equal(got, [[False, True, False, False], [True, False, False, True]])
+
+
+def first_k(wanted, k):
+    """A plain loop: each row's first k wanted positions."""
+    kept = np.zeros_like(wanted)
+    for b, row in enumerate(wanted):
+        kept[b, [i for i, want in enumerate(row) if want][:k]] = True
+    return kept
+
+
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_the_first_k_wanted_are_kept_and_later_ones_overflow(k):
+    rng = np.random.default_rng(k)
+    scores = rng.normal(size=(4, 12)).astype(np.float32)
+    wanted = rng.random((4, 12)) < np.array([[0.0], [0.3], [0.7], [1.0]])
+    got = select_first_k(jnp.asarray(wanted), jnp.asarray(scores), k)
+    expected = first_k(wanted, k)
+    np.testing.assert_array_equal(selected_mask(got, 12), expected)
+    for b in range(4):
+        kept = np.asarray(got.valid_BK[b])
+        assert np.asarray(got.indices_BK[b])[kept].tolist() == np.flatnonzero(expected[b]).tolist()
+        np.testing.assert_array_equal(np.asarray(got.scores_BK[b])[kept], scores[b, expected[b]])
+        assert not np.any(np.asarray(got.scores_BK[b])[~kept])
+
+
+def test_token_choice_takes_the_likelier_path_and_never_more_than_k():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(5, 16, 2)).astype(np.float32)
+    logits[1, :, 1] += 9  # all choose to be processed
+    logits[2, :, 0] += 9  # none does
+    valid = rng.random((5, 16)) < 0.8
+    got = token_choice(jnp.asarray(logits), 4, jnp.asarray(valid))
+    probability = np.exp(logits[..., 1]) / np.exp(logits).sum(axis=-1)
+    expected = first_k((probability > 0.5) & valid, 4)
+    np.testing.assert_array_equal(selected_mask(got, 16), expected)
+    assert expected.sum(axis=1)[1:3].tolist() == [4, 0]
+    weights = 1 / (1 + np.exp(-np.asarray(got.scores_BK)))
+    for b in range(5):
+        np.testing.assert_allclose(
+            weights[b, np.asarray(got.valid_BK[b])], probability[b, expected[b]], rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "capacity, chosen",
+    [(1.0, [0, 1, 2, 3, 4, 5, 6]), (0.5, [1, 3, 5]), (0.4, [2, 5]), (0.25, [3]), (0.1, [])],
+)
+def test_the_pattern_takes_the_last_of_every_n_positions(capacity, chosen):
+    positions = jnp.arange(7)[None]
+    assert np.flatnonzero(every_nth(positions, capacity)[0]).tolist() == chosen
+    # It knows the position, not the place in the array.
+    assert np.flatnonzero(every_nth(positions + 2, capacity)[0, :-2]).tolist() == [
+        i - 2 for i in chosen if i >= 2
+    ]
+
+
+def test_noise_depends_on_key_row_and_position_alone():
+    positions = jnp.broadcast_to(jnp.arange(64), (3, 64))
+    noise = np.asarray(position_noise(jax.random.key(0), positions))
+    order = jnp.array([[5, 63, 0], [7, 5, 8], [1, 2, 3]])
+    some = position_noise(jax.random.key(0), order)
+    np.testing.assert_array_equal(some, np.take_along_axis(noise, np.asarray(order), axis=1))
+    other = np.asarray(position_noise(jax.random.key(1), positions))
+    assert len(np.unique(np.concatenate([noise, other]))) == 6 * 64
+    assert abs(noise.mean()) < 0.25 and 0.8 < noise.std() < 1.2
 
 
 @pytest.mark.parametrize(
