@@ -5,6 +5,7 @@ Legend: B batch, L prompt positions, N new tokens.
 
 import codecs
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,6 +44,8 @@ def open_codec(run: Finished) -> Codec:
     """The vocabulary of the data that the run was trained on."""
     if run.cache.manifest.vocab == "bytes":
         return Codec(None)
+    require(importlib.util.find_spec("sentencepiece") is not None, "modjax sample", "sentencepiece",
+            "missing package; pip install -e '.[data]'")  # fmt: skip
     model = open_store(run.cache.path).read("vocabulary.model").result()
     return Codec(bytes(model.value))
 
@@ -185,6 +188,8 @@ def coloured(sample: Sample) -> str:
     )  # fmt: skip
     mean = sum(sample.depths) / len(sample.depths)
     return (
-        "".join(out) + f"\x1b[0m\n\n0 {legend}\x1b[0m {sample.routed_blocks} routed blocks used; "
+        "".join(out)
+        + decoder.decode(b"", final=True)
+        + f"\x1b[0m\n\n0 {legend}\x1b[0m {sample.routed_blocks} routed blocks used; "
         f"{mean:.2f} on average"
     )

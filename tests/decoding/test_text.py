@@ -1,0 +1,216 @@
+"""Text from a finished run: stops, streams, vocabularies, colours; the model here is a table.
+
+Legend: B batch, L positions, N new tokens, V vocabulary.
+"""
+
+import dataclasses
+import re
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modjax.config import InputError, MoDConfig
+from modjax.data.vocabulary import Codec, train_sentencepiece
+from modjax.decoding import text as decoding_text
+from modjax.decoding.generate import Sampling
+from modjax.decoding.text import Sample, choose_routing, coloured, open_codec, sample
+from modjax.nn.transformer import Cache
+from tests.training.tiny import run_spec
+
+PIECES = Codec(train_sentencepiece(["the cat sat on the mat, and the hat fell\n"] * 20, 290))
+GREEDY = Sampling(temperature=0)
+EOS = 1
+
+
+class Layer(NamedTuple):
+    overflow_B: jax.Array
+
+
+class Script(nnx.Module):
+    """Says what it was told to: after the token at position i comes the one of i + 1."""
+
+    def __init__(self, tokens_BL, vocab):
+        self.tokens_BL = nnx.Param(jnp.array(tokens_BL, jnp.int32))
+        self.vocab = vocab
+
+    def prefill(self, tokens_BL, lengths_B, *, max_length, routing, slack, key):
+        cache = Cache((Layer(jnp.zeros_like(lengths_B)),), lengths_B)
+        depths_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]) % 2, tokens_BL.shape)
+        return self._logits(lengths_B), cache, depths_BL
+
+    def decoder(self, *, routing, key):
+        def step(tokens_B, active_B, cache):
+            positions_B = cache.positions_B + active_B.astype(jnp.int32)
+            overflow_B = cache.layers[0].overflow_B + active_B.astype(jnp.int32)
+            depths_B = cache.positions_B % 2
+            return self._logits(positions_B), Cache((Layer(overflow_B),), positions_B), depths_B
+
+        return step
+
+    def _logits(self, positions_B):
+        next_B = self.tokens_BL[...][jnp.arange(len(positions_B)), positions_B]
+        return jax.nn.one_hot(next_B, self.vocab)
+
+
+def script(rows, codec=None, vocab=259):
+    """A finished run whose model continues prompts into the texts, or tokens, `rows`."""
+    ids = [codec.encode(row, "row") if isinstance(row, str) else list(row) for row in rows]
+    tokens_BL = np.zeros((len(rows), 120), np.int32)
+    for b, row in enumerate(ids):
+        tokens_BL[b, : len(row)] = row
+    graphdef, params = nnx.split(Script(tokens_BL, vocab))
+    spec = run_spec(mod=MoDConfig(capacity=0.25, predictor_weight=1.0), vocab_size=300)
+    return SimpleNamespace(
+        spec=spec, model=SimpleNamespace(graphdef=graphdef), params=params,
+        cache=SimpleNamespace(
+            path=None,
+            manifest=SimpleNamespace(vocab="bytes", vocab_size=vocab, eos_id=EOS),
+        ),
+    )  # fmt: skip
+
+
+def say(run, prompts, *, tokens=80, stop=(), sampling=GREEDY, routing=None):
+    """The samples, and what was streamed of the first."""
+    written = []
+    samples = sample(
+        run, prompts, routing=routing, slack=None, sampling=sampling, max_new_tokens=tokens,
+        stop=stop, seed=0, write=written.append,
+    )  # fmt: skip
+    assert "".join(written) == samples[0].prompt + samples[0].text
+    for s in samples:
+        assert b"".join(s.pieces).decode(errors="replace") == s.prompt + s.text
+        assert len(s.pieces) == len(s.depths)
+    return samples, written
+
+
+BYTES = Codec(None)
+# Longer than two chunks of the stream, and not only ASCII.
+LONG = "The quick brown fox, 日本 and ü, jumps; then it rests: END, or so. And again, it jumps."
+
+
+def test_a_text_is_continued_to_the_number_of_tokens_and_streamed_in_parts():
+    (found,), written = say(script([LONG], BYTES), ["The q"], tokens=70)
+    assert found.text == LONG.encode()[5:75].decode()
+    assert len(written) == 4, "the prompt, two parts of 32 and one of 6"
+    assert found.depths == [i % 2 for i in range(75)]
+    assert found.overflow == 70
+
+
+def test_characters_that_lie_across_two_parts_of_the_stream_arrive_whole():
+    for start in range(1, 6):
+        text = "x" * start + "日本語" * 12
+        (found,), written = say(script([text], BYTES), ["x"])
+        assert "\ufffd" not in "".join(written[:3])
+        assert found.text == text.encode()[1:81].decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "end", ["END", "jumps", "o", "e quick", "日本", "rests: END, or so. And again"]
+)
+def test_a_text_ends_before_its_stop_wherever_that_lies(end):
+    (found,), _ = say(script([LONG], BYTES), ["Th"], stop=("nowhere", end))
+    assert found.text == LONG[2 : LONG.index(end, 2)]
+    assert len(found.depths) == len((found.prompt + found.text).encode())
+
+
+def test_the_first_stop_of_several_counts_and_each_row_ends_by_itself():
+    rows = [LONG, LONG[::-1], "tokens that end" + "."]
+    run = script([rows[0], rows[1], [*BYTES.encode(rows[2], ""), EOS, *[70] * 90]], BYTES)
+    prompts = [row[:3] for row in rows]
+    found, _ = say(run, prompts, stop=("END", "jumps", "tse"))
+    assert found[0].text == LONG[3 : LONG.index("jumps")]
+    assert found[1].text == rows[1][3 : rows[1].index("tse")]
+    assert found[2].text == rows[2][3:], "the end of the document is no text"
+
+
+def test_a_stop_is_found_however_the_vocabulary_spells_it(monkeypatch):
+    monkeypatch.setattr(decoding_text, "open_codec", lambda run: PIECES)
+    text = "the cat sat on the mat, and the hat fell\n" * 3
+    ids = PIECES.encode(text, "row")
+    (found,), _ = say(script([ids], vocab=290), ["the"], stop=("t on th",))
+    assert PIECES.encode("t on th", "") != ids[3:6]
+    assert found.text == " cat sa"
+    assert len(found.pieces) < len(found.prompt + found.text), "pieces, not characters"
+
+
+def test_tokens_beyond_the_manifest_are_not_drawn():
+    run = script([LONG], BYTES)
+    run.cache.manifest.vocab_size = ord("u") + 3  # the model would say "u" next
+    (found,), _ = say(run, ["The q"], tokens=1)
+    assert found.text != "u"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, r"--prompt = '': is empty"),
+        ("a\udce9", {}, r"--prompt = 'a\\udce9': is not UTF-8 at character 1"),
+        ("ü", {}, r"--prompt = 'ü': has tokens beyond the vocabulary's 150"),
+        ("a", {"stop": ("",)}, "--stop = '': is empty"),
+        ("a", {"stop": ("\udce9",)}, "--stop = .*: is not UTF-8"),
+        ("a", {"routing": "top_k"}, "--routing = 'top_k': looks at tokens that are not drawn yet"),
+        ("a", {"routing": "both"}, "--routing = 'both': must be one of"),
+        ("a", {"routing": "router"}, "--routing = 'router': mod blocks of this model can select"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(prompt, options, message):
+    run = script(["ab"], BYTES)
+    run.cache.manifest.vocab_size = 150
+    run.model.graphdef = None  # whatever uses the model fails otherwise
+    with pytest.raises(InputError, match=message) as caught:
+        say(run, [prompt], **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_best_causal_routing_is_the_default():
+    def chosen(routing=None, **changes):
+        return choose_routing(SimpleNamespace(spec=run_spec(**changes)), routing)
+
+    learned = MoDConfig(predictor_weight=1.0, auxiliary_weight=1.0)
+    assert chosen(mod=learned) == "predictor"
+    assert chosen("router", mod=learned) == "router"
+    assert chosen(mod=dataclasses.replace(learned, predictor_weight=0.0)) == "router"
+    assert chosen(mod=MoDConfig()) == "threshold"
+    assert chosen(pattern=("dense", "positional")) == "predictor", "its own rule"
+    assert chosen(pattern=("dense",)) in ("router", "predictor", "threshold")
+    with pytest.raises(InputError, match=r"has not learned .* model.mod.predictor_weight > 0"):
+        chosen(pattern=("dense", "attention"))
+
+
+def test_a_vocabulary_needs_its_package(monkeypatch):
+    run = script([LONG], BYTES)
+    run.cache.manifest.vocab = "sentencepiece:290"
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(InputError, match=r"sentencepiece.*pip install -e '.\[data\]'"):
+        open_codec(run)
+
+
+def shades(shown):
+    """(text, background colour) of each token, of what a terminal shows."""
+    tokens = shown[: shown.index("\n\n0 ")].split("\x1b[48;5;")[1:]
+    return [(plain(token.partition("m")[2]), int(token.partition("m")[0])) for token in tokens]
+
+
+def plain(shown):
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown)
+
+
+def test_colours_tell_how_many_blocks_each_token_used():
+    pieces = [b"a", b"\xc3", b"\xbc", b"b\n", b"c"]
+    shown = coloured(Sample("a", "übc", pieces, [0, 1, 2, 4, 2], 4, 0))
+    (a, low), (none, _), (u, middle), (b, high), (c, again) = shades(shown)
+    assert (a, none, u, b, c) == ("a", "", "ü", "b\n", "c")
+    assert len({low, middle, high}) == 3 and again == middle
+    legend = shown.splitlines()[-1]
+    assert plain(legend).split() == "0 4 routed blocks used; 1.80 on average".split()
+    ends = re.findall(r"\x1b\[48;5;(\d+)m", legend)
+    assert (int(ends[0]), int(ends[-1])) == (low, high)
+    assert "b\x1b[0m\n" in shown, "no colour runs on over a line's end"
+    cut = coloured(Sample("a", "\ufffd", [b"a", b"\xc3"], [0, 1], 4, 0))
+    assert plain(cut).startswith("a\ufffd\n"), "as the text is printed without colours"
