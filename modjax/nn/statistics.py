@@ -21,10 +21,12 @@ def routing_statistics(aux: Aux, valid_BL: jax.Array | None = None) -> dict[str,
     router/chosen_by_all, chosen_by_none: share of positions that every, or no, routed block took.
     router/capacity: share of positions that were processed, averaged over routed blocks.
     router/overflow: share of positions that asked to be processed and found no room.
+    router/underload: capacity that was left unused, as a share of positions.
     loss/NAME: weighted losses of the routers, summed over routed blocks.
     METHOD/accuracy, precision, recall, capacity: of the ways that were taught to select without
       the future, against what training selects; averaged, and per block as METHOD/accuracy/BLOCK,
-      where BLOCK is the slot of the pattern and its repetition, as in 1_mod.0.
+      where BLOCK is the slot of the pattern and its repetition, as in 1_mod.0. Of the router's,
+      the averaged capacity is left out: that name tells what was processed.
     """
     if not aux:
         return {}
@@ -43,6 +45,10 @@ def routing_statistics(aux: Aux, valid_BL: jax.Array | None = None) -> dict[str,
     chosen_AL = jnp.sum(selected_ABL, axis=1).astype(jnp.float32)
     share_AL = chosen_AL / jnp.maximum(jnp.sum(chosen_AL, axis=1, keepdims=True), 1.0)
     entropy_A = -jnp.sum(jax.scipy.special.xlogy(share_AL, share_AL), axis=1) / math.log(length)
+    unused_AB = jnp.concatenate([slot["k_B"] for slot in aux.values()]) - jnp.sum(
+        selected_ABL, axis=2
+    )
+    positions = count * chosen_AL.shape[0]
     every_BL = jnp.all(selected_ABL, axis=0) & valid_BL
     none_BL = ~jnp.any(selected_ABL, axis=0) & valid_BL
     statistics = {
@@ -51,9 +57,9 @@ def routing_statistics(aux: Aux, valid_BL: jax.Array | None = None) -> dict[str,
         "router/position_entropy": jnp.mean(entropy_A),
         "router/chosen_by_all": jnp.sum(every_BL).astype(jnp.float32) / count,
         "router/chosen_by_none": jnp.sum(none_BL).astype(jnp.float32) / count,
-        "router/capacity": jnp.sum(chosen_AL) / (count * chosen_AL.shape[0]),
-        "router/overflow": jnp.sum(wanted_ABL & ~selected_ABL).astype(jnp.float32)
-        / (count * chosen_AL.shape[0]),
+        "router/capacity": jnp.sum(chosen_AL) / positions,
+        "router/overflow": jnp.sum(wanted_ABL & ~selected_ABL).astype(jnp.float32) / positions,
+        "router/underload": jnp.sum(jnp.maximum(unused_AB, 0)).astype(jnp.float32) / positions,
     }
     names = {name for slot in aux.values() for name in slot["losses"]}
     for name in sorted(names):
@@ -61,7 +67,8 @@ def routing_statistics(aux: Aux, valid_BL: jax.Array | None = None) -> dict[str,
         total = sum(jnp.sum(jnp.mean(loss_GB, axis=1)) for loss_GB in losses_GB)
         statistics[f"loss/{name}"] = jnp.asarray(total)
     for method, logits in (("predictor", _predictor_logits), ("router", _router_logits)):
-        statistics |= _foresight(method, {k: logits(v) for k, v in aux.items()}, aux, valid_BL)
+        found = _foresight(method, {k: logits(v) for k, v in aux.items()}, aux, valid_BL)
+        statistics = found | statistics  # router/capacity is what was processed
     return statistics
 
 
