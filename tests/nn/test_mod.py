@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from modjax.config import MoDConfig, ModelConfig
-from modjax.nn import DenseBlock, MoDBlock, routing_statistics
+from modjax.nn import DenseBlock, MoDBlock
 from modjax.nn.layers import rotary_tables
 from modjax.nn.transformer import Context
 from tests.nn.small import QUICK, WIDTH, Mixer, build
@@ -252,21 +252,3 @@ def test_stochastic_control_draws_other_positions_for_another_key_and_layer():
     assert np.any(first != other) and np.any(first[0] != first[1])
     with pytest.raises(ValueError, match="key"):
         jax.eval_shape(run, None)
-
-
-def test_statistics_describe_a_routing_counted_by_hand():
-    scores = np.array([[[1.0, 3.0, 5.0, 7.0]], [[0.0, 0.0, 2.0, 2.0]]])
-    selected = np.array([[[True, True, False, False]], [[True, False, True, False]]])
-    # The last position of the first block asked, and found no room.
-    wanted = np.array([[[True, True, False, True]], [[True, False, True, False]]])
-    slot = {"scores_BL": scores, "selected_BL": selected, "wanted_BL": wanted, "losses": {}}
-    aux = {"1_mod": jax.tree.map(jnp.asarray, slot)}
-    got = {name: float(value) for name, value in routing_statistics(aux).items()}
-    assert got["router/score_mean"] == pytest.approx((4 + 1) / 2)
-    assert got["router/score_std"] == pytest.approx((5**0.5 + 1) / 2)
-    assert got["router/position_entropy"] == pytest.approx(0.5)  # 2 of 4 positions, evenly
-    assert got["router/chosen_by_all"] == 0.25
-    assert got["router/chosen_by_none"] == 0.25
-    assert got["router/capacity"] == 0.5
-    assert got["router/overflow"] == 1 / 8
-    assert routing_statistics({}) == {}

@@ -1,9 +1,19 @@
 """Mean and standard error of an evaluation."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.training.evaluate import Scores, evaluate, summarise
+from modjax.training.evaluate import (
+    Quality,
+    Scores,
+    difference,
+    evaluate,
+    mean_quality,
+    quality,
+    summarise,
+)
+from modjax.training.step import decisions
 
 
 def test_equal_weights_give_the_textbook_mean_and_standard_error():
@@ -41,3 +51,42 @@ def test_batches_are_joined_and_numbered():
     result = summarise(evaluate(eval_step, 2.0, [[1.0, 2.0], [3.0, 4.0]]))
     assert result.loss == pytest.approx(20 / 6)
     assert result.tokens == 6
+
+
+def test_differences_are_paired_so_what_sequences_share_cancels():
+    rng = np.random.default_rng(3)
+    weight_B = np.full(50, 8.0)
+    hard_B = 8 * rng.normal(3, 1, 50)
+    gap_B = 8 * rng.normal(0.1, 0.01, 50)
+    found = difference(Scores(hard_B + gap_B, weight_B, {}), Scores(hard_B, weight_B, {}))
+    assert found.loss == pytest.approx(np.mean(gap_B / 8))
+    assert found.sem == pytest.approx(np.std(gap_B / 8, ddof=1) / 50**0.5)
+    assert found.sem < summarise(Scores(hard_B, weight_B, {})).sem / 10
+
+
+def test_decisions_are_judged_per_block_over_scored_sequences_and_valid_positions():
+    rng = np.random.default_rng(4)
+    valid_BL = np.arange(10) < np.array([[10], [6], [10], [10]])
+    weight_B = np.array([9.0, 6.0, 8.0, 0.0])  # the last sequence pads the batch
+    wanted, target = (rng.random((2, 2, 4, 10)) < 0.5) & valid_BL
+    selected = wanted & (np.cumsum(wanted, axis=2) <= 3)
+    masks = {"wanted_BL": wanted, "selected_BL": selected, "target_BL": target}
+    slot = {name: jnp.asarray(mask) for name, mask in masks.items()}
+    counts = decisions({"1_mod": slot}, jnp.asarray(valid_BL))
+    counts = {
+        name: {key: np.asarray(x) for key, x in value.items()} for name, value in counts.items()
+    }
+    found = quality(Scores(np.ones(4), weight_B, counts))
+    assert list(found) == ["1_mod.0", "1_mod.1"]
+    expected = []
+    for g in range(2):
+        want, take, right = (x[g, :3][valid_BL[:3]] for x in (wanted, selected, target))
+        most = max(selected[g, b][valid_BL[b]].mean() for b in range(3))
+        expected.append(Quality(
+            np.mean(want == right), np.sum(want & right) / want.sum(),
+            np.sum(want & right) / right.sum(), take.mean(), np.mean(want & ~take), most,
+        ))  # fmt: skip
+        assert found[f"1_mod.{g}"] == pytest.approx(expected[g])
+    mean = mean_quality(found.values())
+    assert mean[:-1] == pytest.approx(np.mean(expected, axis=0)[:-1])
+    assert mean.most == pytest.approx(max(block.most for block in expected))
