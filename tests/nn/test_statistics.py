@@ -17,6 +17,7 @@ def test_statistics_describe_a_routing_counted_by_hand():
     # The last position of the first block asked, and found no room.
     wanted = np.array([[[True, True, False, True]], [[True, False, True, False]]])
     slot = {"scores_BL": scores, "selected_BL": selected, "wanted_BL": wanted, "losses": {}}
+    slot["k_B"] = np.array([[2], [3]])
     aux = {"1_mod": jax.tree.map(jnp.asarray, slot)}
     got = {name: float(value) for name, value in routing_statistics(aux).items()}
     assert got["router/score_mean"] == pytest.approx((4 + 1) / 2)
@@ -26,6 +27,7 @@ def test_statistics_describe_a_routing_counted_by_hand():
     assert got["router/chosen_by_none"] == 0.25
     assert got["router/capacity"] == 0.5
     assert got["router/overflow"] == 1 / 8
+    assert got["router/underload"] == 1 / 8
     assert routing_statistics({}) == {}
 
 
@@ -46,6 +48,7 @@ def described():
             "target_BL": target,
             "wanted_BL": wanted,
             "selected_BL": wanted & (np.cumsum(wanted, axis=2) <= 2),
+            "k_B": np.full((2, 3), 2),
             "losses": {
                 name: rng.random((2, 3)).astype(np.float32) for name in ("auxiliary", "predictor")
             },
@@ -88,6 +91,9 @@ def test_capacity_and_overflow_are_shares_of_the_valid_positions(described):
     )
     assert wanted > selected
     assert got["router/capacity"] == pytest.approx(selected / (4 * valid_BL.sum()))
+    taken = np.concatenate([slot["selected_BL"].sum(axis=2) for slot in aux.values()])
+    assert taken.min() < 2
+    assert got["router/underload"] == pytest.approx((2 - taken).sum() / (4 * valid_BL.sum()))
     assert got["router/overflow"] == pytest.approx((wanted - selected) / (4 * valid_BL.sum()))
 
 
@@ -102,7 +108,7 @@ def test_nothing_is_said_of_methods_that_were_not_taught():
     slot = {
         "scores_BL": jnp.zeros((1, 2, 4)), "target_BL": jnp.zeros((1, 2, 4), bool),
         "selected_BL": jnp.zeros((1, 2, 4), bool), "wanted_BL": jnp.zeros((1, 2, 4), bool),
-        "losses": {},
+        "k_B": jnp.ones((1, 2), int), "losses": {},
     }  # fmt: skip
     names = routing_statistics({"0_mod": slot}).keys()
     assert not any(name.startswith(("predictor/", "router/accuracy", "loss/")) for name in names)

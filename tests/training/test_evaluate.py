@@ -1,5 +1,6 @@
 """Mean and standard error of an evaluation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,10 +74,7 @@ def test_decisions_are_judged_per_block_over_scored_sequences_and_valid_position
     masks = {"wanted_BL": wanted, "selected_BL": selected, "target_BL": target}
     slot = {name: jnp.asarray(mask) for name, mask in masks.items()}
     counts = decisions({"1_mod": slot}, jnp.asarray(valid_BL))
-    counts = {
-        name: {key: np.asarray(x) for key, x in value.items()} for name, value in counts.items()
-    }
-    found = quality(Scores(np.ones(4), weight_B, counts))
+    found = quality(Scores(np.ones(4), weight_B, jax.device_get(counts)))
     assert list(found) == ["1_mod.0", "1_mod.1"]
     expected = []
     for g in range(2):
