@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RunSpec,
         TrainConfig,
     )
+    from modjax.decoding.generate import Sampling, generate, resume
     from modjax.nn import DenseBlock, MoDBlock, Transformer, expert_choice
 
 __version__ = "0.1.0"
@@ -30,12 +31,18 @@ __all__ = [
     "MoDConfig",
     "ModelConfig",
     "RunSpec",
+    "Sampling",
     "TrainConfig",
     "Transformer",
     "expert_choice",
     "flops",
+    "generate",
+    "resume",
 ]
-_FROM_NN = ("DenseBlock", "MoDBlock", "Transformer", "expert_choice")
+_FROM = {
+    "modjax.nn": ("DenseBlock", "MoDBlock", "Transformer", "expert_choice"),
+    "modjax.decoding.generate": ("Sampling", "generate", "resume"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -43,9 +50,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'modjax' has no attribute {name!r}")
     if name == "flops":
         return importlib.import_module("modjax.flops")
-    return getattr(
-        importlib.import_module("modjax.nn" if name in _FROM_NN else "modjax.config"), name
-    )
+    module = next((module for module, names in _FROM.items() if name in names), "modjax.config")
+    return getattr(importlib.import_module(module), name)
 
 
 def __dir__() -> list[str]:

@@ -4,13 +4,16 @@ Imports are inside the functions, so that every verb starts as fast as what it n
 """
 
 import argparse
+import os
 from typing import Any
 
 from modjax.config import InputError, RunSpec, require
+from modjax.scaling.run import compilation_cache
 from modjax.verbs import print_json
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    os.environ.update(compilation_cache())
     from modjax.tables import comparison_text
     from modjax.training.finished import choose, compare, open_run
 
@@ -47,6 +50,7 @@ def _plain(value: Any) -> Any:
 
 
 def sample(args: argparse.Namespace) -> None:
+    os.environ.update(compilation_cache())
     from modjax.decoding.generate import Sampling
     from modjax.decoding.text import choose_routing, coloured, sample
     from modjax.training.finished import choose, open_run

@@ -67,7 +67,8 @@ class MoDBlock(nnx.Module):
 
         scores_BL: the raw router scores. target_BL: what training selects of these inputs.
         wanted_BL, selected_BL: what `routing` chose, and the part of it that was processed.
-        predictor_BL: logits of the predictor, where there is one. kth_B: the k-th best rank.
+        predictor_BL: logits of the predictor, where there is one. k_B, kth_B: the number that the
+          capacity stands for, and the k-th best rank.
         losses: name -> (B,), weighted: add the mean of each to the objective.
 
         per_position: pytrees of arrays (B or 1, L, ...) that `inner` takes beside x: positions,
@@ -134,6 +135,7 @@ class MoDBlock(nnx.Module):
             "scores_BL": ranking.scores_BL,
             "target_BL": target_BL,
             "kth_B": kth_B,
+            "k_B": jnp.full(x_BLD.shape[0], selected_tokens(self.config.capacity, length)),
             "losses": dict(ranking.losses),
         }
         if self.config.auxiliary_weight > 0:
