@@ -4,6 +4,7 @@ Imports are inside the functions, so that every verb starts as fast as what it n
 """
 
 import argparse
+import math
 import os
 from typing import Any
 
@@ -18,7 +19,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from modjax.training.finished import choose, compare, open_run
 
     specs = choose(args.workdir, args.run, routed=True)
-    require(args.slack is None or args.slack > 0, "--slack", args.slack, "must be greater than 0")
+    _check_slack(args.slack)
     if args.run is None:  # a sweep may hold models that have not learned this routing
         able = [spec for spec in specs if _learned(spec, args.routing)]
         specs = able or specs
@@ -32,6 +33,11 @@ def evaluate(args: argparse.Namespace) -> None:
             print(comparison_text(found[-1]), flush=True)
     if args.json:
         print_json([_plain(comparison) for comparison in found])
+
+
+def _check_slack(slack: float | None) -> None:
+    finite = slack is None or 0 < slack < math.inf
+    require(finite, "--slack", slack, "must be greater than 0, and finite")
 
 
 def _learned(spec: RunSpec, routing: str) -> bool:
@@ -58,8 +64,9 @@ def sample(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     require(args.tokens > 0, "--tokens", args.tokens, "must be greater than 0")
-    require(args.slack is None or args.slack > 0, "--slack", args.slack, "must be greater than 0")
-    require(args.seed >= 0, "--seed", args.seed, "must be 0 or more")
+    _check_slack(args.slack)
+    # JAX takes the lower 32 bits without a word.
+    require(0 <= args.seed < 2**32, "--seed", args.seed, "must be 0 or more, and below 2**32")
     specs = choose(args.workdir, args.run)
     if args.routing is not None:
         for spec in specs[-1:]:

@@ -1,0 +1,228 @@
+"""`modjax eval` and `modjax sample` on a finished run, as a user meets them."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+
+import jax
+import pytest
+
+from modjax.cli import main
+from modjax.config import MoDConfig, to_dict
+from modjax.records import read_records, run_dir, write_record
+from tests.training.tiny import run_spec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    kept = dict(os.environ)  # the verbs set where JAX caches programs
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def where(finished_workdir, tiny_data_dir):
+    return [f"--workdir={finished_workdir}", f"--data-dir={tiny_data_dir}"]
+
+
+@pytest.fixture(scope="module")
+def two_runs(finished_workdir, tmp_path_factory):
+    """A sweep's folder with the finished run, and one whose model has no predictor."""
+    workdir = tmp_path_factory.mktemp("two") / "work"
+    shutil.copytree(finished_workdir, workdir)
+    (record,) = read_records(workdir)
+    spec = run_spec(mod=MoDConfig(capacity=0.25))
+    folder = run_dir(workdir, spec.run_id)
+    folder.mkdir()
+    (folder / "spec.json").write_text(json.dumps(to_dict(spec)))
+    write_record(folder, dataclasses.replace(record, run_id=spec.run_id))
+    return workdir, record.run_id, spec.run_id
+
+
+@pytest.fixture
+def said(capsys):
+    """(exit code, stdout, stderr) of `modjax arguments...`"""
+
+    def said(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return said
+
+
+def test_eval_as_json_reports_losses_their_difference_and_every_block(
+    said, where, finished_workdir
+):
+    (record,) = read_records(finished_workdir)
+    code, out, err = said("eval", *where, "--routing=predictor", "--json")
+    assert (code, err) == (0, "")
+    (values,) = json.loads(out)
+    assert values["run_id"] == record.run_id
+    assert values["top_k"]["loss"] == pytest.approx(record.eval_loss, rel=1e-6)
+    gap, block = values["difference"], values["blocks"]["1_mod.0"]
+    assert set(block) == {"accuracy", "precision", "recall", "capacity", "overflow", "most"}
+    assert gap["loss"] == pytest.approx(values["causal"]["loss"] - values["top_k"]["loss"])
+
+    assert gap["tokens"] == record.eval_tokens and 0 < gap["sem"] < values["top_k"]["sem"]
+    assert block["capacity"] == pytest.approx(record.causal_capacity)
+
+
+def test_eval_as_text_says_the_bound_and_passes_over_runs_that_cannot(said, where, two_runs):
+    workdir, able, _ = two_runs
+    (record,) = (r for r in read_records(workdir) if r.run_id == able)
+    code, out, err = said("eval", f"--workdir={workdir}", where[1], "--routing=predictor",
+                          "--slack=0.1")  # fmt: skip
+    assert (code, err) == (0, "")
+    name, losses, header, row = out.splitlines()[:4]
+    assert name == able and out.count("top_k") == 1
+    pattern = r"top_k (\S+) +predictor (\S+) +difference ([+-]\S+) \+- (\S+) .* over (\S+) tokens"
+    top_k, causal, difference, sem, _ = re.match(pattern, losses).groups()
+    assert float(top_k) == pytest.approx(record.eval_loss, abs=6e-5)
+    assert float(difference) == pytest.approx(float(causal) - float(top_k), abs=1.5e-4)
+    assert float(sem) > 0
+    assert losses.endswith("room for 0.1 times the capacity")
+    names = "block accuracy precision recall capacity overflow most"
+    assert header.split() == names.split()
+    values = dict(zip(header.split(), row.split(), strict=True))
+    assert values["block"] == "1_mod.0"
+    assert values["most"] == "3.1%", "one of 32 positions"
+
+
+PROMPT = ["--prompt=def f(", "--tokens=24"]
+
+
+@pytest.fixture(scope="module")
+def spoken(where):
+    """What `modjax sample --json` of PROMPT says."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["sample", *where, *PROMPT, "--json"]) == 0
+    return json.loads(out.getvalue())
+
+
+def test_sample_streams_the_text_that_json_reports(said, where, spoken):
+    (values,) = spoken
+    assert values["prompt"] == "def f(" and values["text"]
+    assert values["routed_blocks"] == 1 and set(values["depths"]) == {0, 1}
+    assert len(values["depths"]) <= 6 + 24
+    assert values["overflow"] == 0
+    code, out, err = said("sample", *where, *PROMPT)
+    assert (code, err) == (0, "")
+    assert out == values["prompt"] + values["text"] + "\n"
+
+
+def test_sample_is_fixed_by_the_seed(said, where, spoken):
+    (same,) = json.loads(said("sample", *where, *PROMPT, "--json", "--seed=0")[1])
+    (other,) = json.loads(said("sample", *where, *PROMPT, "--json", "--seed=7")[1])
+    assert [same] == spoken
+    assert other["text"] != same["text"]
+
+
+def test_sample_ends_before_a_stop(said, where, spoken):
+    text = spoken[0]["text"]
+    at = next(i for i in range(5, len(text)) if text[i].isascii() and text[i] not in text[:i])
+    code, out, err = said("sample", *where, *PROMPT, f"--stop={text[at]}", "--stop=nowhere")
+    assert (code, err, out) == (0, "", "def f(" + text[:at] + "\n")
+
+
+def test_show_depth_colours_every_token_and_explains_itself(said, where, spoken):
+    code, out, err = said("sample", *where, *PROMPT, "--show-depth")
+    assert (code, err) == (0, "")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    assert plain.startswith("def f(" + spoken[0]["text"])
+    assert re.search(r"\n0 +1 routed blocks used; [01]\.\d\d on average\n$", plain)
+    text, legend = out.rstrip("\n").rsplit("\n", 1)
+    assert len(set(re.findall(r"48;5;(\d+)m", text))) == 2 < len(re.findall("48;5;", legend))
+
+
+def test_sample_continues_a_file_of_prompts_line_by_line(said, where, tmp_path):
+    prompts = ["def f(", "class Ünïcode:", "x"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n", "utf-8")
+    arguments = ["sample", *where, f"--prompts={file}", "--tokens=5", "--temperature=0"]
+    code, out, err = said(*arguments, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert [values["prompt"] for values in found] == prompts
+    code, out, err = said(*arguments)
+    assert (code, err) == (0, "")
+    assert out == "\n\n".join(values["prompt"] + values["text"] for values in found) + "\n"
+
+
+def one_line(result, *words):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1 and err.startswith("modjax: ")
+    for word in words:
+        assert word in err
+
+
+SAMPLE = ["sample", "--prompt=x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "--routing=both"], ["--routing = 'both'", "top_k, router, predictor, threshold"]),
+        (["eval", "--routing=router"], ["--routing = 'router'", "top_k, threshold, predictor"]),
+        (["eval", "--routing=predictor", "--slack=0"], ["--slack = 0.0", "greater than 0"]),
+        (["eval", "--routing=predictor", "--slack=inf"], ["--slack = inf", "greater than 0"]),
+        (["eval", "--routing=predictor", "--run=x"], ["--run = 'x'", "must be one of 1 finished"]),
+        (["eval"], ["--routing"]),
+        ([*SAMPLE, "--routing=both"], ["--routing = 'both'", "top_k, router, predictor"]),
+        ([*SAMPLE, "--routing=top_k"], ["--routing = 'top_k'", "router, predictor or threshold"]),
+        ([*SAMPLE, "--routing=router"], ["--routing = 'router'", "auxiliary_weight > 0"]),
+        ([*SAMPLE, "--temperature=-1"], ["temperature = -1.0", "must be 0 or more"]),
+        ([*SAMPLE, "--top-k=-1"], ["top_k = -1", "must be 0"]),
+        ([*SAMPLE, "--top-p=0"], ["top_p = 0.0", "must be in (0, 1]"]),
+        ([*SAMPLE, "--slack=0"], ["--slack = 0.0", "must be greater than 0"]),
+        ([*SAMPLE, "--slack=inf"], ["--slack = inf", "greater than 0"]),
+        ([*SAMPLE, "--tokens=0"], ["--tokens = 0", "must be greater than 0"]),
+        ([*SAMPLE, "--seed=-1"], ["--seed = -1", "must be 0 or more"]),
+        ([*SAMPLE, "--seed=18446744073709551616"], ["--seed = 18446744073709551616", "2**32"]),
+        ([*SAMPLE, "--stop="], ["--stop = ''", "at least one character"]),
+        ([*SAMPLE, "--run=x"], ["--run = 'x'", "must be one of 1 finished"]),
+        ([*SAMPLE, "--prompts=y"], ["--prompts", "--prompt"]),
+        (["sample", "--prompt="], ["--prompt = ''", "at least one character"]),
+        (["sample", "--prompt=caf\udce9"], [r"--prompt = 'caf\udce9'", "not UTF-8 at character 3"]),
+        (["sample"], ["--prompt"]),
+        (["sample", "--prompts=/missing.txt"], ["--prompts = '/missing.txt'", "No such file"]),
+    ],
+    ids=lambda value: "-".join(value[:2]) if value[0] in ("eval", "sample") else "",
+)
+def test_bad_input_is_one_line(said, where, arguments, words):
+    one_line(said(*arguments, *where), *words)
+
+
+def test_files_of_prompts_must_be_prompts(said, where, tmp_path):
+    for content in (b"", b"\n", b"one\n\ntwo\n", b"caf\xe9\n"):
+        (tmp_path / "prompts.txt").write_bytes(content)
+        result = said("sample", *where, f"--prompts={tmp_path / 'prompts.txt'}")
+        one_line(result, "--prompts = ", "prompts.txt")
+        assert "not UTF-8" in result[2] or "one prompt a line" in result[2]
+
+
+def test_which_run_must_be_clear_and_able(said, where, two_runs):
+    workdir, _, unable = two_runs
+    there = [f"--workdir={workdir}", where[1]]
+    one_line(said(*SAMPLE, *there), "--run = None", "one of the 2 finished runs", "tiny-")
+    lacks = ["--routing = 'predictor'", "can select by top_k, threshold", "predictor_weight"]
+    for verb in (SAMPLE, ["eval"]):
+        one_line(said(*verb, *there, f"--run={unable}", "--routing=predictor"), *lacks)
+    one_line(said(*SAMPLE, *there, f"--run={unable}"), "--workdir", f"no checkpoint of {unable}")
+
+
+@pytest.mark.parametrize("verb", [SAMPLE, ["eval", "--routing=predictor"]], ids=lambda v: v[0])
+def test_a_folder_without_runs_or_data_is_named(said, where, tmp_path, verb):
+    one_line(said(*verb, f"--workdir={tmp_path}", where[1]), "--workdir = ", "no finished run")
+    one_line(said(*verb, where[0], f"--data-dir={tmp_path}"), "modjax data prepare")
