@@ -196,12 +196,11 @@ class ModelConfig:
         return None
 
     def _routings(self, kind: str) -> tuple[str, ...]:
-        if kind in ("positional", "token_choice", "threshold"):  # their own rule never looks ahead
-            return ROUTINGS
+        own = kind in ("positional", "token_choice")  # their own rule never looks ahead
         learned = {
             # Attention received by a position comes from later ones.
             "threshold": kind != "attention",
-            "router": kind == "mod" and self.mod.auxiliary_weight > 0,
+            "router": own or (kind == "mod" and self.mod.auxiliary_weight > 0),
             "predictor": self.mod.predictor_weight > 0,
         }
         return ("top_k", *(name for name, can in learned.items() if can))

@@ -1,0 +1,102 @@
+"""Figure 3: every routing scheme at one budget, and learning curves of four models.
+
+Usage: python experiments/fig3_variants/plot.py WORKDIR   (a finished configs/fig3_variants sweep)
+Writes figure.png and results.csv beside this file, and prints the tables of README.md.
+"""
+
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
+
+from modjax.records import Record, read_records, write_csv
+from modjax.scaling.figures import read_curves
+from modjax.scaling.marks import COLOURS, LINES, MARKERS, RC
+
+HERE = Path(__file__).parent
+
+
+def cells(records: list[Record]) -> dict[str, dict[int, list[Record]]]:
+    """arm -> width -> the runs of its seeds."""
+    found: dict[str, dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for r in records:
+        found[r.variant][r.d_model].append(r)
+    return found
+
+
+def loss(runs: list[Record]) -> float:
+    return statistics.mean(r.eval_loss for r in runs if r.eval_loss is not None)
+
+
+def draw(workdir: Path, records: list[Record]) -> None:
+    by_arm = cells(records)
+    curves = read_curves(workdir, records)
+    with plt.rc_context(RC):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(18 / 2.54, 8 / 2.54))
+        for i, (arm, sizes) in enumerate(by_arm.items()):
+            turn, j = divmod(i, len(COLOURS))
+            mark = {"color": COLOURS[j], "marker": MARKERS[(j + turn) % len(MARKERS)]}
+            x = [sizes[d][0].params_non_embedding for d in sizes]
+            left.plot(x, [loss(sizes[d]) for d in sizes], linestyle=LINES[(j - turn) % len(LINES)],
+                      label=arm, **mark)  # fmt: skip
+        left.set(xscale="log", xlabel="non-embedding parameters",
+                 ylabel="validation loss, nats per byte")  # fmt: skip
+        left.xaxis.set_minor_formatter(NullFormatter())
+        left.legend(ncols=2, fontsize=5.5)
+        for (label, record), colour in zip(four(by_arm), COLOURS, strict=False):
+            flops, losses = zip(*curves[record.run_id], strict=True)
+            speed = 1 / record.median_step_seconds
+            right.plot(flops, smooth(losses), color=colour, label=f"{label}: {speed:.0f} steps/s")
+        right.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="training loss")
+        right.yaxis.set_minor_formatter(NullFormatter())
+        right.legend()
+        figure.tight_layout()
+        figure.savefig(HERE / "figure.png", dpi=200)
+
+
+def four(by_arm: dict[str, dict[int, list[Record]]]) -> list[tuple[str, Record]]:
+    """The optimal baseline, and three MoD models: its size, the optimal one, and a larger one."""
+    dense, mod = by_arm["dense"], by_arm["mod12"]
+    best_dense, best_mod = (min(arm, key=lambda d: loss(arm[d])) for arm in (dense, mod))
+    size = dense[best_dense][0].params_non_embedding
+    nearest = min(mod, key=lambda d: abs(mod[d][0].params_non_embedding - size))
+    chosen = [("dense", dense, best_dense)]
+    chosen += [("mod12", mod, d) for d in sorted({nearest, best_mod, max(mod)})]
+    return [(f"{name} {sizes[d][0].params_non_embedding / 1e3:.0f}k", sizes[d][0])
+            for name, sizes, d in chosen]  # fmt: skip
+
+
+def smooth(losses: tuple[float, ...], window: int = 9) -> list[float]:
+    half = window // 2
+    return [statistics.mean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
+
+
+def tables(records: list[Record]) -> None:
+    by_arm = cells(records)
+    best_dense = min(loss(runs) for runs in by_arm["dense"].values())
+    print("| arm | best size (d, N) | loss of each seed | against dense | causal loss | steps/s |")
+    print("|---|---|---|---|---|---|")
+    for arm, sizes in sorted(by_arm.items(), key=lambda kv: min(loss(r) for r in kv[1].values())):
+        runs = sizes[min(sizes, key=lambda d: loss(sizes[d]))]
+        causal = [r.causal_loss for r in runs if r.causal_loss is not None]
+        print(
+            f"| {arm} | {runs[0].d_model}, {runs[0].params_non_embedding / 1e3:.0f}k | "
+            f"{', '.join(f'{r.eval_loss:.4f}' for r in runs)} | "
+            f"{100 * (loss(runs) / best_dense - 1):+.1f}% | "
+            f"{f'{statistics.mean(causal):.4f} ({runs[0].causal_routing})' if causal else ''} | "
+            f"{1 / statistics.median(r.median_step_seconds for r in runs):.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    workdir = Path(sys.argv[1])
+    records = read_records(workdir)
+    write_csv(HERE / "results.csv", records)
+    tables(records)
+    draw(workdir, records)
