@@ -37,5 +37,17 @@ def test_the_routed_block_of_the_readme_runs_and_routes_an_eighth():
     np.testing.assert_allclose(update, np.broadcast_to(expected, x.shape), rtol=1e-3, atol=1e-4)
 
     aux = model.routed(x, positions)[1]
-    assert all(f'"{name}"' in code for name in aux)
+    named = re.findall(r'"(\w+)"', code.split("# aux:")[1])
+    assert len(named) == 3 and set(named) <= set(aux)
     np.testing.assert_array_equal(aux["selected_BL"], taken)
+
+
+def test_the_sampling_example_of_the_readme_continues_two_prompts():
+    section = README.read_text().split("## Sampling")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    namespace = {}
+    exec(compile(code, str(README), "exec"), namespace)
+    more = namespace["more"]
+    assert more.tokens_BN.shape == more.depths_BN.shape == (2, 20)
+    np.testing.assert_array_equal(more.state.cache.positions_B, [3 + 40, 4 + 40])
+    assert 0 <= int(more.depths_BN.min()) <= int(more.depths_BN.max()) <= 2
