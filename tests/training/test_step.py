@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import Execution
+from modjax.config import Execution, MoDConfig
 from modjax.training.state import abstract_model
 from modjax.training.step import make_eval_step
 from tests.training.tiny import (
@@ -18,15 +18,18 @@ from tests.training.tiny import (
     train_config,
 )
 
+# With the losses of routers, which are minimised and not reported.
+ROUTED = model(mod=MoDConfig(capacity=0.25, auxiliary_weight=0.5, predictor_weight=1.0))
+
 
 @pytest.fixture(scope="module")
 def step():
-    return one_device_step(model(), train_config(document_mask=True))
+    return one_device_step(ROUTED, train_config(document_mask=True))
 
 
 def test_loss_is_the_weighted_mean_of_numpy_cross_entropy(step):
-    state = initial_state(model())
-    split = abstract_model(model(), Execution())
+    state = initial_state(ROUTED)
+    split = abstract_model(ROUTED, Execution())
     batch = random_batch(0, 8, 32)
     forward = jax.jit(
         lambda params: nnx.merge(split.graphdef, params)(batch.inputs_BL, batch.segment_ids_BL)[0],
@@ -55,8 +58,8 @@ def test_targets_of_weight_zero_change_nothing(step):
     batch = random_batch(1, 8, 32)
     changed = batch.targets_BL.copy()
     changed[batch.weights_BL == 0] = 7
-    one, _ = step(initial_state(model()), batch)
-    other, _ = step(initial_state(model()), batch._replace(targets_BL=changed))
+    one, _ = step(initial_state(ROUTED), batch)
+    other, _ = step(initial_state(ROUTED), batch._replace(targets_BL=changed))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -64,26 +67,26 @@ def test_targets_of_weight_zero_change_nothing(step):
 def test_segments_matter_with_a_document_mask_only(step):
     batch = random_batch(2, 8, 32)
     joined = batch._replace(segment_ids_BL=np.ones_like(batch.segment_ids_BL))
-    blind = one_device_step(model(), train_config(document_mask=False))
+    blind = one_device_step(ROUTED, train_config(document_mask=False))
 
     def loss(step, batch):
-        return float(step(initial_state(model()), batch)[1]["loss"])
+        return float(step(initial_state(ROUTED), batch)[1]["loss"])
 
     assert loss(step, batch) != loss(step, joined)
     assert loss(blind, batch) == loss(blind, joined)
 
 
 def test_the_state_is_donated(step):
-    state = initial_state(model())
+    state = initial_state(ROUTED)
     step(state, random_batch(0, 8, 32))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 
 def test_accumulated_micro_batches_equal_the_full_batch(step):
-    split = one_device_step(model(), train_config(document_mask=True, accumulation=4))
+    split = one_device_step(ROUTED, train_config(document_mask=True, accumulation=4))
     batch = random_batch(3, 8, 32)
-    one, metrics = step(initial_state(model()), batch)
-    other, accumulated = split(initial_state(model()), batch)
+    one, metrics = step(initial_state(ROUTED), batch)
+    other, accumulated = split(initial_state(ROUTED), batch)
     assert float(accumulated["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
     assert float(accumulated["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
     # The first moment is 1 - b1 times the clipped gradient.
@@ -96,7 +99,7 @@ def test_accumulated_micro_batches_equal_the_full_batch(step):
 
 
 def test_the_first_step_that_is_not_finite_is_kept(step):
-    state, metrics = step(initial_state(model()), random_batch(0, 8, 32))
+    state, metrics = step(initial_state(ROUTED), random_batch(0, 8, 32))
     assert int(metrics["diverged_step"]) == 0
     broken = state.params | {"w_logits": state.params["w_logits"].at[0, 0].set(jnp.inf)}
     state = state._replace(params=broken)
@@ -123,8 +126,10 @@ def test_stochastic_routing_draws_anew_every_step_and_the_same_in_a_rerun():
 
 
 def test_the_seed_decides_the_initial_parameters():
-    one, other = initial_state(model(), 0).params, initial_state(model(), 1).params
-    thresholds = one["blocks"]["1_mod"].pop("threshold"), other["blocks"]["1_mod"].pop("threshold")
-    assert [float(threshold[0, 0]) for threshold in thresholds] == [0, 0]
+    one, other = initial_state(ROUTED, 0).params, initial_state(ROUTED, 1).params
+    for params in (one, other):  # thresholds and lines of predictors start alike
+        block = params["blocks"]["1_mod"]
+        assert not np.any(block.pop("threshold"))
+        np.testing.assert_array_equal(block["predictor"].pop("line"), [[1, 0]])
     for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
         assert np.all(np.asarray(a) == 1) or not np.array_equal(a, b)

@@ -1,0 +1,131 @@
+"""What training does with routers: predictors apart, thresholds measured, capacity scheduled."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from modjax import flops
+from modjax.config import Execution, MoDConfig
+from modjax.training import loop, programs
+from tests.training.tiny import (
+    QUICK,
+    initial_state,
+    model,
+    one_device_step,
+    random_batch,
+    run_spec,
+    train_config,
+)
+
+PREDICTED = model(mod=MoDConfig(capacity=0.25, predictor_weight=1.0))
+
+
+def three_steps(config, drop=()):
+    """Parameters before and after, and each step's metrics, under clipping that is active."""
+    train = train_config(clip_norm=0.05, warmup_steps=0)
+    step = one_device_step(config, train)
+    state = initial_state(PREDICTED)
+    for name in drop:
+        del state.params["blocks"]["1_mod"][name]
+        for moments in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")):
+            if hasattr(moments, "mu"):
+                for tree in (moments.mu, moments.nu):
+                    del tree["blocks"]["1_mod"][name]
+    before = jax.device_get(state.params)
+    metrics = []
+    for seed in range(3):
+        state, found = step(state, random_batch(seed, 8, 32))
+        metrics.append(jax.device_get(found))
+    return before, jax.device_get(state.params), metrics
+
+
+@pytest.fixture(scope="module")
+def predicted():
+    return three_steps(PREDICTED)
+
+
+def test_training_a_predictor_changes_nothing_else(predicted):
+    before, with_predictor, metrics = predicted
+    _, without, plain = three_steps(model(), drop=["predictor"])
+    for ours, theirs in zip(metrics, plain, strict=True):
+        assert ours["grad_norm"] > 0.05, "clipping is active"
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
+    with_predictor["blocks"]["1_mod"] = dict(with_predictor["blocks"]["1_mod"])
+    trained = with_predictor["blocks"]["1_mod"].pop("predictor")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), with_predictor, without
+    )
+    for name, value in before["blocks"]["1_mod"]["predictor"].items():
+        assert np.all(value != trained[name])
+
+
+def test_a_threshold_is_the_mean_of_the_kth_scores_so_far(predicted):
+    _, after, metrics = predicted
+    kth = [np.sort(found["aux"]["1_mod"]["scores_BL"][0], axis=1)[:, -8] for found in metrics]
+    for found, expected in zip(metrics, kth, strict=True):
+        np.testing.assert_allclose(found["aux"]["1_mod"]["kth_B"][0], expected, rtol=1e-6)
+    threshold = after["blocks"]["1_mod"]["threshold"]
+    np.testing.assert_allclose(threshold, [[np.mean(kth)]], rtol=1e-5)
+
+
+# One routed block of 32 positions, in two stages of two steps before its own capacity, a quarter.
+SELECTED = (32, 32, 16, 16, 8, 8)
+
+
+def train_flops(k):
+    """Of one sequence: the block of `run_spec` on k of 32 positions, its router and predictor."""
+    forward = 2 * k * (4 * 16 * 16 + 2 * 16 * 32) + 4 * k * k * 16 + 2 * 32 * 16 * (1 + 260)
+    predictor = 2 * 32 * 4 * (16 + 1)  # its input takes no gradient
+    return 3 * forward + 2 * predictor
+
+
+@pytest.fixture
+def quick_stages(monkeypatch):
+    """Fewer stages, and compiled quickly: each runs twice."""
+    for module in (flops, programs, loop):
+        monkeypatch.setattr(module, "CAPACITY_STAGES", 2)
+    lower = programs.lower_train_step
+
+    def lower_quickly(*args):
+        lowered = lower(*args)
+        return SimpleNamespace(out_info=lowered.out_info, compile=lambda: lowered.compile(QUICK))
+
+    monkeypatch.setattr(programs, "lower_train_step", lower_quickly)
+
+
+def test_a_run_goes_through_its_capacity_schedule_and_counts_it(
+    quick_stages, tiny_data_dir, tmp_path
+):
+    spec = run_spec(
+        pattern=("mod",), num_layers=1, mod=PREDICTED.mod, steps=6, capacity_steps=4,
+        eval_sequences=8,
+    )  # fmt: skip
+    record = loop.train(
+        spec, Execution(data=1, log_every=1), run_dir=tmp_path, data_dir=tiny_data_dir
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    *steps, evaluation = lines
+    assert [line["router/capacity"] for line in steps] == [k / 32 for k in SELECTED]
+    spent = np.cumsum([8 * train_flops(k) for k in SELECTED])
+    assert [line["train_flops"] for line in steps] == spent.tolist()
+    assert record.train_flops == spent[-1]
+    assert all(
+        line["loss/predictor"] > 0 and "predictor/accuracy/0_mod.0" in line for line in steps
+    )
+
+    # It is evaluated at its own capacity, and by the predictor.
+    assert record.causal_routing == "predictor"
+    assert record.causal_loss == pytest.approx(record.eval_loss + record.causal_difference)
+    block = {
+        name: evaluation[f"eval_predictor/{name}/0_mod.0"]
+        for name in ("accuracy", "capacity", "overflow")
+    }
+    assert block["overflow"] == 0 and 0 < block["accuracy"] < 1
+    assert (record.causal_accuracy, record.causal_capacity) == (
+        block["accuracy"], block["capacity"],
+    )  # fmt: skip
+    assert evaluation["eval_causal_loss"] == record.causal_loss
