@@ -177,7 +177,7 @@ def test_the_best_causal_routing_is_the_default():
     assert chosen("router", mod=learned) == "router"
     assert chosen(mod=dataclasses.replace(learned, predictor_weight=0.0)) == "router"
     assert chosen(mod=MoDConfig()) == "threshold"
-    assert chosen(pattern=("dense", "positional")) == "predictor", "its own rule"
+    assert chosen(pattern=("dense", "positional")) == "router", "its own rule"
     assert chosen(pattern=("dense",)) in ("router", "predictor", "threshold")
     with pytest.raises(InputError, match=r"has not learned .* model.mod.predictor_weight > 0"):
         chosen(pattern=("dense", "attention"))
