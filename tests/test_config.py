@@ -26,6 +26,11 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
         (MoDConfig, {}, "capacity", 0.0, "model.mod.capacity = 0.0: must be in (0, 1]"),
         (MoDConfig, {}, "capacity", 1.5, "model.mod.capacity = 1.5: must be in (0, 1]"),
         (MoDConfig, {}, "weight", "relu", "model.mod.weight = 'relu': must be one of linear"),
+        (MoDConfig, {}, "slack", 0.9, "model.mod.slack = 0.9: must be 1 or more"),
+        *(
+            (MoDConfig, {}, f"{name}_weight", -0.1, f"model.mod.{name}_weight = -0.1: must be 0 or")
+            for name in ("auxiliary", "predictor", "balance", "z")
+        ),
         (MoDConfig, {}, "residual", "x", "model.mod.residual = 'x': must be one of delta"),
         (ModelConfig, MODEL, "d_model", 15, "model.d_model = 15: must be a multiple of"),
         (ModelConfig, MODEL, "num_heads", 16, "model.num_heads = 16: must leave an even head"),
@@ -36,10 +41,14 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
         (ModelConfig, MODEL, "pattern", ("dense:0.5",), "for routed blocks only"),
         (ModelConfig, MODEL, "pattern", ("mod",) * 3, "model.num_layers = 4: must be a multiple"),
         (ModelConfig, MODEL, "pattern", (), "model.pattern = (): must name a block"),
+        (ModelConfig, MODEL, "pattern", ("attention",), "the dense block that must come right"),
+        (ModelConfig, MODEL, "pattern", ("mod", "attention"), "('mod', 'attention'): an attention"),
         (ModelConfig, MODEL, "dtype", "int8", "model.dtype = 'int8': must be one of float32"),
         (ModelConfig, MODEL, "d_ff", 0, "model.d_ff = 0: must be greater than 0"),
         (TrainConfig, TRAIN, "accumulation", 3, "train.accumulation = 3: must divide"),
         (TrainConfig, TRAIN, "warmup_steps", 11, "train.warmup_steps = 11: must be between"),
+        (TrainConfig, TRAIN, "capacity_steps", 11, "capacity_steps = 11: must be between 0 and"),
+        (TrainConfig, TRAIN, "capacity_steps", -1, "capacity_steps = -1: must be between 0 and"),
         (TrainConfig, TRAIN, "b2", 1.0, "train.b2 = 1.0: must be in [0, 1)"),
         (TrainConfig, TRAIN, "learning_rate", -1.0, "train.learning_rate = -1.0: must be greater"),
         (DataConfig, {}, "max_epochs", 0.0, "data.max_epochs = 0.0: must be greater than 0"),
@@ -95,3 +104,76 @@ def test_a_pattern_gives_each_slot_its_capacity():
         Slot("dense", 1.0, 1.0), Slot("mod", 0.125, 0.125), Slot("dense", 1.0, 1.0),
         Slot("mod", 0.5, 0.5),
     )  # fmt: skip
+
+
+def test_a_threshold_block_has_room_for_its_slack_and_never_for_more_than_all():
+    mod = MoDConfig(capacity=0.5, slack=1.5)
+    model = ModelConfig(**MODEL | {"pattern": ("threshold", "threshold:0.8", "mod"), "mod": mod,
+                                   "num_layers": 3})  # fmt: skip
+    assert model.slots == (
+        Slot("threshold", 0.5, 0.75), Slot("threshold", 0.8, 1.0), Slot("mod", 0.5, 0.5),
+    )  # fmt: skip
+
+
+def routed(*pattern, **mod):
+    return ModelConfig(**MODEL | {"pattern": pattern, "mod": MoDConfig(**mod)})
+
+
+WHAT_EACH_CAN = [
+    (("mod",), {}, ("top_k", "threshold")),
+    (("mod",), {"auxiliary_weight": 0.1}, ("top_k", "threshold", "router")),
+    (("mod",), {"predictor_weight": 0.1}, ("top_k", "threshold", "predictor")),
+    # The auxiliary loss teaches expert choice only.
+    (("stochastic",), {"auxiliary_weight": 0.1}, ("top_k", "threshold")),
+    (("learned_position",), {"predictor_weight": 1.0}, ("top_k", "threshold", "predictor")),
+    (("dense", "attention"), {}, ("top_k",)),
+    (("dense", "attention"), {"predictor_weight": 1.0}, ("top_k", "predictor")),
+    # Rules of their own, which need no lesson.
+    (("positional",), {}, ("top_k", "threshold", "router")),
+    (("token_choice",), {}, ("top_k", "threshold", "router")),
+    (("token_choice",), {"predictor_weight": 1.0}, ("top_k", "threshold", "router", "predictor")),
+    (("threshold",), {}, ("top_k", "threshold")),
+]
+
+
+@pytest.mark.parametrize("pattern, mod, can", WHAT_EACH_CAN)
+def test_a_routing_that_a_block_has_not_learned_is_refused_with_those_it_has(pattern, mod, can):
+    model = routed(*pattern, **mod)
+    for routing in ("top_k", "router", "predictor", "threshold"):
+        if routing in can:
+            model.check_routing(routing, "routing")
+            continue
+        with pytest.raises(InputError) as caught:
+            model.check_routing(routing, "routing")
+        message = str(caught.value)
+        assert message.startswith(f"routing = '{routing}': {pattern[-1]} blocks")
+        assert f"can select by {', '.join(can)};" in message and "\n" not in message
+        assert "predictor_weight" in message and "auxiliary_weight" in message
+
+
+def test_an_unknown_routing_is_refused_with_those_known():
+    for model in (routed("mod"), ModelConfig(**MODEL)):
+        with pytest.raises(InputError) as caught:
+            model.check_routing("best", "--routing")
+        assert str(caught.value) == (
+            "--routing = 'best': must be one of top_k, router, predictor, threshold"
+        )
+
+
+@pytest.mark.parametrize(
+    "pattern, mod, best",
+    [
+        (("dense",), {}, None),
+        (("mod",), {}, "threshold"),
+        (("mod",), {"auxiliary_weight": 0.1}, "router"),
+        (("mod",), {"auxiliary_weight": 0.1, "predictor_weight": 0.1}, "predictor"),
+        (("positional", "token_choice"), {}, "router"),
+        (("positional", "threshold"), {}, "threshold"),
+        (("dense", "attention"), {}, None),
+        (("mod", "stochastic"), {"auxiliary_weight": 0.1}, "threshold"),
+        (("dense", "attention", "dense", "mod"), {"auxiliary_weight": 0.1}, None),
+        (("dense", "attention", "dense", "mod"), {"predictor_weight": 0.1}, "predictor"),
+    ],
+)
+def test_the_best_causal_routing_is_one_that_every_block_has_learned(pattern, mod, best):
+    assert routed(*pattern, **mod).causal_routing() == best

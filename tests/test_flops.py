@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import MoDConfig, ModelConfig
+from modjax.config import MoDConfig, ModelConfig, TrainConfig
 from modjax.flops import (
+    CAPACITY_STAGES,
+    at_stage,
     forward_flops,
     parameters,
+    run_flops,
     selected_tokens,
     six_nd,
+    stage_of_step,
     total_flops,
     train_flops,
 )
 from modjax.nn import Transformer
 
+QUICK = {"xla_backend_optimization_level": "0"}
 # Chinchilla (arXiv 2203.15556) Table A9 shapes: d_model, d_ff, heads, layers, and the ratio of
 # their FLOPs to 6 N D in Table A4.
 CHINCHILLA = [
@@ -42,17 +47,30 @@ def test_chinchilla_table_a4_is_reproduced_without_embedding_and_logits(
     assert as_printed > published + 0.03
 
 
-@pytest.mark.parametrize("pattern", [("dense",), ("dense", "mod"), ("mod",)])
-@pytest.mark.parametrize("mlp, kv_heads", [("gelu", 8), ("swiglu", 2)])
-def test_matrix_products_agree_with_what_xla_counts(pattern, mlp, kv_heads):
+PATTERNS = [("dense",), ("dense", "mod"), ("mod",)]
+CASES = [
+    *((pattern, "gelu", 8, 0.0) for pattern in PATTERNS),
+    *((pattern, "swiglu", 2, 0.0) for pattern in PATTERNS),
+    (("token_choice", "threshold"), "gelu", 8, 1.0),
+    (("dense", "attention"), "gelu", 8, 1.0),
+]
+
+
+@pytest.mark.parametrize("pattern, mlp, kv_heads, predictor_weight", CASES)
+def test_matrix_products_agree_with_what_xla_counts(pattern, mlp, kv_heads, predictor_weight):
     # Elementwise work is a share of about 1/d of XLA's count: a wide model isolates the products.
     # 128 positions are one query chunk, in which attention skips no future keys.
-    config = ModelConfig(1024, 768, 2, 8, kv_heads, 3072, mlp=mlp, pattern=pattern)
+    config = ModelConfig(1024, 768, 2, 8, kv_heads, 3072, mlp=mlp, pattern=pattern,
+                         mod=MoDConfig(predictor_weight=predictor_weight))  # fmt: skip
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), layer_loop="unroll"))
     graphdef, params = nnx.split(model)
-    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)[0])
+
+    def forward(params, tokens):
+        logits, aux = nnx.merge(graphdef, params)(tokens)
+        return logits, [slot.get("predictor_BL") for slot in aux.values()]
+
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
-    counted = forward.lower(params, tokens).compile().cost_analysis()["flops"]
+    counted = jax.jit(forward).lower(params, tokens).compile(QUICK).cost_analysis()["flops"]
     assert 2 * total_flops(forward_flops(config, 128)) == pytest.approx(counted, rel=0.02)
 
 
@@ -72,6 +90,55 @@ def test_components_of_a_small_model_equal_a_count_by_hand():
         "logits": 2 * 8 * 10 * 4,
     }
     assert train_flops(model, 8, 5) == 15 * (sum(got.values()) - got["embedding"] - got["softmax"])
+
+
+def test_routers_and_predictors_of_every_kind_equal_a_count_by_hand():
+    pattern = ("dense", "attention", "token_choice", "threshold")
+    mod = MoDConfig(capacity=0.25, slack=1.5, predictor_weight=1.0)
+    model = ModelConfig(10, 8, 8, 2, 2, 6, pattern=pattern, mod=mod)
+    got = forward_flops(model, 8)  # 8, 2 and 2 tokens, and 3 where there is room for 1.5 times 2
+    assert got["mlp"] == 2 * 2 * (8 + 2 + 2 + 3) * 2 * 8 * 6
+    assert got["scores"] == 2 * 2 * (64 + 4 + 4 + 9) * 8
+    assert got["router"] == 2 * 2 * 8 * 8 * (0 + 2 + 1)
+    assert got["predictor"] == 2 * 3 * 2 * 8 * (8 * 2 + 2)  # 8 -> 2 -> 1
+    # Its input takes no gradient: one backward product, not two.
+    others = sum(got.values()) - got["embedding"] - got["softmax"] - got["predictor"]
+    assert train_flops(model, 8, 5) == 5 * (3 * others + 2 * got["predictor"])
+    counts = parameters(model)
+    assert counts["router"] == 2 * 8 * (0 + 2 + 1)
+    assert counts["predictor"] == 2 * 3 * (8 * 2 + 2 + 2)
+    plain = parameters(ModelConfig(10, 8, 8, 2, 2, 6, pattern=("dense",)))
+    assert counts["total"] == plain["total"] + counts["router"] + counts["predictor"]
+
+
+def test_a_capacity_schedule_shrinks_in_stages_of_equal_length_and_equal_ratio():
+    model = ModelConfig(10, 4, 2, 2, 1, 6, pattern=("dense", "mod:0.0625"))
+    stages = [at_stage(model, stage).slots[1].capacity for stage in range(CAPACITY_STAGES + 1)]
+    assert stages == pytest.approx([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16])
+    assert at_stage(model, CAPACITY_STAGES) is model
+    assert at_stage(model, 1).slots[0] == model.slots[0]
+    train = TrainConfig(2, 32, 12, 1e-3, 0, capacity_steps=8)
+    assert [stage_of_step(train, step) for step in range(1, 13)] == [
+        0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4
+    ]  # fmt: skip
+    assert stage_of_step(TrainConfig(2, 32, 12, 1e-3, 0), 1) == CAPACITY_STAGES
+
+
+def test_a_scheduled_run_costs_what_its_steps_cost():
+    model = ModelConfig(10, 4, 2, 2, 1, 6, pattern=("dense", "mod:0.0625"))
+    train = TrainConfig(5, 32, 12, 1e-3, 0, capacity_steps=8)
+
+    def step(k):
+        """Forward and backward of 5 sequences: 32 tokens in the dense block, k in the routed."""
+        linear = 2 * (32 + k) * (4 * (4 + 2 + 2) + 4 * 4 + 2 * 4 * 6)
+        return 15 * (linear + 2 * 2 * (32 * 32 + k * k) * 4 + 2 * 32 * 4 + 2 * 32 * 4 * 10)
+
+    spent = 0
+    for done, k in enumerate((32, 32, 16, 16, 8, 8, 4, 4, 2, 2, 2, 2)):
+        spent += step(k)
+        assert run_flops(model, train, done + 1) == spent
+    assert run_flops(model, train, 0) == 0
+    assert run_flops(model, TrainConfig(5, 32, 12, 1e-3, 0), 12) == 12 * step(2)
 
 
 def test_every_other_block_at_an_eighth_needs_nine_sixteenths_of_the_linear_flops():
@@ -118,8 +185,7 @@ def test_capacity_selects_the_same_number_of_tokens_as_the_model():
         aux = nnx.merge(graphdef, params)(tokens)[1]
         return [aux[f"{i}_mod"]["selected_BL"].sum(axis=-1) for i in range(len(pattern))]
 
-    quick = {"xla_backend_optimization_level": "0"}
-    counts = jax.jit(selected, compiler_options=quick)(params, rng.integers(0, 10, (2, 24)))
+    counts = jax.jit(selected, compiler_options=QUICK)(params, rng.integers(0, 10, (2, 24)))
     in_the_model = [count.tolist() for count in counts]
     assert in_the_model == [[[selected_tokens(c, 24)] * 2] for c in capacities]
     assert [selected_tokens(c, 24) for c in capacities] == [7, 8, 1, 24]
