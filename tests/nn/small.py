@@ -27,7 +27,7 @@ KINDS = {
         "dense", "mod", "stochastic", "positional", "learned_position", "token_choice",
         "threshold",
     ),
-    "router": ("dense", "mod", "positional", "token_choice", "threshold"),
+    "router": ("dense", "mod", "positional", "token_choice"),
 }  # fmt: skip
 
 
