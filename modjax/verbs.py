@@ -178,7 +178,11 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
     os.environ.update(compilation_cache())
     import jax
 
-    jax.distributed.initialize()
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise InputError("--distributed", True, "no cluster was found, see launch/README.md: "
+                         f"{str(error).splitlines()[0]}") from error  # fmt: skip
     from modjax.training.loop import Preempted
     from modjax.training.loop import train as train_run
 
