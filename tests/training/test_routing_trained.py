@@ -1,5 +1,6 @@
 """What training does with routers: predictors apart, thresholds measured, capacity scheduled."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ from tests.training.tiny import (
     train_config,
 )
 
-PREDICTED = model(mod=MoDConfig(capacity=0.25, predictor_weight=1.0))
+ROUTED = model(pattern=("mod",), num_layers=1)
+PREDICTED = dataclasses.replace(ROUTED, mod=MoDConfig(capacity=0.25, predictor_weight=1.0))
 
 
 def three_steps(config, drop=()):
@@ -29,11 +31,11 @@ def three_steps(config, drop=()):
     step = one_device_step(config, train)
     state = initial_state(PREDICTED)
     for name in drop:
-        del state.params["blocks"]["1_mod"][name]
+        del state.params["blocks"]["0_mod"][name]
         for moments in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")):
             if hasattr(moments, "mu"):
                 for tree in (moments.mu, moments.nu):
-                    del tree["blocks"]["1_mod"][name]
+                    del tree["blocks"]["0_mod"][name]
     before = jax.device_get(state.params)
     metrics = []
     for seed in range(3):
@@ -49,26 +51,26 @@ def predicted():
 
 def test_training_a_predictor_changes_nothing_else(predicted):
     before, with_predictor, metrics = predicted
-    _, without, plain = three_steps(model(), drop=["predictor"])
+    _, without, plain = three_steps(ROUTED, drop=["predictor"])
     for ours, theirs in zip(metrics, plain, strict=True):
         assert ours["grad_norm"] > 0.05, "clipping is active"
         for name in ("loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
-    with_predictor["blocks"]["1_mod"] = dict(with_predictor["blocks"]["1_mod"])
-    trained = with_predictor["blocks"]["1_mod"].pop("predictor")
+    with_predictor["blocks"]["0_mod"] = dict(with_predictor["blocks"]["0_mod"])
+    trained = with_predictor["blocks"]["0_mod"].pop("predictor")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), with_predictor, without
     )
-    for name, value in before["blocks"]["1_mod"]["predictor"].items():
+    for name, value in before["blocks"]["0_mod"]["predictor"].items():
         assert np.all(value != trained[name])
 
 
 def test_a_threshold_is_the_mean_of_the_kth_scores_so_far(predicted):
     _, after, metrics = predicted
-    kth = [np.sort(found["aux"]["1_mod"]["scores_BL"][0], axis=1)[:, -8] for found in metrics]
+    kth = [np.sort(found["aux"]["0_mod"]["scores_BL"][0], axis=1)[:, -8] for found in metrics]
     for found, expected in zip(metrics, kth, strict=True):
-        np.testing.assert_allclose(found["aux"]["1_mod"]["kth_B"][0], expected, rtol=1e-6)
-    threshold = after["blocks"]["1_mod"]["threshold"]
+        np.testing.assert_allclose(found["aux"]["0_mod"]["kth_B"][0], expected, rtol=1e-6)
+    threshold = after["blocks"]["0_mod"]["threshold"]
     np.testing.assert_allclose(threshold, [[np.mean(kth)]], rtol=1e-5)
 
 
