@@ -21,7 +21,7 @@ from modjax.scaling.marks import COLOURS, MARKERS, RC
 
 HERE = Path(__file__).parent
 # The metric that follows each arm's own way to select without the future.
-ACCURACY = {"predictor": "predictor/accuracy", "auxiliary": "router/accuracy"}
+ACCURACY = {"predictor": "predictor/accuracy", "auxiliary": "auxiliary/accuracy"}
 
 
 def accuracy_curve(folder: Path, metric: str) -> tuple[list[float], list[float]]:

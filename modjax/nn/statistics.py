@@ -66,9 +66,8 @@ def routing_statistics(aux: Aux, valid_BL: jax.Array | None = None) -> dict[str,
         losses_GB = [slot["losses"][name] for slot in aux.values() if name in slot["losses"]]
         total = sum(jnp.sum(jnp.mean(loss_GB, axis=1)) for loss_GB in losses_GB)
         statistics[f"loss/{name}"] = jnp.asarray(total)
-    for method, logits in (("predictor", _predictor_logits), ("router", _router_logits)):
-        found = _foresight(method, {k: logits(v) for k, v in aux.items()}, aux, valid_BL)
-        statistics = found | statistics  # router/capacity is what was processed
+    for method, logits in (("predictor", _predictor_logits), ("auxiliary", _auxiliary_logits)):
+        statistics |= _foresight(method, {k: logits(v) for k, v in aux.items()}, aux, valid_BL)
     return statistics
 
 
@@ -76,7 +75,7 @@ def _predictor_logits(slot: dict[str, Any]) -> jax.Array | None:
     return slot.get("predictor_BL")
 
 
-def _router_logits(slot: dict[str, Any]) -> jax.Array | None:
+def _auxiliary_logits(slot: dict[str, Any]) -> jax.Array | None:
     return slot["scores_BL"] if "auxiliary" in slot["losses"] else None
 
 

@@ -59,7 +59,9 @@ def described():
     return aux, valid_BL, {name: float(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("method, logits", [("predictor", "predictor_BL"), ("router", "scores_BL")])
+@pytest.mark.parametrize(
+    "method, logits", [("predictor", "predictor_BL"), ("auxiliary", "scores_BL")]
+)
 def test_foresight_is_counted_per_block_and_averaged_over_valid_positions(
     described, method, logits
 ):
@@ -78,8 +80,6 @@ def test_foresight_is_counted_per_block_and_averaged_over_valid_positions(
         for name, value in expected.items():
             assert got[f"{method}/{name}/{block}"] == pytest.approx(value, rel=1e-5)
             means[name].append(value)
-    if method == "router":
-        del means["capacity"]  # router/capacity tells what was processed
     for name, values in means.items():
         assert got[f"{method}/{name}"] == pytest.approx(np.mean(values), rel=1e-5)
 
@@ -111,4 +111,4 @@ def test_nothing_is_said_of_methods_that_were_not_taught():
         "k_B": jnp.ones((1, 2), int), "losses": {},
     }  # fmt: skip
     names = routing_statistics({"0_mod": slot}).keys()
-    assert not any(name.startswith(("predictor/", "router/accuracy", "loss/")) for name in names)
+    assert not any(name.startswith(("predictor/", "auxiliary/", "loss/")) for name in names)
