@@ -38,7 +38,8 @@ def compile_for_tpu(config: ModelConfig):
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         batch = abstract_batch(mesh, TRAIN.batch_size, TRAIN.seq_len)
-        return jitted.lower(state, batch, make_schedule(TRAIN)).compile()
+        schedule = jax.eval_shape(lambda: make_schedule(TRAIN))
+        return jitted.lower(state, batch, schedule).compile()
 
 
 @pytest.mark.slow
