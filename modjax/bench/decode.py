@@ -5,8 +5,8 @@ so that random weights route as often as a trained model does.
 """
 
 import dataclasses
+import functools
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -42,15 +42,13 @@ def measure() -> list[Row]:
     models = {"dense": split(DENSE), "mod": calibrated(split(MOD))}
     seconds, routed = {}, 0.0
     for batch in (1, 16):
-        steps = {}
-        for name, (graphdef, params) in models.items():
-            state = start(graphdef, params, batch)
-            steps[name] = decoding(graphdef, params, state)
-            if name == "mod" and batch == 16:
-                depths_BN = resume(graphdef, params, copy(state), max_new_tokens=NEW,
-                                   sampling=Sampling()).depths_BN  # fmt: skip
-                routed = float(jnp.mean(depths_BN)) / (MOD.num_layers // 2)
-        seconds[batch] = timed(steps)
+        states = {name: start(*model, batch) for name, model in models.items()}
+        steps = {name: functools.partial(draw, *model) for name, model in models.items()}
+        if batch == 16:
+            depths_BN = draw(*models["mod"], copy(states["mod"]))
+            routed = float(jnp.mean(depths_BN)) / (MOD.num_layers // 2)
+        inputs = {name: functools.partial(copy, state) for name, state in states.items()}
+        seconds[batch] = interleaved(steps, inputs=inputs)
         rates = {
             name: round(NEW * batch / statistics.median(found), 1)
             for name, found in seconds[batch].items()
@@ -101,33 +99,13 @@ def start(graphdef: Any, params: Any, batch: int) -> State:
 
 
 def copy(state: State) -> State:
-    return jax.tree.map(jnp.copy, state)
+    return jax.block_until_ready(jax.tree.map(jnp.copy, state))
 
 
-def decoding(graphdef: Any, params: Any, state: State) -> Any:
-    """A function of a state that is used up: draws NEW tokens, and waits for them."""
-
-    def prepare():
-        return jax.block_until_ready(copy(state))
-
-    def step(ready):
-        found = resume(graphdef, params, ready, max_new_tokens=NEW, sampling=Sampling())
-        jax.block_until_ready(found.tokens_BN)
-
-    return prepare, step
-
-
-def timed(steps: dict[str, Any], rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of each step without its preparation, taken in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(rounds + 1):
-        for name, (prepare, step) in steps.items():
-            ready = prepare()
-            began = time.perf_counter()
-            step(ready)
-            if index >= 1:  # warm-up
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+def draw(graphdef: Any, params: Any, state: State) -> jax.Array:
+    """Draws NEW tokens, using the state up, and waits for them; returns their depths."""
+    found = resume(graphdef, params, state, max_new_tokens=NEW, sampling=Sampling())
+    return jax.block_until_ready(found.depths_BN)
 
 
 def reading(params: Any) -> Any:

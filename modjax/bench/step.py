@@ -6,7 +6,8 @@ d 256, 8 layers, 4 heads, 512 positions, batch 8, AdamW, the sizes of the projec
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -58,13 +59,21 @@ def measure() -> list[Row]:
     return [*rows, dataclasses.replace(ROWS[2], why=why)]
 
 
-def interleaved(steps: dict[str, Step], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of each step, all taken in turn, so that drift of the machine hits all alike."""
+def interleaved(
+    steps: Mapping[str, Callable[..., Any]],
+    rounds: int = ROUNDS,
+    inputs: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
+) -> dict[str, list[float]]:
+    """Seconds of each step, all taken in turn, so that drift of the machine hits all alike.
+
+    inputs: name -> makes what that step uses up, outside the time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 2):
         for name, step in steps.items():
+            arguments = (inputs[name](),) if name in inputs else ()
             start = time.perf_counter()
-            step()
+            step(*arguments)
             if index >= 2:  # warm-up
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -88,11 +97,11 @@ def jax_step(config: ModelConfig, tokens: np.ndarray) -> Step:
     with jax.set_mesh(mesh):
         state = init_state(mesh, model, TRAIN)
         train_step = lower_train_step(mesh, model, TRAIN).compile()
-        placed = put_batch(batch, mesh)
+        placed, schedule = put_batch(batch, mesh), make_schedule(TRAIN)
 
     def step():
         nonlocal state
-        state, metrics = train_step(state, placed, make_schedule(TRAIN))
+        state, metrics = train_step(state, placed, schedule)
         jax.block_until_ready((state, metrics))
 
     return step
