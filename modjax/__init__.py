@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         RunSpec,
         TrainConfig,
     )
-    from modjax.decoding.generate import Sampling, generate, resume
+    from modjax.decoding.generate import Sampling, extend, generate, resume
     from modjax.nn import DenseBlock, MoDBlock, Transformer, expert_choice
 
 __version__ = "0.1.0"
@@ -35,13 +35,14 @@ __all__ = [
     "TrainConfig",
     "Transformer",
     "expert_choice",
+    "extend",
     "flops",
     "generate",
     "resume",
 ]
 _FROM = {
     "modjax.nn": ("DenseBlock", "MoDBlock", "Transformer", "expert_choice"),
-    "modjax.decoding.generate": ("Sampling", "generate", "resume"),
+    "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
 }
 
 

@@ -111,6 +111,10 @@ def generate(
         routing in ROUTINGS and routing != "top_k", "routing", routing,
         f"must be one of {', '.join(ROUTINGS[1:])}; top_k looks at tokens not yet drawn",
     )  # fmt: skip
+    require(0 <= seed < 2**32, "seed", seed, "must be 0 or more, and below 2**32")
+    require(
+        slack is None or 0 < slack < math.inf, "slack", slack, "must be greater than 0, or None"
+    )
     require(() not in stop, "stop", (), "is empty: give at least one token")
     _require_fits(longest, max_new_tokens, room)
     require(length <= room, "tokens_BL", length, f"is wider than max_length = {room}")
@@ -148,6 +152,27 @@ def resume(
     _require_fits(used, max_new_tokens, state.max_length)
     tokens_BN, depths_BN, state = _loop(model, params, state, max_new_tokens, sampling)
     return Generated(tokens_BN, depths_BN, None, state)
+
+
+def extend(model: Any, params: Any, state: State, tokens_BL: Any, lengths_B: Any = None) -> State:
+    """Reads more text into a state: the next turn of a conversation, which `resume` answers.
+
+    Row b takes lengths_B[b] >= 0 tokens (None: all), one at a time, and goes on where it had
+    stopped; a row that takes none stays as it is. Takes the state's arrays over.
+    Raises InputError where the tokens do not fit the caches, before compiling.
+    """
+    tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
+    batch, length = tokens_BL.shape
+    rows = state.done_B.shape[0]
+    require(batch == rows, "tokens_BL", batch, f"must have a row for each of the state's {rows}")
+    lengths_B = np.full(batch, length) if lengths_B is None else np.asarray(lengths_B)
+    least, most = int(lengths_B.min()), int(lengths_B.max())
+    require(least >= 0, "lengths_B", least, "must be 0 or more")
+    require(most <= length, "lengths_B", most, f"must be at most their width, {length}")
+    used_B = np.asarray(state.cache.positions_B)
+    row = int(np.argmax(used_B + lengths_B))
+    _require_fits(int(used_B[row]), int(lengths_B[row]), state.max_length)
+    return _read(model, params, state, tokens_BL, jnp.asarray(lengths_B, jnp.int32))
 
 
 def _require_fits(used: int, more: int, max_length: int) -> None:
@@ -193,6 +218,25 @@ def _loop(model, params, state, new, sampling):
     start = (jnp.int32(0), nothing, jnp.full_like(nothing, -1), state)
     _, tokens_BN, depths_BN, state = jax.lax.while_loop(more, draw, start)
     return tokens_BN, depths_BN, state
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _read(model, params, state, tokens_BL, lengths_B):
+    step = nnx.merge(model, params).decoder(routing=state.routing, key=state.key)
+
+    def read(i, carry):
+        logits_BV, cache = carry
+        active_B = i < lengths_B
+        new_BV, cache, _ = step(jnp.where(active_B, tokens_BL[:, i], PAD), active_B, cache)
+        return jnp.where(active_B[:, None], new_BV, logits_BV), cache
+
+    carry = (state.logits_BV, state.cache)
+    logits_BV, cache = jax.lax.fori_loop(0, jnp.max(lengths_B), read, carry)
+    recent_BW = jnp.where(lengths_B[:, None] > 0, -1, state.recent_BW)  # no stop spans two turns
+    done_B = state.done_B & (lengths_B == 0)
+    return dataclasses.replace(
+        state, logits_BV=logits_BV, cache=cache, done_B=done_B, recent_BW=recent_BW
+    )
 
 
 def draw_tokens(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

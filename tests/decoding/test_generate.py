@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from modjax.config import InputError, MoDConfig, ModelConfig
-from modjax.decoding.generate import Sampling, draw_tokens, generate, resume
+from modjax.decoding.generate import Sampling, draw_tokens, extend, generate, resume
 from tests.nn.small import QUICK, random_model
 
 ROUTED = ModelConfig(
@@ -44,8 +44,8 @@ def run(routing, **options):
 
 
 @functools.cache
-def naive(routing):
-    """Greedy tokens, and the depth of every position, from full forward passes."""
+def forward(routing):
+    """Logits and depths of whole sequences: (tokens_BL, lengths_B) -> (logits_BLV, depth_BL)."""
     graphdef, params = random_model(MODELS[routing])
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -57,12 +57,24 @@ def naive(routing):
         depth_BL = sum((jnp.sum(x, axis=0) for x in selected), jnp.zeros(tokens_BL.shape, int))
         return logits_BLV, depth_BL
 
-    tokens_BL, rows = np.zeros((3, MAX_LENGTH), np.int32), np.arange(3)
+    return functools.partial(forward, params)
+
+
+def grow(routing, tokens_BL, lengths_B, new):
+    """Writes `new` greedy tokens after the first lengths_B of each row."""
+    rows = np.arange(len(tokens_BL))
+    for n in range(new):
+        logits_BLV, _ = forward(routing)(tokens_BL, lengths_B + n)
+        tokens_BL[rows, lengths_B + n] = np.argmax(logits_BLV[rows, lengths_B + n - 1], axis=1)
+
+
+@functools.cache
+def naive(routing):
+    """Greedy tokens, and the depth of every position, from full forward passes."""
+    tokens_BL = np.zeros((3, MAX_LENGTH), np.int32)
     tokens_BL[:, :4] = PROMPTS_BL
-    for n in range(NEW):
-        logits_BLV, _ = forward(params, tokens_BL, LENGTHS_B + n)
-        tokens_BL[rows, LENGTHS_B + n] = np.argmax(logits_BLV[rows, LENGTHS_B + n - 1], axis=1)
-    _, depth_BL = forward(params, tokens_BL, LENGTHS_B + NEW)
+    grow(routing, tokens_BL, LENGTHS_B, NEW)
+    _, depth_BL = forward(routing)(tokens_BL, LENGTHS_B + NEW)
     return tokens_BL, np.asarray(depth_BL)
 
 
@@ -146,6 +158,43 @@ def test_no_new_tokens_reads_the_prompt_and_resume_draws():
     np.testing.assert_array_equal(then.tokens_BN, drawn().tokens_BN)
 
 
+@pytest.mark.parametrize("routing", MODELS)
+def test_a_second_turn_equals_full_forward_passes_of_the_whole_conversation(routing):
+    model, rows = random_model(MODELS[routing]), np.arange(3)
+    turn_BL, turn_B = np.array([[7, 13, 2], [0, 0, 0], [19, 0, 0]], np.int32), np.array([3, 0, 1])
+    tokens_BL = np.zeros((3, MAX_LENGTH), np.int32)
+    tokens_BL[:, :4] = PROMPTS_BL
+    grow(routing, tokens_BL, LENGTHS_B, 2)
+    for b, count in enumerate(turn_B):
+        end = LENGTHS_B[b] + 2
+        tokens_BL[b, end : end + count] = turn_BL[b, :count]
+    grow(routing, tokens_BL, LENGTHS_B + 2 + turn_B, 3)
+
+    state = run(routing, sampling=GREEDY, max_new_tokens=2).state
+    # As if row 0 had drawn a stop sequence: the next turn opens it again.
+    state = dataclasses.replace(state, done_B=jnp.array([True, False, False]))
+    state = extend(*model, state, turn_BL, turn_B)
+    found = resume(*model, state, max_new_tokens=3, sampling=GREEDY)
+    for b in rows:
+        end = LENGTHS_B[b] + 2 + turn_B[b]
+        np.testing.assert_array_equal(found.tokens_BN[b], tokens_BL[b, end : end + 3])
+    np.testing.assert_array_equal(found.state.cache.positions_B, LENGTHS_B + turn_B + 5)
+
+
+@pytest.mark.parametrize(
+    ("tokens_BL", "lengths_B", "message"),
+    [
+        (np.zeros((2, 1), int), None, "tokens_BL = 2: must have a row for each of the state's 3"),
+        (np.zeros((3, 1), int), [1, 2, 1], "lengths_B = 2: must be at most their width, 1"),
+        (np.zeros((3, 1), int), [1, -1, 1], "lengths_B = -1: must be 0 or more"),
+        (np.zeros((3, 4), int), [0, 4, 1], "'9 tokens': with 4 new ones .* max_length = 12"),
+    ],
+)
+def test_a_turn_that_does_not_fit_is_one_line(tokens_BL, lengths_B, message):
+    with pytest.raises(InputError, match=message):
+        extend(None, None, greedy("predictor").state, tokens_BL, lengths_B)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -158,6 +207,9 @@ def test_no_new_tokens_reads_the_prompt_and_resume_draws():
         ({"routing": "both"}, "routing = 'both': must be one of router, predictor, threshold"),
         ({"max_new_tokens": -1}, "max_new_tokens = -1: must be 0 or more"),
         ({"stop": ((4,), ())}, r"stop = \(\): "),
+        ({"seed": -1}, "seed = -1: must be 0 or more"),
+        ({"seed": 2**32}, "seed = 4294967296: must be .* below"),
+        ({"slack": 0.0}, "slack = 0.0: must be greater than 0"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_compiled(options, message):
