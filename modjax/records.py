@@ -1,4 +1,4 @@
-"""One record per finished run, and the tables that are views of them."""
+"""What a run's folder holds as JSON: its spec, and one record when it has finished."""
 
 import csv
 import dataclasses
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modjax.config import InputError, from_dict, to_dict
+from modjax.config import InputError, RunSpec, from_dict, to_dict
 from modjax.files import write_atomically
 
 
@@ -73,6 +73,19 @@ def run_dir(workdir: Path, run_id: str) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that `path` holds either its old content or the whole new one."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_spec(run_dir: Path) -> RunSpec:
+    """What the run in this folder computes. Raises InputError where that cannot be read."""
+    path = run_dir / "spec.json"
+    try:
+        return from_dict(RunSpec, json.loads(path.read_text()))
+    except (OSError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            str(path), "damaged or missing",
+            f"delete it, and the same `modjax sweep` or `train` writes it again ({reason})",
+        ) from error  # fmt: skip
 
 
 def write_record(run_dir: Path, record: Record) -> None:

@@ -222,6 +222,18 @@ def test_which_run_must_be_clear_and_able(said, where, two_runs):
     one_line(said(*SAMPLE, *there, f"--run={unable}"), "--workdir", f"no checkpoint of {unable}")
 
 
+@pytest.mark.parametrize("content", [None, "{", "{}"], ids=["missing", "cut", "empty"])
+@pytest.mark.parametrize("verb", [SAMPLE, ["eval", "--routing=predictor"]], ids=lambda v: v[0])
+def test_a_run_whose_spec_is_damaged_is_named(said, where, two_runs, tmp_path, verb, content):
+    shutil.copytree(two_runs[0], tmp_path / "work")
+    spec = run_dir(tmp_path / "work", two_runs[1]) / "spec.json"
+    spec.unlink()
+    if content is not None:
+        spec.write_text(content)
+    found = said(*verb, f"--workdir={tmp_path / 'work'}", where[1])
+    one_line(found, str(spec), "damaged or missing", "writes it again")
+
+
 @pytest.mark.parametrize("verb", [SAMPLE, ["eval", "--routing=predictor"]], ids=lambda v: v[0])
 def test_a_folder_without_runs_or_data_is_named(said, where, tmp_path, verb):
     one_line(said(*verb, f"--workdir={tmp_path}", where[1]), "--workdir = ", "no finished run")

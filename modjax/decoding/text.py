@@ -47,6 +47,8 @@ def open_codec(run: Finished) -> Codec:
     require(importlib.util.find_spec("sentencepiece") is not None, "modjax sample", "sentencepiece",
             "missing package; pip install -e '.[data]'")  # fmt: skip
     model = open_store(run.cache.path).read("vocabulary.model").result()
+    require(model.state == "value", "data", str(run.cache.path),
+            "has lost its vocabulary.model: run `modjax data prepare` again")  # fmt: skip
     return Codec(bytes(model.value))
 
 

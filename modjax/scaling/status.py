@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modjax.config import RunSpec, from_dict, require
-from modjax.records import read_record, read_records, run_dir
+from modjax.config import RunSpec, require
+from modjax.records import read_record, read_records, read_spec, run_dir
 from modjax.scaling.cells import flops_per_second
 from modjax.scaling.run import is_running
 
@@ -41,7 +41,7 @@ def status(workdir: Path) -> Status:
     path = workdir / "plan.json"
     require(path.exists(), "--workdir", str(workdir), "holds no sweep: `modjax sweep` starts one")
     plan = json.loads(path.read_text())
-    specs = {run_id: _spec(run_dir(workdir, run_id)) for run_id in plan["runs"]}
+    specs = {run_id: read_spec(run_dir(workdir, run_id)) for run_id in plan["runs"]}
     runs = [_status(run_dir(workdir, run_id), spec) for run_id, spec in specs.items()]
     remaining = sum(
         specs[run.run_id].budget_flops * (1 - run.step / run.steps)
@@ -51,10 +51,6 @@ def status(workdir: Path) -> Status:
     workers = max(1, sum(run.state == "running" for run in runs))
     rate = flops_per_second(plan["config"], read_records(workdir)) * workers
     return Status(runs, remaining / rate)
-
-
-def _spec(folder: Path) -> RunSpec:
-    return from_dict(RunSpec, json.loads((folder / "spec.json").read_text()))
 
 
 def _status(folder: Path, spec: RunSpec) -> RunStatus:

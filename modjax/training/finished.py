@@ -1,15 +1,14 @@
 """A finished run, opened again: to evaluate it under another routing, or to sample from it."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from modjax.config import Execution, InputError, RunSpec, from_dict, require
+from modjax.config import Execution, InputError, RunSpec, require
 from modjax.data.cache import TokenCache, cache_dir, open_cache
-from modjax.records import read_records, run_dir
+from modjax.records import read_records, read_spec, run_dir
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.evaluate import (
     Evaluation,
@@ -41,7 +40,7 @@ def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> list[R
     routed: only those with a routed block. Raises InputError where there is none.
     """
     specs = [
-        from_dict(RunSpec, json.loads((run_dir(workdir, record.run_id) / "spec.json").read_text()))
+        read_spec(run_dir(workdir, record.run_id))
         for record in read_records(workdir)
         if record.status == "finished"
     ]

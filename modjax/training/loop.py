@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 import signal
 import threading
@@ -15,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from modjax.config import Execution, RunSpec, TrainConfig, from_dict, require, to_dict
+from modjax.config import Execution, RunSpec, TrainConfig, require, to_dict
 from modjax.data.batches import Batch, train_batch
 from modjax.data.cache import (
     TokenCache,
@@ -27,7 +26,7 @@ from modjax.data.cache import (
 )
 from modjax.data.prefetch import prefetch
 from modjax.flops import CAPACITY_STAGES
-from modjax.records import Record, read_record, write_json, write_record
+from modjax.records import Record, read_record, read_spec, write_json, write_record
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.clock import Clock, Pace
 from modjax.training.evaluate import (
@@ -263,7 +262,7 @@ def _claim(run_dir: Path, spec: RunSpec) -> None:
     """Makes the run's folder. Raises InputError where it belongs to another run."""
     path = run_dir / "spec.json"
     if path.exists():
-        run_id = from_dict(RunSpec, json.loads(path.read_text())).run_id
+        run_id = read_spec(run_dir).run_id
         require(run_id == spec.run_id, str(run_dir), run_id,
                 f"holds another run than {spec.run_id}: choose another folder, or delete "
                 "it")  # fmt: skip
