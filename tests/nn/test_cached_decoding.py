@@ -125,7 +125,7 @@ def overflows(layer):
 )
 def test_cached_decoding_equals_the_uncached_pass_for_every_router(routing, slack):
     # Exact caches are compiled for few sizes where the capacity is large.
-    mod = dataclasses.replace(MOD, capacity=0.5 if slack else 0.7)
+    mod = dataclasses.replace(MOD, capacity=0.25 if slack else 0.7)
     _, routed = check_both_ways(model_config(KINDS[routing], mod=mod), routing, slack)
     for layer in routed:
         assert 0 < layer["selected_BL"].sum() < sum(TOTALS)
