@@ -180,22 +180,27 @@ class ModelConfig:
         """Raises InputError where a model of this config has not learned to select by `routing`."""
         _require_one_of(field, routing, ROUTINGS)
         for slot in self.slots:
+            able = self._routings(slot.kind)
             require(
-                not slot.routed or routing in self._routings(slot.kind), field, routing,
-                f"{slot.kind} blocks of this model can select by "
-                f"{', '.join(self._routings(slot.kind))}; model.mod.predictor_weight and "
-                "auxiliary_weight > 0 teach more",
+                routing in able, field, routing,
+                f"{slot.kind} blocks of this model can select by {', '.join(able)}; "
+                "model.mod.predictor_weight and auxiliary_weight > 0 teach more",
             )  # fmt: skip
+
+    @property
+    def routings(self) -> tuple[str, ...]:
+        """Those of ROUTINGS that every block of this model can select by."""
+        return tuple(r for r in ROUTINGS if all(r in self._routings(s.kind) for s in self.slots))
 
     def causal_routing(self) -> str | None:
         """The best way this model has to select without the future; None for a dense model."""
-        kinds = [slot.kind for slot in self.slots if slot.routed]
-        for routing in ("predictor", "router", "threshold"):
-            if kinds and all(routing in self._routings(kind) for kind in kinds):
-                return routing
-        return None
+        routed = any(slot.routed for slot in self.slots)
+        best = (r for r in ("predictor", "router", "threshold") if routed and r in self.routings)
+        return next(best, None)
 
     def _routings(self, kind: str) -> tuple[str, ...]:
+        if kind == "dense":
+            return ROUTINGS
         own = kind in ("positional", "token_choice")  # their own rule never looks ahead
         learned = {
             # Attention received by a position comes from later ones.

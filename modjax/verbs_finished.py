@@ -8,7 +8,7 @@ import math
 import os
 from typing import Any
 
-from modjax.config import InputError, RunSpec, require
+from modjax.config import InputError, require
 from modjax.scaling.run import compilation_cache
 from modjax.verbs import print_json
 
@@ -21,7 +21,7 @@ def evaluate(args: argparse.Namespace) -> None:
     specs = choose(args.workdir, args.run, routed=True)
     _check_slack(args.slack)
     if args.run is None:  # a sweep may hold models that have not learned this routing
-        able = [spec for spec in specs if _learned(spec, args.routing)]
+        able = [spec for spec in specs if args.routing in spec.model.routings]
         specs = able or specs
     for spec in specs:
         spec.model.check_routing(args.routing, "--routing")
@@ -38,14 +38,6 @@ def evaluate(args: argparse.Namespace) -> None:
 def _check_slack(slack: float | None) -> None:
     finite = slack is None or 0 < slack < math.inf
     require(finite, "--slack", slack, "must be greater than 0, and finite")
-
-
-def _learned(spec: RunSpec, routing: str) -> bool:
-    try:
-        spec.model.check_routing(routing, "--routing")
-    except InputError:
-        return False
-    return True
 
 
 def _plain(value: Any) -> Any:

@@ -27,11 +27,14 @@ def filled(
     k_BGKH: jax.Array, v_BGKH: jax.Array, length_B: jax.Array, overflow_B: jax.Array, slots: int
 ) -> KVCache:
     """A cache of `slots` >= K slots; of the K given, row b uses the first length_B[b]."""
-    room = ((0, 0), (0, 0), (0, slots - k_BGKH.shape[2]), (0, 0))
-    return KVCache(
-        jnp.pad(k_BGKH, room), jnp.pad(v_BGKH, room), length_B.astype(jnp.int32),
-        overflow_B.astype(jnp.int32),
-    )  # fmt: skip
+    k_BGMH, v_BGMH = with_slots((k_BGKH, v_BGKH), slots)
+    return KVCache(k_BGMH, v_BGMH, length_B.astype(jnp.int32), overflow_B.astype(jnp.int32))
+
+
+def with_slots(kv_BGKH: tuple[jax.Array, jax.Array], slots: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values with empty slots after the K given."""
+    room = ((0, 0), (0, 0), (0, slots - kv_BGKH[0].shape[2]), (0, 0))
+    return jnp.pad(kv_BGKH[0], room), jnp.pad(kv_BGKH[1], room)
 
 
 def append(cache: KVCache, k_BG1H: jax.Array, v_BG1H: jax.Array, write_B: jax.Array) -> KVCache:

@@ -3,6 +3,7 @@
 Legend: B batch, L positions, K selected positions, D model width, A routed blocks, G groups.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from flax import nnx
 
 from modjax.config import MoDConfig
 from modjax.flops import selected_tokens
-from modjax.nn.cache import KVCache, append, filled, last
+from modjax.nn.cache import KVCache, append, filled, last, with_slots
 from modjax.nn.routers import At, ExpertChoice, Predictor, Ranking, masked_mean
 from modjax.nn.routing import (
     Selection,
@@ -91,11 +92,8 @@ class MoDBlock(nnx.Module):
         `inner.prefill` returns its output and its keys and values (B, G, K, H).
         """
         at = _at(x_BLD, valid_BL, key, None)
-
-        def pad(kv_BGKH):
-            room = ((0, 0), (0, 0), (0, slots - kv_BGKH[0].shape[2]), (0, 0))
-            return tuple(jnp.pad(leaf, room) for leaf in kv_BGKH)
-
+        # Every compiled size must return caches of one shape.
+        pad = functools.partial(with_slots, slots=slots)
         x_BLD, (k_BGMH, v_BGMH), aux = self._forward(
             x_BLD, per_position, at, routing, slots, self.inner.prefill, pad  # type: ignore[attr-defined]
         )  # fmt: skip
@@ -129,7 +127,7 @@ class MoDBlock(nnx.Module):
         """New x, what `run` returned beside it, through `pad`, and aux."""
         length = x_BLD.shape[1]
         ranking = self.router(x_BLD, at)
-        target, kth_B = self._training_selection(ranking, at, length)
+        target, wanted_BL, kth_B = self._training_selection(ranking, at, length)
         target_BL = selected_mask(target, length)
         aux: BlockAux = {
             "scores_BL": ranking.scores_BL,
@@ -146,9 +144,7 @@ class MoDBlock(nnx.Module):
             loss_B = _cross_entropy(aux["predictor_BL"], target_BL, at.valid_BL)
             aux["losses"]["predictor"] = self.config.predictor_weight * loss_B
         if routing == "top_k":
-            wanted_BL = self.router.wants(ranking, at, self._threshold())
-            aux["wanted_BL"] = target_BL if wanted_BL is None else _and(wanted_BL, at.valid_BL)
-            aux["selected_BL"] = target_BL
+            aux |= {"wanted_BL": wanted_BL, "selected_BL": target_BL}
             x_BLD, extra = self._process(x_BLD, per_position, target, run)
             return x_BLD, extra if pad is None else pad(extra), aux
         wanted_BL = _and(self._wanted(x_BLD, ranking, at, routing), at.valid_BL)
@@ -172,19 +168,24 @@ class MoDBlock(nnx.Module):
         return x_BLD, extra, aux
 
     def _training_selection(self, ranking: Ranking, at: At, length: int):
-        """What training selects, and each row's k-th best rank (infinite where it has fewer)."""
+        """What training selects, which positions asked to be, and each row's k-th best rank.
+
+        The rank is infinite where a row has fewer positions.
+        """
         k = selected_tokens(self.config.capacity, length)
         wanted_BL = self.router.wants(ranking, at, self._threshold())
         if wanted_BL is None:
             selection = select_top_k(ranking.ranking_BL, ranking.scores_BL, k, at.valid_BL)
             rank_BK = gather(jax.lax.stop_gradient(ranking.ranking_BL), selection.indices_BK)
-            return selection, jnp.min(jnp.where(selection.valid_BK, rank_BK, -jnp.inf), axis=1)
+            kth_B = jnp.min(jnp.where(selection.valid_BK, rank_BK, -jnp.inf), axis=1)
+            return selection, selected_mask(selection, length), kth_B
         room = selected_tokens(min(1.0, self.router.slack * self.config.capacity), length)
         wanted_BL = _and(wanted_BL, at.valid_BL)
         selection = select_first_k(wanted_BL, ranking.scores_BL, room)
         rank_BL = jax.lax.stop_gradient(ranking.ranking_BL)
         rank_BL = rank_BL if at.valid_BL is None else jnp.where(at.valid_BL, rank_BL, -jnp.inf)
-        return selection, per_sequence(lambda rank_BL: jax.lax.top_k(rank_BL, k)[0][:, -1], rank_BL)
+        kth_B = per_sequence(lambda rank_BL: jax.lax.top_k(rank_BL, k)[0][:, -1], rank_BL)
+        return selection, wanted_BL, kth_B
 
     def _wanted(self, x_BLD, ranking: Ranking, at: At, routing: str) -> jax.Array:
         """Which positions ask to be processed, each by itself: (B, L) bool."""

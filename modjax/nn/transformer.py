@@ -199,8 +199,9 @@ class Transformer(nnx.Module):
         """Reads prompts: logits (B, V) after their last token, caches, and depths_BL.
 
         tokens_BL: row b holds lengths_B[b] >= 1 tokens, and then padding.
-        max_length: of prompt and continuation. routing, slack: see the call; not "top_k". A routed
-          block's cache has room for slack * capacity * max_length tokens of a row.
+        max_length: of prompt and continuation. routing, slack: see the call; under "top_k", which
+          looks ahead, a continuation is no honest sample. A routed block's cache has room for
+          slack * capacity * max_length tokens of a row.
         depths_BL: how many routed blocks processed each position.
         """
         valid_BL = jnp.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
