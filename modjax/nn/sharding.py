@@ -43,7 +43,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
-    """function(x_BL), where each row of the result depends on the same row of x_BL only.
+    """function(x_BL), of any rank, where each row of it depends on the same row of x_BL only.
 
     Every device runs it on its own rows: some operations, like top-k, the partitioner would
     otherwise run on the gathered batch.
@@ -51,7 +51,7 @@ def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) ->
     mesh = jax.sharding.get_abstract_mesh()
     if not _is_ours(mesh) or mesh.size == 1:
         return function(x_BL)
-    spec = partition_spec(("batch", "length"))
+    spec = partition_spec(("batch",))
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(x_BL)
 
 

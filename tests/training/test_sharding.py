@@ -141,6 +141,15 @@ def test_constrain_and_per_sequence_leave_foreign_meshes_alone():
         np.testing.assert_array_equal(per_sequence(jnp.negative, x_BL), -x_BL)
 
 
+def test_per_sequence_takes_functions_that_return_any_rank():
+    x_BL = np.random.default_rng(0).normal(0, 1, (8, 5)).astype(np.float32)
+    with jax.set_mesh(make_mesh(CUBE)):
+        number_B = jax.jit(lambda x_BL: per_sequence(lambda x_BL: jnp.max(x_BL, axis=1), x_BL))
+        cube_BLL = jax.jit(lambda x_BL: per_sequence(lambda x_BL: x_BL[:, None] > 0, x_BL))
+        np.testing.assert_array_equal(number_B(x_BL), x_BL.max(axis=1))
+        np.testing.assert_array_equal(cube_BLL(x_BL), x_BL[:, None] > 0)
+
+
 @pytest.mark.parametrize(
     ("execution", "named"),
     [
