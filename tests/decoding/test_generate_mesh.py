@@ -1,27 +1,31 @@
 """Causal passes and generation on a mesh of 8 fake devices give what one device gives.
 
-Legend: B batch, L positions, N new tokens.
+Legend: B batch, L positions, N new tokens, V vocabulary.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from modjax.config import Execution, MoDConfig, ModelConfig
 from modjax.decoding.generate import Sampling, extend, generate, resume
-from modjax.nn.sharding import partition_spec
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
-from tests.nn.small import QUICK, random_model
+from modjax.training.state import abstract_model
+from tests.nn.small import random_model
 
 CUBE = Execution(data=2, fsdp=2, tensor=2)
-PATTERNS = {"predictor": ("dense", "mod"), "threshold": ("dense", "threshold")}
-LENGTHS_B = np.array([5, 1, 3, 4])
+PATTERN = ("dense", "threshold")
+CONFIG = ModelConfig(
+    24, 16, len(PATTERN), 2, 2, 32, pattern=PATTERN,
+    mod=MoDConfig(capacity=0.25, predictor_weight=1.0),
+)  # fmt: skip
 TOKENS_BL = np.random.default_rng(0).integers(0, 24, (4, 12)).astype(np.int32)
+SEGMENTS_BL = np.repeat([[1, 2, 0]] * 4, [5, 6, 1], axis=1)
+# Ragged prompts, and a second turn of which row 2 gets nothing.
+PROMPTS_B, TURNS_B = np.array([6, 1, 3, 5]), np.array([2, 1, 0, 2])
+GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,43 +35,63 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def config_of(pattern):
-    mod = MoDConfig(capacity=0.5, predictor_weight=1.0)
-    return ModelConfig(24, 16, len(pattern), 2, 2, 32, pattern=pattern, mod=mod)
+@pytest.fixture(scope="module")
+def model():
+    """A model as training splits it, and its parameters on the host."""
+    return abstract_model(CONFIG, CUBE), nnx.to_pure_dict(random_model(CONFIG, std=0.5, seed=8)[1])
 
 
-def sharded(mesh, params):
-    """Parameters where training keeps them."""
-    is_param = lambda node: isinstance(node, nnx.Param)  # noqa: E731
-    axes = jax.tree.map(lambda param: param.out_sharding, params, is_leaf=is_param)
-    values = jax.tree.map(lambda param: param.get_value(), params, is_leaf=is_param)
-    print(type(params), type(axes))
-    return jax.device_put(params, param_shardings(mesh, params, axes))
-
-def talk(graphdef, params, put, routing, slack):
-    """The causal pass, and a conversation of two turns."""
-    greedy = Sampling(temperature=0)
-    called = jax.jit(lambda params, tokens_BL, ids_BL: nnx.merge(graphdef, params)(tokens_BL, ids_BL, routing=routing, slack=slack))
-    ids_BL = np.repeat([[1, 2]], [5, 7], axis=1) * np.ones((4, 1), int)
-    logits_BLV, aux = called(params, *put((TOKENS_BL, ids_BL)))
-    first = generate(
-        graphdef, params, put(TOKENS_BL[:, :5]), lengths_B=LENGTHS_B, max_new_tokens=3,
-        max_length=12, routing=routing, slack=slack, sampling=greedy,
-    )
-    first = jax.tree.map(jnp.copy, first)
-    state = extend(graphdef, params, jax.tree.map(jnp.copy, first.state), put(TOKENS_BL[:, 5:7]), np.array([2, 1, 0, 2]))
-    return logits_BLV, aux, first, resume(graphdef, params, state, max_new_tokens=2, sampling=greedy)
-
-
-@pytest.mark.parametrize("routing, slack", [("predictor", None), ("threshold", 1.0)])
-def test_generation_with_2x2x2_devices_equals_one_device(routing, slack):
-    graphdef, params = random_model(config_of(PATTERNS[routing]), std=0.5, seed=8)
-    import time; t=time.time()
-    expected = talk(graphdef, params, lambda x: x, routing, slack)
-    print(time.time()-t); t=time.time()
+def on_both(model, run):
+    """run(graphdef, params, put) on one device and on the mesh; `put` places a batch."""
+    (graphdef, _, logical_axes, _), params = model
+    expected = jax.device_get(run(graphdef, params, jnp.asarray))
     mesh = make_mesh(CUBE)
-    placed = sharded(mesh, params)
+    placed = jax.device_put(params, param_shardings(mesh, params, logical_axes))
     with jax.set_mesh(mesh):
-        found = talk(graphdef, placed, lambda x: put_batch(x, mesh), routing, slack)
-    print(time.time()-t)
-    print(jax.tree.map(lambda x: (x.shape, x.sharding.spec), found))
+        found = run(graphdef, placed, lambda batch: put_batch(batch, mesh))
+    return found, expected
+
+
+def assert_close(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+
+
+def test_the_causal_call_on_2x2x2_devices_equals_one_device(model):
+    @jax.jit(static_argnums=0)
+    def call(graphdef, params, tokens_BL, segment_ids_BL):
+        return nnx.merge(graphdef, params)(tokens_BL, segment_ids_BL, routing="threshold")
+
+    found, expected = on_both(
+        model,
+        lambda graphdef, params, put: call(graphdef, params, put(TOKENS_BL), put(SEGMENTS_BL)),
+    )
+    assert_close(found, expected)
+    assert len(found[0].sharding.device_set) == 8
+    for slot in expected[1].values():
+        assert 0 < np.mean(slot["selected_BL"]) < 1
+
+
+@pytest.mark.parametrize("turns", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_generation_on_2x2x2_devices_equals_one_device(model, turns):
+    def talk(graphdef, params, put):
+        drawn = generate(
+            graphdef, params, put(TOKENS_BL[:, :6]), lengths_B=PROMPTS_B, max_new_tokens=3,
+            max_length=12, routing="predictor", slack=1.0, sampling=GREEDY,
+        )  # fmt: skip
+        state = drawn.state
+        said = [drawn.tokens_BN, drawn.depths_BN, drawn.prompt_depths_BL]
+        if turns == 2:
+            said = jax.tree.map(np.asarray, said)
+            state = extend(graphdef, params, state, put(TOKENS_BL[:, 4:6]), TURNS_B)
+            second = resume(graphdef, params, state, max_new_tokens=1, sampling=GREEDY)
+            said, state = [*said, second.tokens_BN, second.depths_BN], second.state
+        return said, state.cache, state.logits_BV
+
+    found, expected = on_both(model, talk)
+    assert_close(found, expected)
+    _, cache, logits_BV = found
+    assert len(logits_BV.sharding.device_set) == 8
+    for layer in cache.layers:  # batch over data and fsdp, heads over tensor
+        assert layer.k_BGMH.sharding.shard_shape(layer.k_BGMH.shape)[:2] == (1, 1)
+    (_, depths_BN, prompt_depths_BL, *_), *_ = expected
+    assert {0, 1} == set(depths_BN.ravel()) == set(prompt_depths_BL.ravel())

@@ -1,0 +1,138 @@
+"""Causal and cached passes that compute in bfloat16, against float32.
+
+Legend: B batch, L positions, D width, S steps of decoding.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modjax.config import MoDConfig, ModelConfig
+from tests.nn.small import QUICK, random_model
+
+VOCAB, LENGTH, PROMPT, SLOTS = 20, 12, 3, 6
+PATTERNS = {
+    "predictor": ("dense", "attention", "mod"),
+    "threshold": ("mod", "dense", "threshold"),
+    "router": ("dense", "positional", "token_choice"),
+}
+
+
+def decided_model(config):
+    """Random parameters under which no decision is near its boundary, and which tokens say yes.
+
+    The first dim of the stream stays what the embedding put there, 3/4 or -3/4: it decides, and
+    the other dims move every score a little.
+    """
+    graphdef, params = random_model(config, std=0.5, seed=8)
+    yes_V = np.random.default_rng(0).random(VOCAB) < 0.6
+
+    def decide(path, leaf):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        *_, owner, name = ("", *names.split("/"))
+        if name == "embedding":
+            leaf[:, 0] = np.where(yes_V, 0.75, -0.75)
+        elif name == "w_out" and owner in ("attention", "mlp"):
+            leaf[..., 0] = 0
+        elif owner == "router":
+            leaf *= 0.02
+            leaf[:, 0] = [0, 1] if leaf.ndim == 3 else 1
+        elif name == "threshold":
+            leaf[:] = 0
+        elif owner == "predictor":
+            leaf *= 0.02
+            if name == "w_in":
+                leaf[:, 0, :2] = [2, -2]
+            elif name == "w_out":
+                leaf[:, :2] = [2, -2]  # silu(a) - silu(-a) = a
+        return leaf
+
+    return graphdef, jax.tree_util.tree_map_with_path(decide, params), yes_V
+
+
+def relative_error(found_BLV, exact_BLV):
+    return np.sqrt(np.mean(np.square(found_BLV - exact_BLV)) / np.mean(np.square(exact_BLV)))
+
+
+@pytest.mark.parametrize(
+    "routing", ["predictor", pytest.param("threshold", marks=pytest.mark.slow), "router"]
+)
+def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass(routing):
+    pattern = PATTERNS[routing]
+    mod = MoDConfig(capacity=0.5, predictor_weight=1.0, auxiliary_weight=1.0)
+    config = ModelConfig(
+        VOCAB, 8, len(pattern), 2, 2, 16, pattern=pattern, mod=mod, dtype="bfloat16"
+    )
+    config.check_routing(routing, "routing")
+    graphdef, params, yes_V = decided_model(config)
+    exact_graphdef = random_model(dataclasses.replace(config, dtype="float32"))[0]
+    tokens_BL = np.random.default_rng(9).integers(0, VOCAB, (2, LENGTH))
+
+    def run(params):
+        model = nnx.merge(graphdef, params)
+        options = {"routing": routing, "slack": 1.0}
+        exact = nnx.merge(exact_graphdef, params)(jnp.asarray(tokens_BL), **options)
+        called = model(jnp.asarray(tokens_BL), **options)
+        first_BV, cache, depth_BL = model.prefill(
+            tokens_BL[:, :PROMPT], jnp.full(2, PROMPT), max_length=LENGTH, **options
+        )
+        step = model.decoder(routing=routing)
+
+        def one(cache, tokens_B):
+            logits_BV, cache, depth_B = step(tokens_B, jnp.full(2, True), cache)
+            return cache, (logits_BV, depth_B)
+
+        last, (logits_SBV, depth_SB) = jax.lax.scan(one, cache, tokens_BL.T[PROMPT:])
+        logits_BSV = jnp.concatenate([first_BV[:, None], logits_SBV.swapaxes(0, 1)], axis=1)
+        depth_BL = jnp.concatenate([depth_BL, depth_SB.T], axis=1)
+        return exact, called, (logits_BSV, depth_BL, cache, last)
+
+    results = jax.device_get(jax.jit(run, compiler_options=QUICK)(params))
+    (exact_BLV, exact_aux), (called_BLV, aux), (cached_BSV, depth_BL, *caches) = results
+    for cache in caches:
+        for layer in cache.layers:
+            assert layer.k_BGMH.dtype == layer.v_BGMH.dtype == jnp.bfloat16
+            assert np.all(np.isfinite(np.float32(layer.k_BGMH) + np.float32(layer.v_BGMH)))
+    assert called_BLV.dtype == cached_BSV.dtype == np.float32
+    print(
+        relative_error(called_BLV, exact_BLV),
+        relative_error(called_BLV[:, PROMPT - 1 :], exact_BLV[:, PROMPT - 1 :]),
+        relative_error(cached_BSV, exact_BLV[:, PROMPT - 1 :]),
+        relative_error(cached_BSV, called_BLV[:, PROMPT - 1 :]),
+        2**-9,
+    )
+    expected_depth = 0
+    for name, slot in aux.items():
+        wanted_BL = yes_V[tokens_BL]
+        if name.endswith("positional") and routing != "predictor":
+            wanted_BL = np.broadcast_to(np.arange(LENGTH) % 2 == 1, (2, LENGTH))
+        selected_BL = wanted_BL & (np.cumsum(wanted_BL, axis=1) <= SLOTS)
+        print(wanted_BL.sum(1), selected_BL.sum(1))
+        expected_depth = expected_depth + selected_BL
+        print(np.abs(slot["scores_BL"]).min(), np.abs(slot["scores_BL"]).max())
+        print(np.abs(slot["predictor_BL"]).min())
+        # The passes round to 8 bits some 8 times a layer, each time by 2^-9 at most.
+    rounding = 8 * 2**-9
+    after = slice(PROMPT - 1, None)
+    assert 0 < relative_error(called_BLV, exact_BLV) < rounding
+    assert 0 < relative_error(cached_BSV, exact_BLV[:, after]) < rounding
+    assert relative_error(cached_BSV, called_BLV[:, after]) < rounding / 2
+    expected_depth_BL, dropped = np.zeros(tokens_BL.shape, int), 0
+    for name, slot in aux.items():
+        wanted_BL = yes_V[tokens_BL]
+        if name.endswith("positional"):  # not under "predictor" here
+            wanted_BL = np.broadcast_to(np.arange(LENGTH) % 2 == 1, tokens_BL.shape)
+        selected_BL = wanted_BL & (np.cumsum(wanted_BL, axis=1) <= SLOTS)
+        for found in (slot, exact_aux[name]):
+            np.testing.assert_array_equal(found["selected_BL"][0], selected_BL)
+        scores_BL = slot["scores_BL"]
+        assert scores_BL.dtype == slot["predictor_BL"].dtype == np.float32
+        assert relative_error(scores_BL, exact_aux[name]["scores_BL"]) < 2**-9
+        expected_depth_BL += selected_BL
+        dropped += np.sum(wanted_BL & ~selected_BL)
+    np.testing.assert_array_equal(depth_BL, expected_depth_BL)
+    assert dropped > 0

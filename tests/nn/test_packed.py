@@ -1,0 +1,99 @@
+"""Documents that share a row are read as if each were alone, under every causal routing.
+
+Legend: B batch, L positions.
+"""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from modjax.config import MoDConfig, ModelConfig
+from tests.nn.small import KINDS, QUICK, random_model
+
+# Two documents, and padding after them. The second begins where a period of two begins.
+FIRST, SECOND, LENGTH = slice(0, 6), slice(6, 11), 13
+SEGMENTS_L = np.repeat([1, 2, 0], [6, 5, 2])
+# Without the routers that rank by the position in the row, which packing changes.
+BY_CONTENT = {
+    routing: tuple(
+        kind for kind in kinds
+        if kind != "learned_position" and (kind, routing) != ("stochastic", "threshold")
+    )
+    for routing, kinds in KINDS.items()
+}  # fmt: skip
+
+
+def config_of(pattern, capacity):
+    mod = MoDConfig(capacity=capacity, predictor_weight=1.0, auxiliary_weight=1.0)
+    return ModelConfig(20, 8, len(pattern), 2, 1, 16, pattern=pattern, mod=mod)
+
+
+def reader(config, routing, **options):
+    """A function (tokens_BL, segment_ids_BL) -> (logits_BLV, masks of each routed layer)."""
+    graphdef, params = random_model(config, std=0.5, seed=8)
+
+    def read(params, tokens_BL, segment_ids_BL):
+        logits_BLV, aux = nnx.merge(graphdef, params)(
+            tokens_BL, segment_ids_BL, routing=routing, key=jax.random.key(0), **options
+        )
+        return logits_BLV, [
+            {mask: slot[mask][0] for mask in ("wanted_BL", "selected_BL")} for slot in aux.values()
+        ]
+
+    compiled = jax.jit(read, compiler_options=QUICK)
+    return lambda tokens_BL, segment_ids_BL: jax.device_get(
+        compiled(params, tokens_BL, segment_ids_BL)
+    )
+
+
+@pytest.mark.parametrize("routing", KINDS)
+def test_packed_documents_are_routed_and_read_as_if_alone(routing):
+    read = reader(config_of(BY_CONTENT[routing], 0.7), routing)
+    packed_L, noise_L, edit_L = np.random.default_rng(0).integers(0, 20, (3, LENGTH))
+    edited_L = np.concatenate([edit_L[FIRST], packed_L[SECOND], edit_L[-2:]])
+    # What follows a document that begins its row cannot reach it.
+    alone = [np.concatenate([packed_L[part], noise_L])[:LENGTH] for part in (FIRST, SECOND)]
+    tokens_BL = np.stack([packed_L, edited_L, *alone])
+    whole_L = np.ones(LENGTH, int)
+    logits_BLV, layers = read(tokens_BL, np.stack([SEGMENTS_L, SEGMENTS_L, whole_L, whole_L]))
+
+    assert 0.1 < np.std(logits_BLV) < 10
+    for row, part in ((2, FIRST), (3, SECOND)):
+        start = slice(0, part.stop - part.start)
+        np.testing.assert_allclose(
+            logits_BLV[0, part], logits_BLV[row, start], rtol=1e-5, atol=1e-5
+        )
+        for layer in layers:
+            np.testing.assert_array_equal(
+                layer["selected_BL"][0, part], layer["selected_BL"][row, start]
+            )
+    np.testing.assert_allclose(logits_BLV[1, SECOND], logits_BLV[0, SECOND], rtol=1e-5, atol=1e-5)
+    for layer in layers:
+        np.testing.assert_array_equal(
+            layer["selected_BL"][1, SECOND], layer["selected_BL"][0, SECOND]
+        )
+        assert not np.any(layer["wanted_BL"][:2, SEGMENTS_L == 0])
+    # Both documents go both ways.
+    for part in (FIRST, SECOND):
+        share = np.mean([layer["selected_BL"][0, part] for layer in layers])
+        assert 0.1 < share < 0.9
+    differ = [np.any(layer["selected_BL"][0] != layer["selected_BL"][1]) for layer in layers]
+    assert any(differ)
+
+
+def test_documents_of_a_row_share_its_slots_and_the_first_takes_them_first():
+    config, length = config_of(("dense", "mod"), 0.3), SECOND.stop - SECOND.start
+    tokens_1L = np.random.default_rng(27).integers(0, 20, (1, LENGTH))
+    logits_1LV, (layer,) = reader(config, "predictor", slack=1.0)(tokens_1L, SEGMENTS_L[None])
+    wanted_L, selected_L = layer["wanted_BL"][0], layer["selected_BL"][0]
+    slots = 4  # ceil(1.0 * 0.3 * 13)
+    np.testing.assert_array_equal(selected_L, wanted_L & (np.cumsum(wanted_L) <= slots))
+    left = slots - np.sum(selected_L[FIRST])
+    assert 0 < left < np.sum(wanted_L[SECOND])
+
+    # Alone, in a row of 5 whose slots are those that were left.
+    slack = (left - 0.5) / (0.3 * length)
+    alone_1LV, (layer,) = reader(config, "predictor", slack=slack)(tokens_1L[:, SECOND], None)
+    np.testing.assert_array_equal(selected_L[SECOND], layer["selected_BL"][0])
+    np.testing.assert_allclose(logits_1LV[:, SECOND], alone_1LV, rtol=1e-5, atol=1e-5)
