@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from modjax.decoding.generate import Sampling, extend, generate, resume
-    from modjax.nn import DenseBlock, MoDBlock, Transformer, expert_choice
+    from modjax.nn import DenseBlock, MoDBlock, Transformer, expert_choice, unstack
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,9 +39,10 @@ __all__ = [
     "flops",
     "generate",
     "resume",
+    "unstack",
 ]
 _FROM = {
-    "modjax.nn": ("DenseBlock", "MoDBlock", "Transformer", "expert_choice"),
+    "modjax.nn": ("DenseBlock", "MoDBlock", "Transformer", "expert_choice", "unstack"),
     "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
 }
 

@@ -51,6 +51,7 @@ def sample(args: argparse.Namespace) -> None:
     os.environ.update(compilation_cache())
     from modjax.decoding.generate import Sampling
     from modjax.decoding.text import choose_routing, coloured, sample
+    from modjax.nn import unstack
     from modjax.training.finished import choose, open_run
 
     prompts = _prompts(args)
@@ -67,6 +68,8 @@ def sample(args: argparse.Namespace) -> None:
             f"such as {specs[-1].run_id}")  # fmt: skip
     run = open_run(specs[0], workdir=args.workdir, data_dir=args.data_dir)
     choose_routing(run, args.routing)
+    graphdef, params = unstack(run.model.graphdef, run.params)  # once, for every part of the stream
+    run = run._replace(model=run.model._replace(graphdef=graphdef), params=params)
     streams = len(prompts) == 1 and not (args.json or args.show_depth)
 
     def write(text: str) -> None:

@@ -20,7 +20,7 @@ from modjax.bench.step import TRAIN, interleaved, jax_step, ratio
 from modjax.config import MoDConfig, ModelConfig
 from modjax.decoding.generate import Sampling, State, generate, resume
 from modjax.flops import cache_bytes
-from modjax.nn import Transformer
+from modjax.nn import Transformer, unstack
 
 CONTEXT, NEW, SLACK = 1024, 64, 1.5
 DENSE = ModelConfig(1024, 512, 12, 8, 8, 2048)
@@ -39,7 +39,7 @@ ROWS = (
 
 
 def measure() -> list[Row]:
-    models = {"dense": split(DENSE), "mod": calibrated(split(MOD))}
+    models = {"dense": unstack(*split(DENSE)), "mod": unstack(*calibrated(split(MOD)))}
     seconds, routed = {}, 0.0
     for batch in (1, 16):
         states = {name: start(*model, batch) for name, model in models.items()}

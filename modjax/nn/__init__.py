@@ -23,7 +23,7 @@ from modjax.nn.routing import (
     token_choice,
 )
 from modjax.nn.statistics import decision_quality, routing_statistics
-from modjax.nn.transformer import Cache, Context, DenseBlock, Transformer
+from modjax.nn.transformer import Cache, Context, DenseBlock, Transformer, unstack
 
 __all__ = [
     "MLP",
@@ -53,5 +53,6 @@ __all__ = [
     "stochastic",
     "threshold",
     "token_choice",
+    "unstack",
     "update_thresholds",
 ]

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -292,7 +292,10 @@ class Transformer(nnx.Module):
 
     def _groups(self, x_BLD, group):
         """Runs group(blocks, x_BLD, index) -> (x_BLD, out) over the groups; stacks `out`."""
-        graphdef, stacked = nnx.split(self.blocks)
+        loop = self.layer_loop
+        scan = loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu")
+        scan = scan and isinstance(self.blocks, nnx.Dict)  # not after `unstack`
+        graphdef, layers = nnx.split(self.blocks) if scan else self._unstacked()
 
         def run(x_BLD, params_and_index):
             params, index = params_and_index
@@ -301,19 +304,19 @@ class Transformer(nnx.Module):
         if self.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             run = jax.checkpoint(run, policy=dots if self.remat == "dots" else None)
-        unroll = self.layer_loop == "unroll" or (
-            self.layer_loop == "auto" and jax.default_backend() == "cpu"
-        )
-        if not unroll:
-            return jax.lax.scan(run, x_BLD, (stacked, jnp.arange(self.config.num_groups)))
+        if scan:
+            return jax.lax.scan(run, x_BLD, (layers, jnp.arange(self.config.num_groups)))
         per_group = []
-        for index, params in enumerate(self._unstacked()[1]):
+        for index, params in enumerate(layers):
             x_BLD, out = run(x_BLD, (params, index))
             per_group.append(out)
         return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_group)
 
-    def _unstacked(self):
+    def _unstacked(self) -> tuple[Any, list[Any]]:
         """The graph definition of a group's blocks, and the parameters of every group."""
+        if isinstance(self.blocks, nnx.List):  # see `unstack`
+            groups = [nnx.split(blocks) for blocks in self.blocks]
+            return groups[0][0], [params for _, params in groups]
         graphdef, stacked = nnx.split(self.blocks)
         groups = self.config.num_groups
         # lax.split transposes to one concatenation; indexing would pad and add every gradient.
@@ -323,6 +326,18 @@ class Transformer(nnx.Module):
             jax.tree.unflatten(structure, [part[0] for part in parts])
             for parts in zip(*leaves, strict=True)
         ]
+
+
+def unstack(model: Any, params: Any) -> tuple[Any, Any]:
+    """Graph definition and parameters of the same Transformer with its layers kept apart.
+
+    Decoding reads them so; from stacked layers every call of `generate`, `resume` and `extend`
+    copies them first. Computes what the stacked model does, its layers unrolled.
+    """
+    apart = nnx.merge(model, params)
+    graphdef, groups = apart._unstacked()
+    apart.blocks = nnx.List([nnx.merge(graphdef, group) for group in groups])
+    return nnx.split(apart)
 
 
 def _block_key(key: jax.Array | None, group: int | jax.Array, index: int) -> jax.Array | None:

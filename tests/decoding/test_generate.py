@@ -14,6 +14,7 @@ from flax import nnx
 
 from modjax.config import InputError, MoDConfig, ModelConfig
 from modjax.decoding.generate import Sampling, draw_tokens, extend, generate, resume
+from modjax.nn import unstack
 from tests.nn.small import QUICK, random_model
 
 ROUTED = ModelConfig(
@@ -143,6 +144,22 @@ def test_resuming_equals_not_stopping_to_the_bit_also_from_the_disk(tmp_path):
         np.testing.assert_array_equal(second.state.logits_BV, whole.state.logits_BV)
         for ours, theirs in zip(second.state.cache.layers, whole.state.cache.layers, strict=True):
             np.testing.assert_array_equal(ours.k_BGMH, theirs.k_BGMH)
+
+
+def test_a_model_with_its_layers_apart_draws_the_same_and_copies_no_weights():
+    config = dataclasses.replace(ROUTED, num_layers=4)
+    model = random_model(config)
+    apart = unstack(*model)
+    options = {"max_new_tokens": NEW, "max_length": MAX_LENGTH, "routing": "predictor"}
+    found = [generate(*m, PROMPTS_BL[:1], sampling=GREEDY, **options) for m in (model, apart)]
+    for field in ("tokens_BN", "depths_BN", "prompt_depths_BL"):
+        np.testing.assert_array_equal(*(getattr(x, field) for x in found))
+    np.testing.assert_array_equal(*(x.state.logits_BV for x in found))
+    splits = [
+        str(jax.make_jaxpr(lambda p, m=m: nnx.merge(m, p).decoder(routing="predictor") and 0)(p))
+        for m, p in (model, apart)
+    ]
+    assert "split" in splits[0] and "split" not in splits[1]
 
 
 def test_a_seed_fixes_the_text_and_another_gives_another():
