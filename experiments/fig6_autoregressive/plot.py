@@ -1,7 +1,7 @@
 """Figure 6: losses under causal routing against top-k, and accuracy over training.
 
-Usage: python experiments/fig6_autoregressive/plot.py WORKDIR   (a finished configs/fig6 sweep)
-Writes figure.png and results.csv beside this file, and prints the table of README.md.
+Usage: python experiments/fig6_autoregressive/plot.py WORKDIR NAME   (of a configs/fig6 sweep)
+Writes NAME.png and NAME.csv beside this file, and prints the table of README.md.
 """
 
 import json
@@ -30,7 +30,7 @@ def accuracy_curve(folder: Path, metric: str) -> tuple[list[float], list[float]]
     return [line["tokens"] for line in kept], [line[metric] for line in kept]
 
 
-def draw(workdir: Path, records: list[Record]) -> None:
+def draw(workdir: Path, records: list[Record], path: Path) -> None:
     arms = list(dict.fromkeys(r.variant for r in records if r.causal_loss is not None))
     with plt.rc_context(RC):
         figure, (left, right) = plt.subplots(1, 2, figsize=(16 / 2.54, 6 / 2.54))
@@ -56,7 +56,7 @@ def draw(workdir: Path, records: list[Record]) -> None:
         left.legend()
         right.legend(loc="lower right")
         figure.tight_layout()
-        figure.savefig(HERE / "figure.png", dpi=200)
+        figure.savefig(path, dpi=200)
 
 
 def table(records: list[Record]) -> None:
@@ -82,8 +82,8 @@ def table(records: list[Record]) -> None:
 
 
 if __name__ == "__main__":
-    workdir = Path(sys.argv[1])
+    workdir, name = Path(sys.argv[1]), sys.argv[2]
     records = read_records(workdir)
-    draw(workdir, records)
-    write_csv(HERE / "results.csv", records)
+    write_csv(HERE / f"{name}.csv", records)
     table(records)
+    draw(workdir, records, HERE / f"{name}.png")

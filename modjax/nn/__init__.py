@@ -22,7 +22,7 @@ from modjax.nn.routing import (
     threshold,
     token_choice,
 )
-from modjax.nn.statistics import decision_quality, routing_statistics
+from modjax.nn.statistics import decision_counts, decision_quality, routing_statistics
 from modjax.nn.transformer import Cache, Context, DenseBlock, Transformer, unstack
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "TokenChoice",
     "Transformer",
     "causal_attention",
+    "decision_counts",
     "decision_quality",
     "every_nth",
     "expert_choice",

@@ -4,6 +4,7 @@ Legend: B batch, L positions, A routed blocks, G groups.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -81,13 +82,15 @@ def _auxiliary_logits(slot: dict[str, Any]) -> jax.Array | None:
 
 def _foresight(method: str, logits: dict[str, Any], aux: Aux, valid_BL) -> dict[str, jax.Array]:
     """How well `logits` > 0 foretell the training selection, where there are any."""
-    measured = {
-        name: decision_quality(logits_GBL > 0, aux[name]["target_BL"], valid_BL)
-        for name, logits_GBL in logits.items()
-        if logits_GBL is not None
-    }
+    measured = {}
+    for name, logits_GBL in logits.items():
+        if logits_GBL is not None:
+            counts = decision_counts(logits_GBL > 0, aux[name]["target_BL"], valid_BL)
+            measured[name] = decision_quality(
+                {key: jnp.sum(count_GB, axis=1) for key, count_GB in counts.items()}
+            )
     statistics = {}
-    for quantity in QUALITY if measured else ():
+    for quantity in next(iter(measured.values()), ()):
         per_block = {
             f"{name}.{g}": value
             for name, quality in measured.items()
@@ -98,22 +101,36 @@ def _foresight(method: str, logits: dict[str, Any], aux: Aux, valid_BL) -> dict[
     return statistics
 
 
-QUALITY = ("accuracy", "precision", "recall", "capacity")
-
-
-def decision_quality(
-    decided_GBL: jax.Array, target_GBL: jax.Array, valid_BL: jax.Array
+def decision_counts(
+    wanted_GBL: jax.Array, target_GBL: jax.Array, valid_BL: jax.Array
 ) -> dict[str, jax.Array]:
-    """Each of QUALITY for every group, (G,): capacity is the share of positions decided for."""
-    valid_GBL = jnp.broadcast_to(valid_BL[None], decided_GBL.shape)
+    """Valid positions of every sequence by what was decided for them, (G, B).
 
-    def count(mask_GBL):
-        return jnp.sum(mask_GBL & valid_GBL, axis=(1, 2)).astype(jnp.float32)
-
-    both_G, decided_G = count(decided_GBL & target_GBL), count(decided_GBL)
+    wanted, target: by a causal rule and by training; both: by either of them alike; agreed: both
+    or neither; positions: all.
+    """
+    masks = {
+        "wanted": wanted_GBL,
+        "target": target_GBL,
+        "both": wanted_GBL & target_GBL,
+        "agreed": wanted_GBL == target_GBL,
+        "positions": jnp.ones_like(wanted_GBL),
+    }
     return {
-        "accuracy": count(decided_GBL == target_GBL) / jnp.maximum(count(valid_GBL), 1.0),
-        "precision": both_G / jnp.maximum(decided_G, 1.0),
-        "recall": both_G / jnp.maximum(count(target_GBL), 1.0),
-        "capacity": decided_G / jnp.maximum(count(valid_GBL), 1.0),
+        name: jnp.sum(mask_GBL & valid_BL[None], axis=2, dtype=jnp.float32)
+        for name, mask_GBL in masks.items()
+    }
+
+
+def decision_quality(counts: Mapping[str, Any]) -> dict[str, Any]:
+    """Shares, elementwise, from those counts; capacity is of the positions that are wanted."""
+
+    def share(part, whole):
+        return counts[part] / counts[whole].clip(1)
+
+    return {
+        "accuracy": share("agreed", "positions"),
+        "precision": share("both", "wanted"),
+        "recall": share("both", "target"),
+        "capacity": share("wanted", "positions"),
     }

@@ -13,6 +13,7 @@ import numpy as np
 from modjax.config import TrainConfig
 from modjax.data.batches import Batch, eval_batches
 from modjax.data.cache import TokenCache
+from modjax.nn.statistics import decision_quality
 
 
 class Scores(NamedTuple):
@@ -94,15 +95,13 @@ def quality(scores: Scores) -> dict[str, Quality]:
         total = {key: count_BG[scores.weight_B > 0].sum(0) for key, count_BG in counts.items()}
         share_BG = counts["selected"] / np.maximum(counts["positions"], 1)
         for g, positions in enumerate(total["positions"]):
-            wanted, selected, target = (total[key][g] for key in ("wanted", "selected", "target"))
-            found[f"{name}.{g}"] = Quality(
-                accuracy=float(total["agreed"][g] / positions),
-                precision=float(total["both"][g] / max(wanted, 1)),
-                recall=float(total["both"][g] / max(target, 1)),
-                capacity=float(selected / positions),
-                overflow=float((wanted - selected) / positions),
-                most=float(share_BG[:, g].max()),
-            )
+            wanted, selected = total["wanted"][g], total["selected"][g]
+            shares = decision_quality({key: total_G[g] for key, total_G in total.items()}) | {
+                "capacity": selected / positions,
+                "overflow": (wanted - selected) / positions,
+                "most": share_BG[:, g].max(),
+            }
+            found[f"{name}.{g}"] = Quality(**{key: float(share) for key, share in shares.items()})
     return found
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from modjax.config import TrainConfig
 from modjax.data.batches import Batch
-from modjax.nn import routing_losses, update_thresholds
+from modjax.nn import decision_counts, routing_losses, update_thresholds
 from modjax.nn.sharding import constrain
 from modjax.training.optimizer import Schedule, gradient_norm, learning_rate, make_optimizer
 from modjax.training.state import Model, TrainState
@@ -132,23 +132,15 @@ def make_eval_step(
 def decisions(aux: Any, valid_BL: jax.Array) -> dict[str, dict[str, jax.Array]]:
     """Per slot of the pattern, counts (B, G) of positions by what routing decided for them.
 
-    both: wanted, and selected by training; wanted, target: either of them; agreed: both or
-    neither; selected: processed; positions: all.
+    Those of decision_counts, and selected: processed.
     """
-
-    def counts(slot):
-        wanted, target = slot["wanted_BL"], slot["target_BL"]
-        masks = {
-            "both": wanted & target,
-            "wanted": wanted,
-            "target": target,
-            "agreed": wanted == target,
-            "selected": slot["selected_BL"],
-            "positions": jnp.ones_like(wanted),
-        }
-        return {name: jnp.sum(mask & valid_BL[None], axis=2).T for name, mask in masks.items()}
-
-    return {name: counts(slot) for name, slot in aux.items()}
+    found = {}
+    for name, slot in aux.items():
+        counts = decision_counts(slot["wanted_BL"], slot["target_BL"], valid_BL)
+        selected_GBL = slot["selected_BL"] & valid_BL[None]
+        counts["selected"] = jnp.sum(selected_GBL, axis=2, dtype=jnp.float32)
+        found[name] = {key: count_GB.T for key, count_GB in counts.items()}
+    return found
 
 
 def stream_key(seed: jax.Array, stream: int, index: jax.Array) -> jax.Array:
