@@ -1,6 +1,7 @@
 """Flax NNX modules and the pure functions under them."""
 
 from modjax.nn.attention import Attention, causal_attention
+from modjax.nn.block import Context, DenseBlock
 from modjax.nn.layers import MLP, RMSNorm
 from modjax.nn.mod import MoDBlock, routing_losses, update_thresholds
 from modjax.nn.routers import (
@@ -23,7 +24,7 @@ from modjax.nn.routing import (
     token_choice,
 )
 from modjax.nn.statistics import decision_counts, decision_quality, routing_statistics
-from modjax.nn.transformer import Cache, Context, DenseBlock, Transformer, unstack
+from modjax.nn.transformer import Cache, Transformer, unstack
 
 __all__ = [
     "MLP",

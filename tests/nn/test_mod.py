@@ -14,8 +14,8 @@ from flax import nnx
 
 from modjax.config import MoDConfig, ModelConfig
 from modjax.nn import DenseBlock, MoDBlock
+from modjax.nn.block import Context
 from modjax.nn.layers import rotary_tables
-from modjax.nn.transformer import Context
 from tests.nn.small import QUICK, WIDTH, Mixer, build
 
 LENGTH = 16

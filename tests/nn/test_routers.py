@@ -25,10 +25,10 @@ from modjax.nn import (
     update_thresholds,
 )
 from modjax.nn.attention import received_attention
+from modjax.nn.block import Context
 from modjax.nn.layers import rotary_tables
 from modjax.nn.routers import At
 from modjax.nn.routing import position_noise
-from modjax.nn.transformer import Context
 from tests.nn.small import QUICK, WIDTH, Mixer, build, random_model
 
 BATCH, LENGTH, K = 3, 16, 4

@@ -12,9 +12,9 @@ from flax.nnx import bridge
 from modjax import flops
 from modjax.config import MoDConfig, ModelConfig
 from modjax.nn import MoDBlock, Transformer
+from modjax.nn.block import Context
 from modjax.nn.layers import rotary_tables
 from modjax.nn.mod import Statistic
-from modjax.nn.transformer import Context
 from tests.nn.small import QUICK, build
 
 CONFIG = ModelConfig(40, 16, 4, 4, 2, 32, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25))
