@@ -58,7 +58,7 @@ def draw(workdir: Path, records: list[Record], path: Path) -> None:
         left.text(0.02, 0.02, f"{OFF_SCALE}: {min(off):.2f} to {max(off):.2f}",
                   transform=left.transAxes, color="#777777", fontsize=5.5)  # fmt: skip
         left.xaxis.set_minor_formatter(NullFormatter())
-        left.legend(ncols=2, fontsize=5.5)
+        left.legend(ncols=3, fontsize=5.5, loc="lower center", bbox_to_anchor=(0.5, 1))
         for (label, record), colour in zip(four(by_arm), COLOURS, strict=False):
             curve = curves[record.run_id]
             right.plot(curve.flops, smooth(curve.loss), color=colour,
@@ -103,9 +103,25 @@ def table(records: list[Record]) -> None:
         )
 
 
+def paired(records: list[Record]) -> None:
+    """Every scheme against learned routing of its capacity, over runs of equal width and seed."""
+    losses = {(r.variant, r.d_model, r.seed): r.eval_loss for r in records}
+    for arm in dict.fromkeys(r.variant for r in records):
+        learned = "mod50" if arm.endswith("50") else "mod12"
+        pairs = [
+            loss - losses[learned, width, seed]
+            for (name, width, seed), loss in losses.items()
+            if name == arm and (learned, width, seed) in losses
+        ]
+        if arm not in ("dense", learned, OFF_SCALE):
+            error = statistics.stdev(pairs) / len(pairs) ** 0.5
+            print(f"{arm} - {learned}: {statistics.mean(pairs):+.4f} +- {error:.4f}, {len(pairs)}")
+
+
 if __name__ == "__main__":
     workdir, name = Path(sys.argv[1]), sys.argv[2]
     records = read_records(workdir)
     write_csv(HERE / f"{name}.csv", records)
     table(records)
+    paired(records)
     draw(workdir, records, HERE / f"{name}.png")
