@@ -114,14 +114,7 @@ def overflows(layer):
 
 @pytest.mark.parametrize(
     "routing, slack",
-    [
-        pytest.param("predictor", None, marks=pytest.mark.slow),
-        ("threshold", None),
-        pytest.param("router", None, marks=pytest.mark.slow),
-        ("predictor", 1.0),
-        pytest.param("threshold", 1.0, marks=pytest.mark.slow),
-        pytest.param("router", 1.0, marks=pytest.mark.slow),
-    ],
+    [(routing, slack) for routing in KINDS for slack in (None, 1.0)],
 )
 def test_cached_decoding_equals_the_uncached_pass_for_every_router(routing, slack):
     # Exact caches are compiled for few sizes where the capacity is large.
