@@ -184,7 +184,7 @@ class ModelConfig:
             require(
                 routing in able, field, routing,
                 f"{slot.kind} blocks of this model can select by {', '.join(able)}; "
-                "model.mod.predictor_weight and auxiliary_weight > 0 teach more",
+                "model.mod.predictor_weight > 0 teaches more, auxiliary_weight > 0 mod blocks only",
             )  # fmt: skip
 
     @property

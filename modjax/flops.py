@@ -121,6 +121,16 @@ def stage_of_step(train: TrainConfig, step: int) -> int:
     return (step - 1) * CAPACITY_STAGES // train.capacity_steps
 
 
+def stage_starts(model: ModelConfig, train: TrainConfig) -> dict[int, int]:
+    """Of every stage that a run comes to, and of the last: how many updates are made before it."""
+    if not any(slot.routed for slot in model.slots):
+        return {CAPACITY_STAGES: 0}
+    starts: dict[int, int] = {}
+    for step in range(1, train.capacity_steps + 1):
+        starts.setdefault(stage_of_step(train, step), step - 1)
+    return starts | {CAPACITY_STAGES: train.capacity_steps}
+
+
 def run_flops(model: ModelConfig, train: TrainConfig, steps: int) -> float:
     """Training FLOPs of a run's first `steps` updates, in the convention that spends budgets."""
     per_step = [

@@ -12,6 +12,9 @@ from modjax.config import InputError, require
 from modjax.scaling.run import compilation_cache
 from modjax.verbs import print_json
 
+# Caches are made for all of them at once.
+MOST_TOKENS = 1_000_000
+
 
 def evaluate(args: argparse.Namespace) -> None:
     os.environ.update(compilation_cache())
@@ -20,6 +23,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     specs = choose(args.workdir, args.run, routed=True)
     _check_slack(args.slack)
+    require(args.slack is None or args.routing != "top_k", "--slack", args.slack, "bounds routing "
+            "that never looks ahead; top_k takes its capacity, no more")  # fmt: skip
     if args.run is None:  # a sweep may hold models that have not learned this routing
         able = [spec for spec in specs if args.routing in spec.model.routings]
         specs = able or specs
@@ -57,6 +62,7 @@ def sample(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     require(args.tokens > 0, "--tokens", args.tokens, "must be greater than 0")
+    require(args.tokens <= MOST_TOKENS, "--tokens", args.tokens, f"must be at most {MOST_TOKENS}")
     _check_slack(args.slack)
     # JAX takes the lower 32 bits without a word.
     require(0 <= args.seed < 2**32, "--seed", args.seed, "must be 0 or more, and below 2**32")

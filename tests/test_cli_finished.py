@@ -188,6 +188,8 @@ SAMPLE = ["sample", "--prompt=x"]
         ([*SAMPLE, "--slack=0"], ["--slack = 0.0", "must be greater than 0"]),
         ([*SAMPLE, "--slack=inf"], ["--slack = inf", "greater than 0"]),
         ([*SAMPLE, "--tokens=0"], ["--tokens = 0", "must be greater than 0"]),
+        ([*SAMPLE, "--tokens=99999999999"], ["--tokens = 99999999999", "must be at most 1000000"]),
+        (["eval", "--routing=top_k", "--slack=0.5"], ["--slack = 0.5", "never looks ahead"]),
         ([*SAMPLE, "--seed=-1"], ["--seed = -1", "must be 0 or more"]),
         ([*SAMPLE, "--seed=18446744073709551616"], ["--seed = 18446744073709551616", "2**32"]),
         ([*SAMPLE, "--stop="], ["--stop = ''", "at least one character"]),

@@ -16,6 +16,7 @@ from modjax.flops import (
     selected_tokens,
     six_nd,
     stage_of_step,
+    stage_starts,
     total_flops,
     train_flops,
 )
@@ -122,6 +123,19 @@ def test_a_capacity_schedule_shrinks_in_stages_of_equal_length_and_equal_ratio()
         0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4
     ]  # fmt: skip
     assert stage_of_step(TrainConfig(2, 32, 12, 1e-3, 0), 1) == CAPACITY_STAGES
+
+
+def test_a_run_has_the_stages_that_it_comes_to_and_the_last():
+    routed = ModelConfig(10, 4, 2, 2, 1, 6, pattern=("dense", "mod:0.0625"))
+    dense = ModelConfig(10, 4, 2, 2, 1, 6)
+    for model, scheduled, starts in (
+        (routed, 8, {0: 0, 1: 2, 2: 4, 3: 6, 4: 8}),
+        (routed, 2, {0: 0, 2: 1, 4: 2}),
+        (routed, 0, {4: 0}),
+        (dense, 8, {4: 0}),
+    ):
+        train = TrainConfig(2, 32, 12, 1e-3, 0, capacity_steps=scheduled)
+        assert stage_starts(model, train) == starts
 
 
 def test_a_scheduled_run_costs_what_its_steps_cost():

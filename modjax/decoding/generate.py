@@ -1,6 +1,7 @@
 """Sampling from a model, token by token: the whole generation is one compiled loop.
 
-Any Flax NNX model will do that has `prefill` and `decoder` as modjax.Transformer has them.
+Any Flax NNX model will do that has `prefill` and `decoder` as modjax.Transformer has them, and a
+cache with its positions_B and overflow_B.
 Legend: B batch, L prompt positions, N new tokens, V vocabulary, W longest stop sequence.
 """
 
@@ -64,12 +65,14 @@ class State:
 class Generated(NamedTuple):
     """tokens_BN: new tokens, up to and with a stop sequence, and then 0.
 
-    depths_BN: routed blocks that processed each of them; -1 after the end. prompt_depths_BL: the
-    same of the prompt, None after `resume`. state: to go on from.
+    depths_BN: routed blocks that processed each of them; -1 after the end. overflow_BN: those that
+    it asked for in vain. prompt_depths_BL: depths of the prompt, None after `resume`. state: to go
+    on from.
     """
 
     tokens_BN: jax.Array
     depths_BN: jax.Array
+    overflow_BN: jax.Array
     prompt_depths_BL: jax.Array | None
     state: State
 
@@ -98,15 +101,11 @@ def generate(
     stop: token sequences that end a row.
     Raises InputError for an empty prompt, one that does not fit, or "top_k", before compiling.
     """
-    tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
-    batch, length = tokens_BL.shape
-    longest, shortest = length, length
-    if lengths_B is not None:
-        longest, shortest = int(np.max(lengths_B)), int(np.min(lengths_B))
+    tokens_BL, lengths_B = _rows(tokens_BL, lengths_B)
+    length = tokens_BL.shape[1]
+    longest, shortest = int(lengths_B.max()), int(lengths_B.min())
     room: int = max_length or longest + max_new_tokens
     require(shortest > 0, "prompt", "", "is empty: give at least one token")
-    require(longest <= length, "lengths_B", longest, f"must be at most their width, {length}")
-    require(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "must be 0 or more")
     require(
         routing in ROUTINGS and routing != "top_k", "routing", routing,
         f"must be one of {', '.join(ROUTINGS[1:])}; top_k looks at tokens not yet drawn",
@@ -118,7 +117,6 @@ def generate(
     require(() not in stop, "stop", (), "is empty: give at least one token")
     _require_fits(longest, max_new_tokens, room)
     require(length <= room, "tokens_BL", length, f"is wider than max_length = {room}")
-    lengths_B = jnp.full(batch, length) if lengths_B is None else lengths_B
     logits_BV, cache, prompt_depths_BL = _prefill(
         model, params, tokens_BL, jnp.asarray(lengths_B, jnp.int32), jax.random.key(seed),
         max_length=room, routing=routing, slack=slack,
@@ -128,17 +126,14 @@ def generate(
         cache=cache,
         key=jax.random.key(seed),
         step=jnp.int32(0),
-        done_B=jnp.zeros(batch, bool),
-        recent_BW=jnp.full((batch, max((len(s) for s in stop), default=1)), -1, jnp.int32),
+        done_B=jnp.zeros(len(lengths_B), bool),
+        recent_BW=jnp.full((len(lengths_B), max(map(len, stop), default=1)), -1, jnp.int32),
         max_length=room,
         routing=routing,
         stop=stop,
     )
-    if max_new_tokens == 0:  # reading the prompt was asked for, and `resume` draws
-        none_BN = jnp.zeros((batch, 0), jnp.int32)
-        return Generated(none_BN, none_BN, prompt_depths_BL, state)
-    tokens_BN, depths_BN, state = _loop(model, params, state, max_new_tokens, sampling)
-    return Generated(tokens_BN, depths_BN, prompt_depths_BL, state)
+    drawn = resume(model, params, state, max_new_tokens=max_new_tokens, sampling=sampling)
+    return drawn._replace(prompt_depths_BL=prompt_depths_BL)
 
 
 def resume(
@@ -148,10 +143,13 @@ def resume(
 
     Raises InputError where the new tokens do not fit the caches, before compiling.
     """
-    used = int(jnp.max(state.cache.positions_B))
-    _require_fits(used, max_new_tokens, state.max_length)
-    tokens_BN, depths_BN, state = _loop(model, params, state, max_new_tokens, sampling)
-    return Generated(tokens_BN, depths_BN, None, state)
+    _require_fits(int(jnp.max(state.cache.positions_B)), max_new_tokens, state.max_length)
+    if max_new_tokens == 0:  # reading a prompt was all that was asked for
+        none_BN = jnp.zeros((state.done_B.shape[0], 0), jnp.int32)
+        return Generated(none_BN, none_BN, none_BN, None, state)
+    drawn = _loop(model, params, state, max_new_tokens, sampling)
+    tokens_BN, depths_BN, overflow_BN, state = drawn
+    return Generated(tokens_BN, depths_BN, overflow_BN, None, state)
 
 
 def extend(model: Any, params: Any, state: State, tokens_BL: Any, lengths_B: Any = None) -> State:
@@ -161,21 +159,33 @@ def extend(model: Any, params: Any, state: State, tokens_BL: Any, lengths_B: Any
     stopped; a row that takes none stays as it is. Takes the state's arrays over.
     Raises InputError where the tokens do not fit the caches, before compiling.
     """
-    tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
-    batch, length = tokens_BL.shape
-    rows = state.done_B.shape[0]
+    tokens_BL, lengths_B = _rows(tokens_BL, lengths_B)
+    batch, rows = len(lengths_B), state.done_B.shape[0]
     require(batch == rows, "tokens_BL", batch, f"must have a row for each of the state's {rows}")
-    lengths_B = np.full(batch, length) if lengths_B is None else np.asarray(lengths_B)
-    least, most = int(lengths_B.min()), int(lengths_B.max())
-    require(least >= 0, "lengths_B", least, "must be 0 or more")
-    require(most <= length, "lengths_B", most, f"must be at most their width, {length}")
+    if lengths_B.max() == 0:
+        return state
     used_B = np.asarray(state.cache.positions_B)
     row = int(np.argmax(used_B + lengths_B))
     _require_fits(int(used_B[row]), int(lengths_B[row]), state.max_length)
     return _read(model, params, state, tokens_BL, jnp.asarray(lengths_B, jnp.int32))
 
 
+def _rows(tokens_BL: Any, lengths_B: Any) -> tuple[jax.Array, np.ndarray]:
+    """Rows of tokens and their lengths, checked against each other."""
+    tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
+    shape = tokens_BL.shape
+    require(len(shape) == 2 and shape[0] > 0, "tokens_BL", shape, "must have the shape (B, L)")
+    lengths_B = np.full(shape[0], shape[1]) if lengths_B is None else np.asarray(lengths_B)
+    require(lengths_B.shape == shape[:1], "lengths_B", lengths_B.shape,
+            f"must have one length for each of {shape[0]} rows")  # fmt: skip
+    least, most = int(lengths_B.min()), int(lengths_B.max())
+    require(least >= 0, "lengths_B", least, "must be 0 or more")
+    require(most <= shape[1], "lengths_B", most, f"must be at most their width, {shape[1]}")
+    return tokens_BL, lengths_B
+
+
 def _require_fits(used: int, more: int, max_length: int) -> None:
+    require(more >= 0, "max_new_tokens", more, "must be 0 or more")
     require(
         used + more <= max_length, "prompt", f"{used} tokens",
         f"with {more} new ones does not fit the cache of max_length = {max_length}",
@@ -195,29 +205,33 @@ def _loop(model, params, state, new, sampling):
     batch = state.done_B.shape[0]
 
     def more(carry):
-        i, _, _, state = carry
+        i, *_, state = carry
         return (i < new) & ~jnp.all(state.done_B)
 
     def draw(carry):
-        i, tokens_BN, depths_BN, state = carry
+        i, tokens_BN, depths_BN, overflow_BN, state = carry
         active_B = ~state.done_B
         key = jax.random.fold_in(state.key, state.step)
         tokens_B = jnp.where(active_B, draw_tokens(state.logits_BV, key, sampling), PAD)
         logits_BV, cache, depths_B = step(tokens_B, active_B, state.cache)
         recent_BW = jnp.concatenate([state.recent_BW[:, 1:], tokens_B[:, None]], axis=1)
+        missed_B = cache.overflow_B - state.cache.overflow_B
         state = dataclasses.replace(
             state, logits_BV=logits_BV, cache=cache, step=state.step + 1,
             done_B=state.done_B | _ends(recent_BW, state.stop), recent_BW=recent_BW,
         )  # fmt: skip
-        tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, tokens_B, i, 1)
         depths_B = jnp.where(active_B, depths_B, -1)
-        depths_BN = jax.lax.dynamic_update_index_in_dim(depths_BN, depths_B, i, 1)
-        return i + 1, tokens_BN, depths_BN, state
+        written = (
+            jax.lax.dynamic_update_index_in_dim(all_BN, now_B, i, 1)
+            for all_BN, now_B in (
+                (tokens_BN, tokens_B), (depths_BN, depths_B), (overflow_BN, missed_B)
+            )
+        )  # fmt: skip
+        return i + 1, *written, state
 
-    nothing = jnp.full((batch, new), PAD, jnp.int32)
-    start = (jnp.int32(0), nothing, jnp.full_like(nothing, -1), state)
-    _, tokens_BN, depths_BN, state = jax.lax.while_loop(more, draw, start)
-    return tokens_BN, depths_BN, state
+    zero_BN = jnp.zeros((batch, new), jnp.int32)
+    start = (jnp.int32(0), jnp.full_like(zero_BN, PAD), zero_BN - 1, zero_BN, state)
+    return jax.lax.while_loop(more, draw, start)[1:]
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -244,7 +258,7 @@ def draw_tokens(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax
     if sampling.vocab_size is not None:
         allowed_V = jnp.arange(logits_BV.shape[1]) < sampling.vocab_size
         logits_BV = jnp.where(allowed_V[None], logits_BV, -jnp.inf)
-    if sampling.temperature == 0:
+    if sampling.temperature < np.finfo(np.float32).tiny:  # 0 in float32
         return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
     # The likeliest becomes 0, so that no temperature overflows.
     logits_BV = (logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)) / sampling.temperature

@@ -136,7 +136,8 @@ def sample(
             resume(run.model.graphdef, run.params, state, max_new_tokens=now, sampling=sampling)
         )
         left -= now
-    overflow_B = np.sum([c.overflow_B for c in drawn[-1].state.cache.layers], axis=0)
+    overflow_BN = np.concatenate([part.overflow_BN for part in drawn], axis=1)
+    prompts_B = np.asarray(drawn[-1].state.cache.overflow_B) - overflow_BN.sum(axis=1)
     model = run.spec.model
     routed = model.num_groups * sum(slot.routed for slot in model.slots)
     return [
@@ -147,7 +148,7 @@ def sample(
             depths=np.asarray(drawn[0].prompt_depths_BL)[b, : lengths_B[b]].tolist()
             + rows[b].depths,
             routed_blocks=routed,
-            overflow=int(overflow_B[b]),
+            overflow=int(prompts_B[b] + overflow_BN[b, : len(rows[b].depths)].sum()),
         )
         for b, prompt in enumerate(prompts)
     ]

@@ -15,7 +15,7 @@ from modjax.nn.routers import (
 )
 from modjax.nn.routing import (
     Selection,
-    every_nth,
+    evenly_spread,
     expert_choice,
     gather,
     scatter_add,
@@ -46,7 +46,7 @@ __all__ = [
     "causal_attention",
     "decision_counts",
     "decision_quality",
-    "every_nth",
+    "evenly_spread",
     "expert_choice",
     "gather",
     "routing_losses",

@@ -20,7 +20,7 @@ from flax import nnx
 from modjax.config import MoDConfig
 from modjax.flops import predictor_width
 from modjax.nn.layers import normal_param, project
-from modjax.nn.routing import every_nth, position_noise
+from modjax.nn.routing import evenly_spread, position_noise
 
 WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda r: r,
@@ -86,10 +86,10 @@ class Stochastic(ExpertChoice):
 
 
 class Positional(ExpertChoice):
-    """A control: every ceil(1 / capacity)-th position, whatever it holds."""
+    """A control: positions spread evenly, whatever they hold."""
 
     def wants(self, ranking, at, threshold):
-        return every_nth(at.positions_BL, self.config.capacity)
+        return evenly_spread(at.positions_BL, self.config.capacity)
 
 
 class LearnedPosition(ExpertChoice):
@@ -127,8 +127,10 @@ class TokenChoice(nnx.Module):
         share_B = masked_mean((odds_BL > 0).astype(jnp.float32), at.valid_BL)
         probability_B = masked_mean(jax.nn.sigmoid(odds_BL), at.valid_BL)
         c = self.config.capacity
-        skipped_B = (1 - share_B) * (1 - probability_B) / max(1 - c, 1e-6)
-        balance_B = skipped_B + share_B * probability_B / c
+        balance_B = jnp.ones_like(share_B)  # at capacity 1 there is nothing to balance
+        if c < 1:
+            skipped_B = (1 - share_B) * (1 - probability_B) / (1 - c)
+            balance_B = skipped_B + share_B * probability_B / c
         z_B = masked_mean(jnp.square(jax.nn.logsumexp(logits_BL2, axis=-1)), at.valid_BL)
         losses = {
             "balance": self.config.balance_weight * balance_B,

@@ -4,7 +4,6 @@ Everything is per sequence and static in shape.
 Legend: B batch, L positions, K selected positions, D trailing dims.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -56,10 +55,15 @@ def position_noise(key: jax.Array, positions_BL: jax.Array) -> jax.Array:
     return jax.vmap(one)(jax.random.split(key, positions_BL.shape[0]), positions_BL)
 
 
-def every_nth(positions_BL: jax.Array, capacity: float) -> jax.Array:
-    """The fixed pattern: whether a position is the last of its ceil(1 / capacity) neighbours."""
-    n = math.ceil(1 / capacity)
-    return (positions_BL + 1) % n == 0
+def evenly_spread(positions_BL: jax.Array, capacity: float) -> jax.Array:
+    """The fixed pattern: the positions p at which floor((p + 1) capacity) passes a whole number.
+
+    At a capacity of 1 / n the last of every n positions.
+    """
+    # The small number keeps n * (1 / n) from falling short of 1 in float32.
+    before_BL = jnp.floor(positions_BL.astype(jnp.float32) * capacity + 1e-3)
+    after_BL = jnp.floor((positions_BL.astype(jnp.float32) + 1) * capacity + 1e-3)
+    return after_BL > before_BL
 
 
 def token_choice(logits_BL2: jax.Array, k: int, valid_BL: jax.Array | None = None) -> Selection:

@@ -26,8 +26,7 @@ def routing_statistics(aux: Aux, valid_BL: jax.Array | None = None) -> dict[str,
     loss/NAME: weighted losses of the routers, summed over routed blocks.
     METHOD/accuracy, precision, recall, capacity: of the ways that were taught to select without
       the future, against what training selects; averaged, and per block as METHOD/accuracy/BLOCK,
-      where BLOCK is the slot of the pattern and its repetition, as in 1_mod.0. Of the router's,
-      the averaged capacity is left out: that name tells what was processed.
+      where BLOCK is the slot of the pattern and its repetition, as in 1_mod.0.
     """
     if not aux:
         return {}

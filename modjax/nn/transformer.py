@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modjax.config import ModelConfig, Slot
+from modjax.config import ModelConfig, Slot, require
 from modjax.flops import cache_slots
 from modjax.nn.block import Context, make_block
 from modjax.nn.cache import KVCache, filled
@@ -28,6 +28,11 @@ class Cache(NamedTuple):
 
     layers: tuple[KVCache, ...]
     positions_B: jax.Array
+
+    @property
+    def overflow_B(self) -> jax.Array:
+        """Tokens that found no slot until now, summed over the layers."""
+        return sum((layer.overflow_B for layer in self.layers), jnp.zeros_like(self.positions_B))
 
 
 class Transformer(nnx.Module):
@@ -84,7 +89,9 @@ class Transformer(nnx.Module):
         routing: "top_k" as in training, or "router", "predictor" or "threshold", which never look
           ahead. slack: with these, a routed block takes the first slack * capacity * L positions
           of a row at most; None, all that ask.
+        Raises InputError for a routing that the model has not learned.
         """
+        self.config.check_routing(routing, "routing")
         valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
         length = tokens_BL.shape[1]
         context = self._context(jnp.arange(length)[None], segment_ids_BL)
@@ -127,7 +134,14 @@ class Transformer(nnx.Module):
           looks ahead, a continuation is no honest sample. A routed block's cache has room for
           slack * capacity * max_length tokens of a row.
         depths_BL: how many routed blocks processed each position.
+        Raises InputError for a routing that the model has not learned.
         """
+        self.config.check_routing(routing, "routing")
+        if routing == "top_k":
+            kinds = [slot.kind for slot in self.config.slots]
+            require("attention" not in kinds, "routing", routing, "attention blocks rank by what "
+                    "comes later: prefill needs another routing")  # fmt: skip
+            require(slack is None or slack >= 1, "slack", slack, "must be 1 or more under top_k")
         valid_BL = jnp.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
         # Padding comes after everything real: causal attention never sees it.
         context = self._context(jnp.arange(tokens_BL.shape[1])[None], None)
@@ -165,7 +179,10 @@ class Transformer(nnx.Module):
 
         One more token of every row that is active; the others keep their caches. The layers are
         taken apart here, outside the loop, so that a step reads the weights that it uses only.
+        Raises InputError for a routing that the model has not learned, or that looks ahead.
         """
+        self.config.check_routing(routing, "routing")
+        require(routing != "top_k", "routing", routing, "looks at tokens not yet drawn")
         graphdef, layers = self._unstacked()
         slots = self._slots()
 

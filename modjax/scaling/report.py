@@ -67,7 +67,7 @@ def report(workdir: Path, loss: str = "top_k") -> Path:
     records, fits = fit_workdir(workdir, loss)
     figures = draw_all(records, fits, read_curves(workdir, records), workdir / "figures")
     save_json(workdir / "fit.json", fits)
-    write_csv(workdir / "results.csv", records)
+    write_csv(workdir / "results.csv", read_records(workdir))  # whatever loss is fitted
     path = workdir / "report.html"
     write_atomically(path, render(workdir, records, fits, figures))
     return path
@@ -104,7 +104,8 @@ def render(workdir: Path, records: Sequence[Record], fits: Fits, figures: dict[s
         "<h2>Runs</h2>",
         "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
         "token. All fields are in results.csv beside this file.</p>",
-        table(RUN_COLUMNS, [[_cell(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
+        table([f"{fits.loss} loss" if f == "eval_loss" else n for n, f in RUN_COLUMNS.items()],
+               [[_cell(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
                keys=[[_key(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
                rows=[f"run:{r.run_id}" for r in records]),
         "<h2>Config</h2>",

@@ -135,19 +135,28 @@ class Fits:
 def under(records: Sequence[Record], loss: str) -> list[Record]:
     """The records with the loss that fits and figures take.
 
-    "top_k": as trained. "causal": of routed runs that under routing which never looks ahead.
+    "top_k": as trained. "causal": of routed runs that under routing which never looks ahead, and
+    its bits per byte; the standard error stays that of the loss as trained.
     Raises InputError for a routed run that has none.
     """
     if loss == "top_k":
         return list(records)
-    routed = [r for r in records if r.flops.get("router", 0) > 0 and r.status == "finished"]
-    without = [r.run_id for r in routed if r.causal_loss is None]
+    without = [
+        r.run_id for r in records
+        if r.status == "finished" and r.causal_loss is None
+        # A router may have no parameters, and a capacity of 1 skips nothing.
+        and (r.flops.get("router", 0) > 0 or r.params_active < r.params_non_embedding)
+    ]  # fmt: skip
     require(not without, "--loss", loss, f"{len(without)} routed runs have no causal loss, such as "
             f"{without[0] if without else ''}")  # fmt: skip
-    return [
-        r if r.causal_loss is None else dataclasses.replace(r, eval_loss=r.causal_loss)
-        for r in records
-    ]
+    return [_causal(r) for r in records]
+
+
+def _causal(r: Record) -> Record:
+    if r.causal_loss is None or r.eval_loss is None:
+        return r
+    bits = r.eval_bits_per_byte and r.eval_bits_per_byte * r.causal_loss / r.eval_loss
+    return dataclasses.replace(r, eval_loss=r.causal_loss, eval_bits_per_byte=bits)
 
 
 def quantity_of(record: Record, quantity: str, size: str) -> float:

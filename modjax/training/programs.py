@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax.config import Execution, RunSpec, TrainConfig
 from modjax.data.batches import Batch
-from modjax.flops import CAPACITY_STAGES, at_stage, stage_of_step
+from modjax.flops import CAPACITY_STAGES, at_stage, stage_of_step, stage_starts
 from modjax.nn import routing_statistics
 from modjax.training.evaluate import eval_batch_size
 from modjax.training.optimizer import make_schedule
@@ -35,8 +35,9 @@ class Programs(NamedTuple):
 class Models(NamedTuple):
     """The model of a run, as its stages train it and as it is evaluated; all share parameters.
 
-    by_stage: of the capacity schedule; the last is the model itself. evaluated: with scanned
-    layers, which compile in less time than unrolled ones save in a few evaluations.
+    by_stage: of the capacity schedule, those that the run comes to; the last is the model itself.
+    evaluated: with scanned layers, which compile in less time than unrolled ones save in a few
+    evaluations.
     """
 
     by_stage: dict[int, Model]
@@ -45,8 +46,7 @@ class Models(NamedTuple):
 
 def make_models(spec: RunSpec, execution: Execution) -> Models:
     """Call it outside `jax.set_mesh`, see `abstract_model`."""
-    first = 0 if spec.train.capacity_steps else CAPACITY_STAGES
-    stages = range(first, CAPACITY_STAGES + 1)
+    stages = stage_starts(spec.model, spec.train)
     scanned = dataclasses.replace(execution, layer_loop="scan")
     return Models(
         {stage: abstract_model(at_stage(spec.model, stage), execution) for stage in stages},
@@ -58,7 +58,11 @@ def compile_programs(mesh: Mesh, models: Models, spec: RunSpec) -> Programs:
     """Compiles what a run needs; call under `jax.set_mesh(mesh)`."""
     train = spec.train
     schedule = make_schedule(train)
-    lowered = {s: lower_train_step(mesh, model, train) for s, model in models.by_stage.items()}
+    starts = stage_starts(spec.model, train)
+    lowered = {
+        stage: lower_train_step(mesh, model, train, starts[stage])
+        for stage, model in models.by_stage.items()
+    }
     compiled = {stage: step.compile() for stage, step in lowered.items()}
     aux = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -67,7 +71,8 @@ def compile_programs(mesh: Mesh, models: Models, spec: RunSpec) -> Programs:
     )
 
     def train_step(state, batch, step):
-        return compiled[stage_of_step(train, step)](state, batch, schedule)
+        stage = stage_of_step(train, step) if len(compiled) > 1 else CAPACITY_STAGES
+        return compiled[stage](state, batch, schedule)
 
     causal = spec.model.causal_routing()
     routings = ("top_k", causal) if causal else ("top_k",)
@@ -89,11 +94,11 @@ def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: A
     return lambda params, batch, index: compiled(params, batch, seed, index)
 
 
-def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig) -> Any:
-    """The train step (state, batch, schedule), to be compiled."""
+def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig, start: int = 0) -> Any:
+    """The train step (state, batch, schedule), to be compiled; start: see make_train_step."""
     state = abstract_state(mesh, model, train)
     return jax.jit(
-        make_train_step(model, train),
+        make_train_step(model, train, start),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     ).lower(state, abstract_batch(mesh, train.batch_size, train.seq_len), make_schedule(train))

@@ -224,6 +224,8 @@ def test_a_turn_that_does_not_fit_is_one_line(tokens_BL, lengths_B, message):
         ({"routing": "both"}, "routing = 'both': must be one of router, predictor, threshold"),
         ({"max_new_tokens": -1}, "max_new_tokens = -1: must be 0 or more"),
         ({"stop": ((4,), ())}, r"stop = \(\): "),
+        ({"tokens_BL": np.zeros(4, int)}, r"tokens_BL = \(4,\): must have the shape \(B, L\)"),
+        ({"lengths_B": np.array([3])}, r"lengths_B = \(1,\): must have one length for each of 2"),
         ({"seed": -1}, "seed = -1: must be 0 or more"),
         ({"seed": 2**32}, "seed = 4294967296: must be .* below"),
         ({"slack": 0.0}, "slack = 0.0: must be greater than 0"),
@@ -236,6 +238,32 @@ def test_bad_input_is_one_line_before_anything_is_compiled(options, message):
     with pytest.raises(InputError, match=message) as caught:
         generate(None, None, **arguments)  # no model: whatever uses one fails otherwise
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_more_to_draw_or_to_read_leaves_a_state_as_it_is():
+    state = greedy("predictor").state
+    found = resume(None, None, state, max_new_tokens=0, sampling=GREEDY)
+    assert found.tokens_BN.shape == found.overflow_BN.shape == (3, 0)
+    assert found.state is state
+    assert extend(None, None, state, np.zeros((3, 0), int)) is state
+    with pytest.raises(InputError, match="max_new_tokens = -1: must be 0 or more"):
+        resume(None, None, state, max_new_tokens=-1, sampling=GREEDY)
+
+
+def test_what_finds_no_slot_is_counted_token_by_token():
+    found = run("predictor", sampling=GREEDY, slack=0.5)
+    graphdef, params = random_model(ROUTED)
+    tokens_BL = np.zeros((3, MAX_LENGTH), np.int32)
+    for b, length in enumerate(LENGTHS_B):
+        tokens_BL[b, :length] = PROMPTS_BL[b, :length]
+        tokens_BL[b, length : length + NEW] = found.tokens_BN[b]
+    valid_BL = np.arange(MAX_LENGTH) < (LENGTHS_B + NEW)[:, None]
+    model = nnx.merge(graphdef, params)
+    _, aux = model(tokens_BL, jnp.asarray(valid_BL, jnp.int32), routing="predictor", slack=0.5)
+    missed_BL = np.asarray(aux["1_mod"]["wanted_BL"] & ~aux["1_mod"]["selected_BL"])[0]
+    assert missed_BL.any()
+    for b, length in enumerate(LENGTHS_B):
+        np.testing.assert_array_equal(found.overflow_BN[b], missed_BL[b, length : length + NEW])
 
 
 def test_a_full_cache_cannot_be_resumed():
@@ -323,8 +351,10 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(options):
 
 def test_even_a_minute_temperature_draws_the_likeliest():
     # Logits divided by it overflow.
-    for options in ({}, {"top_p": 0.9}, {"vocab_size": 11}):
-        sampling = Sampling(temperature=1e-37, **options)
+    for temperature, options in (
+        (1e-37, {}), (1e-37, {"top_p": 0.9}), (1e-37, {"vocab_size": 11}), (1e-50, {"top_k": 3}),
+    ):  # fmt: skip
+        sampling = Sampling(temperature=temperature, **options)
         tokens_B = draws(50 * LOGITS_V, sampling)
         np.testing.assert_array_equal(tokens_B, np.argmax(LOGITS_V))
 

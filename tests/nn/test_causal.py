@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import MoDConfig, ModelConfig
+from modjax.config import InputError, MoDConfig, ModelConfig
 from tests.nn.small import KINDS, QUICK, random_model
 
 LENGTH = 10
@@ -86,3 +86,42 @@ def test_the_selection_of_training_looks_ahead_where_positions_compete_by_conten
     reached = reach(lambda tokens: run(params, tokens))
     assert (reached != {t: t for t in range(1, LENGTH)}) == looks_ahead
     assert all(first <= t for t, first in reached.items())
+
+
+@pytest.mark.parametrize(
+    "pattern, routing, message",
+    [
+        (("dense", "attention"), "threshold", "attention blocks of this model can select by top_k"),
+        (("dense", "mod"), "router", "mod blocks of this model can select by top_k, threshold"),
+        (("dense", "mod"), "predictor", "predictor_weight > 0 teaches more"),
+        (("dense",), "best", "must be one of top_k, router, predictor, threshold"),
+    ],
+)
+def test_a_routing_that_was_not_learned_is_refused_wherever_it_is_asked_for(
+    pattern, routing, message
+):
+    config = ModelConfig(20, 8, len(pattern), 2, 2, 16, pattern=pattern)
+    tokens_BL, lengths_B = jnp.zeros((1, 4), int), jnp.array([4])
+    model = nnx.merge(*random_model(config))
+    for ask in (
+        lambda: model(tokens_BL, routing=routing),
+        lambda: model.prefill(tokens_BL, lengths_B, max_length=8, routing=routing),
+        lambda: model.decoder(routing=routing),
+    ):
+        with pytest.raises(InputError, match=f"routing = '{routing}'.*{message}"):
+            ask()
+
+
+def test_prefill_and_decoding_refuse_what_a_cache_cannot_hold_or_foretell():
+    tokens_BL, lengths_B = jnp.zeros((1, 8), int), jnp.array([8])
+    mod = MoDConfig(capacity=0.5)
+    by_attention, by_score = (
+        nnx.merge(*random_model(ModelConfig(20, 8, 2, 2, 2, 16, pattern=("dense", k), mod=mod)))
+        for k in ("attention", "mod")
+    )
+    with pytest.raises(InputError, match="rank by what comes later"):
+        by_attention.prefill(tokens_BL, lengths_B, max_length=8, routing="top_k")
+    with pytest.raises(InputError, match=r"slack = 0\.5: must be 1 or more"):
+        by_score.prefill(tokens_BL, lengths_B, max_length=8, routing="top_k", slack=0.5)
+    with pytest.raises(InputError, match="looks at tokens not yet drawn"):
+        by_score.decoder(routing="top_k")

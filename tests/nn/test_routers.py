@@ -125,6 +125,10 @@ def test_balance_loss_is_one_where_choices_and_probabilities_equal_the_capacity(
         return float(router(jnp.stack([odds, odds], -1), at).losses["balance"][0])
 
     assert balance([0.7, 0.1, 0.1, 0.1]) == pytest.approx(1, rel=1e-5)
+    # A schedule starts at capacity 1, where every choice is as balanced as any other.
+    router.config = dataclasses.replace(config, capacity=1.0)
+    assert balance([0.7, 0.1, 0.1, 0.1]) == balance([0.9, 0.9, 0.9, 0.9]) == 1
+    router.config = config
     assert balance([0.9, 0.9, 0.9, 0.9]) > balance([0.7, 0.7, 0.1, 0.1]) > 1
 
 

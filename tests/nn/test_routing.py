@@ -7,7 +7,7 @@ import pytest
 
 from modjax.flops import selected_tokens
 from modjax.nn.routing import (
-    every_nth,
+    evenly_spread,
     expert_choice,
     gather,
     position_noise,
@@ -152,15 +152,25 @@ def test_token_choice_takes_the_likelier_path_and_never_more_than_k():
 
 @pytest.mark.parametrize(
     "capacity, chosen",
-    [(1.0, [0, 1, 2, 3, 4, 5, 6]), (0.5, [1, 3, 5]), (0.4, [2, 5]), (0.25, [3]), (0.1, [])],
-)
-def test_the_pattern_takes_the_last_of_every_n_positions(capacity, chosen):
+    [
+        (1.0, [0, 1, 2, 3, 4, 5, 6]), (0.9, [1, 2, 3, 4, 5, 6]), (0.6, [1, 3, 4, 6]),
+        (0.5, [1, 3, 5]), (0.4, [2, 4]), (0.25, [3]), (0.1, []),
+    ],
+)  # fmt: skip
+def test_the_pattern_spreads_its_share_of_the_positions_evenly(capacity, chosen):
     positions = jnp.arange(7)[None]
-    assert np.flatnonzero(every_nth(positions, capacity)[0]).tolist() == chosen
+    assert np.flatnonzero(evenly_spread(positions, capacity)[0]).tolist() == chosen
     # It knows the position, not the place in the array.
-    assert np.flatnonzero(every_nth(positions + 2, capacity)[0, :-2]).tolist() == [
+    assert np.flatnonzero(evenly_spread(positions + 2, capacity)[0, :-2]).tolist() == [
         i - 2 for i in chosen if i >= 2
     ]
+
+
+@pytest.mark.parametrize("n", range(1, 60))
+def test_at_one_nth_the_pattern_takes_the_last_of_every_n_positions(n):
+    positions = np.arange(5000)
+    chosen = np.asarray(evenly_spread(jnp.asarray(positions)[None], 1 / n))[0]
+    np.testing.assert_array_equal(chosen, positions % n == n - 1)
 
 
 def test_noise_depends_on_key_row_and_position_alone():

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,6 +98,20 @@ def quick_stages(monkeypatch):
         return SimpleNamespace(out_info=lowered.out_info, compile=lambda: lowered.compile(QUICK))
 
     monkeypatch.setattr(programs, "lower_train_step", lower_quickly)
+
+
+def test_a_threshold_forgets_the_scores_of_another_capacity():
+    train = train_config(warmup_steps=0)
+    states = {}
+    for start in (0, 2):
+        step = one_device_step(ROUTED, train, start)
+        state = initial_state(ROUTED)._replace(step=jnp.int32(2))
+        state.params["blocks"]["0_mod"]["threshold"] += 7.0
+        state, metrics = step(state, random_batch(0, 8, 32))
+        kth = float(jnp.mean(metrics["aux"]["0_mod"]["kth_B"]))
+        states[start] = float(state.params["blocks"]["0_mod"]["threshold"][0, 0]), kth
+    assert states[2][0] == pytest.approx(states[2][1], rel=1e-5), "the first of its capacity"
+    assert states[0][0] == pytest.approx((2 * 7 + states[0][1]) / 3, rel=1e-5)
 
 
 def test_a_run_goes_through_its_capacity_schedule_and_counts_it(
