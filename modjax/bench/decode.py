@@ -16,7 +16,7 @@ from flax import nnx
 
 from modjax.bench import Row, fill, progress
 from modjax.bench.step import MOD as STEP_MOD
-from modjax.bench.step import TRAIN, interleaved, jax_step, ratio
+from modjax.bench.step import ROUNDS, TRAIN, interleaved, jax_step, ratio
 from modjax.config import MoDConfig, ModelConfig
 from modjax.decoding.generate import Sampling, State, generate, resume
 from modjax.flops import cache_bytes
@@ -58,7 +58,8 @@ def measure() -> list[Row]:
     prefill = interleaved({r: prefilling(*models["mod"], r) for r in ("predictor", "top_k")})
     tokens = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
     taught = dataclasses.replace(STEP_MOD, mod=MoDConfig(predictor_weight=1.0))
-    train = interleaved({"with": jax_step(taught, tokens), "without": jax_step(STEP_MOD, tokens)})
+    steps = {"with": jax_step(taught, tokens), "without": jax_step(STEP_MOD, tokens)}
+    train = interleaved(steps, rounds=3 * ROUNDS)  # their difference is below a pair's noise
     return fill(ROWS, [
         ratio(seconds[1], "dense", "mod"),
         ratio(seconds[16], "dense", "mod"),
