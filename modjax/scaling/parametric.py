@@ -153,7 +153,8 @@ def fit_projection(data: Data) -> np.ndarray:
 def natural(theta: np.ndarray, data: Data) -> np.ndarray:
     """E, A, B, alpha, beta in the units of the formula, from theta (..., 5)."""
     shift = theta[..., 3:] * [data.centre_n, data.centre_d]
-    ab = np.exp(theta[..., 1:3] + shift)
+    with np.errstate(over="ignore"):  # a resampling that determines nothing runs off to infinity
+        ab = np.exp(theta[..., 1:3] + shift)
     return np.concatenate([np.exp(theta[..., :1]), ab, theta[..., 3:]], -1)
 
 

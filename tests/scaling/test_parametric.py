@@ -123,3 +123,9 @@ def test_too_few_runs_or_a_vanishing_term_are_refused_in_words():
     n, d, _ = planted()
     surface = fit_surface("dense", n, d, 1.5 + 60 / n**0.38)
     assert "vanishes" in surface.refusal and surface.intervals is None
+
+
+def test_a_coefficient_beyond_every_number_is_infinite_without_a_word():
+    data = parametric.make_data(np.array([1e4, 1e5]), np.array([1e6, 1e7]), np.array([2.0, 1.9]))
+    found = natural(np.array([0.0, 0.0, 800.0, 0.3, 1.7]), data)
+    assert found[2] == np.inf and np.isfinite(found[[0, 1, 3, 4]]).all()
