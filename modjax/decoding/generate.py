@@ -132,7 +132,7 @@ def generate(
         routing=routing,
         stop=stop,
     )
-    drawn = resume(model, params, state, max_new_tokens=max_new_tokens, sampling=sampling)
+    drawn = _draw(model, params, state, max_new_tokens, sampling)
     return drawn._replace(prompt_depths_BL=prompt_depths_BL)
 
 
@@ -144,11 +144,14 @@ def resume(
     Raises InputError where the new tokens do not fit the caches, before compiling.
     """
     _require_fits(int(jnp.max(state.cache.positions_B)), max_new_tokens, state.max_length)
-    if max_new_tokens == 0:  # reading a prompt was all that was asked for
+    return _draw(model, params, state, max_new_tokens, sampling)
+
+
+def _draw(model: Any, params: Any, state: State, new: int, sampling: Sampling) -> Generated:
+    if new == 0:  # reading a prompt was all that was asked for
         none_BN = jnp.zeros((state.done_B.shape[0], 0), jnp.int32)
         return Generated(none_BN, none_BN, none_BN, None, state)
-    drawn = _loop(model, params, state, max_new_tokens, sampling)
-    tokens_BN, depths_BN, overflow_BN, state = drawn
+    tokens_BN, depths_BN, overflow_BN, state = _loop(model, params, state, new, sampling)
     return Generated(tokens_BN, depths_BN, overflow_BN, None, state)
 
 
