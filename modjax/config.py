@@ -20,7 +20,7 @@ PATTERN_ENTRIES = (
     "threshold",
 )  # fmt: skip
 # How a routed block selects: as in training, or by one of the ways that never look ahead.
-ROUTINGS = ("top_k", "router", "predictor", "threshold")
+ROUTINGS = ("top_k", "router", "predictor", "paced", "threshold")
 ROUTER_WEIGHTS = ("linear", "sigmoid", "two_sigmoid", "one_plus_tanh")
 RESIDUALS = ("delta", "literal", "replace")
 MLPS = ("gelu", "silu", "relu2", "geglu", "swiglu")
@@ -207,6 +207,7 @@ class ModelConfig:
             "threshold": kind != "attention",
             "router": own or (kind == "mod" and self.mod.auxiliary_weight > 0),
             "predictor": self.mod.predictor_weight > 0,
+            "paced": self.mod.predictor_weight > 0,
         }
         return ("top_k", *(name for name, can in learned.items() if can))
 

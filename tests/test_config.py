@@ -122,24 +122,26 @@ def routed(*pattern, **mod):
 WHAT_EACH_CAN = [
     (("mod",), {}, ("top_k", "threshold")),
     (("mod",), {"auxiliary_weight": 0.1}, ("top_k", "threshold", "router")),
-    (("mod",), {"predictor_weight": 0.1}, ("top_k", "threshold", "predictor")),
+    (("mod",), {"predictor_weight": 0.1}, ("top_k", "threshold", "predictor", "paced")),
     # The auxiliary loss teaches expert choice only.
     (("stochastic",), {"auxiliary_weight": 0.1}, ("top_k", "threshold")),
-    (("learned_position",), {"predictor_weight": 1.0}, ("top_k", "threshold", "predictor")),
+    (("learned_position",), {"predictor_weight": 1.0},
+     ("top_k", "threshold", "predictor", "paced")),
     (("dense", "attention"), {}, ("top_k",)),
-    (("dense", "attention"), {"predictor_weight": 1.0}, ("top_k", "predictor")),
+    (("dense", "attention"), {"predictor_weight": 1.0}, ("top_k", "predictor", "paced")),
     # Rules of their own, which need no lesson.
     (("positional",), {}, ("top_k", "threshold", "router")),
     (("token_choice",), {}, ("top_k", "threshold", "router")),
-    (("token_choice",), {"predictor_weight": 1.0}, ("top_k", "threshold", "router", "predictor")),
+    (("token_choice",), {"predictor_weight": 1.0},
+     ("top_k", "threshold", "router", "predictor", "paced")),
     (("threshold",), {}, ("top_k", "threshold")),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern, mod, can", WHAT_EACH_CAN)
 def test_a_routing_that_a_block_has_not_learned_is_refused_with_those_it_has(pattern, mod, can):
     model = routed(*pattern, **mod)
-    for routing in ("top_k", "router", "predictor", "threshold"):
+    for routing in ("top_k", "router", "predictor", "paced", "threshold"):
         if routing in can:
             model.check_routing(routing, "routing")
             continue
@@ -156,7 +158,7 @@ def test_an_unknown_routing_is_refused_with_those_known():
         with pytest.raises(InputError) as caught:
             model.check_routing("best", "--routing")
         assert str(caught.value) == (
-            "--routing = 'best': must be one of top_k, router, predictor, threshold"
+            "--routing = 'best': must be one of top_k, router, predictor, paced, threshold"
         )
 
 

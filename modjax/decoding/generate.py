@@ -95,7 +95,8 @@ def generate(
 
     model, params: graph definition and parameters, `nnx.split(model)`.
     tokens_BL: prompts; row b has lengths_B[b] tokens and then padding (None: no padding).
-    routing: "router", "predictor" or "threshold", which never look ahead; for a dense model any.
+    routing: "router", "predictor", "paced" or "threshold", which never look ahead; for a dense
+      model any.
     max_length: of prompt and continuation, for which caches have room: more than this call needs
       where `resume` is to go on. slack: see Transformer.prefill.
     stop: token sequences that end a row.

@@ -19,6 +19,7 @@ from modjax.nn.routers import At, ExpertChoice, Predictor, Ranking, masked_mean
 from modjax.nn.routing import (
     Selection,
     gather,
+    paced,
     scatter_add,
     select_first_k,
     select_top_k,
@@ -77,7 +78,8 @@ class MoDBlock(nnx.Module):
         valid_BL: False marks padding, which is never selected.
         key: for random routing. received_BL: for routing by attention.
         routing: "top_k" selects as in training; "router", "predictor" and "threshold" let each
-          position decide for itself, and drop none, or those beyond the first `slots` of a row.
+          position decide for itself, "paced" by the predictor and what its row has spent. They
+          drop none, or those beyond the first `slots` of a row.
         """
         at = _at(x_BLD, valid_BL, key, received_BL)
         x_BLD, _, aux = self._forward(x_BLD, per_position, at, routing, slots, self.inner, None)
@@ -114,7 +116,8 @@ class MoDBlock(nnx.Module):
         """
         at = At(positions_B[:, None], active_B[:, None], key, None)
         ranking = self.router(x_B1D, at)
-        wanted_B = self._wanted(x_B1D, ranking, at, routing)[:, 0] & active_B
+        spent_B = cache.length_B + cache.overflow_B
+        wanted_B = self._wanted(x_B1D, ranking, at, routing, spent_B)[:, 0] & active_B
         routed_B = wanted_B & (cache.length_B < cache.k_BGMH.shape[2])
         x_B1D, k_BG1H, v_BG1H = self._decode_rows(
             x_B1D, per_position, ranking.scores_BL, routed_B, cache
@@ -147,7 +150,8 @@ class MoDBlock(nnx.Module):
             aux |= {"wanted_BL": wanted_BL, "selected_BL": target_BL}
             x_BLD, extra = self._process(x_BLD, per_position, target, run)
             return x_BLD, extra if pad is None else pad(extra), aux
-        wanted_BL = _and(self._wanted(x_BLD, ranking, at, routing), at.valid_BL)
+        none_B = jnp.zeros(x_BLD.shape[0], jnp.int32)
+        wanted_BL = _and(self._wanted(x_BLD, ranking, at, routing, none_B), at.valid_BL)
         bound = length if slots is None else min(slots, length)
         selected_BL = wanted_BL & (jnp.cumsum(wanted_BL, axis=1) <= bound)
         aux |= {"wanted_BL": wanted_BL, "selected_BL": selected_BL}
@@ -187,17 +191,25 @@ class MoDBlock(nnx.Module):
         kth_B = per_sequence(lambda rank_BL: jax.lax.top_k(rank_BL, k)[0][:, -1], rank_BL)
         return selection, wanted_BL, kth_B
 
-    def _wanted(self, x_BLD, ranking: Ranking, at: At, routing: str) -> jax.Array:
-        """Which positions ask to be processed, each by itself: (B, L) bool."""
+    def _wanted(self, x_BLD, ranking: Ranking, at: At, routing: str, spent_B) -> jax.Array:
+        """Which positions ask to be processed, never looking ahead: (B, L) bool.
+
+        spent_B: how many of the positions before these have asked.
+        """
         own_BL = self.router.wants(ranking, at, self._threshold())
-        if own_BL is not None and routing != "predictor":
+        if own_BL is not None and routing not in ("predictor", "paced"):
             return own_BL
         if routing == "router":
             return ranking.scores_BL > 0
         if routing == "threshold":
             return ranking.ranking_BL > self._threshold()
-        if routing == "predictor" and self.predictor is not None:
-            return self.predictor(x_BLD, ranking.scores_BL) > 0
+        if routing in ("predictor", "paced") and self.predictor is not None:
+            odds_BL = self.predictor(x_BLD, ranking.scores_BL)
+            if routing == "predictor":
+                return odds_BL > 0
+            if at.valid_BL is not None:  # padding spends nothing
+                odds_BL = jnp.where(at.valid_BL, odds_BL, -jnp.inf)
+            return paced(odds_BL, self.config.capacity, at.positions_BL, spent_B)
         raise ValueError(f"routing {routing!r}: this block cannot select by it")
 
     def _threshold(self) -> jax.Array:

@@ -84,6 +84,29 @@ def threshold(
     return select_first_k(above_BL if valid_BL is None else above_BL & valid_BL, scores_BL, k)
 
 
+def paced(
+    odds_BL: jax.Array, capacity: float, positions_BL: jax.Array, spent_B: jax.Array
+) -> jax.Array:
+    """Positions whose log-odds pass a bar that rises as their row runs ahead of its capacity.
+
+    A row that has spent n of the t positions before is z = (n - c t) / sqrt(c t + 4) ahead, in
+    standard deviations of a count (4 more positions keep the first ones calm); the bar is z + z^3,
+    below 0 for a row that lags. Causal: (B, L) bool, position by position.
+    Documents packed into a row share its budget, as in training.
+    spent_B: n of each row at the first of these positions.
+    """
+
+    def choose(spent_B, now):
+        odds_B, position_B = now
+        fair_B = capacity * position_B.astype(jnp.float32)
+        ahead_B = (spent_B.astype(jnp.float32) - fair_B) / jnp.sqrt(fair_B + 4)
+        wanted_B = odds_B > ahead_B + ahead_B**3
+        return spent_B + wanted_B.astype(spent_B.dtype), wanted_B
+
+    wanted_LB = jax.lax.scan(choose, spent_B, (odds_BL.T, positions_BL.T))[1]
+    return wanted_LB.T
+
+
 def select_first_k(wanted_BL: jax.Array, scores_BL: jax.Array, k: int) -> Selection:
     """Selects each row's first k wanted positions; the others are dropped."""
     # Ties of a top-k go to the earlier position.

@@ -86,9 +86,9 @@ class Transformer(nnx.Module):
 
         segment_ids_BL: attention stays within equal ids, 0 is padding (never routed).
         key: PRNG key, needed by random routing only.
-        routing: "top_k" as in training, or "router", "predictor" or "threshold", which never look
-          ahead. slack: with these, a routed block takes the first slack * capacity * L positions
-          of a row at most; None, all that ask.
+        routing: "top_k" as in training, or "router", "predictor", "paced" or "threshold", which
+          never look ahead. slack: with these, a routed block takes the first slack * capacity * L
+          positions of a row at most; None, all that ask.
         Raises InputError for a routing that the model has not learned.
         """
         self.config.check_routing(routing, "routing")

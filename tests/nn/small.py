@@ -18,11 +18,13 @@ from modjax.nn import Transformer
 QUICK = {"xla_backend_optimization_level": 0}
 WIDTH = 8
 # By causal routing, a pattern of every router that knows it: one program tests them all.
+EVERY = (
+    "dense", "attention", "mod", "stochastic", "positional", "learned_position", "token_choice",
+    "threshold",
+)  # fmt: skip
 KINDS = {
-    "predictor": (
-        "dense", "attention", "mod", "stochastic", "positional", "learned_position",
-        "token_choice", "threshold",
-    ),
+    "predictor": EVERY,
+    "paced": EVERY,
     "threshold": (
         "dense", "mod", "stochastic", "positional", "learned_position", "token_choice",
         "threshold",

@@ -94,7 +94,7 @@ def test_the_selection_of_training_looks_ahead_where_positions_compete_by_conten
         (("dense", "attention"), "threshold", "attention blocks of this model can select by top_k"),
         (("dense", "mod"), "router", "mod blocks of this model can select by top_k, threshold"),
         (("dense", "mod"), "predictor", "predictor_weight > 0 teaches more"),
-        (("dense",), "best", "must be one of top_k, router, predictor, threshold"),
+        (("dense",), "best", "must be one of top_k, router, predictor, paced, threshold"),
     ],
 )
 def test_a_routing_that_was_not_learned_is_refused_wherever_it_is_asked_for(

@@ -10,6 +10,7 @@ from modjax.nn.routing import (
     evenly_spread,
     expert_choice,
     gather,
+    paced,
     position_noise,
     scatter_add,
     select_first_k,
@@ -46,6 +47,44 @@ def test_expert_choice_equals_a_plain_loop(batch, length, k, dtype, padding):
         )
         assert np.all(np.asarray(got.indices_BK[b])[~kept] >= length)
         assert np.all(np.diff(np.asarray(got.indices_BK[b])) > 0)
+
+
+@pytest.mark.parametrize("capacity, length, spent", [(0.125, 40, 0), (0.5, 17, 3), (0.3, 1, 9)])
+def test_pacing_equals_a_plain_loop_and_may_be_done_in_parts(capacity, length, spent):
+    rng = np.random.default_rng(length)
+    odds = rng.normal(0, 3, (4, length)).astype(np.float32)
+    first = 2 * spent  # the position of the first of these
+    expected = np.zeros((4, length), bool)
+    counts = np.full(4, spent)
+    for b in range(4):
+        for i in range(length):
+            fair = capacity * (first + i)
+            ahead = (counts[b] - fair) / (fair + 4) ** 0.5
+            expected[b, i] = odds[b, i] > ahead + ahead**3
+            counts[b] += expected[b, i]
+    positions = jnp.broadcast_to(first + jnp.arange(length), odds.shape)
+    start = jnp.full(4, spent)
+    whole = paced(jnp.asarray(odds), capacity, positions, start)
+    np.testing.assert_array_equal(whole, expected)
+    assert length == 1 or not np.array_equal(expected, odds > 0)
+    half = length // 2
+    early = paced(odds[:, :half], capacity, positions[:, :half], start)
+    late = paced(odds[:, half:], capacity, positions[:, half:], start + early.sum(axis=1))
+    np.testing.assert_array_equal(np.concatenate([early, late], axis=1), expected)
+
+
+@pytest.mark.parametrize("length", [128, 1024])
+def test_a_paced_row_keeps_near_its_capacity_whatever_it_asks_for(length):
+    # A modest row, rows that ask for everything or nothing, and one that wakes up half way.
+    odds = np.random.default_rng(0).normal(-2, 2, (4, length)).astype(np.float32)
+    odds[1] += 8
+    odds[2] -= 8
+    odds[3, length // 2 :] += 8
+    positions = jnp.broadcast_to(jnp.arange(length), odds.shape)
+    selected = np.asarray(paced(jnp.asarray(odds), 0.125, positions, jnp.zeros(4, int)))
+    asked, spent = (odds > 0).mean(axis=1) / 0.125, selected.mean(axis=1) / 0.125
+    assert asked[1] > 5 and asked[2] < 0.1
+    assert np.all(spent <= 1.5) and spent[2] > asked[2]
 
 
 def test_gather_and_scatter_equal_a_plain_loop_in_values_and_gradients():
