@@ -90,8 +90,8 @@ def paced(
     """Positions whose log-odds pass a bar that rises as their row runs ahead of its capacity.
 
     A row that has spent n of the t positions before is z = (n - c t) / sqrt(c t + 4) ahead, in
-    standard deviations of a count (4 more positions keep the first ones calm); the bar is z + z^3,
-    below 0 for a row that lags. Causal: (B, L) bool, position by position.
+    standard deviations of a count (the 4 keeps the first positions calm); the bar is
+    z exp(z^2 / 2), below 0 for a row that lags. Causal: (B, L) bool, position by position.
     Documents packed into a row share its budget, as in training.
     spent_B: n of each row at the first of these positions.
     """
@@ -100,7 +100,7 @@ def paced(
         odds_B, position_B = now
         fair_B = capacity * position_B.astype(jnp.float32)
         ahead_B = (spent_B.astype(jnp.float32) - fair_B) / jnp.sqrt(fair_B + 4)
-        wanted_B = odds_B > ahead_B + ahead_B**3
+        wanted_B = odds_B > ahead_B * jnp.exp(ahead_B**2 / 2)
         return spent_B + wanted_B.astype(spent_B.dtype), wanted_B
 
     wanted_LB = jax.lax.scan(choose, spent_B, (odds_BL.T, positions_BL.T))[1]
