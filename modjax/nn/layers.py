@@ -1,6 +1,7 @@
 """The plain layers: parameters, RMSNorm, MLP and rotary positions.
 
-Legend: B batch, L positions, D model width, F feed-forward width, N heads, H head width.
+Legend: B batch, L positions, D model width, F feed-forward width, N heads, H head width; P parts of
+K each.
 """
 
 import math
@@ -37,9 +38,28 @@ def project(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None = Non
     makes XLA's CPU backend transpose the activations first, at 1.6 times the cost of the MLP.
     """
     batch, length, width = x_BLD.shape
+    w_DF = w_DF.astype(x_BLD.dtype)
+    if batch * length == 1 and jax.default_backend() == "cpu":
+        return _project_one(x_BLD, w_DF, out_dtype)
     x_TD = x_BLD.reshape(batch * length, width)
-    y_TF = jnp.matmul(x_TD, w_DF.astype(x_BLD.dtype), preferred_element_type=out_dtype)
+    y_TF = jnp.matmul(x_TD, w_DF, preferred_element_type=out_dtype)
     return y_TF.reshape(batch, length, w_DF.shape[1])
+
+
+def _project_one(x_11D: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None) -> jax.Array:
+    """`project` of one position, which does little but read the matrix.
+
+    XLA's CPU backend lets one core read a matrix of a megabyte, but shares a batch of products out.
+    """
+    width, out_width = w_DF.shape
+    parts = math.gcd(width, 4)
+    y_PF = jnp.einsum(
+        "PK,PKF->PF",
+        x_11D.reshape(parts, width // parts),
+        w_DF.reshape(parts, width // parts, out_width),
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.sum(y_PF, axis=0).astype(out_dtype or x_11D.dtype)[None, None]
 
 
 class RMSNorm(nnx.Module):
