@@ -42,6 +42,12 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
+def batch_shards() -> int:
+    """Over how many devices a batch is spread: its size must be a multiple of this."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape["data"] * mesh.shape["fsdp"] if _is_ours(mesh) else 1
+
+
 def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
     """function(x_BL), of any rank, where each row of it depends on the same row of x_BL only.
 

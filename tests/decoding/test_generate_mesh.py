@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import Execution, MoDConfig, ModelConfig
+from modjax.config import Execution, InputError, MoDConfig, ModelConfig
 from modjax.decoding.generate import Sampling, extend, generate, resume
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
 from modjax.training.state import abstract_model
@@ -71,12 +71,14 @@ def test_the_causal_call_on_2x2x2_devices_equals_one_device(model):
         assert 0 < np.mean(slot["selected_BL"]) < 1
 
 
-@pytest.mark.parametrize("turns", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_generation_on_2x2x2_devices_equals_one_device(model, turns):
+@pytest.mark.parametrize(
+    "turns, routing", [(1, "paced"), pytest.param(2, "predictor", marks=pytest.mark.slow)]
+)
+def test_generation_on_2x2x2_devices_equals_one_device(model, turns, routing):
     def talk(graphdef, params, put):
         drawn = generate(
             graphdef, params, put(TOKENS_BL[:, :6]), lengths_B=PROMPTS_B, max_new_tokens=3,
-            max_length=12, routing="predictor", slack=1.0, sampling=GREEDY,
+            max_length=12, routing=routing, slack=1.0, sampling=GREEDY,
         )  # fmt: skip
         state = drawn.state
         said = [drawn.tokens_BN, drawn.depths_BN, drawn.prompt_depths_BL]
@@ -95,3 +97,11 @@ def test_generation_on_2x2x2_devices_equals_one_device(model, turns):
         assert layer.k_BGMH.sharding.shard_shape(layer.k_BGMH.shape)[:2] == (1, 1)
     (_, depths_BN, prompt_depths_BL, *_), *_ = expected
     assert {0, 1} == set(depths_BN.ravel()) == set(prompt_depths_BL.ravel())
+
+
+def test_rows_that_a_mesh_cannot_share_out_are_one_line_before_anything_is_compiled():
+    with (
+        jax.set_mesh(make_mesh(CUBE)),
+        pytest.raises(InputError, match=r"tokens_BL = '3 rows': .* data \* fsdp = 4 of the mesh$"),
+    ):
+        generate(None, None, TOKENS_BL[:3], max_new_tokens=1, routing="predictor")
