@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--routing", required=True, help=", ".join(ROUTINGS))
     sample = add("sample", verbs_finished.sample, SAMPLE, "workdir", "data_dir", "slack", "json")
     sample.add_argument("--run", metavar="RUN_ID", help="which run; may be left out for one")
-    sample.add_argument("--routing", help="one that never looks ahead; default: any learned")
+    sample.add_argument("--routing", help=f"{', '.join(ROUTINGS[1:])}; default: any learned")
     prompt = sample.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line")

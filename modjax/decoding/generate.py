@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 
 from modjax.config import ROUTINGS, require
-from modjax.nn.sharding import batch_shards
 
 PAD = 0
 
@@ -180,8 +179,6 @@ def _rows(tokens_BL: Any, lengths_B: Any) -> tuple[jax.Array, np.ndarray]:
     tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
     shape = tokens_BL.shape
     require(len(shape) == 2 and shape[0] > 0, "tokens_BL", shape, "must have the shape (B, L)")
-    require(shape[0] % batch_shards() == 0, "tokens_BL", f"{shape[0]} rows",
-            f"must be a multiple of data * fsdp = {batch_shards()} of the mesh")  # fmt: skip
     lengths_B = np.full(shape[0], shape[1]) if lengths_B is None else np.asarray(lengths_B)
     require(lengths_B.shape == shape[:1], "lengths_B", lengths_B.shape,
             f"must have one length for each of {shape[0]} rows")  # fmt: skip

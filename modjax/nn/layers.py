@@ -31,35 +31,35 @@ def normal_param(
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
-def project(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+def product(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
     """x @ w over the last dim of x, multiplied in x's dtype: (B, L, F).
 
     The product is taken of two matrices: contracting B and L as two dims in the gradient of w
     makes XLA's CPU backend transpose the activations first, at 1.6 times the cost of the MLP.
     """
     batch, length, width = x_BLD.shape
-    w_DF = w_DF.astype(x_BLD.dtype)
-    if batch * length == 1 and jax.default_backend() == "cpu":
-        return _project_one(x_BLD, w_DF, out_dtype)
     x_TD = x_BLD.reshape(batch * length, width)
-    y_TF = jnp.matmul(x_TD, w_DF, preferred_element_type=out_dtype)
+    y_TF = jnp.matmul(x_TD, w_DF.astype(x_BLD.dtype), preferred_element_type=out_dtype)
     return y_TF.reshape(batch, length, w_DF.shape[1])
 
 
-def _project_one(x_11D: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None) -> jax.Array:
-    """`project` of one position, which does little but read the matrix.
+def project(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """`product` with a block's matrix; that of a lone position is taken in parts on a CPU.
 
-    XLA's CPU backend lets one core read a matrix of a megabyte, but shares a batch of products out.
+    It does little but read the matrix, and XLA's CPU backend reads one of a megabyte with one core
+    only; a batch of products it shares out.
     """
-    width, out_width = w_DF.shape
+    (batch, length, width), out_width = x_BLD.shape, w_DF.shape[1]
+    if batch * length > 1 or jax.default_backend() != "cpu":
+        return product(x_BLD, w_DF)
     parts = math.gcd(width, 4)
     y_PF = jnp.einsum(
         "PK,PKF->PF",
-        x_11D.reshape(parts, width // parts),
-        w_DF.reshape(parts, width // parts, out_width),
+        x_BLD.reshape(parts, width // parts),
+        w_DF.astype(x_BLD.dtype).reshape(parts, width // parts, out_width),
         preferred_element_type=jnp.float32,
     )
-    return jnp.sum(y_PF, axis=0).astype(out_dtype or x_11D.dtype)[None, None]
+    return jnp.sum(y_PF, axis=0).astype(x_BLD.dtype)[None, None]
 
 
 class RMSNorm(nnx.Module):

@@ -207,8 +207,6 @@ class MoDBlock(nnx.Module):
             odds_BL = self.predictor(x_BLD, ranking.scores_BL)
             if routing == "predictor":
                 return odds_BL > 0
-            if at.valid_BL is not None:  # padding spends nothing
-                odds_BL = jnp.where(at.valid_BL, odds_BL, -jnp.inf)
             return paced(odds_BL, self.config.capacity, at.positions_BL, spent_B)
         raise ValueError(f"routing {routing!r}: this block cannot select by it")
 

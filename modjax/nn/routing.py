@@ -92,7 +92,8 @@ def paced(
     A row that has spent n of the t positions before is z = (n - c t) / sqrt(c t + 4) ahead, in
     standard deviations of a count (the 4 keeps the first positions calm); the bar is
     z exp(z^2 / 2), below 0 for a row that lags. Causal: (B, L) bool, position by position.
-    Documents packed into a row share its budget, as in training.
+    Whatever is packed into a row shares its budget, as in training. A row that asks for all may end
+    some 2 sqrt(c t + 4) above its capacity.
     spent_B: n of each row at the first of these positions.
     """
 

@@ -42,20 +42,16 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
-def batch_shards() -> int:
-    """Over how many devices a batch is spread: its size must be a multiple of this."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape["data"] * mesh.shape["fsdp"] if _is_ours(mesh) else 1
-
-
 def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
     """function(x_BL), of any rank, where each row of it depends on the same row of x_BL only.
 
     Every device runs it on its own rows: some operations, like top-k, the partitioner would
-    otherwise run on the gathered batch.
+    otherwise run on the gathered batch, as it does where the rows do not come out even.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not _is_ours(mesh) or mesh.size == 1:
+        return function(x_BL)
+    if x_BL.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) != 0:
         return function(x_BL)
     spec = partition_spec(("batch",))
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(x_BL)

@@ -16,7 +16,7 @@ from modjax.config import ModelConfig, Slot, require
 from modjax.flops import cache_slots
 from modjax.nn.block import Context, make_block
 from modjax.nn.cache import KVCache, filled
-from modjax.nn.layers import RMSNorm, normal_param, project, rotary_tables
+from modjax.nn.layers import RMSNorm, normal_param, product, rotary_tables
 from modjax.nn.mod import BlockAux, MoDBlock
 from modjax.nn.sharding import constrain
 
@@ -229,7 +229,7 @@ class Transformer(nnx.Module):
 
     def _logits(self, x_BLD):
         w_DV = self.embedding.T if self.config.tie_embeddings else self.w_logits[...]
-        return project(self.final_norm(x_BLD), w_DV, jnp.float32)
+        return product(self.final_norm(x_BLD), w_DV, jnp.float32)
 
     def _groups(self, x_BLD, group):
         """Runs group(blocks, x_BLD, index) -> (x_BLD, out) over the groups; stacks `out`."""

@@ -23,6 +23,7 @@ ROUTED = ModelConfig(
 )  # fmt: skip
 MODELS = {
     "predictor": ROUTED,
+    "paced": ROUTED,
     "threshold": ROUTED,
     "router": dataclasses.replace(ROUTED, pattern=("dense",)),  # dense: any routing will do
 }

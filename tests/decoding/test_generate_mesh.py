@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import Execution, InputError, MoDConfig, ModelConfig
+from modjax.config import Execution, MoDConfig, ModelConfig
 from modjax.decoding.generate import Sampling, extend, generate, resume
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
 from modjax.training.state import abstract_model
@@ -99,9 +99,12 @@ def test_generation_on_2x2x2_devices_equals_one_device(model, turns, routing):
     assert {0, 1} == set(depths_BN.ravel()) == set(prompt_depths_BL.ravel())
 
 
-def test_rows_that_a_mesh_cannot_share_out_are_one_line_before_anything_is_compiled():
-    with (
-        jax.set_mesh(make_mesh(CUBE)),
-        pytest.raises(InputError, match=r"tokens_BL = '3 rows': .* data \* fsdp = 4 of the mesh$"),
-    ):
-        generate(None, None, TOKENS_BL[:3], max_new_tokens=1, routing="predictor")
+def test_rows_that_a_mesh_cannot_share_out_evenly_are_drawn_all_the_same(model):
+    def draw(graphdef, params, put):
+        found = generate(
+            graphdef, params, TOKENS_BL[:3, :6], lengths_B=PROMPTS_B[:3], max_new_tokens=2,
+            routing="paced", sampling=GREEDY,
+        )  # fmt: skip
+        return found.tokens_BN, found.depths_BN, found.state.logits_BV
+
+    assert_close(*on_both(model, draw))

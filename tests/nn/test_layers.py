@@ -1,29 +1,28 @@
-"""The product of a single position, which is taken in parts, against plain numpy."""
+"""The products of activations and matrices, also of one position, which is taken in parts on a CPU.
+
+Legend: B batch, L positions, D width, F output width.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.nn.layers import project
+from modjax.nn.layers import product, project
 
 
-@pytest.mark.parametrize("width", [1, 6, 16, 44])
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("out_dtype", [None, jnp.float32])
-def test_one_position_is_projected_as_many_are(width, dtype, tolerance, out_dtype):
+@pytest.mark.parametrize("width", [1, 6, 44, 512])
+@pytest.mark.parametrize("dtype, rounding", [("float32", 0.0), ("bfloat16", 2.0**-8)])
+@pytest.mark.parametrize("positions", [slice(0, 1), slice(0, 3)])
+def test_products_equal_numpy_and_are_rounded_once(width, dtype, rounding, positions):
     rng = np.random.default_rng(width)
-    w_DF = rng.normal(size=(width, 5)).astype(np.float32)
-    x_BLD = jnp.asarray(rng.normal(size=(2, 3, width)), dtype)
-    expected_BLF = np.asarray(x_BLD, np.float32) @ np.asarray(jnp.asarray(w_DF, dtype), np.float32)
-    size = np.abs(expected_BLF).max()
-    for b, t in ((0, 0), (1, 2)):
-        one = x_BLD[b : b + 1, t : t + 1]
-        y_11F = jax.jit(project, static_argnums=2)(one, w_DF, out_dtype)
-        assert y_11F.shape == (1, 1, 5) and y_11F.dtype == (out_dtype or dtype)
-        np.testing.assert_allclose(
-            np.asarray(y_11F, np.float32)[0, 0], expected_BLF[b, t], atol=tolerance * size
-        )
-    y_BLF = project(x_BLD, w_DF, out_dtype)
-    assert y_BLF.dtype == (out_dtype or dtype)
-    np.testing.assert_allclose(np.asarray(y_BLF, np.float32), expected_BLF, atol=tolerance * size)
+    w_DF = jnp.asarray(rng.normal(size=(width, 64)), dtype)
+    x_BLD = jnp.asarray(rng.normal(size=(1, 3, width)), dtype)[:, positions]
+    exact_BLF = np.asarray(x_BLD, np.float64) @ np.asarray(w_DF, np.float64)
+    bound_BLF = rounding * np.abs(exact_BLF) + 1e-6 * np.abs(exact_BLF).max()
+    y_BLF = jax.jit(project)(x_BLD, w_DF)
+    assert y_BLF.dtype == dtype
+    assert np.all(np.abs(np.asarray(y_BLF, np.float64) - exact_BLF) <= bound_BLF)
+    y_BLF = jax.jit(product, static_argnums=2)(x_BLD, w_DF, jnp.float32)
+    assert y_BLF.dtype == jnp.float32
+    np.testing.assert_allclose(y_BLF, exact_BLF, atol=1e-6 * np.abs(exact_BLF).max())

@@ -73,18 +73,18 @@ def test_pacing_equals_a_plain_loop_and_may_be_done_in_parts(capacity, length, s
     np.testing.assert_array_equal(np.concatenate([early, late], axis=1), expected)
 
 
-@pytest.mark.parametrize("length", [128, 1024])
-def test_a_paced_row_keeps_near_its_capacity_whatever_it_asks_for(length):
+@pytest.mark.parametrize("length, most", [(256, 1.5), (1024, 1.25)])
+def test_a_paced_row_keeps_near_its_capacity_though_it_asks_for_all(length, most):
     # A modest row, rows that ask for everything or nothing, and one that wakes up half way.
     odds = np.random.default_rng(0).normal(-2, 2, (4, length)).astype(np.float32)
-    odds[1] += 8
+    odds[1] += 16
     odds[2] -= 8
-    odds[3, length // 2 :] += 8
+    odds[3, length // 2 :] += 16
     positions = jnp.broadcast_to(jnp.arange(length), odds.shape)
     selected = np.asarray(paced(jnp.asarray(odds), 0.125, positions, jnp.zeros(4, int)))
     asked, spent = (odds > 0).mean(axis=1) / 0.125, selected.mean(axis=1) / 0.125
     assert asked[1] > 5 and asked[2] < 0.1
-    assert np.all(spent <= 1.5) and spent[2] > asked[2]
+    assert np.all(spent < most) and spent[2] > asked[2]
 
 
 def test_gather_and_scatter_equal_a_plain_loop_in_values_and_gradients():
