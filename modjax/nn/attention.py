@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions and segments.
 
 Legend: B batch, L query positions, M key positions, D width, N heads, G kv heads, R = N/G,
-H head width.
+E = R + 2, H head width.
 """
 
 import math
@@ -98,11 +98,12 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         h = d_model // num_heads
-        std = 1 / math.sqrt(d_model)
-        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        self.w_q = normal_param(rngs, (d_model, num_heads, h), q_axes, std=std)
-        self.w_k = normal_param(rngs, (d_model, num_kv_heads, h), kv_axes, std=std)
-        self.w_v = normal_param(rngs, (d_model, num_kv_heads, h), kv_axes, std=std)
+        # For each kv head its R queries, its key and its value: one product makes them all.
+        each = num_heads // num_kv_heads + 2
+        self.w_qkv = normal_param(
+            rngs, (d_model, num_kv_heads, each, h), ("embed", "kv_heads", None, "head_dim"),
+            std=1 / math.sqrt(d_model),
+        )  # fmt: skip
         out_axes = ("heads", "head_dim", "embed")
         self.w_out = normal_param(rngs, (num_heads, h, d_model), out_axes, std=output_std)
 
@@ -118,8 +119,12 @@ class Attention(nnx.Module):
         self, x_BLD: jax.Array, rope_BLH: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries (B, N, L, H), rotated keys and values (B, G, L, H)."""
+        (batch, length, width), (_, _, each, head_dim) = x_BLD.shape, self.w_qkv.shape
+        y_BLF = project(x_BLD, self.w_qkv[...].reshape(width, -1))
+        y_BLGEH = y_BLF.reshape(batch, length, -1, each, head_dim)
         q_BNLH, k_BGLH, v_BGLH = (
-            _project_heads(x_BLD, w[...]) for w in (self.w_q, self.w_k, self.w_v)
+            part_BLGEH.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)
+            for part_BLGEH in jax.lax.split(y_BLGEH, (each - 2, 1, 1), axis=3)
         )
         return rotate(q_BNLH, rope_BLH), rotate(k_BGLH, rope_BLH), v_BGLH
 
@@ -128,9 +133,3 @@ class Attention(nnx.Module):
         batch, heads, length, head_dim = out_BNLH.shape
         out_BLD = out_BNLH.transpose(0, 2, 1, 3).reshape(batch, length, heads * head_dim)
         return project(out_BLD, self.w_out[...].reshape(heads * head_dim, -1))
-
-
-def _project_heads(x_BLD: jax.Array, w_DNH: jax.Array) -> jax.Array:
-    batch, length, _ = x_BLD.shape
-    y_BLF = project(x_BLD, w_DNH.reshape(w_DNH.shape[0], -1))
-    return y_BLF.reshape(batch, length, *w_DNH.shape[1:]).transpose(0, 2, 1, 3)

@@ -140,7 +140,7 @@ def test_every_router_is_decoded_by_every_causal_routing_that_it_supports():
 
 def test_long_prompts_overflow_alike_with_grouped_queries_and_capacities_of_their_own():
     pattern = ("dense", "mod", "dense", "mod:0.25")
-    config = model_config(pattern, num_heads=4, num_kv_heads=2)
+    config = model_config(pattern, num_heads=4, num_kv_heads=2, d_ff=32)
     cache, routed = check_both_ways(config, "threshold", 1.0, (9, 2, 5), (12, 12, 7))
     for i, layer, slots in ((1, routed[0], 6), (3, routed[1], 3)):
         assert cache.layers[i].k_BGMH.shape == (3, 2, slots, 2)

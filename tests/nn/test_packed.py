@@ -85,8 +85,8 @@ def test_packed_documents_are_routed_and_read_as_if_alone(routing):
 
 
 def test_documents_of_a_row_share_its_slots_and_the_first_takes_them_first():
-    config, length = config_of(("dense", "mod"), 0.3), SECOND.stop - SECOND.start
-    tokens_1L = np.random.default_rng(27).integers(0, 20, (1, LENGTH))
+    config, length = config_of(("dense", "dense", "mod"), 0.3), SECOND.stop - SECOND.start
+    tokens_1L = np.random.default_rng(5).integers(0, 20, (1, LENGTH))
     logits_1LV, (layer,) = reader(config, "predictor", slack=1.0)(tokens_1L, SEGMENTS_L[None])
     wanted_L, selected_L = layer["wanted_BL"][0], layer["selected_BL"][0]
     slots = 4  # ceil(1.0 * 0.3 * 13)
