@@ -173,14 +173,20 @@ SAMPLE = ["sample", "--prompt=x"]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["eval", "--routing=both"], ["--routing = 'both'", "router, predictor, paced, threshold"]),
+        (
+            ["eval", "--routing=both"],
+            ["--routing = 'both'", "top_k, router, predictor, paced, threshold"],
+        ),
         (["eval", "--routing=router"], ["--routing = 'router'", "top_k, threshold, predictor"]),
         (["eval", "--routing=predictor", "--slack=0"], ["--slack = 0.0", "greater than 0"]),
         (["eval", "--routing=predictor", "--slack=inf"], ["--slack = inf", "greater than 0"]),
         (["eval", "--routing=predictor", "--run=x"], ["--run = 'x'", "must be one of 1 finished"]),
         (["eval"], ["--routing"]),
         ([*SAMPLE, "--routing=both"], ["--routing = 'both'", "top_k, router, predictor"]),
-        ([*SAMPLE, "--routing=top_k"], ["--routing = 'top_k'", "predictor, paced or threshold"]),
+        (
+            [*SAMPLE, "--routing=top_k"],
+            ["--routing = 'top_k'", "router, predictor, paced or threshold"],
+        ),
         ([*SAMPLE, "--routing=router"], ["--routing = 'router'", "auxiliary_weight > 0"]),
         ([*SAMPLE, "--temperature=-1"], ["temperature = -1.0", "must be 0 or more"]),
         ([*SAMPLE, "--top-k=-1"], ["top_k = -1", "must be 0"]),

@@ -67,7 +67,8 @@ def choose_routing(run: Finished, routing: str | None) -> str:
             "with model.mod.predictor_weight > 0",
         )  # fmt: skip
     require(routing != "top_k", "--routing", routing,
-            "looks at tokens not drawn yet: router, predictor, paced or threshold")  # fmt: skip
+            "looks at tokens that are not drawn yet: "
+            "router, predictor, paced or threshold")  # fmt: skip
     config.check_routing(routing, "--routing")
     return routing
 

@@ -4,10 +4,11 @@ A mesh set by `jax.set_mesh` has the axes `data`, `fsdp`, `tensor` and `expert` 
 mesh, or one with other axes, leaves everything as it is.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     # activations
@@ -33,6 +34,12 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(LOGICAL_TO_MESH[name] for name in logical_axes))
 
 
+def ways(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
+    """Into how many parts the mesh splits a dim that lies on `axis` of LOGICAL_TO_MESH."""
+    names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+    return math.prod(mesh.shape[name] for name in names)
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Fixes the sharding of an activation. Raises ValueError unless every dim of `x` is named."""
     if len(logical_axes) != x.ndim:
@@ -51,11 +58,11 @@ def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) ->
     mesh = jax.sharding.get_abstract_mesh()
     if not _is_ours(mesh) or mesh.size == 1:
         return function(x_BL)
-    if x_BL.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) != 0:
+    if x_BL.shape[0] % ways(mesh, LOGICAL_TO_MESH["batch"]) != 0:
         return function(x_BL)
     spec = partition_spec(("batch",))
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(x_BL)
 
 
-def _is_ours(mesh: jax.sharding.AbstractMesh) -> bool:
+def _is_ours(mesh: AbstractMesh) -> bool:
     return not mesh.empty and mesh.axis_names == MESH_AXES

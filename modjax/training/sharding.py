@@ -3,16 +3,14 @@
 Legend: B batch, L positions.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from modjax.config import Execution, TrainConfig, require
-from modjax.nn.sharding import LOGICAL_TO_MESH, MESH_AXES, partition_spec
+from modjax.nn.sharding import LOGICAL_TO_MESH, MESH_AXES, partition_spec, ways
 
 
 def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mesh:
@@ -57,9 +55,9 @@ def param_shardings(mesh: Mesh, params: Any, logical_axes: Any) -> Any:
 
     def one(path, param, axes):
         for size, logical, axis in zip(param.shape, axes, partition_spec(axes), strict=True):
-            ways = _ways(mesh, axis)
+            parts = ways(mesh, axis)
             require(
-                size % ways == 0, f"execution.{axis}", ways,
+                size % parts == 0, f"execution.{axis}", parts,
                 f"must divide {size}, the {logical} dimension of {jax.tree_util.keystr(path)}",
             )  # fmt: skip
         return NamedSharding(mesh, partition_spec(axes))
@@ -69,14 +67,9 @@ def param_shardings(mesh: Mesh, params: Any, logical_axes: Any) -> Any:
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
     """Raises InputError unless each forward pass splits evenly over the mesh."""
-    ways = _ways(mesh, LOGICAL_TO_MESH["batch"])
+    parts = ways(mesh, LOGICAL_TO_MESH["batch"])
     require(
-        train.batch_size % (ways * train.accumulation) == 0, "train.batch_size", train.batch_size,
-        f"must be a multiple of {ways * train.accumulation}, the mesh's data * fsdp = {ways} times "
-        f"train.accumulation = {train.accumulation}",
+        train.batch_size % (parts * train.accumulation) == 0, "train.batch_size", train.batch_size,
+        f"must be a multiple of {parts * train.accumulation}, the mesh's data * fsdp = {parts} "
+        f"times train.accumulation = {train.accumulation}",
     )  # fmt: skip
-
-
-def _ways(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
-    names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
-    return math.prod(np.asarray([mesh.shape[name] for name in names], int).tolist())

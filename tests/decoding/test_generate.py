@@ -221,8 +221,14 @@ def test_a_turn_that_does_not_fit_is_one_line(tokens_BL, lengths_B, message):
         ({"lengths_B": np.array([3, 5])}, "lengths_B = 5: must be at most"),
         ({"max_length": 3}, "prompt = '4 tokens': with 8 new ones does not fit .* max_length = 3"),
         ({"max_length": 11}, "with 8 new ones does not fit the cache of max_length = 11"),
-        ({"routing": "top_k"}, "routing = 'top_k': must be one of router, predictor, paced"),
-        ({"routing": "both"}, "routing = 'both': must be one of router, predictor, paced"),
+        (
+            {"routing": "top_k"},
+            "routing = 'top_k': must be one of router, predictor, paced, threshold",
+        ),
+        (
+            {"routing": "both"},
+            "routing = 'both': must be one of router, predictor, paced, threshold",
+        ),
         ({"max_new_tokens": -1}, "max_new_tokens = -1: must be 0 or more"),
         ({"stop": ((4,), ())}, r"stop = \(\): "),
         ({"tokens_BL": np.zeros(4, int)}, r"tokens_BL = \(4,\): must have the shape \(B, L\)"),

@@ -72,7 +72,8 @@ def test_the_causal_call_on_2x2x2_devices_equals_one_device(model):
 
 
 @pytest.mark.parametrize(
-    "turns, routing", [(1, "paced"), pytest.param(2, "predictor", marks=pytest.mark.slow)]
+    "turns, routing",
+    [(1, "predictor"), (1, "paced"), pytest.param(2, "predictor", marks=pytest.mark.slow)],
 )
 def test_generation_on_2x2x2_devices_equals_one_device(model, turns, routing):
     def talk(graphdef, params, put):

@@ -154,7 +154,7 @@ def test_tokens_beyond_the_manifest_are_not_drawn():
         ("ü", {}, r"--prompt = 'ü': has tokens beyond the vocabulary's 150"),
         ("a", {"stop": ("",)}, "--stop = '': is empty"),
         ("a", {"stop": ("\udce9",)}, "--stop = .*: is not UTF-8"),
-        ("a", {"routing": "top_k"}, "--routing = 'top_k': looks at tokens not drawn yet"),
+        ("a", {"routing": "top_k"}, "--routing = 'top_k': looks at tokens that are not drawn yet"),
         ("a", {"routing": "both"}, "--routing = 'both': must be one of"),
         ("a", {"routing": "router"}, "--routing = 'router': mod blocks of this model can select"),
     ],
