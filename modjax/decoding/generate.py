@@ -205,7 +205,7 @@ def _prefill(model, params, tokens_BL, lengths_B, key, *, max_length, routing, s
 
 @functools.partial(jax.jit, static_argnames=("model", "new", "sampling"), donate_argnames="state")
 def _loop(model, params, state, new, sampling):
-    step = nnx.merge(model, params).decoder(routing=state.routing, key=state.key)
+    step = _step(model, params, state)
     batch = state.done_B.shape[0]
 
     def more(carry):
@@ -240,7 +240,7 @@ def _loop(model, params, state, new, sampling):
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _read(model, params, state, tokens_BL, lengths_B):
-    step = nnx.merge(model, params).decoder(routing=state.routing, key=state.key)
+    step = _step(model, params, state)
 
     def read(i, carry):
         logits_BV, cache = carry
@@ -254,6 +254,12 @@ def _read(model, params, state, tokens_BL, lengths_B):
     done_B = state.done_B & (lengths_B == 0)
     return dataclasses.replace(
         state, logits_BV=logits_BV, cache=cache, done_B=done_B, recent_BW=recent_BW
+    )
+
+
+def _step(model, params, state):
+    return nnx.merge(model, params).decoder(
+        max_length=state.max_length, routing=state.routing, key=state.key
     )
 
 

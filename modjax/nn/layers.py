@@ -49,17 +49,31 @@ def project(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
     It does little but read the matrix, and XLA's CPU backend reads one of a megabyte with one core
     only; a batch of products it shares out.
     """
-    (batch, length, width), out_width = x_BLD.shape, w_DF.shape[1]
-    if batch * length > 1 or jax.default_backend() != "cpu":
+    if not _alone(x_BLD):
         return product(x_BLD, w_DF)
-    parts = math.gcd(width, 4)
+    w_PKF = _parts(w_DF.astype(x_BLD.dtype))
     y_PF = jnp.einsum(
-        "PK,PKF->PF",
-        x_BLD.reshape(parts, width // parts),
-        w_DF.astype(x_BLD.dtype).reshape(parts, width // parts, out_width),
-        preferred_element_type=jnp.float32,
+        "PK,PKF->PF", x_BLD.reshape(w_PKF.shape[:2]), w_PKF, preferred_element_type=jnp.float32
     )
     return jnp.sum(y_PF, axis=0).astype(x_BLD.dtype)[None, None]
+
+
+def project_back(x_BLF: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """x @ w.T, as `project` takes x @ w: (B, L, D)."""
+    if not _alone(x_BLF):
+        return product(x_BLF, w_DF.T)
+    w_PKF = _parts(w_DF.astype(x_BLF.dtype))
+    x_PF = jnp.broadcast_to(x_BLF[0], (w_PKF.shape[0], w_PKF.shape[2]))
+    return jnp.einsum("PF,PKF->PK", x_PF, w_PKF).reshape(1, 1, -1)
+
+
+def _alone(x_BLD: jax.Array) -> bool:
+    return x_BLD.shape[:2] == (1, 1) and jax.default_backend() == "cpu"
+
+
+def _parts(w_DF: jax.Array) -> jax.Array:
+    parts = math.gcd(w_DF.shape[0], 4)
+    return w_DF.reshape(parts, -1, w_DF.shape[1])
 
 
 class RMSNorm(nnx.Module):
@@ -91,7 +105,9 @@ class MLP(nnx.Module):
         self.w_in = normal_param(rngs, (d_model, d_ff), ("embed", "mlp"), std=std)
         if activation in GATED_MLPS:
             self.w_gate = normal_param(rngs, (d_model, d_ff), ("embed", "mlp"), std=std)
-        self.w_out = normal_param(rngs, (d_ff, d_model), ("mlp", "embed"), std=output_std)
+        # The long dim last: a lone position does little but read the matrix, and rows of d_ff
+        # numbers are read faster than rows of d_model.
+        self.w_out = normal_param(rngs, (d_model, d_ff), ("embed", "mlp"), std=output_std)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
@@ -100,7 +116,7 @@ class MLP(nnx.Module):
             h_BLF = act(project(x_BLD, self.w_gate[...])) * h_BLF
         else:
             h_BLF = act(h_BLF)
-        return project(h_BLF, self.w_out[...])
+        return project_back(h_BLF, self.w_out[...])
 
 
 def rotary_tables(

@@ -1,6 +1,6 @@
 """A decoder: a repeating pattern of blocks between an embedding and logits.
 
-Legend: B batch, L positions, D model width, H head width, V vocabulary, G groups.
+Legend: B batch, L positions, D model width, H head width, V vocabulary, G groups, M max_length.
 """
 
 import functools
@@ -173,22 +173,26 @@ class Transformer(nnx.Module):
         return self._logits(x_B1D)[:, 0], cache, jnp.sum(depth_GBL, axis=0)
 
     def decoder(
-        self, *, routing: str, key: jax.Array | None = None
+        self, *, max_length: int, routing: str, key: jax.Array | None = None
     ) -> Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache, jax.Array]]:
         """A function (tokens_B, active_B, cache) -> (logits_BV, cache, depth_B) for a loop.
 
-        One more token of every row that is active; the others keep their caches. The layers are
-        taken apart here, outside the loop, so that a step reads the weights that it uses only.
+        One more token of every row that is active; the others keep their caches. max_length: as
+        `prefill` had it. The layers are taken apart here, outside the loop, so that a step reads
+        the weights that it uses only.
         Raises InputError for a routing that the model has not learned, or that looks ahead.
         """
         self.config.check_routing(routing, "routing")
         require(routing != "top_k", "routing", routing, "looks at tokens not yet drawn")
         graphdef, layers = self._unstacked()
         slots = self._slots()
+        # Looked up: XLA's CPU backend would compute the cosines in every layer.
+        rope_1MH = self._context(jnp.arange(max_length)[None], None).rope_BLH
 
         def step(tokens_B, active_B, cache):
             x_B1D = self._embed(tokens_B[:, None])
-            context = self._context(cache.positions_B[:, None], None)
+            cos_B1H, sin_B1H = (table_1MH[0, cache.positions_B[:, None]] for table_1MH in rope_1MH)
+            context = Context((cos_B1H, sin_B1H), None)
             depth_B = jnp.zeros_like(tokens_B)
             caches = []
             for index, layer_cache in enumerate(cache.layers):

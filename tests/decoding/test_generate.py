@@ -156,8 +156,9 @@ def test_a_model_with_its_layers_apart_draws_the_same_and_copies_no_weights():
     for field in ("tokens_BN", "depths_BN", "prompt_depths_BL"):
         np.testing.assert_array_equal(*(getattr(x, field) for x in found))
     np.testing.assert_array_equal(*(x.state.logits_BV for x in found))
+    decoder = {"max_length": MAX_LENGTH, "routing": "predictor"}
     splits = [
-        str(jax.make_jaxpr(lambda p, m=m: nnx.merge(m, p).decoder(routing="predictor") and 0)(p))
+        str(jax.make_jaxpr(lambda p, m=m: nnx.merge(m, p).decoder(**decoder) and 0)(p))
         for m, p in (model, apart)
     ]
     assert "split" in splits[0] and "split" not in splits[1]

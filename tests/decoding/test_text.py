@@ -44,7 +44,7 @@ class Script(nnx.Module):
         depths_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]) % 2, tokens_BL.shape)
         return self._logits(lengths_B), cache, depths_BL
 
-    def decoder(self, *, routing, key):
+    def decoder(self, *, max_length, routing, key):
         def step(tokens_B, active_B, cache):
             positions_B = cache.positions_B + active_B.astype(jnp.int32)
             overflow_B = cache.layers[0].overflow_B + active_B.astype(jnp.int32)

@@ -54,7 +54,7 @@ def both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS):
         first_BV, cache, depths_BL = model.prefill(
             prompts_BL, lengths_B, max_length=LENGTH, routing=routing, slack=slack, key=key
         )
-        step = model.decoder(routing=routing, key=key)
+        step = model.decoder(max_length=LENGTH, routing=routing, key=key)
 
         def one(cache, _):
             active_B = cache.positions_B < totals_B

@@ -106,7 +106,7 @@ def test_a_routing_that_was_not_learned_is_refused_wherever_it_is_asked_for(
     for ask in (
         lambda: model(tokens_BL, routing=routing),
         lambda: model.prefill(tokens_BL, lengths_B, max_length=8, routing=routing),
-        lambda: model.decoder(routing=routing),
+        lambda: model.decoder(max_length=8, routing=routing),
     ):
         with pytest.raises(InputError, match=f"routing = '{routing}'.*{message}"):
             ask()
@@ -124,4 +124,4 @@ def test_prefill_and_decoding_refuse_what_a_cache_cannot_hold_or_foretell():
     with pytest.raises(InputError, match=r"slack = 0\.5: must be 1 or more"):
         by_score.prefill(tokens_BL, lengths_B, max_length=8, routing="top_k", slack=0.5)
     with pytest.raises(InputError, match="looks at tokens not yet drawn"):
-        by_score.decoder(routing="top_k")
+        by_score.decoder(max_length=8, routing="top_k")

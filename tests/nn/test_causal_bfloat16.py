@@ -36,8 +36,10 @@ def decided_model(config):
         *_, owner, name = ("", *names.split("/"))
         if name == "embedding":
             leaf[:, 0] = np.where(yes_V, 0.75, -0.75)
-        elif name == "w_out" and owner in ("attention", "mlp"):
+        elif name == "w_out" and owner == "attention":
             leaf[..., 0] = 0
+        elif name == "w_out" and owner == "mlp":
+            leaf[..., 0, :] = 0
         elif owner == "router":
             leaf *= 0.02
             leaf[:, 0] = [0, 1] if leaf.ndim == 3 else 1
@@ -80,7 +82,7 @@ def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass
         first_BV, cache, depth_BL = model.prefill(
             tokens_BL[:, :PROMPT], jnp.full(2, PROMPT), max_length=LENGTH, **options
         )
-        step = model.decoder(routing=routing)
+        step = model.decoder(max_length=LENGTH, routing=routing)
 
         def one(cache, tokens_B):
             logits_BV, cache, depth_B = step(tokens_B, jnp.full(2, True), cache)
