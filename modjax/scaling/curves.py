@@ -4,6 +4,7 @@ One step's loss is mostly the luck of its batch. A line of metrics.jsonl therefo
 since the line before it, and a curve shows the mean over a trailing window of SHARE of the run.
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -38,8 +39,26 @@ class Curve:
 
     @property
     def window(self) -> int:
-        """Over how many steps `smooth` takes the mean."""
+        """Over how many steps `smooth` takes its means."""
         return max(1, round(SHARE * self.steps))
+
+    @functools.cached_property
+    def smooth(self) -> tuple[np.ndarray, np.ndarray]:
+        """(flops, loss) at every line whose window lies inside the run and was logged throughout.
+
+        The loss is the mean over the window that ends there. Within a line's steps each counts as
+        their mean.
+        """
+        knots = np.stack([self.step - self.loss_steps, self.step], -1).ravel()
+
+        def within(weight: np.ndarray) -> np.ndarray:
+            """The sum of `weight`, given by line, over each window."""
+            after = np.cumsum(weight)
+            sums = np.stack([after - weight, after], -1).ravel()
+            return after - np.interp(self.step - self.window, knots, sums)
+
+        whole = within(self.loss_steps) > self.window - 0.5
+        return self.flops[whole], within(self.loss * self.loss_steps)[whole] / self.window
 
 
 def read_curves(workdir: Path, records: Iterable[Record]) -> list[Curve]:
@@ -67,30 +86,11 @@ def read_curves(workdir: Path, records: Iterable[Record]) -> list[Curve]:
     return curves
 
 
-def smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """(flops, loss) at every line whose window lies inside the run and was logged throughout.
-
-    The loss is the mean over the window that ends there. Within a line's steps each counts as
-    their mean.
-    """
-    begin = curve.step - curve.loss_steps
-    knots = np.stack([begin, curve.step], -1).ravel()
-
-    def within(weight: np.ndarray) -> np.ndarray:
-        """The sum of `weight`, given by line, over each window."""
-        after = np.cumsum(weight)
-        sums = np.stack([after - weight, after], -1).ravel()
-        return after - np.interp(curve.step - curve.window, knots, sums)
-
-    whole = within(curve.loss_steps) > curve.window - 0.5
-    return curve.flops[whole], within(curve.loss * curve.loss_steps)[whole] / curve.window
-
-
 def frontier(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray] | None:
     """(flops, loss): the least smooth loss that any of the curves has reached by then, from
     windows of FRONTIER_STEPS or more; None where there is none.
     """
-    found = [smooth(curve) for curve in curves if curve.window >= FRONTIER_STEPS]
+    found = [curve.smooth for curve in curves if curve.window >= FRONTIER_STEPS]
     flops, loss = np.concatenate(found, axis=1) if found else np.empty((2, 0))
     order = np.argsort(flops)
     return (flops[order], np.minimum.accumulate(loss[order])) if len(flops) else None

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from modjax.records import Record
-from modjax.scaling.curves import SHARE, Curve, frontier, smooth
+from modjax.scaling.curves import SHARE, Curve, frontier
 from modjax.scaling.marks import (
     INK,
     MANY,
@@ -60,6 +60,7 @@ def draw_all(
                     (folder / f"{name}.{kind}").unlink(missing_ok=True)
                 continue
             figure.savefig(folder / f"{name}.png")
+            figure.set_layout_engine("none")  # the places of its parts are known now
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         paths[name] = folder / f"{name}.svg"
     return paths
@@ -120,9 +121,11 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
                 x, y = trace(parabola)
                 ax.plot(x / best.optimum, y / best.loss, color=colour, alpha=strength,
                         linestyle=line, linewidth=0.9)  # fmt: skip
-            runs = [(r.run_id, r.forward_flops_per_token / best.optimum, r.eval_loss / best.loss)
-                    for r in records
-                    if (r.variant, r.budget_flops) == (arm, flops) and r.eval_loss is not None]  # fmt: skip
+            runs = [
+                (r.run_id, r.forward_flops_per_token / best.optimum, r.eval_loss / best.loss)
+                for r in records
+                if (r.variant, r.budget_flops) == (arm, flops) and r.eval_loss is not None
+            ]
             draw_runs(ax, fits, arm, runs, strength, together=len(records) > MANY)
     if not shades:
         ax.set_axis_off()
@@ -147,30 +150,29 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
 
 def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
     """Smooth training loss against training FLOPs: all runs thin, each arm's frontier thick."""
-    smoothed = [(curve, *smooth(curve)) for curve in curves]
-    smoothed = [(curve, x, y) for curve, x, y in smoothed if len(x)]
-    if not smoothed:
+    curves = [curve for curve in curves if len(curve.smooth[0])]
+    if not curves:
         return None
     figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
     ax = figure.subplots()
-    arms = [arm for arm in fits.arms if any(curve.arm == arm for curve, _, _ in smoothed)]
-    for arm in arms:
-        lines = [(curve.run_id, x, y) for curve, x, y in smoothed if curve.arm == arm]
-        draw_curves(ax, fits, arm, lines, together=len(smoothed) > MANY)
-    for arm in arms:
-        least = frontier([curve for curve, _, _ in smoothed if curve.arm == arm])
+    by_arm = {arm: [curve for curve in curves if curve.arm == arm] for arm in fits.arms}
+    by_arm = {arm: found for arm, found in by_arm.items() if found}
+    for arm, found in by_arm.items():
+        lines = [(curve.run_id, *curve.smooth) for curve in found]
+        draw_curves(ax, fits, arm, lines, together=len(curves) > MANY)
+        least = frontier(found)
         if least is not None:
             colour, _, dashes = style(fits, arm)
             ax.plot(*least, color=colour, linestyle=dashes, linewidth=1.5)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    highest = max(y.max() for _, _, y in smoothed)
+    highest = max(curve.smooth[1].max() for curve in curves)
     diverged = set(fits.diverged)
-    kept = [y[-1] for curve, _, y in smoothed if curve.run_id not in diverged]
-    ends = kept or [y[-1] for _, _, y in smoothed]
+    last = {curve.run_id: curve.smooth[1][-1] for curve in curves}
+    ends = [loss for run_id, loss in last.items() if run_id not in diverged] or last.values()
     ax.set_ylim(0.97 * min(ends), min(highest, 2 * max(ends)))
-    starts = [x[0] for _, x, _ in smoothed]
-    ax.set_xlim(max(min(starts), min(fits.budgets) / 100), 1.1 * max(fits.budgets))
+    first = min(curve.smooth[0][0] for curve in curves)
+    ax.set_xlim(max(first, min(fits.budgets) / 100), 1.1 * max(fits.budgets))
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(
         FixedLocator([float(t) for t in MaxNLocator(6).tick_values(low, high)[1:-1]])
@@ -179,7 +181,7 @@ def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
     ax.yaxis.set_minor_locator(FixedLocator([]))
     ax.set_xlabel("Training FLOPs")
     ax.set_ylabel(f"Training loss (nats per token),\nmean over {SHARE:.0%} of the run's steps")
-    legend(figure, fits, arms, marker=False)
+    legend(figure, fits, list(by_arm), marker=False)
     return figure
 
 
@@ -232,4 +234,3 @@ def optima_figure(fits: Fits) -> Figure | None:
 def _short(refusal: str | None) -> str:
     """The first clause of a refusal."""
     return "" if refusal is None else refusal.split(";")[0].split(":")[0].split(",")[0]
-

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from modjax.records import Record
 from modjax.scaling.numbers import count
 from modjax.scaling.results import Fits, Parabola, Range
 

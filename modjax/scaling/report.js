@@ -61,7 +61,7 @@ document.querySelectorAll("table").forEach((table) => {
   table.querySelectorAll("th").forEach((head, column) => {
     head.addEventListener("click", () => {
       const up = head.getAttribute("aria-sort") !== "ascending";
-      const key = (cell) => cell.dataset.key ?? cell.textContent.replaceAll(",", "");
+      const key = (cell) => cell.dataset.key ?? cell.textContent.trim().replaceAll(",", "");
       const numeric = (text) => text.trim() !== "" && !Number.isNaN(Number(text));
       const rows = [...table.tBodies[0].rows].map((row) => [key(row.cells[column]), row]);
       rows.sort(([s], [t]) => {

@@ -47,6 +47,7 @@ RUN_COLUMNS = {
     "learning rate": "learning_rate", "seed": "seed", "FLOPs spent": "train_flops",
     "seconds": "wall_seconds", "s/step": "median_step_seconds",
 }  # fmt: skip
+DEEPEST = 20  # levels of groups and lists in the JSON of a sweep, with room
 # Fields of a spec that RUN_COLUMNS shows.
 SPEC_COLUMNS = ("variant", "budget_flops", "model.d_model", "model.num_layers", "train.steps",
                 "train.learning_rate", "train.seed")  # fmt: skip
@@ -268,13 +269,11 @@ def _config(plan: dict[str, Any], specs: Specs) -> list[str]:
 
 
 def _specs(workdir: Path, records: Sequence[Record]) -> Specs:
-    found = {r.run_id: _json(run_dir(workdir, r.run_id) / "spec.json") for r in records}
-    flat = {
-        run_id: {sys.intern(name): value for name, value in flatten(spec)}
-        for run_id, spec in found.items()
-        if spec
-    }
-    return compare(flat, {r.run_id: r.variant for r in records})
+    found = {}
+    for r in records:
+        if spec := _json(run_dir(workdir, r.run_id) / "spec.json"):
+            found[r.run_id] = {sys.intern(name): value for name, value in flatten(spec)}
+    return compare(found, {r.run_id: r.variant for r in records})
 
 
 def _plan(workdir: Path) -> dict[str, Any]:
@@ -289,16 +288,17 @@ def _plan(workdir: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object of the sweep's, or {} where it is missing or damaged: the report goes on."""
     try:
-        values = json_object(path.read_text(errors="replace"))
+        content = path.read_text(errors="replace")
     except (OSError, ValueError):  # a name that can't be a file's is a ValueError
         return {}
-    return values if _is_flat(values) else {}
+    groups = content.count("{") + content.count("[")
+    values = json_object(content)
+    return values if groups < DEEPEST or _depth(values) < DEEPEST else {}
 
 
-def _is_flat(value: Any, levels: int = 20) -> bool:
-    """Whether groups and lists nest less deeply than `levels`, as all that a sweep writes does."""
+def _depth(value: Any) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(_is_flat(item, levels - 1) for item in inner)
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _plain(value: Any) -> Any:
