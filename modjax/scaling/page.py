@@ -42,10 +42,8 @@ def table(
     head = "".join(f'<th scope="col"><button>{text(name)}</button></th>' for name in header)
     tips = itertools.repeat("") if rows is None else (f' data-row="{text(row)}"' for row in rows)
     # HTML lets the end tags of cells be left out: an eighth of a large page.
-    lines = (
-        f"<tr{tip}>{''.join(map(_cell, cells))}</tr>"
-        for tip, cells in zip(tips, body, strict=False)
-    )
+    cells = ("".join(map(_cell, row)) for row in body)
+    lines = (f"<tr{tip}>{row}</tr>" for tip, row in zip(tips, cells, strict=False))
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{chr(10).join(lines)}</tbody></table></div>"
