@@ -163,7 +163,7 @@ def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
         least = frontier(found)
         if least is not None:
             colour, _, dashes = style(fits, arm)
-            ax.plot(*least, color=colour, linestyle=dashes, linewidth=1.5)
+            ax.plot(*least, color=colour, linestyle=dashes, linewidth=1.5, zorder=3)
     ax.set_xscale("log")
     ax.set_yscale("log")
     highest = max(curve.smooth[1].max() for curve in curves)

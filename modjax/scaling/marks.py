@@ -119,6 +119,10 @@ def draw_curves(
     """An arm's learning curves (run_id, x, y), thin. together: as pixels, without ids."""
     for group in _groups(runs, together):
         lines = [np.stack([x, y], -1) for _, x, y in group]
+        if together:  # matplotlib transforms line by line, and a NaN begins another
+            lines = [np.concatenate([np.pad(line, ((0, 1), (0, 0)), constant_values=math.nan)
+                                     for line in lines[i : i + 50]])
+                     for i in range(0, len(lines), 50)]  # fmt: skip
         drawn = LineCollection(lines, color=style(fits, arm)[0], alpha=0.5, linewidth=0.45,
                                rasterized=together)  # fmt: skip
         drawn.set_gid(None if together else f"run:{group[0][0]}")
