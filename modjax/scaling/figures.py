@@ -78,7 +78,8 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
         ax.set_title(f"{budget(flops)} FLOPs")
         here = [r for r in records if r.budget_flops == flops]
         xs = [quantity_of(r, "parameters", fits.size) for r in here]
-        log_ticks(ax, (1, 3) if max(xs) > 8 * min(xs) else (1, 2, 5))
+        spread = max(xs) / min(xs)
+        log_ticks(ax, (1,) if spread > 300 else (1, 3) if spread > 8 else (1, 2, 5))
         refusals = []
         for arm in fits.arms:
             parabola = fits.parabola(arm, flops, "parameters")
@@ -93,6 +94,8 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
         ax.margins(x=0.06, y=0.14)
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         low, high = ax.get_ylim()
+        if len(refusals) > 3:  # no room; the report has their reasons
+            refusals = [f"{len(refusals)} arms refused"]
         text = "\n".join(textwrap.fill(refusal, 22) for refusal in refusals)
         ax.annotate(text, (0.5, 0.985), xycoords="axes fraction", ha="center", va="top",
                     fontsize=5.5)  # fmt: skip

@@ -70,6 +70,12 @@ def test_optima_are_drawn_where_accepted_and_refusals_are_said(mixed):
     np.testing.assert_allclose((x, y), (0.2 * 1e12**0.5, 6 * 1e12**-0.04), rtol=0.05)
 
 
+def test_more_refusals_than_a_panel_has_room_for_are_counted(make_sweep):
+    records = make_sweep(arms=("dense", "a", "b", "c", "d"), sizes=3)
+    said = texts(isoflop_figure(records, fit_all(records, draws=50)))
+    assert said.count("5 arms refused") == 3 and "finished sizes" not in said
+
+
 def test_arms_differ_in_colour_and_marker_and_line_style(mixed):
     (legend,) = isoflop_figure(mixed, fit_all(mixed, draws=50)).legends
     shown = legend.legend_handles[:3]
