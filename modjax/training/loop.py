@@ -42,7 +42,7 @@ from modjax.training.metrics import MetricsWriter, last_train_loss, require_tens
 from modjax.training.programs import compile_programs, init_state, make_models
 from modjax.training.record import make_record, progress_values
 from modjax.training.sharding import check_batch, make_mesh, put_batch
-from modjax.training.state import abstract_state
+from modjax.training.state import abstract_state, forget_losses
 
 # Tokens of one read of the cache.
 READ_TOKENS = 32_768
@@ -130,6 +130,7 @@ def train(
             pending = None
             pace.reached(step)
             diverged = int(values.pop("diverged_step"))
+            values["loss_steps"] = int(values["loss_steps"])
             writer.write(step, progress_values(spec, step) | values)
             return diverged
 
@@ -195,6 +196,7 @@ def train(
                 break
             if step % execution.log_every == 0 or step in (1, steps):
                 pending = (step, metrics | programs.router_statistics(aux))
+                state = forget_losses(state)
 
             stop = stopped(step)
             if stop or (step < steps and _due(saved_at, execution, step)):
