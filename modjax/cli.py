@@ -64,18 +64,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from modjax.files import is_disk_full
+        from modjax.files import UNUSABLE, is_disk_full
 
+        where = getattr(error, "filename", None)
         if is_disk_full(error):
-            where = getattr(error, "filename", None) or getattr(args, "workdir", None) or "disk"
+            where = where or getattr(args, "workdir", None) or "disk"
             return _fail(f"{where}: no space left: free some and give the same command again; "
                          "finished runs and checkpoints are kept")  # fmt: skip
+        if isinstance(error, OSError) and error.errno in UNUSABLE and where is not None:
+            return _fail(f"{_shortened(str(where))}: {error.strerror}")
         raise
 
 
 def _fail(line: str) -> int:
     print(f"modjax: {line}", file=sys.stderr)
     return BAD_INPUT
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-100:]}"
 
 
 def _be_quiet() -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from modjax.config import InputError, RunSpec, require, to_dict
+from modjax.config import InputError, Preempted, RunSpec, require, to_dict
 
 RUNS_FAILED, STOPPED, INTERRUPTED = 3, 75, 130
 
@@ -107,7 +107,7 @@ def _run_plan(
             only=only,
         )
     except Stopped as stopped:
-        return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED)
+        return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED, stopped.saved)
     if args.json:
         print_json(to_dict(outcome))
     else:
@@ -115,8 +115,11 @@ def _run_plan(
     return RUNS_FAILED if outcome.failures else 0
 
 
-def _stopped(code: int) -> int:
-    print("modjax: stopped, state saved; the same command goes on from here", file=sys.stderr)
+def _stopped(code: int, saved: bool = True) -> int:
+    said = "state saved; the same command goes on from here"
+    if not saved:
+        said = "state not saved; the same command goes on from the newest checkpoints"
+    print(f"modjax: stopped, {said}", file=sys.stderr)
     return code
 
 
@@ -173,7 +176,7 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
     """This process's part of a run that all hosts of a slice do together."""
     from modjax.records import run_dir
     from modjax.scaling.run import compilation_cache, run
-    from modjax.scaling.sweep import claim
+    from modjax.scaling.workdir import claim
 
     os.environ.update(compilation_cache())
     import jax
@@ -183,23 +186,26 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
     except (ValueError, RuntimeError) as error:
         raise InputError("--distributed", True, "no cluster was found, see launch/README.md: "
                          f"{str(error).splitlines()[0]}") from error  # fmt: skip
-    from modjax.training.loop import Preempted
+    from modjax.training.loop import check
     from modjax.training.loop import train as train_run
 
+    where = {"data_dir": args.data_dir, "fingerprint": fingerprint}
     try:
+        check([spec], experiment.execution, **where)
         if jax.process_index() > 0:  # the first process holds the lock and writes the result
             folder = run_dir(args.workdir, spec.run_id)
-            train_run(spec, experiment.execution, run_dir=folder, data_dir=args.data_dir)
+            train_run(spec, experiment.execution, run_dir=folder, **where)
             return 0
         claim(experiment, args.workdir, args.command, fingerprint)
-        record = run(
-            spec, experiment.execution, workdir=args.workdir, data_dir=args.data_dir,
-            train=train_run, progress=lambda line: print(json.dumps(line), file=sys.stderr),
+        done = run(
+            spec, experiment.execution, workdir=args.workdir, train=train_run,
+            progress=lambda line: print(json.dumps(line), file=sys.stderr), **where,
         )  # fmt: skip
     except Preempted:
         return _stopped(STOPPED)
-    require(record is not None, "--run", spec.run_id, "another process is doing it")
-    print_json(to_dict(record))
+    if done is None:
+        raise InputError("--run", spec.run_id, "another process is doing it")
+    print_json(to_dict(done.record))
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from modjax.config import DataConfig, InputError, ModelConfig, from_dict, require
+from modjax.config import DataConfig, InputError, ModelConfig, SharedFault, from_dict, require
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -178,6 +178,14 @@ def open_cache(path: Path | str) -> TokenCache:
     for split, counts in manifest.splits.items():
         cache.gather(split, [0, counts.tokens - 1], 1)
     return cache
+
+
+def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
+    """Raises SharedFault where the place of `cache` does not hold it, or not the `expected` one."""
+    found = Manifest.from_json(read_manifest(cache.path) or b"").fingerprint
+    for wanted in (cache.manifest.fingerprint, expected):
+        if wanted is not None and wanted != found:
+            raise SharedFault("data", shown(cache.path), "was prepared anew since")
 
 
 def describe(data_dir: Path) -> list[Manifest]:

@@ -21,6 +21,8 @@ from modjax.training.finished import Finished
 
 # Tokens between two looks at what was drawn.
 STREAM_EVERY = 32
+# The time of reading a prompt grows with the square of it.
+MOST_PROMPT_TOKENS = 65_536
 # From "no routed block" to "every one": colours of a 256-colour terminal, light to dark.
 DEPTH_COLOURS = (255, 230, 229, 222, 215, 209, 203, 197, 161, 125)
 
@@ -96,6 +98,8 @@ def sample(
     encoded = [codec.encode(prompt, "--prompt") for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         require(len(ids) > 0, "--prompt", prompt, "is empty: give at least one character")
+        require(len(ids) <= MOST_PROMPT_TOKENS, "--prompt", prompt,
+                f"has {len(ids)} tokens; must have at most {MOST_PROMPT_TOKENS}")  # fmt: skip
         require(max(ids) < vocab_size, "--prompt", prompt,
                 f"has tokens beyond the vocabulary's {vocab_size}")  # fmt: skip
     for text in stop:
