@@ -26,7 +26,7 @@ from modjax.training.state import TrainState
 
 logger = logging.getLogger("modjax")
 DIGEST = "digest.json"
-REWRITTEN_AT_COMMIT = "_CHECKPOINT_METADATA"
+WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
@@ -128,7 +128,7 @@ class Checkpoints:
 
 
 def write_digest(folder: Path) -> None:
-    """Records the sha256 of every file in `folder` but the one that orbax rewrites afterwards."""
+    """Records the sha256 of every file in `folder` but those that orbax writes afterwards."""
     digest = {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
     write_atomically(folder / DIGEST, json.dumps(digest, indent=1))
 
@@ -148,7 +148,7 @@ def find_damage(folder: Path) -> str | None:
 
 def _files(folder: Path) -> list[Path]:
     """What the digest is of."""
-    others = (folder / DIGEST, folder / REWRITTEN_AT_COMMIT)
+    others = [folder / name for name in (DIGEST, *WRITTEN_AT_COMMIT)]
     return sorted(path for path in folder.rglob("*") if path.is_file() and path not in others)
 
 

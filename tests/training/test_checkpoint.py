@@ -170,3 +170,18 @@ def test_a_full_disk_is_an_oserror_and_the_checkpoint_before_is_whole(tmp_path, 
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "No space left on device\n"
+
+
+@pytest.mark.parametrize("digest", ["{}", "[]", "[[[", '{"_METADATA": "0"}'])
+def test_a_digest_that_leaves_files_out_is_not_believed(tmp_path, digest):
+    checkpoints = opened(tmp_path)
+    checkpoints.save(5, state_at(5), {})
+    checkpoints.wait()
+    checkpoints.close()
+    assert find_damage(tmp_path / "5") is None
+    whole = json.loads((tmp_path / "5" / DIGEST).read_text())
+    (tmp_path / "5" / DIGEST).write_text(digest)
+    assert find_damage(tmp_path / "5") is not None
+    missing = whole.popitem()[0]
+    (tmp_path / "5" / DIGEST).write_text(json.dumps(whole))
+    assert find_damage(tmp_path / "5") == f"{DIGEST} leaves out {missing}"
