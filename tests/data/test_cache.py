@@ -14,7 +14,6 @@ from modjax.data.cache import (
     bits_per_byte,
     cache_dir,
     check_epochs,
-    check_fingerprint,
     check_vocab,
     epochs,
     kvstore,

@@ -115,7 +115,9 @@ def test_a_refused_file_is_one_line_and_leaves_no_cache_and_the_same_call_goes_o
     bucket.requests.clear()
     upload(made, URL, ignore)
     assert stored(bucket) == expected
-    assert len(bucket.requests) <= TOGETHER + 1, "only the files of the refused group, and the manifest"
+    assert len(bucket.requests) <= TOGETHER + 1, (
+        "only the files of the refused group, and the manifest"
+    )
 
 
 def test_killed_while_uploading_it_goes_on_and_ends_in_the_same_cache(bucket, made):
@@ -180,7 +182,7 @@ class Forgetful(dict):
 
 def test_a_store_that_loses_a_file_gets_no_manifest(bucket, made):
     bucket.objects = Forgetful()
-    with pytest.raises(InputError, match="cannot be written: files vanish .* is there another"):
+    with pytest.raises(InputError, match=r"cannot be written: files vanish .* is there another"):
         upload(made, URL, ignore)
     assert MANIFEST not in stored(bucket)
 
