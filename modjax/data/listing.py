@@ -38,9 +38,10 @@ def _cache_names(data_dir: Path | str) -> list[str]:
     """The names of the folders that may hold a cache."""
     try:
         if url(data_dir) is None:
-            folders = Path(data_dir).iterdir() if os.path.lexists(data_dir) else []
-            return sorted(path.name for path in folders if not path.name.startswith("."))
+            return sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
         keys = open_store(data_dir).list().result()
+    except FileNotFoundError:
+        return []
     except STORE_ERRORS as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError("--data-dir", shown(data_dir), f"cannot be listed: {reason}") from error
