@@ -35,13 +35,19 @@ def data_prepare(args: argparse.Namespace) -> None:
 
 
 def data_show(args: argparse.Namespace) -> None:
-    from modjax.data.cache import describe
+    from modjax.data.cache import Manifest
+    from modjax.data.listing import describe
     from modjax.tables import data_text
 
-    manifests = describe(args.data_dir)
+    described = describe(args.data_dir)
+    manifests = [one for one in described if isinstance(one, Manifest)]
+    for unreadable in described:
+        if not isinstance(unreadable, Manifest):
+            print(f"modjax: {unreadable}", file=sys.stderr)
     if args.json:
         return print_json([to_dict(manifest) for manifest in manifests])
-    print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
+    if manifests or not described:
+        print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
 
 
 def _load(args: argparse.Namespace) -> Any:

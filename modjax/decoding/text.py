@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax.config import InputError, require
-from modjax.data.cache import open_store
 from modjax.data.vocabulary import Codec
 from modjax.decoding.generate import Generated, Sampling, generate, resume
 from modjax.training.finished import Finished
@@ -48,10 +47,7 @@ def open_codec(run: Finished) -> Codec:
         return Codec(None)
     require(importlib.util.find_spec("sentencepiece") is not None, "modjax sample", "sentencepiece",
             "missing package; pip install -e '.[data]'")  # fmt: skip
-    model = open_store(run.cache.path).read("vocabulary.model").result()
-    require(model.state == "value", "data", str(run.cache.path),
-            "has lost its vocabulary.model: run `modjax data prepare` again")  # fmt: skip
-    return Codec(bytes(model.value))
+    return Codec(run.cache.vocabulary_model())
 
 
 def choose_routing(run: Finished, routing: str | None) -> str:
