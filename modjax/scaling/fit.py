@@ -108,9 +108,7 @@ def fit_all(
     )
 
 
-def power_laws(
-    arms: Sequence[str], budgets: Sequence[float], vertices: Vertices
-) -> list[PowerLaw]:
+def power_laws(arms: Sequence[str], budgets: Sequence[float], vertices: Vertices) -> list[PowerLaw]:
     """Every arm's laws of parameters, forward FLOPs and loss through its accepted optima."""
     laws = []
     for arm in arms:

@@ -6,10 +6,10 @@ does not determine has little weight in that draw, and none where its parabola h
 draw leaves out that optimum, not the law.
 
 Scatter of the optima about the law. chi^2 = sum of w (y - fit)^2 should be about the number of
-optima less 2. Where it is more (a Birge ratio above 1) and fewer than CHANCE of the draws scatter
-as much about theirs, the variances do not explain it: every draw's deviation is then scaled by the
-scatter found over the draw's own, which makes the interval that of Student's t with the scatter's
-own degrees of freedom (for normal draws; this is the bootstrap of the studentised exponent).
+optima less 2. Where it is more (a Birge ratio above 1) and fewer than UNEXPLAINED of the draws
+scatter as much about theirs, the variances do not explain it: every draw's deviation is then scaled
+by the scatter found over the draw's own, which makes the interval that of Student's t with the
+scatter's own degrees of freedom (the bootstrap of the studentised exponent).
 
 Shapes: P optima, R bootstrap draws.
 """
@@ -18,9 +18,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from modjax.scaling.parabola import CHANCE, Estimate, interval
+from modjax.scaling.parabola import Estimate, interval
 from modjax.scaling.results import PowerLaw
 
+# Scatter about a law that fewer of the draws reach is not explained by the variances.
+UNEXPLAINED = 0.1
 # An optimum is never taken to be known better than to a millionth of a decade.
 LEAST_VARIANCE = 1e-12
 
@@ -38,7 +40,7 @@ def power_law(arm: str, quantity: str, optima: Mapping[float, Estimate]) -> Powe
     variance_RP = np.stack([estimate.variance_R for estimate in optima.values()], -1)
     exponent, height, scatter = (float(of) for of in _line(x_P, y_P, variance_P))
     deviation_R, _, scatter_R = _line(x_P, y_RP - y_P, variance_RP)
-    explained = (scatter_R >= scatter).sum() >= CHANCE * np.isfinite(scatter_R).sum()
+    explained = (scatter_R >= scatter).sum() >= UNEXPLAINED * np.isfinite(scatter_R).sum()
     if scatter > 1 and not explained:
         with np.errstate(divide="ignore"):
             deviation_R = deviation_R * np.sqrt(scatter / scatter_R)

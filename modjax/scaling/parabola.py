@@ -25,7 +25,7 @@ Shapes: J cells of one arm and budget, R bootstrap draws, 3 coefficients of a pa
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,8 @@ from modjax.scaling.results import SIZES, Parabola, Range, Repeat, quantity_of
 
 LEVEL = 0.95
 MIN_SIZES = 4
-# What happens by chance less often than this is taken to be real.
-CHANCE = 0.1
+# Scatter about the parabolas that chance brings about less often than this is taken to be real.
+CHANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,14 @@ def fit_budget(
 ) -> list[tuple[Parabola, Vertex | None]]:
     """The parabolas of all arms at one budget, which share their estimate of the noise.
 
-    noise: of a run, in nats, in place of that estimate but with its degrees of freedom.
+    noise: the standard deviation of a run's loss, in nats, to be taken for what the runs show.
     """
     solved = {arm: _solve(of) for arm, of in cells.items() if len({c.x for c in of}) >= 3}
-    variance, freedom = _variance(cells, solved)
-    shared_noise = _draw_noise(variance if noise is None else noise**2, freedom, len(shared_R), rng)
+    if noise is None:
+        variance, freedom = _variance(cells, solved)
+    else:
+        variance, freedom = noise**2, next((f for f in freedoms(cells) if f), 0)
+    shared_noise = _draw_noise(variance, freedom, len(shared_R), rng)
     results = []
     for arm, of in cells.items():
         x = [cell.x for cell in of]
@@ -193,12 +196,18 @@ def fit_budget(
     return results
 
 
+def freedoms(cells: Mapping[str, Sequence[Cell]]) -> tuple[int, int]:
+    """Degrees of freedom of the noise of a budget: between seeds, and about its parabolas."""
+    sizes = (len({c.x for c in of}) for of in cells.values())
+    about = sum(len(of) - 3 for of, n in zip(cells.values(), sizes, strict=True) if n >= 3)
+    return sum(c.seeds - 1 for of in cells.values() for c in of), about
+
+
 def _variance(cells: dict[str, list[Cell]], solved: dict[str, _Solved]) -> tuple[float, int]:
     """The variance of one run's loss and its degrees of freedom, 0 where nothing tells it."""
+    freedom, about_freedom = freedoms(cells)
     about = sum(s.squares for s in solved.values())
-    about_freedom = sum(len(cells[arm]) - 3 for arm in solved)
-    every = [cell for of in cells.values() for cell in of]
-    between, freedom = sum(c.squares for c in every), sum(c.seeds - 1 for c in every)
+    between = sum(c.squares for of in cells.values() for c in of)
     if about_freedom == 0 or (freedom > 0 and about / about_freedom <= between / freedom):
         return between / max(freedom, 1), freedom
     if freedom > 0:
