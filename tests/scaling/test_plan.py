@@ -1,6 +1,8 @@
 """The planner against its stated rules, computed here by hand, and every config of the project."""
 
+import dataclasses
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,76 @@ BAD = {
     "train.seq_len=0": "train.seq_len = 0: must be a positive number",
     "execution.remat=maybe": "execution.remat = 'maybe': must be one of none, dots, full",
 }
+
+
+LONG = "a" * 65
+OUT_OF_SCALE = {
+    "sweep.sizes=1000000000": "sweep.sizes = 1000000000: must be greater than 0 and at most 100",
+    "sweep.spread=400.0": "sweep.spread = 400.0: must be greater than 0 and at most 5",
+    "sweep.budgets=1e300": "sweep.budgets = 1e+300: must be greater than 0 and at most 1e+40",
+    "sweep.budgets=1e30": "sweep.budgets = 1e+30: its grid has models wider than 65536: lower",
+    "sweep.budgets=1e-300": "sweep.budgets = 1e-300: too far from sweep.optimum.budget",
+    "sweep.budgets=1e11,1e11": "sweep.budgets = (100000000000.0, 100000000000.0): must all differ",
+    "sweep.optimum.params=1e300": "sweep.optimum.params = 1e+300: must be greater than 0 and at",
+    "sweep.optimum.params=1e18": "sweep.budgets = 900000000000.0: its grid has models wider than",
+    "sweep.optimum.params=1e-300": "sweep.budgets = 900000000000.0: too far from",
+    "sweep.optimum.budget=1e-300": "sweep.budgets = 900000000000.0: too far from",
+    "sweep.optimum.budget=1e300": "sweep.optimum.budget = 1e+300: must be greater than 0 and at",
+    "sweep.optimum.exponent=1e6": "sweep.optimum.exponent = 1000000.0: must be in [-10, 10]",
+    "sweep.optimum.exponent=-1e6": "sweep.optimum.exponent = -1000000.0: must be in [-10, 10]",
+    "sweep.optimum.exponent=10.0;sweep.optimum.budget=1.0": "sweep.budgets = 900000000000.0: too f",
+    "sweep.seeds=2147483648": "sweep.seeds = 2147483648: must be 0 or more and below 2**31",
+    "sweep.seeds=-1": "sweep.seeds = -1: must be 0 or more and below 2**31",
+    "sweep.seeds=0,0": "sweep.seeds = (0, 0): must all differ",
+    "sweep.recipe.batch_size=1000000000000000000000": "sweep.recipe.batch_size = 100000000000",
+    "sweep.recipe.batch_exponent=1e6": "sweep.recipe.batch_exponent = 1000000.0: must be in",
+    "sweep.recipe.batch_exponent=10.0;sweep.optimum.budget=1e2;sweep.optimum.exponent=0.0":
+        "sweep.recipe.batch_exponent = 10.0: too large: the batch would have 2^",
+    "sweep.recipe.learning_rate=1e300": "sweep.recipe.learning_rate = 1e+300: must be greater",
+    "sweep.shape.aspect=1e-300": "sweep.shape.aspect = 1e-300: must be at least 0.01",
+    "sweep.shape.width_multiple=1000000000": "sweep.shape.width_multiple = 1000000000: must be gr",
+    "sweep.shape.layer_multiple=1000000000": "sweep.shape.layer_multiple = 1000000000: must be gr",
+    "sweep.shape.ff_multiple=1e300": "sweep.shape.ff_multiple = 1e+300: must be greater than 0",
+    "sweep.budgets=1e24;sweep.optimum.exponent=0.0": "sweep.budgets = 1e+24: too large: arm dense",
+    "sweep.flops_per_second=1e-300": "sweep.flops_per_second = 1e-300: must be at least 1",
+    "sweep.arms={'dense':{},'" + LONG + "':{}}": f"sweep.arms = '{LONG}': must have at most 64 char",
+    "sweep.arms={'dense':{},'m':{'forward_ratio':1e300}}": "sweep.arms.m.forward_ratio = 1e+300: ",
+    "sweep.arms={'dense':{},'m':{'forward_ratio':1e-300}}": "sweep.arms.m.forward_ratio = 1e-300",
+    "sweep.arms={'dense':{},'m':{'recipe':{'batch_exponent':1e9}}}": "sweep.recipe.batch_exponent",
+    "model.vocab_size=100000000000000000000000": "sweep.budgets = 900000000000.0: too small for",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", OUT_OF_SCALE)
+def test_a_number_out_of_scale_is_refused_in_one_line_and_at_once(overrides):
+    def hangs(*_):
+        raise TimeoutError(overrides)
+
+    old = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(20)  # against a hang, not to measure
+    try:
+        with pytest.raises(InputError) as caught:
+            load(TINY, overrides.split(";"))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert str(caught.value).startswith(OUT_OF_SCALE[overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_many_steps_is_planned_at_once():
+    overrides = ["sweep.budgets=5e15", "sweep.optimum.exponent=0.0",
+                 "sweep.recipe.capacity_fraction=0.9"]  # fmt: skip
+    cell = max(table(load(TINY, overrides)), key=lambda cell: cell.steps)
+    assert cell.steps > 1e7 and cell.achieved == pytest.approx(1, abs=1e-6)
+
+
+def test_a_seed_or_name_that_no_run_can_have_is_refused():
+    with pytest.raises(InputError, match=r"train.seed = 2147483648: must be below 2\*\*31"):
+        load(str(CONFIGS / "single.py"), ["train.seed=2147483648"])
+    spec = load(TINY).specs[0]
+    with pytest.raises(InputError, match=f"variant = '{LONG}': must have at most 64 characters"):
+        dataclasses.replace(spec, variant=LONG)
 
 
 BAD_ARMS = {
