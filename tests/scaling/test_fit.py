@@ -242,6 +242,19 @@ def test_the_noise_is_that_between_seeds_unless_the_parabolas_miss_their_cells(
     assert only(fit_all(missed, draws=50), quantity="parameters").noise > 10 * between
 
 
+def test_a_run_whose_causal_loss_was_not_finite_is_left_out_of_causal_fits_and_listed(make_sweep):
+    records = [
+        dataclasses.replace(r, causal_routing="router", causal_loss=r.eval_loss + 0.05)
+        for r in make_sweep(arms=("dense",), budgets=(1e12,), sizes=6)
+    ]
+    changes = {f.name: None for f in dataclasses.fields(records[0]) if "causal_" in f.name}
+    lost = dataclasses.replace(records[2], **changes | {"causal_routing": "router"})
+    fits = fit_all([*records[:2], lost, *records[3:]], loss="causal", draws=50)
+    assert fits.diverged == (lost.run_id,)
+    assert only(fits, quantity="parameters").runs == 5
+    assert fit_all([lost, *records[3:]], loss="top_k", draws=50).diverged == ()
+
+
 GEOMETRIC = {count: tuple(1e12 * np.geomspace(1, 100, count)) for count in (3, 4, 5, 10)}
 
 
