@@ -5,11 +5,15 @@ import math
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modjax.config import InputError
 from modjax.scaling.cells import cells
 from modjax.scaling.experiment import load
+from modjax.scaling.fit import fit_all
+from modjax.scaling.foretell import CURVATURE, NOISE, foretell
+from modjax.tables import plan_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = str(CONFIGS / "tiny.py")
@@ -159,6 +163,58 @@ def test_cells_that_are_off_budget_off_centre_or_repeat_data_are_flagged():
     assert flags(epochs=0.9) == set()
     assert flags("data.max_epochs=2.0", epochs=1.5) == {"repeats data"}
     assert flags("data.max_epochs=1.0", epochs=1.5) == {"too many epochs"}
+    assert flags("sweep.sizes=3") == {"can't tell"}
+    assert flags("sweep.sizes=1") == set()  # such a grid seeks no optimum
+
+
+def foretold(*overrides, noise=NOISE):
+    experiment = load(TINY, overrides)
+    rows = cells(experiment.specs, experiment.sweep, lambda spec: None, 1e10, noise)
+    return {(c.arm, c.budget_flops): c.foretold for c in rows}
+
+
+def test_four_sizes_and_one_seed_are_foretold_to_tell_little_and_a_second_seed_much():
+    runs = [("dense", 1e12, n) for n in (10_000, 20_000, 40_000, 100_000)]
+    (alone,) = foretell(runs).values()
+    assert alone.freedom == 4 - 3 and not alone.tells
+    twice = foretold("sweep.sizes=4", "sweep.seeds=0,1")
+    assert all(f.tells and f.freedom == 2 * 4 for f in twice.values())
+    assert sum(not f.tells for f in foretold("sweep.sizes=4").values()) >= 3
+    assert {f.freedom for f in foretold("sweep.sizes=4").values()} == {2 * (4 - 3)}
+
+
+def test_what_is_foretold_is_what_a_fit_of_such_runs_prints(make_sweep):
+    """Runs whose scatter about their parabola is exactly the stated noise, fitted as records."""
+    x = np.linspace(-0.5, 0.5, 6)
+    design = np.vander(x, 3)
+    noise = np.random.default_rng(1).standard_normal(6)
+    noise -= design @ np.linalg.lstsq(design, noise, rcond=None)[0]
+    noise *= 0.02 * math.sqrt(3) / math.sqrt((noise**2).sum())
+    records = make_sweep(arms=("dense",), budgets=(1e12,), sizes=6)
+    records = [
+        dataclasses.replace(r, eval_loss=2 + CURVATURE * u**2 + e, eval_loss_sem=0.0)
+        for r, u, e in zip(records, x, noise, strict=True)
+    ]
+    fitted = fit_all(records, draws=4000).parabolas[0]
+    runs = [("dense", r.budget_flops, r.params_non_embedding) for r in records]
+    found = foretell(runs, 0.02)["dense", 1e12]
+    assert (found.low, found.high, found.freedom) == (fitted.low, fitted.high, 3)
+    np.testing.assert_allclose(np.log10(found.optimum_interval), np.log10(fitted.optimum_interval),
+                               atol=0.02)  # fmt: skip
+    assert foretell(runs, 0.2)["dense", 1e12].optimum_interval == (0, math.inf)
+
+
+def test_the_plan_shows_what_can_be_told_for_every_arm_and_budget():
+    experiment = load(TINY, ["sweep.sizes=4"])
+    rows = cells(experiment.specs, experiment.sweep, lambda spec: None, 1e10, 0.03)
+    text = plan_text(rows, 1)
+    assert "noise of 0.03 nats" in text and "not determined" in text
+    block = text[text.index("What `modjax fit`") :].splitlines()[2:8]
+    assert [line.split()[:2] for line in block] == [
+        [budget, arm] for budget in ("9e+11", "3e+11", "1e+11") for arm in ("dense", "mod12")
+    ]
+    with pytest.raises(InputError, match="must be greater than 0, in nats"):
+        foretold(noise=0.0)
 
 
 BAD = {
