@@ -146,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = add("plan", verbs.plan, PLAN, "config", "data_dir", "jobs", "json")
     plan.add_argument("--workdir", type=Path, help="take the speed from the runs finished here")
+    plan.add_argument("--noise", type=float, metavar="NATS", help="standard deviation of a run's "
+                      "loss, for what the sizes and seeds can tell (default 0.023, as measured in "
+                      "experiments/isoflop)")  # fmt: skip
     add("sweep", verbs.sweep, SWEEP, "config", "workdir", "data_dir", "jobs", "json")
     add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
     add("fit", verbs.fit, "optima, power laws and the gap between arms", "workdir", "loss", "json")
@@ -187,8 +190,9 @@ Without options: the Python standard library's own source, which needs no downlo
 PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time, and what is wrong with them.
 
 Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-centre (the grid's
-centre is more than 0.15 decades from the predicted optimum), repeats data, too many epochs
-(beyond data.max_epochs). A sweep refuses off-budget cells and those with too many epochs."""
+centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
+the optimum is wider than the sampled sizes), repeats data, too many epochs (beyond
+data.max_epochs). A sweep refuses off-budget cells and those with too many epochs."""
 SWEEP = """run a plan on local worker processes, and end with a table.
 
 Finished runs are never repeated; what dies is run once more, what dies twice is given up; several

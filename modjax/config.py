@@ -290,6 +290,7 @@ class TrainConfig:
         for name in ("weight_decay", "eval_every", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "must be 0 or more")
+        require(self.seed < 2**31, "train.seed", self.seed, "must be below 2**31")
 
     @property
     def tokens(self) -> int:
@@ -332,6 +333,7 @@ class RunSpec:
             self.variant != "" and all(c.isalnum() or c in "-_." for c in self.variant),
             "variant", self.variant, "must be made of letters, digits, '-', '_' and '.'",
         )  # fmt: skip
+        require(len(self.variant) <= 64, "variant", self.variant, "must have at most 64 characters")
         require(self.budget_flops > 0, "budget_flops", self.budget_flops, "must be greater than 0")
 
     @property

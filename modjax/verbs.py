@@ -67,6 +67,8 @@ def _load_sweep(args: argparse.Namespace) -> Any:
 
 def plan(args: argparse.Namespace) -> None:
     from modjax.records import read_records
+    from modjax.scaling.foretell import NOISE
+    from modjax.scaling.results import to_json
     from modjax.scaling.sweep import open_data, plan_table
     from modjax.tables import plan_text
 
@@ -77,9 +79,10 @@ def plan(args: argparse.Namespace) -> None:
         cache = open_data(experiment, args.data_dir)
     except InputError as error:
         cache, note = None, f"epochs unknown: {error}"
-    cells = plan_table(experiment, cache, read_records(args.workdir) if args.workdir else [])
+    records = read_records(args.workdir) if args.workdir else []
+    cells = plan_table(experiment, cache, records, NOISE if args.noise is None else args.noise)
     if args.json:
-        return print_json([to_dict(cell) for cell in cells])
+        return print_json([to_json(cell) for cell in cells])
     print(plan_text(cells, args.jobs))
     if note:
         print(note)

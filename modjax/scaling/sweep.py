@@ -11,6 +11,7 @@ from modjax.records import Record, read_records, run_dir
 from modjax.scaling.cells import BUDGET_TOLERANCE, Cell, cells, flops_per_second
 from modjax.scaling.engines.local import Session
 from modjax.scaling.experiment import Experiment
+from modjax.scaling.foretell import NOISE
 from modjax.scaling.workdir import check_claim, claim, log_session
 
 if TYPE_CHECKING:
@@ -25,10 +26,12 @@ def open_data(experiment: Experiment, data_dir: Path) -> "TokenCache":
 
 
 def plan_table(
-    experiment: Experiment, cache: "TokenCache | None", records: Sequence[Record] = ()
-) -> list[Cell]:
+    experiment: Experiment, cache: "TokenCache | None", records: Sequence[Record] = (),
+    noise: float = NOISE,
+) -> list[Cell]:  # fmt: skip
     """The cells of a sweep; without a cache their epochs are unknown.
 
+    noise: of a run's loss, in nats, for what the fits of the plan are expected to tell.
     Raises InputError where the cache has more tokens than the model has embeddings.
     """
     from modjax.data.cache import check_vocab, epochs
@@ -42,7 +45,7 @@ def plan_table(
 
     assert experiment.sweep is not None
     rate = flops_per_second(experiment.config, records)
-    return cells(experiment.specs, experiment.sweep, read, rate)
+    return cells(experiment.specs, experiment.sweep, read, rate, noise)
 
 
 def check(experiment: Experiment, cache: "TokenCache") -> None:
