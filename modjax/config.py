@@ -5,6 +5,7 @@ A `RunSpec` says what is computed and is hashed into the run's name; an `Executi
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -381,7 +382,35 @@ class Execution:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A frozen config as nested plain dicts, ready for JSON."""
-    return dataclasses.asdict(config)
+    return {name: _plain(getattr(config, name)) for name in _fields(type(config))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+class _Field(NamedTuple):
+    """A field's type; the JSON types that fit it without conversion; whether it has no default."""
+
+    hint: Any
+    fitting: frozenset[type]
+    needed: bool
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, _Field]:
+    hints, fields = get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        fitting = frozenset({bool, int, float, str, types.NoneType}.intersection(kinds))
+        needed = f.default is f.default_factory is dataclasses.MISSING
+        fields[f.name] = _Field(hint, fitting, needed)
+    return fields
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -390,33 +419,33 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     Raises InputError naming the field for an unknown or missing name, a value of another type,
     or one that the config itself refuses.
     """
-    hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in values:
-        require(name in fields, f"{path}{name}", values[name], f"unknown; known here: "
-                f"{', '.join(fields)}")  # fmt: skip
-    built = {}
-    for name, spec in fields.items():
-        where = f"{path}{name}"
-        if name in values:
-            built[name] = _convert(hints[name], values[name], where)
-        else:
-            has_default = (
-                spec.default is not dataclasses.MISSING
-                or spec.default_factory is not dataclasses.MISSING
-            )
-            require(has_default, where, None, "missing, and has no default")
+    group = path.rstrip(".") or cls.__name__
+    require(isinstance(values, Mapping), group, values, "must be a group of fields")
+    fields, built = _fields(cls), {}
+    for name, value in values.items():
+        if name not in fields:
+            known = f"unknown; known here: {', '.join(fields)}"
+            raise InputError(f"{path}{name}", value, known)
+        hint, fitting, _ = fields[name]
+        fits = type(value) in fitting and (type(value) is not float or math.isfinite(value))
+        built[name] = value if fits else _convert(hint, value, f"{path}{name}")
+    for name, field_ in fields.items():
+        missing = field_.needed and name not in built
+        require(not missing, f"{path}{name}", None, "missing, and has no default")
     return cls(**built)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        require(isinstance(value, Mapping), where, value, "must be a group of fields")
         return from_dict(hint, value, f"{where}.")  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
         require(isinstance(value, list | tuple), where, value, "must be a list")
         return tuple(_convert(get_args(hint)[0], item, where) for item in value)
+    if get_origin(hint) is dict:
+        require(isinstance(value, Mapping), where, value, "must be a group of fields")
+        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) < 10**308, where, value, "must be finite")
         value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)

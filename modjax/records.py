@@ -174,7 +174,7 @@ def _metrics_values(text: bytes) -> dict[str, Any] | None:
 def write_csv(path: Path, records: Iterable[Record]) -> None:
     """A flat table of records; nested fields become JSON text."""
     names = [field.name for field in dataclasses.fields(Record)]
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         writer.writerow(names)
         for record in records:

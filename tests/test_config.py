@@ -1,5 +1,7 @@
 """Configs refuse what cannot be used, in one line that names the field, the value and the rule."""
 
+import dataclasses
+
 import pytest
 
 from modjax.config import (
@@ -73,12 +75,33 @@ def test_a_value_out_of_range_is_refused_in_one_line(cls, base, field, value, sa
         ({"pattern": "mod"}, "model.pattern = 'mod': must be a list"),
         ({"mod": 3}, "model.mod = 3: must be a group of fields"),
         ({"rope_base": float("nan")}, "model.rope_base = nan: must be finite"),
+        ({"rope_base": 10**400}, "model.rope_base = 1000"),
     ],
 )
 def test_a_mapping_is_checked_by_name_and_type(values, says):
     with pytest.raises(InputError) as caught:
         from_dict(ModelConfig, MODEL | values, "model.")
     assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize("values", [None, 7, "x", [1, 2], [["d_model", 3]]])
+def test_what_is_no_mapping_is_named_by_what_it_should_be(values):
+    with pytest.raises(InputError, match=r"^ModelConfig = .*: must be a group of fields"):
+        from_dict(ModelConfig, values)
+
+
+def test_a_field_of_names_and_values_must_be_one():
+    @dataclasses.dataclass(frozen=True)
+    class Named:
+        flops: dict[str, float]
+        seed: int | None = None
+
+    assert from_dict(Named, {"flops": {"mlp": 1.0}}) == Named({"mlp": 1.0})
+    with pytest.raises(InputError, match="flops = 5: must be a group of fields"):
+        from_dict(Named, {"flops": 5})
+    assert from_dict(Named, {"flops": {}, "seed": None}).seed is None
+    with pytest.raises(InputError, match=r"seed = '3': must be of type int \| None"):
+        from_dict(Named, {"flops": {}, "seed": "3"})
 
 
 def test_a_missing_value_without_default_is_named():

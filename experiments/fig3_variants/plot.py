@@ -10,14 +10,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from modjax.records import Record, read_records, write_csv
-from modjax.scaling.figures import read_curves
+from modjax.scaling.curves import read_curves
 from modjax.scaling.marks import COLOURS, LINES, MARKERS, RC
 
 HERE = Path(__file__).parent
@@ -61,8 +60,7 @@ def draw(workdir: Path, records: list[Record], path: Path) -> None:
         left.legend(ncols=3, fontsize=5.5, loc="lower center", bbox_to_anchor=(0.5, 1))
         for (label, record), colour in zip(four(by_arm), COLOURS, strict=False):
             curve = curves[record.run_id]
-            right.plot(curve.flops, smooth(curve.loss), color=colour,
-                       label=label)  # fmt: skip
+            right.plot(*curve.smooth, color=colour, label=label)
         right.set(xscale="log", xlim=(1e10, 4e11), ylim=(low - 0.05, low + 0.8),
                   xlabel="training FLOPs", ylabel="training loss")  # fmt: skip
         right.legend()
@@ -80,11 +78,6 @@ def four(by_arm: dict[str, dict[int, list[Record]]]) -> list[tuple[str, Record]]
     chosen += [("mod12", mod, d) for d in sorted({nearest, best_mod, max(mod)})]
     return [(f"{name} {sizes[d][0].params_non_embedding / 1e3:.0f}k", sizes[d][0])
             for name, sizes, d in chosen]  # fmt: skip
-
-
-def smooth(losses: np.ndarray, window: int = 9) -> list[float]:
-    half = window // 2
-    return [float(losses[max(0, i - half) : i + half + 1].mean()) for i in range(len(losses))]
 
 
 def table(records: list[Record]) -> None:

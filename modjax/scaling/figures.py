@@ -4,11 +4,9 @@ Figures use matplotlib's objects, never pyplot: no global state and no window.
 """
 
 import itertools
-import json
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +15,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from modjax.records import Record, run_dir
+from modjax.records import Record
+from modjax.scaling.curves import SHARE, Curve, frontier
 from modjax.scaling.marks import (
     INK,
+    MANY,
     RC,
     SURFACE,
     WIDTH,
+    draw_curves,
     draw_parabola,
     draw_point,
-    draw_run,
+    draw_runs,
     legend,
     log_ticks,
     style,
@@ -36,42 +37,13 @@ from modjax.scaling.results import Fits, quantity_of
 from modjax.scaling.words import KINDS
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Training loss (nats per token) of one run against training FLOPs spent."""
-
-    run_id: str
-    arm: str
-    flops: np.ndarray
-    loss: np.ndarray
-
-
-def read_curves(workdir: Path, records: Iterable[Record]) -> list[Curve]:
-    """The learning curve of every record that left a metrics.jsonl; non-finite losses dropped."""
-    curves = []
-    for record in records:
-        path = run_dir(workdir, record.run_id) / "metrics.jsonl"
-        if not path.exists():
-            continue
-        points = []
-        for line in path.read_text().splitlines():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed process may be torn
-            loss = values.get("loss")
-            if isinstance(loss, float | int) and math.isfinite(loss) and values["train_flops"] > 0:
-                points.append((values["train_flops"], loss))
-        if points:
-            flops, loss = np.array(points, dtype=float).T
-            curves.append(Curve(record.run_id, record.variant, flops, loss))
-    return curves
-
-
 def draw_all(
     records: Sequence[Record], fits: Fits, curves: Sequence[Curve], folder: Path
 ) -> dict[str, Path]:
-    """Draws every figure as PNG (300 dpi) and SVG; returns the SVG of each by name."""
+    """Draws every figure as PNG (300 dpi) and SVG; returns the SVG of each by name.
+
+    Up to MANY runs have marks of their own, with their id; more are pixels, one artist per arm.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "isoflop": lambda: isoflop_figure(records, fits),
@@ -84,8 +56,11 @@ def draw_all(
         with rc_context({**RC, "svg.hashsalt": name}):
             figure = draw()
             if figure is None:
+                for kind in ("png", "svg"):  # of an earlier report
+                    (folder / f"{name}.{kind}").unlink(missing_ok=True)
                 continue
             figure.savefig(folder / f"{name}.png")
+            figure.set_layout_engine("none")  # the places of its parts are known now
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         paths[name] = folder / f"{name}.svg"
     return paths
@@ -106,15 +81,15 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
         log_ticks(ax, (1, 3) if max(xs) > 8 * min(xs) else (1, 2, 5))
         refusals = []
         for arm in fits.arms:
-            runs = [r for r in here if r.variant == arm]
             parabola = fits.parabola(arm, flops, "parameters")
             if parabola is not None and parabola.refusal is None:
                 draw_parabola(ax, fits, parabola)
             elif parabola is not None:
                 refusals.append(f"{arm} refused: {_short(parabola.refusal)}")
-            for run in runs:
-                x = quantity_of(run, "parameters", fits.size)
-                draw_run(ax, fits, run, x, run.eval_loss if run.status == "finished" else None)
+            runs = [(r.run_id, quantity_of(r, "parameters", fits.size),
+                     r.eval_loss if r.status == "finished" else None)
+                    for r in here if r.variant == arm]  # fmt: skip
+            draw_runs(ax, fits, arm, runs, together=len(records) > MANY)
         ax.margins(x=0.06, y=0.14)
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         low, high = ax.get_ylim()
@@ -146,10 +121,12 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
                 x, y = trace(parabola)
                 ax.plot(x / best.optimum, y / best.loss, color=colour, alpha=strength,
                         linestyle=line, linewidth=0.9)  # fmt: skip
-        for run in (r for r in records if r.budget_flops == flops and r.eval_loss is not None):
-            assert run.eval_loss is not None
-            x = run.forward_flops_per_token / best.optimum
-            draw_run(ax, fits, run, x, run.eval_loss / best.loss, strength)
+            runs = [
+                (r.run_id, r.forward_flops_per_token / best.optimum, r.eval_loss / best.loss)
+                for r in records
+                if (r.variant, r.budget_flops) == (arm, flops) and r.eval_loss is not None
+            ]
+            draw_runs(ax, fits, arm, runs, strength, together=len(records) > MANY)
     if not shades:
         ax.set_axis_off()
         ax.text(0.5, 0.5, f"No budget has an accepted optimum of {fits.baseline}\nto compare with.",
@@ -172,33 +149,30 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
 
 
 def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
-    """Training loss against training FLOPs: all runs thin, each arm's compute frontier thick."""
+    """Smooth training loss against training FLOPs: all runs thin, each arm's frontier thick."""
+    curves = [curve for curve in curves if len(curve.smooth[0])]
     if not curves:
         return None
     figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
     ax = figure.subplots()
-    smooth = {curve.run_id: _smooth(curve) for curve in curves}
-    for curve in curves:
-        x, y = smooth[curve.run_id]
-        (line,) = ax.plot(x, y, color=style(fits, curve.arm)[0], alpha=0.5, linewidth=0.45)
-        line.set_gid(f"run:{curve.run_id}")
-    for arm in fits.arms:
-        found = [smooth[curve.run_id] for curve in curves if curve.arm == arm]
-        if not found:
-            continue
-        x, y = (np.concatenate(values) for values in zip(*found, strict=True))
-        order = np.argsort(x)
-        colour, _, dashes = style(fits, arm)
-        ax.plot(x[order], np.minimum.accumulate(y[order]), color=colour, linestyle=dashes,
-                linewidth=1.5)  # fmt: skip
+    by_arm = {arm: [curve for curve in curves if curve.arm == arm] for arm in fits.arms}
+    by_arm = {arm: found for arm, found in by_arm.items() if found}
+    for arm, found in by_arm.items():
+        lines = [(curve.run_id, *curve.smooth) for curve in found]
+        draw_curves(ax, fits, arm, lines, together=len(curves) > MANY)
+        least = frontier(found)
+        if least is not None:
+            colour, _, dashes = style(fits, arm)
+            ax.plot(*least, color=colour, linestyle=dashes, linewidth=1.5, zorder=3)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    every = np.concatenate([y for _, y in smooth.values()])
-    kept = [y[-1] for run_id, (_, y) in smooth.items() if run_id not in fits.diverged]
-    ends = kept or [y[-1] for _, y in smooth.values()]
-    ax.set_ylim(0.97 * min(ends), min(every.max(), 2 * max(ends)))
-    starts = [x[0] for x, _ in smooth.values()]
-    ax.set_xlim(max(min(starts), min(fits.budgets) / 100), 1.1 * max(fits.budgets))
+    highest = max(curve.smooth[1].max() for curve in curves)
+    diverged = set(fits.diverged)
+    last = {curve.run_id: curve.smooth[1][-1] for curve in curves}
+    ends = [loss for run_id, loss in last.items() if run_id not in diverged] or last.values()
+    ax.set_ylim(0.97 * min(ends), min(highest, 2 * max(ends)))
+    first = min(curve.smooth[0][0] for curve in curves)
+    ax.set_xlim(max(first, min(fits.budgets) / 100), 1.1 * max(fits.budgets))
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(
         FixedLocator([float(t) for t in MaxNLocator(6).tick_values(low, high)[1:-1]])
@@ -206,9 +180,8 @@ def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     ax.yaxis.set_minor_locator(FixedLocator([]))
     ax.set_xlabel("Training FLOPs")
-    ax.set_ylabel("Training loss (nats per token)")
-    legend(figure, fits, [arm for arm in fits.arms if any(c.arm == arm for c in curves)],
-            marker=False)  # fmt: skip
+    ax.set_ylabel(f"Training loss (nats per token),\nmean over {SHARE:.0%} of the run's steps")
+    legend(figure, fits, list(by_arm), marker=False)
     return figure
 
 
@@ -261,10 +234,3 @@ def optima_figure(fits: Fits) -> Figure | None:
 def _short(refusal: str | None) -> str:
     """The first clause of a refusal."""
     return "" if refusal is None else refusal.split(";")[0].split(":")[0].split(",")[0]
-
-
-def _smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Running mean over a twentieth of the curve's points."""
-    width = max(1, len(curve.loss) // 20)
-    mean = np.convolve(curve.loss, np.ones(width) / width, mode="valid")
-    return curve.flops[width - 1 :], mean

@@ -3,7 +3,8 @@
 An arm keeps one colour (Okabe and Ito's palette), one marker and one line style in all figures;
 where there are more arms than colours, the same colour comes again with another of each.
 Every mark of a run carries the SVG id `run:<run_id>`, and every optimum `optimum:<arm>:<budget>`,
-which the report turns into tooltips.
+which the report turns into tooltips. Of more than MANY runs nobody can point at one: they are
+drawn together and have no ids.
 """
 
 import math
@@ -12,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from modjax.records import Record
 from modjax.scaling.numbers import count
 from modjax.scaling.results import Fits, Parabola, Range
 
@@ -25,6 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "<")
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 2)))
 WIDTH = 10 / 2.54  # inches
+MANY = 1000
 RC: dict[Any, Any] = {
     "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "legend.fontsize": 7,
     "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6,
@@ -88,18 +90,48 @@ def draw_parabola(ax: Axes, fits: Fits, p: Parabola) -> None:
     mark.set_gid(f"optimum:{p.arm}:{p.budget_flops}")
 
 
-def draw_run(
-    ax: Axes, fits: Fits, run: Record, x: float, y: float | None, strength: float = 1.0
-) -> None:
-    """One run; a diverged one as a cross on the upper edge."""
-    colour, marker, _ = style(fits, run.variant)
-    if y is None:
-        (mark,) = ax.plot([x], [0.97], marker="x", color=colour, markersize=4, linestyle="",
-                          transform=ax.get_xaxis_transform(), zorder=3)  # fmt: skip
-    else:
-        (mark,) = ax.plot([x], [y], marker=marker, color=colour, alpha=strength, linestyle="",
-                          markeredgecolor=SURFACE, markeredgewidth=0.35, zorder=5)  # fmt: skip
-    mark.set_gid(f"run:{run.run_id}")
+def draw_runs(
+    ax: Axes, fits: Fits, arm: str, runs: Sequence[tuple[str, float, float | None]],
+    strength: float = 1.0, *, together: bool = False,
+) -> None:  # fmt: skip
+    """An arm's runs (run_id, x, y); a diverged one, whose y is None, is a cross on the upper edge.
+
+    together: as pixels, without ids.
+    """
+    colour, marker, _ = style(fits, arm)
+    cross: dict[str, Any] = {"marker": "x", "markersize": 4, "zorder": 3,
+                             "transform": ax.get_xaxis_transform()}  # fmt: skip
+    point = {"marker": marker, "alpha": strength, "zorder": 5, "markeredgecolor": SURFACE,
+             "markeredgewidth": 0.35}  # fmt: skip
+    crosses = [(run_id, x, 0.97) for run_id, x, y in runs if y is None]
+    points = [(run_id, x, y) for run_id, x, y in runs if y is not None]
+    for look, marked in ((cross, crosses), (point, points)):
+        for group in _groups(marked, together):
+            names, x, y = zip(*group, strict=True)
+            (mark,) = ax.plot(x, y, color=colour, linestyle="", rasterized=together, **look)
+            mark.set_gid(None if together else f"run:{names[0]}")
+
+
+def draw_curves(
+    ax: Axes, fits: Fits, arm: str, runs: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    *, together: bool = False,
+) -> None:  # fmt: skip
+    """An arm's learning curves (run_id, x, y), thin. together: as pixels, without ids."""
+    for group in _groups(runs, together):
+        lines = [np.stack([x, y], -1) for _, x, y in group]
+        if together:  # matplotlib transforms line by line, and a NaN begins another
+            lines = [np.concatenate([np.pad(line, ((0, 1), (0, 0)), constant_values=math.nan)
+                                     for line in lines[i : i + 50]])
+                     for i in range(0, len(lines), 50)]  # fmt: skip
+        drawn = LineCollection(lines, color=style(fits, arm)[0], alpha=0.5, linewidth=0.45,
+                               rasterized=together)  # fmt: skip
+        drawn.set_gid(None if together else f"run:{group[0][0]}")
+        ax.add_collection(drawn)
+
+
+def _groups(runs: Sequence[Any], together: bool) -> list[Sequence[Any]]:
+    """What is one artist: all runs where there are any, or each."""
+    return [runs] * bool(runs) if together else [[run] for run in runs]
 
 
 def draw_point(ax: Axes, fits: Fits, arm: str, x: float, y: float, ends: Range | None) -> None:

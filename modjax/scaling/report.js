@@ -61,17 +61,17 @@ document.querySelectorAll("table").forEach((table) => {
   table.querySelectorAll("th").forEach((head, column) => {
     head.addEventListener("click", () => {
       const up = head.getAttribute("aria-sort") !== "ascending";
-      const key = (row) => row.cells[column].dataset.key;
+      const key = (cell) => cell.dataset.key ?? cell.textContent.trim().replaceAll(",", "");
       const numeric = (text) => text.trim() !== "" && !Number.isNaN(Number(text));
-      const rows = [...table.tBodies[0].rows].sort((a, b) => {
-        const [s, t] = [key(a), key(b)];
+      const rows = [...table.tBodies[0].rows].map((row) => [key(row.cells[column]), row]);
+      rows.sort(([s], [t]) => {
         if ((s === "") !== (t === "")) return s === "" ? 1 : -1;  // empty cells stay last
         const order = numeric(s) && numeric(t) ? s - t : s.localeCompare(t);
         return up ? order : -order;
       });
       table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      table.tBodies[0].append(...rows);
+      table.tBodies[0].append(...rows.map(([, row]) => row));
     });
   });
 });

@@ -5,7 +5,8 @@ file) are written into it, and so are the figures, as SVG whose marks show their
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from modjax.config import require
 from modjax.files import write_atomically
 from modjax.records import Record, read_records, run_dir, write_csv
 from modjax.scaling import words
-from modjax.scaling.figures import draw_all, read_curves
+from modjax.scaling.curves import FRONTIER_STEPS, SHARE, json_object, read_curves
+from modjax.scaling.figures import draw_all
 from modjax.scaling.fit import fit_all
+from modjax.scaling.marks import MANY
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.page import bullets, details, inline_svg, script, table, text
 from modjax.scaling.results import Fits, save_json, under
+from modjax.scaling.specs import Specs, compare, flatten
 
 CAPTIONS = {
     "isoflop": "Validation loss against parameters, one panel per budget. Lines are parabolas in "
@@ -26,9 +30,11 @@ CAPTIONS = {
     "interval of the optimal size. A cross is a diverged run, placed by its size alone.",
     "normalised": "Loss relative to the optimal {baseline} model of the same budget against "
     "forward FLOPs per token relative to it. Below 1 is better, left of 1 is cheaper to run.",
-    "curves": "Training loss (running mean) against training FLOPs: every run thin, and thick "
-    "the least loss that any run of the arm has reached by then. Runs decay their learning rate to "
-    "the end, so only their ends are comparable.",
+    "curves": f"Training loss, as the mean over a trailing window of {SHARE:.0%} of the run's "
+    "steps, against training FLOPs: every run thin, and thick the least mean that any run of the "
+    f"arm has reached by then, of windows of {FRONTIER_STEPS} steps or more. The least of many "
+    "leans to the lucky by about the noise of such a mean. Runs decay their learning rate to the "
+    "end, so only their ends are comparable.",
     "optima": "Left: the optimal size with its power law. Right: loss at the arm's own optimum "
     "against {baseline}'s at its own. Bars are 95% intervals; a dotted line is an unbounded one.",
 }
@@ -41,22 +47,27 @@ RUN_COLUMNS = {
     "learning rate": "learning_rate", "seed": "seed", "FLOPs spent": "train_flops",
     "seconds": "wall_seconds", "s/step": "median_step_seconds",
 }  # fmt: skip
+DEEPEST = 20  # levels of groups and lists in the JSON of a sweep, with room
+# Fields of a spec that RUN_COLUMNS shows.
+SPEC_COLUMNS = ("variant", "budget_flops", "model.d_model", "model.num_layers", "train.steps",
+                "train.learning_rate", "train.seed")  # fmt: skip
 
 
 def fit_workdir(workdir: Path, loss: str = "top_k") -> tuple[list[Record], Fits]:
     """The records of a sweep's folder and their fits, against the baseline that its plan names.
 
-    loss: "top_k" or "causal", see results.under; it stands in the records as eval_loss.
+    loss: "top_k" or "causal", see results.under; the fits take it as eval_loss.
 
     Raises InputError where no run has finished or diverged yet.
     """
     records = read_records(workdir) if workdir.is_dir() else []
     require(len(records) > 0, "--workdir", str(workdir), "holds no finished run; `modjax sweep` "
             "makes them")  # fmt: skip
-    planned = _json(workdir / "plan.json").get("config", {}).get("sweep", {}).get("baseline")
-    finished = {record.variant for record in records}
-    baseline = planned if planned in finished else None
-    return under(records, loss), fit_all(records, loss=loss, baseline=baseline)
+    config = _plan(workdir).get("config")
+    sweep = config.get("sweep") if isinstance(config, dict) else None
+    planned = sweep.get("baseline") if isinstance(sweep, dict) else None
+    baseline = planned if any(record.variant == planned for record in records) else None
+    return records, fit_all(records, loss=loss, baseline=baseline)
 
 
 def report(workdir: Path, loss: str = "top_k") -> Path:
@@ -65,19 +76,25 @@ def report(workdir: Path, loss: str = "top_k") -> Path:
     Raises InputError where no run has finished or diverged yet.
     """
     records, fits = fit_workdir(workdir, loss)
-    figures = draw_all(records, fits, read_curves(workdir, records), workdir / "figures")
     save_json(workdir / "fit.json", fits)
-    write_csv(workdir / "results.csv", read_records(workdir))  # whatever loss is fitted
+    write_csv(workdir / "results.csv", records)  # whatever loss is fitted
+    records = under(records, loss)
+    figures = draw_all(records, fits, read_curves(workdir, records), workdir / "figures")
     path = workdir / "report.html"
-    write_atomically(path, render(workdir, records, fits, figures))
+    page = render(workdir, records, fits, figures)
+    write_atomically(path, page.encode(errors="replace"))
     return path
 
 
-def render(workdir: Path, records: Sequence[Record], fits: Fits, figures: dict[str, Path]) -> str:
-    """The whole page; `figures` gives the SVG file of each figure by its name."""
-    plan = _json(workdir / "plan.json")
-    specs = {r.run_id: _json(run_dir(workdir, r.run_id) / "spec.json") for r in records}
-    tips = {f"run:{r.run_id}": run_tip(r) for r in records}
+def render(
+    workdir: Path, records: Sequence[Record], fits: Fits, figures: Mapping[str, Path],
+    unreadable: Mapping[str, str] = {},
+) -> str:  # fmt: skip
+    """The whole page. figures: the SVG file of each by its name; unreadable: why, by run id."""
+    plan = _plan(workdir)
+    specs = _specs(workdir, records)
+    marked = len(records) <= MANY
+    tips = {f"run:{r.run_id}": run_tip(r) for r in records if marked}
     tips |= {
         f"optimum:{p.arm}:{p.budget_flops}": words.parabola_sentence(p, fits.size)
         for p in fits.parabolas
@@ -100,14 +117,11 @@ def render(workdir: Path, records: Sequence[Record], fits: Fits, figures: dict[s
         *_law_table(fits),
         *_repeat_table(fits),
         "<h2>Diverged, refused and missing</h2>",
-        bullets(_exceptions(workdir, records, fits, plan)),
+        bullets(_exceptions(workdir, records, fits, plan, unreadable)),
         "<h2>Runs</h2>",
         "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
         "token. All fields are in results.csv beside this file.</p>",
-        table([f"{fits.loss} loss" if f == "eval_loss" else n for n, f in RUN_COLUMNS.items()],
-               [[_cell(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
-               keys=[[_key(getattr(r, f)) for f in RUN_COLUMNS.values()] for r in records],
-               rows=[f"run:{r.run_id}" for r in records]),
+        _run_table(records, fits, specs, marked),
         "<h2>Config</h2>",
         *_config(plan, specs),
     ]  # fmt: skip
@@ -204,64 +218,89 @@ def _repeat_table(fits: Fits) -> list[str]:
     return ["<h3>Seeds</h3>", table(words.REPEAT_HEADER, words.repeat_rows(fits))]
 
 
+def _run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool) -> str:
+    """Every run; the last columns are the fields of its spec that are said nowhere else."""
+    header = [f"{fits.loss} loss" if f == "eval_loss" else n for n, f in RUN_COLUMNS.items()]
+    more = [name for name in specs.run_fields if name not in SPEC_COLUMNS]
+    body = (
+        [*(getattr(r, field) for field in RUN_COLUMNS.values()),
+         *(_plain(specs.by_run.get(r.run_id, {}).get(name)) for name in more)]
+        for r in records
+    )  # fmt: skip
+    rows = [f"run:{r.run_id}" for r in records] if marked else None
+    return table([*header, *more], body, rows)
+
+
 def _exceptions(
-    workdir: Path, records: Sequence[Record], fits: Fits, plan: dict[str, Any]
-) -> list[str]:
-    said = [
+    workdir: Path, records: Sequence[Record], fits: Fits, plan: dict[str, Any],
+    unreadable: Mapping[str, str],
+) -> list[str]:  # fmt: skip
+    said = [f"{run_id} can't be read and is left out: {why}." for run_id, why in unreadable.items()]
+    said += [
         f"{r.run_id} diverged at step {r.diverged_step} and is left out of every fit."
         for r in records
         if r.status == "diverged"
     ]
     said += [words.parabola_sentence(p, fits.size) for p in fits.parabolas if p.refusal is not None]
+    known = {*unreadable, *(r.run_id for r in records)}
     for run_id in plan.get("runs", []):
-        if all(r.run_id != run_id for r in records):
+        if run_id not in known:
             failure = _json(run_dir(workdir, run_id) / "failure.json")
             why = f"given up: {json.dumps(failure)}" if failure else "not finished"
             said.append(f"{run_id} has no result ({why}).")
     return said or ["None: every planned run finished and every fit was accepted."]
 
 
-def _config(plan: dict[str, Any], specs: dict[str, dict[str, Any]]) -> list[str]:
-    """What all runs share, the config as the plan keeps it, and every run's own RunSpec."""
-    flat = [dict(_flatten(spec)) for spec in specs.values() if spec]
-    shared = {
-        name: value
-        for name, value in (flat[0] if flat else {}).items()
-        if all(other.get(name) == value for other in flat)
-    }
+def _config(plan: dict[str, Any], specs: Specs) -> list[str]:
+    """What all runs share, what each arm has of its own, and the config as the plan keeps it."""
     parts = []
-    if shared:
-        rows = [(name, json.dumps(value)) for name, value in shared.items()]
+    if specs.shared:
+        rows = [(name, json.dumps(value)) for name, value in specs.shared.items()]
         parts += ["<h3>The same in every run</h3>", table(("field", "value"), rows)]
+    fields = [name for name in specs.arm_fields if name != "variant"]
+    if fields:
+        rows = [(arm, *(_plain(of.get(name)) for name in fields))
+                for arm, of in specs.by_arm.items()]  # fmt: skip
+        parts += ["<h3>The same in every run of an arm</h3>", table(("arm", *fields), rows)]
     if plan:
-        parts.append(details("plan.json", plan))
-    return [*parts, *(details(f"{run_id} spec.json", spec) for run_id, spec in specs.items())]
+        settings = {name: value for name, value in plan.items() if name != "runs"}
+        parts.append(details("plan.json, without its list of runs", settings))
+    return parts
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _specs(workdir: Path, records: Sequence[Record]) -> Specs:
+    found = {}
+    for r in records:
+        if spec := _json(run_dir(workdir, r.run_id) / "spec.json"):
+            found[r.run_id] = {sys.intern(name): value for name, value in flatten(spec)}
+    return compare(found, {r.run_id: r.variant for r in records})
+
+
+def _plan(workdir: Path) -> dict[str, Any]:
+    """plan.json, without a list of runs that is none."""
+    plan = _json(workdir / "plan.json")
+    runs = plan.get("runs")
+    if not (isinstance(runs, list) and all(isinstance(run_id, str) for run_id in runs)):
+        plan.pop("runs", None)
+    return plan
 
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object of the sweep's, or {} where it is missing or damaged: the report goes on."""
     try:
-        values = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+        content = path.read_text(errors="replace")
+    except (OSError, ValueError):  # a name that can't be a file's is a ValueError
         return {}
-    return values if isinstance(values, dict) else {}
+    groups = content.count("{") + content.count("[")
+    values = json_object(content)
+    return values if groups < DEEPEST or _depth(values) < DEEPEST else {}
 
 
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return budget(value) if abs(value) >= 1e5 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
-def _key(value: object) -> str:
-    return "" if value is None else str(value)
+def _plain(value: Any) -> Any:
+    """A value of a spec for a table: numbers sort as such."""
+    return value if value is None or type(value) in (int, float, str) else json.dumps(value)

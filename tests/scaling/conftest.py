@@ -88,12 +88,14 @@ def make_workdir(tmp_path):
             run_dir.mkdir(parents=True)
             write_record(run_dir, record)
             last = record.eval_loss or 3.0
+            steps = [1, *(record.steps * k // 20 for k in range(1, 21))]
             lines = [
-                {"step": 10 * k, "tokens": record.tokens * k // 20,
-                 "train_flops": record.train_flops * k / 20, "loss": last + 3 / k}
-                for k in range(1, 21)
+                {"step": step, "tokens": record.tokens * step // record.steps,
+                 "train_flops": record.train_flops * step / record.steps,
+                 "loss": last + 3 * before / step, "loss_steps": step - before}
+                for before, step in itertools.pairwise([0, *steps])
             ]  # fmt: skip
-            lines.append({"step": 200, "eval_loss": last})
+            lines.append({"step": record.steps, "eval_loss": last})
             (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
             spec = {"variant": record.variant, "model": {"d_model": record.d_model, "vocab": 259}}
             (run_dir / "spec.json").write_text(json.dumps(spec))

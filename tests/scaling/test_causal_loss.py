@@ -57,8 +57,9 @@ def test_a_report_says_which_loss_it_shows_and_its_table_of_runs_keeps_both(reco
     bits = mod.eval_bits_per_byte * mod.causal_loss / mod.eval_loss
     shown = text[text.index(f'data-row="run:{mod.run_id}"') :]
     shown = shown[: shown.index("</tr>")]
-    assert f'data-key="{mod.causal_loss}"' in shown and f'"{mod.eval_loss}"' not in shown
-    assert f'data-key="{bits}"' in shown
+    assert f'data-key="{mod.causal_loss:.7g}"' in shown
+    assert f'"{mod.eval_loss:.7g}"' not in shown
+    assert f'data-key="{bits:.7g}"' in shown
     with open(workdir / "results.csv", newline="") as file:
         rows = {row["run_id"]: row for row in csv.DictReader(file)}
     assert float(rows[mod.run_id]["eval_loss"]) == mod.eval_loss

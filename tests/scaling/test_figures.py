@@ -4,14 +4,14 @@ import struct
 import numpy as np
 import pytest
 
+from modjax.scaling import figures
+from modjax.scaling.curves import Curve, read_curves
 from modjax.scaling.figures import (
-    Curve,
     curves_figure,
     draw_all,
     isoflop_figure,
     normalised_figure,
     optima_figure,
-    read_curves,
 )
 from modjax.scaling.fit import fit_all
 from modjax.scaling.marks import COLOURS
@@ -93,10 +93,10 @@ def test_a_diverged_run_does_not_set_the_limits_of_the_curves(make_record):
         make_record(run_id="good"),
         make_record(run_id="bad", status="diverged", eval_loss=None, diverged_step=9),
     ]
-    flops = np.linspace(1e10, 1e12, 10)
+    step = np.arange(1, 11)  # of 10 steps: every point is one
     curves = [
-        Curve("good", "dense", flops, np.linspace(6, 2, 10)),
-        Curve("bad", "dense", flops, np.geomspace(6, 1e6, 10)),
+        Curve("good", "dense", 10, step, np.ones(10), step * 1e11, np.linspace(6, 2, 10)),
+        Curve("bad", "dense", 10, step, np.ones(10), step * 1e11, np.geomspace(6, 1e6, 10)),
     ]
     figure = curves_figure(curves, fit_all(records, draws=50))
     assert figure.axes[0].get_ylim() == pytest.approx((0.97 * 2, 2 * 2))
@@ -127,15 +127,23 @@ def test_one_arm_at_one_budget_gives_what_it_can(make_sweep, tmp_path):
     assert list(draw_all(records, fits, [], tmp_path)) == ["isoflop", "normalised"]
 
 
-def test_curves_leave_out_evaluations_non_finite_losses_and_a_torn_last_line(
-    make_record, make_workdir
-):
-    record = make_record()
-    workdir = make_workdir([record])
-    path = workdir / "runs" / record.run_id / "metrics.jsonl"
-    (before,) = read_curves(workdir, [record])
-    with open(path, "a") as file:
-        file.write('{"step": 201, "train_flops": 1e12, "loss": NaN}\n{"step": 202, "train_fl')
-    (after,) = read_curves(workdir, [record])
-    np.testing.assert_array_equal(after.loss, before.loss)
-    assert len(after.loss) == 20 and after.flops[-1] == record.train_flops
+def test_of_very_many_runs_an_arm_is_one_artist_without_ids(mixed, make_workdir, monkeypatch):
+    monkeypatch.setattr(figures, "MANY", len(mixed) - 1)
+    workdir, fits = make_workdir(mixed), fit_all(mixed, draws=50)
+    curves = read_curves(workdir, mixed)
+    for name, path in draw_all(mixed, fits, curves, workdir / "f").items():
+        svg = path.read_text()
+        assert 'id="run:' not in svg
+        assert ("<image" in svg) == (name != "optima"), name
+    assert len(curves_figure(curves, fits).axes[0].collections) == 3
+    panel = isoflop_figure(mixed, fits).axes[0]
+    points = [line for line in panel.lines if line.get_rasterized()]
+    assert sorted(len(line.get_xdata()) for line in points) == [2, 5, 5]
+
+
+def test_without_a_curve_the_figure_of_an_earlier_report_goes(mixed, make_workdir):
+    workdir, fits = make_workdir(mixed), fit_all(mixed, draws=50)
+    draw_all(mixed, fits, read_curves(workdir, mixed), workdir / "f")
+    assert (workdir / "f/curves.png").exists() and (workdir / "f/curves.svg").exists()
+    assert "curves" not in draw_all(mixed, fits, [], workdir / "f")
+    assert not list((workdir / "f").glob("curves.*"))

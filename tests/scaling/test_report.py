@@ -7,7 +7,10 @@ from html.parser import HTMLParser
 import pytest
 
 from modjax.config import InputError
-from modjax.scaling.report import report
+from modjax.scaling import figures
+from modjax.scaling import report as report_module
+from modjax.scaling.fit import fit_all
+from modjax.scaling.report import render, report
 
 
 @pytest.fixture
@@ -95,3 +98,90 @@ def test_a_sweep_whose_every_run_diverged_still_has_a_report(make_record, make_w
     record = make_record(status="diverged", eval_loss=None, eval_loss_sem=None, diverged_step=9)
     text = report(make_workdir([record])).read_text()
     assert "diverged at step 9" in text
+
+
+def cells(table):
+    """The cells of every row of a table's text."""
+    return [re.findall(r"<td[^>]*>([^<\n]*)", row) for row in table.split("<tr")[2:]]
+
+
+def section(text, title):
+    return re.split(r"<h[23]>", text[text.index(f">{title}</h") :])[0]
+
+
+def test_a_spec_is_told_once_by_run_by_arm_or_for_all(make_sweep, make_workdir):
+    records = make_sweep(budgets=(1e12,))
+    workdir = make_workdir(records)
+    for i, record in enumerate(records):
+        routed = record.variant != "dense"
+        spec = {
+            "variant": record.variant, "model": {
+                "d_model": record.d_model, "d_ff": 4 * record.d_model,
+                "pattern": ["dense", "mod"] if routed else ["dense"], "vocab": 259,
+            }, "train": {"warmup_steps": 20 if routed else 10 + i},
+        }  # fmt: skip
+        (workdir / "runs" / record.run_id / "spec.json").write_text(json.dumps(spec))
+    text = report(workdir).read_text()
+    assert cells(section(text, "The same in every run")) == [["model.vocab", "259"]]
+    assert cells(section(text, "The same in every run of an arm")) == [
+        ["dense", "[&quot;dense&quot;]"],
+        ["mod", "[&quot;dense&quot;, &quot;mod&quot;]"],
+    ]
+    runs = section(text, "Runs")
+    heads = re.findall(r"<button>([^<]*)", runs)
+    assert heads[-2:] == ["model.d_ff", "train.warmup_steps"] and "model.d_model" not in heads
+    wanted = [[str(4 * r.d_model), "20" if r.variant == "mod" else str(10 + i)]
+              for i, r in enumerate(records)]  # fmt: skip
+    assert [row[-2:] for row in cells(runs)] == wanted
+
+
+def test_a_cell_carries_what_to_sort_by_only_where_that_is_not_what_it_shows(
+    make_record, make_workdir
+):
+    record = make_record(eval_loss=2.345678912, tokens=1_234_567)
+    runs = section(report(make_workdir([record])).read_text(), "Runs")
+    assert '<td data-key="2.345679">2.346' in runs
+    assert "<td>1,234,567" in runs and "<td>1e12" in runs and "<td>0.003" in runs
+
+
+def test_of_very_many_runs_the_page_tells_each_in_the_table_alone(
+    make_sweep, make_workdir, monkeypatch
+):
+    records = make_sweep()
+    for module in (figures, report_module):
+        monkeypatch.setattr(module, "MANY", len(records) - 1)
+    text = report(make_workdir(records)).read_text()
+    assert [row[0] for row in cells(section(text, "Runs"))] == [r.run_id for r in records]
+    assert "run:" not in text and "optimum:dense:1000000000000.0" in text
+
+
+def test_runs_that_cannot_be_read_are_listed_with_their_reason(make_record, make_workdir):
+    record = make_record()
+    workdir = make_workdir([record])
+    fits = fit_all([record], draws=50)
+    text = render(workdir, [record], fits, {}, {"dense-1e+12-not-run": "not <JSON>"})
+    listed = section(text, "Diverged, refused and missing")
+    assert "dense-1e+12-not-run can&#x27;t be read and is left out: not &lt;JSON&gt;." in listed
+    assert "has no result" not in listed
+
+
+DAMAGE = {
+    "half": b'{"runs": ["a',
+    "not UTF-8": b'{"command": "\xff", "runs": 7}',
+    "deep": b'{"runs": ' + b"[" * 100_000,
+    "deep enough to load": b'{"model": ' + b"[" * 400 + b"]" * 400 + b"}",
+    "a list": b"[1, 2]",
+    "other types": b'{"runs": [3], "config": 5, "model": 5, "train": [[]], "variant": {}}',
+    "deeper types": b'{"runs": ["\\u0000"], "config": {"sweep": {"baseline": []}}, "x": Infinity}',
+    "no text": b'{"command": "\\ud800", "variant": "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_plan_or_spec_does_not_keep_the_report_away(damage, make_sweep, make_workdir):
+    records = make_sweep(budgets=(1e12,), arms=("dense",))
+    workdir = make_workdir(records)
+    (workdir / "plan.json").write_bytes(damage)
+    (workdir / "runs" / records[0].run_id / "spec.json").write_bytes(damage)
+    text = report(workdir).read_text()
+    assert all(r.run_id in text for r in records) and text.endswith("</html>\n")

@@ -1,0 +1,105 @@
+"""Learning curves from the training losses that a run logs, and an arm's frontier of them.
+
+One step's loss is mostly the luck of its batch. A line of metrics.jsonl therefore holds the mean
+since the line before it, and a curve shows the mean over a trailing window of SHARE of the run.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modjax.records import Record, run_dir
+
+LINE = ("step", "loss_steps", "train_flops", "loss")
+SHARE = 0.05
+# The least of many means leans to the lucky, by about the deviation of one: that of one step over
+# the root of the window's steps. Shorter windows do not enter a frontier.
+FRONTIER_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run of `steps` steps logged: `loss`, in nats per token, is the mean over the
+    `loss_steps` steps up to `step`, where `flops` training FLOPs were spent.
+    """
+
+    run_id: str
+    arm: str
+    steps: int
+    step: np.ndarray
+    loss_steps: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def window(self) -> int:
+        """Over how many steps `smooth` takes its means."""
+        return max(1, round(SHARE * self.steps))
+
+    @functools.cached_property
+    def smooth(self) -> tuple[np.ndarray, np.ndarray]:
+        """(flops, loss) at every line whose window lies inside the run and was logged throughout.
+
+        The loss is the mean over the window that ends there. Within a line's steps each counts as
+        their mean.
+        """
+        knots = np.stack([self.step - self.loss_steps, self.step], -1).ravel()
+
+        def within(weight: np.ndarray) -> np.ndarray:
+            """The sum of `weight`, given by line, over each window."""
+            after = np.cumsum(weight)
+            sums = np.stack([after - weight, after], -1).ravel()
+            return after - np.interp(self.step - self.window, knots, sums)
+
+        whole = within(self.loss_steps) > self.window - 0.5
+        return self.flops[whole], within(self.loss * self.loss_steps)[whole] / self.window
+
+
+def read_curves(workdir: Path, records: Iterable[Record]) -> list[Curve]:
+    """The curve of every record whose metrics.jsonl holds means; damaged lines are left out."""
+    curves = []
+    for record in records:
+        path = run_dir(workdir, record.run_id) / "metrics.jsonl"
+        try:
+            text = path.read_text(errors="replace")
+        except OSError:
+            continue
+        lines, end = [], 0.0
+        for values in map(json_object, text.splitlines()):
+            try:
+                step, loss_steps, flops, loss = line = [float(values[name]) for name in LINE]
+            except (KeyError, TypeError, ValueError, OverflowError):
+                continue  # an evaluation, the loss of one step, or a mean that was not finite
+            ordered = end <= step - loss_steps < step <= record.steps
+            if ordered and flops > 0 and math.isfinite(flops) and math.isfinite(loss):
+                lines.append(line)
+                end = step
+        if lines:
+            columns = np.array(lines).T
+            curves.append(Curve(record.run_id, record.variant, record.steps, *columns))
+    return curves
+
+
+def frontier(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray] | None:
+    """(flops, loss): the least smooth loss that any of the curves has reached by then, from
+    windows of FRONTIER_STEPS or more; None where there is none.
+    """
+    found = [curve.smooth for curve in curves if curve.window >= FRONTIER_STEPS]
+    flops, loss = np.concatenate(found, axis=1) if found else np.empty((2, 0))
+    order = np.argsort(flops)
+    return (flops[order], np.minimum.accumulate(loss[order])) if len(flops) else None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object in `text`, or {} where it is damaged: a report goes on."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
