@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from modjax.config import InputError, RunSpec, from_dict, require, to_dict
+from modjax.config import InputError, RunSpec, from_dict, to_dict
 from modjax.files import read_json, write_atomically
 
 T = TypeVar("T")
@@ -101,7 +101,6 @@ def read_record(run_dir: Path) -> Record | None:
 def _read(cls: type[T], path: Path, remedy: str) -> T:
     values = read_json(path, remedy)
     try:
-        require(isinstance(values, dict), "value", values, "must be a group of fields")
         return from_dict(cls, values)
     except InputError as error:
         raise InputError(str(path), "damaged", f"{remedy} ({error})") from error
@@ -144,13 +143,13 @@ class MetricsLine(NamedTuple):
 def read_metrics(run_dir: Path) -> list[MetricsLine]:
     """The whole lines of a run's metrics.jsonl, [] where there is none; a torn end is no line."""
     path = run_dir / "metrics.jsonl"
-    return _metrics_lines(path.read_bytes()) if path.exists() else []
+    return _metrics_lines(path.read_bytes()) if path.is_file() else []
 
 
 def last_step(run_dir: Path) -> int:
     """The last step that the run has logged, read from the end of its metrics.jsonl; 0 if none."""
     path = run_dir / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return 0
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - METRICS_TAIL))

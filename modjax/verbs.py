@@ -148,7 +148,9 @@ def fit(args: argparse.Namespace) -> None:
     from modjax.scaling.results import to_json
     from modjax.scaling.words import render_text
 
-    fits = fit_workdir(args.workdir, args.loss)[1]
+    found, fits = fit_workdir(args.workdir, args.loss)
+    for why in found.unreadable.values():
+        print(f"modjax: left out: {why}", file=sys.stderr)
     if args.json:
         return print_json(to_json(fits))
     print(render_text(fits))

@@ -43,12 +43,9 @@ def read_plan(workdir: Path) -> Plan | None:
     remedy = "delete it, and the same `modjax sweep` or `train` writes it again"
     values = read_json(path, remedy)
     try:
-        require(isinstance(values, dict), "value", values, "must be a group of fields")
-        plan = from_dict(Plan, values)
-        require(isinstance(plan.config, dict), "config", plan.config, "must be a group of fields")
+        return from_dict(Plan, values)
     except InputError as error:
         raise InputError(str(path), "damaged", f"{remedy} ({error})") from error
-    return plan
 
 
 def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan | None:
