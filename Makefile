@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORK ?= work/tiny
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow lint install bench clean
+.PHONY: demo test test-slow test-reliability lint install bench clean
 
 demo: .venv/installed
 	$(BIN)/modjax data prepare --data-dir=work/data
@@ -16,7 +16,10 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore=tests/reliability
+
+test-reliability: .venv/installed
+	$(BIN)/python -m pytest -m slow tests/reliability
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -64,18 +64,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from modjax.files import is_disk_full
+        from modjax.files import UNUSABLE, is_disk_full
 
+        where = getattr(error, "filename", None)
         if is_disk_full(error):
-            where = getattr(error, "filename", None) or getattr(args, "workdir", None) or "disk"
+            where = where or getattr(args, "workdir", None) or "disk"
             return _fail(f"{where}: no space left: free some and give the same command again; "
                          "finished runs and checkpoints are kept")  # fmt: skip
+        if isinstance(error, OSError) and error.errno in UNUSABLE and where is not None:
+            return _fail(f"{_shortened(str(where))}: {error.strerror}")
         raise
 
 
 def _fail(line: str) -> int:
     print(f"modjax: {line}", file=sys.stderr)
     return BAD_INPUT
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-100:]}"
 
 
 def _be_quiet() -> None:
@@ -139,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = add("plan", verbs.plan, PLAN, "config", "data_dir", "jobs", "json")
     plan.add_argument("--workdir", type=Path, help="take the speed from the runs finished here")
+    plan.add_argument("--noise", type=float, metavar="NATS", help="standard deviation of a run's "
+                      "loss, for what the sizes and seeds can tell (default 0.023, as measured in "
+                      "experiments/isoflop)")  # fmt: skip
     add("sweep", verbs.sweep, SWEEP, "config", "workdir", "data_dir", "jobs", "json")
     add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
     add("fit", verbs.fit, "optima, power laws and the gap between arms", "workdir", "loss", "json")
@@ -180,8 +190,9 @@ Without options: the Python standard library's own source, which needs no downlo
 PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time, and what is wrong with them.
 
 Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-centre (the grid's
-centre is more than 0.15 decades from the predicted optimum), repeats data, too many epochs
-(beyond data.max_epochs). A sweep refuses off-budget cells and those with too many epochs."""
+centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
+the optimum is wider than the sampled sizes), repeats data, too many epochs (beyond
+data.max_epochs). A sweep refuses off-budget cells and those with too many epochs."""
 SWEEP = """run a plan on local worker processes, and end with a table.
 
 Finished runs are never repeated; what dies is run once more, what dies twice is given up; several

@@ -27,13 +27,29 @@ RESIDUALS = ("delta", "literal", "replace")
 MLPS = ("gelu", "silu", "relu2", "geglu", "swiglu")
 GATED_MLPS = ("geglu", "swiglu")
 DTYPES = ("float32", "bfloat16")
+MOST_SHOWN = 400  # characters of a value in a message
 
 
 class InputError(ValueError):
     """Input that cannot be used: one line with the field, its value and what would be accepted."""
 
     def __init__(self, field: str, value: object, accepted: str):
-        super().__init__(f"{field} = {value!r}: {accepted}")
+        shown = repr(value)
+        if len(shown) > MOST_SHOWN:
+            shown = f"{shown[: MOST_SHOWN // 2]}...{shown[-MOST_SHOWN // 2 :]}"
+        super().__init__(f"{field} = {shown}: {accepted}")
+
+
+class SharedFault(InputError):
+    """Bad input that would stop every other run of the sweep, too: its data or folder is gone."""
+
+
+class Preempted(Exception):
+    """SIGTERM arrived: the state of `step` is saved, and the same call goes on from there."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped by SIGTERM at step {step}; state saved")
+        self.step = step
 
 
 def require(condition: bool, field: str, value: object, accepted: str) -> None:
@@ -275,6 +291,7 @@ class TrainConfig:
         for name in ("weight_decay", "eval_every", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "must be 0 or more")
+        require(self.seed < 2**31, "train.seed", self.seed, "must be below 2**31")
 
     @property
     def tokens(self) -> int:
@@ -317,6 +334,7 @@ class RunSpec:
             self.variant != "" and all(c.isalnum() or c in "-_." for c in self.variant),
             "variant", self.variant, "must be made of letters, digits, '-', '_' and '.'",
         )  # fmt: skip
+        require(len(self.variant) <= 64, "variant", self.variant, "must have at most 64 characters")
         require(self.budget_flops > 0, "budget_flops", self.budget_flops, "must be greater than 0")
 
     @property

@@ -1,10 +1,19 @@
-"""Files that are written whole or not at all, what a full disk looks like, and where caches go."""
+"""Files written whole or not at all, folders that must stay, full disks, and where caches go."""
 
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from modjax.config import InputError, SharedFault
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# What a path that cannot be used ends in: no fault of the program, and said in one line.
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -18,6 +27,41 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The JSON value in a file. Raises InputError, with the remedy, where it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    # Damaged bytes raise ValueErrors of several kinds, brackets without end a RecursionError.
+    except (OSError, ValueError, RecursionError) as error:
+        state = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(str(path), state, f"{remedy} ({reason})") from error
+
+
+class Home:
+    """A folder that is in use, to notice when it is moved or deleted meanwhile."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._opened = os.stat(folder)
+
+    def is_there(self) -> bool:
+        """Whether the folder is still the one that was opened."""
+        try:
+            return os.path.samestat(self._opened, os.stat(self._folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def check(self) -> None:
+        """Raises SharedFault unless the folder is still the one that was opened."""
+        if not self.is_there():
+            raise SharedFault(
+                "--workdir", str(self._folder),
+                "was moved or deleted in the middle of a run: move it back, and the same command "
+                "goes on from the newest checkpoints",
+            )  # fmt: skip
 
 
 def user_cache(name: str) -> Path:

@@ -7,6 +7,7 @@ appendix F) and are kept apart so that any published convention can be applied a
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -137,9 +138,10 @@ def run_flops(model: ModelConfig, train: TrainConfig, steps: int) -> float:
         train_flops(at_stage(model, stage), train.seq_len, train.batch_size)
         for stage in range(CAPACITY_STAGES + 1)
     ]
-    scheduled = min(steps, train.capacity_steps)
-    staged = sum(per_step[stage_of_step(train, step)] for step in range(1, scheduled + 1))
-    return staged + (steps - scheduled) * per_step[-1]
+    ends = (-(-train.capacity_steps * stage // CAPACITY_STAGES) for stage in range(len(per_step)))
+    done = [*(min(steps, end) for end in ends), steps]  # updates before each stage, and in all
+    in_stage = (after - before for before, after in itertools.pairwise(done))
+    return sum(count * flops for count, flops in zip(in_stage, per_step, strict=True))
 
 
 def six_nd(model: ModelConfig, tokens: float) -> float:

@@ -6,10 +6,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from modjax.config import InputError, RunSpec, from_dict, to_dict
-from modjax.files import write_atomically
+from modjax.files import read_json, write_atomically
+
+T = TypeVar("T")
+
+METRICS_TAIL = 65_536  # bytes, which hold many lines
 
 
 @dataclass(frozen=True)
@@ -72,20 +76,13 @@ def run_dir(workdir: Path, run_id: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that `path` holds either its old content or the whole new one."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_spec(run_dir: Path) -> RunSpec:
     """What the run in this folder computes. Raises InputError where that cannot be read."""
     path = run_dir / "spec.json"
-    try:
-        return from_dict(RunSpec, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:  # InputError and JSONDecodeError are ValueErrors
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            str(path), "damaged or missing",
-            f"delete it, and the same `modjax sweep` or `train` writes it again ({reason})",
-        ) from error  # fmt: skip
+    return _read(RunSpec, path, "delete it, and the same `modjax sweep` or `train` writes it again")
 
 
 def write_record(run_dir: Path, record: Record) -> None:
@@ -93,23 +90,84 @@ def write_record(run_dir: Path, record: Record) -> None:
 
 
 def read_record(run_dir: Path) -> Record | None:
-    """The run's record, or None where it has not finished."""
+    """The run's record, or None where it has not finished.
+
+    Raises InputError where it cannot be read.
+    """
     path = run_dir / "result.json"
-    if not path.exists():
-        return None
+    return _read(Record, path, "delete it to run this cell again") if path.exists() else None
+
+
+def _read(cls: type[T], path: Path, remedy: str) -> T:
+    values = read_json(path, remedy)
     try:
-        return from_dict(Record, json.loads(path.read_text()))
-    except (json.JSONDecodeError, InputError) as error:
-        raise InputError(str(path), "damaged", f"delete it to run this cell again ({error})") from (
-            error
-        )
+        return from_dict(cls, values)
+    except InputError as error:
+        raise InputError(str(path), "damaged", f"{remedy} ({error})") from error
+
+
+class Scan(NamedTuple):
+    """Finished and diverged runs, by variant, budget, size and seed.
+
+    unreadable: run id -> what is wrong with its result.json, in one line.
+    """
+
+    records: list[Record]
+    unreadable: dict[str, str]
+
+
+def scan(workdir: Path) -> Scan:
+    """What every result.json under `workdir` says; one that is damaged hides no other."""
+    records, unreadable = [], {}
+    for path in workdir.glob("runs/*/result.json"):
+        try:
+            records.append(_read(Record, path, "delete it to run this cell again"))
+        except InputError as error:
+            unreadable[path.parent.name] = str(error)
+    records.sort(key=lambda r: (r.variant, r.budget_flops, r.params_total, r.seed))
+    return Scan(records, dict(sorted(unreadable.items())))
 
 
 def read_records(workdir: Path) -> list[Record]:
-    """Every finished or diverged run under `workdir`, by variant, budget and size."""
-    found = (read_record(path.parent) for path in workdir.glob("runs/*/result.json"))
-    records = [record for record in found if record is not None]
-    return sorted(records, key=lambda r: (r.variant, r.budget_flops, r.params_total, r.seed))
+    """Those of `scan` that can be read."""
+    return scan(workdir).records
+
+
+class MetricsLine(NamedTuple):
+    """A line of metrics.jsonl without its end; values is None where it is damaged."""
+
+    text: bytes
+    values: dict[str, Any] | None
+
+
+def read_metrics(run_dir: Path) -> list[MetricsLine]:
+    """The whole lines of a run's metrics.jsonl, [] where there is none; a torn end is no line."""
+    path = run_dir / "metrics.jsonl"
+    return _metrics_lines(path.read_bytes()) if path.is_file() else []
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that the run has logged, read from the end of its metrics.jsonl; 0 if none."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - METRICS_TAIL))
+        lines = _metrics_lines(file.read())
+    return next((line.values["step"] for line in reversed(lines) if line.values), 0)
+
+
+def _metrics_lines(content: bytes) -> list[MetricsLine]:
+    return [MetricsLine(text, _metrics_values(text)) for text in content.split(b"\n")[:-1]]
+
+
+def _metrics_values(text: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(values, dict) and isinstance(values.get("step"), int)
+    return values if whole else None
 
 
 def write_csv(path: Path, records: Iterable[Record]) -> None:

@@ -19,6 +19,7 @@ from modjax.scaling.cells import Cell
 from modjax.scaling.numbers import clock, count
 from modjax.scaling.status import STATES, Status
 from modjax.scaling.sweep import Outcome
+from modjax.scaling.words import span
 
 if TYPE_CHECKING:
     from modjax.training.finished import Comparison
@@ -67,8 +68,30 @@ def plan_text(cells: Sequence[Cell], jobs: int) -> str:
     flops, seconds = sum(c.train_flops for c in cells), sum(c.seconds for c in cells)
     flagged = sum(bool(c.flags) for c in cells)
     return (
-        f"{text_table(header, rows)}\n\n{len(cells)} runs, {flops:.3g} training FLOPs, about "
-        f"{clock(seconds / jobs)} on {jobs} worker{'s' * (jobs > 1)}; {flagged} flagged"
+        f"{text_table(header, rows)}\n\n{_foretold_text(cells)}{len(cells)} runs, {flops:.3g} "
+        f"training FLOPs, about {clock(seconds / jobs)} on {jobs} worker{'s' * (jobs > 1)}; "
+        f"{flagged} flagged"
+    )
+
+
+def _foretold_text(cells: Sequence[Cell]) -> str:
+    """What the fit can tell, by budget and arm; empty where one size seeks no optimum."""
+    foretold = {(c.budget_flops, c.arm): c.foretold for c in cells if c.foretold.sizes > 1}
+    if not foretold:
+        return ""
+    rows = [
+        (
+            f"{budget:.3g}", arm, f"{f.sizes}, {count(f.low)} to {count(f.high)}", str(f.freedom),
+            span(f.optimum_interval, count) if f.optimum_interval else "refused",
+            span(f.exponent_interval, "{:.2f}".format) if f.exponent_interval else "-",
+        )
+        for (budget, arm), f in foretold.items()
+    ]  # fmt: skip
+    header = ("budget", "arm", "sizes", "freedom", "optimal N", "exponent of N")
+    return (
+        "What `modjax fit` can be expected to tell (95% intervals), where a run's loss has a noise "
+        f"of {cells[0].foretold.noise:g} nats (--noise) with so many degrees of freedom:\n"
+        f"{text_table(header, rows)}\n\n"
     )
 
 

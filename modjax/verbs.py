@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from modjax.config import InputError, RunSpec, require, to_dict
+from modjax.config import InputError, Preempted, RunSpec, require, to_dict
 
 RUNS_FAILED, STOPPED, INTERRUPTED = 3, 75, 130
 
@@ -35,13 +35,19 @@ def data_prepare(args: argparse.Namespace) -> None:
 
 
 def data_show(args: argparse.Namespace) -> None:
-    from modjax.data.cache import describe
+    from modjax.data.cache import Manifest
+    from modjax.data.listing import describe
     from modjax.tables import data_text
 
-    manifests = describe(args.data_dir)
+    described = describe(args.data_dir)
+    manifests = [one for one in described if isinstance(one, Manifest)]
+    for unreadable in described:
+        if not isinstance(unreadable, Manifest):
+            print(f"modjax: {unreadable}", file=sys.stderr)
     if args.json:
         return print_json([to_dict(manifest) for manifest in manifests])
-    print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
+    if manifests or not described:
+        print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -61,6 +67,8 @@ def _load_sweep(args: argparse.Namespace) -> Any:
 
 def plan(args: argparse.Namespace) -> None:
     from modjax.records import read_records
+    from modjax.scaling.foretell import NOISE
+    from modjax.scaling.results import to_json
     from modjax.scaling.sweep import open_data, plan_table
     from modjax.tables import plan_text
 
@@ -71,9 +79,10 @@ def plan(args: argparse.Namespace) -> None:
         cache = open_data(experiment, args.data_dir)
     except InputError as error:
         cache, note = None, f"epochs unknown: {error}"
-    cells = plan_table(experiment, cache, read_records(args.workdir) if args.workdir else [])
+    records = read_records(args.workdir) if args.workdir else []
+    cells = plan_table(experiment, cache, records, NOISE if args.noise is None else args.noise)
     if args.json:
-        return print_json([to_dict(cell) for cell in cells])
+        return print_json([to_json(cell) for cell in cells])
     print(plan_text(cells, args.jobs))
     if note:
         print(note)
@@ -107,7 +116,7 @@ def _run_plan(
             only=only,
         )
     except Stopped as stopped:
-        return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED)
+        return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED, stopped.saved)
     if args.json:
         print_json(to_dict(outcome))
     else:
@@ -115,8 +124,11 @@ def _run_plan(
     return RUNS_FAILED if outcome.failures else 0
 
 
-def _stopped(code: int) -> int:
-    print("modjax: stopped, state saved; the same command goes on from here", file=sys.stderr)
+def _stopped(code: int, saved: bool = True) -> int:
+    said = "state saved; the same command goes on from here"
+    if not saved:
+        said = "state not saved; the same command goes on from the newest checkpoints"
+    print(f"modjax: stopped, {said}", file=sys.stderr)
     return code
 
 
@@ -136,7 +148,9 @@ def fit(args: argparse.Namespace) -> None:
     from modjax.scaling.results import to_json
     from modjax.scaling.words import render_text
 
-    fits = fit_workdir(args.workdir, args.loss)[1]
+    found, fits = fit_workdir(args.workdir, args.loss)
+    for why in found.unreadable.values():
+        print(f"modjax: left out: {why}", file=sys.stderr)
     if args.json:
         return print_json(to_json(fits))
     print(render_text(fits))
@@ -173,7 +187,7 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
     """This process's part of a run that all hosts of a slice do together."""
     from modjax.records import run_dir
     from modjax.scaling.run import compilation_cache, run
-    from modjax.scaling.sweep import claim
+    from modjax.scaling.workdir import claim
 
     os.environ.update(compilation_cache())
     import jax
@@ -183,23 +197,26 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
     except (ValueError, RuntimeError) as error:
         raise InputError("--distributed", True, "no cluster was found, see launch/README.md: "
                          f"{str(error).splitlines()[0]}") from error  # fmt: skip
-    from modjax.training.loop import Preempted
+    from modjax.training.loop import check
     from modjax.training.loop import train as train_run
 
+    where = {"data_dir": args.data_dir, "fingerprint": fingerprint}
     try:
+        check([spec], experiment.execution, **where)
         if jax.process_index() > 0:  # the first process holds the lock and writes the result
             folder = run_dir(args.workdir, spec.run_id)
-            train_run(spec, experiment.execution, run_dir=folder, data_dir=args.data_dir)
+            train_run(spec, experiment.execution, run_dir=folder, **where)
             return 0
         claim(experiment, args.workdir, args.command, fingerprint)
-        record = run(
-            spec, experiment.execution, workdir=args.workdir, data_dir=args.data_dir,
-            train=train_run, progress=lambda line: print(json.dumps(line), file=sys.stderr),
+        done = run(
+            spec, experiment.execution, workdir=args.workdir, train=train_run,
+            progress=lambda line: print(json.dumps(line), file=sys.stderr), **where,
         )  # fmt: skip
     except Preempted:
         return _stopped(STOPPED)
-    require(record is not None, "--run", spec.run_id, "another process is doing it")
-    print_json(to_dict(record))
+    if done is None:
+        raise InputError("--run", spec.run_id, "another process is doing it")
+    print_json(to_dict(done.record))
     return 0
 
 

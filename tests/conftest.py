@@ -36,10 +36,9 @@ def tiny_data_dir(tmp_path_factory) -> Path:
             (np.append(np.frombuffer(text, np.uint8).astype(np.uint16) + 3, 1), len(text))
             for text in texts
         ]
-        (folder / split).mkdir(parents=True)
-        written = write_split(
-            folder / split, documents, np.dtype(np.uint16), Written(), lambda _: None
-        )
+        array = folder / "tiny-1" / split  # the cache's folder is named by its fingerprint
+        array.mkdir(parents=True)
+        written = write_split(array, documents, np.dtype(np.uint16), Written(), lambda _: None)
         splits[split] = Split(written.documents, written.tokens, written.bytes)
     manifest = Manifest(
         name="tiny", vocab="bytes", vocab_size=259, eos_id=1, source="standard library",
@@ -74,7 +73,7 @@ def data_dir(tmp_path_factory) -> Path:
     splits = {}
     for split, tokens in (("train", 2_000_000), ("validation", 100_000)):
         array = ts.open(
-            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path / split}/"}},
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path / 'f00' / split}/"}},
             create=True, dtype=ts.uint16, shape=[tokens],
         ).result()  # fmt: skip
         array.write(rng.integers(3, 30, tokens).astype(np.uint16)).result()

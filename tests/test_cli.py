@@ -154,6 +154,24 @@ def test_bad_input_ends_with_one_line_and_code_2(name, tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == [], "nothing was begun"
 
 
+@pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "raise SystemExit", "1 / 0", "def ("])
+def test_a_config_that_ends_or_fails_is_one_line_and_not_a_success(code, tmp_path, capsys):
+    (tmp_path / "config.py").write_text(code)
+    found, out, err = said(capsys, "plan", f"--config={tmp_path / 'config.py'}")
+    assert (found, out) == (2, "")
+    assert "its get_config() failed" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["status", "fit", "report", "sweep"])
+@pytest.mark.parametrize("where", ["file", "file/work", "x" * 5000])
+def test_a_workdir_that_cannot_be_one_is_one_line(verb, where, data_dir, tmp_path, capsys):
+    (tmp_path / "file").write_text("text")
+    overrides = [TINY, f"--data-dir={data_dir}", "--config.data.max_epochs=9"] * (verb == "sweep")
+    code, out, err = said(capsys, verb, f"--workdir={tmp_path / where}", *overrides)
+    assert (code, out) == (2, "")
+    assert err.startswith("modjax: ") and err.count("\n") == 1 and len(err) < 1000
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

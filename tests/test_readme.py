@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import modjax
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -21,6 +23,14 @@ class YourBlock(nnx.Module):
         return x_BLD + 2 * positions_BL.astype(x_BLD.dtype)[..., None] + self.one[...][None, None]
 
 
+class Recorder(nnx.Module):
+    """Keeps what it is given."""
+
+    def __call__(self, x_BLD, *, mask, memory):
+        self.mask, self.memory = np.asarray(mask), np.asarray(memory)
+        return x_BLD
+
+
 def test_the_routed_block_of_the_readme_runs_and_routes_an_eighth():
     section = README.read_text().split("## A routed block in your model")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
@@ -30,16 +40,30 @@ def test_the_routed_block_of_the_readme_runs_and_routes_an_eighth():
 
     x = jax.random.normal(jax.random.key(0), (2, 32, 512))
     positions = jnp.arange(32)[None]
-    update = np.asarray(model(x, positions) - x)
+    y, loss = model(x, positions)
+    update = np.asarray(y - x)
     score = np.asarray(x) @ np.asarray(model.routed.router.w[...])
     taken = np.argsort(np.argsort(-score)) < 4
     expected = np.where(taken, score * (2 * np.arange(32) + 1), 0)[..., None]
     np.testing.assert_allclose(update, np.broadcast_to(expected, x.shape), rtol=1e-3, atol=1e-4)
 
     aux = model.routed(x, positions)[1]
-    named = re.findall(r'"(\w+)"', code.split("# aux:")[1])
-    assert len(named) == 3 and set(named) <= set(aux)
+    named = re.findall(r'"(\w+)"', code.split("aux: {")[1])
+    assert len(named) == 2 and set(named) <= set(aux)
     np.testing.assert_array_equal(aux["selected_BL"], taken)
+    # The predictor's binary cross-entropy, from its odds of each position's being taken.
+    odds = 1 / (1 + np.exp(-np.asarray(aux["predictor_BL"], np.float64)))
+    np.testing.assert_allclose(loss, -np.log(np.where(taken, odds, 1 - odds)).mean(), rtol=1e-5)
+
+
+def test_the_keyword_arguments_of_the_readme_reach_the_block():
+    section = README.read_text().split("## A routed block in your model")[1].split("##")[0]
+    assert '`pairwise={"mask": mask}`' in section and '`whole={"memory": memory}`' in section
+    block = modjax.MoDBlock(Recorder(), 8, modjax.MoDConfig(capacity=0.5), rngs=nnx.Rngs(0))
+    mask, memory = nnx.make_causal_mask(jnp.zeros((2, 6))), jnp.ones((2, 5, 8))
+    block(jnp.ones((2, 6, 8)), pairwise={"mask": mask}, whole={"memory": memory})
+    np.testing.assert_array_equal(block.inner.mask, np.tile(np.tri(3), (2, 1, 1, 1)))
+    np.testing.assert_array_equal(block.inner.memory, memory)
 
 
 def test_the_sampling_example_of_the_readme_continues_two_prompts():

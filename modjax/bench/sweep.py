@@ -21,7 +21,7 @@ ROWS = (
     Row("compilation in a repeated sweep / in the first", "ratio", 0.2),
     Row("train steps waiting for data", "share of step time", 0.01),
 )
-MODJAX = (sys.executable, "-m", "modjax.cli")
+MODJAX = (sys.executable, "-P", "-m", "modjax.cli")
 
 
 def measure() -> list[Row]:

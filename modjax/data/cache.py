@@ -2,11 +2,13 @@
 
 A cache is a folder (or an object-store prefix such as gs://bucket/folder):
 
-    manifest.json        written last; without it there is no cache
-    vocabulary.model     the SentencePiece model; absent for bytes
-    train/ validation/   zarr v3, one dimension, uint16 or uint32, documents end to end
+    manifest.json            written last and replaced at once; without it there is no cache
+    FINGERPRINT/             what the manifest describes, named by the start of its fingerprint
+        vocabulary.model     the SentencePiece model; absent for bytes
+        train/ validation/   zarr v3, one dimension, uint16 or uint32, documents end to end
 
-Every document is followed by one end-of-sequence token. This file needs no TensorFlow.
+A cache that is prepared anew gets another folder, so whoever has this one open reads what he opened
+or fails. Every document is followed by one end-of-sequence token. This file needs no TensorFlow.
 """
 
 import dataclasses
@@ -21,12 +23,14 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from modjax.config import DataConfig, InputError, ModelConfig, from_dict, require
+from modjax.config import DataConfig, InputError, ModelConfig, SharedFault, from_dict, require
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 # An object store that does not answer is reported in a quarter of a minute, not of an hour.
 FEW_RETRIES = {f"{store}_request_retries": {"max_retries": 4} for store in ("gcs", "s3", "http")}
+# What tensorstore raises where a store fails or refuses.
+STORE_ERRORS = (ValueError, OSError, RuntimeError)
 # Decoded chunks kept in memory, so that random windows rarely decode a chunk anew.
 CACHE_POOL_BYTES = 512 * 2**20
 
@@ -57,9 +61,14 @@ class Manifest:
     splits: dict[str, Split]
     format: int = FORMAT
 
+    @property
+    def folder(self) -> str:
+        """The folder, beside the manifest, that holds what it describes."""
+        return self.fingerprint[:16]
+
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """Raises InputError or ValueError where `text` is no manifest of this format."""
+        """Raises InputError, ValueError or RecursionError where `text` is no such manifest."""
         values = json.loads(text)
         require(isinstance(values, dict), "manifest", values, "must be a group of fields")
         require(values.get("format") == FORMAT, "manifest.format", values.get("format"),
@@ -67,8 +76,13 @@ class Manifest:
         splits = values.pop("splits", None)
         require(isinstance(splits, dict) and set(splits) == set(SPLITS), "manifest.splits", splits,
                 f"must describe {' and '.join(SPLITS)}")  # fmt: skip
+        for split in SPLITS:
+            require(isinstance(splits[split], dict), split, splits[split], "must be counts")
         named = {name: from_dict(Split, splits[name], f"{name}.") for name in SPLITS}
-        return from_dict(cls, {**values, "splits": named})
+        manifest = from_dict(cls, {**values, "splits": named})
+        require(re.fullmatch(r"[\w-]+", manifest.fingerprint) is not None, "manifest.fingerprint",
+                manifest.fingerprint, "must be a hash")  # fmt: skip
+        return manifest
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -127,22 +141,35 @@ class TokenCache:
             reads = [array[int(start) : int(start) + length].read() for start in starts]
             for row, read in zip(out, reads, strict=True):
                 row[:] = read.result()
-        except (ValueError, OSError) as error:
+        except STORE_ERRORS as error:
+            check_fingerprint(self)
             raise _damaged(self.path, str(error)) from error
         return out
+
+    def vocabulary_model(self) -> bytes:
+        """The SentencePiece model of the tokens. Raises InputError where it is lost."""
+        model = _read(self.path, f"{self.manifest.folder}/vocabulary.model")
+        if model is None:
+            check_fingerprint(self)
+            raise _damaged(self.path, "it has lost its vocabulary.model")
+        return model
 
 
 def read_manifest(path: Path | str) -> bytes | None:
     """The manifest of the cache at `path`, or None where there is no cache.
 
-    Raises InputError for a URL that cannot be read.
+    Raises InputError where that cannot be read.
     """
+    return _read(path, "manifest.json")
+
+
+def _read(path: Path | str, name: str) -> bytes | None:
     try:
-        found = open_store(path).read("manifest.json").result()
-    except (ValueError, OSError) as error:
-        where = shown(path)
-        raise InputError("data", where, f"cannot be read: {one_line(error)}") from error
-    return found.value if found.state == "value" else None
+        found = open_store(path).read(name).result()
+    except STORE_ERRORS as error:
+        reason = f"cannot be read: {one_line(error)}"
+        raise InputError("data", shown(path), reason) from error
+    return bytes(found.value) if found.state == "value" else None
 
 
 def open_cache(path: Path | str) -> TokenCache:
@@ -151,57 +178,55 @@ def open_cache(path: Path | str) -> TokenCache:
     if found is None:
         remedy = "no token cache here; make it with `modjax data prepare`"
         raise InputError("data", shown(path), remedy)
-    try:
-        manifest = Manifest.from_json(found)
-    except (InputError, ValueError) as error:
-        raise _damaged(path, f"manifest.json: {error}") from error
-
+    manifest = parse_manifest(path, found)
+    arrays: dict[str, ts.TensorStore] = {}
+    cache = TokenCache(path, manifest, arrays)
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_POOL_BYTES}})
-    arrays = {}
     for split, counts in manifest.splits.items():
         remedy = f"its {split} split is empty; run `modjax data prepare` with more text"
         require(counts.tokens > 0, "data", shown(path), remedy)
         spec = {
             "driver": "zarr3",
-            "kvstore": kvstore(path, split),
+            "kvstore": kvstore(path, f"{manifest.folder}/{split}"),
             "fill_missing_data_reads": False,  # a lost file is an error, not padding
             "recheck_cached_data": False,
             "recheck_cached_metadata": False,
         }
         try:
             arrays[split] = ts.open(spec, context=context, read=True).result()
-        except (ValueError, OSError) as error:
+        except STORE_ERRORS as error:
+            check_fingerprint(cache)
             raise _damaged(path, str(error)) from error
         if arrays[split].shape != (counts.tokens,):
             raise _damaged(path, f"{split} has shape {arrays[split].shape}")
-    cache = TokenCache(path, manifest, arrays)
     for split, counts in manifest.splits.items():
         cache.gather(split, [0, counts.tokens - 1], 1)
     return cache
 
 
-def describe(data_dir: Path) -> list[Manifest]:
-    """The manifests of every cache in a folder, by name; [] where there is none."""
-    manifests = []
-    for name in _cache_names(data_dir):
-        path = Path(data_dir) / name
-        try:
-            manifests.append(Manifest.from_json(read_manifest(path) or b""))
-        except ValueError as error:  # InputError is one
-            raise _damaged(path, str(error)) from error
-    return manifests
+def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
+    """Raises SharedFault unless its place still holds the cache that was opened.
 
-
-def _cache_names(data_dir: Path | str) -> list[str]:
-    if url(data_dir) is None:
-        return sorted(path.parent.name for path in Path(data_dir).glob("[!.]*/manifest.json"))
-    try:
-        keys = open_store(data_dir).list().result()
-    except (ValueError, OSError, RuntimeError) as error:
-        where = shown(data_dir)
-        raise InputError("--data-dir", where, f"cannot be listed: {one_line(error)}") from error
-    found = (re.fullmatch(r"([^./][^/]*)/manifest\.json", key.decode()) for key in keys)
-    return sorted(match[1] for match in found if match)
+    expected: the fingerprint that it must have, such as that of a plan.
+    """
+    found = read_manifest(cache.path)
+    where, opened = shown(cache.path), cache.manifest.fingerprint
+    if found is None:
+        remedy = "is gone since it was opened; make it again with `modjax data prepare`"
+        raise SharedFault("data", where, remedy)
+    now = parse_manifest(cache.path, found).fingerprint
+    if now != opened:
+        raise SharedFault(
+            "data", where,
+            f"was prepared anew since it was opened, as {now[:16]}, no longer {opened[:16]}; what "
+            "began with that can't go on with this: prepare that again, or begin anew",
+        )  # fmt: skip
+    if expected is not None and expected != opened:
+        raise SharedFault(
+            "data", where,
+            f"is {opened[:16]}, and this began with {expected[:16]}: prepare that again, or begin "
+            "anew in another --workdir",
+        )  # fmt: skip
 
 
 def num_windows(cache: TokenCache, split: str, seq_len: int) -> int:
@@ -248,9 +273,18 @@ def bits_per_byte(manifest: Manifest, loss: float, split: str = "validation") ->
 
 
 def one_line(error: Exception | str) -> str:
-    return " ".join(str(error).split())[:200]
+    text = " ".join(str(error).split())
+    return text if len(text) <= 240 else f"{text[:100]} ... {text[-130:]}"
+
+
+def parse_manifest(path: Path | str, manifest: bytes) -> Manifest:
+    """The manifest of the cache at `path`. Raises InputError where it is damaged."""
+    try:
+        return Manifest.from_json(manifest)
+    except (ValueError, RecursionError) as error:  # InputError is one
+        raise _damaged(path, f"manifest.json: {error}") from error
 
 
 def _damaged(path: Path | str, why: str) -> InputError:
-    remedy = "cannot be read; if it is damaged, make it again with `modjax data prepare --force`"
-    return InputError("data", shown(path), f"{remedy} ({one_line(why)})")
+    remedy = "if it is damaged, or of another version, make it again with `modjax data prepare "
+    return InputError("data", shown(path), f"cannot be read; {remedy}--force` ({one_line(why)})")

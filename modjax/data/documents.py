@@ -9,6 +9,7 @@ import json
 import lzma
 import sysconfig
 import tokenize
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def text_documents(files: Sequence[Path]) -> Iterator[Document]:
                         yield Document(f"{path.name}:{number}", text)
         except UnicodeDecodeError as error:
             raise InputError("--text", str(path), f"must be UTF-8 text ({error.reason})") from error
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise InputError("--text", str(path), f"cannot be read: {reason}") from error
 
@@ -96,8 +97,9 @@ def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError("--text", f"{path}:{number}", f"is not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or str(error)
+            raise InputError("--text", f"{path}:{number}", f"is not JSON ({reason})") from error
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
             accepted = 'every line must be an object with a string "text"'

@@ -1,16 +1,14 @@
 """Preparing a token cache: resumable, and usable as a whole or not there at all.
 
-Everything is written into a hidden sibling of the cache, `.NAME-VOCAB.partial`, and renamed at
+Everything is written into a hidden sibling of the cache, `.NAME-VOCAB.partial`, and put in place at
 the end. A run that was killed goes on behind its last full shard and ends in the same cache.
 A cache for an object store is made in the user's cache folder first, and removed there once it is
 uploaded.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
-import os
 import shutil
 import sys
 import time
@@ -33,11 +31,13 @@ from modjax.data.cache import (
     url,
 )
 from modjax.data.corpus import CORPORA, Corpus, check_corpus, load_tasks, sha256
+from modjax.data.place import begin, locked, put_in_place, tidy
 from modjax.data.upload import check_writable, upload
 from modjax.data.vocabulary import TRAINING_BYTES, Vocab, parse_vocab, train_sentencepiece
 from modjax.data.writer import Written, read_journal, write_journal, write_split
 from modjax.files import is_disk_full, user_cache, write_atomically
 
+LONGEST_NAME = 240  # bytes of a folder's name; file systems take 255, and its partial has more
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
@@ -69,25 +69,33 @@ def prepare(
         source += f"; {wanted.name} sha256 {sha256(wanted.file.read_bytes())}"
     final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=wanted.name))
     bucket = url(final)
-    there = final.exists() if bucket is None else read_manifest(bucket) is not None
-    if there and not force:
+    require(len(final.name.encode()) <= LONGEST_NAME, "--name", final.name,
+            f"too long: a folder's name may have up to {LONGEST_NAME} bytes")  # fmt: skip
+    there = read_manifest(final) is not None and not force
+    if there:
         _check_same(open_cache(final).manifest.source, source, corpus, final)
-        return bucket or final
     if bucket is None:
-        _make(final, corpus, wanted, source)
+        if there:
+            with contextlib.suppress(InputError), locked(final):
+                tidy(final)
+        else:
+            _make(final, corpus, wanted, source)
         return final
-    check_writable(bucket)
     here = user_cache("upload") / sha256(bucket.encode())[:16] / final.name
-    if not _was_made(here, source):
+    made = _was_made(here, source)
+    if there and not made:
+        return bucket
+    check_writable(bucket)
+    if not made:
         _make(here, corpus, wanted, source)
-    with _locked(here), _reporting(final.name) as report:
+    with locked(here), _reporting(final.name) as report:
         upload(here, bucket, report)
         shutil.rmtree(here.parent)
     return bucket
 
 
 def _was_made(folder: Path, source: str) -> bool:
-    """Whether an earlier run has made the cache in `folder`, which it did not upload in full."""
+    """Whether an earlier run has made the cache in `folder`, but not uploaded it in full."""
     try:
         return open_cache(folder).manifest.source == source
     except InputError:
@@ -99,25 +107,28 @@ def _make(final: Path, corpus: Corpus, wanted: Vocab, source: str) -> None:
     if corpus.tfds_name is not None:
         load_tasks().download(corpus.tfds_name)
     partial = final.with_name(f".{final.name}.partial")
+    where = str(final.parent)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        final.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"cannot be made: {error.strerror}"
-        raise InputError("--data-dir", str(final.parent), reason) from error
-    with _locked(partial), _reporting(final.name) as report:
+        raise InputError("--data-dir", where, f"cannot be made: {error.strerror}") from error
+    with locked(final), _reporting(final.name) as report:
+        begin(partial, final)
         try:
             _fill(partial, corpus, wanted, source, report)
         except Exception as error:
             if not isinstance(error, InputError) and not is_disk_full(error):
                 raise
             if not any(one.tokens for one in read_journal(partial, source).values()):
-                shutil.rmtree(partial)
+                shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # where it holds the cache that was to be replaced
+                final.rmdir()
             if isinstance(error, InputError):
                 raise
-            raise InputError("--data-dir", str(final.parent),
+            raise InputError("--data-dir", where,
                              "no space left on the disk; nothing is lost: free some and run this "
                              "again") from error  # fmt: skip
-        _put_in_place(partial, final)
+        put_in_place(partial, final)
 
 
 def _check_packages() -> None:
@@ -146,7 +157,7 @@ def _fill(
     report("loading TensorFlow")
     tasks = load_tasks()
     scratch = partial / "scratch"
-    scratch.mkdir(exist_ok=True)
+    scratch.mkdir(exist_ok=True)  # gone where the journal was of other input
     report("reading the text")
     if corpus.scan is not None:
         source = tasks.text_source(corpus.files, corpus.scan)
@@ -232,30 +243,3 @@ def _reporting(what: str) -> Iterator[Callable[[str], None]]:
             print(f"modjax: {what}: {text}", file=sys.stderr, flush=True)
 
     yield report
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds `folder`, which must not be renamed meanwhile by anyone else."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
-        except BlockingIOError:
-            ours = False
-        require(ours, "--data-dir", str(folder.parent),
-                f"another process is preparing {folder.name}; wait for it to end")  # fmt: skip
-        yield
-    finally:
-        os.close(handle)
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.rename(final, old)
-    os.rename(partial, final)
-    (final / "journal.json").unlink()
-    shutil.rmtree(old, ignore_errors=True)

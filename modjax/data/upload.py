@@ -7,11 +7,12 @@ from pathlib import Path
 import tensorstore as ts
 
 from modjax.config import InputError
-from modjax.data.cache import kvstore, one_line, open_store
+from modjax.data.cache import STORE_ERRORS, Manifest, kvstore, one_line, open_store
 
 MANIFEST = "manifest.json"
-UPLOADED = ".uploaded"  # in the local cache: the files that are there already, one a line
+UPLOADED = ".uploaded"  # beside the tokens: the files that were uploaded, one a line
 TOGETHER = 16  # files on their way at once, some megabytes each
+ROUNDS = 5
 
 
 def check_writable(folder: str) -> None:
@@ -23,33 +24,47 @@ def check_writable(folder: str) -> None:
 
 
 def upload(made: Path, folder: str, report: Callable[[str], None]) -> None:
-    """Copies the cache in the local folder `made` to the URL `folder`, its manifest last.
+    """Copies the cache in the local folder `made` to the URL `folder`.
 
-    Whatever was at `folder` is deleted first, its manifest before all. Where an earlier call was
-    stopped, this one goes on. Raises InputError where `folder` cannot be written.
+    Its files come first, beside those of a cache that is there, then its manifest, which replaces
+    that one's; then all else at `folder` is deleted. Where an earlier call was stopped, this one
+    goes on. Raises InputError where `folder` cannot be written.
     """
-    paths = (path.relative_to(made) for path in sorted(made.rglob("*")) if path.is_file())
-    names = [path.as_posix() for path in paths if not path.name.startswith(".")]
-    names.remove(MANIFEST)
-    journal = made / UPLOADED
+    manifest = (made / MANIFEST).read_bytes()
+    tokens = made / Manifest.from_json(manifest).folder
+    paths = (path for path in sorted(tokens.rglob("*")) if path.is_file())
+    names = [p.relative_to(made).as_posix() for p in paths if not p.name.startswith(".")]
+    journal = tokens / UPLOADED
+    journal.touch()
     with _refusals(folder, f"; what is prepared is kept in {made}: run this again to go on"):
         store = ts.KvStore.open(kvstore(folder)).result()
-        if not journal.exists() or store.read(MANIFEST).result().state == "value":
-            journal.unlink(missing_ok=True)
-            store.write(MANIFEST, None).result()
-            store.delete_range(ts.KvStore.KeyRange()).result()
-            journal.touch()
-        there = set(journal.read_text().splitlines())
-        waiting = [name for name in names if name not in there]
-        with open(journal, "a") as file:
+        for _ in range(ROUNDS):
+            waiting = _waiting(names, journal, store)
+            if not waiting:
+                break
             for first in range(0, len(waiting), TOGETHER):
                 some = waiting[first : first + TOGETHER]
                 report(f"uploading: {len(names) - len(waiting) + first:,} of {len(names):,} files")
                 for write in [store.write(name, (made / name).read_bytes()) for name in some]:
                     write.result()
-                file.writelines(f"{name}\n" for name in some)
-                file.flush()
-        store.write(MANIFEST, (made / MANIFEST).read_bytes()).result()
+                with open(journal, "a") as file:
+                    file.writelines(f"{name}\n" for name in some)
+        else:
+            raise ValueError("files vanish while others are written: is there another upload?")
+        store.write(MANIFEST, manifest).result()
+        for other in set(_listed(store)) - {MANIFEST, *names}:
+            store.write(other, None).result()
+    journal.unlink()
+
+
+def _waiting(names: list[str], journal: Path, store: ts.KvStore) -> list[str]:
+    """Which files are still to be uploaded: also those that another upload has deleted since."""
+    there = set(journal.read_text().splitlines()).intersection(_listed(store))
+    return [name for name in names if name not in there]
+
+
+def _listed(store: ts.KvStore) -> list[str]:
+    return [key.decode() for key in store.list().result()]
 
 
 @contextlib.contextmanager
@@ -57,6 +72,6 @@ def _refusals(folder: str, remedy: str = "") -> Iterator[None]:
     """Raises InputError for what a store refuses."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except STORE_ERRORS as error:
         reason = f"cannot be written: {one_line(error)}{remedy}"
         raise InputError("--data-dir", folder, reason) from error

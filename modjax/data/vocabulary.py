@@ -32,7 +32,7 @@ def parse_vocab(vocab: str) -> Vocab:
         return Vocab("bytes")
     kind, _, size = vocab.partition(":")
     if kind == "sentencepiece":
-        require(size.isdecimal() and int(size) > 0, "--vocab", vocab,
+        require(size.isdecimal() and len(size) < 10 and int(size) > 0, "--vocab", vocab,
                 "must give a number of pieces, as in sentencepiece:8192")  # fmt: skip
         return Vocab(f"sentencepiece:{int(size)}", size=int(size))
     require(vocab.endswith(".model"), "--vocab", vocab,

@@ -37,10 +37,12 @@ class Written:
 
 def read_journal(folder: Path, request: str) -> dict[str, Written]:
     """How far an earlier run has come in `folder`; empties it where that was for other input."""
-    path = folder / "journal.json"
-    journal = json.loads(path.read_text()) if path.exists() else {}
-    if journal.get("request") == request:
-        return {split: from_dict(Written, journal["splits"][split]) for split in SPLITS}
+    try:
+        journal = json.loads((folder / "journal.json").read_bytes())
+        if journal["request"] == request:
+            return {split: from_dict(Written, journal["splits"][split]) for split in SPLITS}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # there is none, or it is damaged
     for old in folder.iterdir():
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     return dict.fromkeys(SPLITS, Written())

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax.config import InputError, require
-from modjax.data.cache import open_store
 from modjax.data.vocabulary import Codec
 from modjax.decoding.generate import Generated, Sampling, generate, resume
 from modjax.training.finished import Finished
 
 # Tokens between two looks at what was drawn.
 STREAM_EVERY = 32
+# The time of reading a prompt grows with the square of it.
+MOST_PROMPT_TOKENS = 65_536
 # From "no routed block" to "every one": colours of a 256-colour terminal, light to dark.
 DEPTH_COLOURS = (255, 230, 229, 222, 215, 209, 203, 197, 161, 125)
 
@@ -46,10 +47,7 @@ def open_codec(run: Finished) -> Codec:
         return Codec(None)
     require(importlib.util.find_spec("sentencepiece") is not None, "modjax sample", "sentencepiece",
             "missing package; pip install -e '.[data]'")  # fmt: skip
-    model = open_store(run.cache.path).read("vocabulary.model").result()
-    require(model.state == "value", "data", str(run.cache.path),
-            "has lost its vocabulary.model: run `modjax data prepare` again")  # fmt: skip
-    return Codec(bytes(model.value))
+    return Codec(run.cache.vocabulary_model())
 
 
 def choose_routing(run: Finished, routing: str | None) -> str:
@@ -96,6 +94,8 @@ def sample(
     encoded = [codec.encode(prompt, "--prompt") for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         require(len(ids) > 0, "--prompt", prompt, "is empty: give at least one character")
+        require(len(ids) <= MOST_PROMPT_TOKENS, "--prompt", prompt,
+                f"has {len(ids)} tokens; must have at most {MOST_PROMPT_TOKENS}")  # fmt: skip
         require(max(ids) < vocab_size, "--prompt", prompt,
                 f"has tokens beyond the vocabulary's {vocab_size}")  # fmt: skip
     for text in stop:

@@ -3,7 +3,7 @@
 from modjax.nn.attention import Attention, causal_attention
 from modjax.nn.block import Context, DenseBlock
 from modjax.nn.layers import MLP, RMSNorm
-from modjax.nn.mod import MoDBlock, routing_losses, update_thresholds
+from modjax.nn.mod import MoDBlock
 from modjax.nn.routers import (
     AttentionReceived,
     ExpertChoice,
@@ -25,6 +25,7 @@ from modjax.nn.routing import (
 )
 from modjax.nn.statistics import decision_counts, decision_quality, routing_statistics
 from modjax.nn.transformer import Cache, Transformer, unstack
+from modjax.nn.updates import routing_losses, update_thresholds
 
 __all__ = [
     "MLP",

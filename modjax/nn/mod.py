@@ -5,7 +5,7 @@ Legend: B batch, L positions, K selected positions, D model width, A routed bloc
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,9 @@ from modjax.nn.cache import KVCache, append, filled, last, with_slots
 from modjax.nn.routers import At, ExpertChoice, Predictor, Ranking, masked_mean
 from modjax.nn.routing import (
     Selection,
+    check_inputs,
     gather,
+    gather_pairs,
     paced,
     scatter_add,
     select_first_k,
@@ -26,9 +28,6 @@ from modjax.nn.routing import (
     selected_mask,
 )
 from modjax.nn.sharding import constrain, per_sequence
-
-# The running mean of the k-th score forgets at this rate; until then it is the plain mean.
-THRESHOLD_RATE = 0.01
 
 BlockAux = dict[str, Any]
 
@@ -40,8 +39,8 @@ class Statistic(nnx.Param):
 class MoDBlock(nnx.Module):
     """Routes the k = max(1, round(capacity * L)) best-scored positions through `inner`.
 
-    Eq. 1 of arXiv 2404.02258. `inner` maps (x_BKD, *per_position) to x_BKD or to (x_BKD, extra)
-    and sees the selected positions only, in order, with what belongs to each of them.
+    Eq. 1 of arXiv 2404.02258. `inner` maps (x_BKD, *per_position, **pairwise, **whole) to x_BKD or
+    to (x_BKD, extra) and sees the selected positions only, in order, with what belongs to them.
     router: what ranks and selects, a class of modjax.nn.routers.
     """
 
@@ -59,6 +58,8 @@ class MoDBlock(nnx.Module):
         self,
         x_BLD: jax.Array,
         *per_position: Any,
+        pairwise: Mapping[str, Any] | None = None,
+        whole: Mapping[str, Any] | None = None,
         valid_BL: jax.Array | None = None,
         key: jax.Array | None = None,
         received_BL: jax.Array | None = None,
@@ -75,14 +76,24 @@ class MoDBlock(nnx.Module):
 
         per_position: pytrees of arrays (B or 1, L, ...) that `inner` takes beside x: positions,
           segment ids, rotary tables. Each is gathered like x.
+        pairwise: keyword arguments of `inner` between two positions, (B or 1, heads or 1, L, L),
+          like the masks of nnx.make_causal_mask. Each is gathered along both. Where a row selects
+          fewer than K, the entries left over see themselves (1), and no other sees them (0): a
+          bias needs a mask beside it.
+        whole: keyword arguments that `inner` gets as they are, like the output of an encoder.
         valid_BL: False marks padding, which is never selected.
         key: for random routing. received_BL: for routing by attention.
         routing: "top_k" selects as in training; "router", "predictor" and "threshold" let each
           position decide for itself, "paced" by the predictor and what its row has spent. They
           drop none, or those beyond the first `slots` of a row.
+
+        Raises InputError for an argument of another shape.
         """
         at = _at(x_BLD, valid_BL, key, received_BL)
-        x_BLD, _, aux = self._forward(x_BLD, per_position, at, routing, slots, self.inner, None)
+        inputs = per_position, dict(pairwise or {})
+        check_inputs(*inputs, *x_BLD.shape[:2])
+        run = functools.partial(self.inner, **(whole or {}))  # type: ignore[arg-type]
+        x_BLD, _, aux = self._forward(x_BLD, inputs, at, routing, slots, run, None)
         return x_BLD, aux
 
     def prefill(
@@ -97,7 +108,7 @@ class MoDBlock(nnx.Module):
         # Every compiled size must return caches of one shape.
         pad = functools.partial(with_slots, slots=slots)
         x_BLD, (k_BGMH, v_BGMH), aux = self._forward(
-            x_BLD, per_position, at, routing, slots, self.inner.prefill, pad  # type: ignore[attr-defined]
+            x_BLD, (per_position, {}), at, routing, slots, self.inner.prefill, pad  # type: ignore[attr-defined]
         )  # fmt: skip
         length_B = jnp.sum(aux["selected_BL"], axis=1)
         overflow_B = jnp.sum(aux["wanted_BL"], axis=1) - length_B
@@ -126,7 +137,7 @@ class MoDBlock(nnx.Module):
         cache = cache._replace(overflow_B=cache.overflow_B + dropped_B)
         return x_B1D, append(cache, k_BG1H, v_BG1H, routed_B), routed_B
 
-    def _forward(self, x_BLD, per_position, at, routing, slots, run, pad):
+    def _forward(self, x_BLD, inputs, at, routing, slots, run, pad):
         """New x, what `run` returned beside it, through `pad`, and aux."""
         length = x_BLD.shape[1]
         ranking = self.router(x_BLD, at)
@@ -148,7 +159,7 @@ class MoDBlock(nnx.Module):
             aux["losses"]["predictor"] = self.config.predictor_weight * loss_B
         if routing == "top_k":
             aux |= {"wanted_BL": wanted_BL, "selected_BL": target_BL}
-            x_BLD, extra = self._process(x_BLD, per_position, target, run)
+            x_BLD, extra = self._process(x_BLD, inputs, target, run)
             return x_BLD, extra if pad is None else pad(extra), aux
         none_B = jnp.zeros(x_BLD.shape[0], jnp.int32)
         wanted_BL = _and(self._wanted(x_BLD, ranking, at, routing, none_B), at.valid_BL)
@@ -159,7 +170,7 @@ class MoDBlock(nnx.Module):
         def with_room_for(room):
             def branch():
                 selection = select_first_k(selected_BL, ranking.scores_BL, room)
-                new_BLD, extra = self._process(x_BLD, per_position, selection, run)
+                new_BLD, extra = self._process(x_BLD, inputs, selection, run)
                 return (new_BLD, extra if pad is None else pad(extra))
 
             return branch
@@ -213,13 +224,15 @@ class MoDBlock(nnx.Module):
     def _threshold(self) -> jax.Array:
         return jax.lax.stop_gradient(self.threshold[...])[0]
 
-    def _process(self, x_BLD, per_position, selection: Selection, run) -> tuple[jax.Array, Any]:
+    def _process(self, x_BLD, inputs, selection: Selection, run) -> tuple[jax.Array, Any]:
         """Runs the selected positions and adds their weighed updates to the stream."""
-        x_BKD, selected_inputs = jax.tree.map(
+        per_position, pairwise = inputs
+        x_BKD, per_position = jax.tree.map(
             lambda leaf: gather(leaf, selection.indices_BK), (x_BLD, per_position)
         )
+        pairwise = jax.tree.map(lambda leaf: gather_pairs(leaf, selection), pairwise)
         x_BKD = constrain(x_BKD, "batch", "length", None)
-        out = run(x_BKD, *selected_inputs)
+        out = run(x_BKD, *per_position, **pairwise)
         y_BKD, extra = out if isinstance(out, tuple) else (out, None)
         update_BKD = self._update(selection.scores_BK, x_BKD, y_BKD.astype(x_BLD.dtype))
         return scatter_add(x_BLD, selection.indices_BK, update_BKD), extra
@@ -283,27 +296,3 @@ def _cross_entropy(logits_BL, target_BL, valid_BL) -> jax.Array:
     """Each row's mean binary cross-entropy over valid positions, (B,)."""
     sign_BL = jnp.where(target_BL, 1.0, -1.0)
     return masked_mean(jax.nn.softplus(-sign_BL * logits_BL), valid_BL)
-
-
-def update_thresholds(blocks: dict[str, Any], aux: dict[str, BlockAux], updates: jax.Array) -> Any:
-    """Parameters of the blocks with every threshold moved towards the batch's mean k-th score.
-
-    blocks: the tree of Transformer.blocks. updates: how often this was done before.
-    """
-    rate = jnp.maximum(THRESHOLD_RATE, 1 / (updates.astype(jnp.float32) + 1))
-    new = dict(blocks)
-    for name, slot in aux.items():
-        old_G = blocks[name]["threshold"][:, 0]
-        known_GB = jnp.isfinite(slot["kth_B"])
-        total_G = jnp.sum(jnp.where(known_GB, slot["kth_B"], 0.0), axis=1)
-        count_G = jnp.sum(known_GB.astype(jnp.float32), axis=1)
-        mean_G = jnp.where(count_G > 0, total_G / jnp.maximum(count_G, 1.0), old_G)
-        new_G = old_G + rate * (mean_G - old_G)
-        new[name] = {**blocks[name], "threshold": new_G[:, None]}
-    return new
-
-
-def routing_losses(aux: dict[str, BlockAux]) -> jax.Array:
-    """What the routed blocks add to the objective: the sum over blocks of their mean losses."""
-    losses_GB = [loss_GB for slot in aux.values() for loss_GB in slot["losses"].values()]
-    return sum((jnp.sum(jnp.mean(loss_GB, axis=1)) for loss_GB in losses_GB), jnp.float32(0))

@@ -172,7 +172,7 @@ class AttentionReceived(nnx.Module):
 class Threshold(ExpertChoice):
     """Causal in training too: positions that score above a running mean of the k-th score.
 
-    After arXiv 2603.11535. The threshold is measured by training, see mod.update_thresholds.
+    After arXiv 2603.11535. The threshold is measured by training, see nn/updates.py.
     """
 
     def __init__(self, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs):

@@ -1,14 +1,15 @@
 """Routing: scores in, a `Selection` of positions out; gather and scatter that consume it.
 
 Everything is per sequence and static in shape.
-Legend: B batch, L positions, K selected positions, D trailing dims.
+Legend: B batch, L positions, K selected positions, M the other of two, H heads, D trailing dims.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from modjax.config import require
 from modjax.nn.sharding import per_sequence
 
 
@@ -148,6 +149,44 @@ def gather(x_BL: jax.Array, indices_BK: jax.Array) -> jax.Array:
     if x_BL.shape[0] == 1:
         return jax.vmap(one, in_axes=(None, 0))(x_BL[0], indices_BK)
     return jax.vmap(one)(x_BL, indices_BK)
+
+
+def gather_pairs(x_BHLM: jax.Array, selection: Selection) -> jax.Array:
+    """Entries of (B or 1, H, L, L) between selected positions: (B, H, K, K).
+
+    One that is not valid sees itself only, so that no softmax is over nothing, and is not seen.
+    """
+
+    def one(x_HLM, indices_K):
+        pairs = x_HLM.at[:, indices_K[:, None], indices_K[None]]
+        return pairs.get(mode="fill", fill_value=0)
+
+    if x_BHLM.shape[0] == 1:
+        x_BHKM = jax.vmap(one, in_axes=(None, 0))(x_BHLM[0], selection.indices_BK)
+    else:
+        x_BHKM = jax.vmap(one)(x_BHLM, selection.indices_BK)
+    itself_1KM = jnp.eye(selection.valid_BK.shape[1], dtype=bool)[None]
+    alone_BKM = itself_1KM & ~selection.valid_BK[:, :, None]
+    return jnp.where(alone_BKM[:, None], jnp.ones((), x_BHKM.dtype), x_BHKM)
+
+
+def check_inputs(
+    per_position: tuple[Any, ...], pairwise: dict[str, Any], batch: int, length: int
+) -> None:
+    """Raises InputError for a leaf that has not the dims that are to be gathered."""
+    path_leaves = jax.tree_util.tree_leaves_with_path
+    for path, leaf in path_leaves(per_position):
+        shape = jnp.shape(leaf)
+        fits = len(shape) > 1 and shape[0] in (1, batch) and shape[1] == length
+        require(fits, f"per_position{jax.tree_util.keystr(path)}", shape,
+                f"must have the shape ({batch} or 1, {length}, ...) to be gathered like x; what "
+                "has another goes into `pairwise` or `whole`")  # fmt: skip
+    for path, leaf in path_leaves(pairwise):
+        shape = jnp.shape(leaf)
+        fits = len(shape) == 4 and shape[0] in (1, batch) and shape[2:] == (length, length)
+        require(fits, f"pairwise{jax.tree_util.keystr(path)}", shape,
+                f"must have the shape ({batch} or 1, heads or 1, {length}, {length}); what is not "
+                "to be gathered goes into `whole`")  # fmt: skip
 
 
 def scatter_add(x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array) -> jax.Array:

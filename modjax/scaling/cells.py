@@ -8,6 +8,7 @@ from typing import Any
 from modjax.config import RunSpec
 from modjax.flops import parameters, run_flops
 from modjax.records import Record
+from modjax.scaling.foretell import NOISE, Foretold, foretell
 from modjax.scaling.plan import forward_per_token, forward_ratio, non_embedding
 from modjax.scaling.sweep_config import SweepConfig
 
@@ -41,6 +42,7 @@ class Cell:
     achieved: float
     seconds: float
     flags: tuple[str, ...]
+    foretold: Foretold
 
 
 def cells(
@@ -48,17 +50,27 @@ def cells(
     sweep: SweepConfig,
     epochs: Callable[[RunSpec], float | None],
     flops_per_second: float,
+    noise: float = NOISE,
 ) -> list[Cell]:
     """The plan table, with what is wrong in `flags`: "off-budget" where the achieved FLOPs differ
     from the budget by more than 1%, "off-centre" where the grid's centre misses the predicted
-    optimum by more than 0.15 decades, "repeats data", and "too many epochs" beyond
-    data.max_epochs. A sweep refuses cells that are off-budget or have too many epochs.
+    optimum by more than 0.15 decades, "can't tell" where runs of that noise are not expected to
+    tell the optimum within the sampled range (a grid of one size seeks none), "repeats data", and
+    "too many epochs" beyond data.max_epochs. A sweep refuses cells that are off-budget or have too
+    many epochs.
     """
     off_centre = _off_centre(specs, sweep)
-    return [
-        _cell(spec, epochs(spec), flops_per_second, (spec.variant, spec.budget_flops) in off_centre)
-        for spec in specs
-    ]
+    sizes = [parameters(spec.model)["non_embedding"] for spec in specs]
+    foretold = foretell(
+        ((spec.variant, spec.budget_flops, n) for spec, n in zip(specs, sizes, strict=True)), noise
+    )
+    table = []
+    for spec in specs:
+        group = (spec.variant, spec.budget_flops)
+        table.append(
+            _cell(spec, epochs(spec), flops_per_second, group in off_centre, foretold[group])
+        )
+    return table
 
 
 def flops_per_second(config: dict[str, Any], records: Sequence[Record]) -> float:
@@ -69,7 +81,9 @@ def flops_per_second(config: dict[str, Any], records: Sequence[Record]) -> float
     return config["sweep"]["flops_per_second"] if "sweep" in config else UNMEASURED
 
 
-def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) -> Cell:
+def _cell(
+    spec: RunSpec, epochs: float | None, rate: float, off_centre: bool, foretold: Foretold
+) -> Cell:
     model, train = spec.model, spec.train
     counts = parameters(model)
     spent = run_flops(model, train, train.steps)
@@ -78,6 +92,7 @@ def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) ->
     marks = {
         "off-budget": abs(achieved - 1) > BUDGET_TOLERANCE,
         "off-centre": off_centre,
+        "can't tell": foretold.sizes > 1 and not foretold.tells,
         "repeats data": epochs is not None and 1 < epochs <= limit,
         "too many epochs": epochs is not None and epochs > limit,
     }
@@ -102,6 +117,7 @@ def _cell(spec: RunSpec, epochs: float | None, rate: float, off_centre: bool) ->
         achieved=achieved,
         seconds=spent / rate,
         flags=tuple(name for name, marked in marks.items() if marked),
+        foretold=foretold,
     )
 
 

@@ -5,16 +5,14 @@ since the line before it, and a curve shows the mean over a trailing window of S
 """
 
 import functools
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from modjax.records import Record, run_dir
+from modjax.records import Record, read_metrics, run_dir
 
 LINE = ("step", "loss_steps", "train_flops", "loss")
 SHARE = 0.05
@@ -65,13 +63,8 @@ def read_curves(workdir: Path, records: Iterable[Record]) -> list[Curve]:
     """The curve of every record whose metrics.jsonl holds means; damaged lines are left out."""
     curves = []
     for record in records:
-        path = run_dir(workdir, record.run_id) / "metrics.jsonl"
-        try:
-            text = path.read_text(errors="replace")
-        except OSError:
-            continue
         lines, end = [], 0.0
-        for values in map(json_object, text.splitlines()):
+        for values in (line.values or {} for line in read_metrics(run_dir(workdir, record.run_id))):
             try:
                 step, loss_steps, flops, loss = line = [float(values[name]) for name in LINE]
             except (KeyError, TypeError, ValueError, OverflowError):
@@ -94,12 +87,3 @@ def frontier(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray] | None:
     flops, loss = np.concatenate(found, axis=1) if found else np.empty((2, 0))
     order = np.argsort(flops)
     return (flops[order], np.minimum.accumulate(loss[order])) if len(flops) else None
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The JSON object in `text`, or {} where it is damaged: a report goes on."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -43,14 +43,17 @@ class Display:
         self.noted = time.monotonic()
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def finished(self, record: Record, announce: bool = True) -> None:
-        """Counts a run that has its result; `announce` is False for those found at the start."""
+    def found(self, record: Record) -> None:
+        """Counts a run that has its result, but not from here."""
         self.done.add(record.run_id)
-        if announce:
-            self.flops_here += self.budgets[record.run_id]
-            loss = "diverged" if record.eval_loss is None else f"loss {record.eval_loss:.4f}"
-            count = f"[{len(self.done):{len(str(len(self.budgets)))}}/{len(self.budgets)}]"
-            self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
+
+    def finished(self, record: Record) -> None:
+        """Counts and announces a run that was finished here."""
+        self.done.add(record.run_id)
+        self.flops_here += self.budgets[record.run_id]
+        loss = "diverged" if record.eval_loss is None else f"loss {record.eval_loss:.4f}"
+        count = f"[{len(self.done):{len(str(len(self.budgets)))}}/{len(self.budgets)}]"
+        self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
 
     def update(self, workers: Sequence[Any], elsewhere: int) -> None:
         if not self.console.is_terminal and time.monotonic() - self.noted < SECONDS_BETWEEN_LINES:

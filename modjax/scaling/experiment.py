@@ -80,7 +80,8 @@ def _read(config_file: str) -> dict[str, Any]:
     try:
         get_config = runpy.run_path(path)["get_config"]
         config = get_config(argument) if argument else get_config()
-    except Exception as error:  # the file is the user's code: anything can come out of it
+    # The file is the user's code: anything can come out of it.
+    except (Exception, SystemExit) as error:
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError("--config", config_file, f"its get_config() failed: {line}") from error
     require(

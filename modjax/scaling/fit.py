@@ -1,7 +1,7 @@
 """isoFLOP fits: a parabola per arm and budget, power laws through the optima, gaps between arms.
 
-Noise and its bootstrap are those of parabola.py: every result is computed once per draw.
-Shapes: R bootstrap draws, P points of a power law.
+Noise and its bootstrap are those of parabola.py: every result is computed once per draw. Power
+laws weigh each optimum by its own variance, see laws.py.
 """
 
 import itertools
@@ -11,12 +11,13 @@ import numpy as np
 
 from modjax.config import require
 from modjax.records import Record
+from modjax.scaling.laws import log10_of, power_law
 from modjax.scaling.parabola import (
     Vertex,
+    by_cell,
     fit_budget,
     interval,
     make_cells,
-    most_seeds,
     power_of_ten,
     repeats,
 )
@@ -32,7 +33,7 @@ from modjax.scaling.results import (
     under,
 )
 
-_Vertices = dict[tuple[str, float, str], Vertex]  # by arm, budget, quantity
+Vertices = dict[tuple[str, float, str], Vertex]  # by arm, budget, quantity
 
 
 def fit_all(
@@ -67,21 +68,17 @@ def fit_all(
     rng = np.random.default_rng(seed)
     shared_R = rng.standard_normal(draws)
     budgets = sorted({r.budget_flops for r in records})
-    parabolas, vertices = [], {}
+    planned = {(r.variant, r.budget_flops) for r in records}
+    cells = by_cell(finished)
+    parabolas: list[Parabola] = []
+    vertices: Vertices = {}
     for budget, quantity in itertools.product(budgets, QUANTITIES):
-        present = [a for a in arms if any((r.variant, r.budget_flops) == (a, budget)
-                                          for r in records)]  # fmt: skip
-        cells = {
-            arm: make_cells([r for r in finished if (r.variant, r.budget_flops) == (arm, budget)],
-                        quantity, size)
-            for arm in present
-        }  # fmt: skip
-        for parabola, vertex in fit_budget(cells, budget, quantity, shared_R, rng):
+        of_arms = {arm: make_cells(cells.get((arm, budget), []), quantity, size)
+                   for arm in arms if (arm, budget) in planned}  # fmt: skip
+        for parabola, vertex in fit_budget(of_arms, budget, quantity, shared_R, rng):
             parabolas.append(parabola)
             if vertex is not None:
                 vertices[parabola.arm, budget, quantity] = vertex
-    laws = [_power_law(arm, quantity, budgets, vertices)
-            for arm in arms for quantity in (*QUANTITIES, "loss")]  # fmt: skip
     kept = {(p.arm, p.budget_flops): p for p in parabolas if p.quantity == "parameters"}
     gaps = [_gap(arm, baseline, budget, kept, vertices)
             for budget in budgets for arm in arms[1:] if (arm, budget) in kept]  # fmt: skip
@@ -93,57 +90,36 @@ def fit_all(
         losses = np.array([r.eval_loss for r in runs], dtype=float)
         surfaces.append(fit_surface(arm, n, d, losses, draws=draws // 20, seed=seed))
     order = {arm: i for i, arm in enumerate(arms)}
+    repeated = [runs for of_arm in cells.values() for runs in of_arm]
     return Fits(
         size=size,
         loss=loss,
         baseline=baseline,
         arms=tuple(arms),
         budgets=tuple(budgets),
-        seeds_per_cell=most_seeds(finished),
+        seeds_per_cell=max(map(len, repeated), default=0),
         draws=draws,
         parabolas=tuple(sorted(parabolas, key=lambda p: (order[p.arm], p.budget_flops))),
-        laws=tuple(laws),
+        laws=tuple(power_laws(arms, budgets, vertices)),
         gaps=tuple(gaps),
         surfaces=tuple(surfaces),
-        repeats=tuple(repeats(finished, size)),
+        repeats=tuple(repeats(repeated, size)),
         diverged=tuple(r.run_id for r in records if r.status == "diverged"),
     )
 
 
-def _power_law(
-    arm: str,
-    quantity: str,
-    budgets: Sequence[float],
-    vertices: _Vertices,
-) -> PowerLaw:
-    """Least squares in log10 through one arm's accepted vertices."""
-    source = "parameters" if quantity == "loss" else quantity
-    found = {b: vertices[arm, b, source] for b in budgets if (arm, b, source) in vertices}
-    points = len(found)
-    if points < 2:
-        refusal = f"a power law needs at least 2 accepted optima, and there are {points}"
-        return PowerLaw(arm, quantity, points, points - 2, None, None, None, refusal)
-    x_P = np.log10(list(found))
-    slope_P = (x_P - x_P.mean()) / ((x_P - x_P.mean()) ** 2).sum()
-    if quantity == "loss":
-        y_P = np.log10([vertex.loss for vertex in found.values()])
-        # A drawn loss below 0 has no logarithm: it counts as a draw without an answer.
-        loss_RP = np.stack([vertex.loss_R for vertex in found.values()], -1)
-        y_RP = np.log10(np.where(loss_RP > 0, loss_RP, np.nan))
-    else:
-        y_P = np.array([vertex.log_x for vertex in found.values()])
-        y_RP = np.stack([vertex.log_x_R for vertex in found.values()], -1)
-    exponent = float(y_P @ slope_P)
-    return PowerLaw(
-        arm=arm,
-        quantity=quantity,
-        points=points,
-        freedom=points - 2,
-        coefficient=float(10 ** (y_P.mean() - exponent * x_P.mean())),
-        exponent=exponent,
-        exponent_interval=interval(y_RP @ slope_P),
-        refusal=None,
-    )
+def power_laws(arms: Sequence[str], budgets: Sequence[float], vertices: Vertices) -> list[PowerLaw]:
+    """Every arm's laws of parameters, forward FLOPs and loss through its accepted optima."""
+    laws = []
+    for arm in arms:
+        for quantity in QUANTITIES:
+            found = {b: vertices[arm, b, quantity] for b in budgets
+                     if (arm, b, quantity) in vertices}  # fmt: skip
+            laws.append(power_law(arm, quantity, {b: v.log_x for b, v in found.items()}))
+        found = {b: vertices[arm, b, "parameters"] for b in budgets
+                 if (arm, b, "parameters") in vertices}  # fmt: skip
+        laws.append(power_law(arm, "loss", {b: log10_of(v.loss) for b, v in found.items()}))
+    return laws
 
 
 def _gap(
@@ -151,7 +127,7 @@ def _gap(
     baseline: str,
     budget: float,
     parabolas: dict[tuple[str, float], Parabola],
-    vertices: _Vertices,
+    vertices: Vertices,
 ) -> Gap:
     """Loss and forward FLOPs of an arm's optimum against the baseline's at one budget."""
     refused = [name for name in (baseline, arm) if (name, budget, "parameters") not in vertices]
@@ -159,20 +135,20 @@ def _gap(
                else f"{name}: no runs at this budget" for name in refused]  # fmt: skip
     if reasons:
         return Gap(arm, baseline, budget, *[None] * 6, refusal="; ".join(reasons))
-    ours, theirs = (vertices[name, budget, "parameters"] for name in (arm, baseline))
+    ours, theirs = (vertices[name, budget, "parameters"].loss for name in (arm, baseline))
     ratio = ratio_interval = None
     if all((name, budget, "forward_flops") in vertices for name in (arm, baseline)):
         x, y = (vertices[name, budget, "forward_flops"] for name in (arm, baseline))
-        ratio = 10 ** (x.log_x - y.log_x)
-        ratio_interval = power_of_ten(interval(x.log_x_R - y.log_x_R))
+        ratio = 10 ** (x.log_x.value - y.log_x.value)
+        ratio_interval = power_of_ten(interval(x.log_x.value_R - y.log_x.value_R))
     return Gap(
         arm=arm,
         baseline=baseline,
         budget_flops=budget,
-        loss=ours.loss - theirs.loss,
-        loss_interval=interval(ours.loss_R - theirs.loss_R),
-        percent=100 * (ours.loss / theirs.loss - 1),
-        percent_interval=interval(100 * (ours.loss_R / theirs.loss_R - 1)),
+        loss=ours.value - theirs.value,
+        loss_interval=interval(ours.value_R - theirs.value_R),
+        percent=100 * (ours.value / theirs.value - 1),
+        percent_interval=interval(100 * (ours.value_R / theirs.value_R - 1)),
         flops_ratio=ratio,
         flops_ratio_interval=ratio_interval,
         refusal=None,

@@ -6,20 +6,26 @@ its fitted value plus two terms:
 * evaluation noise, z * eval_loss_sem with one z per draw for all runs: every run is scored on
   the same validation sequences, so the error of that sample moves all losses together (it
   widens the interval of a loss and nearly cancels in a gap);
-* what differs between runs, sigma / sqrt(seeds): sigma^2 is the larger of the variance about the
-  parabolas of all arms at the budget and, where cells repeat with other seeds, the variance
-  between seeds. It is itself drawn from its scaled inverse chi-squared distribution, so that few
-  degrees of freedom widen the interval as Student's t does.
+* what differs between runs, sigma / sqrt(seeds): sigma^2 is the variance about the parabolas of
+  all arms at the budget. Where cells repeat with other seeds it is the variance between seeds,
+  unless that about the parabolas is larger than an F test at CHANCE allows (the larger of the
+  two whatever they are would be biased: its intervals cover 99%). It is itself drawn from its
+  scaled inverse chi-squared distribution, so that few degrees of freedom widen the interval as
+  Student's t does.
 
-A draw whose parabola has no minimum counts in both tails; an interval can be unbounded (inf).
+In the interval of an optimum a draw whose parabola has no minimum counts in both tails; the
+interval can be unbounded (inf). Power laws (laws.py) weigh every optimum by its variance, which
+is that of the delta method for a ratio: finite where the ratio's own moments are not, growing
+without bound as the curvature goes to 0, so that a draw without a minimum is the limit of one that
+says nothing.
 
-Shapes: J cells of one arm and budget, R bootstrap draws.
+Shapes: J cells of one arm and budget, R bootstrap draws, 3 coefficients of a parabola.
 """
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +36,8 @@ from modjax.scaling.results import SIZES, Parabola, Range, Repeat, quantity_of
 
 LEVEL = 0.95
 MIN_SIZES = 4
+# Scatter about the parabolas that chance brings about less often than this is taken to be real.
+CHANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,56 +52,79 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A value and its variance, as found and in every draw: NaN and inf where a draw has none."""
+
+    value: float
+    variance: float
+    value_R: np.ndarray
+    variance_R: np.ndarray
+
+
+@dataclass(frozen=True)
 class Vertex:
-    """An accepted vertex and its bootstrap draws; NaN where a draw has no minimum."""
+    """An accepted vertex: log10 of the size, and the loss there.
 
-    log_x: float
-    loss: float
-    log_x_R: np.ndarray
-    loss_R: np.ndarray
+    The variances leave out the evaluation noise, which moves the optima of all budgets together.
+    """
 
-
-def _same_but_seed(record: Record) -> tuple[Any, ...]:
-    r = record
-    return (r.variant, r.budget_flops, r.d_model, r.num_layers, r.params_total,
-            r.forward_flops_per_token, r.batch_size, r.steps, r.learning_rate)  # fmt: skip
+    log_x: Estimate
+    loss: Estimate
 
 
-def _by_cell(runs: Iterable[Record]) -> list[list[Record]]:
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for run in runs:
-        groups.setdefault(_same_but_seed(run), []).append(run)
-    return list(groups.values())
+@dataclass(frozen=True)
+class Noise:
+    """The standard deviation of one run's loss, None where nothing tells it, and in every draw.
+
+    found_R: what a draw would find it to be, from as many degrees of freedom.
+    """
+
+    sigma: float | None
+    sigma_R: np.ndarray
+    found_R: np.ndarray
 
 
-def most_seeds(runs: Iterable[Record]) -> int:
-    return max((len(group) for group in _by_cell(runs)), default=0)
+Repeated = list[Record]  # runs that differ in their seed only
 
 
-def make_cells(runs: Iterable[Record], quantity: str, size: str) -> list[Cell]:
-    cells = []
-    for group in _by_cell(runs):
-        losses = np.array([r.eval_loss for r in group], dtype=float)
-        sems = np.array([r.eval_loss_sem or 0.0 for r in group])
-        cells.append(
+def by_cell(runs: Iterable[Record]) -> dict[tuple[str, float], list[Repeated]]:
+    """The cells of every arm and budget."""
+    cells: dict[tuple[Any, ...], Repeated] = {}
+    for r in runs:
+        same = (r.variant, r.budget_flops, r.d_model, r.num_layers, r.params_total,
+                r.forward_flops_per_token, r.batch_size, r.steps, r.learning_rate)  # fmt: skip
+        cells.setdefault(same, []).append(r)
+    grouped: dict[tuple[str, float], list[Repeated]] = {}
+    for (arm, budget, *_), cell in cells.items():
+        grouped.setdefault((arm, budget), []).append(cell)
+    return grouped
+
+
+def make_cells(cells: Iterable[Repeated], quantity: str, size: str) -> list[Cell]:
+    """The cells of one arm and budget, by `quantity`."""
+    made = []
+    for runs in cells:
+        losses = np.array([r.eval_loss for r in runs], dtype=float)
+        sems = [r.eval_loss_sem or 0.0 for r in runs]
+        made.append(
             Cell(
-                x=float(quantity_of(group[0], quantity, size)),
+                x=float(quantity_of(runs[0], quantity, size)),
                 loss=float(losses.mean()),
-                sem=float(sems.mean()),
-                seeds=len(group),
+                sem=float(np.mean(sems)),
+                seeds=len(runs),
                 squares=float(((losses - losses.mean()) ** 2).sum()),
             )
         )
-    return sorted(cells, key=lambda cell: cell.x)
+    return sorted(made, key=lambda cell: cell.x)
 
 
-def repeats(runs: Iterable[Record], size: str) -> list[Repeat]:
+def repeats(cells: Iterable[Repeated], size: str) -> list[Repeat]:
     """Every cell that was run with several seeds, by budget and size."""
     found = []
-    for group in _by_cell(runs):
-        losses = [r.eval_loss for r in group if r.eval_loss is not None]
+    for runs in cells:
+        losses = [r.eval_loss for r in runs if r.eval_loss is not None]
         if len(losses) > 1:
-            r = group[0]
+            r = runs[0]
             found.append(
                 Repeat(
                     arm=r.variant,
@@ -140,38 +171,68 @@ def fit_budget(
     quantity: str,
     shared_R: np.ndarray,
     rng: np.random.Generator,
+    noise: float | None = None,
 ) -> list[tuple[Parabola, Vertex | None]]:
-    """The parabolas of all arms at one budget, which share their estimate of the noise."""
-    solved = {arm: _solve(of) for arm, of in cells.items() if len({c.x for c in of}) >= 3}
-    about = (sum(s.squares for s in solved.values()),
-             sum(len(cells[arm]) - 3 for arm in solved))  # fmt: skip
-    every = [cell for of in cells.values() for cell in of]
-    between = (sum(c.squares for c in every), sum(c.seeds - 1 for c in every))
-    estimates = [(squares / freedom, freedom) for squares, freedom in (about, between) if freedom]
-    variance, freedom = max(estimates, default=(0.0, 0))
-    noise = math.sqrt(variance) if freedom else None
-    sigma_R = np.zeros_like(shared_R)
-    if freedom:
-        sigma_R = np.sqrt(variance * freedom / rng.chisquare(freedom, size=len(shared_R)))
+    """The parabolas of all arms at one budget, which share their estimate of the noise.
 
+    noise: the standard deviation of a run's loss, in nats, to be taken for what the runs show.
+    """
+    solved = {arm: _solve(of) for arm, of in cells.items() if len({c.x for c in of}) >= 3}
+    if noise is None:
+        variance, freedom = _variance(cells, solved)
+    else:
+        variance, freedom = noise**2, next((f for f in freedoms(cells) if f), 0)
+    shared_noise = _draw_noise(variance, freedom, len(shared_R), rng)
     results = []
     for arm, of in cells.items():
         x = [cell.x for cell in of]
         parabola = Parabola(
             arm=arm, budget_flops=budget, quantity=quantity, runs=sum(c.seeds for c in of),
             sizes=len(set(x)), low=min(x, default=None), high=max(x, default=None),
-            coefficients=None, noise=noise, optimum=None, optimum_interval=None, loss=None,
-            loss_interval=None, off_centre=None, refusal=None,
+            coefficients=None, noise=shared_noise.sigma, optimum=None, optimum_interval=None,
+            loss=None, loss_interval=None, off_centre=None, refusal=None,
         )  # fmt: skip
-        results.append(_fit_arm(parabola, of, solved.get(arm), sigma_R, shared_R, rng))
+        results.append(_fit_arm(parabola, of, solved.get(arm), shared_noise, shared_R, rng))
     return results
+
+
+def freedoms(cells: Mapping[str, Sequence[Cell]]) -> tuple[int, int]:
+    """Degrees of freedom of the noise of a budget: between seeds, and about its parabolas."""
+    sizes = (len({c.x for c in of}) for of in cells.values())
+    about = sum(len(of) - 3 for of, n in zip(cells.values(), sizes, strict=True) if n >= 3)
+    return sum(c.seeds - 1 for of in cells.values() for c in of), about
+
+
+def _variance(cells: dict[str, list[Cell]], solved: dict[str, _Solved]) -> tuple[float, int]:
+    """The variance of one run's loss and its degrees of freedom, 0 where nothing tells it."""
+    freedom, about_freedom = freedoms(cells)
+    about = sum(s.squares for s in solved.values())
+    between = sum(c.squares for of in cells.values() for c in of)
+    if about_freedom == 0 or (freedom > 0 and about / about_freedom <= between / freedom):
+        return between / max(freedom, 1), freedom
+    if freedom > 0:
+        from scipy.special import fdtrc  # takes longer to import than a plan takes
+
+        ratio = about / about_freedom / max(between / freedom, 1e-300)
+        if fdtrc(about_freedom, freedom, ratio) > CHANCE:
+            return between / freedom, freedom
+    return about / about_freedom, about_freedom
+
+
+def _draw_noise(variance: float, freedom: int, draws: int, rng: np.random.Generator) -> Noise:
+    if freedom == 0:
+        return Noise(None, np.zeros(draws), np.zeros(draws))
+    sigma_R = np.sqrt(variance * freedom / rng.chisquare(freedom, size=draws))
+    (other,) = rng.spawn(1)
+    found_R = sigma_R * np.sqrt(other.chisquare(freedom, size=draws) / freedom)
+    return Noise(math.sqrt(variance), sigma_R, found_R)
 
 
 def _fit_arm(
     parabola: Parabola,
     cells: Sequence[Cell],
     solved: _Solved | None,
-    sigma_R: np.ndarray,
+    noise: Noise,
     shared_R: np.ndarray,
     rng: np.random.Generator,
 ) -> tuple[Parabola, Vertex | None]:
@@ -182,45 +243,76 @@ def _fit_arm(
         return dataclasses.replace(parabola, refusal=refusal), None
     c0, c1, c2 = (float(c) for c in solved.coefficients_3)
     parabola = dataclasses.replace(parabola, coefficients=(c0, c1, c2))
-    vertex = -c1 / (2 * c2) if c2 != 0 else math.inf
+    place = -c1 / (2 * c2) if c2 != 0 else math.inf
     refusal = None
     if parabola.sizes < MIN_SIZES:
         refusal = (f"{sizes}; three points fit a parabola exactly and "
                    f"leave no residual, so at least {MIN_SIZES} are needed")  # fmt: skip
     elif c2 <= 0:
         refusal = "the fitted curve is concave: it has a maximum, not a minimum"
-    elif abs(vertex) > solved.half:
-        side, end = ("below", "smallest") if vertex < 0 else ("above", "largest")
+    elif abs(place) > solved.half:
+        side, end = ("below", "smallest") if place < 0 else ("above", "largest")
         refusal = (
-            f"the minimum lies {side} the sampled range, {abs(vertex) - solved.half:.2f} decades "
+            f"the minimum lies {side} the sampled range, {abs(place) - solved.half:.2f} decades "
             f"beyond the {end} model; add sizes there"
         )
     if refusal is not None:
         return dataclasses.replace(parabola, refusal=refusal), None
 
+    vertex = _vertex(cells, solved, noise, shared_R, rng)
+    accepted = dataclasses.replace(
+        parabola,
+        optimum=10**vertex.log_x.value,
+        optimum_interval=power_of_ten(interval(vertex.log_x.value_R)),
+        loss=vertex.loss.value,
+        loss_interval=interval(vertex.loss.value_R),
+        off_centre=place / solved.half,
+    )
+    return accepted, vertex
+
+
+def _vertex(
+    cells: Sequence[Cell],
+    solved: _Solved,
+    noise: Noise,
+    shared_R: np.ndarray,
+    rng: np.random.Generator,
+) -> Vertex:
     sem_J = np.array([cell.sem for cell in cells])
     seeds_J = np.array([cell.seeds for cell in cells])
-    noise_RJ = rng.standard_normal((len(sigma_R), len(cells))) * sigma_R[:, None]
+    noise_RJ = rng.standard_normal((len(shared_R), len(cells))) * noise.sigma_R[:, None]
     noise_RJ = noise_RJ / np.sqrt(seeds_J) + shared_R[:, None] * sem_J
     loss_RJ = solved.design_J3 @ solved.coefficients_3 + noise_RJ
     drawn_R3 = loss_RJ @ solved.solve_3J.T
-    c0_R, c1_R, c2_R = drawn_R3.T
-    c2_R = np.where(c2_R > 0, c2_R, np.nan)
-    found = Vertex(
-        log_x=solved.centre + vertex,
-        loss=c0 - c1**2 / (4 * c2),
-        log_x_R=solved.centre - c1_R / (2 * c2_R),
-        loss_R=c0_R - c1_R**2 / (4 * c2_R),
+    drawn_R3[drawn_R3[:, 2] <= 0] = np.nan
+
+    spread_33 = (solved.solve_3J / seeds_J) @ solved.solve_3J.T
+    place, loss, *variances = _minimum(solved.coefficients_3, spread_33)
+    place_R, loss_R, *variances_R = _minimum(drawn_R3, spread_33)
+    place_variance, loss_variance = ((noise.sigma or 0.0) ** 2 * float(v) for v in variances)
+    place_variance_R, loss_variance_R = (
+        np.where(np.isnan(v_R), np.inf, noise.found_R**2 * v_R) for v_R in variances_R
     )
-    accepted = dataclasses.replace(
-        parabola,
-        optimum=10**found.log_x,
-        optimum_interval=power_of_ten(interval(found.log_x_R)),
-        loss=found.loss,
-        loss_interval=interval(found.loss_R),
-        off_centre=vertex / solved.half,
+    log_x = solved.centre + float(place)
+    return Vertex(
+        Estimate(log_x, place_variance, solved.centre + place_R, place_variance_R),
+        Estimate(float(loss), loss_variance, loss_R, loss_variance_R),
     )
-    return accepted, found
+
+
+def _minimum(c_3: np.ndarray, spread_33: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Place and value of the minimum of parabolas (..., 3), and the variances of both.
+
+    By the delta method: with u = -c1 / 2 c2, du = -(dc1 + 2 u dc2) / 2 c2 and
+    dL = dc0 + u dc1 + u^2 dc2. spread_33: the covariance of the coefficients at unit noise.
+    """
+    c0, c1, c2 = np.moveaxis(c_3, -1, 0)
+    u = -c1 / (2 * c2)
+    one = np.ones_like(u)
+    slopes = np.stack([0 * one, one, 2 * u], -1) / (2 * c2)[..., None]
+    powers = np.stack([one, u, u**2], -1)
+    variances = (((g @ spread_33) * g).sum(-1) for g in (slopes, powers))
+    return (u, c0 - c1**2 / (4 * c2), *variances)
 
 
 def interval(draws_R: np.ndarray) -> Range:

@@ -12,11 +12,14 @@ Shapes: M runs, R resamplings, theta (5,) in the order log E, log A', log B', al
 
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import OptimizeResult, minimize, nnls
 
 from modjax.config import require
+
+if TYPE_CHECKING:
+    from scipy.optimize import OptimizeResult
 
 DELTA = 1e-3
 MIN_RUNS = 8
@@ -89,11 +92,12 @@ def objective(theta: np.ndarray, data: Data) -> tuple[float, np.ndarray, np.ndar
     return float(huber(residual_M).sum()), gradient_M5.sum(0), np.abs(gradient_M5).sum(0)
 
 
-def descend(start: np.ndarray, data: Data) -> OptimizeResult:
+def descend(start: np.ndarray, data: Data) -> "OptimizeResult":
     """BFGS on the objective over delta^2, which puts a residual of delta at 1/2.
 
     With five parameters the full matrix costs nothing and converges where L-BFGS-B crawls.
     """
+    from scipy.optimize import minimize  # slow to import, and not needed for what a plan foretells
 
     def scaled(theta: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient, _ = objective(theta, data)
@@ -118,6 +122,8 @@ def project(alpha: float, beta: float, data: Data) -> tuple[float, np.ndarray]:
 
     Gauss-Newton on log L with Huber's weights: every step is a non-negative least squares problem.
     """
+    from scipy.optimize import nnls
+
     basis_M3 = np.stack([
         np.ones_like(data.log_n_M), np.exp(-alpha * data.log_n_M), np.exp(-beta * data.log_d_M),
     ], -1)  # fmt: skip
@@ -140,6 +146,8 @@ def project(alpha: float, beta: float, data: Data) -> tuple[float, np.ndarray]:
 
 def fit_projection(data: Data) -> np.ndarray:
     """Parameters (5,) by variable projection: a grid over alpha and beta, then Nelder-Mead."""
+    from scipy.optimize import minimize
+
     grid = itertools.product(np.geomspace(0.1, 1.6, 7), repeat=2)
     start = min(grid, key=lambda ab: project(ab[0], ab[1], data)[0])
     result = minimize(

@@ -6,7 +6,9 @@ sizing rule of Mixture-of-Depths (arXiv 2404.02258, figure 4: the optimal MoD is
 forward FLOPs equal the optimal baseline's). So all arms see about the same number of tokens.
 """
 
+import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +30,14 @@ from modjax.flops import (
     total_flops,
     train_flops,
 )
-from modjax.scaling.sweep_config import RECIPE_FIELDS, SHAPE_FIELDS, Recipe, SweepConfig
+from modjax.scaling.sweep_config import (
+    MOST_STEPS,
+    RECIPE_FIELDS,
+    SHAPE_FIELDS,
+    WIDEST,
+    Recipe,
+    SweepConfig,
+)
 
 # What an arm can say beside the model fields in which it differs.
 ARM_FIELDS = ("recipe", "forward_ratio")
@@ -55,14 +64,14 @@ def plan(
     specs = []
     for budget in sorted(sweep.budgets, reverse=True):
         targets = _targets(sweep, budget)
-        widths = _nearest_widths(sweep, arms[baseline], non_embedding, targets)
+        widths = _nearest_widths(sweep, arms[baseline], non_embedding, targets, budget)
         grid = {baseline: widths}
         forward = [forward_per_token(arms[baseline](width), seq_len) for width in widths]
         for arm in arms.keys() - {baseline}:
             ratio = forward_ratio(sweep, arm)
             grid[arm] = _nearest_widths(
                 sweep, arms[arm], lambda built: forward_per_token(built, seq_len),
-                [ratio * flops for flops in forward],
+                [ratio * flops for flops in forward], budget,
             )  # fmt: skip
         for size in reversed(range(sweep.sizes)):
             for arm, build in arms.items():
@@ -110,7 +119,8 @@ def forward_ratio(sweep: SweepConfig, arm: str) -> float:
     """Forward FLOPs per token at the centre of the arm's grid over the baseline's."""
     ratio = sweep.arms[arm].get("forward_ratio", 1.0)
     field = f"sweep.arms.{arm}.forward_ratio"
-    require(isinstance(ratio, int | float) and ratio > 0, field, ratio, "must be greater than 0")
+    require(isinstance(ratio, int | float) and 1e-3 <= ratio <= 1e3, field, ratio,
+            "must be a number from 0.001 to 1000")  # fmt: skip
     return ratio
 
 
@@ -154,18 +164,38 @@ def _nearest_widths(
     build: Callable[[int], ModelConfig],
     measure: Callable[[ModelConfig], float],
     targets: Sequence[float],
+    budget: float,
 ) -> list[int]:
-    """For every target the width whose `measure` is nearest in log, each width at most once."""
-    candidates: dict[int, float] = {}
-    width = 0
-    while not candidates or len(candidates) < len(targets) or candidates[width] < max(targets):
-        width += sweep.shape.width_multiple
-        candidates[width] = measure(build(width))
-    chosen = []
+    """For every target the width whose `measure` is nearest in log, each width at most once.
+
+    `measure` grows with the width. Raises InputError where a target lies beyond the widest model.
+    """
+    multiple = sweep.shape.width_multiple
+    steps = range(WIDEST // multiple + 1)  # a width is so many multiples
+
+    @functools.cache
+    def measured(step: int) -> float:
+        return measure(build(step * multiple))
+
+    def place(target: float) -> int:
+        """The first step that reaches the target."""
+        return bisect.bisect_left(steps, target, lo=1, key=measured)
+
+    last = max(place(max(targets)), len(targets))
+    require(last < len(steps), "sweep.budgets", budget,
+            f"its grid has models wider than {WIDEST}: lower the budget, sweep.optimum.params or "
+            "exponent, sweep.spread, or an arm's forward_ratio")  # fmt: skip
+    chosen: set[int] = set()
     for target in targets:
-        free = [w for w in candidates if w not in chosen]
-        chosen.append(min(free, key=lambda w: abs(math.log(candidates[w] / target))))
-    return sorted(chosen)
+        above = place(target)
+        below = above - 1
+        while above in chosen:
+            above += 1
+        while below in chosen:
+            below -= 1
+        free = [step for step in (below, above) if 1 <= step <= last]
+        chosen.add(min(free, key=lambda step: abs(math.log(measured(step) / target))))
+    return [step * multiple for step in sorted(chosen)]
 
 
 def _spec(
@@ -185,6 +215,9 @@ def _spec(
             f"{per_step:.2g} FLOPs: raise the budget, or lower sweep.recipe.batch_size or "
             "sweep.optimum.params",
         )  # fmt: skip
+    require(steps <= MOST_STEPS, "sweep.budgets", budget,
+            f"too large: arm {arm} at d_model {model.d_model} takes {steps:.2g} steps of "
+            f"{per_step:.2g} FLOPs; at most {MOST_STEPS:g} are planned")  # fmt: skip
     decided = {
         "batch_size": batch,
         "steps": steps,

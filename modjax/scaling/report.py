@@ -11,11 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from modjax.config import require
-from modjax.files import write_atomically
-from modjax.records import Record, read_records, run_dir, write_csv
+from modjax.config import InputError, require
+from modjax.files import read_json, write_atomically
+from modjax.records import Record, Scan, run_dir, scan, write_csv
 from modjax.scaling import words
-from modjax.scaling.curves import FRONTIER_STEPS, SHARE, json_object, read_curves
+from modjax.scaling.curves import FRONTIER_STEPS, SHARE, read_curves
 from modjax.scaling.figures import draw_all
 from modjax.scaling.fit import fit_all
 from modjax.scaling.marks import MANY
@@ -53,21 +53,22 @@ SPEC_COLUMNS = ("variant", "budget_flops", "model.d_model", "model.num_layers", 
                 "train.learning_rate", "train.seed")  # fmt: skip
 
 
-def fit_workdir(workdir: Path, loss: str = "top_k") -> tuple[list[Record], Fits]:
-    """The records of a sweep's folder and their fits, against the baseline that its plan names.
+def fit_workdir(workdir: Path, loss: str = "top_k") -> tuple[Scan, Fits]:
+    """What a sweep's folder holds, and its fits, against the baseline that its plan names.
 
     loss: "top_k" or "causal", see results.under; the fits take it as eval_loss.
 
-    Raises InputError where no run has finished or diverged yet.
+    Raises InputError where no run that can be read has finished or diverged yet.
     """
-    records = read_records(workdir) if workdir.is_dir() else []
+    found = scan(workdir)
+    records, first = found.records, next(iter(found.unreadable.values()), "")
     require(len(records) > 0, "--workdir", str(workdir), "holds no finished run; `modjax sweep` "
-            "makes them")  # fmt: skip
+            f"makes them{f'; unreadable: {first}' * bool(first)}")  # fmt: skip
     config = _plan(workdir).get("config")
     sweep = config.get("sweep") if isinstance(config, dict) else None
     planned = sweep.get("baseline") if isinstance(sweep, dict) else None
     baseline = planned if any(record.variant == planned for record in records) else None
-    return records, fit_all(records, loss=loss, baseline=baseline)
+    return found, fit_all(records, loss=loss, baseline=baseline)
 
 
 def report(workdir: Path, loss: str = "top_k") -> Path:
@@ -75,13 +76,13 @@ def report(workdir: Path, loss: str = "top_k") -> Path:
 
     Raises InputError where no run has finished or diverged yet.
     """
-    records, fits = fit_workdir(workdir, loss)
+    found, fits = fit_workdir(workdir, loss)
     save_json(workdir / "fit.json", fits)
-    write_csv(workdir / "results.csv", records)  # whatever loss is fitted
-    records = under(records, loss)
+    write_csv(workdir / "results.csv", found.records)  # whatever loss is fitted
+    records = under(found.records, loss)
     figures = draw_all(records, fits, read_curves(workdir, records), workdir / "figures")
     path = workdir / "report.html"
-    page = render(workdir, records, fits, figures)
+    page = render(workdir, records, fits, figures, found.unreadable)
     write_atomically(path, page.encode(errors="replace"))
     return path
 
@@ -288,12 +289,10 @@ def _plan(workdir: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object of the sweep's, or {} where it is missing or damaged: the report goes on."""
     try:
-        content = path.read_text(errors="replace")
-    except (OSError, ValueError):  # a name that can't be a file's is a ValueError
+        values = read_json(path, "")
+    except InputError:
         return {}
-    groups = content.count("{") + content.count("[")
-    values = json_object(content)
-    return values if groups < DEEPEST or _depth(values) < DEEPEST else {}
+    return values if isinstance(values, dict) and _depth(values) < DEEPEST else {}
 
 
 def _depth(value: Any) -> int:

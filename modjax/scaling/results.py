@@ -136,14 +136,15 @@ def under(records: Sequence[Record], loss: str) -> list[Record]:
     """The records with the loss that fits and figures take.
 
     "top_k": as trained. "causal": of routed runs that under routing which never looks ahead, and
-    its bits per byte; the standard error stays that of the loss as trained.
-    Raises InputError for a routed run that has none.
+    its bits per byte; the standard error stays that of the loss as trained. A run that was scored
+    so without a finite loss counts as diverged.
+    Raises InputError for a routed run that was not scored so.
     """
     if loss == "top_k":
         return list(records)
     without = [
         r.run_id for r in records
-        if r.status == "finished" and r.causal_loss is None
+        if r.status == "finished" and r.causal_routing is None and r.causal_loss is None
         # A router may have no parameters, and a capacity of 1 skips nothing.
         and (r.flops.get("router", 0) > 0 or r.params_active < r.params_non_embedding)
     ]  # fmt: skip
@@ -153,6 +154,9 @@ def under(records: Sequence[Record], loss: str) -> list[Record]:
 
 
 def _causal(r: Record) -> Record:
+    if r.causal_loss is None and r.causal_routing is not None and r.status == "finished":
+        changes = {"status": "diverged", "eval_loss": None, "eval_bits_per_byte": None}
+        return dataclasses.replace(r, **changes)
     if r.causal_loss is None or r.eval_loss is None:
         return r
     bits = r.eval_bits_per_byte and r.eval_bits_per_byte * r.causal_loss / r.eval_loss

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modjax.config import Execution, RunSpec
 from modjax.files import user_cache
@@ -19,13 +19,15 @@ Train = Callable[..., Record]
 def lock(path: Path, *, patience: float = 0.0, shared: bool = False) -> Iterator[bool]:
     """Holds the lock file `path` while inside; yields False where another process holds it.
 
-    patience: seconds to keep trying. The kernel drops the lock with the process that holds it,
-    however that dies.
+    patience: seconds to keep trying. shared: only looks. The kernel drops the lock with the
+    process that holds it, however that dies.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + patience
     held = False
-    with open(path, "a") as file:
+    # Looking must not need the right to write: a sweep may be someone else's.
+    file = os.open(path, os.O_CREAT | (os.O_RDONLY if shared else os.O_RDWR), 0o666)
+    try:
         while not held:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -35,6 +37,8 @@ def lock(path: Path, *, patience: float = 0.0, shared: bool = False) -> Iterator
                     break
                 time.sleep(0.02)
         yield held
+    finally:
+        os.close(file)
 
 
 def is_running(folder: Path) -> bool:
@@ -45,25 +49,36 @@ def is_running(folder: Path) -> bool:
         return not held
 
 
+class Done(NamedTuple):
+    """A run's record, and whether it was finished here rather than found."""
+
+    record: Record
+    here: bool
+
+
 def run(
-    spec: RunSpec, execution: Execution, *, workdir: Path, data_dir: Path, train: Train,
-    progress: Callable[[dict[str, Any]], None] | None = None,
-) -> Record | None:  # fmt: skip
+    spec: RunSpec, execution: Execution, *, workdir: Path, data_dir: Path, fingerprint: str,
+    train: Train, progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Done | None:  # fmt: skip
     """Trains `spec` in its folder, or reads the result that is there already.
 
+    fingerprint: of the data that the plan is for.
     Returns None where another process is doing this run. Raises what `train` raises.
     """
     folder = run_dir(workdir, spec.run_id)
-    folder.mkdir(parents=True, exist_ok=True)
     # `is_running` holds the lock for an instant: that is not another process at work.
     with lock(folder / "lock", patience=1.0) as held:
         if not held:
             return None
         record = read_record(folder)
-        if record is None:
-            record = train(spec, execution, run_dir=folder, data_dir=data_dir, progress=progress)
+        if record is not None:
+            return Done(record, here=False)
+        record = train(
+            spec, execution, run_dir=folder, data_dir=data_dir, fingerprint=fingerprint,
+            progress=progress,
+        )  # fmt: skip
         (folder / "failure.json").unlink(missing_ok=True)
-        return record
+        return Done(record, here=True)
 
 
 def compilation_cache() -> dict[str, str]:

@@ -1,26 +1,32 @@
 """Where a sweep stands, read from its folder alone."""
 
-import json
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modjax.config import RunSpec, require
-from modjax.records import read_record, read_records, read_spec, run_dir
+from modjax.config import InputError
+from modjax.files import read_json
+from modjax.records import Record, last_step, read_spec, run_dir, scan
 from modjax.scaling.cells import flops_per_second
 from modjax.scaling.run import is_running
+from modjax.scaling.workdir import read_plan
 
-STATES = ("done", "diverged", "running", "failed", "waiting")
+STATES = ("done", "diverged", "running", "failed", "damaged", "waiting")
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """`state` is one of STATES; `step` counts the steps logged so far; `why` explains a failure."""
+    """`state` is one of STATES; `step` counts the steps logged so far; `why` explains a failure.
+
+    steps and budget_flops are 0 where the run's spec is damaged.
+    """
 
     run_id: str
     state: str
     step: int
     steps: int
+    budget_flops: float
     eval_loss: float | None
     why: str
 
@@ -37,51 +43,62 @@ class Status:
 
 
 def status(workdir: Path) -> Status:
-    """Raises InputError where `workdir` holds no plan."""
-    path = workdir / "plan.json"
-    require(path.exists(), "--workdir", str(workdir), "holds no sweep: `modjax sweep` starts one")
-    plan = json.loads(path.read_text())
-    specs = {run_id: read_spec(run_dir(workdir, run_id)) for run_id in plan["runs"]}
-    runs = [_status(run_dir(workdir, run_id), spec) for run_id, spec in specs.items()]
+    """Raises InputError where `workdir` holds no plan, or one that cannot be read."""
+    plan = read_plan(workdir)
+    if plan is None:
+        raise InputError("--workdir", str(workdir), "holds no sweep: `modjax sweep` starts one")
+    found = scan(workdir)
+    records = {record.run_id: record for record in found.records}
+    runs = list(_statuses(workdir, plan.runs, records, found.unreadable))
     remaining = sum(
-        specs[run.run_id].budget_flops * (1 - run.step / run.steps)
+        run.budget_flops * (1 - run.step / run.steps)
         for run in runs
         if run.state in ("running", "waiting")
     )
     workers = max(1, sum(run.state == "running" for run in runs))
-    rate = flops_per_second(plan["config"], read_records(workdir)) * workers
+    rate = flops_per_second(plan.config, found.records) * workers
     return Status(runs, remaining / rate)
 
 
-def _status(folder: Path, spec: RunSpec) -> RunStatus:
-    steps = spec.train.steps
-    if (record := read_record(folder)) is not None:
-        diverged = record.status == "diverged"
-        step = record.diverged_step or 0 if diverged else steps
-        why = f"loss not finite at step {record.diverged_step}" if diverged else ""
-        state = "diverged" if diverged else "done"
-        return RunStatus(spec.run_id, state, step, steps, record.eval_loss, why)
-    step = _last_step(folder / "metrics.jsonl")
+def _statuses(
+    workdir: Path, run_ids: Iterable[str], records: dict[str, Record], unreadable: dict[str, str]
+) -> Iterable[RunStatus]:
+    for run_id in run_ids:
+        if run_id in records:
+            yield _finished(run_dir(workdir, run_id), records[run_id])
+        elif run_id in unreadable:
+            yield RunStatus(run_id, "damaged", 0, 0, 0.0, None, unreadable[run_id])
+        else:
+            yield _unfinished(run_dir(workdir, run_id), run_id)
+
+
+def _finished(folder: Path, record: Record) -> RunStatus:
+    state, steps, why = "done", record.steps, ""
+    if record.status == "diverged":
+        state, why = "diverged", f"loss not finite at step {record.diverged_step}"
+        with contextlib.suppress(InputError):  # the record says how far it came, not how far to go
+            steps = read_spec(folder).train.steps
+    return RunStatus(record.run_id, state, record.steps, steps, record.budget_flops,
+                     record.eval_loss, why)  # fmt: skip
+
+
+def _unfinished(folder: Path, run_id: str) -> RunStatus:
+    try:
+        spec = read_spec(folder)
+    except InputError as error:
+        return RunStatus(run_id, "damaged", 0, 0, 0.0, None, str(error))
+    state, why = "waiting", ""
     if is_running(folder):
-        return RunStatus(spec.run_id, "running", step, steps, None, "")
-    if (folder / "failure.json").exists():
-        why = json.loads((folder / "failure.json").read_text())["why"]
-        return RunStatus(spec.run_id, "failed", step, steps, None, why)
-    return RunStatus(spec.run_id, "waiting", step, steps, None, "")
+        state = "running"
+    elif (folder / "failure.json").exists():
+        state, why = "failed", _failure(folder / "failure.json")
+    step = last_step(folder)
+    return RunStatus(run_id, state, step, spec.train.steps, spec.budget_flops, None, why)
 
 
-def _last_step(metrics: Path) -> int:
-    if not metrics.exists():
-        return 0
-    for line in reversed(_tail(metrics)):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError):  # half a line, written just now
-            continue
-    return 0
-
-
-def _tail(path: Path, size: int = 8192) -> Sequence[str]:
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
-        return file.read().decode(errors="replace").splitlines()
+def _failure(path: Path) -> str:
+    try:
+        values = read_json(path, "the next session of the sweep writes it again")
+    except InputError as error:
+        return str(error)
+    return str(values.get("why")) if isinstance(values, dict) else f"{path} is damaged"

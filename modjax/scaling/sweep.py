@@ -1,25 +1,18 @@
-"""A whole sweep in its folder: planned, claimed, run through an engine, and accounted for.
+"""A whole sweep in its folder: planned, claimed, run through an engine, and accounted for."""
 
-workdir/plan.json               the config, the command and the runs of the sweep
-workdir/sweep.json              what every session of the sweep spent its time on
-workdir/runs/<run_id>/          lock, spec.json, log.txt, metrics.jsonl, checkpoints/, and at
-                                the end result.json, or failure.json where it was given up
-"""
-
-import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from modjax.config import InputError, RunSpec, require, to_dict
-from modjax.records import Record, read_record, read_records, run_dir, write_json
+from modjax.config import InputError, RunSpec, require
+from modjax.records import Record, read_records, run_dir
 from modjax.scaling.cells import BUDGET_TOLERANCE, Cell, cells, flops_per_second
 from modjax.scaling.engines.local import Session
 from modjax.scaling.experiment import Experiment
-from modjax.scaling.run import lock
+from modjax.scaling.foretell import NOISE
+from modjax.scaling.workdir import check_claim, claim, log_session
 
 if TYPE_CHECKING:
     from modjax.data.cache import TokenCache
@@ -33,10 +26,12 @@ def open_data(experiment: Experiment, data_dir: Path) -> "TokenCache":
 
 
 def plan_table(
-    experiment: Experiment, cache: "TokenCache | None", records: Sequence[Record] = ()
-) -> list[Cell]:
+    experiment: Experiment, cache: "TokenCache | None", records: Sequence[Record] = (),
+    noise: float = NOISE,
+) -> list[Cell]:  # fmt: skip
     """The cells of a sweep; without a cache their epochs are unknown.
 
+    noise: of a run's loss, in nats, for what the fits of the plan are expected to tell.
     Raises InputError where the cache has more tokens than the model has embeddings.
     """
     from modjax.data.cache import check_vocab, epochs
@@ -50,7 +45,7 @@ def plan_table(
 
     assert experiment.sweep is not None
     rate = flops_per_second(experiment.config, records)
-    return cells(experiment.specs, experiment.sweep, read, rate)
+    return cells(experiment.specs, experiment.sweep, read, rate, noise)
 
 
 def check(experiment: Experiment, cache: "TokenCache") -> None:
@@ -71,47 +66,6 @@ def check(experiment: Experiment, cache: "TokenCache") -> None:
             )  # fmt: skip
 
 
-def claim(experiment: Experiment, workdir: Path, command: str, data_fingerprint: str) -> None:
-    """Writes plan.json and every spec.json; a plan may grow, but not change or shrink.
-
-    command: kept in plan.json until the plan grows; that of a later session is not.
-    Raises InputError where `workdir` holds runs that are not part of this plan, or that were
-    trained on other data.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    names = [spec.run_id for spec in experiment.specs]
-    with lock(workdir / "plan.lock", patience=math.inf):
-        path = workdir / "plan.json"
-        if path.exists():
-            earlier = json.loads(path.read_text())
-            others = set(earlier["runs"]) - set(names)
-            require(
-                not others, "--workdir", str(workdir),
-                f"holds another plan ({len(others)} of its runs are not in this one): choose "
-                "another folder, or delete this one",
-            )  # fmt: skip
-            require(
-                earlier["data_fingerprint"] == data_fingerprint, "--workdir", str(workdir),
-                "holds runs on other data: the token cache was prepared anew since; choose "
-                "another folder, or delete this one",
-            )  # fmt: skip
-            if len(earlier["runs"]) == len(names):
-                command = earlier["command"]
-        for spec in experiment.specs:
-            folder = run_dir(workdir, spec.run_id)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "spec.json").exists():
-                write_json(folder / "spec.json", to_dict(spec))
-        plan = {
-            "config_file": experiment.config_file,
-            "command": command,
-            "config": experiment.config,
-            "data_fingerprint": data_fingerprint,
-            "runs": names,
-        }
-        write_json(path, plan)
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a sweep ended with: the records of the plan, and run_id -> why it was given up."""
@@ -122,18 +76,19 @@ class Outcome:
 
 def sweep(
     experiment: Experiment, *, workdir: Path, data_dir: Path, jobs: int, command: str,
-    data_fingerprint: str, only: RunSpec | None = None, train: str = "modjax.training.loop:train",
+    data_fingerprint: str, only: RunSpec | None = None, job: str = "modjax.training.loop",
 ) -> Outcome:  # fmt: skip
     """Runs what is not finished of the plan on `jobs` local processes; see engines/local.py.
 
     only: the one run of the plan to do.
-    train: "module:function" that the workers call for every run.
+    job: the module whose `check` the workers call before the plan is claimed, for all runs that
+    are not finished, and whose `train` they call for each.
     Call `check` first. Raises InputError for bad input, OSError for a full disk and
     Stopped after a signal; what is finished is kept, and the same call goes on.
     """
     require(jobs > 0, "--jobs", jobs, "must be greater than 0")
-    claim(experiment, workdir, command, data_fingerprint)
-    started = time.time()
+    check_claim(experiment, workdir, data_fingerprint)
+    started, began = time.time(), time.monotonic()
     specs = experiment.specs if only is None else [only]
     begun = {s.run_id for s in specs if (run_dir(workdir, s.run_id) / "metrics.jsonl").exists()}
     session = Session(
@@ -141,34 +96,37 @@ def sweep(
         execution=experiment.execution,
         workdir=workdir,
         data_dir=data_dir,
+        fingerprint=data_fingerprint,
         jobs=jobs,
-        train=train,
+        job=job,
         flops_per_second=flops_per_second(experiment.config, read_records(workdir)),
     )
     try:
-        session.run()
+        session.run(lambda: claim(experiment, workdir, command, data_fingerprint))
     finally:
-        _log_session(workdir, started, session, begun)
+        if session.home is not None and session.home.is_there():
+            wall = time.monotonic() - began
+            log_session(workdir, {"started": started} | _account(workdir, wall, session, begun))
+    assert session.home is not None
+    session.home.check()
     names = {spec.run_id for spec in specs}
     records = [record for record in read_records(workdir) if record.run_id in names]
     return Outcome(records, session.failures)
 
 
-def _log_session(workdir: Path, started: float, session: Session, begun: set[str]) -> None:
-    """Appends to sweep.json what the runs that the session finished spent, in seconds.
+def _account(workdir: Path, wall: float, session: Session, begun: set[str]) -> dict[str, Any]:
+    """What the runs that the session finished itself spent, in seconds.
 
     begun: runs that an earlier session had begun. A record counts the seconds of all sessions, so
     `overhead`, the share of the workers' wall time that was neither training nor compilation, is
-    null where one of them was finished here, or where a run was left unfinished.
+    null where one of them was finished here, or where a run was left unfinished. `found`: runs
+    that another session finished meanwhile, of which nothing is counted.
     """
-    finished = [read_record(run_dir(workdir, run_id)) for run_id in session.finished]
-    records = [record for record in finished if record is not None]
-    wall = time.time() - started
+    records = [r for r in read_records(workdir) if r.run_id in set(session.finished)]
     used = sum(record.train_seconds + record.compile_seconds for record in records)
     partial = begun.intersection(session.finished) or any(w.spec for w in session.workers)
     overhead = 1 - used / (wall * max(1, len(session.workers)))
-    entry = {
-        "started": started,
+    return {
         "wall_seconds": wall,
         "jobs": len(session.workers),
         "busy_seconds": [worker.busy_seconds for worker in session.workers],
@@ -178,9 +136,6 @@ def _log_session(workdir: Path, started: float, session: Session, begun: set[str
         "data_wait_seconds": sum(record.data_wait_seconds for record in records),
         "overhead": None if partial else overhead,
         "finished": list(session.finished),
+        "found": list(session.found),
         "failed": list(session.failures),
     }
-    with lock(workdir / "plan.lock", patience=math.inf):
-        path = workdir / "sweep.json"
-        earlier = json.loads(path.read_text()) if path.exists() else []
-        write_json(path, [*earlier, entry])

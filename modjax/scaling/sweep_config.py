@@ -1,6 +1,5 @@
 """What a config file's `sweep` group says: the grid, and the rules that shape its cells."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,20 @@ RECIPE_FIELDS = (
     "batch_size", "steps", "learning_rate", "warmup_steps", "capacity_steps", "seed",
 )  # fmt: skip
 
+# No larger grid is planned: what lies beyond is a slip of the pen.
+WIDEST = 65_536
+MOST_SIZES = 100
+MOST_PARAMS, MOST_FLOPS = 1e18, 1e40
+LONGEST_NAME = 64
+MOST_STEPS = 10**9
+
+
+def _require_at_most(prefix: str, config: object, limits: Mapping[str, float]) -> None:
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        require(0 < value <= limit, f"{prefix}.{name}", value,
+                f"must be greater than 0 and at most {limit:g}")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Optimum:
@@ -24,11 +37,19 @@ class Optimum:
     exponent: float = 0.5
 
     def __post_init__(self):
-        for name in ("budget", "params"):
-            value = getattr(self, name)
-            require(value > 0, f"sweep.optimum.{name}", value, "must be greater than 0")
+        limits = {"budget": MOST_FLOPS, "params": MOST_PARAMS}
+        _require_at_most("sweep.optimum", self, limits)
+        require(abs(self.exponent) <= 10, "sweep.optimum.exponent", self.exponent,
+                "must be in [-10, 10]; it is about 0.5")  # fmt: skip
 
     def at(self, budget: float) -> float:
+        """N*(C). Raises InputError where that is no number of parameters."""
+        decades = math.log10(self.params) + self.exponent * (
+            math.log10(budget) - math.log10(self.budget)
+        )
+        require(abs(decades) < 100, "sweep.budgets", budget,
+                f"too far from sweep.optimum.budget = {self.budget:g}: the predicted optimum is "
+                f"1e{decades:.0f} parameters")  # fmt: skip
         return self.params * (budget / self.budget) ** self.exponent
 
 
@@ -49,9 +70,11 @@ class ShapeRule:
     ff_multiple: float = 4.0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(value > 0, f"sweep.shape.{field.name}", value, "must be greater than 0")
+        _require_at_most("sweep.shape", self, {
+            "width_multiple": WIDEST, "head_dim": WIDEST, "aspect": WIDEST,
+            "layer_multiple": 1000, "ff_multiple": 1000,
+        })  # fmt: skip
+        require(self.aspect >= 0.01, "sweep.shape.aspect", self.aspect, "must be at least 0.01")
         require(
             self.width_multiple % 2 == 0, "sweep.shape.width_multiple", self.width_multiple,
             "must be even, for rotary positions",
@@ -59,8 +82,8 @@ class ShapeRule:
 
     def at(self, width: int) -> dict[str, int]:
         groups = max(1, math.floor(width / self.aspect / self.layer_multiple + 0.5))
-        even_divisors = (h for h in range(1, width // 2 + 1) if width % (2 * h) == 0)
-        heads = max(h for h in even_divisors if h == 1 or width / h >= self.head_dim)
+        most = min(width // 2, width // self.head_dim)
+        heads = next((h for h in range(most, 1, -1) if width % (2 * h) == 0), 1)
         values = (
             width,
             groups * self.layer_multiple,
@@ -88,9 +111,10 @@ class Recipe:
     capacity_fraction: float = 0.0
 
     def __post_init__(self):
-        for name in ("batch_size", "learning_rate"):
-            value = getattr(self, name)
-            require(value > 0, f"sweep.recipe.{name}", value, "must be greater than 0")
+        limits = {"batch_size": 2**31 - 1, "learning_rate": 1e6}
+        _require_at_most("sweep.recipe", self, limits)
+        require(abs(self.batch_exponent) <= 10, "sweep.recipe.batch_exponent", self.batch_exponent,
+                "must be in [-10, 10]; it is 0 to 1")  # fmt: skip
         for name in ("warmup_fraction", "capacity_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"sweep.recipe.{name}", value, "must be in [0, 1]")
@@ -99,7 +123,10 @@ class Recipe:
         """Sequences per step at `ratio` = C / optimum.budget."""
         if self.batch_exponent == 0:
             return self.batch_size
-        return max(1, 2 ** round(math.log2(self.batch_size * ratio**self.batch_exponent)))
+        doublings = math.log2(self.batch_size) + self.batch_exponent * math.log2(ratio)
+        require(doublings < 30.5, "sweep.recipe.batch_exponent", self.batch_exponent,
+                f"too large: the batch would have 2^{doublings:.0f} sequences")  # fmt: skip
+        return 2 ** max(0, round(doublings))
 
 
 @dataclass(frozen=True)
@@ -135,8 +162,18 @@ class SweepConfig:
             require(len(value) > 0, f"sweep.{name}", value, "must name at least one")
         require(self.baseline in self.arms, "sweep.baseline", self.baseline,
                 f"must be one of {', '.join(self.arms)}")  # fmt: skip
-        for budget in self.budgets:
-            require(budget > 0, "sweep.budgets", budget, "must be greater than 0")
-        for name in ("sizes", "spread", "flops_per_second"):
+        for name in ("budgets", "seeds"):
             value = getattr(self, name)
-            require(value > 0, f"sweep.{name}", value, "must be greater than 0")
+            require(len(set(value)) == len(value), f"sweep.{name}", value, "must all differ")
+        for name in self.arms:
+            require(len(name) <= LONGEST_NAME, "sweep.arms", name,
+                    f"must have at most {LONGEST_NAME} characters: it names folders")  # fmt: skip
+        for budget in self.budgets:
+            require(0 < budget <= MOST_FLOPS, "sweep.budgets", budget,
+                    f"must be greater than 0 and at most {MOST_FLOPS:g}")  # fmt: skip
+        for seed in self.seeds:
+            require(0 <= seed < 2**31, "sweep.seeds", seed, "must be 0 or more and below 2**31")
+        limits = {"sizes": MOST_SIZES, "spread": 5, "flops_per_second": MOST_FLOPS}
+        _require_at_most("sweep", self, limits)
+        require(self.flops_per_second >= 1, "sweep.flops_per_second", self.flops_per_second,
+                "must be at least 1")  # fmt: skip

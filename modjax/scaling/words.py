@@ -21,14 +21,27 @@ LOSSES = {
 
 
 def fixed(digits: int, sign: str = "") -> Callable[[float], str]:
-    def show(value: float) -> str:
-        return f"{value:{sign}.{digits}f}" if math.isfinite(value) else "unbounded"
-
-    return show
+    return lambda value: f"{value:{sign}.{digits}f}"
 
 
-def span(ends: Range | None, show: Callable[[float], str]) -> str:
-    return "not known" if ends is None else f"{show(ends[0])} to {show(ends[1])}"
+def span(ends: Range | None, show: Callable[[float], str], unit: str = "") -> str:
+    """An interval in words. What is open at both ends is not determined.
+
+    An end is open where it is infinite; the lower end also at 0, which is 10 to minus infinity.
+    """
+    if ends is None:
+        return "not known"
+    low, high = (None if open_end else show(end) + unit for end, open_end in zip(
+        ends, open_ends(ends), strict=True
+    ))  # fmt: skip
+    if low and high:
+        return f"{show(ends[0])} to {high}"
+    return f"at least {low}" if low else f"at most {high}" if high else "not determined"
+
+
+def open_ends(ends: Range) -> tuple[bool, bool]:
+    low, high = ends
+    return low == -math.inf or low == 0 < high, high == math.inf
 
 
 def parabola_sentence(p: Parabola, size: str) -> str:
@@ -48,7 +61,8 @@ def parabola_sentence(p: Parabola, size: str) -> str:
     )
     if abs(p.off_centre) > 0.5:
         text += ", far enough off-centre to bias it"
-    if p.optimum_interval[0] < p.low or p.optimum_interval[1] > p.high:
+    beyond = p.optimum_interval[0] < p.low or p.optimum_interval[1] > p.high
+    if beyond and not all(open_ends(p.optimum_interval)):
         text += "; its interval reaches beyond the sampled sizes"
     return text + "."
 
@@ -75,11 +89,12 @@ def gap_sentence(gap: Gap) -> str:
         return f"{where}: no comparison of optima ({gap.refusal})."
     assert gap.loss is not None and gap.loss_interval is not None and gap.percent is not None
     low, high = gap.loss_interval
+    ends = span(gap.loss_interval, fixed(4, "+"), " nats")
+    if not all(open_ends(gap.loss_interval)):
+        ends += ", " + span(gap.percent_interval, fixed(2, "+"), "%")
     text = (
         f"{where}, each at its own optimum: {gap.arm}'s loss is {abs(gap.loss):.4f} nats "
-        f"{'lower' if gap.loss < 0 else 'higher'} ({gap.percent:+.2f}%; 95% interval "
-        f"{span(gap.loss_interval, fixed(4, '+'))} nats, "
-        f"{span(gap.percent_interval, fixed(2, '+'))}%)"
+        f"{'lower' if gap.loss < 0 else 'higher'} ({gap.percent:+.2f}%; 95% interval {ends})"
     )
     if low <= 0 <= high:
         text += ", which these runs cannot tell from no difference"
@@ -99,7 +114,7 @@ def surface_sentence(surface: Surface) -> str:
     for name in NAMES:
         value = getattr(surface, name)
         ends = (surface.intervals or {}).get(name)
-        parts.append(f"{name} {value:.4g}" + (f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else ""))
+        parts.append(f"{name} {value:.4g}" + (f" ({span(ends, '{:.3g}'.format)})" if ends else ""))
     return f"{where} ({surface.runs} runs): {', '.join(parts)}."
 
 
@@ -116,7 +131,11 @@ def method(fits: Fits) -> str:
         f"from {fits.draws} draws "
         "of a parametric bootstrap: evaluation error, shared by all runs because they are scored "
         "on the same text, and the scatter of runs about the parabolas of their budget, with "
-        f"its own uncertainty; {seeds}. Diverged runs are left out of every fit by rule."
+        f"its own uncertainty; {seeds}. A power law weighs each optimum by its own variance; in a "
+        "draw it leaves out those that the draw does not determine, and where the optima scatter "
+        "about the law more than their variances explain, its interval is that of this scatter. An "
+        "interval that is open at both ends is called not determined. Diverged runs are left out "
+        "of every fit by rule."
     )
 
 

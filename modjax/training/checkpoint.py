@@ -26,7 +26,7 @@ from modjax.training.state import TrainState
 
 logger = logging.getLogger("modjax")
 DIGEST = "digest.json"
-REWRITTEN_AT_COMMIT = "_CHECKPOINT_METADATA"
+WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
@@ -128,26 +128,28 @@ class Checkpoints:
 
 
 def write_digest(folder: Path) -> None:
-    """Records the sha256 of every file in `folder` but the one that orbax rewrites afterwards."""
-    files = [path for path in _files(folder) if path != folder / REWRITTEN_AT_COMMIT]
-    digest = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    """Records the sha256 of every file in `folder` but those that orbax writes afterwards."""
+    digest = {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
     write_atomically(folder / DIGEST, json.dumps(digest, indent=1))
 
 
 def find_damage(folder: Path) -> str | None:
     """What differs between `folder` and its digest, or None."""
     try:
-        digest = json.loads((folder / DIGEST).read_text())
+        digest = json.loads((folder / DIGEST).read_bytes())
         for name, expected in digest.items():
             if _sha256(folder / name) != expected:
                 return f"{name} has changed"
-    except (OSError, ValueError, AttributeError) as error:
+        unknown = {str(path.relative_to(folder)) for path in _files(folder)} - digest.keys()
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return " ".join(str(error).split())
-    return None
+    return f"{DIGEST} leaves out {min(unknown)}" if unknown else None
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """What the digest is of."""
+    others = [folder / name for name in (DIGEST, *WRITTEN_AT_COMMIT)]
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in others)
 
 
 def _sha256(path: Path) -> str:

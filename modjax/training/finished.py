@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from modjax.config import Execution, InputError, RunSpec, require
 from modjax.data.cache import TokenCache, cache_dir, open_cache
-from modjax.records import read_records, read_spec, run_dir
+from modjax.records import read_spec, run_dir, scan
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.evaluate import (
     Evaluation,
@@ -35,15 +35,22 @@ class Finished(NamedTuple):
 
 
 def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> list[RunSpec]:
-    """The finished runs of `workdir`, or the one that `run_id` names.
+    """The finished runs of `workdir` that can be read, or the one that `run_id` names.
 
-    routed: only those with a routed block. Raises InputError where there is none.
+    routed: only those with a routed block. Raises InputError where there is none, and for a named
+    run that cannot be read.
     """
-    specs = [
-        read_spec(run_dir(workdir, record.run_id))
-        for record in read_records(workdir)
-        if record.status == "finished"
-    ]
+    found = scan(workdir)
+    if run_id in found.unreadable:
+        raise InputError("--run", run_id, found.unreadable[run_id])
+    specs = []
+    for record in found.records:
+        if record.status == "finished":
+            try:
+                specs.append(read_spec(run_dir(workdir, record.run_id)))
+            except InputError:
+                if record.run_id == run_id:
+                    raise
     kept = [s for s in specs if not routed or any(slot.routed for slot in s.model.slots)]
     what = "finished run with a routed block" if routed else "finished run"
     require(len(kept) > 0, "--workdir", str(workdir), f"holds no {what}")

@@ -14,19 +14,15 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from modjax.config import Execution, RunSpec, TrainConfig, require, to_dict
+from modjax.config import Execution, Preempted, RunSpec, TrainConfig, require, to_dict
 from modjax.data.batches import Batch, train_batch
-from modjax.data.cache import (
-    TokenCache,
-    bits_per_byte,
-    cache_dir,
-    check_epochs,
-    check_vocab,
-    open_cache,
-)
+from modjax.data.cache import TokenCache, bits_per_byte, check_fingerprint
 from modjax.data.prefetch import prefetch
+from modjax.files import Home
 from modjax.flops import CAPACITY_STAGES
 from modjax.records import Record, read_record, read_spec, write_json, write_record
+from modjax.training.check import check as check  # a job has `check` and `train`
+from modjax.training.check import check_run, open_data
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.clock import Clock, Pace
 from modjax.training.evaluate import (
@@ -38,22 +34,14 @@ from modjax.training.evaluate import (
     summarise,
     validation_batches,
 )
-from modjax.training.metrics import MetricsWriter, last_train_loss, require_tensorboard
+from modjax.training.metrics import MetricsWriter, last_train_loss
 from modjax.training.programs import compile_programs, init_state, make_models
 from modjax.training.record import make_record, progress_values
-from modjax.training.sharding import check_batch, make_mesh, put_batch
-from modjax.training.state import abstract_state
+from modjax.training.sharding import make_mesh, put_batch
+from modjax.training.state import abstract_state, forget_losses
 
 # Tokens of one read of the cache.
 READ_TOKENS = 32_768
-
-
-class Preempted(Exception):
-    """SIGTERM arrived: the state of `step` is saved, and the same call goes on from there."""
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped by SIGTERM at step {step}; state saved")
-        self.step = step
 
 
 def train(
@@ -62,31 +50,30 @@ def train(
     *,
     run_dir: Path,
     data_dir: Path,
+    fingerprint: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Record:
     """Trains `spec` to its record, going on from the newest checkpoint in `run_dir`.
 
+    fingerprint: of the data that the run's plan is for, where it is part of one.
     progress: called with every line that is added to metrics.jsonl.
     Returns the record without training where result.json exists. Raises InputError for bad input
-    before anything expensive starts, and Preempted after SIGTERM.
+    before anything expensive starts, SharedFault where the data or the folder is replaced
+    meanwhile, and Preempted after SIGTERM.
     """
     record = read_record(run_dir)
     if record is not None:
         return record
     clock = Clock()
     config, steps = spec.train, spec.train.steps
-    cache = open_cache(cache_dir(data_dir, spec.data))
-    check_vocab(cache, spec.model)
-    check_epochs(cache, spec.data, config.seq_len, config.batch_size * steps)
-    validation_batches(cache, config)  # raises where the validation split is too small
-    if execution.tensorboard:
-        require_tensorboard()
+    cache = open_data(spec.data, data_dir, fingerprint)
     mesh = make_mesh(execution)
-    check_batch(mesh, config)
+    check_run(spec, execution, cache, mesh)
     models = make_models(spec, execution)
     model = models.by_stage[CAPACITY_STAGES]
     abstract = abstract_state(mesh, model, config)
     _claim(run_dir, spec)
+    home = Home(run_dir)
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
     diverged_step, evaluation, causal = 0, None, {}
 
@@ -130,6 +117,8 @@ def train(
             pending = None
             pace.reached(step)
             diverged = int(values.pop("diverged_step"))
+            values["loss_steps"] = int(values["loss_steps"])
+            home.check()
             writer.write(step, progress_values(spec, step) | values)
             return diverged
 
@@ -137,6 +126,7 @@ def train(
             writer.sync()
             jax.block_until_ready(state)
             clock.lap("train")
+            home.check()  # orbax would make it anew
             checkpoints.save(step, state, clock.seconds)
             clock.lap("checkpoint")
 
@@ -195,6 +185,7 @@ def train(
                 break
             if step % execution.log_every == 0 or step in (1, steps):
                 pending = (step, metrics | programs.router_statistics(aux))
+                state = forget_losses(state)
 
             stop = stopped(step)
             if stop or (step < steps and _due(saved_at, execution, step)):
@@ -218,6 +209,8 @@ def train(
         checkpoints.wait()
         clock.lap("checkpoint")
 
+    home.check()
+    check_fingerprint(cache)
     record = make_record(
         spec,
         cache,

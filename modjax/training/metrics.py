@@ -5,6 +5,7 @@ Lines hold nothing that depends on the clock, so a resumed run writes the same b
 
 import importlib.util
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,10 +15,16 @@ from typing import Any
 import jax
 
 from modjax.config import require
+from modjax.files import write_atomically
+from modjax.records import read_metrics
+
+logger = logging.getLogger("modjax")
 
 
 class MetricsWriter:
     """Appends lines to `run_dir`/metrics.jsonl, after dropping those that a resumed run repeats.
+
+    A damaged line is left out with a warning, and the lines after it are kept.
 
     start_step: the step of the restored state. Of that step its training line stays and its
     evaluation does not, because a state is saved before it is evaluated.
@@ -39,13 +46,13 @@ class MetricsWriter:
         if tensorboard:
             self._board = _summary_writer(run_dir, start_step)
         path = run_dir / "metrics.jsonl"
-        kept = [
-            line + "\n" for line, values in _lines(path)
-            if values["step"] < start_step
-            or (values["step"] == start_step and "eval_loss" not in values)
-        ]  # fmt: skip
-        path.touch()
-        os.truncate(path, sum(len(line) for line in kept))
+        lines = read_metrics(run_dir)
+        kept = [line.text + b"\n" for line in lines if _stays(line.values, start_step)]
+        whole = [number for number, line in enumerate(lines, 1) if line.values is not None]
+        for number in range(1, max(whole, default=0)):  # what a kill leaves is at the end
+            if number not in whole:
+                logger.warning("modjax: %s: line %d is damaged: left out", path, number)
+        write_atomically(path, b"".join(kept))
         self._file = open(path, "a")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -75,20 +82,16 @@ class MetricsWriter:
 
 
 def last_train_loss(run_dir: Path) -> float | None:
-    losses = [values["loss"] for _, values in _lines(run_dir / "metrics.jsonl") if "loss" in values]
-    return losses[-1] if losses else None
+    """What the last training line of metrics.jsonl says."""
+    lines = (line.values for line in reversed(read_metrics(run_dir)))
+    return next((values["loss"] for values in lines if values and "loss" in values), None)
 
 
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The whole lines of a metrics file and their values, up to the first that is damaged."""
-    text = path.read_text() if path.exists() else ""
-    found = []
-    for line in text.split("\n")[:-1]:
-        try:
-            found.append((line, json.loads(line)))
-        except json.JSONDecodeError:
-            break
-    return found
+def _stays(values: dict[str, Any] | None, start_step: int) -> bool:
+    if values is None:
+        return False
+    step = values["step"]
+    return step < start_step or (step == start_step and "eval_loss" not in values)
 
 
 def _json_number(value: Any) -> int | float | None:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def make_record(
 ) -> Record:
     """The record of a run that finished, or that diverged at `diverged_step` > 0.
 
-    causal: the record's fields of that name, {} for a dense model.
+    causal: the record's fields of that name, {} for a dense model. One that is not finite becomes
+      None: the run is finished as it was trained, whatever another routing makes of it.
     seconds: by what they were spent on, see training/clock.py.
     """
     config, model = spec.train, spec.model
@@ -80,7 +82,7 @@ def make_record(
         learning_rate=config.learning_rate,
         train_loss=train_loss,
         eval_loss=evaluation.loss if evaluation else None,
-        eval_loss_sem=evaluation.sem if evaluation else None,
+        eval_loss_sem=_finite(evaluation.sem) if evaluation else None,
         eval_bits_per_byte=bits_per_byte(cache.manifest, evaluation.loss) if evaluation else None,
         eval_tokens=evaluation.tokens if evaluation else 0,
         seed=config.seed,
@@ -95,5 +97,9 @@ def make_record(
         median_step_seconds=median_step_seconds,
         device=device,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
-        **causal,
+        **{name: _finite(value) for name, value in causal.items()},
     )
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

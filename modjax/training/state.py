@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -19,12 +20,16 @@ class TrainState(NamedTuple):
     """params: nested dict of float32 arrays. step: updates made so far, int32.
 
     diverged_step: the first step whose loss or gradient was not finite, 0 while there is none.
+    loss_sum, loss_steps: of the losses since the last line of metrics, so that a line can tell
+      their mean without the host waiting for each.
     """
 
     params: Any
     opt_state: Any
     step: jax.Array
     diverged_step: jax.Array
+    loss_sum: jax.Array
+    loss_steps: jax.Array
 
 
 class Model(NamedTuple):
@@ -65,7 +70,8 @@ def make_init(model: Model, train: TrainConfig) -> Callable[[jax.Array], TrainSt
 
     def init(seed):
         params = model.init(jax.random.key(seed))
-        return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+        counters = (jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(0))
+        return TrainState(params, optimizer.init(params), *counters)
 
     return init
 
@@ -84,5 +90,12 @@ def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
         optimizer, struct, jax.eval_shape(optimizer.init, model.params), shardings,
         transform_non_params=lambda x: struct(x, replicated),
     )  # fmt: skip
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return TrainState(params, opt_state, scalar, scalar)
+    number, count = (
+        jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in (jnp.float32, jnp.int32)
+    )
+    return TrainState(params, opt_state, count, count, number, count)  # type: ignore[arg-type]
+
+
+def forget_losses(state: TrainState) -> TrainState:
+    """The state after its mean loss has been logged."""
+    return state._replace(loss_sum=np.float32(0), loss_steps=np.int32(0))  # type: ignore[arg-type]

@@ -43,8 +43,9 @@ def make_train_step(
 
     The loss is sum(weight * nll) / sum(weight) over the whole batch, however it is accumulated;
     the routers' own losses are added to what is minimised, not to what is reported.
-    metrics: loss, grad_norm (before clipping, without predictors), learning_rate, diverged_step,
-    and `aux`, what the routers of the forward pass returned. Steps count from 1; randomness is
+    metrics: loss, the mean over the loss_steps steps since `state.forget_losses`; of this step
+    grad_norm (before clipping, without predictors), learning_rate, diverged_step, and `aux`, what
+    the routers of the forward pass returned. Steps count from 1; randomness is
     drawn from (seed, step).
     start: updates before the first of this capacity: thresholds forget those of another.
     """
@@ -98,9 +99,12 @@ def make_train_step(
             opt_state=opt_state,
             step=step,
             diverged_step=jnp.where(diverged, step, state.diverged_step),
+            loss_sum=state.loss_sum + loss,
+            loss_steps=state.loss_steps + 1,
         )
         metrics = {
-            "loss": loss,
+            "loss": new_state.loss_sum / new_state.loss_steps.astype(jnp.float32),
+            "loss_steps": new_state.loss_steps,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate(schedule, state.step),
             "diverged_step": new_state.diverged_step,

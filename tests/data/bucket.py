@@ -8,11 +8,16 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Bucket:
-    """One bucket called gs://bucket. objects: name -> content. refuse: names it will not store."""
+    """One bucket called gs://bucket. objects: name -> content. refuse: names it will not store.
+
+    left: how many requests it answers before it refuses all, where that is not None.
+    """
 
     def __init__(self):
         self.objects: dict[str, bytes] = {}
         self.refuse: set[str] = set()
+        self.left: int | None = None
+        self.lock = threading.Lock()
         self.seconds = 0.0  # how long it takes to store one
         self.requests: list[tuple[str, str]] = []  # method and name, in order
         handler = type("Handler", (_Handler,), {"bucket": self})
@@ -41,7 +46,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         (name,) = parse_qs(urlsplit(self.path).query)["name"]
         self.bucket.requests.append(("POST", name))
         time.sleep(self.bucket.seconds)
-        if name in self.bucket.refuse:
+        if name in self.bucket.refuse or self._too_late():
             return self._answer(403, b"no permission")
         self.bucket.objects[name] = body
         self._answer(200, json.dumps({"name": name, "generation": "1"}).encode())
@@ -50,6 +55,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Lists the names in a range, or returns an object or a range of its bytes."""
         parts = urlsplit(self.path)
         query = parse_qs(parts.query)
+        if self._too_late():
+            return self._answer(403, b"no permission")
         if "alt" not in query:
             first, end = query.get("startOffset", [""])[0], query.get("endOffset", ["\xff"])[0]
             names = [name for name in sorted(self.bucket.objects) if first <= name < end]
@@ -69,7 +76,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_DELETE(self):
         name = unquote(urlsplit(self.path).path.rpartition("/o/")[2])
         self.bucket.requests.append(("DELETE", name))
+        if self._too_late():
+            return self._answer(403, b"no permission")
         self._answer(404 if self.bucket.objects.pop(name, None) is None else 204)
+
+    def _too_late(self) -> bool:
+        with self.bucket.lock:
+            if self.bucket.left:
+                self.bucket.left -= 1
+                return False
+            return self.bucket.left == 0
 
     def _answer(self, status: int, content: bytes = b"", content_range: str = ""):
         self.send_response(status)

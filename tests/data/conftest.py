@@ -18,16 +18,21 @@ EOS = 1
 def make_cache(tmp_path) -> Callable[..., Path]:
     """Writes a cache whose splits hold the given token arrays, and returns its folder."""
 
-    def make(train, validation, name="toy", vocab_size=259, dtype=np.uint16) -> Path:
+    def make(
+        train, validation, name="toy", vocab_size=259, dtype=np.uint16, fingerprint="0" * 64
+    ) -> Path:
         path = tmp_path / f"{name}-bytes"
+        folder = path / fingerprint[:16]
         splits = {}
         for split, tokens in {"train": train, "validation": validation}.items():
             tokens = np.asarray(tokens, dtype)
             documents = max(1, int((tokens == EOS).sum()))
-            (path / split).mkdir(parents=True)
-            write_split(path / split, [(tokens, len(tokens))], np.dtype(dtype), Written(), _ignore)
+            (folder / split).mkdir(parents=True)
+            write_split(
+                folder / split, [(tokens, len(tokens))], np.dtype(dtype), Written(), _ignore
+            )
             splits[split] = Split(documents, len(tokens), max(1, len(tokens) - documents))
-        manifest = Manifest(name, "bytes", vocab_size, EOS, "a test", "0" * 64, splits)
+        manifest = Manifest(name, "bytes", vocab_size, EOS, "a test", fingerprint, splits)
         (path / "manifest.json").write_text(manifest.to_json())
         return path
 

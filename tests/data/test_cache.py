@@ -15,12 +15,12 @@ from modjax.data.cache import (
     cache_dir,
     check_epochs,
     check_vocab,
-    describe,
     epochs,
     kvstore,
     num_windows,
     open_cache,
 )
+from modjax.data.listing import describe
 
 TRAIN = np.random.default_rng(0).integers(1, 259, 200_000)
 VALIDATION = np.random.default_rng(1).integers(1, 259, 5_000)
@@ -88,8 +88,10 @@ def test_a_damaged_manifest_is_refused(path, content):
 
 def test_a_manifest_of_another_format_is_refused(path):
     values = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**values, "format": 0}))
-    assert "this version reads format 1" in refused(path)
+    (path / "manifest.json").write_text(json.dumps({**values, "format": 1}))
+    message = refused(path)
+    assert "this version reads format 2" in message
+    assert "of another version, make it again with `modjax data prepare --force`" in message
 
 
 def test_counts_that_do_not_fit_the_tokens_are_refused(path):
@@ -100,18 +102,18 @@ def test_counts_that_do_not_fit_the_tokens_are_refused(path):
 
 
 def test_lost_tokens_are_refused_and_never_read_as_padding(path):
-    (path / "train" / "c" / "0").unlink()
+    (path / "0000000000000000" / "train" / "c" / "0").unlink()
     assert "damaged" in refused(path)
 
 
 def test_a_truncated_file_is_refused(path):
-    shard = path / "train" / "c" / "0"
+    shard = path / "0000000000000000" / "train" / "c" / "0"
     shard.write_bytes(shard.read_bytes()[:-1000])
     assert "damaged" in refused(path)
 
 
 def test_a_flipped_bit_is_refused(path):
-    shard = path / "train" / "c" / "0"
+    shard = path / "0000000000000000" / "train" / "c" / "0"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)

@@ -5,6 +5,7 @@ import lzma
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modjax.config import InputError
@@ -66,6 +67,14 @@ def test_half_a_surrogate_pair_does_not_stop_the_reading(tmp_path):
     assert [document.text for document in text_documents([path])] == ["a ? b"]
 
 
+RANDOM = np.random.default_rng(0).integers(97, 123, 50_000, np.uint8).tobytes()
+
+
+def damaged(compressed: bytes) -> bytes:
+    """The same with a part behind its header overwritten."""
+    return compressed[:12] + b"\xff" * 1000 + compressed[1012:]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -77,6 +86,13 @@ def test_half_a_surrogate_pair_does_not_stop_the_reading(tmp_path):
         ("a.txt.xz", b"not compressed", "a.txt.xz.*cannot be read"),
         ("a.txt.gz", b"not compressed", "a.txt.gz.*cannot be read"),
         ("a.txt.gz", gzip.compress(b"x" * 10**6)[:-20], "a.txt.gz.*cannot be read"),
+        ("a.txt.gz", damaged(gzip.compress(RANDOM)), "a.txt.gz.*cannot be read"),
+        ("a.txt.gz", gzip.compress(RANDOM)[:-8] + b"12345678", "a.txt.gz.*cannot be read"),
+        ("a.txt.xz", damaged(lzma.compress(RANDOM)), "a.txt.xz.*cannot be read"),
+        ("a.txt.xz", lzma.compress(RANDOM)[:-20], "a.txt.xz.*cannot be read"),
+        ("a.jsonl", b"[" * 10**5, "a.jsonl:1.*is not JSON .maximum recursion depth"),
+        ("a.jsonl", b'{"text": "x"}\n' + b'{"a":' * 10**5, "a.jsonl:2.*is not JSON"),
+        ("a.jsonl", b"1" * 10**4, "a.jsonl:1.*is not JSON"),
         ("a.txt", b"", "a.txt.*holds no text"),
         ("a.jsonl", b'{"text": " "}\n', "a.jsonl.*holds no text"),
         ("a.txt", b"hello\n", "a.txt.*holds fewer than two distinct documents"),
@@ -95,6 +111,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         scan_text([tmp_path / "nothing"])
     with pytest.raises(InputError, match=r"cannot be read: Is a directory"):
         scan_text([tmp_path])
+    with pytest.raises(InputError, match=r"cannot be read: File name too long"):
+        scan_text([tmp_path / ("a" * 300)])
 
 
 def test_validation_is_the_lowest_hashes_up_to_a_twentieth_of_the_text(tmp_path):

@@ -10,8 +10,9 @@ import pytest
 import sentencepiece
 
 from modjax.config import InputError
-from modjax.data.cache import describe, open_cache
+from modjax.data.cache import open_cache
 from modjax.data.documents import scan_text, stdlib_documents, stdlib_split
+from modjax.data.listing import describe
 from modjax.data.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
@@ -74,16 +75,15 @@ def test_the_manifest_says_what_the_cache_holds(as_bytes, as_pieces):
     assert (other.vocab, other.vocab_size, other.eos_id) == ("sentencepiece:400", 400, 1)
     assert one.source == other.source and one.source.startswith("text sha256 ")
     assert one.fingerprint != other.fingerprint
-    assert sorted(path.name for path in as_bytes.iterdir()) == [
-        "manifest.json",
-        "train",
-        "validation",
-    ]
+    folder = one.fingerprint[:16]
+    assert sorted(path.name for path in as_bytes.iterdir()) == sorted([folder, "manifest.json"])
+    assert sorted(path.name for path in (as_bytes / folder).iterdir()) == ["train", "validation"]
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_trained_vocabulary_loses_no_text(as_pieces, text_file, split):
-    model = sentencepiece.SentencePieceProcessor(model_file=str(as_pieces / "vocabulary.model"))
+    content = open_cache(as_pieces).vocabulary_model()
+    model = sentencepiece.SentencePieceProcessor(model_proto=content)
     decoded = [model.decode(document) for document in documents(as_pieces, split)]
     assert decoded == expected(text_file, split)
 
@@ -99,12 +99,13 @@ def test_the_same_text_elsewhere_gets_the_same_fingerprint(
 
 
 def test_a_vocabulary_file_is_used_and_kept(as_pieces, text_file, tmp_path):
-    model = shutil.copy(as_pieces / "vocabulary.model", tmp_path / "en.model")
+    model = tmp_path / "en.model"
+    model.write_bytes(open_cache(as_pieces).vocabulary_model())
     path = prepare(text_files=[text_file], vocab=str(model), data_dir=tmp_path / "data")
     assert path.name == "text-en.model"
     assert open_cache(path).manifest.vocab == "en.model"
     assert open_cache(path).manifest.fingerprint == open_cache(as_pieces).manifest.fingerprint
-    assert (path / "vocabulary.model").read_bytes() == model.read_bytes()
+    assert open_cache(path).vocabulary_model() == model.read_bytes()
 
 
 def test_a_prepared_cache_is_left_alone_and_other_input_needs_force(text_file, tmp_path):

@@ -13,7 +13,8 @@ import pytest
 
 from modjax.cli import main
 from modjax.config import InputError
-from modjax.data.cache import describe, open_cache
+from modjax.data.cache import open_cache
+from modjax.data.listing import describe
 from modjax.data.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
@@ -64,8 +65,10 @@ def test_killed_and_run_again_it_goes_on_and_ends_in_the_same_cache(big_file, tm
     when = first_shard.stat().st_mtime_ns
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0
-    assert open_cache(data_dir / "big-bytes").manifest == open_cache(reference).manifest
-    assert (data_dir / "big-bytes" / "train" / "c" / "0").stat().st_mtime_ns == when
+    manifest = open_cache(data_dir / "big-bytes").manifest
+    assert manifest == open_cache(reference).manifest
+    first_shard = data_dir / "big-bytes" / manifest.folder / "train" / "c" / "0"
+    assert first_shard.stat().st_mtime_ns == when
     assert [path.name for path in data_dir.iterdir()] == ["big-bytes"]
     # Nothing but our own lines: TensorFlow, absl and TFDS are silent.
     assert again.stdout == ""
@@ -105,6 +108,7 @@ def test_a_cache_is_prepared_into_an_object_store(bucket, tmp_path, monkeypatch,
     assert prepared("a")[:2] == (0, "gs://bucket/data/text-bytes\n")
     here = prepare(text_files=[tmp_path / "a.jsonl"], data_dir=tmp_path / "local")
     assert open_cache("gs://bucket/data/text-bytes").manifest == open_cache(here).manifest
+    a = open_cache(here).manifest
     for path in filter(Path.is_file, here.rglob("*")):
         assert bucket.objects[f"data/text-bytes/{path.relative_to(here)}"] == path.read_bytes()
     assert not any(path.is_file() for path in (tmp_path / "caches").rglob("*"))
@@ -119,13 +123,13 @@ def test_a_cache_is_prepared_into_an_object_store(bucket, tmp_path, monkeypatch,
     bucket.refuse.add("data/text-bytes/manifest.json")
     code, _, err = prepared("b", "--force")
     assert code == 2 and "cannot be written: PERMISSION_DENIED" in err.splitlines()[-1]
-    assert describe("gs://bucket/data") == []
+    assert describe("gs://bucket/data") == [a], "what was there is there until the new one is"
     bucket.refuse.clear()
     bucket.requests.clear()
-    assert prepared("b")[0] == 0, "goes on, and what is there no more needs no --force"
+    assert prepared("b", "--force")[0] == 0
     assert [name for method, name in bucket.requests if method == "POST"] == [
         "data/text-bytes/.modjax", "data/text-bytes/manifest.json",
-    ]  # fmt: skip
+    ], "it goes on"  # fmt: skip
     (manifest,) = describe("gs://bucket/data")
     assert sum(split.documents for split in manifest.splits.values()) == 2
 

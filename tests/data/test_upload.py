@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from modjax.config import InputError
-from modjax.data.cache import describe, open_cache
+from modjax.data.cache import open_cache
+from modjax.data.listing import describe
 from modjax.data.upload import MANIFEST, TOGETHER, check_writable, upload
 
 URL = "gs://bucket/data/toy-bytes"
@@ -20,7 +21,7 @@ def made(make_cache):
     """A cache with more files than are on their way at once."""
     path = make_cache(TRAIN, TRAIN[:5000])
     for i in range(2 * TOGETHER):
-        (path / f"more-{i:02}").write_text(str(i))
+        (path / "0000000000000000" / f"more-{i:02}").write_text(str(i))
     return path
 
 
@@ -48,20 +49,59 @@ def test_an_uploaded_cache_is_complete_readable_and_its_manifest_came_last(bucke
     assert describe("gs://bucket/elsewhere") == []
 
 
-def test_what_was_there_before_is_gone_its_manifest_first(bucket, made):
+def test_what_was_there_before_is_gone_once_the_new_manifest_is_there(bucket, made):
     old = {MANIFEST: b"old", "train/c/99": b"old", "a": b"old"}
     bucket.objects |= {f"data/toy-bytes/{name}": content for name, content in old.items()}
     bucket.objects["data/toy-bytes-2/kept"] = b"another"
     expected = files(made)
     upload(made, URL, ignore)
-    assert bucket.requests[0] == ("DELETE", f"data/toy-bytes/{MANIFEST}")
+    changed = bucket.requests.index(("POST", f"data/toy-bytes/{MANIFEST}"))
+    assert {method for method, _ in bucket.requests[:changed]} == {"POST"}
+    gone = {name.removeprefix("data/toy-bytes/") for _, name in bucket.requests[changed + 1 :]}
+    assert gone == {"train/c/99", "a"}
     assert bucket.objects.pop("data/toy-bytes-2/kept") == b"another"
     assert stored(bucket) == expected
 
 
+def everything(cache) -> list[np.ndarray]:
+    """All tokens of a cache, read a few at a time."""
+    starts = range(0, len(TRAIN), 1000)
+    return [cache.read("train", start, start + 1000) for start in starts]
+
+
+def test_stopped_at_any_request_there_is_the_cache_before_or_the_new_one(bucket, make_cache):
+    other = (TRAIN + 1) % 259
+    before = make_cache(TRAIN, TRAIN[:5000], name="before", fingerprint="a" * 64)
+    after = make_cache(other, other[:5000], name="after", fingerprint="b" * 64)
+    tokens = {"a" * 64: TRAIN, "b" * 64: other}
+    seen = []
+    for answered in range(100):
+        bucket.objects.clear()
+        upload(before, URL, ignore)
+        opened = open_cache(URL)
+        bucket.left = answered
+        try:
+            upload(after, URL, ignore)
+        except InputError:
+            pass
+        else:
+            break
+        bucket.left = None
+        found = open_cache(URL)
+        seen.append(found.manifest.fingerprint)
+        np.testing.assert_array_equal(np.concatenate(everything(found)), tokens[seen[-1]])
+        try:
+            np.testing.assert_array_equal(np.concatenate(everything(opened)), TRAIN)
+        except InputError as error:
+            assert "was prepared anew since it was opened, as bbbbbbbb" in str(error)
+        upload(after, URL, ignore)
+        assert stored(bucket) == files(after)
+    assert len(seen) > 10 and set(seen) == set(tokens)
+
+
 def test_a_refused_file_is_one_line_and_leaves_no_cache_and_the_same_call_goes_on(bucket, made):
     expected = files(made)
-    bucket.refuse.add("data/toy-bytes/train/c/0")
+    bucket.refuse.add("data/toy-bytes/0000000000000000/train/c/0")
     with pytest.raises(InputError) as caught:
         upload(made, URL, ignore)
     message = str(caught.value)
@@ -75,8 +115,9 @@ def test_a_refused_file_is_one_line_and_leaves_no_cache_and_the_same_call_goes_o
     bucket.requests.clear()
     upload(made, URL, ignore)
     assert stored(bucket) == expected
-    again = [name for _, name in bucket.requests]
-    assert len(again) <= TOGETHER + 1, "only the files of the refused group, and the manifest"
+    assert len(bucket.requests) <= TOGETHER + 1, (
+        "only the files of the refused group, and the manifest"
+    )
 
 
 def test_killed_while_uploading_it_goes_on_and_ends_in_the_same_cache(bucket, made):
@@ -100,12 +141,50 @@ def test_killed_while_uploading_it_goes_on_and_ends_in_the_same_cache(bucket, ma
     assert len(bucket.requests) <= len(expected) - TOGETHER
 
 
-def test_another_cache_put_there_meanwhile_is_not_mixed_with_this_one(bucket, made):
+def test_uploaded_again_everything_is_written_again(bucket, made):
     expected = files(made)
     upload(made, URL, ignore)
-    bucket.objects["data/toy-bytes/train/c/0"] = b"of another cache"
+    bucket.objects["data/toy-bytes/0000000000000000/train/c/0"] = b"damaged"
     upload(made, URL, ignore)
     assert stored(bucket) == expected
+
+
+def test_another_cache_put_there_meanwhile_is_not_mixed_with_this_one(bucket, made, make_cache):
+    expected = files(made)
+    bucket.left = TOGETHER + 5
+    with pytest.raises(InputError, match="run this again"):
+        upload(made, URL, ignore)
+    bucket.left = None
+    other = make_cache(TRAIN[:9000], TRAIN[:9000], name="other", fingerprint="f" * 64)
+    upload(other, URL, ignore)
+    assert stored(bucket) == files(other)
+    upload(made, URL, ignore)
+    assert stored(bucket) == expected
+
+
+def test_what_another_upload_deletes_in_the_middle_is_written_again(bucket, made):
+    expected, told = files(made), []
+
+    def report(text):
+        told.append(text)
+        if len(told) == 3:
+            del bucket.objects["data/toy-bytes/0000000000000000/more-00"]
+
+    upload(made, URL, report)
+    assert stored(bucket) == expected
+
+
+class Forgetful(dict):
+    def __setitem__(self, name, content):
+        if not name.endswith("more-00"):
+            super().__setitem__(name, content)
+
+
+def test_a_store_that_loses_a_file_gets_no_manifest(bucket, made):
+    bucket.objects = Forgetful()
+    with pytest.raises(InputError, match=r"cannot be written: files vanish .* is there another"):
+        upload(made, URL, ignore)
+    assert MANIFEST not in stored(bucket)
 
 
 def test_a_place_that_can_be_written_is_left_as_it_was(bucket, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,3 +108,13 @@ def make_workdir(tmp_path):
         return tmp_path
 
     return make
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """(workdir, data_dir with orders for the stand-in); workers find the stand-in by path."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    orders = tmp_path / "orders"
+    orders.mkdir()
+    (orders / "seconds").write_text("0.05")
+    return tmp_path / "work", orders

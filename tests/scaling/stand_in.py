@@ -1,8 +1,10 @@
 """A stand-in for modjax.training.loop.train with real time, real files and real crashes.
 
 `data_dir` holds the orders, one file each: `seconds` (how long a run takes), and run ids in
-`crash` (these die by SIGKILL), `refuse`, `diverge`, `disk_full` and `quick` (these take no time).
-Every start and every finish adds a line to the run's folder, so that a test can count them.
+`crash` (these die by SIGKILL), `boom` (these raise), `refuse`, `diverge`, `disk_full` and `quick`
+(these take no time); `uncheckable` refuses the plan, `stubborn` runs do not
+end by SIGTERM. Every start and every finish adds a line to
+the run's folder, and every process one to $STAND_IN_PROCESSES, so that a test can count them.
 """
 
 import dataclasses
@@ -17,6 +19,10 @@ from modjax.flops import forward_flops, parameters, train_flops
 from modjax.records import Record, write_record
 
 STEPS = 20
+
+if "STAND_IN_PROCESSES" in os.environ:
+    with open(os.environ["STAND_IN_PROCESSES"], "a") as processes:
+        processes.write(f"{os.getpid()}\n")
 
 
 def record_of(spec: RunSpec, eval_loss: float = 2.0) -> Record:
@@ -39,7 +45,12 @@ def record_of(spec: RunSpec, eval_loss: float = 2.0) -> Record:
     )  # fmt: skip
 
 
-def train(spec, execution, *, run_dir: Path, data_dir: Path, progress) -> Record:
+def check(specs, execution, *, data_dir: Path, fingerprint: str) -> None:
+    if (data_dir / "uncheckable").exists():
+        raise InputError("train.eval_sequences", 10**6, "ask for at most 12")
+
+
+def train(spec, execution, *, run_dir: Path, data_dir: Path, fingerprint, progress) -> Record:
     def ordered(order: str) -> bool:
         path = data_dir / order
         return path.exists() and spec.run_id in path.read_text().split()
@@ -48,6 +59,8 @@ def train(spec, execution, *, run_dir: Path, data_dir: Path, progress) -> Record
     print("training", spec.run_id, flush=True)
     if ordered("crash"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if ordered("boom"):
+        raise ValueError("boom\nand more")
     if ordered("refuse"):
         raise InputError("train.batch_size", 7, "must be a multiple of the mesh")
     if ordered("diverge"):
@@ -58,6 +71,8 @@ def train(spec, execution, *, run_dir: Path, data_dir: Path, progress) -> Record
         return record
     if ordered("disk_full"):
         raise OSError(errno.ENOSPC, "No space left on device")
+    if (data_dir / "stubborn").exists():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     seconds = 0.0 if ordered("quick") else float((data_dir / "seconds").read_text())
     for step in range(1, STEPS + 1):
         time.sleep(seconds / STEPS)

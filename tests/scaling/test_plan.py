@@ -1,13 +1,19 @@
 """The planner against its stated rules, computed here by hand, and every config of the project."""
 
+import dataclasses
 import math
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modjax.config import InputError
 from modjax.scaling.cells import cells
 from modjax.scaling.experiment import load
+from modjax.scaling.fit import fit_all
+from modjax.scaling.foretell import CURVATURE, NOISE, foretell
+from modjax.tables import plan_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = str(CONFIGS / "tiny.py")
@@ -157,6 +163,58 @@ def test_cells_that_are_off_budget_off_centre_or_repeat_data_are_flagged():
     assert flags(epochs=0.9) == set()
     assert flags("data.max_epochs=2.0", epochs=1.5) == {"repeats data"}
     assert flags("data.max_epochs=1.0", epochs=1.5) == {"too many epochs"}
+    assert flags("sweep.sizes=3") == {"can't tell"}
+    assert flags("sweep.sizes=1") == set()  # such a grid seeks no optimum
+
+
+def foretold(*overrides, noise=NOISE):
+    experiment = load(TINY, overrides)
+    rows = cells(experiment.specs, experiment.sweep, lambda spec: None, 1e10, noise)
+    return {(c.arm, c.budget_flops): c.foretold for c in rows}
+
+
+def test_four_sizes_and_one_seed_are_foretold_to_tell_little_and_a_second_seed_much():
+    runs = [("dense", 1e12, n) for n in (10_000, 20_000, 40_000, 100_000)]
+    (alone,) = foretell(runs).values()
+    assert alone.freedom == 4 - 3 and not alone.tells
+    twice = foretold("sweep.sizes=4", "sweep.seeds=0,1")
+    assert all(f.tells and f.freedom == 2 * 4 for f in twice.values())
+    assert sum(not f.tells for f in foretold("sweep.sizes=4").values()) >= 3
+    assert {f.freedom for f in foretold("sweep.sizes=4").values()} == {2 * (4 - 3)}
+
+
+def test_what_is_foretold_is_what_a_fit_of_such_runs_prints(make_sweep):
+    """Runs whose scatter about their parabola is exactly the stated noise, fitted as records."""
+    x = np.linspace(-0.5, 0.5, 6)
+    design = np.vander(x, 3)
+    noise = np.random.default_rng(1).standard_normal(6)
+    noise -= design @ np.linalg.lstsq(design, noise, rcond=None)[0]
+    noise *= 0.02 * math.sqrt(3) / math.sqrt((noise**2).sum())
+    records = make_sweep(arms=("dense",), budgets=(1e12,), sizes=6)
+    records = [
+        dataclasses.replace(r, eval_loss=2 + CURVATURE * u**2 + e, eval_loss_sem=0.0)
+        for r, u, e in zip(records, x, noise, strict=True)
+    ]
+    fitted = fit_all(records, draws=4000).parabolas[0]
+    runs = [("dense", r.budget_flops, r.params_non_embedding) for r in records]
+    found = foretell(runs, 0.02)["dense", 1e12]
+    assert (found.low, found.high, found.freedom) == (fitted.low, fitted.high, 3)
+    np.testing.assert_allclose(np.log10(found.optimum_interval), np.log10(fitted.optimum_interval),
+                               atol=0.02)  # fmt: skip
+    assert foretell(runs, 0.2)["dense", 1e12].optimum_interval == (0, math.inf)
+
+
+def test_the_plan_shows_what_can_be_told_for_every_arm_and_budget():
+    experiment = load(TINY, ["sweep.sizes=4"])
+    rows = cells(experiment.specs, experiment.sweep, lambda spec: None, 1e10, 0.03)
+    text = plan_text(rows, 1)
+    assert "noise of 0.03 nats" in text and "not determined" in text
+    block = text[text.index("What `modjax fit`") :].splitlines()[2:8]
+    assert [line.split()[:2] for line in block] == [
+        [budget, arm] for budget in ("9e+11", "3e+11", "1e+11") for arm in ("dense", "mod12")
+    ]
+    with pytest.raises(InputError, match="must be greater than 0, in nats"):
+        foretold(noise=0.0)
 
 
 BAD = {
@@ -179,6 +237,76 @@ BAD = {
     "train.seq_len=0": "train.seq_len = 0: must be a positive number",
     "execution.remat=maybe": "execution.remat = 'maybe': must be one of none, dots, full",
 }
+
+
+LONG = "a" * 65
+OUT_OF_SCALE = {
+    "sweep.sizes=1000000000": "sweep.sizes = 1000000000: must be greater than 0 and at most 100",
+    "sweep.spread=400.0": "sweep.spread = 400.0: must be greater than 0 and at most 5",
+    "sweep.budgets=1e300": "sweep.budgets = 1e+300: must be greater than 0 and at most 1e+40",
+    "sweep.budgets=1e30": "sweep.budgets = 1e+30: its grid has models wider than 65536: lower",
+    "sweep.budgets=1e-300": "sweep.budgets = 1e-300: too far from sweep.optimum.budget",
+    "sweep.budgets=1e11,1e11": "sweep.budgets = (100000000000.0, 100000000000.0): must all differ",
+    "sweep.optimum.params=1e300": "sweep.optimum.params = 1e+300: must be greater than 0 and at",
+    "sweep.optimum.params=1e18": "sweep.budgets = 900000000000.0: its grid has models wider than",
+    "sweep.optimum.params=1e-300": "sweep.budgets = 900000000000.0: too far from",
+    "sweep.optimum.budget=1e-300": "sweep.budgets = 900000000000.0: too far from",
+    "sweep.optimum.budget=1e300": "sweep.optimum.budget = 1e+300: must be greater than 0 and at",
+    "sweep.optimum.exponent=1e6": "sweep.optimum.exponent = 1000000.0: must be in [-10, 10]",
+    "sweep.optimum.exponent=-1e6": "sweep.optimum.exponent = -1000000.0: must be in [-10, 10]",
+    "sweep.optimum.exponent=10.0;sweep.optimum.budget=1.0": "sweep.budgets = 900000000000.0: too f",
+    "sweep.seeds=2147483648": "sweep.seeds = 2147483648: must be 0 or more and below 2**31",
+    "sweep.seeds=-1": "sweep.seeds = -1: must be 0 or more and below 2**31",
+    "sweep.seeds=0,0": "sweep.seeds = (0, 0): must all differ",
+    "sweep.recipe.batch_size=1000000000000000000000": "sweep.recipe.batch_size = 100000000000",
+    "sweep.recipe.batch_exponent=1e6": "sweep.recipe.batch_exponent = 1000000.0: must be in",
+    "sweep.recipe.batch_exponent=10.0;sweep.optimum.budget=1e2;sweep.optimum.exponent=0.0":
+        "sweep.recipe.batch_exponent = 10.0: too large: the batch would have 2^",
+    "sweep.recipe.learning_rate=1e300": "sweep.recipe.learning_rate = 1e+300: must be greater",
+    "sweep.shape.aspect=1e-300": "sweep.shape.aspect = 1e-300: must be at least 0.01",
+    "sweep.shape.width_multiple=1000000000": "sweep.shape.width_multiple = 1000000000: must be gr",
+    "sweep.shape.layer_multiple=1000000000": "sweep.shape.layer_multiple = 1000000000: must be gr",
+    "sweep.shape.ff_multiple=1e300": "sweep.shape.ff_multiple = 1e+300: must be greater than 0",
+    "sweep.budgets=1e24;sweep.optimum.exponent=0.0": "sweep.budgets = 1e+24: too large: arm dense",
+    "sweep.flops_per_second=1e-300": "sweep.flops_per_second = 1e-300: must be at least 1",
+    "sweep.arms={'dense':{},'" + LONG + "':{}}": f"sweep.arms = '{LONG}': must have at most 64",
+    "sweep.arms={'dense':{},'m':{'forward_ratio':1e300}}": "sweep.arms.m.forward_ratio = 1e+300: ",
+    "sweep.arms={'dense':{},'m':{'forward_ratio':1e-300}}": "sweep.arms.m.forward_ratio = 1e-300",
+    "sweep.arms={'dense':{},'m':{'recipe':{'batch_exponent':1e9}}}": "sweep.recipe.batch_exponent",
+    "model.vocab_size=100000000000000000000000": "sweep.budgets = 900000000000.0: too small for",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", OUT_OF_SCALE)
+def test_a_number_out_of_scale_is_refused_in_one_line_and_at_once(overrides):
+    def hangs(*_):
+        raise TimeoutError(overrides)
+
+    old = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(20)  # against a hang, not to measure
+    try:
+        with pytest.raises(InputError) as caught:
+            load(TINY, overrides.split(";"))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert str(caught.value).startswith(OUT_OF_SCALE[overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_many_steps_is_planned_at_once():
+    overrides = ["sweep.budgets=5e15", "sweep.optimum.exponent=0.0",
+                 "sweep.recipe.capacity_fraction=0.9"]  # fmt: skip
+    cell = max(table(load(TINY, overrides)), key=lambda cell: cell.steps)
+    assert cell.steps > 1e7 and cell.achieved == pytest.approx(1, abs=1e-6)
+
+
+def test_a_seed_or_name_that_no_run_can_have_is_refused():
+    with pytest.raises(InputError, match=r"train.seed = 2147483648: must be below 2\*\*31"):
+        load(str(CONFIGS / "single.py"), ["train.seed=2147483648"])
+    spec = load(TINY).specs[0]
+    with pytest.raises(InputError, match=f"variant = '{LONG}': must have at most 64 characters"):
+        dataclasses.replace(spec, variant=LONG)
 
 
 BAD_ARMS = {

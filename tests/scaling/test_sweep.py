@@ -4,90 +4,28 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
 import pytest
 
 from modjax.config import InputError
 from modjax.files import is_disk_full
-from modjax.records import read_record
 from modjax.scaling import run as runs
 from modjax.scaling import sweep as sweeps
 from modjax.scaling.experiment import load
 from modjax.scaling.status import status
-
-HERE = Path(__file__).parent
-CONFIG = HERE.parents[1] / "configs" / "tiny.py"
-# Six runs: 3 sizes x 2 arms.
-SMALL = ("sweep.sizes=3", "sweep.budgets=5e11")
-DRIVER = """
-import sys
-from pathlib import Path
-from modjax.scaling.experiment import load
-from modjax.scaling.sweep import sweep
-config, workdir, data_dir, jobs = sys.argv[1:5]
-outcome = sweep(load(config, sys.argv[5:]), workdir=Path(workdir), data_dir=Path(data_dir),
-                jobs=int(jobs), command="driver", data_fingerprint="f", train="stand_in:train")
-print(len(outcome.records), len(outcome.failures))
-"""
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """(workdir, data_dir with orders for the stand-in); workers find the stand-in by path."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-    orders = tmp_path / "orders"
-    orders.mkdir()
-    (orders / "seconds").write_text("0.05")
-    return tmp_path / "work", orders
-
-
-def sweep(folders, *overrides: str, jobs: int = 2, fingerprint: str = "f"):
-    return sweeps.sweep(
-        load(str(CONFIG), [*SMALL, *overrides]), workdir=folders[0], data_dir=folders[1],
-        jobs=jobs, command="test", data_fingerprint=fingerprint, train="stand_in:train",
-    )  # fmt: skip
-
-
-def start(folders, jobs: int = 2) -> subprocess.Popen:
-    """The same sweep in a process of its own, to be killed."""
-    arguments = [str(CONFIG), str(folders[0]), str(folders[1]), str(jobs), *SMALL]
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def run_ids() -> list[str]:
-    return [spec.run_id for spec in load(str(CONFIG), SMALL).specs]
-
-
-def lines(folders, name: str) -> dict[str, list[str]]:
-    paths = {run_id: folders[0] / "runs" / run_id / name for run_id in run_ids()}
-    return {i: p.read_text().split() if p.exists() else [] for i, p in paths.items()}
-
-
-def wait_until(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def assert_one_result_per_run(folders) -> None:
-    assert all(len(finishes) == 1 for finishes in lines(folders, "finishes").values())
-    for run_id in run_ids():
-        record = read_record(folders[0] / "runs" / run_id)
-        assert record is not None and record.run_id == run_id
-
-
-def alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+from modjax.scaling.workdir import claim
+from tests.scaling.small_sweep import (
+    CONFIG,
+    SMALL,
+    alive,
+    assert_one_result_per_run,
+    lines,
+    run_ids,
+    start,
+    sweep,
+    wait_until,
+)
 
 
 def test_a_sweep_ends_with_one_result_per_run_and_repeats_none(folders):
@@ -206,7 +144,7 @@ def test_workers_that_cannot_start_end_the_sweep_with_their_words(folders):
     with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
         sweeps.sweep(
             load(str(CONFIG), SMALL), workdir=folders[0], data_dir=folders[1], jobs=1,
-            command="test", data_fingerprint="f", train="no_such_module:train",
+            command="test", data_fingerprint="f", job="no_such_module",
         )  # fmt: skip
 
 
@@ -222,13 +160,13 @@ def test_a_folder_of_another_plan_is_refused_but_a_plan_may_grow(folders):
 
 
 def test_the_plan_keeps_the_command_that_made_it(folders):
-    def claim(command: str, *overrides: str) -> str:
-        sweeps.claim(load(str(CONFIG), [*SMALL, *overrides]), folders[0], command, "f")
+    def claimed(command: str, *overrides: str) -> str:
+        claim(load(str(CONFIG), [*SMALL, *overrides]), folders[0], command, "f")
         return json.loads((folders[0] / "plan.json").read_text())["command"]
 
-    assert claim("modjax sweep first") == "modjax sweep first"
-    assert claim("modjax train --run=one") == "modjax sweep first"
-    assert claim("modjax sweep grown", "sweep.seeds=0,1") == "modjax sweep grown"
+    assert claimed("modjax sweep first") == "modjax sweep first"
+    assert claimed("modjax train --run=one") == "modjax sweep first"
+    assert claimed("modjax sweep grown", "sweep.seeds=0,1") == "modjax sweep grown"
 
 
 def test_overhead_is_not_given_where_a_run_was_begun_by_an_earlier_session(folders):
@@ -248,8 +186,9 @@ def test_a_run_that_is_being_looked_at_still_starts(folders):
     folder.mkdir(parents=True)
 
     def run():
-        return runs.run(spec, None, workdir=folders[0], data_dir=folders[1],
+        done = runs.run(spec, None, workdir=folders[0], data_dir=folders[1], fingerprint="f",
                         train=lambda spec, *_, **__: spec.run_id)  # fmt: skip
+        return done and done.record
 
     with contextlib.ExitStack() as looking:
         looking.enter_context(runs.lock(folder / "lock", shared=True))
@@ -269,11 +208,3 @@ def test_status_tells_running_from_waiting_by_the_lock(folders):
     process.terminate()
     process.communicate(timeout=20)
     assert status(folders[0]).count("waiting") == 6
-
-
-def test_a_damaged_result_is_named_with_its_remedy(folders):
-    sweep(folders)
-    path = folders[0] / "runs" / run_ids()[0] / "result.json"
-    path.write_text('{"run_id": ')
-    with pytest.raises(InputError, match=r"result.json.*delete it to run this cell again"):
-        sweep(folders)

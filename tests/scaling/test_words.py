@@ -1,5 +1,8 @@
 import dataclasses
+import math
 import re
+
+import pytest
 
 from modjax.scaling.fit import fit_all
 from modjax.scaling.words import (
@@ -7,7 +10,9 @@ from modjax.scaling.words import (
     law_sentence,
     parabola_sentence,
     render_text,
+    rows,
     sentences,
+    span,
 )
 
 
@@ -63,3 +68,47 @@ def test_the_text_has_a_row_per_arm_and_budget_and_a_sentence_per_result(make_sw
     assert len(rows) == 6
     assert "refused" in text and records[-4].run_id in text
     assert "non-embedding" in text and "95%" in text
+
+
+OPEN, POSITIVE = (-math.inf, math.inf), (0.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (None, "not known"),
+        ((1.5, 2.5), "1.5 to 2.5 nats"),
+        ((-1.5, 0.5), "-1.5 to 0.5 nats"),
+        (OPEN, "not determined"),
+        (POSITIVE, "not determined"),
+        ((1.5, math.inf), "at least 1.5 nats"),
+        ((-math.inf, 2.5), "at most 2.5 nats"),
+        ((0.0, 2.5), "at most 2.5 nats"),
+    ],
+)
+def test_an_interval_that_is_open_at_both_ends_is_not_determined(ends, said):
+    assert span(ends, "{:g}".format, " nats") == said
+
+
+def test_no_sentence_and_no_table_speaks_of_a_number_that_is_not_there(make_sweep):
+    fits = fit_all(make_sweep(budgets=(1e12, 1e13)), draws=50)
+    fits = dataclasses.replace(
+        fits,
+        parabolas=tuple(
+            dataclasses.replace(p, optimum_interval=POSITIVE, loss_interval=OPEN)
+            for p in fits.parabolas
+        ),
+        laws=tuple(dataclasses.replace(law, exponent_interval=OPEN) for law in fits.laws),
+        gaps=tuple(
+            dataclasses.replace(gap, loss_interval=OPEN, percent_interval=OPEN,
+                                flops_ratio_interval=POSITIVE) for gap in fits.gaps
+        ),
+    )  # fmt: skip
+    text = render_text(fits)
+    for word in ("unbounded", "inf", "nan", "determined nats", "determined%", "beyond"):
+        assert not re.search(rf"\b{word}\b", text), word
+    for said in (parabola_sentence(fits.parabolas[0], fits.size), gap_sentence(fits.gaps[0]),
+                 law_sentence(fits.laws[0], fits.size)):  # fmt: skip
+        assert "95% interval not determined" in said
+    assert [row[4] for row in rows(fits)] == ["not determined"] * 4
+    assert "cannot tell from no difference" in gap_sentence(fits.gaps[0])

@@ -20,7 +20,8 @@ IDENTITY = {"run_id": "this", "data_fingerprint": "f"}
 def state_at(step: int) -> TrainState:
     rng = np.random.default_rng(step)
     params = {"w": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)}
-    return TrainState(params, {"m": params["w"] * 2}, jnp.int32(step), jnp.int32(0))
+    return TrainState(params, {"m": params["w"] * 2}, jnp.int32(step), jnp.int32(0), jnp.float32(0),
+                      jnp.int32(0))  # fmt: skip
 
 
 def opened(folder, identity=IDENTITY, keep=2):
@@ -169,3 +170,18 @@ def test_a_full_disk_is_an_oserror_and_the_checkpoint_before_is_whole(tmp_path, 
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "No space left on device\n"
+
+
+@pytest.mark.parametrize("digest", ["{}", "[]", "[[[", '{"_METADATA": "0"}'])
+def test_a_digest_that_leaves_files_out_is_not_believed(tmp_path, digest):
+    checkpoints = opened(tmp_path)
+    checkpoints.save(5, state_at(5), {})
+    checkpoints.wait()
+    checkpoints.close()
+    assert find_damage(tmp_path / "5") is None
+    whole = json.loads((tmp_path / "5" / DIGEST).read_text())
+    (tmp_path / "5" / DIGEST).write_text(digest)
+    assert find_damage(tmp_path / "5") is not None
+    missing = whole.popitem()[0]
+    (tmp_path / "5" / DIGEST).write_text(json.dumps(whole))
+    assert find_damage(tmp_path / "5") == f"{DIGEST} leaves out {missing}"

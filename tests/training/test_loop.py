@@ -184,6 +184,21 @@ def test_lines_tell_loss_rate_flops_and_routing_of_logged_steps(finished):
     assert record.train_loss == lines[-2]["loss"]
 
 
+def test_a_line_tells_the_mean_loss_of_all_steps_since_the_line_before(
+    finished, tiny_data_dir, tmp_path
+):
+    _, record, lines = finished
+    every_step = Execution(log_every=1, data=2, fsdp=2)
+    train(run_spec(), every_step, run_dir=tmp_path, data_dir=tiny_data_dir)
+    single = np.array([line["loss"] for line in metrics_of(tmp_path) if "loss" in line])
+    assert len(single) == record.steps and np.std(single) > 0.01
+    start = 0
+    for line in (line for line in lines if "loss" in line):
+        assert line["loss_steps"] == line["step"] - start
+        assert line["loss"] == pytest.approx(single[start : line["step"]].mean(), rel=1e-5)
+        start = line["step"]
+
+
 def test_a_finished_run_is_not_trained_again(finished, tmp_path):
     run_dir, record, _ = finished
     assert train(run_spec(), ONE_DEVICE, run_dir=run_dir, data_dir=tmp_path / "gone") == record

@@ -40,6 +40,26 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, tail):
     assert write(tmp_path, 9, []) == whole
 
 
+@pytest.mark.parametrize(
+    "damage", [b"{", b"\xff\xfe", b"[" * 100_000, b"3", b"[1]", b'{"loss": 1}', b'{"step": "x"}']
+)
+def test_one_damaged_line_is_said_and_hides_no_line_after_it(tmp_path, damage, caplog):
+    lines = write(tmp_path, 0, LINES).splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([lines[0], damage + b"\n", *lines[2:]]))
+    assert write(tmp_path, 9, []) == b"".join([lines[0], *lines[2:]])
+    (message,) = caplog.messages
+    assert "metrics.jsonl: line 2 is damaged: left out" in message
+    assert last_train_loss(tmp_path) == pytest.approx(1.1)
+
+
+def test_bytes_that_are_not_utf8_at_the_end_do_not_fail_a_restart(tmp_path):
+    whole = write(tmp_path, 0, LINES[:2])
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 3, "\xff')
+    assert last_train_loss(tmp_path) == pytest.approx(2.2)
+    assert write(tmp_path, 9, []) == whole
+
+
 def test_values_that_are_not_finite_are_null_and_floats_keep_their_value(tmp_path):
     third = np.float32(1) / np.float32(3)
     text = write(tmp_path, 0, [(1, {"a": np.float32(np.nan), "b": third, "c": 1 / 3, "d": 2**53})])

@@ -1,12 +1,27 @@
 """A worker process of engines/local.py: it imports jax once, then does runs one after another.
 
-It speaks JSON lines. In: first the settings, then one {"spec"} per run; the end of input means
-that the parent is gone or wants it to stop. Out: {"event": "ready" | "progress" | "done" | "busy" |
-"refused" | "disk full"}. A run that fails in any other way ends the process, so that nothing it
-broke reaches the next run. Everything printed goes to the run's log.txt.
+It speaks JSON lines. In: first the settings, then {"check": specs} or {"spec": spec}; the end of
+input means that the parent is gone or wants it to stop. Out: {"event": EVENT}, one of
+
+  ready      it has imported what it needs
+  checked    none of the specs would be refused
+  progress   a line of metrics
+  done       the run has its result
+  found      the run had its result already
+  busy       another process is doing the run
+  preempted  SIGTERM: the state of the run is saved, and this process ends
+  refused    bad input, in one line
+  fault      what stops every other run as well, in one line
+  disk full
+  broken     any other exception; this process ends, so that what broke reaches no other run
+
+Everything printed goes to the run's log.txt.
 """
 
+import contextlib
+import ctypes
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -16,13 +31,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modjax.config import Execution, InputError, RunSpec, from_dict
+from modjax.config import Execution, InputError, Preempted, RunSpec, SharedFault, from_dict
 from modjax.files import is_disk_full
 from modjax.records import run_dir
-from modjax.scaling.run import Train, run
+from modjax.scaling.run import run
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0
@@ -39,34 +55,82 @@ def main() -> None:
         except BrokenPipeError:
             pass  # the parent is gone; _listen ends this process in good order
 
-    settings = json.loads(sys.stdin.readline())
+    try:
+        _serve(send)
+    except Preempted:
+        send("preempted")
+    except BaseException as error:
+        said = " ".join(str(error).split())
+        send("broken", error=f"{type(error).__name__}: {said}"[:500])
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _serve(send: Callable[..., None]) -> None:
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    working = threading.Event()
+    threading.Thread(target=_listen, args=(lines, working), daemon=True).start()
+    settings = _next(lines)
+    if settings is None:
+        return
     if settings["cpus"]:
         os.sched_setaffinity(0, settings["cpus"])
-    requests: queue.SimpleQueue[RunSpec | None] = queue.SimpleQueue()
-    working = threading.Event()
-    threading.Thread(target=_listen, args=(requests, working), daemon=True).start()
-    module, _, name = settings["train"].partition(":")
-    train = getattr(importlib.import_module(module), name)
+    job = importlib.import_module(settings["job"])
     send("ready")
-    while (spec := requests.get()) is not None:
+    while (message := _next(lines)) is not None:
         working.set()
-        event, values = _run(spec, settings, train, send)
-        send(event, **values)
+        try:
+            send(_check(message, settings, job) if "check" in message
+                 else _run(message, settings, job, send))  # fmt: skip
+        except InputError as error:
+            send("fault" if isinstance(error, SharedFault) else "refused", error=str(error))
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            send("disk full")
         working.clear()
+        _forget()
 
 
-def _listen(requests: queue.SimpleQueue, working: threading.Event) -> None:
-    for line in sys.stdin:
-        requests.put(from_dict(RunSpec, json.loads(line)["spec"]))
-    requests.put(None)
+def _forget() -> None:
+    """Gives back what the last run took and the next has no use for: 2 MB a run, without this."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # of glibc, which keeps what is freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _next(lines: queue.SimpleQueue) -> dict[str, Any] | None:
+    line = lines.get()
+    return None if line is None else json.loads(line)
+
+
+def _listen(lines: queue.SimpleQueue, working: threading.Event) -> None:
+    for line in sys.stdin.buffer:
+        lines.put(line)
+    lines.put(None)
     if working.is_set():
         os.kill(os.getpid(), signal.SIGTERM)  # training saves its state and stops
     time.sleep(SECONDS_TO_SAVE)
     os._exit(1)
 
 
-def _run(spec: RunSpec, settings: dict[str, Any], train: Train, send: Any) -> tuple[str, dict]:
-    workdir = Path(settings["workdir"])
+def _execution(settings: dict[str, Any]) -> Execution:
+    return from_dict(Execution, settings["execution"])
+
+
+def _check(message: dict[str, Any], settings: dict[str, Any], job: Any) -> str:
+    specs = [from_dict(RunSpec, spec) for spec in message["check"]]
+    job.check(
+        specs, _execution(settings), data_dir=Path(settings["data_dir"]),
+        fingerprint=settings["fingerprint"],
+    )  # fmt: skip
+    return "checked"
+
+
+def _run(message: dict[str, Any], settings: dict[str, Any], job: Any, send: Any) -> str:
     last_sent = 0.0
 
     def progress(line: dict[str, Any]) -> None:
@@ -75,27 +139,21 @@ def _run(spec: RunSpec, settings: dict[str, Any], train: Train, send: Any) -> tu
             last_sent = time.monotonic()
             send("progress", step=line.get("step"), loss=line.get("loss"))
 
-    try:
-        folder = run_dir(workdir, spec.run_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        _print_to(folder / "log.txt")
-        record = run(
-            spec,
-            from_dict(Execution, settings["execution"]),
-            workdir=workdir,
-            data_dir=Path(settings["data_dir"]),
-            train=train,
-            progress=progress,
-        )
-    except InputError as error:
-        return "refused", {"error": str(error)}
-    except BaseException as error:
-        if is_disk_full(error):
-            return "disk full", {}
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    return ("busy" if record is None else "done"), {}
+    spec = from_dict(RunSpec, message["spec"])
+    workdir = Path(settings["workdir"])
+    _print_to(run_dir(workdir, spec.run_id) / "log.txt")
+    done = run(
+        spec,
+        _execution(settings),
+        workdir=workdir,
+        data_dir=Path(settings["data_dir"]),
+        fingerprint=settings["fingerprint"],
+        train=job.train,
+        progress=progress,
+    )
+    if done is None:
+        return "busy"
+    return "done" if done.here else "found"
 
 
 def _print_to(path: Path) -> None:

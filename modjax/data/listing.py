@@ -1,0 +1,49 @@
+"""Which token caches a folder or an object store holds."""
+
+import os
+import re
+from pathlib import Path
+
+from modjax.config import InputError
+from modjax.data.cache import (
+    STORE_ERRORS,
+    Manifest,
+    one_line,
+    open_store,
+    parse_manifest,
+    read_manifest,
+    shown,
+    url,
+)
+
+
+def describe(data_dir: Path | str) -> list[Manifest | InputError]:
+    """The manifest of every cache in a folder, by name, or why it cannot be read.
+
+    [] where there is none. Raises InputError where the folder itself cannot be read.
+    """
+    described: list[Manifest | InputError] = []
+    for name in _cache_names(data_dir):
+        path = Path(data_dir) / name
+        try:
+            found = read_manifest(path)
+            if found is not None:
+                described.append(parse_manifest(path, found))
+        except InputError as error:
+            described.append(error)
+    return described
+
+
+def _cache_names(data_dir: Path | str) -> list[str]:
+    """The names of the folders that may hold a cache."""
+    try:
+        if url(data_dir) is None:
+            return sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
+        keys = open_store(data_dir).list().result()
+    except FileNotFoundError:
+        return []
+    except STORE_ERRORS as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError("--data-dir", shown(data_dir), f"cannot be listed: {reason}") from error
+    found = (re.fullmatch(r"([^./][^/]*)/manifest\.json", key.decode()) for key in keys)
+    return sorted(match[1] for match in found if match)

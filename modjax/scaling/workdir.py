@@ -1,0 +1,104 @@
+"""The folder of a sweep: its plan, and the account of its sessions.
+
+workdir/plan.json               the config, the command and the runs of the sweep
+workdir/sweep.json              what every session of the sweep spent its time on
+workdir/runs/<run_id>/          lock, spec.json, log.txt, metrics.jsonl, checkpoints/, and at
+                                the end result.json, or failure.json where it was given up
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modjax.config import InputError, from_dict, require, to_dict
+from modjax.files import read_json
+from modjax.records import run_dir, write_json
+from modjax.scaling.experiment import Experiment
+from modjax.scaling.run import lock
+
+logger = logging.getLogger("modjax")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What plan.json holds. runs: their ids; config: the experiment's values as plain data."""
+
+    config_file: str
+    command: str
+    config: dict[str, Any]
+    data_fingerprint: str
+    runs: tuple[str, ...]
+
+
+def read_plan(workdir: Path) -> Plan | None:
+    """The plan of the sweep in `workdir`, or None where there is none.
+
+    Raises InputError where it cannot be read.
+    """
+    path = workdir / "plan.json"
+    if not path.exists():
+        return None
+    remedy = "delete it, and the same `modjax sweep` or `train` writes it again"
+    values = read_json(path, remedy)
+    try:
+        return from_dict(Plan, values)
+    except InputError as error:
+        raise InputError(str(path), "damaged", f"{remedy} ({error})") from error
+
+
+def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan | None:
+    """The plan that `workdir` holds so far; a plan may grow, but not change or shrink.
+
+    Raises InputError where `workdir` holds runs that are not part of this plan, or that were
+    trained on other data.
+    """
+    earlier = read_plan(workdir)
+    if earlier is not None:
+        others = set(earlier.runs) - {spec.run_id for spec in experiment.specs}
+        require(not others, "--workdir", str(workdir), f"holds another plan ({len(others)} of its "
+                "runs are not in this one): choose another folder, or delete this one")  # fmt: skip
+        require(earlier.data_fingerprint == fingerprint, "--workdir", str(workdir), "holds runs on "
+                "other data: the token cache was prepared anew since; choose another folder, or "
+                "delete this one")  # fmt: skip
+    return earlier
+
+
+def claim(experiment: Experiment, workdir: Path, command: str, fingerprint: str) -> None:
+    """Writes plan.json and every spec.json that is not there.
+
+    command: kept in plan.json until the plan grows; that of a later session is not.
+    Raises InputError as `check_claim`.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with lock(workdir / "plan.lock", patience=math.inf):
+        earlier = check_claim(experiment, workdir, fingerprint)
+        if earlier is not None and len(earlier.runs) == len(experiment.specs):
+            command = earlier.command
+        for spec in experiment.specs:
+            folder = run_dir(workdir, spec.run_id)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "spec.json").exists():
+                write_json(folder / "spec.json", to_dict(spec))
+        plan = Plan(
+            experiment.config_file, command, experiment.config, fingerprint,
+            tuple(spec.run_id for spec in experiment.specs),
+        )  # fmt: skip
+        write_json(workdir / "plan.json", to_dict(plan))
+
+
+def log_session(workdir: Path, entry: dict[str, Any]) -> None:
+    """Appends a session to sweep.json; one that is damaged is set aside as sweep.json.damaged."""
+    path = workdir / "sweep.json"
+    with lock(workdir / "plan.lock", patience=math.inf):
+        earlier: Any = []
+        if path.exists():
+            try:
+                earlier = read_json(path, "")
+                require(isinstance(earlier, list), str(path), "damaged", "must be a list")
+            except InputError:
+                path.rename(path.with_name("sweep.json.damaged"))
+                logger.warning("modjax: %s is damaged: kept as %s.damaged", path, path.name)
+                earlier = []
+        write_json(path, [*earlier, entry])

@@ -1,0 +1,100 @@
+"""Bad input by table: one line that names the field, exit code 2, nothing begun, in no time."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from modjax.cli import main
+
+pytestmark = pytest.mark.slow
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = f"--config={CONFIGS / 'tiny.py'}"
+SINGLE = f"--config={CONFIGS / 'single.py'}"
+LONG = "x" * 5000
+FILES = {
+    "file": "text", "exit.py": "import sys\nsys.exit(0)\n", "raises.py": "1 / 0\n",
+    "nothing.py": "", "number.py": "def get_config():\n    return 3\n",
+    "endless.py": "def get_config():\n    return get_config()\n",
+    "leaves.py": "def get_config():\n    raise SystemExit\n", "syntax.py": "def (:\n",
+}  # fmt: skip
+
+OVERRIDES = {
+    "sweep.sizes": ["0", "-1", "1000000000", "x", "nan", ""],
+    "sweep.budgets": ["1e300", "1e-300", "-1", "inf", "nan", "0", "x"],
+    "sweep.spread": ["1e9", "0", "-1", "nan", "inf"],
+    "sweep.optimum.params": ["1e300", "1e-300", "0", "nan", "-3"],
+    "sweep.optimum.budget": ["1e-300", "0", "nan", "1e300"],
+    "sweep.optimum.exponent": ["1e6", "-1e6", "nan", "inf"],
+    "sweep.shape.width_multiple": ["0", "3", "-2", "1000000000000", "x"],
+    "sweep.shape.layer_multiple": ["0", "3", "-1"],
+    "sweep.shape.aspect": ["0", "-1", "nan"],
+    "sweep.shape.ff_multiple": ["0", "nan", "1e-9"],
+    "sweep.recipe.batch_size": ["0", "-1", "1000000000000", "x"],
+    "sweep.recipe.batch_exponent": ["1e6", "nan", "inf"],
+    "sweep.recipe.learning_rate": ["0", "-1", "nan", "1e400"],
+    "sweep.recipe.warmup_fraction": ["2", "-1", "nan"],
+    "sweep.seeds": ["2147483648", "-1", "x", "1e30"],
+    "sweep.flops_per_second": ["0", "nan", "-1"],
+    "sweep.baseline": ["none", ""],
+    "sweep.arms.mod12.forward_ratio": ["0", "1e300", "-1", "nan"],
+    "sweep.arms.mod12.mod.capacity": ["0", "2", "nan"],
+    "train.seq_len": ["0", "-1", "1000000000000000000000", "x"],
+    "train.b2": ["1", "-1", "nan", "x"],
+    "train.eval_sequences": ["0", "-1", "x"],
+    "data.name": [""],
+    "data.max_epochs": ["0", "-1", "nan"],
+    "execution.layer_loop": ["slow"],
+    "execution.log_every": ["0", "-1"],
+    "model.vocab_size": ["0", "-1", "x"],
+    "train.colour": ["red"],
+    "colour": ["red"],
+}
+COMMANDS = [
+    *(["plan", TINY, f"--config.{name}={value}"]
+      for name, values in OVERRIDES.items() for value in values),
+    *(["plan", f"--config={name}"] for name in (*FILES, "none.py", ".", LONG)),
+    *([verb, f"--workdir={where}"]
+      for verb in ("status", "fit", "report") for where in ("file", "file/work", LONG, "none")),
+    *(["sweep", TINY, f"--workdir={where}"] for where in ("file", "file/work", LONG)),
+    *(["eval", f"--workdir={where}", "--routing=predictor"] for where in ("file", LONG, "none")),
+    *(["sample", f"--workdir={where}", "--prompt=x"] for where in ("file", LONG, "none")),
+    *(["sample", "--workdir=none", *options] for options in (
+        [], ["--prompt="], ["--prompts=none"], [f"--prompts={LONG}"], ["--prompts=."],
+        ["--prompt=x", "--prompts=file"], ["--prompt=x", "--tokens=0"],
+        ["--prompt=x", "--tokens=10000000"], ["--prompt=x", "--temperature=nan"],
+        ["--prompt=x", "--temperature=-1"], ["--prompt=x", "--top-p=0"],
+        ["--prompt=x", "--top-p=2"], ["--prompt=x", "--top-k=-1"], ["--prompt=x", "--seed=-1"],
+        ["--prompt=x", "--seed=1e9"],
+        ["--prompt=x", "--slack=nan"], ["--prompt=x", "--slack=0"],
+    )),
+    ["eval", "--workdir=none", "--routing=fly"], ["eval", "--workdir=none"],
+    ["plan", TINY, "--jobs=0"], ["plan", TINY, "--jobs=x"], ["plan"], ["brew"], [],
+    ["flops", SINGLE, "--config.model.num_heads=5"], ["flops", TINY, "--run=none"],
+    ["train", SINGLE, "--run=none", "--workdir=w"], ["bench", "tea"], ["data"],
+    ["data", "prepare", "--text", "none"], ["data", "prepare", "--tfds=x", "--text", "file"],
+    ["data", "prepare", f"--name={LONG}", "--text", "file"],
+    ["data", "prepare", "--data-dir=file", "--text", "file"],
+    ["data", "show", "--data-dir=file/data"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command)[:60])
+def test_one_line_and_exit_code_2(command, data_dir, tmp_path, monkeypatch, capsys, count):
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    if command and command[0] in ("sweep", "plan", "train"):
+        command = [*command, f"--data-dir={data_dir}"]
+    started = time.monotonic()
+    try:
+        code = main(command)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("modjax: ") and err.count("\n") == 1 and len(err) < 2000
+    assert time.monotonic() - started < 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES), "nothing was begun"
+    count("bad inputs that got one line")
