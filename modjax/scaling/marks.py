@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from modjax.scaling.numbers import count
 from modjax.scaling.results import Fits, Parabola, Range
+from modjax.scaling.words import open_ends
 
 INK, FAINT, SURFACE = "#1a1a1a", "#d4d4d4", "#fefefe"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -61,6 +62,7 @@ def draw_parabola(ax: Axes, fits: Fits, p: Parabola) -> None:
     ax.plot(x, y, color=colour, linestyle=line)
     height = 0.02 + 0.028 * fits.arms.index(p.arm)
     ax.plot(np.clip(p.optimum_interval, x[0], x[-1]), [height, height], color=colour,
+            linestyle=":" if all(open_ends(p.optimum_interval)) else "-",
             transform=ax.get_xaxis_transform(), linewidth=1.6, solid_capstyle="butt")  # fmt: skip
     ax.annotate(
         "",
@@ -135,9 +137,9 @@ def _groups(runs: Sequence[Any], together: bool) -> list[Sequence[Any]]:
 
 
 def draw_point(ax: Axes, fits: Fits, arm: str, x: float, y: float, ends: Range | None) -> None:
-    """An arm's value with its interval; an unbounded interval is a dotted line across."""
+    """An arm's value with its interval; one that is open at an end is a dotted line across."""
     colour, marker, _ = style(fits, arm)
-    if ends is not None and all(math.isfinite(end) for end in ends):
+    if ends is not None and not any(open_ends(ends)):
         ax.plot([x, x], ends, color=colour, linewidth=0.9)
     else:
         ax.axvline(x, color=colour, linewidth=0.7, linestyle=":")

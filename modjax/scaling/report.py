@@ -36,7 +36,8 @@ CAPTIONS = {
     "leans to the lucky by about the noise of such a mean. Runs decay their learning rate to the "
     "end, so only their ends are comparable.",
     "optima": "Left: the optimal size with its power law. Right: loss at the arm's own optimum "
-    "against {baseline}'s at its own. Bars are 95% intervals; a dotted line is an unbounded one.",
+    "against {baseline}'s at its own. Bars are 95% intervals; a dotted line is one that is open at "
+    "an end.",
 }
 RUN_COLUMNS = {
     "run": "run_id", "arm": "variant", "status": "status", "budget": "budget_flops",

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import struct
 
 import numpy as np
@@ -124,6 +125,16 @@ def test_without_an_accepted_baseline_the_figure_says_so(make_sweep):
     records = make_sweep(sizes=3)
     figure = normalised_figure(records, fit_all(records, draws=50))
     assert "accepted optimum of dense" in texts(figure)
+
+
+@pytest.mark.parametrize("ends", [(0.0, 3e5), (1e5, math.inf), (0.0, math.inf)])
+def test_an_interval_that_is_open_at_an_end_is_a_dotted_line(ends, make_sweep):
+    fits = fit_all(make_sweep(noise=0.002), draws=50)
+    opened = [dataclasses.replace(p, optimum_interval=ends) if i == 0 else p
+              for i, p in enumerate(fits.parabolas)]  # fmt: skip
+    sizes = optima_figure(dataclasses.replace(fits, parabolas=tuple(opened))).axes[0]
+    first = [line for line in sizes.lines if list(line.get_xdata()) == [1e12, 1e12]]
+    assert [line.get_linestyle() for line in first] == [":", "-"], "one arm's, and the other's"
 
 
 def test_one_arm_at_one_budget_gives_what_it_can(make_sweep, tmp_path):
