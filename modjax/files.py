@@ -35,9 +35,12 @@ def read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_bytes())
     # Damaged bytes raise ValueErrors of several kinds, brackets without end a RecursionError.
     except (OSError, ValueError, RecursionError) as error:
-        state = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(str(path), state, f"{remedy} ({reason})") from error
+        raise damaged(path, remedy, getattr(error, "strerror", None) or error) from error
+
+
+def damaged(path: Path, remedy: str, reason: object) -> InputError:
+    """What is said of a file that cannot be used."""
+    return InputError(str(path), "damaged or missing", f"{remedy} ({reason})")
 
 
 class Home:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from modjax.config import InputError, RunSpec, from_dict, to_dict
-from modjax.files import read_json, write_atomically
+from modjax.files import damaged, read_json, write_atomically
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ def _read(cls: type[T], path: Path, remedy: str) -> T:
     try:
         return from_dict(cls, values)
     except InputError as error:
-        raise InputError(str(path), "damaged", f"{remedy} ({error})") from error
+        raise damaged(path, remedy, error) from error
 
 
 class Scan(NamedTuple):

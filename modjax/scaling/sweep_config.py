@@ -144,7 +144,7 @@ class SweepConfig:
     flops_per_second: what one worker is expected to reach, for the estimated time only.
     """
 
-    arms: dict[str, Any]
+    arms: Mapping[str, Any]
     baseline: str
     budgets: tuple[float, ...]
     sizes: int

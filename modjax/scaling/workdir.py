@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.config import InputError, from_dict, require, to_dict
-from modjax.files import read_json
+from modjax.files import damaged, read_json
 from modjax.records import run_dir, write_json
 from modjax.scaling.experiment import Experiment
 from modjax.scaling.run import lock
@@ -45,7 +45,7 @@ def read_plan(workdir: Path) -> Plan | None:
     try:
         return from_dict(Plan, values)
     except InputError as error:
-        raise InputError(str(path), "damaged", f"{remedy} ({error})") from error
+        raise damaged(path, remedy, error) from error
 
 
 def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan | None:

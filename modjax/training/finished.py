@@ -1,5 +1,6 @@
 """A finished run, opened again: to evaluate it under another routing, or to sample from it."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from modjax.training.programs import compile_eval_step
 from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import Model, abstract_model, abstract_state
 
+logger = logging.getLogger("modjax")
+
 
 class Finished(NamedTuple):
     """A run's spec, the cache it was trained on, its model and its final parameters on `mesh`."""
@@ -35,31 +38,26 @@ class Finished(NamedTuple):
 
 
 def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> list[RunSpec]:
-    """The finished runs of `workdir` that can be read, or the one that `run_id` names.
+    """The finished runs of `workdir`, or the one that `run_id` names.
 
-    routed: only those with a routed block. Raises InputError where there is none, and for a named
-    run that cannot be read.
+    routed: only those with a routed block. A result that cannot be read is left out with a warning.
+    Raises InputError where there is none, and where a run's spec cannot be read.
     """
     found = scan(workdir)
     if run_id in found.unreadable:
         raise InputError("--run", run_id, found.unreadable[run_id])
-    specs = []
-    for record in found.records:
-        if record.status == "finished":
-            try:
-                specs.append(read_spec(run_dir(workdir, record.run_id)))
-            except InputError:
-                if record.run_id == run_id:
-                    raise
+    for why in found.unreadable.values():
+        logger.warning("modjax: left out: %s", why)
+    finished = [record.run_id for record in found.records if record.status == "finished"]
+    wanted = finished if run_id is None else [name for name in finished if name == run_id]
+    specs = [read_spec(run_dir(workdir, name)) for name in wanted]
     kept = [s for s in specs if not routed or any(slot.routed for slot in s.model.slots)]
-    what = "finished run with a routed block" if routed else "finished run"
-    require(len(kept) > 0, "--workdir", str(workdir), f"holds no {what}")
-    if run_id is None:
-        return kept
-    named = [spec for spec in kept if spec.run_id == run_id]
-    require(len(named) > 0, "--run", run_id,
-            f"must be one of {len(kept)} finished runs, such as {kept[-1].run_id}")  # fmt: skip
-    return named
+    if run_id is None or not finished:
+        what = "finished run with a routed block" if routed else "finished run"
+        require(len(kept) > 0, "--workdir", str(workdir), f"holds no {what}")
+    accepted = f"must be one of {len(finished)} finished runs, such as {finished[-1]}"
+    require(len(kept) > 0, "--run", run_id, accepted)
+    return kept
 
 
 def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:

@@ -144,6 +144,6 @@ def test_the_second_sweep_finds_programs_but_no_results_and_preparing_is_not_tim
     assert overhead.value == pytest.approx(1 - 28 / (2 * 20))
     assert (compiled.value, waited.value) == (0.125, pytest.approx(0.005))
     (prepare, *_), (first, one), (second, other) = calls
-    assert prepare == ["data", "prepare"] and one == other
+    assert prepare[-2:] == ["data", "prepare"] and one == other
     differing = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
     assert [a.startswith("--workdir=") for a, _ in differing] == [True]

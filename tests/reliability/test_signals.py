@@ -13,8 +13,9 @@ pytestmark = pytest.mark.slow
 
 
 def wait_for_training(process, workdir) -> None:
-    deadline = time.monotonic() + 120
-    while not any(files(workdir, "metrics.jsonl").values()):
+    """Returns when it has logged something that an earlier one had not."""
+    deadline, before = time.monotonic() + 120, files(workdir, "metrics.jsonl")
+    while files(workdir, "metrics.jsonl") == before:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -41,7 +41,10 @@ def test_a_damaged_result_is_named_with_its_remedy_and_hides_no_other_run(folder
     outcome = sweep(folders)
     assert len(outcome.records) == 5
     assert list(outcome.failures) == [bad]
-    assert "result.json = 'damaged': delete it to run this cell again" in outcome.failures[bad]
+    assert (
+        "result.json = 'damaged or missing': delete it to run this cell again"
+        in outcome.failures[bad]
+    )
     assert "\n" not in outcome.failures[bad]
     found = status(folders[0])
     assert (found.count("damaged"), found.count("done")) == (1, 5)
