@@ -12,15 +12,8 @@ import numpy as np
 from modjax.config import require
 from modjax.records import Record
 from modjax.scaling.laws import log10_of, power_law
-from modjax.scaling.parabola import (
-    Vertex,
-    by_cell,
-    fit_budget,
-    interval,
-    make_cells,
-    power_of_ten,
-    repeats,
-)
+from modjax.scaling.observed import by_cell, make_cells, repeats
+from modjax.scaling.parabola import Vertex, fit_budget, interval, power_of_ten
 from modjax.scaling.parametric import fit_surface
 from modjax.scaling.results import (
     QUANTITIES,

@@ -12,7 +12,8 @@ import numpy as np
 
 from modjax.config import require
 from modjax.scaling.laws import power_law
-from modjax.scaling.parabola import Cell, Estimate, fit_budget, freedoms
+from modjax.scaling.observed import Cell, freedoms
+from modjax.scaling.parabola import Estimate, fit_budget
 from modjax.scaling.results import Range
 
 # The medians in experiments/isoflop/fit.json (loss against log10 N, 2e11 to 1.8e12 FLOPs) of nine

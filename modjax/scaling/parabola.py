@@ -24,31 +24,18 @@ Shapes: J cells of one arm and budget, R bootstrap draws, 3 coefficients of a pa
 
 import dataclasses
 import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from modjax.records import Record
-from modjax.scaling.results import SIZES, Parabola, Range, Repeat, quantity_of
+from modjax.scaling.observed import Cell, freedoms
+from modjax.scaling.results import Parabola, Range
 
 LEVEL = 0.95
 MIN_SIZES = 4
 # Scatter about the parabolas that chance brings about less often than this is taken to be real.
 CHANCE = 0.05
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model at one budget: the mean over its seeds."""
-
-    x: float
-    loss: float
-    sem: float
-    seeds: int
-    squares: float  # sum of squared deviations between seeds
 
 
 @dataclass(frozen=True)
@@ -82,61 +69,6 @@ class Noise:
     sigma: float | None
     sigma_R: np.ndarray
     found_R: np.ndarray
-
-
-Repeated = list[Record]  # runs that differ in their seed only
-
-
-def by_cell(runs: Iterable[Record]) -> dict[tuple[str, float], list[Repeated]]:
-    """The cells of every arm and budget."""
-    cells: dict[tuple[Any, ...], Repeated] = {}
-    for r in runs:
-        same = (r.variant, r.budget_flops, r.d_model, r.num_layers, r.params_total,
-                r.forward_flops_per_token, r.batch_size, r.steps, r.learning_rate)  # fmt: skip
-        cells.setdefault(same, []).append(r)
-    grouped: dict[tuple[str, float], list[Repeated]] = {}
-    for (arm, budget, *_), cell in cells.items():
-        grouped.setdefault((arm, budget), []).append(cell)
-    return grouped
-
-
-def make_cells(cells: Iterable[Repeated], quantity: str, size: str) -> list[Cell]:
-    """The cells of one arm and budget, by `quantity`."""
-    made = []
-    for runs in cells:
-        losses = np.array([r.eval_loss for r in runs], dtype=float)
-        sems = [r.eval_loss_sem or 0.0 for r in runs]
-        made.append(
-            Cell(
-                x=float(quantity_of(runs[0], quantity, size)),
-                loss=float(losses.mean()),
-                sem=float(np.mean(sems)),
-                seeds=len(runs),
-                squares=float(((losses - losses.mean()) ** 2).sum()),
-            )
-        )
-    return sorted(made, key=lambda cell: cell.x)
-
-
-def repeats(cells: Iterable[Repeated], size: str) -> list[Repeat]:
-    """Every cell that was run with several seeds, by budget and size."""
-    found = []
-    for runs in cells:
-        losses = [r.eval_loss for r in runs if r.eval_loss is not None]
-        if len(losses) > 1:
-            r = runs[0]
-            found.append(
-                Repeat(
-                    arm=r.variant,
-                    budget_flops=r.budget_flops,
-                    d_model=r.d_model,
-                    params=getattr(r, SIZES[size]),
-                    seeds=len(losses),
-                    loss=statistics.mean(losses),
-                    deviation=statistics.stdev(losses),
-                )
-            )
-    return sorted(found, key=lambda cell: (cell.budget_flops, cell.d_model))
 
 
 @dataclass(frozen=True)
@@ -194,13 +126,6 @@ def fit_budget(
         )  # fmt: skip
         results.append(_fit_arm(parabola, of, solved.get(arm), shared_noise, shared_R, rng))
     return results
-
-
-def freedoms(cells: Mapping[str, Sequence[Cell]]) -> tuple[int, int]:
-    """Degrees of freedom of the noise of a budget: between seeds, and about its parabolas."""
-    sizes = (len({c.x for c in of}) for of in cells.values())
-    about = sum(len(of) - 3 for of, n in zip(cells.values(), sizes, strict=True) if n >= 3)
-    return sum(c.seeds - 1 for of in cells.values() for c in of), about
 
 
 def _variance(cells: dict[str, list[Cell]], solved: dict[str, _Solved]) -> tuple[float, int]:

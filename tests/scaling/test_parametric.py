@@ -76,16 +76,18 @@ def test_bootstrap_intervals_are_those_published(table):
         np.testing.assert_allclose(np.log(intervals[name]), np.log(published[name]), atol=0.35)
 
 
-def planted(noise=0.0):
+def planted(noise=0.0, seeds=1):
     rng = np.random.default_rng(0)
     n, c = (x.ravel() for x in np.meshgrid(np.geomspace(1e5, 1e7, 6), np.geomspace(1e12, 1e14, 4)))
+    n, c = np.tile(n, seeds), np.tile(c, seeds)
     d = c / (6 * n)
     loss = 1.5 + 60 / n**0.38 + 90 / d**0.31
     return n, d, loss * np.exp(noise * rng.standard_normal(len(n)))
 
 
-def test_planted_exponents_are_recovered():
-    surface = fit_surface("dense", *planted(), draws=0)
+@pytest.mark.parametrize("seeds", [1, 12])
+def test_planted_exponents_are_recovered(seeds):
+    surface = fit_surface("dense", *planted(seeds=seeds), draws=0)
     found = [surface.E, surface.A, surface.B, surface.alpha, surface.beta]
     np.testing.assert_allclose(found, [1.5, 60, 90, 0.38, 0.31], rtol=1e-3)
 
@@ -96,8 +98,9 @@ def test_intervals_hold_the_planted_exponents():
     assert intervals["beta"][0] < 0.31 < intervals["beta"][1]
 
 
-def test_every_resampling_reaches_its_own_minimum():
-    data = parametric.make_data(*planted(noise=0.01))
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_resampling_reaches_its_own_minimum(seeds):
+    data = parametric.make_data(*planted(noise=0.01, seeds=seeds))
     theta, runs = fit_descent(data), len(data.log_n_M)
     drawn = parametric.bootstrap(theta, data, 5, np.random.default_rng(3))
     counts = np.random.default_rng(3).multinomial(runs, np.full(runs, 1 / runs), size=5)
