@@ -51,7 +51,7 @@ def table(
 
 
 def _cell(value: object) -> str:
-    """A text as it is, a number rounded; `data-key`, what to sort by, where that is not as shown.
+    """A text as it is, a number rounded, the rest as JSON; `data-key`, what to sort by, where that is not as shown.
 
     Keys have the 7 digits of a float32; report.js reads a number past its commas.
     """
@@ -59,8 +59,11 @@ def _cell(value: object) -> str:
         shown = budget(value) if 1e5 <= abs(value) < math.inf else f"{value:.4g}"
         key = "" if float(shown) == value else f' data-key="{value:.7g}"'
         return f"<td{key}>{shown}"
-    shown = "" if value is None else f"{value:,}" if isinstance(value, int) else text(value)
-    return f"<td>{shown}"
+    if type(value) is int:
+        return f"<td>{value:,}"
+    if value is not None and not isinstance(value, str):
+        value = json.dumps(value)
+    return f"<td>{text(value or '')}"
 
 
 def inline_svg(source: str, name: str) -> str:
