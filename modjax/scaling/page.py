@@ -51,9 +51,10 @@ def table(
 
 
 def _cell(value: object) -> str:
-    """A text as it is, a number rounded, the rest as JSON; `data-key`, what to sort by, where that is not as shown.
+    """A text as it is, a number rounded, the rest as JSON.
 
-    Keys have the 7 digits of a float32; report.js reads a number past its commas.
+    `data-key` is what to sort by where that is not as shown, to the 7 digits of a float32;
+    report.js reads a number past its commas.
     """
     if isinstance(value, float):
         shown = budget(value) if 1e5 <= abs(value) < math.inf else f"{value:.4g}"

@@ -270,10 +270,9 @@ def _config(plan: dict[str, Any], specs: Specs) -> list[str]:
 
 
 def _specs(workdir: Path, records: Sequence[Record]) -> Specs:
-    found = {}
-    for r in records:
-        if spec := _json(run_dir(workdir, r.run_id) / "spec.json"):
-            found[r.run_id] = {sys.intern(name): value for name, value in flatten(spec)}
+    read = ((r.run_id, _json(run_dir(workdir, r.run_id) / "spec.json")) for r in records)
+    found = {run_id: {sys.intern(name): value for name, value in flatten(spec)}
+             for run_id, spec in read if spec}  # fmt: skip
     return compare(found, {r.run_id: r.variant for r in records})
 
 
