@@ -51,16 +51,20 @@ def table(
 
 
 def _cell(value: object) -> str:
-    """A text as it is, a number rounded; `data-key`, what to sort by, where that is not as shown.
+    """A text as it is, a number rounded, the rest as JSON.
 
-    Keys have the 7 digits of a float32; report.js reads a number past its commas.
+    `data-key` is what to sort by where that is not as shown, to the 7 digits of a float32;
+    report.js reads a number past its commas.
     """
     if isinstance(value, float):
         shown = budget(value) if 1e5 <= abs(value) < math.inf else f"{value:.4g}"
         key = "" if float(shown) == value else f' data-key="{value:.7g}"'
         return f"<td{key}>{shown}"
-    shown = "" if value is None else f"{value:,}" if isinstance(value, int) else text(value)
-    return f"<td>{shown}"
+    if type(value) is int:
+        return f"<td>{value:,}"
+    if value is not None and not isinstance(value, str):
+        value = json.dumps(value)
+    return f"<td>{text(value or '')}"
 
 
 def inline_svg(source: str, name: str) -> str:

@@ -226,7 +226,7 @@ def _run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool
     more = [name for name in specs.run_fields if name not in SPEC_COLUMNS]
     body = (
         [*(getattr(r, field) for field in RUN_COLUMNS.values()),
-         *(_plain(specs.by_run.get(r.run_id, {}).get(name)) for name in more)]
+         *(specs.by_run.get(r.run_id, {}).get(name) for name in more)]
         for r in records
     )  # fmt: skip
     rows = [f"run:{r.run_id}" for r in records] if marked else None
@@ -261,8 +261,7 @@ def _config(plan: dict[str, Any], specs: Specs) -> list[str]:
         parts += ["<h3>The same in every run</h3>", table(("field", "value"), rows)]
     fields = [name for name in specs.arm_fields if name != "variant"]
     if fields:
-        rows = [(arm, *(_plain(of.get(name)) for name in fields))
-                for arm, of in specs.by_arm.items()]  # fmt: skip
+        rows = [(arm, *map(of.get, fields)) for arm, of in specs.by_arm.items()]
         parts += ["<h3>The same in every run of an arm</h3>", table(("arm", *fields), rows)]
     if plan:
         settings = {name: value for name, value in plan.items() if name != "runs"}
@@ -271,10 +270,9 @@ def _config(plan: dict[str, Any], specs: Specs) -> list[str]:
 
 
 def _specs(workdir: Path, records: Sequence[Record]) -> Specs:
-    found = {}
-    for r in records:
-        if spec := _json(run_dir(workdir, r.run_id) / "spec.json"):
-            found[r.run_id] = {sys.intern(name): value for name, value in flatten(spec)}
+    read = ((r.run_id, _json(run_dir(workdir, r.run_id) / "spec.json")) for r in records)
+    found = {run_id: {sys.intern(name): value for name, value in flatten(spec)}
+             for run_id, spec in read if spec}  # fmt: skip
     return compare(found, {r.run_id: r.variant for r in records})
 
 
@@ -299,8 +297,3 @@ def _json(path: Path) -> dict[str, Any]:
 def _depth(value: Any) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max(map(_depth, inner), default=0)
-
-
-def _plain(value: Any) -> Any:
-    """A value of a spec for a table: numbers sort as such."""
-    return value if value is None or type(value) in (int, float, str) else json.dumps(value)
