@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
 RUNS = 4  # 2 sizes x 2 arms, of two layers
 OVERRIDES = [
-    "sweep.sizes=2", "sweep.budgets=1e10", "sweep.optimum.budget=1e10", "sweep.optimum.params=6e3",
+    "sweep.sizes=2", "sweep.budgets=3e9", "sweep.optimum.budget=3e9", "sweep.optimum.params=6e3",
     "sweep.shape.layer_multiple=2", "sweep.recipe.batch_size=4", "train.seq_len=32",
     "train.eval_sequences=8", "execution.log_every=10", "execution.checkpoint_seconds=0.3",
 ]  # fmt: skip

@@ -11,8 +11,7 @@ import selectors
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from modjax.config import Execution, InputError, RunSpec, to_dict
 from modjax.files import Home
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.display import Display
-from modjax.scaling.engines.process import Worker, end_of, share_of_cores
+from modjax.scaling.engines.process import Worker, end_of, share_of_cores, signals
 from modjax.scaling.numbers import clock
 from modjax.scaling.run import is_running
 
@@ -85,7 +84,7 @@ class Session:
         self.waiting = deque(spec for spec in self.specs if self._is_open(spec))
         self.checked = not self.waiting
         self.workers = [Worker(i) for i in range(min(self.jobs, len(self.waiting)))]
-        with _signals() as self.received, self.display:
+        with signals() as self.received, self.display:
             try:
                 while not self.checked:
                     self._attend()
@@ -286,18 +285,3 @@ class Session:
                     process.kill()
             time.sleep(0.02)
         return all([worker.end() == 0 or worker.spec is None for worker in living])
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them."""
-    received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda signum, frame: received.append(signum))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

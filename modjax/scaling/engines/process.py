@@ -1,4 +1,4 @@
-"""A worker process as its launcher sees it: started, told, heard, and ended."""
+"""A worker process as its launcher sees it: started, told, heard, ended; and signals to both."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -119,3 +120,18 @@ def share_of_cores(index: int, jobs: int) -> list[int]:
     if jobs > len(cores):
         return [cores[index % len(cores)]]
     return cores[index * len(cores) // jobs : (index + 1) * len(cores) // jobs]
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda signum, frame: received.append(signum))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
