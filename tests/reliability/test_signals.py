@@ -13,10 +13,10 @@ pytestmark = pytest.mark.slow
 
 
 def wait_for_training(process, workdir) -> None:
-    """Returns when it has logged something that an earlier one had not."""
+    """Returns when it has logged something that an earlier one had not, or has ended."""
     deadline, before = time.monotonic() + 120, files(workdir, "metrics.jsonl")
-    while files(workdir, "metrics.jsonl") == before:
-        assert process.poll() is None and time.monotonic() < deadline
+    while files(workdir, "metrics.jsonl") == before and process.poll() is None:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 

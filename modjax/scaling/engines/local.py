@@ -284,4 +284,11 @@ class Session:
                 for process in processes:
                     process.kill()
             time.sleep(0.02)
-        return all([worker.end() == 0 or worker.spec is None for worker in living])
+        return all([_lost_nothing(worker, worker.end()) for worker in living])
+
+
+def _lost_nothing(worker: Worker, code: int) -> bool:
+    """Whether a worker that ended with `code` has saved its run, or had nothing to save."""
+    # SIGTERM ends a worker by itself only until its training listens for it.
+    unbegun = code == -signal.SIGTERM and worker.step == 0
+    return code == 0 or worker.spec is None or unbegun
