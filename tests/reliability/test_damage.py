@@ -9,12 +9,16 @@ from tests.reliability.small import RUNS, files, losses
 
 pytestmark = pytest.mark.slow
 
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 16 if data else 16]) + data[middle + 1 :]
+
+
 DAMAGES = {
     "empty": lambda data: b"",
     "half": lambda data: data[: len(data) // 2],
-    "a flipped bit": lambda data: (
-        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :]
-    ),
+    "a flipped bit": flip,
     "noise": lambda data: bytes(range(256)) * (1 + len(data) // 256),
     "deep": lambda data: b"[" * 100_000,
     "missing": None,
