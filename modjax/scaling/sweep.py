@@ -122,7 +122,8 @@ def _account(workdir: Path, wall: float, session: Session, begun: set[str]) -> d
     null where one of them was finished here, or where a run was left unfinished. `found`: runs
     that another session finished meanwhile, of which nothing is counted.
     """
-    records = [r for r in read_records(workdir) if r.run_id in set(session.finished)]
+    finished = set(session.finished)
+    records = [record for record in read_records(workdir) if record.run_id in finished]
     used = sum(record.train_seconds + record.compile_seconds for record in records)
     partial = begun.intersection(session.finished) or any(w.spec for w in session.workers)
     overhead = 1 - used / (wall * max(1, len(session.workers)))

@@ -48,9 +48,9 @@ class MetricsWriter:
         path = run_dir / "metrics.jsonl"
         lines = read_metrics(run_dir)
         kept = [line.text + b"\n" for line in lines if _stays(line.values, start_step)]
-        whole = [number for number, line in enumerate(lines, 1) if line.values is not None]
-        for number in range(1, max(whole, default=0)):  # what a kill leaves is at the end
-            if number not in whole:
+        last = max((n for n, line in enumerate(lines, 1) if line.values is not None), default=0)
+        for number, line in enumerate(lines[:last], 1):  # what a kill leaves comes after it
+            if line.values is None:
                 logger.warning("modjax: %s: line %d is damaged: left out", path, number)
         write_atomically(path, b"".join(kept))
         self._file = open(path, "a")
