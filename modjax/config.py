@@ -429,9 +429,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         hint, fitting, _ = fields[name]
         fits = type(value) in fitting and (type(value) is not float or math.isfinite(value))
         built[name] = value if fits else _convert(hint, value, f"{path}{name}")
-    for name, field_ in fields.items():
-        missing = field_.needed and name not in built
-        require(not missing, f"{path}{name}", None, "missing, and has no default")
+    missing = [name for name, field in fields.items() if field.needed and name not in built]
+    if missing:
+        raise InputError(f"{path}{missing[0]}", None, "missing, and has no default")
     return cls(**built)
 
 

@@ -1,5 +1,6 @@
 """What a run's folder holds as JSON: its spec, and one record when it has finished."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -158,7 +159,12 @@ def last_step(run_dir: Path) -> int:
 
 
 def _metrics_lines(content: bytes) -> list[MetricsLine]:
-    return [MetricsLine(text, _metrics_values(text)) for text in content.split(b"\n")[:-1]]
+    texts = content.split(b"\n")[:-1]
+    with contextlib.suppress(ValueError, RecursionError):  # all at once, where none is damaged
+        values = json.loads(b"[" + b",".join(texts) + b"]")
+        if len(values) == len(texts) and all(map(_is_metrics, values)):
+            return list(map(MetricsLine, texts, values))
+    return [MetricsLine(text, _metrics_values(text)) for text in texts]
 
 
 def _metrics_values(text: bytes) -> dict[str, Any] | None:
@@ -166,8 +172,11 @@ def _metrics_values(text: bytes) -> dict[str, Any] | None:
         values = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(values, dict) and isinstance(values.get("step"), int)
-    return values if whole else None
+    return values if _is_metrics(values) else None
+
+
+def _is_metrics(values: Any) -> bool:
+    return isinstance(values, dict) and isinstance(values.get("step"), int)
 
 
 def write_csv(path: Path, records: Iterable[Record]) -> None:

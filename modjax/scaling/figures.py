@@ -59,8 +59,11 @@ def draw_all(
                 for kind in ("png", "svg"):  # of an earlier report
                     (folder / f"{name}.{kind}").unlink(missing_ok=True)
                 continue
+            layout = figure.get_layout_engine()
+            assert layout is not None
+            layout.execute(figure)  # once; each file would do it again, after a draw for nothing
+            figure.set_layout_engine(None)
             figure.savefig(folder / f"{name}.png")
-            figure.set_layout_engine("none")  # the places of its parts are known now
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         paths[name] = folder / f"{name}.svg"
     return paths

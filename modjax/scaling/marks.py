@@ -7,7 +7,6 @@ which the report turns into tooltips. Of more than MANY runs nobody can point at
 drawn together and have no ids.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,9 +121,9 @@ def draw_curves(
     for group in _groups(runs, together):
         lines = [np.stack([x, y], -1) for _, x, y in group]
         if together:  # matplotlib transforms line by line, and a NaN begins another
-            lines = [np.concatenate([np.pad(line, ((0, 1), (0, 0)), constant_values=math.nan)
-                                     for line in lines[i : i + 50]])
-                     for i in range(0, len(lines), 50)]  # fmt: skip
+            gap = np.full((1, 2), np.nan)
+            ended = [part for line in lines for part in (line, gap)]
+            lines = [np.concatenate(ended[i : i + 100]) for i in range(0, len(ended), 100)]
         drawn = LineCollection(lines, color=style(fits, arm)[0], alpha=0.5, linewidth=0.45,
                                rasterized=together)  # fmt: skip
         drawn.set_gid(None if together else f"run:{group[0][0]}")

@@ -26,7 +26,7 @@ DELTA = 1e-3
 MIN_RUNS = 8
 OPTIMALITY = 1e-5
 SEARCHED = 200  # runs that the search of `fit_projection` is made with
-SETTLED = 1e-12  # a relative decrease of the objective that is none
+SETTLED = 1e-8  # a relative decrease of the objective that ends a search; `descend` goes on
 NAMES = ("E", "A", "B", "alpha", "beta")
 
 
@@ -155,15 +155,16 @@ def project(alpha: float, beta: float, data: Data, steps: int = 200) -> tuple[fl
     return best, best_3
 
 
-def fit_projection(data: Data) -> np.ndarray:
+def fit_projection(data: Data, steps: int = 200) -> np.ndarray:
     """Parameters (5,) by variable projection: a grid over alpha and beta, then L-BFGS-B.
 
     At the best E, A' and B' the objective's derivatives by alpha and beta are its partial ones.
+    steps: of each search for those; a few are enough for a place to start from.
     """
     from scipy.optimize import minimize
 
     def theta(alpha_beta: np.ndarray) -> np.ndarray:
-        _, coefficients_3 = project(alpha_beta[0], alpha_beta[1], data)
+        _, coefficients_3 = project(alpha_beta[0], alpha_beta[1], data, steps)
         return np.concatenate([np.log(np.maximum(coefficients_3, 1e-13)), alpha_beta])
 
     def scaled(alpha_beta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -171,7 +172,7 @@ def fit_projection(data: Data) -> np.ndarray:
         return value / DELTA**2, gradient[3:] / DELTA**2
 
     grid = itertools.product(np.geomspace(0.1, 1.6, 7), repeat=2)
-    start = min(grid, key=lambda ab: project(ab[0], ab[1], data, steps=10)[0])
+    start = min(grid, key=lambda ab: project(ab[0], ab[1], data, steps=3)[0])
     result = minimize(
         scaled, start, jac=True, method="L-BFGS-B", bounds=[(0, 5)] * 2,
         options={"ftol": 1e-13, "gtol": 1e-7},
@@ -280,7 +281,7 @@ def fit_surface(
         return Surface(arm, runs, *[None] * 8, refusal=f"{runs} finished runs; five parameters "
                        f"need at least {MIN_RUNS}")  # fmt: skip
     data = make_data(n_M, d_M, loss_M)
-    ends = [descend(fit_projection(_some(data)), data).x, fit_descent(data)]
+    ends = [descend(fit_projection(_some(data), steps=5), data).x, fit_descent(data)]
     theta = min(ends, key=lambda end: objective(end, data)[0])
     value, gradient, terms = objective(theta, data)
     optimality = float(np.max(np.abs(gradient) / np.maximum(terms, 1e-300)))

@@ -291,9 +291,11 @@ def _json(path: Path) -> dict[str, Any]:
         values = read_json(path, "")
     except InputError:
         return {}
-    return values if isinstance(values, dict) and _depth(values) < DEEPEST else {}
+    return values if isinstance(values, dict) and not _deeper(values, DEEPEST) else {}
 
 
-def _depth(value: Any) -> int:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, inner), default=0)
+def _deeper(value: dict[str, Any] | list[Any], levels: int) -> bool:
+    """Whether groups and lists lie in one another more than `levels` deep."""
+    inner = value.values() if isinstance(value, dict) else value
+    groups = (item for item in inner if isinstance(item, dict | list))
+    return levels == 0 or any(_deeper(group, levels - 1) for group in groups)
