@@ -1,0 +1,114 @@
+"""The loss and gradient norm of every step of tiny runs at fixed seeds, kept in losses.json.
+
+`python -m tests.losses.record` compares and says what differs; with --write it keeps what it found.
+A change that claims to change no numerics leaves them as they are, to the last bit on the machine
+that they were kept on; other machines may round differently.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from modjax.config import Execution, MoDConfig, ModelConfig, TrainConfig
+from modjax.data.batches import Batch
+from modjax.training.optimizer import make_schedule
+from modjax.training.programs import init_state, lower_train_step
+from modjax.training.sharding import make_mesh, put_batch
+from modjax.training.state import abstract_model, forget_losses
+
+KEPT = Path(__file__).with_name("losses.json")
+LENGTH, BATCH, STEPS = 64, 8, 6
+DENSE = ModelConfig(
+    vocab_size=96, d_model=32, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=64
+)  # fmt: skip
+TAUGHT = MoDConfig(capacity=0.25, predictor_weight=1.0)
+
+
+def routed(kind: str, mod: MoDConfig = TAUGHT, **changes: Any) -> ModelConfig:
+    return dataclasses.replace(DENSE, pattern=("dense", kind), mod=mod, **changes)
+
+
+MOD = routed("mod")
+CASES: dict[str, tuple[ModelConfig, dict[str, Any], dict[str, Any]]] = {
+    "dense": (DENSE, {}, {}),
+    "mod": (routed("mod", MoDConfig(capacity=0.25)), {}, {}),
+    "mod, predictor and auxiliary": (
+        routed("mod", dataclasses.replace(TAUGHT, auxiliary_weight=0.1)), {}, {},
+    ),
+    "mod, literal, one_plus_tanh": (
+        routed("mod", MoDConfig(0.25, weight="one_plus_tanh", residual="literal")), {}, {},
+    ),
+    **{
+        kind: (routed(kind), {}, {})
+        for kind in ("stochastic", "positional", "learned_position", "token_choice", "attention",
+                     "threshold")
+    },
+    "two capacities": (
+        dataclasses.replace(MOD, pattern=("mod:0.5", "mod")), {}, {},
+    ),
+    "grouped queries, swiglu, tied": (
+        dataclasses.replace(MOD, num_kv_heads=2, mlp="swiglu", tie_embeddings=True), {}, {},
+    ),
+    "packed documents": (MOD, {"document_mask": True}, {}),
+    "accumulation": (MOD, {"accumulation": 2}, {}),
+    "bfloat16": (dataclasses.replace(MOD, dtype="bfloat16"), {}, {}),
+    "scan": (MOD, {}, {"layer_loop": "scan"}),
+    "unroll": (MOD, {}, {"layer_loop": "unroll"}),
+    "rematerialised": (MOD, {}, {"remat": "full"}),
+    "2 x 2 x 2 devices": (MOD, {}, {"data": 2, "fsdp": 2, "tensor": 2}),
+}  # fmt: skip
+
+
+def batch_of(step: int) -> Batch:
+    """Letters that are likely to come again, in documents of several lengths, and padding."""
+    rng = np.random.default_rng(step)
+    tokens = np.cumsum(rng.integers(0, 3, (BATCH, LENGTH + 1)), axis=1) % DENSE.vocab_size
+    ends = np.sort(rng.integers(8, LENGTH, (BATCH, 2)), axis=1)
+    segments = 1 + (np.arange(LENGTH) >= ends[:, :1]).astype(np.int32)
+    segments = np.where(np.arange(LENGTH) < ends[:, 1:], segments, 0)
+    weights = (segments > 0).astype(np.float32)
+    return Batch(
+        inputs_BL=tokens[:, :-1].astype(np.int32), targets_BL=tokens[:, 1:].astype(np.int32),
+        segment_ids_BL=segments.astype(np.int32), weights_BL=weights,
+    )  # fmt: skip
+
+
+def losses(case: str) -> list[list[float]]:
+    """[loss, gradient norm] of each step."""
+    config, train_changes, execution_changes = CASES[case]
+    train = TrainConfig(BATCH, LENGTH, STEPS, 3e-3, 2, **train_changes)
+    execution = Execution(**{"data": 1, **execution_changes})
+    mesh, model = make_mesh(execution), abstract_model(config, execution)
+    found = []
+    with jax.set_mesh(mesh):
+        state = init_state(mesh, model, train)
+        step = lower_train_step(mesh, model, train).compile()
+        for number in range(1, STEPS + 1):
+            batch = put_batch(batch_of(number), mesh)
+            state, metrics = step(forget_losses(state), batch, make_schedule(train))
+            found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return found
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    found = {}
+    for case in CASES:
+        found[case] = losses(case)
+        before = kept.get(case)
+        most = np.abs(np.array(before) / np.array(found[case]) - 1).max() if before else None
+        same = "the same to the last bit" if before == found[case] else f"differs by {most}"
+        print(f"{case}: {same if before else 'new'}", flush=True)
+    if "--write" in sys.argv:
+        KEPT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
