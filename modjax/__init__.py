@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from modjax.decoding.generate import Sampling, extend, generate, resume
-    from modjax.nn import DenseBlock, MoDBlock, Transformer, expert_choice, unstack
+    from modjax.nn import DenseBlock, MoDBlock, Transformer, unstack
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Sampling",
     "TrainConfig",
     "Transformer",
-    "expert_choice",
     "extend",
     "flops",
     "generate",
@@ -42,7 +41,7 @@ __all__ = [
     "unstack",
 ]
 _FROM = {
-    "modjax.nn": ("DenseBlock", "MoDBlock", "Transformer", "expert_choice", "unstack"),
+    "modjax.nn": ("DenseBlock", "MoDBlock", "Transformer", "unstack"),
     "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
 }
 

@@ -23,7 +23,7 @@ PATTERN_ENTRIES = (
 # How a routed block selects: as in training, or by one of the ways that never look ahead.
 ROUTINGS = ("top_k", "router", "predictor", "paced", "threshold")
 ROUTER_WEIGHTS = ("linear", "sigmoid", "two_sigmoid", "one_plus_tanh")
-RESIDUALS = ("delta", "literal", "replace")
+RESIDUALS = ("delta", "literal")
 MLPS = ("gelu", "silu", "relu2", "geglu", "swiglu")
 GATED_MLPS = ("geglu", "swiglu")
 DTYPES = ("float32", "bfloat16")
@@ -75,7 +75,7 @@ class MoDConfig:
     capacity: share of each sequence's positions that the block processes, in (0, 1].
     weight: how the raw router score r scales the update: r, sigmoid(r), 2 sigmoid(r), 1 + tanh(r).
     residual: what is scaled, with f the inner block and r its weight: `delta` x + r (f(x) - x),
-      `literal` x + r f(x), `replace` r f(x).
+      or `literal` x + r f(x).
     auxiliary_weight, predictor_weight: of the losses that teach the router's own score, or a
       predictor beside it, to select without the future (section 3.5); 0 leaves them out.
     balance_weight, z_weight: of the two losses of token choice.
@@ -244,8 +244,7 @@ class TrainConfig:
 
     batch_size counts sequences per optimizer step; `accumulation` splits it into that many
     forward-backward passes. The schedule is linear warm-up, then a cosine that reaches
-    `final_learning_rate_fraction` at exactly the last step. Routed blocks start at capacity 1 and
-    reach their own after `capacity_steps` steps, in CAPACITY_STAGES equal stages.
+    `final_learning_rate_fraction` at exactly the last step.
     """
 
     batch_size: int
@@ -260,7 +259,6 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     accumulation: int = 1
-    capacity_steps: int = 0
     document_mask: bool = False
     eval_sequences: int = 256
     eval_every: int = 0
@@ -281,10 +279,6 @@ class TrainConfig:
         )  # fmt: skip
         floor = self.final_learning_rate_fraction
         require(0 <= floor <= 1, "train.final_learning_rate_fraction", floor, "must be in [0, 1]")
-        require(
-            0 <= self.capacity_steps <= self.steps, "train.capacity_steps", self.capacity_steps,
-            f"must be between 0 and train.steps = {self.steps}",
-        )  # fmt: skip
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}", value, "must be in [0, 1)")

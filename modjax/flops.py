@@ -6,8 +6,6 @@ appendix F) and are kept apart so that any published convention can be applied a
 `CONVENTIONS` names those used here.
 """
 
-import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 
@@ -28,8 +26,6 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
 TRAIN_OVER_FORWARD = 3
 # Outputs of the routers that differ from one per position.
 ROUTER_OUTPUTS = {"token_choice": 2, "attention": 0}
-# A capacity schedule goes from capacity 1 to the block's own in this many equal stages.
-CAPACITY_STAGES = 4
 
 
 def predictor_width(d_model: int) -> int:
@@ -103,45 +99,9 @@ def train_flops(
     return (TRAIN_OVER_FORWARD * total_flops(components, convention) - once) * sequences
 
 
-def at_stage(model: ModelConfig, stage: int) -> ModelConfig:
-    """The model of a capacity schedule's stage: capacity c^(stage / CAPACITY_STAGES).
-
-    Stage 0 computes every position, stage CAPACITY_STAGES is `model` itself.
-    """
-    if stage >= CAPACITY_STAGES:
-        return model
-    share = stage / CAPACITY_STAGES
-    pattern = (f"{s.kind}:{s.capacity**share!r}" if s.routed else s.kind for s in model.slots)
-    return dataclasses.replace(model, pattern=tuple(pattern))
-
-
-def stage_of_step(train: TrainConfig, step: int) -> int:
-    """The stage of the capacity schedule in which update `step`, from 1, is made."""
-    if step > train.capacity_steps:
-        return CAPACITY_STAGES
-    return (step - 1) * CAPACITY_STAGES // train.capacity_steps
-
-
-def stage_starts(model: ModelConfig, train: TrainConfig) -> dict[int, int]:
-    """Of every stage that a run comes to, and of the last: how many updates are made before it."""
-    if not any(slot.routed for slot in model.slots):
-        return {CAPACITY_STAGES: 0}
-    starts: dict[int, int] = {}
-    for step in range(1, train.capacity_steps + 1):
-        starts.setdefault(stage_of_step(train, step), step - 1)
-    return starts | {CAPACITY_STAGES: train.capacity_steps}
-
-
 def run_flops(model: ModelConfig, train: TrainConfig, steps: int) -> float:
     """Training FLOPs of a run's first `steps` updates, in the convention that spends budgets."""
-    per_step = [
-        train_flops(at_stage(model, stage), train.seq_len, train.batch_size)
-        for stage in range(CAPACITY_STAGES + 1)
-    ]
-    ends = (-(-train.capacity_steps * stage // CAPACITY_STAGES) for stage in range(len(per_step)))
-    done = [*(min(steps, end) for end in ends), steps]  # updates before each stage, and in all
-    in_stage = (after - before for before, after in itertools.pairwise(done))
-    return sum(count * flops for count, flops in zip(in_stage, per_step, strict=True))
+    return steps * train_flops(model, train.seq_len, train.batch_size)
 
 
 def six_nd(model: ModelConfig, tokens: float) -> float:

@@ -8,15 +8,11 @@ from flax import nnx
 
 from modjax.config import MoDConfig, ModelConfig, TrainConfig
 from modjax.flops import (
-    CAPACITY_STAGES,
-    at_stage,
     forward_flops,
     parameters,
     run_flops,
     selected_tokens,
     six_nd,
-    stage_of_step,
-    stage_starts,
     total_flops,
     train_flops,
 )
@@ -112,47 +108,14 @@ def test_routers_and_predictors_of_every_kind_equal_a_count_by_hand():
     assert counts["total"] == plain["total"] + counts["router"] + counts["predictor"]
 
 
-def test_a_capacity_schedule_shrinks_in_stages_of_equal_length_and_equal_ratio():
+def test_a_run_costs_what_its_steps_cost():
     model = ModelConfig(10, 4, 2, 2, 1, 6, pattern=("dense", "mod:0.0625"))
-    stages = [at_stage(model, stage).slots[1].capacity for stage in range(CAPACITY_STAGES + 1)]
-    assert stages == pytest.approx([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16])
-    assert at_stage(model, CAPACITY_STAGES) is model
-    assert at_stage(model, 1).slots[0] == model.slots[0]
-    train = TrainConfig(2, 32, 12, 1e-3, 0, capacity_steps=8)
-    assert [stage_of_step(train, step) for step in range(1, 13)] == [
-        0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4
-    ]  # fmt: skip
-    assert stage_of_step(TrainConfig(2, 32, 12, 1e-3, 0), 1) == CAPACITY_STAGES
-
-
-def test_a_run_has_the_stages_that_it_comes_to_and_the_last():
-    routed = ModelConfig(10, 4, 2, 2, 1, 6, pattern=("dense", "mod:0.0625"))
-    dense = ModelConfig(10, 4, 2, 2, 1, 6)
-    for model, scheduled, starts in (
-        (routed, 8, {0: 0, 1: 2, 2: 4, 3: 6, 4: 8}),
-        (routed, 2, {0: 0, 2: 1, 4: 2}),
-        (routed, 0, {4: 0}),
-        (dense, 8, {4: 0}),
-    ):
-        train = TrainConfig(2, 32, 12, 1e-3, 0, capacity_steps=scheduled)
-        assert stage_starts(model, train) == starts
-
-
-def test_a_scheduled_run_costs_what_its_steps_cost():
-    model = ModelConfig(10, 4, 2, 2, 1, 6, pattern=("dense", "mod:0.0625"))
-    train = TrainConfig(5, 32, 12, 1e-3, 0, capacity_steps=8)
-
-    def step(k):
-        """Forward and backward of 5 sequences: 32 tokens in the dense block, k in the routed."""
-        linear = 2 * (32 + k) * (4 * (4 + 2 + 2) + 4 * 4 + 2 * 4 * 6)
-        return 15 * (linear + 2 * 2 * (32 * 32 + k * k) * 4 + 2 * 32 * 4 + 2 * 32 * 4 * 10)
-
-    spent = 0
-    for done, k in enumerate((32, 32, 16, 16, 8, 8, 4, 4, 2, 2, 2, 2)):
-        spent += step(k)
-        assert run_flops(model, train, done + 1) == spent
-    assert run_flops(model, train, 0) == 0
-    assert run_flops(model, TrainConfig(5, 32, 12, 1e-3, 0), 12) == 12 * step(2)
+    train = TrainConfig(5, 32, 12, 1e-3, 0)
+    k = 2
+    # Forward and backward of 5 sequences: 32 tokens in the dense block, k in the routed.
+    linear = 2 * (32 + k) * (4 * (4 + 2 + 2) + 4 * 4 + 2 * 4 * 6)
+    step = 15 * (linear + 2 * 2 * (32 * 32 + k * k) * 4 + 2 * 32 * 4 + 2 * 32 * 4 * 10)
+    assert [run_flops(model, train, done) for done in (0, 1, 12)] == [0, step, 12 * step]
 
 
 def test_every_other_block_at_an_eighth_needs_nine_sixteenths_of_the_linear_flops():

@@ -16,12 +16,8 @@ from modjax.nn.routers import (
 from modjax.nn.routing import (
     Selection,
     evenly_spread,
-    expert_choice,
     gather,
     scatter_add,
-    stochastic,
-    threshold,
-    token_choice,
 )
 from modjax.nn.statistics import decision_counts, decision_quality, routing_statistics
 from modjax.nn.transformer import Cache, Transformer, unstack
@@ -48,14 +44,10 @@ __all__ = [
     "decision_counts",
     "decision_quality",
     "evenly_spread",
-    "expert_choice",
     "gather",
     "routing_losses",
     "routing_statistics",
     "scatter_add",
-    "stochastic",
-    "threshold",
-    "token_choice",
     "unstack",
     "update_thresholds",
 ]

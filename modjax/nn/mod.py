@@ -240,11 +240,7 @@ class MoDBlock(nnx.Module):
     def _update(self, scores_BK, x_BKD, y_BKD) -> jax.Array:
         """What is added to the stream at selected positions, for each reading of Eq. 1."""
         weight_BK1 = self.router.weigh(scores_BK)[..., None].astype(x_BKD.dtype)
-        if self.config.residual == "delta":
-            return weight_BK1 * (y_BKD - x_BKD)
-        if self.config.residual == "literal":
-            return weight_BK1 * y_BKD
-        return weight_BK1 * y_BKD - x_BKD
+        return weight_BK1 * (y_BKD - x_BKD if self.config.residual == "delta" else y_BKD)
 
     def _decode_rows(self, x_B1D, per_position, scores_B1, routed_B, cache):
         """Runs the routed rows only: of a few compiled batch sizes, the first that holds them."""

@@ -27,22 +27,6 @@ class Selection(NamedTuple):
     valid_BK: jax.Array
 
 
-def expert_choice(scores_BL: jax.Array, k: int, valid_BL: jax.Array | None = None) -> Selection:
-    """The block takes its k best-scored valid positions (arXiv 2404.02258, section 3.3).
-
-    Ties go to the earlier position. Exactly k are selected, or all valid ones if fewer.
-    """
-    return select_top_k(scores_BL, scores_BL, k, valid_BL)
-
-
-def stochastic(
-    scores_BL: jax.Array, k: int, valid_BL: jax.Array | None, key: jax.Array
-) -> Selection:
-    """The paper's control: top-k over Gaussian noise; scores only weigh what noise selected."""
-    positions_BL = jnp.broadcast_to(jnp.arange(scores_BL.shape[1]), scores_BL.shape)
-    return select_top_k(position_noise(key, positions_BL), scores_BL, k, valid_BL)
-
-
 def position_noise(key: jax.Array, positions_BL: jax.Array) -> jax.Array:
     """Gaussian noise (B, L) that depends on the key, the row and the position alone.
 
@@ -65,24 +49,6 @@ def evenly_spread(positions_BL: jax.Array, capacity: float) -> jax.Array:
     before_BL = jnp.floor(positions_BL.astype(jnp.float32) * capacity + 1e-3)
     after_BL = jnp.floor((positions_BL.astype(jnp.float32) + 1) * capacity + 1e-3)
     return after_BL > before_BL
-
-
-def token_choice(logits_BL2: jax.Array, k: int, valid_BL: jax.Array | None = None) -> Selection:
-    """Each position takes the likelier of two paths, (skip, process) (arXiv 2404.02258, fig. 2).
-
-    The first k that choose to be processed are; later ones overflow. scores_BK is the log-odds of
-    the path, so that its sigmoid is the softmax weight.
-    """
-    odds_BL = logits_BL2[..., 1] - logits_BL2[..., 0]
-    return threshold(odds_BL, 0.0, k, valid_BL)
-
-
-def threshold(
-    scores_BL: jax.Array, bound: float | jax.Array, k: int, valid_BL: jax.Array | None = None
-) -> Selection:
-    """The first k valid positions that score above `bound`: causal, each decides for itself."""
-    above_BL = scores_BL > bound
-    return select_first_k(above_BL if valid_BL is None else above_BL & valid_BL, scores_BL, k)
 
 
 def paced(

@@ -22,14 +22,7 @@ from modjax.config import (
     from_dict,
     require,
 )
-from modjax.flops import (
-    CAPACITY_STAGES,
-    at_stage,
-    forward_flops,
-    parameters,
-    total_flops,
-    train_flops,
-)
+from modjax.flops import forward_flops, parameters, total_flops, train_flops
 from modjax.scaling.sweep_config import (
     MOST_STEPS,
     RECIPE_FIELDS,
@@ -203,10 +196,7 @@ def _spec(
     train: Mapping[str, Any], data: DataConfig, seed: int,
 ) -> RunSpec:  # fmt: skip
     batch = recipe.batch_at(ratio)
-    share = recipe.capacity_fraction if any(slot.routed for slot in model.slots) else 0.0
-    stages = [at_stage(model, stage) for stage in range(CAPACITY_STAGES)]
-    scheduled = sum(train_flops(m, train["seq_len"], batch) for m in stages) / CAPACITY_STAGES
-    per_step = (1 - share) * train_flops(model, train["seq_len"], batch) + share * scheduled
+    per_step = train_flops(model, train["seq_len"], batch)
     steps = round(budget / per_step)
     if steps < 1:
         raise InputError(
@@ -223,7 +213,6 @@ def _spec(
         "steps": steps,
         "learning_rate": recipe.learning_rate * math.sqrt(batch) / model.d_model,
         "warmup_steps": round(recipe.warmup_fraction * steps),
-        "capacity_steps": round(share * steps),
         "seed": seed,
     }
     return RunSpec(arm, budget, model, from_dict(TrainConfig, {**train, **decided}, "train."), data)

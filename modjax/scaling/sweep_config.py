@@ -9,9 +9,7 @@ from modjax.config import require
 
 # Fields that the sweep's rules decide, and that its `model` and `train` groups must leave out.
 SHAPE_FIELDS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
-RECIPE_FIELDS = (
-    "batch_size", "steps", "learning_rate", "warmup_steps", "capacity_steps", "seed",
-)  # fmt: skip
+RECIPE_FIELDS = ("batch_size", "steps", "learning_rate", "warmup_steps", "seed")
 
 # No larger grid is planned: what lies beyond is a slip of the pen.
 WIDEST = 65_536
@@ -100,24 +98,21 @@ class Recipe:
 
     batch B = batch_size (C / optimum.budget)^batch_exponent sequences, rounded to a power of two
     where the exponent is not 0; peak learning rate = learning_rate * sqrt(B) / d; warm-up =
-    warmup_fraction of the steps; routed blocks reach their capacity from 1 within
-    capacity_fraction of the steps.
+    warmup_fraction of the steps.
     """
 
     batch_size: int
     learning_rate: float
     warmup_fraction: float
     batch_exponent: float = 0.0
-    capacity_fraction: float = 0.0
 
     def __post_init__(self):
         limits = {"batch_size": 2**31 - 1, "learning_rate": 1e6}
         _require_at_most("sweep.recipe", self, limits)
         require(abs(self.batch_exponent) <= 10, "sweep.recipe.batch_exponent", self.batch_exponent,
                 "must be in [-10, 10]; it is 0 to 1")  # fmt: skip
-        for name in ("warmup_fraction", "capacity_fraction"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"sweep.recipe.{name}", value, "must be in [0, 1]")
+        require(0 <= self.warmup_fraction <= 1, "sweep.recipe.warmup_fraction",
+                self.warmup_fraction, "must be in [0, 1]")  # fmt: skip
 
     def batch_at(self, ratio: float) -> int:
         """Sequences per step at `ratio` = C / optimum.budget."""

@@ -19,7 +19,6 @@ from modjax.data.batches import Batch, train_batch
 from modjax.data.cache import TokenCache, bits_per_byte, check_fingerprint
 from modjax.data.prefetch import prefetch
 from modjax.files import Home
-from modjax.flops import CAPACITY_STAGES
 from modjax.records import Record, read_record, read_spec, write_json, write_record
 from modjax.training.check import check as check  # a job has `check` and `train`
 from modjax.training.check import check_run, open_data
@@ -70,7 +69,7 @@ def train(
     mesh = make_mesh(execution)
     check_run(spec, execution, cache, mesh)
     models = make_models(spec, execution)
-    model = models.by_stage[CAPACITY_STAGES]
+    model = models.trained
     abstract = abstract_state(mesh, model, config)
     _claim(run_dir, spec)
     home = Home(run_dir)
@@ -178,7 +177,7 @@ def train(
             # Otherwise the device had work left, and did not wait.
             if state.step.is_ready():  # type: ignore[attr-defined]
                 clock.seconds["data_wait"] += batches.waited_seconds - waited
-            state, metrics = programs.train_step(state, batch, step)
+            state, metrics = programs.train_step(state, batch)
             aux = metrics.pop("aux")
             # The device is busy with this step while the host waits for the logged one before it.
             if diverged_step := log():

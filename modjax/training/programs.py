@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax.config import Execution, RunSpec, TrainConfig
 from modjax.data.batches import Batch
-from modjax.flops import CAPACITY_STAGES, at_stage, stage_of_step, stage_starts
 from modjax.nn import routing_statistics
 from modjax.training.evaluate import eval_batch_size
 from modjax.training.optimizer import make_schedule
@@ -21,63 +20,50 @@ from modjax.training.step import make_eval_step, make_train_step
 
 
 class Programs(NamedTuple):
-    """train_step(state, batch, step) takes `state` over, where `step` counts from 1;
-    eval_steps: by routing, "top_k" and the best causal one that the model has, functions
-    (params, batch, index) as make_eval_step's; router_statistics(aux) maps metrics["aux"] of a
-    train step to scalars.
+    """What a run calls.
+
+    train_step(state, batch) takes `state` over. eval_steps: by routing, "top_k" and the best causal
+    one that the model has, functions (params, batch, index) as make_eval_step's.
+    router_statistics(aux) maps metrics["aux"] of a train step to scalars.
     """
 
-    train_step: Callable[[TrainState, Batch, int], tuple[TrainState, dict[str, Any]]]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     eval_steps: dict[str, Callable[[Any, Batch, jax.Array], tuple]]
     router_statistics: Callable[[Any], dict[str, jax.Array]]
 
 
 class Models(NamedTuple):
-    """The model of a run, as its stages train it and as it is evaluated; all share parameters.
+    """The model of a run, as it is trained and as it is evaluated; both share parameters.
 
-    by_stage: of the capacity schedule, those that the run comes to; the last is the model itself.
     evaluated: with scanned layers, which compile in less time than unrolled ones save in a few
     evaluations.
     """
 
-    by_stage: dict[int, Model]
+    trained: Model
     evaluated: Model
 
 
 def make_models(spec: RunSpec, execution: Execution) -> Models:
     """Call it outside `jax.set_mesh`, see `abstract_model`."""
-    stages = stage_starts(spec.model, spec.train)
     scanned = dataclasses.replace(execution, layer_loop="scan")
-    return Models(
-        {stage: abstract_model(at_stage(spec.model, stage), execution) for stage in stages},
-        abstract_model(spec.model, scanned),
-    )
+    return Models(abstract_model(spec.model, execution), abstract_model(spec.model, scanned))
 
 
 def compile_programs(mesh: Mesh, models: Models, spec: RunSpec) -> Programs:
     """Compiles what a run needs; call under `jax.set_mesh(mesh)`."""
     train = spec.train
     schedule = make_schedule(train)
-    starts = stage_starts(spec.model, train)
-    lowered = {
-        stage: lower_train_step(mesh, model, train, starts[stage])
-        for stage, model in models.by_stage.items()
-    }
-    compiled = {stage: step.compile() for stage, step in lowered.items()}
+    lowered = lower_train_step(mesh, models.trained, train)
+    compiled = lowered.compile()
     aux = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        lowered[CAPACITY_STAGES].out_info[1]["aux"],
-        compiled[CAPACITY_STAGES].output_shardings[1]["aux"],
+        lowered.out_info[1]["aux"],
+        compiled.output_shardings[1]["aux"],
     )
-
-    def train_step(state, batch, step):
-        stage = stage_of_step(train, step) if len(compiled) > 1 else CAPACITY_STAGES
-        return compiled[stage](state, batch, schedule)
-
     causal = spec.model.causal_routing()
     routings = ("top_k", causal) if causal else ("top_k",)
     return Programs(
-        train_step,
+        lambda state, batch: compiled(state, batch, schedule),
         {name: compile_eval_step(mesh, models.evaluated, train, routing=name) for name in routings},
         jax.jit(routing_statistics).lower(aux).compile() if aux else routing_statistics,
     )
@@ -94,11 +80,11 @@ def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: A
     return lambda params, batch, index: compiled(params, batch, seed, index)
 
 
-def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig, start: int = 0) -> Any:
-    """The train step (state, batch, schedule), to be compiled; start: see make_train_step."""
+def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig) -> Any:
+    """The train step (state, batch, schedule), to be compiled."""
     state = abstract_state(mesh, model, train)
     return jax.jit(
-        make_train_step(model, train, start),
+        make_train_step(model, train),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     ).lower(state, abstract_batch(mesh, train.batch_size, train.seq_len), make_schedule(train))

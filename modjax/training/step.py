@@ -37,7 +37,7 @@ def token_losses(
 
 
 def make_train_step(
-    model: Model, train: TrainConfig, start: int = 0
+    model: Model, train: TrainConfig
 ) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, dict[str, Any]]]:
     """A pure function (state, batch, schedule) -> (state, metrics); jit it with the state donated.
 
@@ -47,7 +47,6 @@ def make_train_step(
     grad_norm (before clipping, without predictors), learning_rate, diverged_step, and `aux`, what
     the routers of the forward pass returned. Steps count from 1; randomness is
     drawn from (seed, step).
-    start: updates before the first of this capacity: thresholds forget those of another.
     """
 
     def objective(params, batch, key, total_weight):
@@ -91,7 +90,7 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int counters with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        params |= {"blocks": update_thresholds(params["blocks"], aux, state.step - start)}
+        params |= {"blocks": update_thresholds(params["blocks"], aux, state.step)}
         step = state.step + 1
         diverged = (state.diverged_step == 0) & ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         new_state = TrainState(

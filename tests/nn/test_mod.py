@@ -51,18 +51,14 @@ def plain_mod(w, router, x, ranking, capacity, weight, residual):
             total = total + sequence[i]
             f = sequence[i] + jnp.tanh(total / (rank + 1)) @ w
             r, x_i = weigh(scores[i]), sequence[i]
-            out[i] = {
-                "delta": x_i + r * (f - x_i),
-                "literal": x_i + r * f,
-                "replace": r * f,
-            }[residual]
+            out[i] = {"delta": x_i + r * (f - x_i), "literal": x_i + r * f}[residual]
         rows.append(jnp.stack(out))
     return jnp.stack(rows)
 
 
 @pytest.mark.parametrize(
     "weight, residual",
-    [("linear", "delta"), ("linear", "literal"), ("linear", "replace"), ("sigmoid", "delta"),
+    [("linear", "delta"), ("linear", "literal"), ("sigmoid", "delta"),
      ("two_sigmoid", "delta"), ("one_plus_tanh", "literal")],
 )  # fmt: skip
 def test_block_equals_a_plain_loop_in_values_and_gradients(weight, residual):
@@ -98,11 +94,10 @@ class Constant(MoDBlock):
         return super().__call__(x_BLD.at[..., 0].set(1.0), *per_position, **kwargs)
 
 
-@pytest.mark.parametrize("residual", ["delta", "replace"])
-def test_capacity_one_and_weight_one_is_the_dense_block(residual):
+def test_capacity_one_and_weight_one_is_the_dense_block():
     rngs = nnx.Rngs(0)
     inner = Mixer(rngs)
-    config = MoDConfig(capacity=1.0, residual=residual)
+    config = MoDConfig(capacity=1.0)
     block = Constant(inner, WIDTH, config, rngs=rngs)
     x = stream().at[..., 0].set(1.0)
     # A residual counted twice, or rescaled by the weight, would differ by a multiple of x.

@@ -8,16 +8,13 @@ import pytest
 from modjax.flops import selected_tokens
 from modjax.nn.routing import (
     evenly_spread,
-    expert_choice,
     gather,
     paced,
     position_noise,
     scatter_add,
     select_first_k,
+    select_top_k,
     selected_mask,
-    stochastic,
-    threshold,
-    token_choice,
 )
 
 
@@ -30,12 +27,12 @@ def plain_top_k(scores, k, valid):
 @pytest.mark.parametrize("batch, length, k", [(1, 1, 1), (3, 7, 1), (2, 16, 5), (4, 33, 33)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("padding", [False, True])
-def test_expert_choice_equals_a_plain_loop(batch, length, k, dtype, padding):
+def test_top_k_equals_a_plain_loop(batch, length, k, dtype, padding):
     rng = np.random.default_rng(length * k)
     # Few distinct values, so that ties at the k-th score are common.
     scores = jnp.asarray(rng.integers(0, 6, (batch, length)), dtype)
     valid = rng.random((batch, length)) < 0.6 if padding else np.ones((batch, length), bool)
-    got = expert_choice(scores, k, jnp.asarray(valid) if padding else None)
+    got = select_top_k(scores, scores, k, jnp.asarray(valid) if padding else None)
     for b in range(batch):
         expected = plain_top_k(np.asarray(scores[b], np.float32), k, valid[b])
         kept = np.asarray(got.valid_BK[b])
@@ -126,16 +123,21 @@ def test_scatter_leaves_other_positions_their_bits():
         assert out[b, others].tobytes() == np.asarray(x)[b, others].tobytes()
 
 
-def test_stochastic_selects_k_positions_whatever_the_scores_and_weighs_them_by_score():
+def select_by_noise(scores, key):
+    positions = jnp.broadcast_to(jnp.arange(scores.shape[1]), scores.shape)
+    return select_top_k(position_noise(key, positions), scores, 8, None)
+
+
+def test_noise_selects_k_positions_whatever_the_scores_and_weighs_them_by_score():
     scores = jnp.asarray(np.random.default_rng(2).normal(size=(64, 32)), jnp.float32)
-    got = stochastic(scores, 8, None, jax.random.key(0))
+    got = select_by_noise(scores, jax.random.key(0))
     assert got.indices_BK.shape == (64, 8) and bool(jnp.all(got.valid_BK))
     np.testing.assert_array_equal(
         got.scores_BK, np.take_along_axis(np.asarray(scores), np.asarray(got.indices_BK), axis=1)
     )
-    same_noise = stochastic(-3 * scores, 8, None, jax.random.key(0))
+    same_noise = select_by_noise(-3 * scores, jax.random.key(0))
     np.testing.assert_array_equal(got.indices_BK, same_noise.indices_BK)
-    other = stochastic(scores, 8, None, jax.random.key(1))
+    other = select_by_noise(scores, jax.random.key(1))
     assert np.any(np.asarray(got.indices_BK) != np.asarray(other.indices_BK))
     counts = np.bincount(np.asarray(got.indices_BK).ravel(), minlength=32)
     assert counts.min() > 0  # 16 expected at each of 32 positions
@@ -144,7 +146,7 @@ def test_stochastic_selects_k_positions_whatever_the_scores_and_weighs_them_by_s
 def test_threshold_takes_exactly_what_lies_above_and_nothing_of_the_padding():
     scores = jnp.array([[0.1, 0.9, 0.5, 0.6], [0.7, 0.2, 0.3, 0.51]])
     valid = jnp.array([[True, True, True, False], [True] * 4])
-    got = selected_mask(threshold(scores, 0.5, 4, valid), 4)
+    got = selected_mask(select_first_k((scores > 0.5) & valid, scores, 4), 4)
     np.testing.assert_array_equal(got, [[False, True, False, False], [True, False, False, True]])
 
 
@@ -177,7 +179,8 @@ def test_token_choice_takes_the_likelier_path_and_never_more_than_k():
     logits[1, :, 1] += 9  # all choose to be processed
     logits[2, :, 0] += 9  # none does
     valid = rng.random((5, 16)) < 0.8
-    got = token_choice(jnp.asarray(logits), 4, jnp.asarray(valid))
+    odds = jnp.asarray(logits[..., 1] - logits[..., 0])
+    got = select_first_k((odds > 0) & jnp.asarray(valid), odds, 4)
     probability = np.exp(logits[..., 1]) / np.exp(logits).sum(axis=-1)
     expected = first_k((probability > 0.5) & valid, 4)
     np.testing.assert_array_equal(selected_mask(got, 16), expected)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from modjax.config import InputError
-from modjax.flops import at_stage, run_flops, stage_of_step, train_flops
 from modjax.scaling.cells import cells
 from modjax.scaling.experiment import load
 from modjax.scaling.fit import fit_all
@@ -296,24 +295,9 @@ def test_a_number_out_of_scale_is_refused_in_one_line_and_at_once(overrides):
 
 
 def test_a_run_of_many_steps_is_planned_at_once():
-    overrides = ["sweep.budgets=5e15", "sweep.optimum.exponent=0.0",
-                 "sweep.recipe.capacity_fraction=0.9"]  # fmt: skip
+    overrides = ["sweep.budgets=5e15", "sweep.optimum.exponent=0.0"]
     cell = max(table(load(TINY, overrides)), key=lambda cell: cell.steps)
     assert cell.steps > 1e7 and cell.achieved == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("capacity_steps", [0, 3, 7, 10, 120])
-def test_a_runs_flops_are_those_of_its_steps_each_at_its_own_stage(capacity_steps):
-    spec = next(s for s in load(TINY).specs if s.variant == "mod12")
-    train = dataclasses.replace(
-        spec.train, steps=120, warmup_steps=0, capacity_steps=capacity_steps
-    )
-    for steps in (0, 1, 5, 9, 120):
-        one_by_one = sum(
-            train_flops(at_stage(spec.model, stage_of_step(train, step)), train.seq_len,
-                        train.batch_size) for step in range(1, steps + 1)
-        )  # fmt: skip
-        assert run_flops(spec.model, train, steps) == one_by_one
 
 
 def test_a_seed_or_name_that_no_run_can_have_is_refused():

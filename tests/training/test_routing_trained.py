@@ -2,18 +2,14 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax import flops
 from modjax.config import Execution, MoDConfig
-from modjax.training import loop, programs
+from modjax.training import loop
 from tests.training.tiny import (
-    QUICK,
     initial_state,
     model,
     one_device_step,
@@ -75,10 +71,6 @@ def test_a_threshold_is_the_mean_of_the_kth_scores_so_far(predicted):
     np.testing.assert_allclose(threshold, [[np.mean(kth)]], rtol=1e-5)
 
 
-# One routed block of 32 positions, in two stages of two steps before its own capacity, a quarter.
-SELECTED = (32, 32, 16, 16, 8, 8)
-
-
 def train_flops(k):
     """Of one sequence: the block of `run_spec` on k of 32 positions, its router and predictor."""
     forward = 2 * k * (4 * 16 * 16 + 2 * 16 * 32) + 4 * k * k * 16 + 2 * 32 * 16 * (1 + 260)
@@ -86,55 +78,21 @@ def train_flops(k):
     return 3 * forward + 2 * predictor
 
 
-@pytest.fixture
-def quick_stages(monkeypatch):
-    """Fewer stages, and compiled quickly: each runs twice."""
-    for module in (flops, programs, loop):
-        monkeypatch.setattr(module, "CAPACITY_STAGES", 2)
-    lower = programs.lower_train_step
-
-    def lower_quickly(*args):
-        lowered = lower(*args)
-        return SimpleNamespace(out_info=lowered.out_info, compile=lambda: lowered.compile(QUICK))
-
-    monkeypatch.setattr(programs, "lower_train_step", lower_quickly)
-
-
-def test_a_threshold_forgets_the_scores_of_another_capacity():
-    train = train_config(warmup_steps=0)
-    states = {}
-    for start in (0, 2):
-        step = one_device_step(ROUTED, train, start)
-        state = initial_state(ROUTED)._replace(step=jnp.int32(2))
-        state.params["blocks"]["0_mod"]["threshold"] += 7.0
-        state, metrics = step(state, random_batch(0, 8, 32))
-        kth = float(jnp.mean(metrics["aux"]["0_mod"]["kth_B"]))
-        states[start] = float(state.params["blocks"]["0_mod"]["threshold"][0, 0]), kth
-    assert states[2][0] == pytest.approx(states[2][1], rel=1e-5), "the first of its capacity"
-    assert states[0][0] == pytest.approx((2 * 7 + states[0][1]) / 3, rel=1e-5)
-
-
-def test_a_run_goes_through_its_capacity_schedule_and_counts_it(
-    quick_stages, tiny_data_dir, tmp_path
-):
-    spec = run_spec(
-        pattern=("mod",), num_layers=1, mod=PREDICTED.mod, steps=6, capacity_steps=4,
-        eval_sequences=8,
-    )  # fmt: skip
+def test_a_run_counts_its_capacity_and_is_evaluated_by_its_predictor(tiny_data_dir, tmp_path):
+    spec = run_spec(pattern=("mod",), num_layers=1, mod=PREDICTED.mod, steps=3, eval_sequences=8)
     record = loop.train(
         spec, Execution(data=1, log_every=1), run_dir=tmp_path, data_dir=tiny_data_dir
     )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     *steps, evaluation = lines
-    assert [line["router/capacity"] for line in steps] == [k / 32 for k in SELECTED]
-    spent = np.cumsum([8 * train_flops(k) for k in SELECTED])
+    assert [line["router/capacity"] for line in steps] == [8 / 32] * 3  # a quarter of 32 positions
+    spent = 8 * train_flops(8) * np.arange(1, 4)
     assert [line["train_flops"] for line in steps] == spent.tolist()
     assert record.train_flops == spent[-1]
     assert all(
         line["loss/predictor"] > 0 and "predictor/accuracy/0_mod.0" in line for line in steps
     )
 
-    # It is evaluated at its own capacity, and by the predictor.
     assert record.causal_routing == "predictor"
     assert record.causal_loss == pytest.approx(record.eval_loss + record.causal_difference)
     block = {

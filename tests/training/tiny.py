@@ -57,10 +57,10 @@ def random_batch(seed: int, batch_size: int, seq_len: int, *, vocab: int = 260) 
 QUICK = {"xla_backend_optimization_level": "0"}
 
 
-def one_device_step(model_config: ModelConfig, train: TrainConfig, start: int = 0) -> Any:
+def one_device_step(model_config: ModelConfig, train: TrainConfig) -> Any:
     """A jitted train step without a mesh."""
     split = abstract_model(model_config, Execution())
-    step = jax.jit(make_train_step(split, train, start), donate_argnums=0, compiler_options=QUICK)
+    step = jax.jit(make_train_step(split, train), donate_argnums=0, compiler_options=QUICK)
     return lambda state, batch: step(state, batch, make_schedule(train))
 
 
