@@ -7,34 +7,44 @@ Expected  as there: at this scale the schemes differ by less than two seeds do
 
 import ml_collections
 
-ARMS = {
-    "dense": {"pattern": ("dense",)},
-    "mod12": {"pattern": ("dense", "mod"), "forward_ratio": 0.7},
-    "mod50": {"pattern": ("dense", "mod:0.5"), "forward_ratio": 0.85},
-    "mod12-every": {"pattern": ("mod",), "forward_ratio": 0.6},
-    "random12": {"pattern": ("dense", "stochastic"), "forward_ratio": 0.7},
-    "random50": {"pattern": ("dense", "stochastic:0.5"), "forward_ratio": 0.85},
-    "positional12": {"pattern": ("dense", "positional"), "forward_ratio": 0.7},
-    "learned-position12": {"pattern": ("dense", "learned_position"), "forward_ratio": 0.7},
-    "token-choice12": {"pattern": ("dense", "token_choice"), "forward_ratio": 0.7},
-    "attention12": {"pattern": ("dense", "attention"), "forward_ratio": 0.7},
-    "threshold12": {"pattern": ("dense", "threshold"), "forward_ratio": 0.7},
-}
 # Learned selections get a predictor, which changes nothing else; the others select causally.
-PREDICTED = ("mod12", "mod50", "mod12-every", "attention12")
+PREDICTED = "predictor_weight=1.0"
+ARMS = {
+    "dense": {"layers": "Dense()"},
+    "mod12": {"layers": f"Dense(), MoD(Dense(), {PREDICTED})", "forward_ratio": 0.7},
+    "mod50": {
+        "layers": f"Dense(), MoD(Dense(), capacity=0.5, {PREDICTED})", "forward_ratio": 0.85,
+    },
+    "mod12-every": {"layers": f"MoD(Dense(), {PREDICTED})", "forward_ratio": 0.6},
+    "random12": {"layers": "Dense(), MoD(Dense(), router='stochastic')", "forward_ratio": 0.7},
+    "random50": {
+        "layers": "Dense(), MoD(Dense(), capacity=0.5, router='stochastic')",
+        "forward_ratio": 0.85,
+    },
+    "positional12": {"layers": "Dense(), MoD(Dense(), router='positional')", "forward_ratio": 0.7},
+    "learned-position12": {
+        "layers": "Dense(), MoD(Dense(), router='learned_position')", "forward_ratio": 0.7,
+    },
+    "token-choice12": {
+        "layers": "Dense(), MoD(Dense(), router='token_choice')", "forward_ratio": 0.7,
+    },
+    "attention12": {
+        "layers": "Seq(Attention(received=True), MLP()), "
+        f"MoD(Dense(), router='received', {PREDICTED})",
+        "forward_ratio": 0.7,
+    },
+    "threshold12": {"layers": "Dense(), MoD(Dense(), router='threshold')", "forward_ratio": 0.7},
+}  # fmt: skip
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.model = {"vocab_size": 272, "mod": {"capacity": 0.125}}
+    config.model = {"vocab_size": 272}
     config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 512}
     config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
     config.execution = {"log_every": 50}
     config.sweep = {
-        "arms": {
-            name: arm | ({"mod": {"predictor_weight": 1.0}} if name in PREDICTED else {})
-            for name, arm in ARMS.items()
-        },
+        "arms": ARMS,
         "baseline": "dense",
         "budgets": (3e11,),
         "sizes": 4,

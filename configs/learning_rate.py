@@ -8,7 +8,7 @@ Expected  both arms are best at the same rate, the one that the other configs us
 import ml_collections
 
 RATES = (0.05, 0.1, 0.2, 0.4)
-PATTERNS = {"dense": ("dense",), "mod12": ("dense", "mod")}
+LAYERS = {"dense": "Dense()", "mod12": "Dense(), MoD(Dense(), capacity=0.125)"}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -20,10 +20,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep = {
         "arms": {
             f"{arm}-lr{rate}".replace(".", "_"): {
-                "pattern": pattern,
+                "layers": layers,
                 "recipe": {"learning_rate": rate},
             }
-            for arm, pattern in PATTERNS.items()
+            for arm, layers in LAYERS.items()
             for rate in RATES
         },
         "baseline": "dense-lr0_2",

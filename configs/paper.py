@@ -32,16 +32,10 @@ def get_config(budget: str = "all") -> ml_collections.ConfigDict:
     config.execution = {"remat": "dots", "fsdp": 1, "checkpoint_seconds": 600.0}
     config.sweep = {
         "arms": {
-            "dense": {"pattern": ("dense",)},
-            "mod12": {
-                "pattern": ("dense", "mod"),
-                "mod": {"capacity": 0.125, "predictor_weight": 1.0},
-            },
-            "mod50": {
-                "pattern": ("dense", "mod"),
-                "mod": {"capacity": 0.5, "predictor_weight": 1.0},
-            },
-            "random50": {"pattern": ("dense", "stochastic"), "mod": {"capacity": 0.5}},
+            "dense": {"layers": "Dense()"},
+            "mod12": {"layers": "Dense(), MoD(Dense(), capacity=0.125, predictor_weight=1.0)"},
+            "mod50": {"layers": "Dense(), MoD(Dense(), capacity=0.5, predictor_weight=1.0)"},
+            "random50": {"layers": "Dense(), MoD(Dense(), capacity=0.5, router='stochastic')"},
         },
         "baseline": "dense",
         "budgets": tuple(BUDGETS.values()) if budget == "all" else (BUDGETS[budget],),

@@ -7,7 +7,9 @@ Expected  differences below the noise of a seed; the paper's linear weight is am
 
 import ml_collections
 
-MOD = {"pattern": ("dense", "mod")}
+
+def mod(settings: str) -> dict[str, str]:
+    return {"layers": f"Dense(), MoD(Dense(), capacity=0.125{settings})"}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -18,12 +20,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.execution = {"log_every": 50}
     config.sweep = {
         "arms": {
-            "linear": MOD,
-            "sigmoid": MOD | {"mod": {"weight": "sigmoid"}},
-            "two_sigmoid": MOD | {"mod": {"weight": "two_sigmoid"}},
-            "one_plus_tanh": MOD | {"mod": {"weight": "one_plus_tanh"}},
-            "literal": MOD | {"mod": {"residual": "literal"}},
-            "random": {"pattern": ("dense", "stochastic")},
+            "linear": mod(""),
+            "sigmoid": mod(", weight='sigmoid'"),
+            "two_sigmoid": mod(", weight='two_sigmoid'"),
+            "one_plus_tanh": mod(", weight='one_plus_tanh'"),
+            "literal": mod(", residual='literal'"),
+            "random": mod(", router='stochastic'"),
         },
         "baseline": "linear",
         "budgets": (3e11,),

@@ -17,11 +17,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.execution = {"log_every": 50}
     config.sweep = {
         "arms": {
-            "dense": {"pattern": ("dense",)},
+            "dense": {"layers": "Dense()"},
             "mod12": {
-                "pattern": ("dense", "mod"),
                 # The predictor changes nothing else, and lets the model be sampled from.
-                "mod": {"capacity": 0.125, "predictor_weight": 1.0},
+                "layers": "Dense(), MoD(Dense(), capacity=0.125, predictor_weight=1.0)",
                 "forward_ratio": 0.7,  # where its optimum was found to lie at this scale
             },
         },

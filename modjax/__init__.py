@@ -9,41 +9,63 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modjax import flops
-    from modjax.config import (
+    from modjax.decoding.generate import Sampling, extend, generate, resume
+    from modjax.errors import InputError
+    from modjax.finished import load
+    from modjax.nn import MoDBlock, Transformer, register, unstack
+    from modjax.spec import (
+        MLP,
+        Attention,
         DataConfig,
+        Dense,
         Execution,
-        InputError,
+        Layer,
+        MoD,
         MoDConfig,
-        ModelConfig,
+        ModelSpec,
+        Repeat,
         RunSpec,
+        Seq,
         TrainConfig,
     )
-    from modjax.decoding.generate import Sampling, extend, generate, resume
-    from modjax.nn import DenseBlock, MoDBlock, Transformer, unstack
 
 __version__ = "0.1.0"
+_FROM = {
+    "modjax.errors": ("InputError",),
+    "modjax.spec": (
+        "MLP", "Attention", "DataConfig", "Dense", "Execution", "Layer", "MoD", "MoDConfig",
+        "ModelSpec", "Repeat", "RunSpec", "Seq", "TrainConfig",
+    ),
+    "modjax.nn": ("MoDBlock", "Transformer", "register", "unstack"),
+    "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
+    "modjax.finished": ("load",),
+}  # fmt: skip
 __all__ = [
+    "MLP",
+    "Attention",
     "DataConfig",
-    "DenseBlock",
+    "Dense",
     "Execution",
     "InputError",
+    "Layer",
+    "MoD",
     "MoDBlock",
     "MoDConfig",
-    "ModelConfig",
+    "ModelSpec",
+    "Repeat",
     "RunSpec",
     "Sampling",
+    "Seq",
     "TrainConfig",
     "Transformer",
     "extend",
     "flops",
     "generate",
+    "load",
+    "register",
     "resume",
     "unstack",
 ]
-_FROM = {
-    "modjax.nn": ("DenseBlock", "MoDBlock", "Transformer", "unstack"),
-    "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
-}
 
 
 def __getattr__(name: str) -> Any:
@@ -51,7 +73,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'modjax' has no attribute {name!r}")
     if name == "flops":
         return importlib.import_module("modjax.flops")
-    module = next((module for module, names in _FROM.items() if name in names), "modjax.config")
+    module = next(module for module, names in _FROM.items() if name in names)
     return getattr(importlib.import_module(module), name)
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import modjax
-from modjax import verbs, verbs_finished
+from modjax import verbs
 from modjax.bench import BENCHMARKS
-from modjax.config import ROUTINGS, InputError
+from modjax.errors import InputError
+from modjax.finished import verbs as finished_verbs
+from modjax.spec import ROUTINGS
 
 DESCRIPTION = """\
 isoFLOP sweeps of Mixture-of-Depths and other conditional computation, in JAX.
@@ -159,10 +161,10 @@ def _parser() -> argparse.ArgumentParser:
         "--distributed", action="store_true",
         help="one of several hosts that run this same command; see launch/README.md",
     )  # fmt: skip
-    evaluate = add("eval", verbs_finished.evaluate, EVAL, "workdir", "data_dir", "slack", "json")
+    evaluate = add("eval", finished_verbs.evaluate, EVAL, "workdir", "data_dir", "slack", "json")
     evaluate.add_argument("--run", metavar="RUN_ID", help="one run; else every one with a router")
     evaluate.add_argument("--routing", required=True, help=", ".join(ROUTINGS))
-    sample = add("sample", verbs_finished.sample, SAMPLE, "workdir", "data_dir", "slack", "json")
+    sample = add("sample", finished_verbs.sample, SAMPLE, "workdir", "data_dir", "slack", "json")
     sample.add_argument("--run", metavar="RUN_ID", help="which run; may be left out for one")
     sample.add_argument("--routing", help=f"{', '.join(ROUTINGS[1:])}; default: any learned")
     prompt = sample.add_mutually_exclusive_group(required=True)
@@ -202,7 +204,7 @@ TRAIN = """train one run, under the same folders and records as a sweep.
 A config with a `sweep` group describes many runs: --run names one, as `modjax plan --json` does."""
 EVAL = """the validation loss of finished runs under another routing than they were trained with.
 
-Prints the paired difference from the loss as trained (top_k) with its standard error, and what
+Prints the paired difference from the loss as trained with its standard error, and what
 every routed block decided: accuracy, precision and recall against top-k, the share of positions
 processed, the share that found no room (--slack), and the largest share of one sequence."""
 SAMPLE = """continue a prompt with a finished run, under routing that never looks ahead.
@@ -240,7 +242,7 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "fastest with one per core, an accelerator takes 1",
     }),
     "loss": ("--loss", {
-        "choices": ("top_k", "causal"), "default": "top_k",
+        "choices": ("trained", "causal"), "default": "trained",
         "help": "of routed runs: as trained (the default), or under routing that never looks ahead",
     }),
     "slack": ("--slack", {

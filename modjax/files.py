@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modjax.config import InputError, SharedFault
+from modjax.errors import InputError, SharedFault
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a path that cannot be used ends in: no fault of the program, and said in one line.

@@ -1,141 +1,129 @@
-"""FLOPs and parameters of a ModelConfig by component; pure Python, no jax.
+"""FLOPs and parameters of a ModelSpec by component: sums over what its layers say they cost.
 
-A multiply-add is 2 FLOPs; attention is counted without causal halving, though modjax.nn skips
+A multiply-add is 2 FLOPs; attention is counted without causal halving, though modjax.kernels skips
 most future keys of sequences longer than 128. Components follow Chinchilla (arXiv 2203.15556,
-appendix F) and are kept apart so that any published convention can be applied afterwards;
-`CONVENTIONS` names those used here.
+appendix F) and are kept apart so that any published convention can be applied afterwards.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from modjax.config import GATED_MLPS, ModelConfig, TrainConfig
+from modjax.spec import Cost, Load, ModelSpec, TrainConfig
+from modjax.spec.run import ROUTER_ROLES
 
-MATMULS = ("qkv", "scores", "values", "output", "mlp", "router", "predictor", "logits")
+# What no matrix unit does.
+NOT_MULTIPLIED = ("embedding", "softmax")
 CHINCHILLA = ("embedding", "qkv", "scores", "softmax", "values", "output", "mlp", "logits")
-CONVENTIONS: dict[str, tuple[str, ...]] = {
-    # What the hardware multiplies: budgets are spent in this convention.
-    "matmul": MATMULS,
-    "all": (*CHINCHILLA, "router", "predictor"),
+# Every dense component is listed, even where a model has none of it.
+COMPONENTS: tuple[str, ...] = (*CHINCHILLA, "router", "predictor")
+# The components that each convention counts; None: all, but those of NOT_MULTIPLIED for "matmul",
+# what the hardware multiplies: budgets are spent in it.
+CONVENTIONS: dict[str, tuple[str, ...] | None] = {
+    "matmul": None,
+    "all": None,
     # Appendix F as printed, and what its Table A4 turns out to count.
     "chinchilla": CHINCHILLA,
     "chinchilla_table_a4": ("qkv", "scores", "softmax", "values", "output", "mlp"),
 }
-# A backward pass costs two forward ones: gradients of activations and of parameters. A predictor's
-# input takes no gradient, so its backward pass costs one.
-TRAIN_OVER_FORWARD = 3
-# Outputs of the routers that differ from one per position.
-ROUTER_OUTPUTS = {"token_choice": 2, "attention": 0}
 
 
-def predictor_width(d_model: int) -> int:
-    """Hidden width of the predictor beside a router (arXiv 2404.02258 leaves it open)."""
-    return max(1, d_model // 4)
+def counts(convention: str, component: str) -> bool:
+    """Whether the convention counts the component."""
+    named = CONVENTIONS[convention]
+    if named is None:
+        return convention == "all" or component not in NOT_MULTIPLIED
+    return component in named
 
 
-def cache_slots(capacity: float, length: int, slack: float | None) -> int:
-    """Positions that a routed block's cache holds of a sequence of at most `length`.
-
-    slack: None has room for every position; else room for slack * capacity of them.
-    """
-    if slack is None:
-        return length
-    return min(length, max(1, math.ceil(slack * capacity * length)))
-
-
-def cache_bytes(model: ModelConfig, length: int, slack: float | None = None) -> int:
-    """Bytes of the key-value caches of one sequence of at most `length` tokens."""
-    slots = (cache_slots(s.capacity, length, slack if s.routed else None) for s in model.slots)
-    width = 2 * model.num_kv_heads * model.head_dim * (2 if model.dtype == "bfloat16" else 4)
-    return model.num_groups * sum(slots) * width
+def costs(model: ModelSpec, seq_len: int) -> Iterator[Cost]:
+    """What one sequence costs, layer by layer of the pattern, multiplied by its repetitions."""
+    d, v = model.d_model, model.vocab_size
+    table = 2.0 * seq_len * d * v
+    yield Cost("embedding", table, v * d, role="embedding")
+    for layer, times in model.repeated():
+        for cost in layer.cost(model.shape, Load(seq_len, seq_len)):
+            yield cost._replace(forward=times * cost.forward, params=times * cost.params)
+    yield Cost("norm", params=d)
+    yield Cost("logits", table, 0 if model.tie_embeddings else v * d, role="embedding")
 
 
-def selected_tokens(capacity: float, seq_len: int) -> int:
-    """k, the positions a routed block processes of each sequence: max(1, round(capacity * S))."""
-    return max(1, round(capacity * seq_len))
-
-
-def forward_flops(model: ModelConfig, seq_len: int) -> dict[str, float]:
-    """Forward FLOPs of one sequence of `seq_len` tokens by component.
-
-    A routed block is a dense block on k tokens: its matrix products scale with k, scores,
-    softmax and values with k * k, and its router and predictor read every token.
-    """
-    d, f, h = model.d_model, model.d_ff, model.head_dim
-    heads, kv_heads = model.num_heads, model.num_kv_heads
-    matrices = 3 if model.mlp in GATED_MLPS else 2
-    flops: dict[str, float] = dict.fromkeys((*CHINCHILLA, "router", "predictor"), 0.0)
-    flops["embedding"] = flops["logits"] = 2.0 * seq_len * d * model.vocab_size
-    for slot in model.slots:
-        tokens = selected_tokens(slot.room, seq_len) if slot.routed else seq_len
-        outputs = ROUTER_OUTPUTS.get(slot.kind, 1) if slot.routed else 0
-        hidden = predictor_width(d) if slot.routed and model.mod.predictor_weight > 0 else 0
-        block = {
-            "qkv": 2.0 * tokens * d * h * (heads + 2 * kv_heads),
-            "scores": 2.0 * tokens * tokens * heads * h,
-            "softmax": 3.0 * heads * tokens * tokens,
-            "values": 2.0 * tokens * tokens * heads * h,
-            "output": 2.0 * tokens * heads * h * d,
-            "mlp": 2.0 * tokens * matrices * d * f,
-            "router": 2.0 * seq_len * d * outputs,
-            "predictor": 2.0 * seq_len * (d + 1) * hidden,
-        }
-        for name, value in block.items():
-            flops[name] += model.num_groups * value
+def forward_flops(model: ModelSpec, seq_len: int) -> dict[str, float]:
+    """Forward FLOPs of one sequence of `seq_len` tokens by component."""
+    flops = {name: 0.0 for name in COMPONENTS}
+    for cost in costs(model, seq_len):
+        if cost.forward or cost.name in flops:
+            flops[cost.name] = flops.get(cost.name, 0.0) + cost.forward
     return flops
 
 
 def total_flops(components: Mapping[str, float], convention: str = "matmul") -> float:
     """Sum of the components that `convention` counts."""
-    return sum(components[name] for name in CONVENTIONS[convention])
+    return sum(flops for name, flops in components.items() if counts(convention, name))
 
 
 def train_flops(
-    model: ModelConfig, seq_len: int, sequences: int, convention: str = "matmul"
-) -> float:
-    """Training FLOPs of `sequences` sequences: three times the forward pass, predictors twice."""
-    components = forward_flops(model, seq_len)
-    once = components["predictor"] if "predictor" in CONVENTIONS[convention] else 0.0
-    return (TRAIN_OVER_FORWARD * total_flops(components, convention) - once) * sequences
+    model: ModelSpec, seq_len: int, sequences: int, convention: str = "matmul",
+    trained: str = "all",
+) -> float:  # fmt: skip
+    """Training FLOPs of `sequences` sequences.
+
+    A backward pass costs two forward ones, gradients of activations and of parameters. What is
+    frozen saves the second; before the first layer that has something to train, both.
+    """
+    found, begun = 0.0, trained == "all"
+    for cost in _in_order(model, seq_len):
+        mine = trained == "all" or cost.role in ROUTER_ROLES
+        backward = cost.backward if mine else cost.backward - (cost.params > 0)
+        if mine and not begun and cost.params:
+            begun, backward = True, 1.0  # nothing before it wants its input's gradient
+        if counts(convention, cost.name):
+            found += cost.forward * (1 + backward * begun)
+    return found * sequences
 
 
-def run_flops(model: ModelConfig, train: TrainConfig, steps: int) -> float:
+def _in_order(model: ModelSpec, seq_len: int) -> Iterator[Cost]:
+    """The costs of every layer, one by one."""
+    first, *_, last_norm, logits = list(costs(model, seq_len))
+    yield first
+    for segment in model.segments:
+        for _ in range(segment.times or 0):
+            for layer in segment.parts:
+                yield from layer.cost(model.shape, Load(seq_len, seq_len))
+    yield from (last_norm, logits)
+
+
+def run_flops(model: ModelSpec, train: TrainConfig, steps: int) -> float:
     """Training FLOPs of a run's first `steps` updates, in the convention that spends budgets."""
-    return steps * train_flops(model, train.seq_len, train.batch_size)
+    per_step = train_flops(model, train.seq_len, train.batch_size, trained=train.trained)
+    return steps * per_step
 
 
-def six_nd(model: ModelConfig, tokens: float) -> float:
+def six_nd(model: ModelSpec, tokens: float) -> float:
     """6 N D with N the non-embedding parameters (Kaplan et al., arXiv 2001.08361)."""
     return 6.0 * parameters(model)["non_embedding"] * tokens
 
 
-def parameters(model: ModelConfig) -> dict[str, int]:
+def parameters(model: ModelSpec) -> dict[str, int]:
     """Counts of learned parameters by component, and three sums.
 
     `total` counts each tensor once, `non_embedding` leaves out the embedding and the output
-    projection, `active` is the share of `non_embedding` used per token: routed blocks count
-    with their capacity.
+    projection, `active` is the share of `non_embedding` used per token: a routed layer counts
+    with its capacity.
     """
-    d, h = model.d_model, model.head_dim
-    matrices = 3 if model.mlp in GATED_MLPS else 2
-    attention = d * h * (2 * model.num_heads + 2 * model.num_kv_heads)
-    block = attention + matrices * d * model.d_ff + 2 * d
-    routed = [slot for slot in model.slots if slot.routed]
-    hidden = predictor_width(d) if model.mod.predictor_weight > 0 else 0
-    routers = sum(d * ROUTER_OUTPUTS.get(slot.kind, 1) for slot in routed)
-    counts = {
-        "embedding": model.vocab_size * d,
-        "logits": 0 if model.tie_embeddings else model.vocab_size * d,
-        "attention": model.num_layers * attention,
-        "mlp": model.num_layers * matrices * d * model.d_ff,
-        "norm": (2 * model.num_layers + 1) * d,
-        "router": model.num_groups * routers,
-        "predictor": model.num_groups * len(routed) * (d * hidden + hidden + 2 * (hidden > 0)),
-    }
-    non_embedding = sum(counts.values()) - counts["embedding"] - counts["logits"]
-    skipped = model.num_groups * block * sum(1 - slot.capacity for slot in model.slots)
-    return counts | {
-        "total": sum(counts.values()),
-        "non_embedding": non_embedding,
-        "active": round(non_embedding - skipped),
-    }
+    found: dict[str, int] = {"embedding": 0, "logits": 0, "norm": 0}
+    active = 0.0
+    for cost in costs(model, 1):
+        if cost.params or cost.name in found:
+            found[cost.name] = found.get(cost.name, 0) + cost.params
+        if cost.role != "embedding":
+            active += cost.params * cost.active
+    total = sum(found.values())
+    non_embedding = total - found["embedding"] - found["logits"]
+    return found | {"total": total, "non_embedding": non_embedding, "active": round(active)}
+
+
+def cache_bytes(model: ModelSpec, length: int, slack: float | None = None) -> int:
+    """Bytes of the caches of one sequence of at most `length` tokens."""
+    numbers = sum(
+        times * layer.cache_numbers(model.shape, length, slack) for layer, times in model.repeated()
+    )
+    return numbers * (2 if model.dtype == "bfloat16" else 4)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from modjax.config import InputError, RunSpec, from_dict, to_dict
+from modjax.errors import InputError
 from modjax.files import damaged, read_json, write_atomically
+from modjax.spec import RunSpec, from_dict, to_dict
 
 T = TypeVar("T")
 

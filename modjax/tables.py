@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from modjax.config import RunSpec
 from modjax.data.cache import Manifest
 from modjax.flops import (
     CONVENTIONS,
@@ -19,21 +18,11 @@ from modjax.scaling.cells import Cell
 from modjax.scaling.numbers import clock, count
 from modjax.scaling.status import STATES, Status
 from modjax.scaling.sweep import Outcome
-from modjax.scaling.words import span
+from modjax.scaling.words import span, text_table
+from modjax.spec import RunSpec
 
 if TYPE_CHECKING:
-    from modjax.training.finished import Comparison
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        first, *others = zip(row, widths, strict=True)
-        parts = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
-        lines.append("  ".join(parts).rstrip())
-    return "\n".join(lines)
+    from modjax.finished.runs import Comparison
 
 
 def data_text(manifests: Sequence[Manifest]) -> str:
@@ -134,12 +123,12 @@ def comparison_text(found: "Comparison") -> str:
     gap = found.difference
     header = (
         f"{found.run_id}\n"
-        f"top_k {found.top_k.loss:.4f}   {found.routing} {found.causal.loss:.4f}   "
-        f"difference {gap.loss:+.4f} +- {gap.sem:.4f} ({gap.loss / found.top_k.loss:+.2%}) over "
+        f"trained {found.trained.loss:.4f}   {found.routing} {found.causal.loss:.4f}   "
+        f"difference {gap.loss:+.4f} +- {gap.sem:.4f} ({gap.loss / found.trained.loss:+.2%}) over "
         f"{count(gap.tokens)} tokens{bound}"
     )
-    rows = [(name, *(f"{value:.1%}" for value in block)) for name, block in found.blocks.items()]
-    names = ("block", "accuracy", "precision", "recall", "capacity", "overflow", "most")
+    rows = [(name, *(f"{value:.1%}" for value in block)) for name, block in found.layers.items()]
+    names = ("layer", "accuracy", "precision", "recall", "capacity", "overflow", "most")
     return f"{header}\n{text_table(names, rows)}\n"
 
 
@@ -183,7 +172,7 @@ def flops_text(spec: RunSpec) -> str:
         )
         for name, training in values["train_flops"].items()
     ]
-    header = f"{spec.run_id}: pattern {', '.join(spec.model.pattern)}, {seq_len} positions"
+    header = f"{spec.run_id}: layers {', '.join(map(str, spec.model.layers))}, {seq_len} positions"
     return "\n\n".join(
         (
             header,

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from modjax.config import InputError, Preempted, RunSpec, require, to_dict
+from modjax.errors import InputError, Preempted, require
+from modjax.spec import RunSpec, to_dict
 
 RUNS_FAILED, STOPPED, INTERRUPTED = 3, 75, 130
 

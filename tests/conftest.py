@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from modjax.config import DataConfig
 from modjax.data.cache import Manifest, Split, cache_dir
 from modjax.data.writer import Written, write_split
+from modjax.spec import DataConfig
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -51,8 +51,8 @@ def tiny_data_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished_workdir(tiny_data_dir, tmp_path_factory) -> Path:
     """A sweep's folder with one finished run, on TINY_DATA; its routed block has a predictor."""
-    from modjax.config import Execution, MoDConfig
     from modjax.records import run_dir
+    from modjax.spec import Execution, MoDConfig
     from modjax.training.loop import train
     from tests.training.tiny import run_spec
 

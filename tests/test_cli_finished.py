@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from modjax.cli import main
-from modjax.config import MoDConfig, to_dict
 from modjax.records import read_records, run_dir, write_record
+from modjax.spec import MoDConfig, to_dict
 from tests.training.tiny import run_spec
 
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from modjax.config import (
+from modjax.errors import InputError
+from modjax.spec import (
     DataConfig,
     Execution,
-    InputError,
     MoDConfig,
-    ModelConfig,
+    ModelSpec,
     RunSpec,
     Slot,
     TrainConfig,
@@ -34,19 +34,19 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
             for name in ("auxiliary", "predictor", "balance", "z")
         ),
         (MoDConfig, {}, "residual", "x", "model.mod.residual = 'x': must be one of delta"),
-        (ModelConfig, MODEL, "d_model", 15, "model.d_model = 15: must be a multiple of"),
-        (ModelConfig, MODEL, "num_heads", 16, "model.num_heads = 16: must leave an even head"),
-        (ModelConfig, MODEL, "num_kv_heads", 3, "model.num_kv_heads = 3: must divide"),
-        (ModelConfig, MODEL, "pattern", ("moe",), "model.pattern = 'moe': must be one of dense"),
-        (ModelConfig, MODEL, "pattern", ("mod:2",), "model.pattern = 'mod:2': takes a capacity"),
-        (ModelConfig, MODEL, "pattern", ("mod:x",), "model.pattern = 'mod:x': takes a capacity"),
-        (ModelConfig, MODEL, "pattern", ("dense:0.5",), "for routed blocks only"),
-        (ModelConfig, MODEL, "pattern", ("mod",) * 3, "model.num_layers = 4: must be a multiple"),
-        (ModelConfig, MODEL, "pattern", (), "model.pattern = (): must name a block"),
-        (ModelConfig, MODEL, "pattern", ("attention",), "the dense block that must come right"),
-        (ModelConfig, MODEL, "pattern", ("mod", "attention"), "('mod', 'attention'): an attention"),
-        (ModelConfig, MODEL, "dtype", "int8", "model.dtype = 'int8': must be one of float32"),
-        (ModelConfig, MODEL, "d_ff", 0, "model.d_ff = 0: must be greater than 0"),
+        (ModelSpec, MODEL, "d_model", 15, "model.d_model = 15: must be a multiple of"),
+        (ModelSpec, MODEL, "num_heads", 16, "model.num_heads = 16: must leave an even head"),
+        (ModelSpec, MODEL, "num_kv_heads", 3, "model.num_kv_heads = 3: must divide"),
+        (ModelSpec, MODEL, "pattern", ("moe",), "model.pattern = 'moe': must be one of dense"),
+        (ModelSpec, MODEL, "pattern", ("mod:2",), "model.pattern = 'mod:2': takes a capacity"),
+        (ModelSpec, MODEL, "pattern", ("mod:x",), "model.pattern = 'mod:x': takes a capacity"),
+        (ModelSpec, MODEL, "pattern", ("dense:0.5",), "for routed blocks only"),
+        (ModelSpec, MODEL, "pattern", ("mod",) * 3, "model.num_layers = 4: must be a multiple"),
+        (ModelSpec, MODEL, "pattern", (), "model.pattern = (): must name a block"),
+        (ModelSpec, MODEL, "pattern", ("attention",), "the dense block that must come right"),
+        (ModelSpec, MODEL, "pattern", ("mod", "attention"), "('mod', 'attention'): an attention"),
+        (ModelSpec, MODEL, "dtype", "int8", "model.dtype = 'int8': must be one of float32"),
+        (ModelSpec, MODEL, "d_ff", 0, "model.d_ff = 0: must be greater than 0"),
         (TrainConfig, TRAIN, "accumulation", 3, "train.accumulation = 3: must divide"),
         (TrainConfig, TRAIN, "warmup_steps", 11, "train.warmup_steps = 11: must be between"),
         (TrainConfig, TRAIN, "b2", 1.0, "train.b2 = 1.0: must be in [0, 1)"),
@@ -78,14 +78,14 @@ def test_a_value_out_of_range_is_refused_in_one_line(cls, base, field, value, sa
 )
 def test_a_mapping_is_checked_by_name_and_type(values, says):
     with pytest.raises(InputError) as caught:
-        from_dict(ModelConfig, MODEL | values, "model.")
+        from_dict(ModelSpec, MODEL | values, "model.")
     assert str(caught.value).startswith(says)
 
 
 @pytest.mark.parametrize("values", [None, 7, "x", [1, 2], [["d_model", 3]]])
 def test_what_is_no_mapping_is_named_by_what_it_should_be(values):
-    with pytest.raises(InputError, match=r"^ModelConfig = .*: must be a group of fields"):
-        from_dict(ModelConfig, values)
+    with pytest.raises(InputError, match=r"^ModelSpec = .*: must be a group of fields"):
+        from_dict(ModelSpec, values)
 
 
 def test_a_field_of_names_and_values_must_be_one():
@@ -104,11 +104,11 @@ def test_a_field_of_names_and_values_must_be_one():
 
 def test_a_missing_value_without_default_is_named():
     with pytest.raises(InputError, match=r"model\.d_ff = None: missing"):
-        from_dict(ModelConfig, {k: v for k, v in MODEL.items() if k != "d_ff"}, "model.")
+        from_dict(ModelSpec, {k: v for k, v in MODEL.items() if k != "d_ff"}, "model.")
 
 
 def spec(budget, **changes):
-    model = ModelConfig(**MODEL | changes)
+    model = ModelSpec(**MODEL | changes)
     return RunSpec("dense", budget, model, TrainConfig(**TRAIN), DataConfig())
 
 
@@ -120,7 +120,7 @@ def test_a_run_is_named_by_its_values_and_survives_json():
 
 
 def test_a_pattern_gives_each_slot_its_capacity():
-    model = ModelConfig(**MODEL | {"pattern": ("dense", "mod", "dense", "mod:0.5")})
+    model = ModelSpec(**MODEL | {"pattern": ("dense", "mod", "dense", "mod:0.5")})
     assert model.slots == (
         Slot("dense", 1.0, 1.0), Slot("mod", 0.125, 0.125), Slot("dense", 1.0, 1.0),
         Slot("mod", 0.5, 0.5),
@@ -129,7 +129,7 @@ def test_a_pattern_gives_each_slot_its_capacity():
 
 def test_a_threshold_block_has_room_for_its_slack_and_never_for_more_than_all():
     mod = MoDConfig(capacity=0.5, slack=1.5)
-    model = ModelConfig(**MODEL | {"pattern": ("threshold", "threshold:0.8", "mod"), "mod": mod,
+    model = ModelSpec(**MODEL | {"pattern": ("threshold", "threshold:0.8", "mod"), "mod": mod,
                                    "num_layers": 3})  # fmt: skip
     assert model.slots == (
         Slot("threshold", 0.5, 0.75), Slot("threshold", 0.8, 1.0), Slot("mod", 0.5, 0.5),
@@ -137,7 +137,7 @@ def test_a_threshold_block_has_room_for_its_slack_and_never_for_more_than_all():
 
 
 def routed(*pattern, **mod):
-    return ModelConfig(**MODEL | {"pattern": pattern, "mod": MoDConfig(**mod)})
+    return ModelSpec(**MODEL | {"pattern": pattern, "mod": MoDConfig(**mod)})
 
 
 WHAT_EACH_CAN = [
@@ -175,7 +175,7 @@ def test_a_routing_that_a_block_has_not_learned_is_refused_with_those_it_has(pat
 
 
 def test_an_unknown_routing_is_refused_with_those_known():
-    for model in (routed("mod"), ModelConfig(**MODEL)):
+    for model in (routed("mod"), ModelSpec(**MODEL)):
         with pytest.raises(InputError) as caught:
             model.check_routing("best", "--routing")
         assert str(caught.value) == (

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import MoDConfig, ModelConfig, TrainConfig
 from modjax.flops import (
     forward_flops,
     parameters,
@@ -17,6 +16,7 @@ from modjax.flops import (
     train_flops,
 )
 from modjax.nn import Transformer
+from modjax.spec import MoDConfig, ModelSpec, TrainConfig
 
 QUICK = {"xla_backend_optimization_level": "0"}
 # Chinchilla (arXiv 2203.15556) Table A9 shapes: d_model, d_ff, heads, layers, and the ratio of
@@ -35,7 +35,7 @@ CHINCHILLA = [
 def test_chinchilla_table_a4_is_reproduced_without_embedding_and_logits(
     d, f, heads, layers, published
 ):
-    model = ModelConfig(32_000, d, layers, heads, heads, f, tie_embeddings=True)
+    model = ModelSpec(32_000, d, layers, heads, heads, f, tie_embeddings=True)
     # Chinchilla's N also holds its relative-position matrices, d * d a layer (Transformer-XL).
     n = parameters(model)["total"] + layers * d * d
     ratio = train_flops(model, 2048, 1, "chinchilla_table_a4") / (6 * n * 2048)
@@ -57,7 +57,7 @@ CASES = [
 def test_matrix_products_agree_with_what_xla_counts(pattern, mlp, kv_heads, predictor_weight):
     # Elementwise work is a share of about 1/d of XLA's count: a wide model isolates the products.
     # 128 positions are one query chunk, in which attention skips no future keys.
-    config = ModelConfig(1024, 768, 2, 8, kv_heads, 3072, mlp=mlp, pattern=pattern,
+    config = ModelSpec(1024, 768, 2, 8, kv_heads, 3072, mlp=mlp, pattern=pattern,
                          mod=MoDConfig(predictor_weight=predictor_weight))  # fmt: skip
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), layer_loop="unroll"))
     graphdef, params = nnx.split(model)
@@ -72,7 +72,7 @@ def test_matrix_products_agree_with_what_xla_counts(pattern, mlp, kv_heads, pred
 
 
 def test_components_of_a_small_model_equal_a_count_by_hand():
-    model = ModelConfig(10, 4, 2, 2, 1, 6, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.5))
+    model = ModelSpec(10, 4, 2, 2, 1, 6, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.5))
     got = forward_flops(model, 8)  # 8 tokens in the dense block, 4 in the routed one
     assert got == {
         "embedding": 2 * 8 * 10 * 4,
@@ -92,7 +92,7 @@ def test_components_of_a_small_model_equal_a_count_by_hand():
 def test_routers_and_predictors_of_every_kind_equal_a_count_by_hand():
     pattern = ("dense", "attention", "token_choice", "threshold")
     mod = MoDConfig(capacity=0.25, slack=1.5, predictor_weight=1.0)
-    model = ModelConfig(10, 8, 8, 2, 2, 6, pattern=pattern, mod=mod)
+    model = ModelSpec(10, 8, 8, 2, 2, 6, pattern=pattern, mod=mod)
     got = forward_flops(model, 8)  # 8, 2 and 2 tokens, and 3 where there is room for 1.5 times 2
     assert got["mlp"] == 2 * 2 * (8 + 2 + 2 + 3) * 2 * 8 * 6
     assert got["scores"] == 2 * 2 * (64 + 4 + 4 + 9) * 8
@@ -104,12 +104,12 @@ def test_routers_and_predictors_of_every_kind_equal_a_count_by_hand():
     counts = parameters(model)
     assert counts["router"] == 2 * 8 * (0 + 2 + 1)
     assert counts["predictor"] == 2 * 3 * (8 * 2 + 2 + 2)
-    plain = parameters(ModelConfig(10, 8, 8, 2, 2, 6, pattern=("dense",)))
+    plain = parameters(ModelSpec(10, 8, 8, 2, 2, 6, pattern=("dense",)))
     assert counts["total"] == plain["total"] + counts["router"] + counts["predictor"]
 
 
 def test_a_run_costs_what_its_steps_cost():
-    model = ModelConfig(10, 4, 2, 2, 1, 6, pattern=("dense", "mod:0.0625"))
+    model = ModelSpec(10, 4, 2, 2, 1, 6, pattern=("dense", "mod:0.0625"))
     train = TrainConfig(5, 32, 12, 1e-3, 0)
     k = 2
     # Forward and backward of 5 sequences: 32 tokens in the dense block, k in the routed.
@@ -119,17 +119,17 @@ def test_a_run_costs_what_its_steps_cost():
 
 
 def test_every_other_block_at_an_eighth_needs_nine_sixteenths_of_the_linear_flops():
-    dense = ModelConfig(32_000, 1024, 8, 8, 8, 4096)
-    mod = ModelConfig(32_000, 1024, 8, 8, 8, 4096, pattern=("dense", "mod"))
+    dense = ModelSpec(32_000, 1024, 8, 8, 8, 4096)
+    mod = ModelSpec(32_000, 1024, 8, 8, 8, 4096, pattern=("dense", "mod"))
     for name in ("qkv", "output", "mlp"):
         assert forward_flops(mod, 2048)[name] / forward_flops(dense, 2048)[name] == 0.5625
 
 
 def test_each_place_of_the_pattern_can_have_a_capacity_of_its_own():
     pattern = ("dense", "mod:0.5", "dense", "mod:0.25")
-    mixed = ModelConfig(50, 16, 4, 2, 2, 64, pattern=pattern)
+    mixed = ModelSpec(50, 16, 4, 2, 2, 64, pattern=pattern)
     full, half, quarter = (
-        forward_flops(ModelConfig(50, 16, 1, 2, 2, 64, pattern=(entry,)), 64)["mlp"]
+        forward_flops(ModelSpec(50, 16, 1, 2, 2, 64, pattern=(entry,)), 64)["mlp"]
         for entry in ("dense", "mod:0.5", "mod:0.25")
     )
     assert (half, quarter) == (full / 2, full / 4)
@@ -139,20 +139,20 @@ def test_each_place_of_the_pattern_can_have_a_capacity_of_its_own():
 
 
 def test_parameters_active_per_token_count_routed_blocks_by_capacity():
-    dense = parameters(ModelConfig(50, 16, 4, 2, 2, 64))
-    mod = parameters(ModelConfig(50, 16, 4, 2, 2, 64, pattern=("dense", "mod")))
+    dense = parameters(ModelSpec(50, 16, 4, 2, 2, 64))
+    mod = parameters(ModelSpec(50, 16, 4, 2, 2, 64, pattern=("dense", "mod")))
     block = 4 * 16 * 16 + 2 * 16 * 64 + 2 * 16
     assert dense["active"] == dense["non_embedding"] == 4 * block + 16
     assert mod["non_embedding"] == dense["non_embedding"] + 2 * 16
     assert mod["active"] == 2 * block + 2 * block / 8 + 16 + 2 * 16
     assert dense["total"] == dense["non_embedding"] + 2 * 50 * 16
-    assert six_nd(ModelConfig(50, 16, 4, 2, 2, 64), 100) == 600 * dense["non_embedding"]
+    assert six_nd(ModelSpec(50, 16, 4, 2, 2, 64), 100) == 600 * dense["non_embedding"]
 
 
 def test_capacity_selects_the_same_number_of_tokens_as_the_model():
     capacities = (0.3, 0.32, 0.01, 1.0)
     pattern = tuple(f"mod:{capacity}" for capacity in capacities)
-    config = ModelConfig(10, 8, len(pattern), 2, 1, 8, pattern=pattern)
+    config = ModelSpec(10, 8, len(pattern), 2, 1, 8, pattern=pattern)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(model)
     rng = np.random.default_rng(0)

@@ -21,14 +21,14 @@ from flax import nnx
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from modjax.decoding.text import open_codec
+from modjax.finished import Finished, choose, open_run
+from modjax.finished.text import open_codec
 from modjax.scaling.marks import COLOURS, RC
 from modjax.training.evaluate import validation_batches
-from modjax.training.finished import Finished, choose, open_run
 
 HERE = Path(__file__).parent
 SHOWN = 4  # sequences in the map and on the page
-ROUTINGS = ("top_k", "predictor")
+ROUTINGS = ("trained", "predictor")
 
 
 def look(run: Finished, routing: str) -> dict[str, np.ndarray]:
@@ -38,17 +38,17 @@ def look(run: Finished, routing: str) -> dict[str, np.ndarray]:
     """
 
     @jax.jit
-    def forward(params, inputs_BL, targets_BL):
-        logits_BLV, aux = nnx.merge(run.model.graphdef, params)(inputs_BL, routing=routing)
+    def forward(weights, inputs_BL, targets_BL):
+        logits_BLV, records = nnx.merge(run.model.graphdef, weights)(inputs_BL, routing=routing)
         log_p_BLV = jax.nn.log_softmax(logits_BLV)
         loss_BL = -jnp.take_along_axis(log_p_BLV, targets_BL[..., None], axis=2)[..., 0]
         entropy_BL = -jnp.sum(jnp.exp(log_p_BLV) * log_p_BLV, axis=2)
-        (slot,) = aux.values()
-        return slot["selected_BL"], slot["scores_BL"], loss_BL, entropy_BL
+        (routed,) = records.values()
+        return routed.selected_BL, routed.scores_BL, loss_BL, entropy_BL
 
     parts = []
     for batch in validation_batches(run.cache, run.spec.train):
-        found = forward(run.params, batch.inputs_BL, batch.targets_BL)
+        found = forward(run.weights, batch.inputs_BL, batch.targets_BL)
         parts.append([*(np.asarray(x) for x in found), batch.inputs_BL])
     names = ("selected_ANL", "scores_ANL", "loss_NL", "entropy_NL", "tokens_NL")
     dims = (1, 1, 0, 0, 0)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modjax.config import InputError
+from modjax.errors import InputError
 
 # name -> what it measures; the module of the same name has ROWS and measure().
 BENCHMARKS = {

@@ -17,16 +17,17 @@ from flax import nnx
 from modjax.bench import Row, fill, progress
 from modjax.bench.step import MOD as STEP_MOD
 from modjax.bench.step import ROUNDS, TRAIN, interleaved, jax_step, ratio
-from modjax.config import MoDConfig, ModelConfig
 from modjax.decoding.generate import Sampling, State, generate, resume
 from modjax.flops import cache_bytes
 from modjax.nn import Transformer, unstack
+from modjax.spec import Dense, MoD, ModelSpec
 
 CONTEXT, NEW, SLACK = 1024, 64, 1.5
-DENSE = ModelConfig(1024, 512, 12, 8, 8, 2048)
-MOD = dataclasses.replace(
-    DENSE, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.125, predictor_weight=1.0)
+DENSE = ModelSpec(
+    vocab_size=1024, d_model=512, num_layers=12, num_heads=8, num_kv_heads=8, d_ff=2048
 )
+TAUGHT = (Dense(), MoD(Dense(), capacity=0.125, predictor_weight=1.0))
+MOD = dataclasses.replace(DENSE, layers=TAUGHT)
 ROWS = (
     Row("decode tokens/s, MoD over dense, batch 1", "ratio", 1.5, "higher"),
     Row("decode tokens/s, MoD over dense, batch 16", "ratio", 1.35, "higher"),
@@ -56,10 +57,10 @@ def measure() -> list[Row]:
             name: round(NEW * batch / statistics.median(seconds[batch][name]), 1) for name in models
         }
         progress(f"bench decode: batch {batch}: tokens per second {rates}")
-    routings = ("predictor", "paced", "top_k")
+    routings = ("predictor", "paced", "trained")
     prefill = interleaved({r: prefilling(*models["mod"], r) for r in routings})
     tokens = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
-    taught = dataclasses.replace(STEP_MOD, mod=MoDConfig(predictor_weight=1.0))
+    taught = dataclasses.replace(STEP_MOD, layers=TAUGHT)
     steps = {"with": jax_step(taught, tokens), "without": jax_step(STEP_MOD, tokens)}
     train = interleaved(steps, rounds=3 * ROUNDS)  # their difference is below a pair's noise
     return fill(ROWS, [
@@ -67,14 +68,14 @@ def measure() -> list[Row]:
         ratio(seconds[16], "dense", "mod"),
         cache_bytes(MOD, CONTEXT, SLACK) / cache_bytes(DENSE, CONTEXT, SLACK),
         ratio(seconds[1], "dense", "read") / NEW,
-        ratio(prefill, "predictor", "top_k"),
-        ratio(prefill, "paced", "top_k"),
+        ratio(prefill, "predictor", "trained"),
+        ratio(prefill, "paced", "trained"),
         ratio(train, "with", "without"),
         routed,
     ])  # fmt: skip
 
 
-def split(config: ModelConfig) -> tuple[Any, Any]:
+def split(config: ModelSpec) -> tuple[Any, Any]:
     graphdef, params = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
     return graphdef, nnx.to_pure_dict(params)
 
@@ -83,11 +84,11 @@ def calibrated(model: tuple[Any, Any]) -> tuple[Any, Any]:
     """Sets every predictor to "the score is above the mean k-th score", at a predictor's cost."""
     graphdef, params = model
     tokens_BL = np.random.default_rng(1).integers(0, DENSE.vocab_size, (4, CONTEXT))
-    _, aux = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens_BL))(params)
-    for name, slot in aux.items():
-        predictor = params["blocks"][name]["predictor"]
+    _, records = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens_BL))(params)
+    for name, record in records.items():
+        predictor = params["stack"]["blocks"][name]["predictor"]
         predictor["w_out"] = jnp.zeros_like(predictor["w_out"])
-        kth_G = jnp.mean(slot["kth_B"], axis=1)
+        kth_G = jnp.mean(record.kth_B, axis=1)
         predictor["line"] = jnp.stack([jnp.ones_like(kth_G), -kth_G], axis=1)
     return graphdef, params
 
@@ -125,10 +126,8 @@ def prefilling(graphdef: Any, params: Any, routing: str) -> Any:
     lengths_B = jnp.full(1, CONTEXT)
 
     def prefill(params):
-        model = nnx.merge(graphdef, params)
-        return model.prefill(
-            jnp.asarray(tokens_BL), lengths_B, max_length=CONTEXT, routing=routing, slack=None
-        )[:2]
+        read = nnx.merge(graphdef, params).reader(max_length=CONTEXT, routing=routing)
+        return read(jnp.asarray(tokens_BL), lengths_B, None)[:2]
 
     compiled = jax.jit(prefill)
     return lambda: jax.block_until_ready(compiled(params))

@@ -14,17 +14,19 @@ import jax
 import numpy as np
 
 from modjax.bench import Row, fill, progress
-from modjax.config import Execution, ModelConfig, TrainConfig
 from modjax.data.batches import Batch
 from modjax.flops import train_flops
+from modjax.spec import Dense, Execution, MoD, ModelSpec, TrainConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import init_state, lower_train_step
 from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import abstract_model
 
 ROUNDS = 7
-DENSE = ModelConfig(1024, 256, 8, 4, 4, 1024)
-MOD = dataclasses.replace(DENSE, pattern=("dense", "mod"))
+DENSE = ModelSpec(
+    vocab_size=1024, d_model=256, num_layers=8, num_heads=4, num_kv_heads=4, d_ff=1024
+)
+MOD = dataclasses.replace(DENSE, layers=(Dense(), MoD(Dense(), capacity=0.125)))
 TRAIN = TrainConfig(8, 512, 1000, 1e-3, 10)
 ROWS = (
     Row("MoD step / dense step / FLOP ratio", "ratio", 1.05),
@@ -85,7 +87,7 @@ def ratio(seconds: dict[str, list[float]], over: str, under: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def jax_step(config: ModelConfig, tokens: np.ndarray) -> Step:
+def jax_step(config: ModelSpec, tokens: np.ndarray) -> Step:
     mesh = make_mesh(Execution(data=1))
     model = abstract_model(config, Execution())
     batch = Batch(

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modjax.config import ModelConfig, TrainConfig
+from modjax.spec import ModelSpec, TrainConfig
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelSpec):
         super().__init__()
         d = config.d_model
         self.heads = config.num_heads
@@ -44,14 +44,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, seq_len: int):
+    def __init__(self, config: ModelSpec, seq_len: int):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.logits = nn.Linear(config.d_model, config.vocab_size, bias=False)
         h = config.head_dim
-        frequency = config.rope_base ** -(torch.arange(0, h, 2) / h)
+        frequency = 10_000.0 ** -(torch.arange(0, h, 2) / h)
         angle_LH = torch.arange(seq_len)[:, None] * frequency[None]
         self.cos_LH, self.sin_LH = angle_LH.cos(), angle_LH.sin()
 
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         return self.logits(self.norm(x_BLD))
 
 
-def torch_step(config: ModelConfig, train: TrainConfig, tokens: np.ndarray) -> Callable[[], None]:
+def torch_step(config: ModelSpec, train: TrainConfig, tokens: np.ndarray) -> Callable[[], None]:
     """One AdamW step with gradient clipping, on the cores this process may use."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modjax.config import require
 from modjax.data.cache import TokenCache, epochs, num_windows
+from modjax.errors import require
 
 ROUNDS = 8
 

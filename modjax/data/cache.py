@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from modjax.config import DataConfig, InputError, ModelConfig, SharedFault, from_dict, require
+from modjax.errors import InputError, SharedFault, require
+from modjax.spec import DataConfig, ModelSpec, from_dict
 
 FORMAT = 2
 SPLITS = ("train", "validation")
@@ -254,7 +255,7 @@ def check_epochs(cache: TokenCache, data: DataConfig, seq_len: int, sequences: i
             f"more text")  # fmt: skip
 
 
-def check_vocab(cache: TokenCache, model: ModelConfig) -> None:
+def check_vocab(cache: TokenCache, model: ModelSpec) -> None:
     """Raises InputError where the model has fewer embeddings than the cache has tokens."""
     require(model.vocab_size >= cache.manifest.vocab_size, "model.vocab_size", model.vocab_size,
             f"must be at least {cache.manifest.vocab_size}, the size of "

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modjax.config import require
 from modjax.data.documents import Scan, scan_text, stdlib_documents
+from modjax.errors import require
 
 CORPORA = ("stdlib", "c4", "lm1b")
 

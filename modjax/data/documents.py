@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from modjax.config import InputError, require
+from modjax.errors import InputError, require
 
 PIECE = 65_536  # characters; plain text is cut into documents of about this size
 VALIDATION_SHARE = 0.05

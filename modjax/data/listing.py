@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 
-from modjax.config import InputError
 from modjax.data.cache import (
     STORE_ERRORS,
     Manifest,
@@ -15,6 +14,7 @@ from modjax.data.cache import (
     shown,
     url,
 )
+from modjax.errors import InputError
 
 
 def describe(data_dir: Path | str) -> list[Manifest | InputError]:

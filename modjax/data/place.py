@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from modjax.config import InputError, require
 from modjax.data.cache import Manifest
+from modjax.errors import InputError, require
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from modjax.config import DataConfig, InputError, require
 from modjax.data.cache import (
     SPLITS,
     Manifest,
@@ -35,7 +34,9 @@ from modjax.data.place import begin, locked, put_in_place, tidy
 from modjax.data.upload import check_writable, upload
 from modjax.data.vocabulary import TRAINING_BYTES, Vocab, parse_vocab, train_sentencepiece
 from modjax.data.writer import Written, read_journal, write_journal, write_split
+from modjax.errors import InputError, require
 from modjax.files import is_disk_full, user_cache, write_atomically
+from modjax.spec import DataConfig
 
 LONGEST_NAME = 240  # bytes of a folder's name; file systems take 255, and its partial has more
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modjax.config import InputError, require
 from modjax.data.cache import SPLITS
 from modjax.data.documents import Scan, text_documents
+from modjax.errors import InputError, require
 
 
 @contextlib.contextmanager

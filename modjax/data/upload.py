@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tensorstore as ts
 
-from modjax.config import InputError
 from modjax.data.cache import STORE_ERRORS, Manifest, kvstore, one_line, open_store
+from modjax.errors import InputError
 
 MANIFEST = "manifest.json"
 UPLOADED = ".uploaded"  # beside the tokens: the files that were uploaded, one a line

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from modjax.config import InputError, require
+from modjax.errors import InputError, require
 
 TRAINING_BYTES = 16 * 2**20  # a vocabulary is trained on about this much text
 LINE = 4000  # characters; SentencePiece drops longer lines

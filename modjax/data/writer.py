@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from modjax.config import from_dict
 from modjax.data.cache import SPLITS, kvstore
 from modjax.files import write_atomically
+from modjax.spec import from_dict
 
 CHUNK = 2**15  # tokens decoded together when a window is read
 SHARD = 2**22  # tokens in a file

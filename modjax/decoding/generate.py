@@ -1,7 +1,7 @@
 """Sampling from a model, token by token: the whole generation is one compiled loop.
 
-Any Flax NNX model will do that has `prefill` and `decoder` as modjax.Transformer has them, and a
-cache with its positions_B and overflow_B.
+Any Flax NNX model will do that has a `reader` as modjax.Transformer has it, and a cache with its
+positions_B and overflow_B.
 Legend: B batch, L prompt positions, N new tokens, V vocabulary, W longest stop sequence.
 """
 
@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from modjax.config import ROUTINGS, require
+from modjax.errors import require
+from modjax.spec import ROUTINGS
 
 PAD = 0
+CAUSAL = ROUTINGS[1:]  # those that never look ahead
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Sampling:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("logits_BV", "cache", "key", "step", "done_B", "recent_BW"),
-    meta_fields=("max_length", "routing", "stop"),
+    meta_fields=("max_length", "routing", "slack", "stop"),
 )
 @dataclass(frozen=True)
 class State:
@@ -59,6 +61,7 @@ class State:
     recent_BW: jax.Array
     max_length: int
     routing: str
+    slack: float | None
     stop: tuple[tuple[int, ...], ...]
 
 
@@ -83,7 +86,7 @@ def generate(
     tokens_BL: Any,
     *,
     max_new_tokens: int,
-    routing: str,
+    routing: str | None = None,
     lengths_B: Any = None,
     max_length: int | None = None,
     slack: float | None = None,
@@ -95,21 +98,22 @@ def generate(
 
     model, params: graph definition and parameters, `nnx.split(model)`.
     tokens_BL: prompts; row b has lengths_B[b] tokens and then padding (None: no padding).
-    routing: "router", "predictor", "paced" or "threshold", which never look ahead; for a dense
-      model any.
+    routing: "router", "predictor", "paced" or "threshold", which never look ahead; None for a model
+      without routed layers.
     max_length: of prompt and continuation, for which caches have room: more than this call needs
-      where `resume` is to go on. slack: see Transformer.prefill.
+      where `resume` is to go on. slack: see Transformer.reader.
     stop: token sequences that end a row.
-    Raises InputError for an empty prompt, one that does not fit, or "top_k", before compiling.
+    Raises InputError for an empty prompt, one that does not fit, or "trained", before compiling.
     """
     tokens_BL, lengths_B = _rows(tokens_BL, lengths_B)
     length = tokens_BL.shape[1]
     longest, shortest = int(lengths_B.max()), int(lengths_B.min())
     room: int = max_length or longest + max_new_tokens
     require(shortest > 0, "prompt", "", "is empty: give at least one token")
+    routing = CAUSAL[0] if routing is None else routing
     require(
-        routing in ROUTINGS and routing != "top_k", "routing", routing,
-        f"must be one of {', '.join(ROUTINGS[1:])}; top_k looks at tokens not yet drawn",
+        routing in CAUSAL, "routing", routing,
+        f"must be one of {', '.join(CAUSAL)}; what training does looks at tokens not yet drawn",
     )  # fmt: skip
     require(0 <= seed < 2**32, "seed", seed, "must be 0 or more, and below 2**32")
     require(
@@ -118,7 +122,7 @@ def generate(
     require(() not in stop, "stop", (), "is empty: give at least one token")
     _require_fits(longest, max_new_tokens, room)
     require(length <= room, "tokens_BL", length, f"is wider than max_length = {room}")
-    logits_BV, cache, prompt_depths_BL = _prefill(
+    logits_BV, cache, prompt_depths_BL = _read_first(
         model, params, tokens_BL, jnp.asarray(lengths_B, jnp.int32), jax.random.key(seed),
         max_length=room, routing=routing, slack=slack,
     )  # fmt: skip
@@ -131,6 +135,7 @@ def generate(
         recent_BW=jnp.full((len(lengths_B), max(map(len, stop), default=1)), -1, jnp.int32),
         max_length=room,
         routing=routing,
+        slack=slack,
         stop=stop,
     )
     drawn = _draw(model, params, state, max_new_tokens, sampling)
@@ -159,8 +164,8 @@ def _draw(model: Any, params: Any, state: State, new: int, sampling: Sampling) -
 def extend(model: Any, params: Any, state: State, tokens_BL: Any, lengths_B: Any = None) -> State:
     """Reads more text into a state: the next turn of a conversation, which `resume` answers.
 
-    Row b takes lengths_B[b] >= 0 tokens (None: all), one at a time, and goes on where it had
-    stopped; a row that takes none stays as it is. Takes the state's arrays over.
+    Row b takes lengths_B[b] >= 0 tokens (None: all), and goes on where it had stopped; a row that
+    takes none stays as it is. Takes the state's arrays over.
     Raises InputError where the tokens do not fit the caches, before compiling.
     """
     tokens_BL, lengths_B = _rows(tokens_BL, lengths_B)
@@ -197,15 +202,16 @@ def _require_fits(used: int, more: int, max_length: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_length", "routing", "slack"))
-def _prefill(model, params, tokens_BL, lengths_B, key, *, max_length, routing, slack):
-    return nnx.merge(model, params).prefill(
-        tokens_BL, lengths_B, max_length=max_length, routing=routing, slack=slack, key=key
+def _read_first(model, params, tokens_BL, lengths_B, key, *, max_length, routing, slack):
+    read = nnx.merge(model, params).reader(
+        max_length=max_length, routing=routing, slack=slack, key=key
     )
+    return read(tokens_BL, lengths_B, None)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "new", "sampling"), donate_argnames="state")
 def _loop(model, params, state, new, sampling):
-    step = _step(model, params, state)
+    read = _reader(model, params, state)
     batch = state.done_B.shape[0]
 
     def more(carry):
@@ -217,14 +223,15 @@ def _loop(model, params, state, new, sampling):
         active_B = ~state.done_B
         key = jax.random.fold_in(state.key, state.step)
         tokens_B = jnp.where(active_B, draw_tokens(state.logits_BV, key, sampling), PAD)
-        logits_BV, cache, depths_B = step(tokens_B, active_B, state.cache)
+        ones_B = active_B.astype(jnp.int32)
+        logits_BV, cache, depths_B1 = read(tokens_B[:, None], ones_B, state.cache)
         recent_BW = jnp.concatenate([state.recent_BW[:, 1:], tokens_B[:, None]], axis=1)
         missed_B = cache.overflow_B - state.cache.overflow_B
         state = dataclasses.replace(
             state, logits_BV=logits_BV, cache=cache, step=state.step + 1,
             done_B=state.done_B | _ends(recent_BW, state.stop), recent_BW=recent_BW,
         )  # fmt: skip
-        depths_B = jnp.where(active_B, depths_B, -1)
+        depths_B = jnp.where(active_B, depths_B1[:, 0], -1)
         written = (
             jax.lax.dynamic_update_index_in_dim(all_BN, now_B, i, 1)
             for all_BN, now_B in (
@@ -240,16 +247,9 @@ def _loop(model, params, state, new, sampling):
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _read(model, params, state, tokens_BL, lengths_B):
-    step = _step(model, params, state)
-
-    def read(i, carry):
-        logits_BV, cache = carry
-        active_B = i < lengths_B
-        new_BV, cache, _ = step(jnp.where(active_B, tokens_BL[:, i], PAD), active_B, cache)
-        return jnp.where(active_B[:, None], new_BV, logits_BV), cache
-
-    carry = (state.logits_BV, state.cache)
-    logits_BV, cache = jax.lax.fori_loop(0, jnp.max(lengths_B), read, carry)
+    read = _reader(model, params, state)
+    new_BV, cache, _ = read(tokens_BL, lengths_B, state.cache)
+    logits_BV = jnp.where(lengths_B[:, None] > 0, new_BV, state.logits_BV)
     recent_BW = jnp.where(lengths_B[:, None] > 0, -1, state.recent_BW)  # no stop spans two turns
     done_B = state.done_B & (lengths_B == 0)
     return dataclasses.replace(
@@ -257,9 +257,9 @@ def _read(model, params, state, tokens_BL, lengths_B):
     )
 
 
-def _step(model, params, state):
-    return nnx.merge(model, params).decoder(
-        max_length=state.max_length, routing=state.routing, key=state.key
+def _reader(model, params, state):
+    return nnx.merge(model, params).reader(
+        max_length=state.max_length, routing=state.routing, slack=state.slack, key=state.key
     )
 
 

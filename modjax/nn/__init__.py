@@ -1,53 +1,36 @@
-"""Flax NNX modules and the pure functions under them."""
+"""How layers are computed: Flax NNX modules, one for each spec, and pure functions under them."""
 
-from modjax.nn.attention import Attention, causal_attention
-from modjax.nn.block import Context, DenseBlock
-from modjax.nn.layers import MLP, RMSNorm
+from modjax.nn import layers, mod
+from modjax.nn.build import MODULES, build, register
+from modjax.nn.call import At, Call, Out
+from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.mod import MoDBlock
-from modjax.nn.routers import (
-    AttentionReceived,
-    ExpertChoice,
-    LearnedPosition,
-    Positional,
-    Stochastic,
-    Threshold,
-    TokenChoice,
-)
-from modjax.nn.routing import (
-    Selection,
-    evenly_spread,
-    gather,
-    scatter_add,
-)
-from modjax.nn.statistics import decision_counts, decision_quality, routing_statistics
-from modjax.nn.transformer import Cache, Transformer, unstack
-from modjax.nn.updates import routing_losses, update_thresholds
+from modjax.nn.params import make_param, measured, normal_param
+from modjax.nn.records import Inside, Record, losses, observe, statistics
+from modjax.nn.routed import Routed, decision_counts, decision_quality
+from modjax.spec import MLP, Attention, MoD, Seq
+
+MODULES.update({Attention: layers.Attention, MLP: layers.MLP, Seq: layers.Seq, MoD: mod.MoD})
 
 __all__ = [
-    "MLP",
-    "Attention",
-    "AttentionReceived",
+    "At",
     "Cache",
-    "Context",
-    "DenseBlock",
-    "ExpertChoice",
-    "LearnedPosition",
+    "Call",
+    "Inside",
     "MoDBlock",
-    "Positional",
-    "RMSNorm",
-    "Selection",
-    "Stochastic",
-    "Threshold",
-    "TokenChoice",
+    "Out",
+    "Record",
+    "Routed",
     "Transformer",
-    "causal_attention",
+    "build",
     "decision_counts",
     "decision_quality",
-    "evenly_spread",
-    "gather",
-    "routing_losses",
-    "routing_statistics",
-    "scatter_add",
+    "losses",
+    "make_param",
+    "measured",
+    "normal_param",
+    "observe",
+    "register",
+    "statistics",
     "unstack",
-    "update_thresholds",
 ]

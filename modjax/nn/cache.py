@@ -1,80 +1,91 @@
-"""Key-value caches: every block of a model keeps the positions that it processed, row by row.
+"""What layers keep of earlier positions: caches that mirror the layers, and what is written there.
 
-Legend: B batch, N heads, G kv heads, R = N/G, M slots, K positions, H head width, D model width.
+A layer never changes a cache; it returns what is to be written, and the stack writes it, once.
+
+Legend: B batch, L new positions, G kv heads, M slots, H head width.
 """
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 
-class KVCache(NamedTuple):
-    """Keys and values of one block; row b has filled its first length_B[b] slots.
+class KVWrite(NamedTuple):
+    """New keys and values (B, G, L, H), of which row b has count_B[b]; positions where needed."""
 
-    k, v (B, G, M, H): keys are rotated by their original positions already, so that a slot need
-    not know its position. overflow_B: tokens that found no slot, and passed the block by.
+    k_BGLH: jax.Array
+    v_BGLH: jax.Array
+    count_B: jax.Array
+    positions_BL: jax.Array | None
+
+    def padded(self, length: int) -> Self:
+        """The same, `length` wide."""
+        more = length - self.k_BGLH.shape[2]
+        k_BGLH, v_BGLH = (_pad(x, 2, more) for x in (self.k_BGLH, self.v_BGLH))
+        positions_BL = None if self.positions_BL is None else _pad(self.positions_BL, 1, more)
+        return self._replace(k_BGLH=k_BGLH, v_BGLH=v_BGLH, positions_BL=positions_BL)
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one attention; row b has filled its first length_B[b] slots.
+
+    k, v (B, G, M, H): keys are rotated by their original positions already. positions_BM: those,
+    where a window asks for them.
     """
 
     k_BGMH: jax.Array
     v_BGMH: jax.Array
     length_B: jax.Array
-    overflow_B: jax.Array
+    positions_BM: jax.Array | None
+
+    def written(self, write: KVWrite, *, fresh: bool = False) -> Self:
+        """With the new entries after the old ones. fresh: there are no old ones."""
+        slots, new = self.k_BGMH.shape[2], write.k_BGLH.shape[2]
+        length_B = self.length_B + write.count_B
+        if fresh:
+            wide = write.padded(slots)
+            return self._replace(k_BGMH=wide.k_BGLH, v_BGMH=wide.v_BGLH, length_B=length_B,
+                                 positions_BM=wide.positions_BL)  # fmt: skip
+        batch, heads = self.k_BGMH.shape[:2]
+        offset_1L = jnp.arange(new)[None]
+        slot_BL = jnp.where(
+            offset_1L < write.count_B[:, None], self.length_B[:, None] + offset_1L, slots
+        )  # beyond the end: dropped
+        # An index per row and head: XLA makes a write at a single index a dynamic-update-slice,
+        # fuses that into every reader, and copies the cache for each.
+        rows_B11, heads_1G1 = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
+        k_BGMH, v_BGMH = (
+            old.at[rows_B11, heads_1G1, slot_BL[:, None]].set(new_BGLH, mode="drop")
+            for old, new_BGLH in ((self.k_BGMH, write.k_BGLH), (self.v_BGMH, write.v_BGLH))
+        )
+        positions_BM = self.positions_BM
+        if positions_BM is not None:
+            places = positions_BM.at[rows_B11[:, 0], slot_BL]
+            positions_BM = places.set(write.positions_BL, mode="drop")
+        return type(self)(k_BGMH, v_BGMH, length_B, positions_BM)
 
 
-def filled(
-    k_BGKH: jax.Array, v_BGKH: jax.Array, length_B: jax.Array, overflow_B: jax.Array, slots: int
-) -> KVCache:
-    """A cache of `slots` >= K slots; of the K given, row b uses the first length_B[b]."""
-    k_BGMH, v_BGMH = with_slots((k_BGKH, v_BGKH), slots)
-    return KVCache(k_BGMH, v_BGMH, length_B.astype(jnp.int32), overflow_B.astype(jnp.int32))
+def written(cache: Any, write: Any, *, fresh: bool) -> Any:
+    """A cache, of any nesting, with what is to be written."""
+    if isinstance(cache, dict):
+        return {name: written(part, write[name], fresh=fresh) for name, part in cache.items()}
+    return cache.written(write, fresh=fresh) if hasattr(cache, "written") else cache
 
 
-def with_slots(kv_BGKH: tuple[jax.Array, jax.Array], slots: int) -> tuple[jax.Array, jax.Array]:
-    """Keys and values with empty slots after the K given."""
-    room = ((0, 0), (0, 0), (0, slots - kv_BGKH[0].shape[2]), (0, 0))
-    return jnp.pad(kv_BGKH[0], room), jnp.pad(kv_BGKH[1], room)
+def padded(write: Any, length: int) -> Any:
+    """What is to be written, `length` positions wide."""
+    if isinstance(write, dict):
+        return {name: padded(part, length) for name, part in write.items()}
+    return write.padded(length) if hasattr(write, "padded") else write
 
 
-def append(cache: KVCache, k_BG1H: jax.Array, v_BG1H: jax.Array, write_B: jax.Array) -> KVCache:
-    """Writes one token into the next slot of the rows that `write_B` names, which must have one."""
-    batch, kv_heads, slots, _ = cache.k_BGMH.shape
-    # One index per row and head: XLA makes a write at a single index a dynamic-update-slice, fuses
-    # that into every reader, and copies the cache for each.
-    rows_B1, heads_1G = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None]
-    slot_B1 = jnp.where(write_B, cache.length_B, slots)[:, None]  # beyond the end: dropped
-    k_BGMH, v_BGMH = (
-        old.at[rows_B1, heads_1G, slot_B1].set(new_BG1H[:, :, 0], mode="drop")
-        for old, new_BG1H in ((cache.k_BGMH, k_BG1H), (cache.v_BGMH, v_BG1H))
-    )
-    length_B = cache.length_B + write_B.astype(jnp.int32)
-    return cache._replace(k_BGMH=k_BGMH, v_BGMH=v_BGMH, length_B=length_B)
+def overflow(cache: Any) -> Any:
+    """Positions of each row that found no slot, summed over layers; 0 where none can be missed."""
+    if isinstance(cache, dict):
+        return sum(map(overflow, cache.values()))
+    return getattr(cache, "overflow_B", 0)
 
 
-def last(cache: KVCache) -> tuple[jax.Array, jax.Array]:
-    """Keys and values (B, G, 1, H) of the slot that each row filled last."""
-    slot_B111 = jnp.maximum(cache.length_B - 1, 0)[:, None, None, None]
-    k_BG1H, v_BG1H = (
-        jnp.take_along_axis(leaf, slot_B111, axis=2) for leaf in (cache.k_BGMH, cache.v_BGMH)
-    )
-    return k_BG1H, v_BG1H
-
-
-def cached_attention(q_BN1H: jax.Array, cache: KVCache) -> jax.Array:
-    """Attention (B, N, 1, H) of each row's last token over what its cache holds.
-
-    Scores and softmax are float32, the products take the inputs' dtype.
-    """
-    batch, heads, _, head_dim = q_BN1H.shape
-    kv_heads, slots = cache.k_BGMH.shape[1:3]
-    q_BGRH = q_BN1H.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    q_BGRH = q_BGRH * jnp.asarray(1 / math.sqrt(head_dim), q_BN1H.dtype)
-    s_BGRM = jnp.einsum("BGRH,BGMH->BGRM", q_BGRH, cache.k_BGMH, preferred_element_type=jnp.float32)
-    filled_B11M = (jnp.arange(slots)[None] < cache.length_B[:, None])[:, None, None]
-    s_BGRM = jnp.where(filled_B11M, s_BGRM, -jnp.inf)
-    p_BGRM = jnp.exp(s_BGRM - jnp.max(s_BGRM, axis=-1, keepdims=True))
-    total_BGR1 = jnp.sum(p_BGRM, axis=-1, keepdims=True)
-    out_BGRH = jnp.einsum("BGRM,BGMH->BGRH", p_BGRM.astype(q_BN1H.dtype), cache.v_BGMH)
-    out_BGRH = (out_BGRH / total_BGR1.astype(out_BGRH.dtype)).astype(q_BN1H.dtype)
-    return out_BGRH.reshape(batch, heads, 1, head_dim)
+def _pad(x: jax.Array, dim: int, more: int) -> jax.Array:
+    return jnp.pad(x, [(0, more if d == dim else 0) for d in range(x.ndim)])

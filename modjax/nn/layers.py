@@ -1,18 +1,25 @@
-"""The plain layers: parameters, RMSNorm, MLP and rotary positions.
+"""The plain layers: attention and MLP, each added to the stream, and layers one after another.
 
-Legend: B batch, L positions, D model width, F feed-forward width, N heads, H head width; P parts of
-K each.
+Legend: B batch, L positions, D model width, F feed-forward width, N heads, G kv heads, H head
+width; E = N/G + 2.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from modjax.config import GATED_MLPS
+from modjax import spec
+from modjax.kernels import Mask, attend, project, project_back, received_attention
+from modjax.nn.build import build
+from modjax.nn.cache import KVCache, KVWrite
+from modjax.nn.call import At, Call, Out, under
+from modjax.nn.params import normal_param, scale_param
+from modjax.spec.layers import GATED
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,
@@ -23,65 +30,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def normal_param(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float
-) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2); `axes` names its logical axes for sharding."""
-    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
-
-
-def product(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """x @ w over the last dim of x, multiplied in x's dtype: (B, L, F).
-
-    The product is taken of two matrices: contracting B and L as two dims in the gradient of w
-    makes XLA's CPU backend transpose the activations first, at 1.6 times the cost of the MLP.
-    """
-    batch, length, width = x_BLD.shape
-    x_TD = x_BLD.reshape(batch * length, width)
-    y_TF = jnp.matmul(x_TD, w_DF.astype(x_BLD.dtype), preferred_element_type=out_dtype)
-    return y_TF.reshape(batch, length, w_DF.shape[1])
-
-
-def project(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """`product` with a block's matrix; that of a lone position is taken in parts on a CPU.
-
-    It does little but read the matrix, and XLA's CPU backend reads one of a megabyte with one core
-    only; a batch of products it shares out.
-    """
-    if not _alone(x_BLD):
-        return product(x_BLD, w_DF)
-    w_PKF = _parts(w_DF.astype(x_BLD.dtype))
-    y_PF = jnp.einsum(
-        "PK,PKF->PF", x_BLD.reshape(w_PKF.shape[:2]), w_PKF, preferred_element_type=jnp.float32
-    )
-    return jnp.sum(y_PF, axis=0).astype(x_BLD.dtype)[None, None]
-
-
-def project_back(x_BLF: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """x @ w.T, as `project` takes x @ w: (B, L, D)."""
-    if not _alone(x_BLF):
-        return product(x_BLF, w_DF.T)
-    w_PKF = _parts(w_DF.astype(x_BLF.dtype))
-    x_PF = jnp.broadcast_to(x_BLF[0], (w_PKF.shape[0], w_PKF.shape[2]))
-    return jnp.einsum("PF,PKF->PK", x_PF, w_PKF).reshape(1, 1, -1)
-
-
-def _alone(x_BLD: jax.Array) -> bool:
-    return x_BLD.shape[:2] == (1, 1) and jax.default_backend() == "cpu"
-
-
-def _parts(w_DF: jax.Array) -> jax.Array:
-    parts = math.gcd(w_DF.shape[0], 4)
-    return w_DF.reshape(parts, -1, w_DF.shape[1])
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a scale (arXiv 1910.07467, Eq. 4), in float32."""
 
     def __init__(self, d_model: int, *, eps: float):
-        scale = jnp.ones((d_model,), jnp.float32)
-        self.scale = nnx.Param(scale, out_sharding=("norm",), eager_sharding=False)
+        self.scale = scale_param(d_model)
         self.eps = eps
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
@@ -91,32 +44,163 @@ class RMSNorm(nnx.Module):
         return y_BLD.astype(x_BLD.dtype)
 
 
-class MLP(nnx.Module):
-    """Two matrices around `activation`, or three where its name ends in "glu" (arXiv 2002.05202).
+class Sublayer(nnx.Module):
+    """Adds to the stream what a subclass makes of it, with norms before it, after it, or both."""
 
-    `output_std` scales the initial output projection, so that a deep stack starts near identity.
-    """
+    def __init__(self, norm: str, shape: spec.Shape):
+        d, eps = shape.d_model, shape.norm_eps
+        self.norm = RMSNorm(d, eps=eps) if norm != "after" else None
+        self.norm_after = RMSNorm(d, eps=eps) if norm != "before" else None
 
-    def __init__(
-        self, d_model: int, d_ff: int, *, activation: str, output_std: float, rngs: nnx.Rngs
-    ):
-        std = 1 / math.sqrt(d_model)
-        self.activation = activation
-        self.w_in = normal_param(rngs, (d_model, d_ff), ("embed", "mlp"), std=std)
-        if activation in GATED_MLPS:
-            self.w_gate = normal_param(rngs, (d_model, d_ff), ("embed", "mlp"), std=std)
+    def before(self, x_BLD: jax.Array) -> jax.Array:
+        return x_BLD if self.norm is None else self.norm(x_BLD)
+
+    def added(self, x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
+        return x_BLD + (y_BLD if self.norm_after is None else self.norm_after(y_BLD))
+
+
+class Attention(Sublayer):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, spec: spec.Attention, shape: spec.Shape, *, rngs: nnx.Rngs):
+        super().__init__(spec.norm, shape)
+        self.spec = spec
+        d, h, heads = shape.d_model, shape.head_dim, shape.num_heads
+        # For each kv head its queries, its key and its value: one product makes them all.
+        each = heads // shape.num_kv_heads + 2
+        self.w_qkv = normal_param(
+            rngs, (d, shape.num_kv_heads, each, h), ("embed", "kv_heads", None, "head_dim"),
+            std=1 / math.sqrt(d),
+        )  # fmt: skip
+        self.w_out = normal_param(
+            rngs, (heads, h, d), ("heads", "head_dim", "embed"),
+            std=1 / math.sqrt(heads * h) / depth_scale(shape),
+        )  # fmt: skip
+
+    def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
+        q_BNLH, k_BGLH, v_BGLH = self.heads(self.before(x_BLD), at.ropes[self.spec.rope])
+        mask = Mask(at.segments_BL, self.spec.window, at.positions_BL)
+        write: Any = ()
+        handed = {}
+        keys, values, seen = k_BGLH, v_BGLH, mask
+        if cache is not None:
+            write = self._write(k_BGLH, v_BGLH, at)
+            if not call.fresh:
+                # Written before it is read: XLA copies a cache that is read and then written. What
+                # the stack writes afterwards is the same operation again, and costs nothing.
+                held = cache.written(write)
+                keys, values = held.k_BGMH, held.v_BGMH
+                seen = mask._replace(
+                    segments_BL=None, key_positions_BM=held.positions_BM, start_B=cache.length_B
+                )
+        elif self.spec.received:
+            handed["received"] = received_attention(q_BNLH, k_BGLH, mask)
+        out_BNLH = attend(q_BNLH, keys, values, seen, self.spec.softcap)
+        return Out(self.added(x_BLD, self.merge(out_BNLH)), write, {}, handed)
+
+    def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> KVCache:
+        """A cache with room for `length` positions of each row."""
+        _, heads, _, width = self.w_qkv.shape
+        k_BGMH = jnp.zeros((batch, heads, length, width), dtype)
+        positions_BM = jnp.zeros((batch, length), jnp.int32) if self.spec.window else None
+        return KVCache(k_BGMH, jnp.zeros_like(k_BGMH), jnp.zeros(batch, jnp.int32), positions_BM)
+
+    def heads(
+        self, x_BLD: jax.Array, rope_BLH: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries (B, N, L, H), rotated keys and values (B, G, L, H)."""
+        (batch, length, width), (_, _, each, head_dim) = x_BLD.shape, self.w_qkv.shape
+        y_BLF = project(x_BLD, self.w_qkv[...].reshape(width, -1))
+        y_BLGEH = y_BLF.reshape(batch, length, -1, each, head_dim)
+        q_BNLH, k_BGLH, v_BGLH = (
+            part_BLGEH.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)
+            for part_BLGEH in jax.lax.split(y_BLGEH, (each - 2, 1, 1), axis=3)
+        )
+        return rotate(q_BNLH, rope_BLH), rotate(k_BGLH, rope_BLH), v_BGLH
+
+    def merge(self, out_BNLH: jax.Array) -> jax.Array:
+        """What the heads attended to, projected back: (B, L, D)."""
+        batch, heads, length, head_dim = out_BNLH.shape
+        out_BLD = out_BNLH.transpose(0, 2, 1, 3).reshape(batch, length, heads * head_dim)
+        return project(out_BLD, self.w_out[...].reshape(heads * head_dim, -1))
+
+    def _write(self, k_BGLH, v_BGLH, at: At) -> KVWrite:
+        batch, length = k_BGLH.shape[0], k_BGLH.shape[2]
+        count_B = jnp.full(batch, length, jnp.int32)
+        if at.valid_BL is not None:
+            count_B = jnp.sum(at.valid_BL, axis=1, dtype=jnp.int32)
+        positions_BL = None
+        if self.spec.window:
+            positions_BL = jnp.broadcast_to(at.positions_BL, (batch, length)).astype(jnp.int32)
+        return KVWrite(k_BGLH, v_BGLH, count_B, positions_BL)
+
+
+class MLP(Sublayer):
+    """Two matrices around an activation, or three for a gated one (arXiv 2002.05202)."""
+
+    def __init__(self, spec: spec.MLP, shape: spec.Shape, *, rngs: nnx.Rngs):
+        super().__init__(spec.norm, shape)
+        d, f = shape.d_model, shape.d_ff
+        self.activation = spec.activation
+        std = 1 / math.sqrt(d)
+        self.w_in = normal_param(rngs, (d, f), ("embed", "mlp"), std=std)
+        if spec.activation in GATED:
+            self.w_gate = normal_param(rngs, (d, f), ("embed", "mlp"), std=std)
         # The long dim last: a lone position does little but read the matrix, and rows of d_ff
         # numbers are read faster than rows of d_model.
-        self.w_out = normal_param(rngs, (d_model, d_ff), ("embed", "mlp"), std=output_std)
+        output_std = 1 / math.sqrt(f) / depth_scale(shape)
+        self.w_out = normal_param(rngs, (d, f), ("embed", "mlp"), std=output_std)
 
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         act = ACTIVATIONS[self.activation]
-        h_BLF = project(x_BLD, self.w_in[...])
-        if self.activation in GATED_MLPS:
-            h_BLF = act(project(x_BLD, self.w_gate[...])) * h_BLF
+        y_BLD = self.before(x_BLD)
+        h_BLF = project(y_BLD, self.w_in[...])
+        if self.activation in GATED:
+            h_BLF = act(project(y_BLD, self.w_gate[...])) * h_BLF
         else:
             h_BLF = act(h_BLF)
-        return project_back(h_BLF, self.w_out[...])
+        return Out(self.added(x_BLD, project_back(h_BLF, self.w_out[...])))
+
+
+class Seq(nnx.Module):
+    """Layers one after another."""
+
+    def __init__(self, spec: spec.Seq, shape: spec.Shape, *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.parts = nnx.Dict({
+            name: build(part, shape, rngs=rngs) for name, part in names(spec.parts).items()
+        })  # fmt: skip
+
+    def __call__(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
+        writes, records = {}, {}
+        handed: dict[str, jax.Array] = {}
+        for index, name in enumerate(names(self.spec.parts)):
+            part_cache = None if cache is None else cache[name]
+            here = at._replace(handed={**at.handed, **handed})
+            out = self.parts[name](x, here, call.inside(index), part_cache)
+            x, writes[name] = out.x, out.write
+            records |= under(f"parts/{name}", out.records)
+            handed = {**handed, **out.handed}
+        return Out(x, () if cache is None else writes, records, handed)
+
+    def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
+        return {name: empty(p, batch, length, slack, dtype) for name, p in self.parts.items()}
+
+
+def empty(layer: Any, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
+    """An empty cache for at most `length` positions of each row; () for a layer that keeps none."""
+    has = hasattr(layer, "empty")
+    return layer.empty(batch, length, slack, dtype) if has else ()
+
+
+def names(parts: Iterable[spec.Layer], start: int = 0) -> dict[str, spec.Layer]:
+    """Layers by their place and label, as in 1_mod: so their modules are named."""
+    return {f"{i}_{part.label}": part for i, part in enumerate(parts, start)}
+
+
+def depth_scale(shape: spec.Shape) -> float:
+    """GPT-2's rule: the 2 * num_layers additions to the stream start with total variance 1."""
+    return math.sqrt(2 * shape.num_layers)
 
 
 def rotary_tables(

@@ -1,10 +1,10 @@
 """Routers: what ranks the positions of a sequence, how training selects, and how to do it causally.
 
-A router is a module that `MoDBlock` consumes by three functions and a number:
-  router(x_BLD, at) -> Ranking                      a score for every position
+A router is a module that a routed layer consumes by three functions:
+  router(x_BLD, at, key) -> Ranking                   a score for every position
   router.wants(ranking, at, threshold) -> wanted_BL   its own causal rule, or None: the top k
-  router.weigh(scores_BK) -> weights_BK             of the update
-  router.slack                                      room in training, in multiples of the capacity
+  router.weigh(scores_BK) -> weights_BK               of the update
+What a routing scheme is apart from that, spec/mod.py says.
 
 Legend: B batch, L positions, K selected positions, D model width.
 """
@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modjax.config import MoDConfig
-from modjax.flops import predictor_width
-from modjax.nn.layers import normal_param, project
+from modjax.kernels import project
+from modjax.nn.call import At
+from modjax.nn.params import make_param, normal_param
 from modjax.nn.routing import evenly_spread, position_noise
+from modjax.spec.mod import MoDConfig, predictor_width
 
 WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda r: r,
@@ -28,20 +29,6 @@ WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "two_sigmoid": lambda r: 2 * jax.nn.sigmoid(r),
     "one_plus_tanh": lambda r: 1 + jnp.tanh(r),
 }
-
-
-class At(NamedTuple):
-    """What a router may look at beside the activations.
-
-    positions_BL: of each token in its sequence. valid_BL: False marks padding; None, there is none.
-    key: of random routing, or None. received_BL: attention that each position received in the
-    dense block before (see attention.received_attention), or None.
-    """
-
-    positions_BL: jax.Array
-    valid_BL: jax.Array | None
-    key: jax.Array | None
-    received_BL: jax.Array | None
 
 
 class Ranking(NamedTuple):
@@ -58,13 +45,12 @@ class Ranking(NamedTuple):
 class ExpertChoice(nnx.Module):
     """One linear score r = w . x; training takes the top k (arXiv 2404.02258, Eq. 1)."""
 
-    slack = 1.0
-
     def __init__(self, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.w = normal_param(rngs, (d_model,), ("norm",), std=1 / math.sqrt(d_model))
+        self.w = normal_param(rngs, (d_model,), ("replicated",), std=1 / math.sqrt(d_model),
+                              role="router")  # fmt: skip
 
-    def __call__(self, x_BLD: jax.Array, at: At) -> Ranking:
+    def __call__(self, x_BLD: jax.Array, at: At, key: jax.Array | None) -> Ranking:
         scores_BL = _linear(x_BLD, self.w[...][:, None])[..., 0]
         return Ranking(scores_BL, scores_BL, {})
 
@@ -78,11 +64,11 @@ class ExpertChoice(nnx.Module):
 class Stochastic(ExpertChoice):
     """The paper's control: positions are drawn at random; the score only weighs them."""
 
-    def __call__(self, x_BLD, at):
-        if at.key is None:
+    def __call__(self, x_BLD, at, key):
+        if key is None:
             raise ValueError("stochastic routing needs a PRNG key: model(tokens, key=...)")
-        scores_BL = super().__call__(x_BLD, at).scores_BL
-        return Ranking(position_noise(at.key, at.positions_BL), scores_BL, {})
+        scores_BL = super().__call__(x_BLD, at, key).scores_BL
+        return Ranking(position_noise(key, at.positions_BL), scores_BL, {})
 
 
 class Positional(ExpertChoice):
@@ -98,12 +84,12 @@ class LearnedPosition(ExpertChoice):
     r = w . phi(p), with phi the encoding of arXiv 1706.03762, section 3.5.
     """
 
-    def __call__(self, x_BLD, at):
+    def __call__(self, x_BLD, at, key):
         width = x_BLD.shape[-1]
         frequency_D = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
         angle_BLD = at.positions_BL[..., None].astype(jnp.float32) * frequency_D[None, None]
         phi_BLD = jnp.concatenate([jnp.sin(angle_BLD), jnp.cos(angle_BLD)], axis=-1)[..., :width]
-        return super().__call__(phi_BLD, at)
+        return super().__call__(phi_BLD, at, key)
 
 
 class TokenChoice(nnx.Module):
@@ -114,14 +100,12 @@ class TokenChoice(nnx.Module):
     targets; it is 1 where f = P = t. z-loss: mean of logsumexp^2 (arXiv 2202.08906, Eq. 5).
     """
 
-    slack = 1.0
-
     def __init__(self, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs):
         self.config = config
         std = 1 / math.sqrt(d_model)
-        self.w = normal_param(rngs, (d_model, 2), ("norm", None), std=std)
+        self.w = normal_param(rngs, (d_model, 2), ("replicated", None), std=std, role="router")
 
-    def __call__(self, x_BLD, at):
+    def __call__(self, x_BLD, at, key):
         logits_BL2 = _linear(x_BLD, self.w[...])
         odds_BL = logits_BL2[..., 1] - logits_BL2[..., 0]
         share_B = masked_mean((odds_BL > 0).astype(jnp.float32), at.valid_BL)
@@ -146,20 +130,18 @@ class TokenChoice(nnx.Module):
 
 
 class AttentionReceived(nnx.Module):
-    """A-MoD (arXiv 2412.20875): rank by the attention received in the dense block before.
+    """A-MoD (arXiv 2412.20875): rank by the attention that an earlier layer says was received.
 
     No parameters, and the update is not weighed. Received attention comes from later positions:
-    only a predictor can select causally.
+    only a predictor can select causally. With a cache nobody hands it on, nor is it needed.
     """
-
-    slack = 1.0
 
     def __init__(self, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs):
         self.config = config
 
-    def __call__(self, x_BLD, at):
+    def __call__(self, x_BLD, at, key):
         ones_BL = jnp.ones(x_BLD.shape[:2], jnp.float32)
-        received_BL = ones_BL if at.received_BL is None else at.received_BL
+        received_BL = at.handed.get("received", ones_BL)
         return Ranking(received_BL, ones_BL, {})
 
     def wants(self, ranking, at, threshold):
@@ -172,12 +154,8 @@ class AttentionReceived(nnx.Module):
 class Threshold(ExpertChoice):
     """Causal in training too: positions that score above a running mean of the k-th score.
 
-    After arXiv 2603.11535. The threshold is measured by training, see nn/updates.py.
+    After arXiv 2603.11535. The threshold is measured by training, see nn/routed.py.
     """
-
-    def __init__(self, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs):
-        super().__init__(d_model, config, rngs=rngs)
-        self.slack = config.slack
 
     def wants(self, ranking, at, threshold):
         return ranking.ranking_BL > threshold
@@ -193,10 +171,12 @@ class Predictor(nnx.Module):
     def __init__(self, d_model: int, *, rngs: nnx.Rngs):
         hidden = predictor_width(d_model)
         std = 1 / math.sqrt(d_model)
-        self.w_in = normal_param(rngs, (d_model, hidden), ("norm", None), std=std)
-        self.w_out = normal_param(rngs, (hidden,), ("norm",), std=1 / math.sqrt(hidden))
+        self.w_in = normal_param(rngs, (d_model, hidden), ("replicated", None), std=std,
+                                 role="predictor")  # fmt: skip
+        self.w_out = normal_param(rngs, (hidden,), ("replicated",), std=1 / math.sqrt(hidden),
+                                  role="predictor")  # fmt: skip
         # Slope and offset of the line in the router's score.
-        self.line = nnx.Param(jnp.array([1.0, 0.0]), out_sharding=("norm",), eager_sharding=False)
+        self.line = make_param(jnp.array([1.0, 0.0]), ("replicated",), role="predictor")
 
     def __call__(self, x_BLD: jax.Array, scores_BL: jax.Array) -> jax.Array:
         """Logits (B, L), float32; positive where the position should be processed."""
@@ -225,11 +205,11 @@ def masked_mean(x_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
 
 
 ROUTERS: dict[str, Callable[..., nnx.Module]] = {
-    "mod": ExpertChoice,
+    "expert_choice": ExpertChoice,
     "stochastic": Stochastic,
     "positional": Positional,
     "learned_position": LearnedPosition,
     "token_choice": TokenChoice,
-    "attention": AttentionReceived,
+    "received": AttentionReceived,
     "threshold": Threshold,
 }

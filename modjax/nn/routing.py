@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from modjax.config import require
+from modjax.errors import require
 from modjax.nn.sharding import per_sequence
 
 

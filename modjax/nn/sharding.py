@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": None,  # routing is per sequence: a split sequence would make it communicate
     # parameters
     "layers": None,
@@ -23,7 +23,7 @@ LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "experts": "expert",
-    "norm": None,
+    "replicated": None,
     None: None,
 }
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
@@ -62,6 +62,13 @@ def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) ->
         return function(x_BL)
     spec = partition_spec(("batch",))
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(x_BL)
+
+
+def batch_shards(batch: int) -> int:
+    """Into how many equal parts the mesh splits a batch; 1 where it does not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = ways(mesh, LOGICAL_TO_MESH["batch"]) if _is_ours(mesh) else 1
+    return parts if batch % parts == 0 else 1
 
 
 def _is_ours(mesh: AbstractMesh) -> bool:

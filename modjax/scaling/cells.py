@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modjax.config import RunSpec
 from modjax.flops import parameters, run_flops
 from modjax.records import Record
 from modjax.scaling.foretell import NOISE, Foretold, foretell
 from modjax.scaling.plan import forward_per_token, forward_ratio, non_embedding
 from modjax.scaling.sweep_config import SweepConfig
+from modjax.spec import RunSpec
 
 BUDGET_TOLERANCE = 0.01
 CENTRE_TOLERANCE_DECADES = 0.15

@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from modjax.config import RunSpec
 from modjax.records import Record
 from modjax.scaling.numbers import clock
+from modjax.spec import RunSpec
 
 SECONDS_BETWEEN_LINES = 60.0  # off a terminal, where no run finishes
 

@@ -2,7 +2,7 @@
 
 A file has `get_config()`, which returns an ml_collections.ConfigDict with the groups `model`,
 `train`, `data`, `execution` and, where it describes a grid, `sweep`. Fields that have a default
-in modjax/config.py may be left out and can still be overridden.
+in modjax/spec/ may be left out and can still be overridden.
 """
 
 import dataclasses
@@ -10,27 +10,19 @@ import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from modjax.config import (
-    DataConfig,
-    Execution,
-    InputError,
-    ModelConfig,
-    RunSpec,
-    TrainConfig,
-    from_dict,
-    require,
-)
+from modjax.errors import InputError, require
 from modjax.flops import run_flops
 from modjax.scaling.plan import plan
 from modjax.scaling.sweep_config import RECIPE_FIELDS, SweepConfig
+from modjax.spec import DataConfig, Execution, ModelSpec, RunSpec, TrainConfig, from_dict
 
-GROUPS = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig, "execution": Execution}
+GROUPS = {"model": ModelSpec, "train": TrainConfig, "data": DataConfig, "execution": Execution}
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises InputError naming the field, its value and what is known for an unknown override, a
     value of another type, or one that a config refuses.
     """
-    config = _with_defaults(_read(config_file))
+    config = _with_defaults(_as_text(_read(config_file)))
     for override in overrides:
         config = _override(config, override)
     values = config.to_dict()
@@ -66,10 +58,10 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
         sweep = from_dict(SweepConfig, values["sweep"], "sweep.")
         specs = plan(sweep, values["model"], values["train"], data)
         return Experiment(config_file, values, execution, sweep, specs)
-    model = from_dict(ModelConfig, values["model"], "model.")
+    model = from_dict(ModelSpec, values["model"], "model.")
     train = from_dict(TrainConfig, values["train"], "train.")
     budget = run_flops(model, train, train.steps)
-    variant = "-".join(model.pattern).replace(":", "_")
+    variant = "-".join(layer.label for layer, _ in model.repeated())
     spec = RunSpec(variant, budget, model, train, data)
     return Experiment(config_file, values, execution, None, [spec])
 
@@ -91,6 +83,16 @@ def _read(config_file: str) -> dict[str, Any]:
     return config.to_dict()
 
 
+def _as_text(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with all layers as text, in which plans are kept and overrides are given."""
+    return {
+        name: _as_text(value) if isinstance(value, dict)
+        else ", ".join(map(str, value)) if name == "layers" and isinstance(value, list | tuple)
+        else str(value) if name == "layers" else value
+        for name, value in values.items()
+    }  # fmt: skip
+
+
 def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:
     """Adds the fields that have a default, so that overrides reach them."""
     for name, cls in GROUPS.items():
@@ -103,12 +105,9 @@ def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:
 def _fill(parent: dict[str, Any], name: str, cls: type) -> None:
     group = parent.setdefault(name, {})
     require(isinstance(group, dict), f"config.{name}", group, "must be a group of fields")
-    hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         decided = cls is TrainConfig and "sweep" in parent and field.name in RECIPE_FIELDS
-        if dataclasses.is_dataclass(hints[field.name]):
-            _fill(group, field.name, hints[field.name])
-        elif field.default is not dataclasses.MISSING and not decided:
+        if field.default is not dataclasses.MISSING and not decided:
             group.setdefault(field.name, field.default)
 
 

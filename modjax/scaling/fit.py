@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modjax.config import require
+from modjax.errors import require
 from modjax.records import Record
 from modjax.scaling.laws import log10_of, power_law
 from modjax.scaling.observed import by_cell, make_cells, repeats
@@ -33,14 +33,14 @@ def fit_all(
     records: Sequence[Record],
     *,
     size: str = "non_embedding",
-    loss: str = "top_k",
+    loss: str = "trained",
     baseline: str | None = None,
     draws: int = 2000,
     seed: int = 0,
 ) -> Fits:
     """Every fit of a sweep. Diverged runs are left out by rule and listed.
 
-    loss: "top_k" or "causal", see results.under.
+    loss: "trained" or "causal", see results.under.
     baseline: the arm that others are compared with; None takes "dense", or else the first arm.
     draws: bootstrap draws of every vertex; the parametric surfaces, which are slower, take 1/20.
     Raises InputError for no records, an unknown size or baseline, or runs that were not scored

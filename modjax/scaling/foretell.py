@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modjax.config import require
+from modjax.errors import require
 from modjax.scaling.laws import power_law
 from modjax.scaling.observed import Cell, freedoms
 from modjax.scaling.parabola import Estimate, fit_budget

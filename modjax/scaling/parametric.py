@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modjax.config import require
+from modjax.errors import require
 
 if TYPE_CHECKING:
     from scipy.optimize import OptimizeResult

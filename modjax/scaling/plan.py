@@ -13,15 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from modjax.config import (
-    DataConfig,
-    InputError,
-    ModelConfig,
-    RunSpec,
-    TrainConfig,
-    from_dict,
-    require,
-)
+from modjax.errors import InputError, require
 from modjax.flops import forward_flops, parameters, total_flops, train_flops
 from modjax.scaling.sweep_config import (
     MOST_STEPS,
@@ -31,6 +23,8 @@ from modjax.scaling.sweep_config import (
     Recipe,
     SweepConfig,
 )
+from modjax.spec import DataConfig, ModelSpec, Repeat, RunSpec, TrainConfig, from_dict
+from modjax.spec.model import read_layers
 
 # What an arm can say beside the model fields in which it differs.
 ARM_FIELDS = ("recipe", "forward_ratio")
@@ -83,27 +77,27 @@ def _require_absent(group: str, values: Mapping, names: Sequence[str], rule: str
                 f"is decided by {rule} in a sweep: leave it out")  # fmt: skip
 
 
-def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[int], ModelConfig]:
+def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[int], ModelSpec]:
     """width -> the arm's model of that width."""
     changes = sweep.arms[arm]
-    known = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in SHAPE_FIELDS]
+    known = [f.name for f in dataclasses.fields(ModelSpec) if f.name not in SHAPE_FIELDS]
     require(isinstance(changes, Mapping), f"sweep.arms.{arm}", changes, "must be a group of fields")
     changes = {name: value for name, value in changes.items() if name not in ARM_FIELDS}
     for name, value in changes.items():
         require(name in known, f"sweep.arms.{arm}.{name}", value,
                 f"unknown; an arm can change {', '.join((*ARM_FIELDS, *known))}")  # fmt: skip
-    merged = _merge(model, changes)
-    pattern = merged.get("pattern", ("dense",))
-    field = f"sweep.arms.{arm}.pattern" if "pattern" in changes else "model.pattern"
-    require(isinstance(pattern, list | tuple), field, pattern, "must be a list of blocks")
-    length = len(pattern)
+    merged = {**model, **changes}
+    field = f"sweep.arms.{arm}.layers" if "layers" in changes else "model.layers"
+    layers = read_layers(merged.get("layers", "Dense()"), merged.get("imports", ()), field)
+    merged["layers"] = layers
+    length = 1 if isinstance(layers[0], Repeat) else len(layers)
     require(
-        sweep.shape.layer_multiple % max(1, length) == 0, "sweep.shape.layer_multiple",
+        sweep.shape.layer_multiple % length == 0, "sweep.shape.layer_multiple",
         sweep.shape.layer_multiple, f"must be a multiple of arm {arm}'s pattern length, {length}",
     )  # fmt: skip
 
-    def build(width: int) -> ModelConfig:
-        return from_dict(ModelConfig, merged | sweep.shape.at(width), "model.")
+    def build(width: int) -> ModelSpec:
+        return from_dict(ModelSpec, merged | sweep.shape.at(width), "model.")
 
     return build
 
@@ -125,20 +119,12 @@ def _recipe(sweep: SweepConfig, arm: str) -> Recipe:
     return from_dict(Recipe, merged, f"{field}.")
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
-        merged[name] = _merge(base[name], value) if nested else value
-    return merged
-
-
-def non_embedding(model: ModelConfig) -> float:
+def non_embedding(model: ModelSpec) -> float:
     """N, the model's parameters without its embedding and output projection."""
     return parameters(model)["non_embedding"]
 
 
-def forward_per_token(model: ModelConfig, seq_len: int) -> float:
+def forward_per_token(model: ModelSpec, seq_len: int) -> float:
     """Forward FLOPs per token, in the convention in which budgets are spent."""
     return total_flops(forward_flops(model, seq_len)) / seq_len
 
@@ -154,8 +140,8 @@ def _targets(sweep: SweepConfig, budget: float) -> list[float]:
 
 def _nearest_widths(
     sweep: SweepConfig,
-    build: Callable[[int], ModelConfig],
-    measure: Callable[[ModelConfig], float],
+    build: Callable[[int], ModelSpec],
+    measure: Callable[[ModelSpec], float],
     targets: Sequence[float],
     budget: float,
 ) -> list[int]:
@@ -192,11 +178,12 @@ def _nearest_widths(
 
 
 def _spec(
-    recipe: Recipe, ratio: float, arm: str, budget: float, model: ModelConfig,
+    recipe: Recipe, ratio: float, arm: str, budget: float, model: ModelSpec,
     train: Mapping[str, Any], data: DataConfig, seed: int,
 ) -> RunSpec:  # fmt: skip
     batch = recipe.batch_at(ratio)
-    per_step = train_flops(model, train["seq_len"], batch)
+    trained = train.get("trained", "all")
+    per_step = train_flops(model, train["seq_len"], batch, trained=trained)
     steps = round(budget / per_step)
     if steps < 1:
         raise InputError(

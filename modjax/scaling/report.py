@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from modjax.config import InputError, require
+from modjax.errors import InputError, require
 from modjax.files import read_json, write_atomically
 from modjax.records import Record, Scan, run_dir, scan, write_csv
 from modjax.scaling import words
@@ -54,10 +54,10 @@ SPEC_COLUMNS = ("variant", "budget_flops", "model.d_model", "model.num_layers", 
                 "train.learning_rate", "train.seed")  # fmt: skip
 
 
-def fit_workdir(workdir: Path, loss: str = "top_k") -> tuple[Scan, Fits]:
+def fit_workdir(workdir: Path, loss: str = "trained") -> tuple[Scan, Fits]:
     """What a sweep's folder holds, and its fits, against the baseline that its plan names.
 
-    loss: "top_k" or "causal", see results.under; the fits take it as eval_loss.
+    loss: "trained" or "causal", see results.under; the fits take it as eval_loss.
 
     Raises InputError where no run that can be read has finished or diverged yet.
     """
@@ -72,7 +72,7 @@ def fit_workdir(workdir: Path, loss: str = "top_k") -> tuple[Scan, Fits]:
     return found, fit_all(records, loss=loss, baseline=baseline)
 
 
-def report(workdir: Path, loss: str = "top_k") -> Path:
+def report(workdir: Path, loss: str = "trained") -> Path:
     """Writes report.html, results.csv, fit.json and figures/ into `workdir`; returns the HTML.
 
     Raises InputError where no run has finished or diverged yet.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from modjax.config import require
+from modjax.errors import require
 from modjax.records import Record, write_json
 from modjax.scaling.parametric import Surface
 
@@ -107,7 +107,7 @@ class Repeat:
 class Fits:
     """Everything that `fit_all` finds. size: which parameters are counted, see `SIZES`.
 
-    loss: "top_k", as the runs were trained, or "causal", see `under`.
+    loss: "trained", as the runs were trained, or "causal", see `under`.
     """
 
     size: str
@@ -135,12 +135,12 @@ class Fits:
 def under(records: Sequence[Record], loss: str) -> list[Record]:
     """The records with the loss that fits and figures take.
 
-    "top_k": as trained. "causal": of routed runs that under routing which never looks ahead, and
+    "trained": as trained. "causal": of routed runs that under routing which never looks ahead, and
     its bits per byte; the standard error stays that of the loss as trained. A run that was scored
     so without a finite loss counts as diverged.
     Raises InputError for a routed run that was not scored so.
     """
-    if loss == "top_k":
+    if loss == "trained":
         return list(records)
     without = [
         r.run_id for r in records

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modjax.config import Execution, RunSpec
 from modjax.files import user_cache
 from modjax.records import Record, read_record, run_dir
+from modjax.spec import Execution, RunSpec
 
 Train = Callable[..., Record]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.files import read_json
 from modjax.records import Record, last_step, read_spec, run_dir, scan
 from modjax.scaling.cells import flops_per_second

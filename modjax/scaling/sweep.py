@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modjax.config import InputError, RunSpec, require
+from modjax.errors import InputError, require
 from modjax.records import Record, read_records, run_dir
 from modjax.scaling.cells import BUDGET_TOLERANCE, Cell, cells, flops_per_second
 from modjax.scaling.engines.local import Session
 from modjax.scaling.experiment import Experiment
 from modjax.scaling.foretell import NOISE
 from modjax.scaling.workdir import check_claim, claim, log_session
+from modjax.spec import RunSpec
 
 if TYPE_CHECKING:
     from modjax.data.cache import TokenCache

@@ -1,7 +1,7 @@
 """What the fits say, in plain English sentences and a table for the terminal."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.parametric import NAMES, Surface
@@ -15,7 +15,7 @@ KINDS = {
 }
 
 LOSSES = {
-    "top_k": "Losses are those of the runs as they were trained.",
+    "trained": "Losses are those of the runs as they were trained.",
     "causal": "Losses of routed runs are under routing that never looks ahead.",
 }
 
@@ -188,21 +188,28 @@ def repeat_rows(fits: Fits) -> list[tuple[str, ...]]:
 
 def render_text(fits: Fits) -> str:
     """The tables of optima and of seeds, the sentences and the method, for a terminal."""
-    lines = _text_table(HEADER, rows(fits))
+    lines = [text_table(HEADER, rows(fits), left=2, rule=True)]
     if fits.repeats:
-        lines += ["", *_text_table(REPEAT_HEADER, repeat_rows(fits))]
+        lines += ["", text_table(REPEAT_HEADER, repeat_rows(fits), left=2, rule=True)]
     return "\n".join([*lines, "", *sentences(fits), "", method(fits)])
 
 
-def _text_table(header: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
+def text_table(
+    header: Sequence[str], body: Sequence[Sequence[str]], *, left: int = 1, rule: bool = False
+) -> str:
+    """Aligned columns: the first `left` to the left, the others to the right.
+
+    rule: a line under the header.
+    """
     table = [header, *body]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in table
     ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return lines
+    if rule:
+        lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modjax.config import InputError, from_dict, require, to_dict
+from modjax.errors import InputError, require
 from modjax.files import damaged, read_json
 from modjax.records import run_dir, write_json
 from modjax.scaling.experiment import Experiment
 from modjax.scaling.run import lock
+from modjax.spec import from_dict, to_dict
 
 logger = logging.getLogger("modjax")
 

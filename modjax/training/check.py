@@ -5,7 +5,6 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from modjax.config import DataConfig, Execution, RunSpec
 from modjax.data.cache import (
     TokenCache,
     cache_dir,
@@ -14,6 +13,7 @@ from modjax.data.cache import (
     check_vocab,
     open_cache,
 )
+from modjax.spec import DataConfig, Execution, RunSpec
 from modjax.training.evaluate import validation_batches
 from modjax.training.metrics import require_tensorboard
 from modjax.training.sharding import check_batch, make_mesh, param_shardings

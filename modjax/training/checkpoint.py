@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from modjax.config import require
+from modjax.errors import require
 from modjax.files import is_disk_full, write_atomically
 from modjax.training.state import TrainState
 

@@ -1,6 +1,6 @@
-"""Loss on a fixed set of validation windows, and what routing decided there.
+"""Loss on a fixed set of validation windows, and what the layers counted there.
 
-Legend: B sequences, G groups.
+Legend: B sequences, G repetitions of a layer.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,18 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.config import TrainConfig
 from modjax.data.batches import Batch, eval_batches
 from modjax.data.cache import TokenCache
-from modjax.nn.statistics import decision_quality
+from modjax.spec import TrainConfig
 
 
 class Scores(NamedTuple):
-    """Per sequence: summed loss in nats, tokens scored, and the counts of step.decisions."""
+    """Per sequence: summed loss in nats, tokens scored, and what each layer's record counts."""
 
     loss_B: np.ndarray
     weight_B: np.ndarray
-    decisions: dict[str, dict[str, np.ndarray]]
+    counts: dict[str, dict[str, np.ndarray]]
 
 
 class Evaluation(NamedTuple):
@@ -30,22 +29,6 @@ class Evaluation(NamedTuple):
     loss: float
     sem: float
     tokens: int
-
-
-class Quality(NamedTuple):
-    """A routed block's causal decisions against what training would select.
-
-    accuracy, precision, recall: shares; always answering "no" has accuracy 1 - capacity.
-    capacity: share of positions processed. overflow: share of positions that found no room.
-    most: the largest share of one sequence's positions that was processed.
-    """
-
-    accuracy: float
-    precision: float
-    recall: float
-    capacity: float
-    overflow: float
-    most: float
 
 
 def eval_batch_size(train: TrainConfig) -> int:
@@ -59,10 +42,10 @@ def validation_batches(cache: TokenCache, train: TrainConfig) -> Iterator[Batch]
                         sequences=train.eval_sequences)  # fmt: skip
 
 
-def evaluate(eval_step: Callable, params: Any, batches: Iterable[Any]) -> Scores:
+def evaluate(eval_step: Callable, weights: Any, batches: Iterable[Any]) -> Scores:
     """Runs `eval_step` (see programs.compile_eval_step) over batches that are on the device."""
     # Every batch is dispatched before the first result is fetched.
-    results = [eval_step(params, batch, jnp.int32(i)) for i, batch in enumerate(batches)]
+    results = [eval_step(weights, batch, jnp.int32(i)) for i, batch in enumerate(batches)]
     return Scores(
         *jax.tree.map(lambda *parts: np.concatenate([np.float64(part) for part in parts]), *results)
     )
@@ -86,27 +69,3 @@ def summarise(scores: Scores) -> Evaluation:
 def difference(ours: Scores, theirs: Scores) -> Evaluation:
     """Our loss less theirs on the same sequences; paired, so its error is that of differences."""
     return summarise(ours._replace(loss_B=ours.loss_B - theirs.loss_B))
-
-
-def quality(scores: Scores) -> dict[str, Quality]:
-    """Each routed block's, under its slot of the pattern and its repetition, as in 1_mod.0."""
-    found = {}
-    for name, counts in scores.decisions.items():
-        total = {key: count_BG[scores.weight_B > 0].sum(0) for key, count_BG in counts.items()}
-        share_BG = counts["selected"] / np.maximum(counts["positions"], 1)
-        for g, positions in enumerate(total["positions"]):
-            wanted, selected = total["wanted"][g], total["selected"][g]
-            shares = decision_quality({key: total_G[g] for key, total_G in total.items()}) | {
-                "capacity": selected / positions,
-                "overflow": (wanted - selected) / positions,
-                "most": share_BG[:, g].max(),
-            }
-            found[f"{name}.{g}"] = Quality(**{key: float(share) for key, share in shares.items()})
-    return found
-
-
-def mean_quality(qualities: Iterable[Quality]) -> Quality:
-    """The mean over blocks; of `most`, the largest."""
-    values = np.array(list(qualities))
-    mean = Quality._make(values.mean(axis=0).tolist())
-    return mean._replace(most=float(values[:, -1].max()))

@@ -14,12 +14,14 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from modjax.config import Execution, Preempted, RunSpec, TrainConfig, require, to_dict
 from modjax.data.batches import Batch, train_batch
 from modjax.data.cache import TokenCache, bits_per_byte, check_fingerprint
 from modjax.data.prefetch import prefetch
+from modjax.errors import Preempted, require
 from modjax.files import Home
+from modjax.nn.routed import mean_quality, quality
 from modjax.records import Record, read_record, read_spec, write_json, write_record
+from modjax.spec import Execution, RunSpec, TrainConfig, to_dict
 from modjax.training.check import check as check  # a job has `check` and `train`
 from modjax.training.check import check_run, open_data
 from modjax.training.checkpoint import Checkpoints
@@ -28,8 +30,6 @@ from modjax.training.evaluate import (
     Evaluation,
     difference,
     evaluate,
-    mean_quality,
-    quality,
     summarise,
     validation_batches,
 )
@@ -37,7 +37,7 @@ from modjax.training.metrics import MetricsWriter, last_train_loss
 from modjax.training.programs import compile_programs, init_state, make_models
 from modjax.training.record import make_record, progress_values
 from modjax.training.sharding import make_mesh, put_batch
-from modjax.training.state import abstract_state, forget_losses
+from modjax.training.state import abstract_state, forget_losses, joined
 
 # Tokens of one read of the cache.
 READ_TOKENS = 32_768
@@ -132,22 +132,22 @@ def train(
         def measure(step: int) -> tuple[Evaluation, dict[str, Any]]:
             """The loss as trained, and the record's fields of causal routing."""
             scores = {
-                routing: evaluate(eval_step, state.params, (
+                routing: evaluate(eval_step, joined(state.params, state.measured), (
                     put_batch(batch, mesh) for batch in validation_batches(cache, config)
                 ))
                 for routing, eval_step in programs.eval_steps.items()
             }  # fmt: skip
-            result = summarise(scores["top_k"])
+            result = summarise(scores["trained"])
             values = {
                 "eval_loss": result.loss,
                 "eval_loss_sem": result.sem,
                 "eval_bits_per_byte": bits_per_byte(cache.manifest, result.loss),
             }
             causal = {}
-            for routing in scores.keys() - {"top_k"}:
-                blocks = quality(scores[routing])
+            for routing in scores.keys() - {"trained"}:
+                blocks = quality(scores[routing].counts, scores[routing].weight_B)
                 mean = mean_quality(blocks.values())
-                gap = difference(scores[routing], scores["top_k"])
+                gap = difference(scores[routing], scores["trained"])
                 causal = {
                     "causal_routing": routing,
                     "causal_loss": summarise(scores[routing]).loss,
@@ -178,12 +178,12 @@ def train(
             if state.step.is_ready():  # type: ignore[attr-defined]
                 clock.seconds["data_wait"] += batches.waited_seconds - waited
             state, metrics = programs.train_step(state, batch)
-            aux = metrics.pop("aux")
+            records = metrics.pop("records")
             # The device is busy with this step while the host waits for the logged one before it.
             if diverged_step := log():
                 break
             if step % execution.log_every == 0 or step in (1, steps):
-                pending = (step, metrics | programs.router_statistics(aux))
+                pending = (step, metrics | programs.statistics(records))
                 state = forget_losses(state)
 
             stop = stopped(step)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from modjax.config import require
+from modjax.errors import require
 from modjax.files import write_atomically
 from modjax.records import read_metrics
 

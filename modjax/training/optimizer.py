@@ -1,12 +1,13 @@
-"""AdamW with linear warm-up, a cosine that ends at the last step, clipping, decay on matrices."""
+"""AdamW with linear warm-up, a cosine that ends at the last step, and clipping."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from modjax.config import TrainConfig
+from modjax.spec import TrainConfig
 
 
 class Schedule(NamedTuple):
@@ -44,16 +45,22 @@ def learning_rate(schedule: Schedule, updates: jax.Array) -> jax.Array:
     return schedule.learning_rate * jnp.where(t <= warmup, ramp, cosine)
 
 
-def make_optimizer(
-    train: TrainConfig, schedule: Schedule, logical_axes: Any
+@dataclass(frozen=True)
+class Role:
+    """What a parameter says of itself, see modjax.nn.params."""
+
+    name: str
+    decays: bool
+
+
+def optimizer_for(
+    roles: Any, train: TrainConfig, schedule: Schedule
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (arXiv 1711.05101); only matrices decay.
+    """Clipping by global norm, then AdamW (arXiv 1711.05101), of parameters with these roles.
 
     Predictors are clipped apart, so that training one changes nothing else.
-    logical_axes: the logical axes of every parameter; "layers" stacks parameters and is no dim
-      of a matrix.
     """
-    predictors = is_predictor(logical_axes)
+    predictors = jax.tree.map(lambda role: role.name == "predictor", roles)
     others = jax.tree.map(lambda mine: not mine, predictors)
     return optax.chain(
         optax.masked(optax.clip_by_global_norm(train.clip_norm), others),
@@ -64,32 +71,14 @@ def make_optimizer(
             b2=train.b2,
             eps=train.eps,
             weight_decay=train.weight_decay,
-            mask=is_matrix(logical_axes),
+            mask=jax.tree.map(lambda role: role.decays, roles),
         ),
     )
 
 
-def is_matrix(logical_axes: Any) -> Any:
-    """Whether each parameter has two or more dims besides the stacked layers."""
-    return jax.tree.map(
-        lambda axes: sum(name != "layers" for name in axes) >= 2,
-        logical_axes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-
-
-def is_predictor(logical_axes: Any) -> Any:
-    """Whether each parameter belongs to the predictor of a routed block."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(getattr(entry, "key", None) == "predictor" for entry in path),
-        logical_axes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-
-
-def gradient_norm(grads: Any, logical_axes: Any) -> jax.Array:
+def gradient_norm(grads: Any, roles: Any) -> jax.Array:
     """Global norm of the gradient without the predictors' part."""
     kept = jax.tree.map(
-        lambda mine, grad: jnp.zeros_like(grad) if mine else grad, is_predictor(logical_axes), grads
+        lambda role, grad: jnp.zeros_like(grad) if role.name == "predictor" else grad, roles, grads
     )
     return optax.tree.norm(kept)

@@ -9,27 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modjax.config import Execution, RunSpec, TrainConfig
 from modjax.data.batches import Batch
-from modjax.nn import routing_statistics
+from modjax.nn import statistics
+from modjax.spec import Execution, RunSpec, TrainConfig
 from modjax.training.evaluate import eval_batch_size
 from modjax.training.optimizer import make_schedule
 from modjax.training.sharding import batch_sharding
-from modjax.training.state import Model, TrainState, abstract_model, abstract_state, make_init
+from modjax.training.state import (
+    Model,
+    TrainState,
+    abstract_model,
+    abstract_state,
+    joined,
+    make_init,
+)
 from modjax.training.step import make_eval_step, make_train_step
 
 
 class Programs(NamedTuple):
     """What a run calls.
 
-    train_step(state, batch) takes `state` over. eval_steps: by routing, "top_k" and the best causal
-    one that the model has, functions (params, batch, index) as make_eval_step's.
-    router_statistics(aux) maps metrics["aux"] of a train step to scalars.
+    train_step(state, batch) takes `state` over. eval_steps: by routing, "trained" and the best
+    causal one that the model has, functions (weights, batch, index) as make_eval_step's.
+    statistics(records) maps metrics["records"] of a train step to scalars.
     """
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     eval_steps: dict[str, Callable[[Any, Batch, jax.Array], tuple]]
-    router_statistics: Callable[[Any], dict[str, jax.Array]]
+    statistics: Callable[[Any], dict[str, jax.Array]]
 
 
 class Models(NamedTuple):
@@ -55,29 +62,30 @@ def compile_programs(mesh: Mesh, models: Models, spec: RunSpec) -> Programs:
     schedule = make_schedule(train)
     lowered = lower_train_step(mesh, models.trained, train)
     compiled = lowered.compile()
-    aux = jax.tree.map(
+    records = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        lowered.out_info[1]["aux"],
-        compiled.output_shardings[1]["aux"],
+        lowered.out_info[1]["records"],
+        compiled.output_shardings[1]["records"],
     )
     causal = spec.model.causal_routing()
-    routings = ("top_k", causal) if causal else ("top_k",)
+    routings = ("trained", causal) if causal else ("trained",)
     return Programs(
         lambda state, batch: compiled(state, batch, schedule),
         {name: compile_eval_step(mesh, models.evaluated, train, routing=name) for name in routings},
-        jax.jit(routing_statistics).lower(aux).compile() if aux else routing_statistics,
+        jax.jit(statistics).lower(records).compile() if records else statistics,
     )
 
 
 def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: Any) -> Callable:
-    """A function (params, batch, index), as make_eval_step's for the run's seed."""
+    """A function (weights, batch, index), as make_eval_step's for the run's seed."""
     replicated = NamedSharding(mesh, PartitionSpec())
     seed = jnp.int32(train.seed)
     state = abstract_state(mesh, model, train)
     batch = abstract_batch(mesh, eval_batch_size(train), train.seq_len)
     eval_step = jax.jit(make_eval_step(model.graphdef, train, **routing), out_shardings=replicated)
-    compiled = eval_step.lower(state.params, batch, seed, seed).compile()
-    return lambda params, batch, index: compiled(params, batch, seed, index)
+    weights = joined(state.params, state.measured)
+    compiled = eval_step.lower(weights, batch, seed, seed).compile()
+    return lambda weights, batch, index: compiled(weights, batch, seed, index)
 
 
 def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig) -> Any:

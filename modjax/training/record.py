@@ -9,9 +9,9 @@ from typing import Any
 
 import modjax
 from modjax import flops
-from modjax.config import RunSpec
 from modjax.data.cache import TokenCache, bits_per_byte, epochs
 from modjax.records import Record
+from modjax.spec import RunSpec
 from modjax.training.evaluate import Evaluation
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

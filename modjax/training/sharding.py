@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from modjax.config import Execution, TrainConfig, require
+from modjax.errors import require
 from modjax.nn.sharding import LOGICAL_TO_MESH, MESH_AXES, partition_spec, ways
+from modjax.spec import Execution, TrainConfig
 
 
 def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mesh:

@@ -10,14 +10,17 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modjax.config import Execution, ModelConfig, TrainConfig
 from modjax.nn import Transformer
-from modjax.training.optimizer import make_optimizer, make_schedule
+from modjax.nn.params import Measured
+from modjax.spec import Execution, ModelSpec, TrainConfig
+from modjax.spec.run import ROUTER_ROLES
+from modjax.training.optimizer import Role, Schedule, make_schedule, optimizer_for
 from modjax.training.sharding import param_shardings
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of float32 arrays. step: updates made so far, int32.
+    """params: nested dict of float32 arrays. measured: what training measures, nested like them.
+    opt_state: of what is trained. step: updates made so far, int32.
 
     diverged_step: the first step whose loss or gradient was not finite, 0 while there is none.
     loss_sum, loss_steps: of the losses since the last line of metrics, so that a line can tell
@@ -25,6 +28,7 @@ class TrainState(NamedTuple):
     """
 
     params: Any
+    measured: Any
     opt_state: Any
     step: jax.Array
     diverged_step: jax.Array
@@ -33,16 +37,22 @@ class TrainState(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model without its arrays: graph definition, and shapes and logical axes of parameters."""
+    """A model without its arrays.
+
+    graphdef: `nnx.merge(graphdef, joined(params, measured))` is the model. params, measured:
+    shapes. logical_axes, roles: of every parameter. init: a PRNG key -> (params, measured).
+    """
 
     graphdef: Any
     params: Any
+    measured: Any
     logical_axes: Any
-    init: Callable[[jax.Array], Any]
+    roles: Any
+    init: Callable[[jax.Array], tuple[Any, Any]]
 
 
-def abstract_model(config: ModelConfig, execution: Execution) -> Model:
-    """Splits the model once; `init` maps a PRNG key to parameters, `nnx.merge` undoes the split.
+def abstract_model(config: ModelSpec, execution: Execution) -> Model:
+    """Splits the model once.
 
     Call it outside `jax.set_mesh`: flax would take the logical axes for mesh axes.
     """
@@ -53,47 +63,96 @@ def abstract_model(config: ModelConfig, execution: Execution) -> Model:
         )
 
     def init(key):
-        return nnx.to_pure_dict(nnx.state(make(key)))
+        _, params, measured = nnx.split(make(key), nnx.Param, Measured)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(measured)
 
-    graphdef, params = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
-    logical_axes = jax.tree.map(
-        lambda param: param.get_metadata()["out_sharding"],
-        params,
-        is_leaf=lambda node: isinstance(node, nnx.Param),
+    model = nnx.eval_shape(make, jax.random.key(0))
+    _, params, measured = nnx.split(model, nnx.Param, Measured)
+
+    def said(of: Callable[[dict[str, Any]], Any]) -> Any:
+        """Something that every parameter says of itself."""
+        found = jax.tree.map(
+            lambda param: of(param.get_metadata()), params,
+            is_leaf=lambda node: isinstance(node, nnx.Param),
+        )  # fmt: skip
+        return nnx.to_pure_dict(found)
+
+    return Model(
+        nnx.split(model)[0], nnx.to_pure_dict(params), nnx.to_pure_dict(measured),
+        said(lambda data: data["out_sharding"]),
+        said(lambda data: Role(data["role"], data["decays"])), init,
+    )  # fmt: skip
+
+
+def joined(params: Any, measured: Any) -> Any:
+    """Parameters and measured numbers as one tree."""
+    if not (isinstance(params, dict) and isinstance(measured, dict)):
+        return params
+    both = {name: joined(params.get(name, {}), part) for name, part in measured.items()
+            if isinstance(part, dict)}  # fmt: skip
+    return measured | params | both
+
+
+def trainable(model: Model, train: TrainConfig) -> Any:
+    """Whether each parameter is trained."""
+    routers = train.trained == "routers"
+    return jax.tree.map(lambda role: not routers or role.name in ROUTER_ROLES, model.roles)
+
+
+def parted(tree: Any, mask: Any) -> tuple[Any, Any]:
+    """A tree's leaves where `mask` is true, and where it is not, with None for the others."""
+    mine = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree)
+    others = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, tree)
+    return mine, others
+
+
+def together(mine: Any, others: Any) -> Any:
+    """The tree that `parted` took apart."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, mine, others, is_leaf=lambda node: node is None
     )
-    return Model(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(logical_axes), init)
+
+
+def make_optimizer(
+    model: Model, train: TrainConfig, schedule: Schedule
+) -> optax.GradientTransformation:
+    """The optimizer of what is trained, see optimizer.optimizer_for."""
+    roles = parted(model.roles, trainable(model, train))[0]
+    return optimizer_for(roles, train, schedule)
 
 
 def make_init(model: Model, train: TrainConfig) -> Callable[[jax.Array], TrainState]:
     """A pure function from a seed (int32) to the state before the first step."""
-    optimizer = make_optimizer(train, make_schedule(train), model.logical_axes)
+    optimizer, mask = make_optimizer(model, train, make_schedule(train)), trainable(model, train)
 
     def init(seed):
-        params = model.init(jax.random.key(seed))
+        params, measured = model.init(jax.random.key(seed))
         counters = (jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(0))
-        return TrainState(params, optimizer.init(params), *counters)
+        return TrainState(params, measured, optimizer.init(parted(params, mask)[0]), *counters)
 
     return init
 
 
 def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
     """Shapes and shardings of the state; the optimizer's moments lie where their parameters do."""
-    optimizer = make_optimizer(train, make_schedule(train), model.logical_axes)
+    optimizer, mask = make_optimizer(model, train, make_schedule(train)), trainable(model, train)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = param_shardings(mesh, model.params, model.logical_axes)
 
-    def struct(x, sharding):
+    def struct(x, sharding=replicated):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    params = jax.tree.map(struct, model.params, shardings)
+    trained, places = (parted(tree, mask)[0] for tree in (model.params, shardings))
     opt_state = optax.tree_map_params(
-        optimizer, struct, jax.eval_shape(optimizer.init, model.params), shardings,
-        transform_non_params=lambda x: struct(x, replicated),
+        optimizer, struct, jax.eval_shape(optimizer.init, trained), places,
+        transform_non_params=struct,
     )  # fmt: skip
     number, count = (
         jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in (jnp.float32, jnp.int32)
     )
-    return TrainState(params, opt_state, count, count, number, count)  # type: ignore[arg-type]
+    params = jax.tree.map(struct, model.params, shardings)
+    measured = jax.tree.map(struct, model.measured)
+    return TrainState(params, measured, opt_state, count, count, number, count)  # type: ignore
 
 
 def forget_losses(state: TrainState) -> TrainState:

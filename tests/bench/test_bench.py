@@ -10,7 +10,7 @@ import pytest
 from modjax import bench, cli
 from modjax.bench import Row, sweep
 from modjax.bench.demo import budgets_with_vertices_inside
-from modjax.config import InputError
+from modjax.errors import InputError
 
 
 @pytest.fixture

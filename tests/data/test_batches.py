@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from modjax.config import InputError
 from modjax.data.batches import Batch, eval_batches, permute, train_batch
 from modjax.data.cache import num_windows, open_cache
+from modjax.errors import InputError
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.config import DataConfig, InputError, ModelConfig
 from modjax.data.cache import (
     Manifest,
     Split,
@@ -21,6 +20,8 @@ from modjax.data.cache import (
     open_cache,
 )
 from modjax.data.listing import describe
+from modjax.errors import InputError
+from modjax.spec import DataConfig, ModelSpec
 
 TRAIN = np.random.default_rng(0).integers(1, 259, 200_000)
 VALIDATION = np.random.default_rng(1).integers(1, 259, 5_000)
@@ -135,7 +136,7 @@ def test_epochs_count_windows_and_too_many_are_refused(path):
 
 def test_a_model_with_too_few_embeddings_is_refused(path):
     def model(size):
-        return ModelConfig(
+        return ModelSpec(
             vocab_size=size, d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, d_ff=8
         )
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.config import InputError
 from modjax.data.documents import scan_text, stdlib_documents, stdlib_split, text_documents
+from modjax.errors import InputError
 
 
 def write(path: Path, text: str) -> Path:

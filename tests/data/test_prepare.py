@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from modjax.config import InputError
 from modjax.data.cache import open_cache
 from modjax.data.documents import scan_text, stdlib_documents, stdlib_split
 from modjax.data.listing import describe
 from modjax.data.prepare import prepare
+from modjax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 WORDS = [

@@ -5,10 +5,10 @@ import types
 
 import pytest
 
-from modjax.config import InputError
 from modjax.data import corpus
 from modjax.data.cache import open_cache
 from modjax.data.prepare import prepare
+from modjax.errors import InputError
 
 
 @pytest.fixture

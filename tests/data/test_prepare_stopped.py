@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from modjax.cli import main
-from modjax.config import InputError
 from modjax.data.cache import open_cache
 from modjax.data.listing import describe
 from modjax.data.prepare import prepare
+from modjax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 COMMAND = """
 import sys
 from pathlib import Path
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.data.prepare import prepare
 try:
     prepare(text_files=[Path(sys.argv[1])], name="big", data_dir=Path(sys.argv[2]))

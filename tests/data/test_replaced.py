@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.config import InputError
 from modjax.data import place
 from modjax.data.cache import check_fingerprint, open_cache
 from modjax.data.prepare import prepare
+from modjax.errors import InputError
 
 OLD = np.random.default_rng(0).integers(2, 259, 200_000)
 NEW = np.random.default_rng(1).integers(2, 259, 180_000)

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from modjax.config import InputError
 from modjax.data.cache import open_cache
 from modjax.data.listing import describe
 from modjax.data.upload import MANIFEST, TOGETHER, check_writable, upload
+from modjax.errors import InputError
 
 URL = "gs://bucket/data/toy-bytes"
 TRAIN = np.random.default_rng(0).integers(2, 259, 200_000)

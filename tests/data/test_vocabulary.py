@@ -5,8 +5,8 @@ import io
 import pytest
 import sentencepiece
 
-from modjax.config import InputError
 from modjax.data.vocabulary import Codec, train_sentencepiece
+from modjax.errors import InputError
 
 TEXT = "The cat,  the hat\n\tand 日本 — ü: 2024!\n"
 CORPUS = [f"the cat sat on the mat {i}, and the hat fell  on\n\tthe cat\n" for i in range(40)]

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import InputError, MoDConfig, ModelConfig
 from modjax.decoding.generate import Sampling, draw_tokens, extend, generate, resume
+from modjax.errors import InputError
 from modjax.nn import unstack
+from modjax.spec import MoDConfig, ModelSpec
 from tests.nn.small import QUICK, random_model
 
-ROUTED = ModelConfig(
+ROUTED = ModelSpec(
     vocab_size=24, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=32,
     pattern=("dense", "mod"), mod=MoDConfig(capacity=0.5, predictor_weight=1.0),
 )  # fmt: skip

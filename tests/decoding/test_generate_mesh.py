@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import Execution, MoDConfig, ModelConfig
 from modjax.decoding.generate import Sampling, extend, generate, resume
+from modjax.spec import Execution, MoDConfig, ModelSpec
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
 from modjax.training.state import abstract_model
 from tests.nn.small import random_model
 
 CUBE = Execution(data=2, fsdp=2, tensor=2)
 PATTERN = ("dense", "threshold")
-CONFIG = ModelConfig(
+CONFIG = ModelSpec(
     24, 16, len(PATTERN), 2, 2, 32, pattern=PATTERN,
     mod=MoDConfig(capacity=0.25, predictor_weight=1.0),
 )  # fmt: skip

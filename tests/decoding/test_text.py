@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from modjax.decoding.text import Sample, choose_routing, coloured, open_codec, sample
+from modjax.nn.transformer import Cache
 
-from modjax.config import InputError, MoDConfig
 from modjax.data.vocabulary import Codec, train_sentencepiece
 from modjax.decoding import text as decoding_text
 from modjax.decoding.generate import Sampling
-from modjax.decoding.text import Sample, choose_routing, coloured, open_codec, sample
-from modjax.nn.transformer import Cache
+from modjax.errors import InputError
+from modjax.spec import MoDConfig
 from tests.training.tiny import run_spec
 
 PIECES = Codec(train_sentencepiece(["the cat sat on the mat, and the hat fell\n"] * 20, 290))

@@ -14,8 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from modjax.config import Execution, MoDConfig, ModelConfig, TrainConfig
 from modjax.data.batches import Batch
+from modjax.spec import (
+    MLP,
+    Attention,
+    Dense,
+    Execution,
+    Layer,
+    MoD,
+    ModelSpec,
+    Seq,
+    TrainConfig,
+)
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import init_state, lower_train_step
 from modjax.training.sharding import make_mesh, put_batch
@@ -23,36 +33,41 @@ from modjax.training.state import abstract_model, forget_losses
 
 KEPT = Path(__file__).with_name("losses.json")
 LENGTH, BATCH, STEPS = 64, 8, 6
-DENSE = ModelConfig(
+DENSE = ModelSpec(
     vocab_size=96, d_model=32, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=64
 )  # fmt: skip
-TAUGHT = MoDConfig(capacity=0.25, predictor_weight=1.0)
+DENSE_LAYER = Dense()
+TAUGHT = MoD(capacity=0.25, predictor_weight=1.0)
 
 
-def routed(kind: str, mod: MoDConfig = TAUGHT, **changes: Any) -> ModelConfig:
-    return dataclasses.replace(DENSE, pattern=("dense", kind), mod=mod, **changes)
+def routed(layer: Layer, first: Layer = DENSE_LAYER, **changes: Any) -> ModelSpec:
+    return dataclasses.replace(DENSE, layers=(first, layer), **changes)
 
 
-MOD = routed("mod")
-CASES: dict[str, tuple[ModelConfig, dict[str, Any], dict[str, Any]]] = {
+MOD = routed(TAUGHT)
+CASES: dict[str, tuple[ModelSpec, dict[str, Any], dict[str, Any]]] = {
     "dense": (DENSE, {}, {}),
-    "mod": (routed("mod", MoDConfig(capacity=0.25)), {}, {}),
+    "mod": (routed(MoD(capacity=0.25)), {}, {}),
     "mod, predictor and auxiliary": (
-        routed("mod", dataclasses.replace(TAUGHT, auxiliary_weight=0.1)), {}, {},
+        routed(dataclasses.replace(TAUGHT, auxiliary_weight=0.1)), {}, {},
     ),
     "mod, literal, one_plus_tanh": (
-        routed("mod", MoDConfig(0.25, weight="one_plus_tanh", residual="literal")), {}, {},
+        routed(MoD(capacity=0.25, weight="one_plus_tanh", residual="literal")), {}, {},
     ),
     **{
-        kind: (routed(kind), {}, {})
-        for kind in ("stochastic", "positional", "learned_position", "token_choice", "attention",
-                     "threshold")
+        router: (routed(dataclasses.replace(TAUGHT, router=router)), {}, {})
+        for router in ("stochastic", "positional", "learned_position", "token_choice", "threshold")
     },
+    "attention": (
+        routed(dataclasses.replace(TAUGHT, router="received"),
+               Seq(Attention(received=True), MLP())), {}, {},
+    ),
     "two capacities": (
-        dataclasses.replace(MOD, pattern=("mod:0.5", "mod")), {}, {},
+        routed(TAUGHT, dataclasses.replace(TAUGHT, capacity=0.5)), {}, {},
     ),
     "grouped queries, swiglu, tied": (
-        dataclasses.replace(MOD, num_kv_heads=2, mlp="swiglu", tie_embeddings=True), {}, {},
+        routed(dataclasses.replace(TAUGHT, inner=Dense("swiglu")), Dense("swiglu"),
+               num_kv_heads=2, tie_embeddings=True), {}, {},
     ),
     "packed documents": (MOD, {"document_mask": True}, {}),
     "accumulation": (MOD, {"accumulation": 2}, {}),

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from modjax.config import ModelConfig
 from modjax.nn import Transformer
+from modjax.spec import ModelSpec
 
 # Tests run each program once or twice: optimising it costs more than it saves.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -46,7 +46,7 @@ class Mixer(nnx.Module):
 
 
 @functools.cache
-def build(config: ModelConfig, **options: Any) -> tuple[Any, Any]:
+def build(config: ModelSpec, **options: Any) -> tuple[Any, Any]:
     """The graph definition and parameters, born under one jit: eager ops compile one by one."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
     graphdef = nnx.split(model)[0]
@@ -57,7 +57,7 @@ def build(config: ModelConfig, **options: Any) -> tuple[Any, Any]:
     return graphdef, make()
 
 
-def random_model(config: ModelConfig, *, std: float = 0.3, seed: int = 0) -> tuple[Any, Any]:
+def random_model(config: ModelSpec, *, std: float = 0.3, seed: int = 0) -> tuple[Any, Any]:
     """The graph definition and parameters from N(0, std^2), thresholds and all, without a jit."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(model)

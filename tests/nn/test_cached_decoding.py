@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import PATTERN_ENTRIES, ROUTINGS, InputError, MoDConfig, ModelConfig
+from modjax.errors import InputError
 from modjax.flops import cache_bytes, cache_slots
+from modjax.spec import PATTERN_ENTRIES, ROUTINGS, MoDConfig, ModelSpec
 from tests.nn.small import KINDS, QUICK, random_model
 
 MOD = MoDConfig(capacity=0.5, predictor_weight=1.0, auxiliary_weight=1.0)
@@ -24,7 +25,7 @@ LENGTHS, TOTALS = (1, 3, 2), (12, 8, 12)
 
 def model_config(pattern, **changes):
     values = {"d_model": 8, "num_heads": 2, "num_kv_heads": 2, "d_ff": 16, "mod": MOD} | changes
-    return ModelConfig(20, num_layers=len(pattern), pattern=pattern, **values)
+    return ModelSpec(20, num_layers=len(pattern), pattern=pattern, **values)
 
 
 @functools.cache

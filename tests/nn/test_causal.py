@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import InputError, MoDConfig, ModelConfig
+from modjax.errors import InputError
+from modjax.spec import MoDConfig, ModelSpec
 from tests.nn.small import KINDS, QUICK, random_model
 
 LENGTH = 10
@@ -18,7 +19,7 @@ LENGTH = 10
 def config_of(pattern):
     # One compiled size: rounding, too, is the same for any number of selected positions.
     mod = MoDConfig(capacity=0.7, predictor_weight=1.0, auxiliary_weight=1.0)
-    return ModelConfig(20, 8, len(pattern), 2, 1, 16, pattern=pattern, mod=mod)
+    return ModelSpec(20, 8, len(pattern), 2, 1, 16, pattern=pattern, mod=mod)
 
 
 def reach(run):
@@ -100,7 +101,7 @@ def test_the_selection_of_training_looks_ahead_where_positions_compete_by_conten
 def test_a_routing_that_was_not_learned_is_refused_wherever_it_is_asked_for(
     pattern, routing, message
 ):
-    config = ModelConfig(20, 8, len(pattern), 2, 2, 16, pattern=pattern)
+    config = ModelSpec(20, 8, len(pattern), 2, 2, 16, pattern=pattern)
     tokens_BL, lengths_B = jnp.zeros((1, 4), int), jnp.array([4])
     model = nnx.merge(*random_model(config))
     for ask in (
@@ -116,7 +117,7 @@ def test_prefill_and_decoding_refuse_what_a_cache_cannot_hold_or_foretell():
     tokens_BL, lengths_B = jnp.zeros((1, 8), int), jnp.array([8])
     mod = MoDConfig(capacity=0.5)
     by_attention, by_score = (
-        nnx.merge(*random_model(ModelConfig(20, 8, 2, 2, 2, 16, pattern=("dense", k), mod=mod)))
+        nnx.merge(*random_model(ModelSpec(20, 8, 2, 2, 2, 16, pattern=("dense", k), mod=mod)))
         for k in ("attention", "mod")
     )
     with pytest.raises(InputError, match="rank by what comes later"):

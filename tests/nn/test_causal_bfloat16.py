@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import MoDConfig, ModelConfig
+from modjax.spec import MoDConfig, ModelSpec
 from tests.nn.small import QUICK, random_model
 
 VOCAB, LENGTH, PROMPT, SLOTS = 20, 12, 3, 6
@@ -66,9 +66,7 @@ def relative_error(found_BLV, exact_BLV):
 def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass(routing):
     pattern = PATTERNS[routing]
     mod = MoDConfig(capacity=0.5, predictor_weight=1.0, auxiliary_weight=1.0)
-    config = ModelConfig(
-        VOCAB, 8, len(pattern), 2, 2, 16, pattern=pattern, mod=mod, dtype="bfloat16"
-    )
+    config = ModelSpec(VOCAB, 8, len(pattern), 2, 2, 16, pattern=pattern, mod=mod, dtype="bfloat16")
     config.check_routing(routing, "routing")
     graphdef, params, yes_V = decided_model(config)
     exact_graphdef = random_model(dataclasses.replace(config, dtype="float32"))[0]

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from flax.nnx import bridge
-
-from modjax.config import InputError, MoDConfig, ModelConfig
-from modjax.nn import DenseBlock, MoDBlock
 from modjax.nn.block import Context
+
+from modjax.errors import InputError
+from modjax.nn import DenseBlock, MoDBlock
 from modjax.nn.layers import rotary_tables
+from modjax.spec import MoDConfig, ModelSpec
 from tests.nn.small import QUICK, WIDTH, Mixer, build
 
 LENGTH = 16
@@ -171,7 +172,7 @@ def test_the_router_computes_in_float32_under_bfloat16():
 
 def test_selected_tokens_keep_their_original_rotary_positions_and_segments():
     # Faults: positions compacted to 0..k-1; segment ids not gathered.
-    config = ModelConfig(32, 16, 1, 2, 1, 32)
+    config = ModelSpec(32, 16, 1, 2, 1, 32)
     rngs = nnx.Rngs(1)
     inner = DenseBlock(config, rngs=rngs)
     block = MoDBlock(inner, 16, MoDConfig(capacity=0.4), rngs=rngs)
@@ -381,7 +382,7 @@ def test_masks_and_memory_pass_through_the_bridge_to_linen():
         assert 0 < changed.sum(axis=1).min() and changed.sum(axis=1).max() <= 8
 
 
-CONFIG = ModelConfig(40, 16, 4, 2, 2, 32, pattern=("dense", "mod"))
+CONFIG = ModelSpec(40, 16, 4, 2, 2, 32, pattern=("dense", "mod"))
 
 
 def test_every_routed_layer_has_a_router_of_its_own():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import MoDConfig, ModelConfig
+from modjax.spec import MoDConfig, ModelSpec
 from tests.nn.small import KINDS, QUICK, random_model
 
 # Two documents, and padding after them. The second begins where a period of two begins.
@@ -27,7 +27,7 @@ BY_CONTENT = {
 
 def config_of(pattern, capacity):
     mod = MoDConfig(capacity=capacity, predictor_weight=1.0, auxiliary_weight=1.0)
-    return ModelConfig(20, 8, len(pattern), 2, 1, 16, pattern=pattern, mod=mod)
+    return ModelSpec(20, 8, len(pattern), 2, 1, 16, pattern=pattern, mod=mod)
 
 
 def reader(config, routing, **options):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from modjax.nn.attention import received_attention
+from modjax.nn.block import Context
 
-from modjax.config import MoDConfig, ModelConfig
 from modjax.nn import (
     AttentionReceived,
     ExpertChoice,
@@ -24,11 +25,10 @@ from modjax.nn import (
     routing_losses,
     update_thresholds,
 )
-from modjax.nn.attention import received_attention
-from modjax.nn.block import Context
 from modjax.nn.layers import rotary_tables
 from modjax.nn.routers import At
 from modjax.nn.routing import position_noise
+from modjax.spec import MoDConfig, ModelSpec
 from tests.nn.small import QUICK, WIDTH, Mixer, build, random_model
 
 BATCH, LENGTH, K = 3, 16, 4
@@ -245,7 +245,7 @@ def test_attention_routing_has_no_parameters_and_adds_the_whole_update():
 @pytest.mark.parametrize("routing", ["top_k", "predictor"])
 def test_attention_blocks_rank_by_the_dense_block_before_them_of_their_own_group(routing):
     mod = MoDConfig(capacity=0.25, predictor_weight=1.0)
-    config = ModelConfig(20, 8, 4, 2, 2, 16, pattern=("dense", "attention"), mod=mod)
+    config = ModelSpec(20, 8, 4, 2, 2, 16, pattern=("dense", "attention"), mod=mod)
     graphdef, params = random_model(config, std=0.8)
     tokens = np.random.default_rng(2).integers(0, 20, (2, LENGTH))
 
@@ -297,7 +297,7 @@ def test_both_losses_equal_numpy_with_targets_for_every_row():
 def gradients_of_losses(**weights):
     """Per parameter, the largest gradient of the routers' own losses."""
     mod = MoDConfig(capacity=0.25, **weights)
-    config = ModelConfig(20, 8, 4, 2, 2, 16, pattern=("dense", "mod"), mod=mod)
+    config = ModelSpec(20, 8, 4, 2, 2, 16, pattern=("dense", "mod"), mod=mod)
     graphdef, params = build(config)
     tokens = np.random.default_rng(2).integers(0, 20, (2, LENGTH))
 

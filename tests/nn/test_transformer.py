@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from flax.nnx import bridge
+from modjax.nn.block import Context
 
 from modjax import flops
-from modjax.config import MoDConfig, ModelConfig
 from modjax.nn import MoDBlock, Transformer
-from modjax.nn.block import Context
 from modjax.nn.layers import rotary_tables
 from modjax.nn.mod import Statistic
+from modjax.spec import MoDConfig, ModelSpec
 from tests.nn.small import QUICK, build
 
-CONFIG = ModelConfig(40, 16, 4, 4, 2, 32, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25))
+CONFIG = ModelSpec(40, 16, 4, 4, 2, 32, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25))
 TOKENS = jax.random.randint(jax.random.key(7), (3, 24), 0, 40)
 
 

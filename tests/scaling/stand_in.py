@@ -14,9 +14,10 @@ import signal
 import time
 from pathlib import Path
 
-from modjax.config import InputError, RunSpec
+from modjax.errors import InputError
 from modjax.flops import forward_flops, parameters, train_flops
 from modjax.records import Record, write_record
+from modjax.spec import RunSpec
 
 STEPS = 20
 

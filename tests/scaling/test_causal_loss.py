@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.scaling.fit import fit_all
 from modjax.scaling.report import report
 

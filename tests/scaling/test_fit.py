@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.scaling import fit
 from modjax.scaling.fit import fit_all
 from modjax.scaling.laws import power_law

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.scaling.cells import cells
 from modjax.scaling.experiment import load
 from modjax.scaling.fit import fit_all

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.scaling import figures
 from modjax.scaling import report as report_module
 from modjax.scaling.fit import fit_all

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.files import is_disk_full
 from modjax.scaling import run as runs
 from modjax.scaling import sweep as sweeps

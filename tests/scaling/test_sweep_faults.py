@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.records import write_record
 from modjax.scaling.engines import local
 from modjax.scaling.experiment import load

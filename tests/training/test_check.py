@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from modjax.config import Execution, InputError, SharedFault
 from modjax.data.cache import cache_dir, open_cache
+from modjax.errors import InputError, SharedFault
 from modjax.records import read_record, scan, write_record
+from modjax.spec import Execution
 from modjax.training.check import check
 from modjax.training.evaluate import Evaluation
 from modjax.training.loop import train

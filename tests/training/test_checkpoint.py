@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.training.checkpoint import DIGEST, Checkpoints, find_damage
 from modjax.training.state import TrainState
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
-from modjax.config import InputError, to_dict
-from modjax.data.batches import eval_batches
-from modjax.records import read_records, run_dir, write_record
 from modjax.training.finished import choose, compare, open_run
+
+from modjax.data.batches import eval_batches
+from modjax.errors import InputError
+from modjax.records import read_records, run_dir, write_record
+from modjax.spec import to_dict
 from tests.nn.small import QUICK
 
 

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from modjax.config import Execution, InputError, to_dict
+from modjax.errors import InputError
 from modjax.records import read_record, write_json
+from modjax.spec import Execution, to_dict
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.loop import train
 from modjax.training.sharding import make_mesh

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from modjax.config import InputError
+from modjax.errors import InputError
 from modjax.training.metrics import MetricsWriter, last_train_loss
 
 

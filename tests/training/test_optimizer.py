@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from modjax.config import TrainConfig
+from modjax.spec import TrainConfig
 from modjax.training.optimizer import is_matrix, learning_rate, make_optimizer, make_schedule
 
 

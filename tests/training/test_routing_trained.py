@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from modjax.config import Execution, MoDConfig
+from modjax.spec import Execution, MoDConfig
 from modjax.training import loop
 from tests.training.tiny import (
     initial_state,

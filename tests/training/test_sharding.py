@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from modjax.config import Execution, InputError, MoDConfig
+from modjax.errors import InputError
 from modjax.nn.sharding import (
     LOGICAL_TO_MESH,
     MESH_AXES,
@@ -22,6 +22,7 @@ from modjax.nn.sharding import (
     partition_spec,
     per_sequence,
 )
+from modjax.spec import Execution, MoDConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch, init_state
 from modjax.training.sharding import check_batch, make_mesh, param_shardings, put_batch

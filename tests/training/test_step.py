@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.config import Execution, MoDConfig
+from modjax.spec import Execution, MoDConfig
 from modjax.training.state import abstract_model
 from modjax.training.step import make_eval_step
 from tests.training.tiny import (

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from modjax.config import Execution, ModelConfig, TrainConfig
 from modjax.nn.sharding import MESH_AXES
+from modjax.spec import Execution, ModelSpec, TrainConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch
 from modjax.training.state import abstract_model, abstract_state
@@ -17,12 +17,12 @@ from modjax.training.step import make_train_step
 from tests.training.test_sharding import count_collectives
 
 # 220M, the size of the paper's Figure 3; the batch of one slice of 16 chips.
-DENSE = ModelConfig(32_128, 1024, 16, 8, 8, 4096, dtype="bfloat16")
+DENSE = ModelSpec(32_128, 1024, 16, 8, 8, 4096, dtype="bfloat16")
 TRAIN = TrainConfig(128, 2048, 1000, 1e-3, 20)
 EXECUTION = Execution(data=4, fsdp=4, layer_loop="scan", remat="dots")
 
 
-def compile_for_tpu(config: ModelConfig):
+def compile_for_tpu(config: ModelSpec):
     pytest.importorskip("libtpu", reason="holds the TPU compiler: pip install 'jax[tpu]'")
     from jax.experimental import topologies
 

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.config import Execution, MoDConfig, ModelConfig, RunSpec, TrainConfig
 from modjax.data.batches import Batch
+from modjax.spec import Execution, MoDConfig, ModelSpec, RunSpec, TrainConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.state import TrainState, abstract_model, make_init
 from modjax.training.step import make_train_step
 from tests.conftest import TINY_DATA
 
-MODEL = ModelConfig(
+MODEL = ModelSpec(
     vocab_size=260, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, d_ff=32,
     pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25),
 )  # fmt: skip
@@ -24,7 +24,7 @@ TRAIN = TrainConfig(
 )
 
 
-def model(**changes: Any) -> ModelConfig:
+def model(**changes: Any) -> ModelSpec:
     return dataclasses.replace(MODEL, **changes)
 
 
@@ -34,7 +34,7 @@ def train_config(**changes: Any) -> TrainConfig:
 
 def run_spec(**changes: Any) -> RunSpec:
     """`changes` replace fields of the model where it has them, and of the training otherwise."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    names = {field.name for field in dataclasses.fields(ModelSpec)}
     return RunSpec(
         variant="tiny",
         budget_flops=1e9,
@@ -57,7 +57,7 @@ def random_batch(seed: int, batch_size: int, seq_len: int, *, vocab: int = 260) 
 QUICK = {"xla_backend_optimization_level": "0"}
 
 
-def one_device_step(model_config: ModelConfig, train: TrainConfig) -> Any:
+def one_device_step(model_config: ModelSpec, train: TrainConfig) -> Any:
     """A jitted train step without a mesh."""
     split = abstract_model(model_config, Execution())
     step = jax.jit(make_train_step(split, train), donate_argnums=0, compiler_options=QUICK)
@@ -65,12 +65,12 @@ def one_device_step(model_config: ModelConfig, train: TrainConfig) -> Any:
 
 
 @functools.cache
-def _initial_state(model_config: ModelConfig, seed: int) -> TrainState:
+def _initial_state(model_config: ModelSpec, seed: int) -> TrainState:
     split = abstract_model(model_config, Execution())
     init = make_init(split, TRAIN)
     return jax.jit(init, compiler_options=QUICK)(np.int32(seed))
 
 
-def initial_state(model_config: ModelConfig, seed: int = 0) -> TrainState:
+def initial_state(model_config: ModelSpec, seed: int = 0) -> TrainState:
     """A state on one device, to be donated."""
     return jax.tree.map(jnp.copy, _initial_state(model_config, seed))

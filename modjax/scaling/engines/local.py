@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modjax.config import Execution, InputError, RunSpec, to_dict
+from modjax.errors import InputError
 from modjax.files import Home
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.display import Display
 from modjax.scaling.engines.process import Worker, end_of, share_of_cores, signals
 from modjax.scaling.numbers import clock
 from modjax.scaling.run import is_running
+from modjax.spec import Execution, RunSpec, to_dict
 
 MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3

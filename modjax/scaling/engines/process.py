@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
-from modjax.config import RunSpec, to_dict
 from modjax.scaling.run import compilation_cache
+from modjax.spec import RunSpec, to_dict
 
 
 @dataclass

@@ -35,10 +35,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modjax.config import Execution, InputError, Preempted, RunSpec, SharedFault, from_dict
+from modjax.errors import InputError, Preempted, SharedFault
 from modjax.files import is_disk_full
 from modjax.records import run_dir
 from modjax.scaling.run import run
+from modjax.spec import Execution, RunSpec, from_dict
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0

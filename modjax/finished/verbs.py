@@ -8,7 +8,7 @@ import math
 import os
 from typing import Any
 
-from modjax.config import InputError, require
+from modjax.errors import InputError, require
 from modjax.scaling.run import compilation_cache
 from modjax.verbs import print_json
 
@@ -18,13 +18,14 @@ MOST_TOKENS = 1_000_000
 
 def evaluate(args: argparse.Namespace) -> None:
     os.environ.update(compilation_cache())
+    from modjax.finished.runs import choose, compare, open_run
     from modjax.tables import comparison_text
-    from modjax.training.finished import choose, compare, open_run
 
     specs = choose(args.workdir, args.run, routed=True)
     _check_slack(args.slack)
-    require(args.slack is None or args.routing != "top_k", "--slack", args.slack, "bounds routing "
-            "that never looks ahead; top_k takes its capacity, no more")  # fmt: skip
+    bounded = args.slack is None or args.routing != "trained"
+    require(bounded, "--slack", args.slack, "bounds routing that never looks ahead; training takes "
+            "its capacity, no more")  # fmt: skip
     if args.run is None:  # a sweep may hold models that have not learned this routing
         able = [spec for spec in specs if args.routing in spec.model.routings]
         specs = able or specs
@@ -55,9 +56,9 @@ def _plain(value: Any) -> Any:
 def sample(args: argparse.Namespace) -> None:
     os.environ.update(compilation_cache())
     from modjax.decoding.generate import Sampling
-    from modjax.decoding.text import choose_routing, coloured, sample
+    from modjax.finished.runs import choose, open_run
+    from modjax.finished.text import choose_routing, coloured, sample
     from modjax.nn import unstack
-    from modjax.training.finished import choose, open_run
 
     prompts = _prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
@@ -74,8 +75,10 @@ def sample(args: argparse.Namespace) -> None:
             f"such as {specs[-1].run_id}")  # fmt: skip
     run = open_run(specs[0], workdir=args.workdir, data_dir=args.data_dir)
     choose_routing(run, args.routing)
-    graphdef, params = unstack(run.model.graphdef, run.params)  # once, for every part of the stream
-    run = run._replace(model=run.model._replace(graphdef=graphdef), params=params)
+    graphdef, weights = unstack(
+        run.model.graphdef, run.weights
+    )  # once, for every part of the stream
+    run = run._replace(model=run.model._replace(graphdef=graphdef), weights=weights)
     streams = len(prompts) == 1 and not (args.json or args.show_depth)
 
     def write(text: str) -> None:

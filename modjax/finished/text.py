@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.config import InputError, require
 from modjax.data.vocabulary import Codec
-from modjax.decoding.generate import Generated, Sampling, generate, resume
-from modjax.training.finished import Finished
+from modjax.decoding.generate import CAUSAL, Generated, Sampling, generate, resume
+from modjax.errors import InputError, require
+from modjax.finished.runs import Finished
 
 # Tokens between two looks at what was drawn.
 STREAM_EVERY = 32
@@ -57,14 +57,13 @@ def choose_routing(run: Finished, routing: str | None) -> str:
     """
     config = run.spec.model
     if routing is None:
-        dense = not any(slot.routed for slot in config.slots)
-        routing = "router" if dense else config.causal_routing()
+        routing = config.causal_routing() if config.routed() else CAUSAL[0]
     if routing is None:
         raise InputError(
             "--routing", None, "this model has not learned to select without the future: train it "
-            "with model.mod.predictor_weight > 0",
+            "with predictor_weight > 0",
         )  # fmt: skip
-    require(routing != "top_k", "--routing", routing,
+    require(routing != "trained", "--routing", routing,
             "looks at tokens that are not drawn yet: "
             "router, predictor, paced or threshold")  # fmt: skip
     config.check_routing(routing, "--routing")
@@ -112,7 +111,7 @@ def sample(
     first = min(STREAM_EVERY, max_new_tokens)
     drawn: list[Generated] = [
         generate(
-            run.model.graphdef, run.params, tokens_BL, lengths_B=lengths_B, routing=routing,
+            run.model.graphdef, run.weights, tokens_BL, lengths_B=lengths_B, routing=routing,
             slack=slack, sampling=sampling, stop=((run.cache.manifest.eos_id,),), seed=seed,
             max_new_tokens=first, max_length=int(lengths_B.max()) + max_new_tokens,
         )
@@ -134,13 +133,12 @@ def sample(
         now = min(STREAM_EVERY, left)
         state = dataclasses.replace(state, done_B=jnp.asarray(done_B))
         drawn.append(
-            resume(run.model.graphdef, run.params, state, max_new_tokens=now, sampling=sampling)
+            resume(run.model.graphdef, run.weights, state, max_new_tokens=now, sampling=sampling)
         )
         left -= now
     overflow_BN = np.concatenate([part.overflow_BN for part in drawn], axis=1)
     prompts_B = np.asarray(drawn[-1].state.cache.overflow_B) - overflow_BN.sum(axis=1)
-    model = run.spec.model
-    routed = model.num_groups * sum(slot.routed for slot in model.slots)
+    routed = run.spec.model.routed()
     return [
         Sample(
             prompt=prompt,

@@ -1,0 +1,15 @@
+"""How the heavy operations are computed: the only folder that knows a platform."""
+
+from modjax.kernels.attention import Mask, attend, received_attention
+from modjax.kernels.products import product, project, project_back
+from modjax.kernels.target import target
+
+__all__ = [
+    "Mask",
+    "attend",
+    "product",
+    "project",
+    "project_back",
+    "received_attention",
+    "target",
+]

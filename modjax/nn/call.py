@@ -1,0 +1,67 @@
+"""The one call of every layer: `layer(x, at, call, cache) -> Out`.
+
+It trains, reads a prompt, extends a filled cache and decodes, which is extension by one position.
+
+Legend: B batch, L positions, D model width, H head width.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+
+from modjax.nn.records import Record
+
+
+class At(NamedTuple):
+    """What belongs to each position beside its activation; every selection gathers all of it.
+
+    positions_BL: of each token in its sequence. segments_BL: attention stays within equal ids;
+    None, there is one segment. valid_BL: False marks padding, which is never routed, written or
+    counted; None, there is none. ropes: base -> cos and sin (B or 1, L, H/2). handed: what earlier
+    layers handed on, by name.
+    """
+
+    positions_BL: jax.Array
+    segments_BL: jax.Array | None
+    valid_BL: jax.Array | None
+    ropes: Mapping[float, tuple[jax.Array, jax.Array]]
+    handed: Mapping[str, jax.Array]
+
+
+class Call(NamedTuple):
+    """What a call is for, static but for the key.
+
+    routing: "trained", or one that never looks ahead. slack: with these, a routed layer takes the
+    first slack * capacity * length positions of a row at most; None, all that ask.
+    key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
+    """
+
+    routing: str = "trained"
+    slack: float | None = None
+    key: jax.Array | None = None
+    fresh: bool = False
+
+    def inside(self, index: int) -> "Call":
+        """The call of a layer within another, with a key of its own."""
+        key = None if self.key is None else jax.random.fold_in(self.key, index)
+        return self._replace(key=key)
+
+
+class Out(NamedTuple):
+    """x (B, L, ...). write: what is to be written into the cache, () without one.
+
+    records: what the layer reports, by path of its modules; "" is the layer's own.
+    handed: what it hands on to later layers.
+    """
+
+    x: jax.Array
+    write: Any = ()
+    records: Mapping[str, Record] = MappingProxyType({})
+    handed: Mapping[str, jax.Array] = MappingProxyType({})
+
+
+def under(path: str, records: Mapping[str, Record]) -> dict[str, Record]:
+    """Records of a layer that lies at `path` in another."""
+    return {f"{path}/{name}" if name else path: record for name, record in records.items()}

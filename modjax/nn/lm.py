@@ -1,0 +1,178 @@
+"""A decoder: a stack of layers between an embedding and logits.
+
+Legend: B batch, L positions, D model width, H head width, V vocabulary, M max_length.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from modjax import spec
+from modjax.errors import require
+from modjax.kernels import product
+from modjax.nn.cache import overflow
+from modjax.nn.call import At, Call
+from modjax.nn.layers import RMSNorm, rotary_tables
+from modjax.nn.params import normal_param
+from modjax.nn.records import Record
+from modjax.nn.sharding import constrain
+from modjax.nn.stack import Stack
+
+
+class Cache(NamedTuple):
+    """What decoding keeps: layer by layer, and the position of each row's next token."""
+
+    layers: tuple[Any, ...]
+    positions_B: jax.Array
+
+    @property
+    def overflow_B(self) -> jax.Array:
+        """Positions that found no slot until now, summed over the layers."""
+        return sum(map(overflow, self.layers), jnp.zeros_like(self.positions_B))
+
+
+Reader = Callable[[jax.Array, jax.Array, Cache | None], tuple[jax.Array, Cache, jax.Array]]
+
+
+class Transformer(nnx.Module):
+    """Tokens to next-token logits. layer_loop, remat: see stack.Stack."""
+
+    def __init__(
+        self,
+        config: spec.ModelSpec,
+        *,
+        rngs: nnx.Rngs,
+        layer_loop: str = "auto",
+        remat: str = "none",
+    ):
+        self.config = config
+        d, v = config.d_model, config.vocab_size
+        # A tied table also serves as the output projection, whose logits should start near 1.
+        std = 1 / math.sqrt(d)
+        self.embedding = normal_param(
+            rngs, (v, d), ("vocab", "embed"), std=std if config.tie_embeddings else 1.0,
+            role="embedding",
+        )  # fmt: skip
+        self.stack = Stack(config, rngs=rngs, layer_loop=layer_loop, remat=remat)
+        self.final_norm = RMSNorm(d, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            self.w_logits = normal_param(
+                rngs, (d, v), ("embed", "vocab"), std=std, role="embedding"
+            )
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        segment_ids_BL: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+        routing: str = "trained",
+        slack: float | None = None,
+    ) -> tuple[jax.Array, dict[str, Record]]:
+        """Logits (B, L, V) in float32, and what the layers report, stacked over repetitions.
+
+        segment_ids_BL: attention stays within equal ids, 0 is padding (never routed).
+        key: PRNG key, needed by random routing only.
+        routing: "trained" as in training, or "router", "predictor", "paced" or "threshold", which
+          never look ahead. slack: with these, a routed layer takes the first slack * capacity * L
+          positions of a row at most; None, all that ask.
+        Raises InputError for a routing that the model has not learned.
+        """
+        self.config.check_routing(routing, "routing")
+        valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
+        positions_1L = jnp.arange(tokens_BL.shape[1])[None]
+        at = At(positions_1L, segment_ids_BL, valid_BL, self._ropes(positions_1L), {})
+        x_BLD, records = self.stack(self._embed(tokens_BL), at, Call(routing, slack, key))
+        return self._logits(x_BLD), records
+
+    def reader(
+        self, *, max_length: int, routing: str, slack: float | None = None,
+        key: jax.Array | None = None,
+    ) -> Reader:  # fmt: skip
+        """A function (tokens_BL, lengths_B, cache) -> (logits_BV, cache, depths_BL).
+
+        Row b reads its first lengths_B[b] >= 0 tokens, after those in its cache, which is None for
+        none yet. logits_BV: after the last of them. depths_BL: how many selections took each
+        position. One call with L = 1 decodes.
+
+        max_length: of all that a row reads. routing, slack: see the call; under "trained", which
+        looks ahead, a continuation is no honest sample, and only a first text can be read. A routed
+        layer's cache has room for slack * capacity * max_length positions of a row.
+        The layers are taken apart here, outside any loop.
+        Raises InputError for a routing that the model has not learned.
+        """
+        self.config.check_routing(routing, "routing")
+        if routing == "trained":
+            needs = {name for layer, _ in self.config.repeated() for name in layer.hands_on()}
+            require(not needs, "routing", routing, f"ranks by {', '.join(needs)}, which later "
+                    "positions decide: reading needs another routing")  # fmt: skip
+            require(slack is None or slack >= 1, "slack", slack, "must be 1 or more as trained")
+        layers = self.stack.apart()
+        # Looked up: XLA's CPU backend would compute the cosines in every layer.
+        ropes_1MH = self._ropes(jnp.arange(max_length)[None])
+        dtype = jnp.dtype(self.config.dtype)
+
+        def read(tokens_BL, lengths_B, cache):
+            batch, length = tokens_BL.shape
+            fresh = cache is None
+            offsets_1L = jnp.arange(length)[None]
+            if cache is None:
+                empty = self.stack.empty(batch, max_length, slack, dtype)
+                cache = Cache(empty, jnp.zeros(batch, jnp.int32))
+                positions_BL = offsets_1L
+                ropes = {
+                    base: (cos[:, :length], sin[:, :length])
+                    for base, (cos, sin) in ropes_1MH.items()
+                }
+            else:
+                require(routing != "trained", "routing", routing, "looks at tokens not yet drawn")
+                positions_BL = cache.positions_B[:, None] + offsets_1L
+                ropes = {
+                    base: (_looked_up(cos, positions_BL), _looked_up(sin, positions_BL))
+                    for base, (cos, sin) in ropes_1MH.items()
+                }
+            valid_BL = offsets_1L < lengths_B[:, None]
+            at = At(positions_BL, None, valid_BL, ropes, {})
+            call = Call(routing, slack, key, fresh)
+            x_BLD, caches, depths_BL = self.stack.read(
+                layers, self._embed(tokens_BL), at, call, cache.layers
+            )
+            last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
+            x_B1D = x_BLD if length == 1 else jnp.take_along_axis(x_BLD, last_B11, axis=1)
+            positions_B = cache.positions_B + lengths_B.astype(jnp.int32)
+            return self._logits(x_B1D)[:, 0], Cache(caches, positions_B), depths_BL
+
+        return read
+
+    def _ropes(self, positions_BL: jax.Array) -> dict[float, tuple[jax.Array, jax.Array]]:
+        """The rotary tables that the layers ask for."""
+        dtype, width = jnp.dtype(self.config.dtype), self.config.shape.head_dim
+        bases = {rope for layer, _ in self.config.repeated() for rope in layer.ropes()}
+        return {base: rotary_tables(positions_BL, width, base, dtype) for base in sorted(bases)}
+
+    def _embed(self, tokens_BL):
+        table_VD = constrain(self.embedding.astype(jnp.dtype(self.config.dtype)), "vocab", None)
+        return constrain(table_VD[tokens_BL], "batch", "length", None)
+
+    def _logits(self, x_BLD):
+        w_DV = self.embedding.T if self.config.tie_embeddings else self.w_logits[...]
+        return product(self.final_norm(x_BLD), w_DV, jnp.float32)
+
+
+def _looked_up(table_1MH: jax.Array, positions_BL: jax.Array) -> jax.Array:
+    return table_1MH[0].at[positions_BL].get(mode="clip")
+
+
+def unstack(model: Any, params: Any) -> tuple[Any, Any]:
+    """Graph definition and parameters of the same Transformer with its layers kept apart.
+
+    Decoding reads them so; from stacked layers every call of `generate`, `resume` and `extend`
+    copies them first. Computes what the stacked model does, its layers unrolled.
+    """
+    apart = nnx.merge(model, params)
+    apart.stack.unstack()
+    return nnx.split(apart)

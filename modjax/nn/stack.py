@@ -1,0 +1,180 @@
+"""The layers of a model, segment by segment, run by one loop or another.
+
+The parameters of each place of a pattern are stacked over its repetitions (logical axis "layers"),
+whichever loop runs them.
+
+Legend: B batch, L positions, G repetitions of a layer.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from modjax import spec
+from modjax.kernels import target
+from modjax.nn.build import build
+from modjax.nn.cache import written
+from modjax.nn.call import At, Call, Out, under
+from modjax.nn.layers import empty, names
+from modjax.nn.records import Record
+from modjax.nn.sharding import constrain
+
+
+class Stack(nnx.Module):
+    """layer_loop: "scan", "unroll" or "auto": unrolled for a CPU, where the scan costs more than it
+    saves, scanned elsewhere. remat: "none", "dots" (matrix products are kept) or "full" (each
+    repetition of a pattern is recomputed).
+    """
+
+    def __init__(self, model: spec.ModelSpec, *, rngs: nnx.Rngs, layer_loop: str, remat: str):
+        self.segments = model.segments
+        self.layer_loop = layer_loop
+        self.remat = remat
+        blocks = {}
+        for name, layer, times in self._layers():
+            stacked = nnx.vmap(
+                functools.partial(_build, layer, model.shape),
+                transform_metadata={nnx.PARTITION_NAME: "layers"},
+            )
+            with nnx.split_rngs(rngs, splits=times):
+                blocks[name] = stacked(rngs)
+        self.blocks = nnx.Dict(blocks)
+
+    def __call__(self, x: jax.Array, at: At, call: Call) -> tuple[jax.Array, dict[str, Record]]:
+        """New x, and the records of every place of the patterns, stacked over repetitions."""
+        loop = self.layer_loop
+        scan = loop == "scan" or (loop == "auto" and target() != "cpu")
+        records: dict[str, Record] = {}
+        for blocks, places, times in self._segments():
+            apart = isinstance(blocks, list)
+            graphdef, params = _unstacked(blocks, times) if apart or not scan else nnx.split(blocks)
+
+            def group(x, params_and_index, graphdef=graphdef, places=places):
+                params, index = params_and_index
+                return _run(nnx.merge(graphdef, params), places, x, at, call, index)
+
+            if self.remat != "none":
+                dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+                group = jax.checkpoint(group, policy=dots if self.remat == "dots" else None)
+            if scan and not apart:
+                x, found = jax.lax.scan(group, x, (params, jnp.arange(times)))
+            else:
+                each = []
+                for index, part in enumerate(params):
+                    x, out = group(x, (part, index))
+                    each.append(out)
+                found = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+            records |= found
+        return x, records
+
+    def read(
+        self, layers: list[Any], x: jax.Array, at: At, call: Call, cache: tuple[Any, ...]
+    ) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
+        """New x, the caches with these positions, and how many selections took each, (B, L).
+
+        layers: of `apart`, with the caches in the same order.
+        """
+        depth_BL = jnp.zeros(x.shape[:2], jnp.int32)
+        caches = []
+        for (merge, name, index), layer_cache in zip(layers, cache, strict=True):
+            out: Out = merge()[name](x, at, _keyed(call, index, name), layer_cache)
+            x = constrain(out.x, "batch", "length", *[None] * (x.ndim - 2))
+            caches.append(written(layer_cache, out.write, fresh=call.fresh))
+            for path, record in out.records.items():
+                if "/inner" not in f"/{path}" and record.used_BL is not None:
+                    depth_BL += record.used_BL.astype(jnp.int32)
+        return x, tuple(caches), depth_BL
+
+    def apart(self) -> list[Any]:
+        """Every layer by itself, in order, so that a step reads the weights that it uses only."""
+        found = []
+        for blocks, places, times in self._segments():
+            graphdef, params = _unstacked(blocks, times)
+            for index, part in enumerate(params):
+                merge = functools.partial(nnx.merge, graphdef, part)
+                found += [(merge, name, index) for name in places]
+        return found
+
+    def empty(
+        self, batch: int, length: int, slack: float | None, dtype: DTypeLike
+    ) -> tuple[Any, ...]:
+        """Empty caches of all layers, in order."""
+        return tuple(
+            empty(merge()[name], batch, length, slack, dtype) for merge, name, *_ in self.apart()
+        )
+
+    def unstack(self) -> None:
+        """Keeps the repetitions of every layer apart from now on."""
+        self.blocks = nnx.List([
+            nnx.List([nnx.merge(*part) for part in _each(blocks, times)])
+            for blocks, _, times in self._segments()
+        ])  # fmt: skip
+
+    def _layers(self) -> list[tuple[str, spec.Layer, int]]:
+        found = []
+        for segment in self.segments:
+            places = names(segment.parts, len(found))
+            found += [(name, layer, segment.times or 0) for name, layer in places.items()]
+        return found
+
+    def _segments(self) -> list[tuple[Any, list[str], int]]:
+        """Of each segment: its blocks by name, or one such for each repetition; names; times."""
+        found, start = [], 0
+        for number, segment in enumerate(self.segments):
+            places = list(names(segment.parts, start))
+            start += len(places)
+            if isinstance(self.blocks, nnx.List):
+                blocks: Any = list(self.blocks[number])
+            else:
+                blocks = nnx.Dict({name: self.blocks[name] for name in places})
+            found.append((blocks, places, segment.times))
+        return found
+
+
+def _build(layer: spec.Layer, shape: spec.Shape, rngs: nnx.Rngs) -> nnx.Module:
+    return build(layer, shape, rngs=rngs)
+
+
+def _run(
+    blocks: Any, places: list[str], x: jax.Array, at: At, call: Call, index: int | jax.Array
+) -> tuple[jax.Array, dict[str, Record]]:
+    """One repetition of a segment's pattern."""
+    records: dict[str, Record] = {}
+    handed: dict[str, jax.Array] = {}
+    for name in places:
+        out: Out = blocks[name](x, at._replace(handed=handed), _keyed(call, index, name))
+        x = constrain(out.x, "batch", "length", *[None] * (x.ndim - 2))
+        records |= under(name, out.records)
+        handed = {**handed, **out.handed}
+    return x, records
+
+
+def _keyed(call: Call, index: int | jax.Array, name: str) -> Call:
+    """The call of the layer at a place, in one repetition, with a key of its own."""
+    if call.key is None:
+        return call
+    place = int(name.partition("_")[0])
+    return call._replace(key=jax.random.fold_in(jax.random.fold_in(call.key, index), place))
+
+
+def _each(blocks: Any, times: int) -> list[tuple[Any, Any]]:
+    """Graph definition and parameters of every repetition."""
+    if isinstance(blocks, list):  # see Stack.unstack
+        return [nnx.split(block) for block in blocks]
+    graphdef, stacked = nnx.split(blocks)
+    # lax.split transposes to one concatenation; indexing would pad and add every gradient.
+    leaves = [jax.lax.split(leaf, [1] * times) for leaf in jax.tree.leaves(stacked)]
+    structure = jax.tree.structure(stacked)
+    return [
+        (graphdef, jax.tree.unflatten(structure, [part[0] for part in parts]))
+        for parts in zip(*leaves, strict=True)
+    ]
+
+
+def _unstacked(blocks: Any, times: int) -> tuple[Any, list[Any]]:
+    each = _each(blocks, times)
+    return each[0][0], [params for _, params in each]

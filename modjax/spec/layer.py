@@ -1,0 +1,134 @@
+"""What every layer's spec has: its costs, its routings, its cache, its text.
+
+A spec is a frozen dataclass that checks itself. It composes by containing other specs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from modjax.errors import require
+from modjax.spec import text
+
+# How a routed layer selects: as training does, or by one of the ways that never look ahead.
+ROUTINGS = ("trained", "router", "predictor", "paced", "threshold")
+
+
+class Shape(NamedTuple):
+    """The numbers of a model that its layers share."""
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    norm_eps: float
+
+
+class Load(NamedTuple):
+    """What one sequence asks of a layer: positions that it computes, and keys that each may see."""
+
+    tokens: int
+    keys: int
+
+
+class Cost(NamedTuple):
+    """One component of a layer, for one sequence.
+
+    forward: FLOPs. backward: in multiples of them; 1 for what passes no gradient on to its input.
+    params: learned numbers. active: the share of them that a token uses.
+    role: as nn.layers.normal_param has it, for what is trained.
+    """
+
+    name: str
+    forward: float = 0.0
+    params: int = 0
+    active: float = 1.0
+    backward: float = 2.0
+    role: str = "weight"
+
+
+class Layer:
+    """Base of every spec. `inside` names the specs that it contains; the rest follows from them."""
+
+    def inside(self) -> tuple["Layer", ...]:
+        return ()
+
+    def check(self, shape: Shape) -> None:
+        """Raises InputError where the layer cannot have this shape."""
+        for layer in self.inside():
+            layer.check(shape)
+
+    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+        raise NotImplementedError
+
+    def routings(self) -> tuple[str, ...]:
+        """Those of ROUTINGS that everything in this layer can select by."""
+        able = (layer.routings() for layer in self.inside())
+        return tuple(r for r in ROUTINGS if all(r in each for each in [ROUTINGS, *able]))
+
+    def routed(self) -> int:
+        """How many selections lie on a position's way through this layer."""
+        return sum(layer.routed() for layer in self.inside())
+
+    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
+        """Numbers that the caches of a sequence of at most `length` tokens hold."""
+        return sum(layer.cache_numbers(shape, length, slack) for layer in self.inside())
+
+    def ropes(self) -> frozenset[float]:
+        """Bases of the rotary tables that it looks at."""
+        return frozenset().union(*(layer.ropes() for layer in self.inside()))
+
+    def hands_on(self) -> frozenset[str]:
+        """Names of what the layer hands on to those after it."""
+        return frozenset().union(*(layer.hands_on() for layer in self.inside()))
+
+    def needs(self) -> frozenset[str]:
+        """Names of what an earlier layer must have handed on."""
+        found: frozenset[str] = frozenset()
+        handed: frozenset[str] = frozenset()
+        for layer in self.inside():
+            found |= layer.needs() - handed
+            handed |= layer.hands_on()
+        return found
+
+    @property
+    def label(self) -> str:
+        """One word for it."""
+        return str(self).partition("(")[0].lower()
+
+    def __str__(self) -> str:
+        return text.write(self)
+
+
+@dataclass(frozen=True, init=False)
+class Repeat:
+    """A segment of a model: `parts`, in this order, `times` times over.
+
+    One segment of a model may leave `times` open (None), and takes what the depth leaves.
+    """
+
+    parts: tuple[Layer, ...]
+    times: int | None = None
+
+    def __init__(self, *parts: Layer, times: int | None = None):
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "times", times)
+        require(len(parts) > 0, "Repeat", parts, "must contain a layer")
+        for part in parts:
+            require(isinstance(part, Layer), "Repeat", part, "must contain layers")
+        require(times is None or (type(times) is int and times > 0), "Repeat.times", times,
+                "must be greater than 0, or left out")  # fmt: skip
+
+    def __str__(self) -> str:
+        return text.write(self)
+
+
+NAMES: dict[str, Callable[..., Any]] = {"Repeat": Repeat}
+
+
+def named(function: Any) -> Any:
+    """Lets the text form call a spec, or a function that makes one, by its name."""
+    NAMES[function.__name__] = function
+    return function

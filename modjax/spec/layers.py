@@ -1,0 +1,125 @@
+"""The plain layers: attention and MLP, each added to the stream, and layers one after another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from modjax.errors import require, require_one_of
+from modjax.spec.layer import Cost, Layer, Load, Shape, named
+
+GATED = ("geglu", "swiglu")
+ACTIVATIONS = ("gelu", "silu", "relu2", *GATED)
+NORMS = ("before", "after", "both")
+
+
+def norm_params(norm: str, d_model: int) -> int:
+    return d_model * (2 if norm == "both" else 1)
+
+
+@named
+@dataclass(frozen=True)
+class Attention(Layer):
+    """Causal self-attention with grouped queries and rotary positions, added to the stream.
+
+    norm: RMSNorm before or after what is added, or both. rope: the base of the rotary angles.
+    window: each position sees so many positions, itself included; None, all before it.
+    softcap: c of c tanh(s / c) on the scores s (arXiv 2408.00118, section 2); None, no cap.
+    received: hands on the attention that each position received, see `MoD.router`.
+    """
+
+    norm: str = "before"
+    rope: float = 10_000.0
+    window: int | None = None
+    softcap: float | None = None
+    received: bool = False
+
+    def __post_init__(self):
+        require_one_of("Attention.norm", self.norm, NORMS)
+        require(self.rope > 0, "Attention.rope", self.rope, "must be greater than 0")
+        for name in ("window", "softcap"):
+            value = getattr(self, name)
+            fits = value is None or value > 0
+            require(fits, f"Attention.{name}", value, "must be greater than 0, or None")
+
+    def check(self, shape: Shape) -> None:
+        require(
+            shape.head_dim % 2 == 0, "model.head_dim", shape.head_dim,
+            "must be even, for rotary positions (where it is left out: d_model / num_heads)",
+        )  # fmt: skip
+        require(
+            shape.num_heads % shape.num_kv_heads == 0, "model.num_kv_heads", shape.num_kv_heads,
+            f"must divide model.num_heads = {shape.num_heads}",
+        )  # fmt: skip
+
+    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+        d, h, heads = shape.d_model, shape.head_dim, shape.num_heads
+        pairs = load.tokens * load.keys * heads
+        w_in, w_out = d * h * (heads + 2 * shape.num_kv_heads), heads * h * d
+        yield Cost("norm", params=norm_params(self.norm, d))
+        yield Cost("qkv", 2.0 * load.tokens * w_in, w_in)
+        yield Cost("scores", 2.0 * pairs * h)
+        yield Cost("softmax", 3.0 * pairs)
+        yield Cost("values", 2.0 * pairs * h)
+        yield Cost("output", 2.0 * load.tokens * w_out, w_out)
+
+    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
+        return 2 * shape.num_kv_heads * shape.head_dim * length
+
+    def ropes(self) -> frozenset[float]:
+        return frozenset({self.rope})
+
+    def hands_on(self) -> frozenset[str]:
+        return frozenset({"received"} if self.received else ())
+
+
+@named
+@dataclass(frozen=True)
+class MLP(Layer):
+    """Two matrices around `activation`, or three where its name ends in "glu", added to the stream.
+
+    norm: RMSNorm before or after what is added, or both.
+    """
+
+    activation: str = "gelu"
+    norm: str = "before"
+
+    def __post_init__(self):
+        require_one_of("MLP.activation", self.activation, ACTIVATIONS)
+        require_one_of("MLP.norm", self.norm, NORMS)
+
+    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+        params = (3 if self.activation in GATED else 2) * shape.d_model * shape.d_ff
+        yield Cost("norm", params=norm_params(self.norm, shape.d_model))
+        yield Cost("mlp", 2.0 * load.tokens * params, params)
+
+
+@named
+@dataclass(frozen=True, init=False)
+class Seq(Layer):
+    """Layers one after another, as one layer."""
+
+    parts: tuple[Layer, ...]
+
+    def __init__(self, *parts: Layer):
+        object.__setattr__(self, "parts", parts)
+        require(len(parts) > 0, "Seq", parts, "must contain a layer")
+        for part in parts:
+            require(isinstance(part, Layer), "Seq", part, "must contain layers")
+
+    def inside(self) -> tuple[Layer, ...]:
+        return self.parts
+
+    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+        for part in self.parts:
+            yield from part.cost(shape, load)
+
+    def __str__(self) -> str:
+        match self.parts:
+            case (Attention(), MLP(activation=name)) if self == Dense(name):
+                return f"Dense({repr(name) if self != Dense() else ''})"
+        return super().__str__()
+
+
+@named
+def Dense(activation: str = "gelu") -> Seq:
+    """A transformer's block: Attention, then MLP."""
+    return Seq(Attention(), MLP(activation))

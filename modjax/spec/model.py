@@ -1,0 +1,138 @@
+"""A decoder's spec: a shape, its layers, an embedding and a head."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from modjax.errors import InputError, require, require_one_of, require_positive
+from modjax.spec import text
+from modjax.spec.layer import NAMES, ROUTINGS, Layer, Repeat, Shape
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder of `num_layers` layers.
+
+    layers: a pattern that repeats over the depth, such as (Dense(), MoD(Dense())), or segments
+      `Repeat(..., times=...)`, of which one may leave `times` open. May be given as text.
+    head_dim: None takes d_model / num_heads.
+    imports: modules to import before the text of `layers` is read, which register layers.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    d_ff: int
+    layers: Any = "Dense()"
+    head_dim: int | None = None
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+    imports: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require_positive(
+            self, "model", "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads",
+            "d_ff", "norm_eps",
+        )  # fmt: skip
+        require(
+            self.head_dim is not None or self.d_model % self.num_heads == 0, "model.d_model",
+            self.d_model, f"must be a multiple of model.num_heads = {self.num_heads}",
+        )  # fmt: skip
+        require(self.head_dim is None or self.head_dim > 0, "model.head_dim", self.head_dim,
+                "must be greater than 0, or None")  # fmt: skip
+        require_one_of("model.dtype", self.dtype, DTYPES)
+        object.__setattr__(self, "layers", read_layers(self.layers, self.imports))
+        for segment in self.segments:  # raises where the depth does not fit
+            handed: frozenset[str] = frozenset()
+            for layer in segment.parts:
+                layer.check(self.shape)
+                lacking = layer.needs() - handed
+                require(not lacking, "model.layers", str(layer), "needs a layer before it, in its "
+                        f"segment, that hands on {', '.join(lacking)}")  # fmt: skip
+                handed |= layer.hands_on()
+
+    @property
+    def shape(self) -> Shape:
+        """What the layers share."""
+        head_dim = self.head_dim or self.d_model // self.num_heads
+        return Shape(self.d_model, self.num_layers, self.num_heads, self.num_kv_heads, head_dim,
+                     self.d_ff, self.norm_eps)  # fmt: skip
+
+    @property
+    def segments(self) -> tuple[Repeat, ...]:
+        """The layers as segments, of which none is open."""
+        open_segment = () if any(isinstance(p, Repeat) for p in self.layers) else self.layers
+        segments = (Repeat(*open_segment),) if open_segment else self.layers
+        fixed = sum(len(s.parts) * s.times for s in segments if s.times is not None)
+        still_open = [s for s in segments if s.times is None]
+        left = self.num_layers - fixed
+        require(len(still_open) <= 1, "model.layers", ", ".join(map(str, self.layers)),
+                "must leave `times` open in one segment at most")  # fmt: skip
+        if not still_open:
+            require(left == 0, "model.num_layers", self.num_layers,
+                    f"must be {fixed}, the sum of its segments")  # fmt: skip
+            return segments
+        (segment,) = still_open
+        length = len(segment.parts)
+        require(
+            left > 0 and left % length == 0, "model.num_layers", self.num_layers,
+            f"must be a multiple of the pattern's length, {length}" if fixed == 0 else
+            f"must be {fixed} and a multiple of {length}, the open segment's length",
+        )  # fmt: skip
+        return tuple(s if s.times else Repeat(*s.parts, times=left // length) for s in segments)
+
+    def repeated(self) -> list[tuple[Layer, int]]:
+        """Every layer of the segments' patterns, and how often it comes."""
+        return [(part, s.times) for s in self.segments for part in s.parts if s.times]
+
+    def routed(self) -> int:
+        """How many selections lie on a token's way through the model; 0 for a dense one."""
+        return sum(times * layer.routed() for layer, times in self.repeated())
+
+    @property
+    def routings(self) -> tuple[str, ...]:
+        """Those of ROUTINGS that every layer can select by."""
+        able = [layer.routings() for layer, _ in self.repeated()]
+        return tuple(r for r in ROUTINGS if all(r in each for each in able))
+
+    def check_routing(self, routing: str, field: str) -> None:
+        """Raises InputError where a model of this spec has not learned to select by `routing`."""
+        require_one_of(field, routing, ROUTINGS)
+        for layer, _ in self.repeated():
+            able = layer.routings()
+            require(
+                routing in able, field, routing,
+                f"{layer} can select by {', '.join(able)}; predictor_weight > 0 teaches more, "
+                "auxiliary_weight > 0 expert choice only",
+            )  # fmt: skip
+
+    def causal_routing(self) -> str | None:
+        """The best way this model has to select without the future; None for a dense model."""
+        able = self.routings if self.routed() else ()
+        return next((r for r in ("predictor", "router", "threshold") if r in able), None)
+
+
+def read_layers(
+    layers: Any, imports: tuple[str, ...] = (), field: str = "model.layers"
+) -> tuple[Any, ...]:
+    """Layers and segments from such, or from text, after importing what registers them."""
+    for module in imports:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # it is the user's code
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError("model.imports", module, f"cannot be imported: {line}") from error
+    given = [layers] if isinstance(layers, str) or not isinstance(layers, list | tuple) else layers
+    found: list[Any] = []
+    for item in given:
+        found += text.read(item, NAMES, field) if isinstance(item, str) else [item]
+    require(len(found) > 0, field, layers, "must name a layer")
+    mixed = len({isinstance(item, Repeat) for item in found}) > 1
+    fits = all(isinstance(item, Layer | Repeat) for item in found) and not mixed
+    require(fits, field, layers, "must be layers, or all of them Repeat(...)")
+    return tuple(found)

@@ -1,0 +1,56 @@
+"""The text form of a spec: its constructor call, written and read without eval."""
+
+import ast
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from modjax.errors import InputError
+
+
+def write(spec: Any) -> str:
+    """`MoD(Dense(), capacity=0.5)`: fields that have their default are left out.
+
+    What a spec contains, its field `parts` or `inner`, comes first and without a name.
+    """
+    first, named = [], []
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if field.name in ("parts", "inner"):
+            first += map(_one, value if isinstance(value, tuple) else [value])
+        elif value != field.default:
+            named.append(f"{field.name}={_one(value)}")
+    return f"{type(spec).__name__}({', '.join(first + named)})"
+
+
+def _one(value: Any) -> str:
+    return str(value) if dataclasses.is_dataclass(value) else repr(value)
+
+
+def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tuple[Any, ...]:
+    """The specs that `text`, such as "Dense(), MoD(Dense())", calls by `names`.
+
+    Raises InputError naming `field` for anything but calls of these names with plain values.
+    """
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+                if name not in names:
+                    raise InputError(field, name, f"unknown; known: {', '.join(sorted(names))}")
+                given = {k.arg: value(k.value) for k in keywords if k.arg is not None}
+                try:
+                    return names[name](*map(value, args), **given)
+                except TypeError as error:
+                    raise InputError(field, ast.unparse(node), str(error)) from error
+            case ast.Constant(value=plain):
+                return plain
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+                return -number
+        raise InputError(field, ast.unparse(node), "must be calls such as MoD(Dense())")
+
+    try:
+        body = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InputError(field, text, "must be calls such as Dense(), MoD(Dense())") from error
+    return tuple(map(value, body.elts if isinstance(body, ast.Tuple) else [body]))
