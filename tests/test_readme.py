@@ -47,12 +47,12 @@ def test_the_routed_block_of_the_readme_runs_and_routes_an_eighth():
     expected = np.where(taken, score * (2 * np.arange(32) + 1), 0)[..., None]
     np.testing.assert_allclose(update, np.broadcast_to(expected, x.shape), rtol=1e-3, atol=1e-4)
 
-    aux = model.routed(x, positions)[1]
-    named = re.findall(r'"(\w+)"', code.split("aux: {")[1])
-    assert len(named) == 2 and set(named) <= set(aux)
-    np.testing.assert_array_equal(aux["selected_BL"], taken)
+    routed = model.routed(x, positions)[1]
+    named = re.findall(r"\.(\w+)", code.split("objective;")[1])
+    assert len(named) == 2 and all(hasattr(routed, name) for name in named)
+    np.testing.assert_array_equal(routed.selected_BL, taken)
     # The predictor's binary cross-entropy, from its odds of each position's being taken.
-    odds = 1 / (1 + np.exp(-np.asarray(aux["predictor_BL"], np.float64)))
+    odds = 1 / (1 + np.exp(-np.asarray(routed.predictor_BL, np.float64)))
     np.testing.assert_allclose(loss, -np.log(np.where(taken, odds, 1 - odds)).mean(), rtol=1e-5)
 
 
@@ -64,6 +64,27 @@ def test_the_keyword_arguments_of_the_readme_reach_the_block():
     block(jnp.ones((2, 6, 8)), pairwise={"mask": mask}, whole={"memory": memory})
     np.testing.assert_array_equal(block.inner.mask, np.tile(np.tri(3), (2, 1, 1, 1)))
     np.testing.assert_array_equal(block.inner.memory, memory)
+
+
+def test_the_layer_of_the_readme_is_the_one_that_is_tested():
+    code = README.read_text().split("## Layers are values")[1].split("```python\n")[1]
+    assert code.split("```")[0] in (README.parent / "tests/outside/strided.py").read_text()
+
+
+def test_the_layers_of_the_readme_are_read():
+    lines = README.read_text().split("## Layers are values")[1].split("\n    ")[1:4]
+    for line in lines:
+        layers = modjax.ModelSpec(272, 64, 4, 4, 4, 256, layers=line.partition("#")[0]).layers
+        assert ", ".join(map(str, layers)).replace("'", '"') == line.partition("#")[0].strip()
+
+
+def test_a_finished_run_opens_in_the_lines_of_the_readme(finished_workdir):
+    code = README.read_text().split("opened in Python:\n\n```python\n")[1].split("```")[0]
+    (folder,) = (finished_workdir / "runs").iterdir()
+    namespace = {}
+    exec(code.replace("work/tiny/runs/RUN_ID", str(folder)), namespace)
+    assert namespace["logits_BLV"].shape == (1, 3, namespace["run"].spec.model.vocab_size)
+    assert list(namespace["records"]) == ["1_mod"]
 
 
 def test_the_sampling_example_of_the_readme_continues_two_prompts():

@@ -2,7 +2,8 @@
 
 from modjax.nn import layers, mod
 from modjax.nn.build import MODULES, build, register
-from modjax.nn.call import At, Call, Out
+from modjax.nn.call import At, Call, Out, under
+from modjax.nn.layers import empty
 from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.mod import MoDBlock
 from modjax.nn.params import make_param, measured, normal_param
@@ -25,6 +26,7 @@ __all__ = [
     "build",
     "decision_counts",
     "decision_quality",
+    "empty",
     "losses",
     "make_param",
     "measured",
@@ -32,5 +34,6 @@ __all__ = [
     "observe",
     "register",
     "statistics",
+    "under",
     "unstack",
 ]

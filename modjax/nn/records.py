@@ -27,9 +27,8 @@ class Record:
         """New values of what the layer measures, after `updates` earlier ones."""
         return {}
 
-    @property
-    def used_BL(self) -> jax.Array | None:
-        """Which positions the layer processed; None: all."""
+    def used(self) -> jax.Array | None:
+        """Which positions the layer processed, (B, L); None: all."""
         return None
 
     @classmethod

@@ -46,8 +46,7 @@ class Routed(Record):
         """The sum of the means of its losses, to be added to the objective."""
         return sum((jnp.mean(loss_B) for loss_B in self.losses.values()), jnp.float32(0))
 
-    @property
-    def used_BL(self) -> jax.Array:
+    def used(self) -> jax.Array:
         return self.selected_BL
 
     def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:

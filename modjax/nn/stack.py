@@ -20,7 +20,7 @@ from modjax.nn.build import build
 from modjax.nn.cache import written
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import empty, names
-from modjax.nn.records import Record
+from modjax.nn.records import Inside, Record
 from modjax.nn.sharding import constrain
 
 
@@ -85,8 +85,9 @@ class Stack(nnx.Module):
             x = constrain(out.x, "batch", "length", *[None] * (x.ndim - 2))
             caches.append(written(layer_cache, out.write, fresh=call.fresh))
             for path, record in out.records.items():
-                if "/inner" not in f"/{path}" and record.used_BL is not None:
-                    depth_BL += record.used_BL.astype(jnp.int32)
+                used_BL = None if isinstance(record, Inside) else record.used()
+                if used_BL is not None:
+                    depth_BL += used_BL.astype(jnp.int32)
         return x, tuple(caches), depth_BL
 
     def apart(self) -> list[Any]:

@@ -1,0 +1,88 @@
+"""A layer of one's own: only every `stride`-th position passes through the inner layer.
+
+Legend: B batch, L positions, K selected positions, D model width.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import modjax
+from modjax.nn import At, Call, Inside, Out, Record, build, empty, make_param, under
+from modjax.nn.routing import gather, scatter_add, select_first_k
+from modjax.spec import Cost, Load, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Strided(modjax.Layer):
+    inner: modjax.Layer
+    stride: int = 4
+
+    def inside(self) -> tuple[modjax.Layer, ...]:
+        return (self.inner,)
+
+    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+        k = -(-load.tokens // self.stride)
+        for cost in self.inner.cost(shape, Load(k, k)):
+            yield cost._replace(active=cost.active / self.stride)
+        yield Cost("gain", params=shape.d_model)
+
+    def routed(self) -> int:
+        return 1 + super().routed()
+
+    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
+        return self.inner.cache_numbers(shape, -(-length // self.stride), slack)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Strode(Record):
+    """used_BL: the positions that were processed. size_B: the mean square of their updates."""
+
+    used_BL: jax.Array
+    size_B: jax.Array
+
+    def used(self):
+        return self.used_BL
+
+    def loss(self, nll_BL):
+        return 0.01 * jnp.mean(self.size_B)  # a small update is cheap to learn from
+
+    @classmethod
+    def statistics(cls, records, valid_BL):
+        sizes = jnp.stack([jnp.mean(record.size_B) for record in records.values()])
+        return {"strided/update": jnp.mean(sizes)}
+
+
+class StridedModule(nnx.Module):
+    def __init__(self, spec: Strided, shape: Shape, *, rngs):
+        self.spec = spec
+        self.inner = build(spec.inner, shape, rngs=rngs)
+        self.gain = make_param(jnp.ones(shape.d_model), ("replicated",))
+
+    def __call__(self, x_BLD, at: At, call: Call, cache=None) -> Out:
+        batch, length = x_BLD.shape[:2]
+        stride = self.spec.stride
+        used_BL = jnp.broadcast_to(at.positions_BL % stride == stride - 1, (batch, length))
+        used_BL = used_BL if at.valid_BL is None else used_BL & at.valid_BL
+        picked = select_first_k(used_BL, jnp.zeros((batch, length)), -(-length // stride))
+        part_BKD, part_at = jax.tree.map(
+            lambda leaf: gather(leaf, picked.indices_BK), (x_BLD, at._replace(valid_BL=None))
+        )
+        part_at = part_at._replace(valid_BL=picked.valid_BK)
+        out = self.inner(part_BKD, part_at, call.inside(0), cache)
+        update_BKD = (out.x - part_BKD) * self.gain[...][None, None].astype(x_BLD.dtype)
+        own = Strode(used_BL, jnp.mean(jnp.square(update_BKD.astype(jnp.float32)), axis=(1, 2)))
+        nested = {name: Inside(record, picked.indices_BK, picked.valid_BK)
+                  for name, record in out.records.items()}  # fmt: skip
+        x_BLD = scatter_add(x_BLD, picked.indices_BK, update_BKD)
+        return Out(x_BLD, out.write, {"": own} | under("inner", nested))
+
+    def empty(self, batch, length, slack, dtype):
+        return empty(self.inner, batch, -(-length // self.spec.stride), slack, dtype)
+
+
+modjax.register(Strided, StridedModule)

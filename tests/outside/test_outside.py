@@ -1,0 +1,138 @@
+"""A layer that no line of modjax knows is planned, counted, trained, decoded and reported."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import modjax
+from modjax import flops
+from modjax.nn import losses
+from modjax.spec import Dense, MoD, ModelSpec
+from tests.outside.strided import Strided
+
+ROOT = Path(__file__).parents[2]
+SHAPE = {"vocab_size": 40, "d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
+         "d_ff": 32}  # fmt: skip
+CONFIG = """
+import ml_collections
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.model = {"vocab_size": 272, "imports": ("tests.outside.strided",)}
+    config.train = {"seq_len": 32, "eval_sequences": 16}
+    config.data = {"name": "tiny", "max_epochs": 100.0}
+    config.execution = {"log_every": 5, "data": 1}
+    config.sweep = {
+        "arms": {
+            "dense": {"layers": "Dense()"},
+            "mod": {"layers": "Dense(), MoD(Dense(), capacity=0.25, predictor_weight=1.0)"},
+            "strided": {"layers": "Dense(), Strided(Dense(), stride=4)"},
+        },
+        "baseline": "dense", "budgets": (6e8,), "sizes": 1, "spread": 0.3,
+        "optimum": {"budget": 6e8, "params": 3e3, "exponent": 0.5},
+        "shape": {"width_multiple": 4, "head_dim": 4, "aspect": 8.0, "layer_multiple": 2},
+        "recipe": {"batch_size": 4, "learning_rate": 0.1, "warmup_fraction": 0.1},
+        "flops_per_second": 1e9,
+    }
+    return config
+"""
+
+
+def model(layers, **changes):
+    return ModelSpec(**SHAPE | changes, layers=layers)
+
+
+def test_its_text_is_read_back():
+    layers = (Dense(), MoD(Strided(Dense(), stride=2), capacity=0.5))
+    text = ", ".join(map(str, layers))
+    assert text == "Dense(), MoD(Strided(Dense(), stride=2), capacity=0.5)"
+    assert model(text).layers == layers
+
+
+def test_its_flops_are_those_that_xla_counts():
+    found = {}
+    for name, layers in {"dense": (Dense(),), "strided": (Strided(Dense(), stride=8),)}.items():
+        spec = model(layers, d_model=64, d_ff=256, vocab_size=512)
+        graphdef, params = nnx.split(modjax.Transformer(spec, rngs=nnx.Rngs(0)))
+
+        def run(params, tokens, graphdef=graphdef):
+            return nnx.merge(graphdef, params)(tokens)[0]
+
+        tokens = jnp.zeros((1, 128), jnp.int32)
+        counted = jax.jit(run).lower(params, tokens).compile().cost_analysis()["flops"]
+        found[name] = counted, flops.total_flops(flops.forward_flops(spec, 128))
+    saved = found["dense"][0] - found["strided"][0], found["dense"][1] - found["strided"][1]
+    assert saved[0] == pytest.approx(saved[1], rel=0.05)
+
+
+def test_its_cached_decoding_is_the_full_pass_and_reads_a_turn_at_once():
+    spec = model((Dense(), Strided(Dense(), stride=3)))
+    network = modjax.Transformer(spec, rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 14)).astype(np.int32)
+    full = network(jnp.asarray(tokens), routing="router")[0]
+    read = network.reader(max_length=14, routing="router")
+    logits, cache, depths = read(tokens[:, :5], jnp.array([5, 4]), None)
+    np.testing.assert_array_equal(depths, [[0, 0, 1, 0, 0], [0, 0, 1, 0, 0]])
+    turn = np.stack([tokens[0, 5:10], tokens[1, 4:9]])
+    logits, cache, _ = read(turn, jnp.array([5, 5]), cache)
+    np.testing.assert_allclose(logits, [full[0, 9], full[1, 8]], atol=1e-5)
+    for step in range(3):
+        now = np.stack([tokens[0, 10 + step], tokens[1, 9 + step]])[:, None]
+        logits, cache, _ = read(now, jnp.ones(2, jnp.int32), cache)
+        np.testing.assert_allclose(logits, [full[0, 10 + step], full[1, 9 + step]], atol=1e-5)
+
+
+def test_inside_mod_its_own_loss_reaches_the_objective_and_its_gain_a_gradient():
+    spec = model((MoD(Strided(Dense(), stride=2), capacity=0.5),))
+    graphdef, params = nnx.split(modjax.Transformer(spec, rngs=nnx.Rngs(0)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 16)))
+
+    @jax.grad
+    def own(params):
+        _, records = nnx.merge(graphdef, params)(tokens)
+        assert list(records) == ["0_mod", "0_mod/inner"]
+        return losses({"0_mod/inner": records["0_mod/inner"]}, jnp.zeros((2, 16)))
+
+    gain = own(params)["stack"]["blocks"]["0_mod"]["inner"]["gain"]
+    assert np.abs(np.asarray(gain[...])).max() > 0
+
+
+@pytest.mark.slow
+def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
+    tiny_data_dir, tmp_path
+):
+    config, workdir = tmp_path / "config.py", tmp_path / "work"
+    config.write_text(CONFIG)
+    common = [f"--workdir={workdir}", f"--data-dir={tiny_data_dir}"]
+
+    def modjax_(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "modjax.cli", *arguments], capture_output=True, text=True,
+            cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "", "JAX_PLATFORMS": "cpu",
+                           "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "strided" in modjax_("plan", f"--config={config}", f"--data-dir={tiny_data_dir}")
+    modjax_("sweep", f"--config={config}", *common)
+    runs = {folder.name.split("-")[0]: folder for folder in (workdir / "runs").iterdir()}
+    assert set(runs) == {"dense", "mod", "strided"}
+    lines = [json.loads(line) for line in (runs["strided"] / "metrics.jsonl").open()]
+    assert lines[0]["strided/update"] > 0
+    sampled = modjax_("sample", *common, f"--run={runs['strided'].name}", "--prompt=def", "--json",
+                      "--tokens=8", "--routing=router")  # fmt: skip
+    assert json.loads(sampled)[0]["routed_blocks"] >= 1
+    modjax_("report", f"--workdir={workdir}")
+    assert re.search("Strided\\(Dense\\(\\), stride=4\\)", (workdir / "report.html").read_text())
+    loaded = modjax.load(runs["strided"])
+    assert loaded.spec.model.layers[1] == Strided(Dense(), stride=4)

@@ -1,0 +1,135 @@
+"""Specs as values: their text, their canonical form, what they refuse, and their shapes."""
+
+import dataclasses
+
+import pytest
+
+from modjax.errors import InputError
+from modjax.flops import parameters
+from modjax.spec import (
+    MLP,
+    Attention,
+    DataConfig,
+    Dense,
+    MoD,
+    ModelSpec,
+    Repeat,
+    RunSpec,
+    Seq,
+    TrainConfig,
+    canonical,
+    from_dict,
+    to_dict,
+)
+
+SHAPE = {"vocab_size": 40, "d_model": 16, "num_layers": 6, "num_heads": 2, "num_kv_heads": 2,
+         "d_ff": 32}  # fmt: skip
+
+
+def model(layers, **changes):
+    return ModelSpec(**SHAPE | changes, layers=layers)
+
+
+TEXTS = [
+    "Dense()",
+    "Dense('swiglu')",
+    "Dense(), MoD(Dense(), capacity=0.5, predictor_weight=1.0)",
+    "MoD(MoD(Seq(Attention(window=8, softcap=30.0), MLP('geglu', norm='both')), capacity=0.5))",
+    "Seq(MoD(Attention(rope=1000.0), router='token_choice'), MLP())",
+    "Seq(Attention(received=True), MLP()), MoD(Dense(), router='received')",
+    "Repeat(Dense(), times=1), Repeat(MoD(Dense())), Repeat(Dense(), Dense(), times=1)",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_text_of_layers_is_read_back_to_the_same_layers(text):
+    layers = model(text).layers
+    written = ", ".join(map(str, layers))
+    assert model(written).layers == layers
+    assert ", ".join(map(str, model(written).layers)) == written
+    spec = RunSpec("x", 1e9, model(text), TrainConfig(8, 16, 10, 1e-3, 1), DataConfig())
+    assert from_dict(RunSpec, to_dict(spec)) == spec
+    assert from_dict(RunSpec, to_dict(spec)).run_id == spec.run_id
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("MoE(Dense())", "model.layers = 'MoE': unknown; known: Attention, Dense"),
+        ("MoD(Dense(), size=3)", "model.layers = 'MoD(Dense(), size=3)': "),
+        ("MoD(Dense(), capacity=2)", "MoD.capacity = 2: must be in (0, 1]"),
+        ("MoD(3)", "MoD.inner = 3: must be a layer"),
+        ("__import__('os').system('true')", "model.layers = "),
+        ("Dense", "model.layers = 'Dense': must be calls such as MoD(Dense())"),
+        ("Dense(", "model.layers = 'Dense(': must be calls such as Dense(), MoD(Dense())"),
+        ("", "model.layers = '': must be calls"),
+        ("Seq()", "Seq = (): must contain a layer"),
+        ("Repeat(Dense()), Dense()", "must be layers, or all of them Repeat(...)"),
+        ("Repeat(Dense()), Repeat(Dense())", "must leave `times` open in one segment at most"),
+        ("Repeat(Dense(), times=5)", "model.num_layers = 6: must be 5, the sum of its segments"),
+        (
+            "Repeat(Dense(), times=1), Repeat(Dense(), Dense())",
+            "model.num_layers = 6: must be 1 and",
+        ),
+        ("Repeat(Dense(), times=0)", "Repeat.times = 0: must be greater than 0"),
+        ("Dense(), Dense(), Dense(), Dense()", "model.num_layers = 6: must be a multiple of the"),
+        ("Attention(norm='never')", "Attention.norm = 'never': must be one of before, after, both"),
+        ("Attention(window=0)", "Attention.window = 0: must be greater than 0, or None"),
+        ("MLP('tanh')", "MLP.activation = 'tanh': must be one of gelu"),
+        ("MoD(Dense(), router='best')", "MoD.router = 'best': must be one of expert_choice"),
+        (
+            "MoD(Dense(), router='received')",
+            "needs a layer before it, in its segment, that hands",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_are_refused_in_one_line(text, says):
+    with pytest.raises(InputError) as caught:
+        model(text)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_open_segment_takes_what_the_depth_leaves():
+    text = "Repeat(Dense(), times=1), Repeat(Dense(), MoD(Dense())), Repeat(Dense(), times=1)"
+    assert [s.times for s in model(text).segments] == [1, 2, 1]
+    assert [s.times for s in model(text, num_layers=12).segments] == [1, 5, 1]
+    assert model(text).routed() == 2
+
+
+def test_the_canonical_form_leaves_defaults_out():
+    """A field that is added with a default renames no run."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Longer(TrainConfig):
+        added: float = 0.5
+
+    train = TrainConfig(8, 16, 10, 1e-3, 1, b2=0.95)
+    assert canonical(train) == {
+        "batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "warmup_steps": 1,
+        "b2": 0.95,
+    }  # fmt: skip
+    assert canonical(Longer(8, 16, 10, 1e-3, 1, b2=0.95)) == canonical(train)
+    assert "added" in canonical(Longer(8, 16, 10, 1e-3, 1, added=0.25))
+
+
+def test_a_head_may_be_wider_than_its_share_and_norms_stand_where_they_are_put():
+    plain = parameters(model((Dense(),)))
+    wide = parameters(model((Dense(),), head_dim=12))
+    assert wide["qkv"] == plain["qkv"] * 12 // 8 and wide["output"] == plain["output"] * 12 // 8
+    both = model((Seq(Attention(norm="both"), MLP(norm="after")),))
+    assert parameters(both)["norm"] == 6 * 3 * 16 + 16
+    with pytest.raises(InputError, match=r"model\.head_dim = 7: must be even"):
+        model((Dense(),), head_dim=7)
+
+
+def test_nested_capacities_multiply_in_what_a_token_uses():
+    inner = MoD(Dense(), capacity=0.5)
+    found = parameters(model((MoD(inner, capacity=0.5),)))
+    block = parameters(model((Dense(),)))["non_embedding"] - 16
+    # The inner router is seen by half of the tokens, the outer one by all.
+    assert found["active"] == round(block / 4 + 6 * 16 / 2 + 6 * 16 + 16)
+
+
+def test_segments_are_values_too():
+    assert Repeat(Dense(), times=2) == Repeat(Dense(), times=2) != Repeat(Dense(), times=3)
+    assert len({Dense(), Seq(Attention(), MLP()), Dense("swiglu")}) == 2

@@ -1,0 +1,68 @@
+"""Training routers alone: what is frozen stays bit for bit, and costs no weight gradient."""
+
+import jax
+import numpy as np
+import pytest
+
+from modjax.data.batches import Batch
+from modjax.flops import train_flops
+from modjax.spec import Dense, Execution, MoD, ModelSpec, TrainConfig
+from modjax.training.optimizer import make_schedule
+from modjax.training.programs import abstract_batch, init_state
+from modjax.training.sharding import make_mesh, put_batch
+from modjax.training.state import abstract_model, abstract_state
+from modjax.training.step import make_train_step
+
+LAYERS = (Dense(), MoD(Dense(), capacity=0.25, predictor_weight=1.0))
+MODEL = ModelSpec(
+    vocab_size=260, d_model=64, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=256, layers=LAYERS
+)
+
+
+def compiled(trained):
+    train = TrainConfig(8, 64, 10, 1e-2, 0, weight_decay=0.5, trained=trained)
+    mesh, model = (
+        make_mesh(Execution(data=1)),
+        abstract_model(MODEL, Execution(layer_loop="unroll")),
+    )
+    with jax.set_mesh(mesh):
+        state = abstract_state(mesh, model, train)
+        step = jax.jit(make_train_step(model, train))
+        batch = abstract_batch(mesh, 8, 64)
+        return mesh, model, train, step.lower(state, batch, make_schedule(train)).compile()
+
+
+def batch_of(seed):
+    tokens = np.random.default_rng(seed).integers(0, 260, (8, 65), dtype=np.int32)
+    ones = np.ones((8, 64), np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], ones, ones.astype(np.float32))
+
+
+def paths(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
+
+
+def test_only_routers_and_predictors_change_and_have_moments():
+    mesh, model, train, step = compiled("routers")
+    with jax.set_mesh(mesh):
+        state = init_state(mesh, model, train)
+        before = paths(state.params)
+        for seed in range(3):
+            state, _ = step(state, put_batch(batch_of(seed), mesh), make_schedule(train))
+    after = paths(state.params)
+    changed = {path for path in before if before[path].tobytes() != after[path].tobytes()}
+    routers = {path for path in before if "/router/" in path or "/predictor/" in path}
+    assert changed == routers and len(routers) == 4
+    moments = {p for p in paths(state.opt_state) if "blocks" in p or "embedding" in p}
+    assert all("/router/" in path or "/predictor/" in path for path in moments)
+
+
+def test_frozen_parameters_cost_no_weight_gradient():
+    counted = {trained: compiled(trained)[3].cost_analysis()["flops"]
+               for trained in ("all", "routers")}  # fmt: skip
+    ours = {trained: train_flops(MODEL, 64, 8, trained=trained) for trained in counted}
+    assert counted["routers"] / counted["all"] == pytest.approx(
+        ours["routers"] / ours["all"], rel=0.05
+    )
+    assert ours["routers"] < 0.72 * ours["all"]
