@@ -1,11 +1,11 @@
 """How layers are computed: Flax NNX modules, one for each spec, and pure functions under them."""
 
 from modjax.nn import layers, mod
+from modjax.nn.block import MoDBlock
 from modjax.nn.build import MODULES, build, register
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import empty
 from modjax.nn.lm import Cache, Transformer, unstack
-from modjax.nn.mod import MoDBlock
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, losses, observe, statistics
 from modjax.nn.routed import Routed, decision_counts, decision_quality

@@ -202,6 +202,8 @@ def quality(
     """
     found = {}
     for name, of in counts.items():
+        if "wanted" not in of:  # another layer's
+            continue
         total = {key: count_BG[weight_B > 0].sum(0) for key, count_BG in of.items()}
         share_BG = of["selected"] / np.maximum(of["positions"], 1)
         for g, positions in enumerate(total["positions"]):
@@ -215,8 +217,10 @@ def quality(
     return found
 
 
-def mean_quality(qualities: Iterable[Quality]) -> Quality:
-    """The mean over layers; of `most`, the largest."""
+def mean_quality(qualities: Iterable[Quality]) -> Quality | None:
+    """The mean over layers; of `most`, the largest. None where there is none."""
     values = np.array(list(qualities))
+    if not len(values):
+        return None
     mean = Quality._make(values.mean(axis=0).tolist())
     return mean._replace(most=float(values[:, -1].max()))

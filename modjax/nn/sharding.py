@@ -1,13 +1,15 @@
 """Logical axes of tensors, the one table that maps them to mesh axes, and its use on activations.
 
-A mesh set by `jax.set_mesh` has the axes `data`, `fsdp`, `tensor` and `expert` with Auto types; no
-mesh, or one with other axes, leaves everything as it is.
+A mesh set by `jax.set_mesh` has the axes `data`, `fsdp`, `tensor` and `expert` with Auto types. No
+mesh, or one with other axes, constrains nothing; top-k stays within a shard even there.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
@@ -56,12 +58,37 @@ def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) ->
     otherwise run on the gathered batch, as it does where the rows do not come out even.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not _is_ours(mesh) or mesh.size == 1:
-        return function(x_BL)
-    if x_BL.shape[0] % ways(mesh, LOGICAL_TO_MESH["batch"]) != 0:
+    if not _is_ours(mesh):
+        return _row_by_row(function, x_BL) if jax.device_count() > 1 else function(x_BL)
+    if mesh.size == 1 or x_BL.shape[0] % ways(mesh, LOGICAL_TO_MESH["batch"]) != 0:
         return function(x_BL)
     spec = partition_spec(("batch",))
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(x_BL)
+
+
+def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
+    """The same under whatever mesh the batch lies on, which is not known here."""
+    ranks = x_BL.ndim, jax.eval_shape(function, x_BL).ndim
+    others = [[f"{side}{dim}" for dim in range(rank - 1)]
+              for side, rank in zip("io", ranks, strict=True)]  # fmt: skip
+    given, made = (" ".join(["rows", *names]) for names in others)
+    split = custom_partitioning(function)
+    split.def_partition(
+        lambda mesh, args, out: (mesh, function, out.sharding, (args[0].sharding,)),
+        sharding_rule=f"{given} -> {made}",
+        need_replication_factors=tuple(itertools.chain(*others)),
+    )
+
+    @jax.custom_batching.custom_vmap
+    def call(x_BL):
+        return split(x_BL)
+
+    @call.def_vmap
+    def many(size, batched, x_VBL):
+        out = call(x_VBL.reshape(-1, *x_VBL.shape[2:]))
+        return out.reshape(size, -1, *out.shape[1:]), True
+
+    return call(x_BL)
 
 
 def batch_shards(batch: int) -> int:

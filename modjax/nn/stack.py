@@ -84,7 +84,7 @@ class Stack(nnx.Module):
             out: Out = merge()[name](x, at, _keyed(call, index, name), layer_cache)
             x = constrain(out.x, "batch", "length", *[None] * (x.ndim - 2))
             caches.append(written(layer_cache, out.write, fresh=call.fresh))
-            for path, record in out.records.items():
+            for record in out.records.values():
                 used_BL = None if isinstance(record, Inside) else record.used()
                 if used_BL is not None:
                     depth_BL += used_BL.astype(jnp.int32)

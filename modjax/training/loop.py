@@ -153,10 +153,13 @@ def train(
                     "causal_loss": summarise(scores[routing]).loss,
                     "causal_difference": gap.loss,
                     "causal_difference_sem": gap.sem,
-                    "causal_accuracy": mean.accuracy,
-                    "causal_capacity": mean.capacity,
+                    "causal_accuracy": mean and mean.accuracy,
+                    "causal_capacity": mean and mean.capacity,
                 }
-                values |= {f"eval_{k}": v for k, v in causal.items() if k != "causal_routing"}
+                values |= {
+                    f"eval_{k}": v for k, v in causal.items()
+                    if k != "causal_routing" and v is not None
+                }  # fmt: skip
                 for block, found in blocks.items():
                     values |= {f"eval_{routing}/{k}/{block}": v for k, v in found._asdict().items()}
             writer.write(step, values)

@@ -29,6 +29,8 @@ MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3
 SECONDS_TO_STOP = 90.0
 SECONDS_OF_SILENCE = 300.0
+# JAX keeps some 1.5 MB of every run that a process has traced; starting another takes seconds.
+RUNS_OF_A_WORKER = 24
 # A signal that ends the workers may have been sent to this process, too: wait for it.
 SECONDS_TO_RESTART = 0.2
 LOG_LINES = 20
@@ -150,9 +152,13 @@ class Session:
 
     def _share_out(self) -> None:
         for worker in self.workers:
-            if worker.ready and worker.spec is None and self.waiting:
-                self._require_home()
-                worker.assign(self.waiting.popleft())
+            if not (worker.ready and worker.spec is None and self.waiting):
+                continue
+            if worker.runs >= RUNS_OF_A_WORKER:
+                worker.close_input()  # it ends, and another takes its place
+                continue
+            self._require_home()
+            worker.assign(self.waiting.popleft())
         if not self.waiting:
             self._look_elsewhere()
 

@@ -40,6 +40,7 @@ class Worker:
     first_step: int = 0  # the first step reported, and when: what comes before is compilation
     first_seen: float = 0.0
     busy_seconds: float = 0.0
+    runs: int = 0  # that this process was given
 
     def start(self, settings: dict[str, Any]) -> None:
         self.errors = tempfile.TemporaryFile()
@@ -52,7 +53,7 @@ class Worker:
             env={**os.environ, **compilation_cache()},
             start_new_session=True,  # Ctrl-C reaches the parent alone, which stops the workers
         )
-        self.unread, self.ready, self.error = b"", False, None
+        self.unread, self.ready, self.error, self.runs = b"", False, None, 0
         self.send(settings)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -65,6 +66,7 @@ class Worker:
 
     def assign(self, spec: RunSpec) -> None:
         self.spec, self.step, self.loss = spec, 0, None
+        self.runs += 1
         self.began = self.heard = time.monotonic()
         self.send({"spec": to_dict(spec)})
 
