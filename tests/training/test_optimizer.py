@@ -51,13 +51,14 @@ ROLES = {
 def test_stacked_vectors_are_no_matrices():
     split = abstract_model(model(layers=(Dense(), MoD(predictor_weight=1.0))), Execution())
     vectors = {"scale", "predictor/line", "predictor/w_out", "router/w"}
-    flat = jax.tree_util.tree_leaves_with_path
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat(split.roles)
-    ]
-    assert len(paths) == len(flat(split.params))
-    assert {"w_qkv", "w_out", "w_in", "embedding", "w_logits"} < {p.split("/")[-1] for p in paths}
-    for path, (_, role) in zip(paths, flat(split.roles), strict=True):
+    roles = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): role
+        for path, role in jax.tree_util.tree_leaves_with_path(split.roles)
+    }
+    assert len(roles) == len(jax.tree.leaves(split.params))
+    matrices = {"w_qkv", "w_out", "w_in", "embedding", "w_logits"}
+    assert matrices < {path.split("/")[-1] for path in roles}
+    for path, role in roles.items():
         assert role.decays != any(path.endswith(name) for name in vectors), path
 
 
