@@ -50,14 +50,14 @@ def tiny_data_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_workdir(tiny_data_dir, tmp_path_factory) -> Path:
-    """A sweep's folder with one finished run, on TINY_DATA; its routed block has a predictor."""
+    """A sweep's folder with one finished run, on TINY_DATA; its routed layer has a predictor."""
     from modjax.records import run_dir
-    from modjax.spec import Execution, MoDConfig
+    from modjax.spec import Dense, Execution, MoD
     from modjax.training.loop import train
     from tests.training.tiny import run_spec
 
     workdir = tmp_path_factory.mktemp("finished")
-    spec = run_spec(mod=MoDConfig(capacity=0.25, predictor_weight=1.0), steps=30)
+    spec = run_spec(layers=(Dense(), MoD(capacity=0.25, predictor_weight=1.0)), steps=30)
     jax.config.update("jax_disable_most_optimizations", True)
     train(spec, Execution(data=1), run_dir=run_dir(workdir, spec.run_id), data_dir=tiny_data_dir)
     jax.config.update("jax_disable_most_optimizations", False)

@@ -117,8 +117,8 @@ BAD = {
     "wrong type": (["plan", TINY, "--config.train.b2=x"], "--config.train.b2 = 'x': must be"),
     "missing value": (["plan", TINY, "--config.train.b2"], "--config.train.b2: needs a value"),
     "capacity": (
-        ["plan", TINY, "--config.sweep.arms.mod12.mod.capacity=2"],
-        "model.mod.capacity = 2.0: must be in (0, 1]",
+        ["plan", TINY, "--config.sweep.arms.mod12.layers=MoD(capacity=2)"],
+        "MoD.capacity = 2: must be in (0, 1]",
     ),
     "no such config": (["plan", "--config=none.py"], "--config = 'none.py': no such file"),
     "not a sweep": (

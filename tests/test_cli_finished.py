@@ -13,7 +13,7 @@ import pytest
 
 from modjax.cli import main
 from modjax.records import read_records, run_dir, write_record
-from modjax.spec import MoDConfig, to_dict
+from modjax.spec import Dense, MoD, to_dict
 from tests.training.tiny import run_spec
 
 
@@ -38,7 +38,7 @@ def two_runs(finished_workdir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two") / "work"
     shutil.copytree(finished_workdir, workdir)
     (record,) = read_records(workdir)
-    spec = run_spec(mod=MoDConfig(capacity=0.25))
+    spec = run_spec(layers=(Dense(), MoD(capacity=0.25)))
     folder = run_dir(workdir, spec.run_id)
     folder.mkdir()
     (folder / "spec.json").write_text(json.dumps(to_dict(spec)))
@@ -61,7 +61,7 @@ def said(capsys):
     return said
 
 
-def test_eval_as_json_reports_losses_their_difference_and_every_block(
+def test_eval_as_json_reports_losses_their_difference_and_every_layer(
     said, where, finished_workdir
 ):
     (record,) = read_records(finished_workdir)
@@ -69,13 +69,13 @@ def test_eval_as_json_reports_losses_their_difference_and_every_block(
     assert (code, err) == (0, "")
     (values,) = json.loads(out)
     assert values["run_id"] == record.run_id
-    assert values["top_k"]["loss"] == pytest.approx(record.eval_loss, rel=1e-6)
-    gap, block = values["difference"], values["blocks"]["1_mod.0"]
-    assert set(block) == {"accuracy", "precision", "recall", "capacity", "overflow", "most"}
-    assert gap["loss"] == pytest.approx(values["causal"]["loss"] - values["top_k"]["loss"])
+    assert values["trained"]["loss"] == pytest.approx(record.eval_loss, rel=1e-6)
+    gap, layer = values["difference"], values["layers"]["1_mod.0"]
+    assert set(layer) == {"accuracy", "precision", "recall", "capacity", "overflow", "most"}
+    assert gap["loss"] == pytest.approx(values["causal"]["loss"] - values["trained"]["loss"])
 
-    assert gap["tokens"] == record.eval_tokens and 0 < gap["sem"] < values["top_k"]["sem"]
-    assert block["capacity"] == pytest.approx(record.causal_capacity)
+    assert gap["tokens"] == record.eval_tokens and 0 < gap["sem"] < values["trained"]["sem"]
+    assert layer["capacity"] == pytest.approx(record.causal_capacity)
 
 
 def test_eval_as_text_says_the_bound_and_passes_over_runs_that_cannot(said, where, two_runs):
@@ -85,11 +85,11 @@ def test_eval_as_text_says_the_bound_and_passes_over_runs_that_cannot(said, wher
                           "--slack=0.1")  # fmt: skip
     assert (code, err) == (0, "")
     name, losses, header, row = out.splitlines()[:4]
-    assert name == able and out.count("top_k") == 1
-    pattern = r"top_k (\S+) +predictor (\S+) +difference ([+-]\S+) \+- (\S+) .* over (\S+) tokens"
-    top_k, causal, difference, sem, _ = re.match(pattern, losses).groups()
-    assert float(top_k) == pytest.approx(record.eval_loss, abs=6e-5)
-    assert float(difference) == pytest.approx(float(causal) - float(top_k), abs=1.5e-4)
+    assert name == able and out.count("trained") == 1
+    pattern = r"trained (\S+) +predictor (\S+) +difference ([+-]\S+) \+- (\S+) .* over (\S+) tokens"
+    trained, causal, difference, sem, _ = re.match(pattern, losses).groups()
+    assert float(trained) == pytest.approx(record.eval_loss, abs=6e-5)
+    assert float(difference) == pytest.approx(float(causal) - float(trained), abs=1.5e-4)
     assert float(sem) > 0
     assert losses.endswith("room for 0.1 times the capacity")
     names = "block accuracy precision recall capacity overflow most"
@@ -175,17 +175,20 @@ SAMPLE = ["sample", "--prompt=x"]
     [
         (
             ["eval", "--routing=both"],
-            ["--routing = 'both'", "top_k, router, predictor, paced, threshold"],
+            ["--routing = 'both'", "trained, router, predictor, paced, threshold"],
         ),
-        (["eval", "--routing=router"], ["--routing = 'router'", "top_k, threshold, predictor"]),
+        (
+            ["eval", "--routing=router"],
+            ["--routing = 'router'", "trained, predictor, paced, threshold"],
+        ),
         (["eval", "--routing=predictor", "--slack=0"], ["--slack = 0.0", "greater than 0"]),
         (["eval", "--routing=predictor", "--slack=inf"], ["--slack = inf", "greater than 0"]),
         (["eval", "--routing=predictor", "--run=x"], ["--run = 'x'", "must be one of 1 finished"]),
         (["eval"], ["--routing"]),
-        ([*SAMPLE, "--routing=both"], ["--routing = 'both'", "top_k, router, predictor"]),
+        ([*SAMPLE, "--routing=both"], ["--routing = 'both'", "trained, router, predictor"]),
         (
-            [*SAMPLE, "--routing=top_k"],
-            ["--routing = 'top_k'", "router, predictor, paced or threshold"],
+            [*SAMPLE, "--routing=trained"],
+            ["--routing = 'trained'", "router, predictor, paced or threshold"],
         ),
         ([*SAMPLE, "--routing=router"], ["--routing = 'router'", "auxiliary_weight > 0"]),
         ([*SAMPLE, "--temperature=-1"], ["temperature = -1.0", "must be 0 or more"]),
@@ -195,7 +198,7 @@ SAMPLE = ["sample", "--prompt=x"]
         ([*SAMPLE, "--slack=inf"], ["--slack = inf", "greater than 0"]),
         ([*SAMPLE, "--tokens=0"], ["--tokens = 0", "must be greater than 0"]),
         ([*SAMPLE, "--tokens=99999999999"], ["--tokens = 99999999999", "must be at most 1000000"]),
-        (["eval", "--routing=top_k", "--slack=0.5"], ["--slack = 0.5", "never looks ahead"]),
+        (["eval", "--routing=trained", "--slack=0.5"], ["--slack = 0.5", "never looks ahead"]),
         ([*SAMPLE, "--seed=-1"], ["--seed = -1", "must be 0 or more"]),
         ([*SAMPLE, "--seed=18446744073709551616"], ["--seed = 18446744073709551616", "2**32"]),
         ([*SAMPLE, "--stop="], ["--stop = ''", "at least one character"]),
@@ -224,7 +227,7 @@ def test_which_run_must_be_clear_and_able(said, where, two_runs):
     workdir, _, unable = two_runs
     there = [f"--workdir={workdir}", where[1]]
     one_line(said(*SAMPLE, *there), "--run = None", "one of the 2 finished runs", "tiny-")
-    lacks = ["--routing = 'predictor'", "can select by top_k, threshold", "predictor_weight"]
+    lacks = ["--routing = 'predictor'", "can select by trained, threshold", "predictor_weight"]
     for verb in (SAMPLE, ["eval"]):
         one_line(said(*verb, *there, f"--run={unable}", "--routing=predictor"), *lacks)
     one_line(said(*SAMPLE, *there, f"--run={unable}"), "--workdir", f"no checkpoint of {unable}")

@@ -1,5 +1,7 @@
 """FLOPs and parameters against published tables, hand formulas and XLA's own count."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,21 @@ from modjax.flops import (
     forward_flops,
     parameters,
     run_flops,
-    selected_tokens,
     six_nd,
     total_flops,
     train_flops,
 )
 from modjax.nn import Transformer
-from modjax.spec import MoDConfig, ModelSpec, TrainConfig
+from modjax.spec import (
+    MLP,
+    Attention,
+    Dense,
+    MoD,
+    ModelSpec,
+    Seq,
+    TrainConfig,
+    selected_tokens,
+)
 
 QUICK = {"xla_backend_optimization_level": "0"}
 # Chinchilla (arXiv 2203.15556) Table A9 shapes: d_model, d_ff, heads, layers, and the ratio of
@@ -44,27 +54,33 @@ def test_chinchilla_table_a4_is_reproduced_without_embedding_and_logits(
     assert as_printed > published + 0.03
 
 
-PATTERNS = [("dense",), ("dense", "mod"), ("mod",)]
+RECEIVED = Seq(Attention(received=True), MLP())
+
+
+def patterns(dense):
+    return [(dense,), (dense, MoD(dense)), (MoD(dense),)]
+
+
 CASES = [
-    *((pattern, "gelu", 8, 0.0) for pattern in PATTERNS),
-    *((pattern, "swiglu", 2, 0.0) for pattern in PATTERNS),
-    (("token_choice", "threshold"), "gelu", 8, 1.0),
-    (("dense", "attention"), "gelu", 8, 1.0),
-]
+    *((pattern, 8) for pattern in patterns(Dense())),
+    *((pattern, 2) for pattern in patterns(Dense("swiglu"))),
+    ((MoD(router="token_choice", predictor_weight=1.0),
+      MoD(router="threshold", predictor_weight=1.0)), 8),
+    ((RECEIVED, MoD(router="received", predictor_weight=1.0)), 8),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern, mlp, kv_heads, predictor_weight", CASES)
-def test_matrix_products_agree_with_what_xla_counts(pattern, mlp, kv_heads, predictor_weight):
+@pytest.mark.parametrize("layers, kv_heads", CASES)
+def test_matrix_products_agree_with_what_xla_counts(layers, kv_heads):
     # Elementwise work is a share of about 1/d of XLA's count: a wide model isolates the products.
     # 128 positions are one query chunk, in which attention skips no future keys.
-    config = ModelSpec(1024, 768, 2, 8, kv_heads, 3072, mlp=mlp, pattern=pattern,
-                         mod=MoDConfig(predictor_weight=predictor_weight))  # fmt: skip
+    config = ModelSpec(1024, 768, 2, 8, kv_heads, 3072, layers)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), layer_loop="unroll"))
     graphdef, params = nnx.split(model)
 
     def forward(params, tokens):
-        logits, aux = nnx.merge(graphdef, params)(tokens)
-        return logits, [slot.get("predictor_BL") for slot in aux.values()]
+        logits, records = nnx.merge(graphdef, params)(tokens)
+        return logits, [record.predictor_BL for record in records.values()]
 
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     counted = jax.jit(forward).lower(params, tokens).compile(QUICK).cost_analysis()["flops"]
@@ -72,8 +88,8 @@ def test_matrix_products_agree_with_what_xla_counts(pattern, mlp, kv_heads, pred
 
 
 def test_components_of_a_small_model_equal_a_count_by_hand():
-    model = ModelSpec(10, 4, 2, 2, 1, 6, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.5))
-    got = forward_flops(model, 8)  # 8 tokens in the dense block, 4 in the routed one
+    model = ModelSpec(10, 4, 2, 2, 1, 6, (Dense(), MoD(capacity=0.5)))
+    got = forward_flops(model, 8)  # 8 tokens in the dense layer, 4 in the routed one
     assert got == {
         "embedding": 2 * 8 * 10 * 4,
         "qkv": 2 * (8 + 4) * 4 * (4 + 2 + 2),
@@ -90,9 +106,10 @@ def test_components_of_a_small_model_equal_a_count_by_hand():
 
 
 def test_routers_and_predictors_of_every_kind_equal_a_count_by_hand():
-    pattern = ("dense", "attention", "token_choice", "threshold")
-    mod = MoDConfig(capacity=0.25, slack=1.5, predictor_weight=1.0)
-    model = ModelSpec(10, 8, 8, 2, 2, 6, pattern=pattern, mod=mod)
+    mod = MoD(capacity=0.25, slack=1.5, predictor_weight=1.0)
+    routers = ("received", "token_choice", "threshold")
+    layers = (RECEIVED, *(dataclasses.replace(mod, router=router) for router in routers))
+    model = ModelSpec(10, 8, 8, 2, 2, 6, layers)
     got = forward_flops(model, 8)  # 8, 2 and 2 tokens, and 3 where there is room for 1.5 times 2
     assert got["mlp"] == 2 * 2 * (8 + 2 + 2 + 3) * 2 * 8 * 6
     assert got["scores"] == 2 * 2 * (64 + 4 + 4 + 9) * 8
@@ -104,12 +121,12 @@ def test_routers_and_predictors_of_every_kind_equal_a_count_by_hand():
     counts = parameters(model)
     assert counts["router"] == 2 * 8 * (0 + 2 + 1)
     assert counts["predictor"] == 2 * 3 * (8 * 2 + 2 + 2)
-    plain = parameters(ModelSpec(10, 8, 8, 2, 2, 6, pattern=("dense",)))
+    plain = parameters(ModelSpec(10, 8, 8, 2, 2, 6, (Dense(),)))
     assert counts["total"] == plain["total"] + counts["router"] + counts["predictor"]
 
 
 def test_a_run_costs_what_its_steps_cost():
-    model = ModelSpec(10, 4, 2, 2, 1, 6, pattern=("dense", "mod:0.0625"))
+    model = ModelSpec(10, 4, 2, 2, 1, 6, (Dense(), MoD(capacity=0.0625)))
     train = TrainConfig(5, 32, 12, 1e-3, 0)
     k = 2
     # Forward and backward of 5 sequences: 32 tokens in the dense block, k in the routed.
@@ -120,17 +137,17 @@ def test_a_run_costs_what_its_steps_cost():
 
 def test_every_other_block_at_an_eighth_needs_nine_sixteenths_of_the_linear_flops():
     dense = ModelSpec(32_000, 1024, 8, 8, 8, 4096)
-    mod = ModelSpec(32_000, 1024, 8, 8, 8, 4096, pattern=("dense", "mod"))
+    mod = ModelSpec(32_000, 1024, 8, 8, 8, 4096, (Dense(), MoD()))
     for name in ("qkv", "output", "mlp"):
         assert forward_flops(mod, 2048)[name] / forward_flops(dense, 2048)[name] == 0.5625
 
 
 def test_each_place_of_the_pattern_can_have_a_capacity_of_its_own():
-    pattern = ("dense", "mod:0.5", "dense", "mod:0.25")
-    mixed = ModelSpec(50, 16, 4, 2, 2, 64, pattern=pattern)
+    layers = (Dense(), MoD(capacity=0.5), Dense(), MoD(capacity=0.25))
+    mixed = ModelSpec(50, 16, 4, 2, 2, 64, layers)
     full, half, quarter = (
-        forward_flops(ModelSpec(50, 16, 1, 2, 2, 64, pattern=(entry,)), 64)["mlp"]
-        for entry in ("dense", "mod:0.5", "mod:0.25")
+        forward_flops(ModelSpec(50, 16, 1, 2, 2, 64, (layer,)), 64)["mlp"]
+        for layer in (layers[0], layers[1], layers[3])
     )
     assert (half, quarter) == (full / 2, full / 4)
     assert forward_flops(mixed, 64)["mlp"] == 2 * full + half + quarter
@@ -140,7 +157,7 @@ def test_each_place_of_the_pattern_can_have_a_capacity_of_its_own():
 
 def test_parameters_active_per_token_count_routed_blocks_by_capacity():
     dense = parameters(ModelSpec(50, 16, 4, 2, 2, 64))
-    mod = parameters(ModelSpec(50, 16, 4, 2, 2, 64, pattern=("dense", "mod")))
+    mod = parameters(ModelSpec(50, 16, 4, 2, 2, 64, (Dense(), MoD())))
     block = 4 * 16 * 16 + 2 * 16 * 64 + 2 * 16
     assert dense["active"] == dense["non_embedding"] == 4 * block + 16
     assert mod["non_embedding"] == dense["non_embedding"] + 2 * 16
@@ -151,16 +168,16 @@ def test_parameters_active_per_token_count_routed_blocks_by_capacity():
 
 def test_capacity_selects_the_same_number_of_tokens_as_the_model():
     capacities = (0.3, 0.32, 0.01, 1.0)
-    pattern = tuple(f"mod:{capacity}" for capacity in capacities)
-    config = ModelSpec(10, 8, len(pattern), 2, 1, 8, pattern=pattern)
+    layers = tuple(MoD(capacity=capacity) for capacity in capacities)
+    config = ModelSpec(10, 8, len(layers), 2, 1, 8, layers)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(model)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
     def selected(params, tokens):
-        aux = nnx.merge(graphdef, params)(tokens)[1]
-        return [aux[f"{i}_mod"]["selected_BL"].sum(axis=-1) for i in range(len(pattern))]
+        records = nnx.merge(graphdef, params)(tokens)[1]
+        return [records[f"{i}_mod"].selected_BL.sum(axis=-1) for i in range(len(layers))]
 
     counts = jax.jit(selected, compiler_options=QUICK)(params, rng.integers(0, 10, (2, 24)))
     in_the_model = [count.tolist() for count in counts]

@@ -157,5 +157,8 @@ class MoD(MoDConfig, Layer):
         slots = cache_slots(self.capacity, length, slack)
         return self.inner.cache_numbers(shape, slots, slack)
 
+    def hands_on(self) -> frozenset[str]:
+        return frozenset()  # of some positions only
+
     def needs(self) -> frozenset[str]:
         return super().needs() | ({self.facts.handed} if self.facts.handed else frozenset())

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from modjax.errors import InputError
+from modjax.errors import InputError, require
 
 
 def write(spec: Any) -> str:
@@ -33,6 +33,11 @@ def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tupl
     Raises InputError naming `field` for anything but calls of these names with plain values.
     """
 
+    def finite(plain: Any) -> Any:
+        fits = not isinstance(plain, int | float) or abs(plain) < 1e308
+        require(fits, field, plain, "must be finite")
+        return plain
+
     def value(node: ast.expr) -> Any:
         match node:
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
@@ -44,9 +49,9 @@ def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tupl
                 except TypeError as error:
                     raise InputError(field, ast.unparse(node), str(error)) from error
             case ast.Constant(value=plain):
-                return plain
+                return finite(plain)
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-                return -number
+                return finite(-number)
         raise InputError(field, ast.unparse(node), "must be calls such as MoD(Dense())")
 
     try:

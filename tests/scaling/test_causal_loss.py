@@ -26,7 +26,7 @@ def records(make_sweep):
 
 
 def test_the_optima_move_by_what_causal_routing_costs(records):
-    trained, causal = (fit_all(records, loss=loss, draws=50) for loss in ("top_k", "causal"))
+    trained, causal = (fit_all(records, loss=loss, draws=50) for loss in ("trained", "causal"))
     for ours, theirs in zip(causal.parabolas, trained.parabolas, strict=True):
         assert ours.loss - theirs.loss == pytest.approx(0 if ours.arm == "dense" else COST)
         assert ours.optimum == pytest.approx(theirs.optimum)
@@ -45,13 +45,13 @@ def test_a_routed_run_without_a_causal_loss_is_named(records, how):
     records[-1] = dataclasses.replace(records[-1], **changes)
     with pytest.raises(InputError, match=f"--loss = 'causal'.*{re.escape(records[-1].run_id)}"):
         fit_all(records, loss="causal", draws=50)
-    fit_all(records, loss="top_k", draws=50)
+    fit_all(records, loss="trained", draws=50)
 
 
 def test_a_report_says_which_loss_it_shows_and_its_table_of_runs_keeps_both(records, make_workdir):
     workdir = make_workdir(records)
     text = report(workdir, "causal").read_text()
-    assert ">causal loss<" in text and ">top_k loss<" not in text
+    assert ">causal loss<" in text and ">trained loss<" not in text
     assert "under routing that never looks ahead" in text
     mod = next(r for r in records if r.variant == "mod")
     bits = mod.eval_bits_per_byte * mod.causal_loss / mod.eval_loss
@@ -65,4 +65,4 @@ def test_a_report_says_which_loss_it_shows_and_its_table_of_runs_keeps_both(reco
     assert float(rows[mod.run_id]["eval_loss"]) == mod.eval_loss
     assert float(rows[mod.run_id]["causal_loss"]) == mod.causal_loss
     assert float(rows[mod.run_id]["eval_bits_per_byte"]) == mod.eval_bits_per_byte
-    assert ">top_k loss<" in report(workdir).read_text()
+    assert ">trained loss<" in report(workdir).read_text()

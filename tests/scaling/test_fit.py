@@ -252,7 +252,7 @@ def test_a_run_whose_causal_loss_was_not_finite_is_left_out_of_causal_fits_and_l
     fits = fit_all([*records[:2], lost, *records[3:]], loss="causal", draws=50)
     assert fits.diverged == (lost.run_id,)
     assert only(fits, quantity="parameters").runs == 5
-    assert fit_all([lost, *records[3:]], loss="top_k", draws=50).diverged == ()
+    assert fit_all([lost, *records[3:]], loss="trained", draws=50).diverged == ()
 
 
 GEOMETRIC = {count: tuple(1e12 * np.geomspace(1, 100, count)) for count in (3, 4, 5, 10)}

@@ -13,6 +13,7 @@ from modjax.scaling.cells import cells
 from modjax.scaling.experiment import load
 from modjax.scaling.fit import fit_all
 from modjax.scaling.foretell import CURVATURE, NOISE, foretell
+from modjax.spec import Dense, MoD
 from modjax.tables import plan_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -49,7 +50,7 @@ def test_every_config_plans_on_budget_and_on_centre(name):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_steps_spend_the_budget_by_a_hand_count(name):
     for spec in load(str(CONFIGS / name)).specs:
-        if spec.model.pattern != ("dense",):
+        if spec.model.layers != (Dense(),):
             continue
         spent = 3 * dense_forward_flops_per_token(spec) * spec.train.tokens
         assert spent == pytest.approx(spec.budget_flops, rel=0.01)
@@ -104,12 +105,13 @@ def test_other_arms_match_the_baselines_forward_flops():
 
 def test_arms_of_one_size_rule_differ_only_in_what_the_config_says():
     # A predictor is paid for from the budget, in steps: without it the arms train alike.
-    unpaid = ["sweep.arms.mod12.mod.predictor_weight=0.0"]
+    unpaid = ["sweep.arms.mod12.layers=Dense(), MoD(Dense(), capacity=0.125)"]
     specs = load(str(CONFIGS / "isoflop_cpu.py"), unpaid).specs
     for mod, control in zip(of(specs, "mod12"), of(specs, "random12"), strict=True):
         assert mod.train == control.train
         assert mod.model.d_model == control.model.d_model
-        assert (mod.model.pattern[1], control.model.pattern[1]) == ("mod", "stochastic")
+        assert mod.model.layers == (Dense(), MoD(capacity=0.125))
+        assert control.model.layers == (Dense(), MoD(capacity=0.125, router="stochastic"))
 
 
 def test_the_recipe_follows_its_rules_of_width_and_budget():
@@ -226,10 +228,11 @@ BAD = {
     "sweep.shape=3": "--config.sweep.shape = '3': is a group; set one of its fields: ",
     "train.steps=100": "--config.train.steps = '100': unknown",
     "model.d_model=64": "--config.model.d_model = '64': unknown",
-    "model.mlp=tanh": "model.mlp = 'tanh': must be one of gelu",
-    "model.pattern=moe": "model.pattern = 'moe': must be one of dense, mod, stochastic",
-    "sweep.arms.mod12.mod.capacity=1.5": "model.mod.capacity = 1.5: must be in (0, 1]",
-    "sweep.arms.mod12.mod.capacity=0": "model.mod.capacity = 0.0: must be in (0, 1]",
+    "model.layers=Dense('tanh')": "MLP.activation = 'tanh': must be one of gelu",
+    "model.layers=Moe()": "model.layers = 'Moe': unknown; known: Attention, Dense, MLP, MoD",
+    "sweep.arms.mod12.layers=MoD(capacity=1.5)": "MoD.capacity = 1.5: must be in (0, 1]",
+    "sweep.arms.mod12.layers=MoD(capacity=0)": "MoD.capacity = 0: must be in (0, 1]",
+    "sweep.arms.mod12.layers=MoD(router='moe')": "MoD.router = 'moe': must be one of expert_choice",
     "sweep.shape.width_multiple=7": "sweep.shape.width_multiple = 7: must be even",
     "sweep.shape.layer_multiple=3": "sweep.shape.layer_multiple = 3: must be a multiple of arm",
     "sweep.budgets=1e3": "sweep.budgets = 1000.0: too small for a step of arm dense",
@@ -310,8 +313,9 @@ def test_a_seed_or_name_that_no_run_can_have_is_refused():
 
 BAD_ARMS = {
     "sweep.arms={'a': {'recipe': 3}}": "sweep.arms.a.recipe = 3: must be a group of fields",
-    "sweep.arms={'a': {'pattern': 3}}": "sweep.arms.a.pattern = 3: must be a list of blocks",
-    "sweep.arms={'a': {'pattern': 'mod'}}": "sweep.arms.a.pattern = 'mod': must be a list of",
+    "sweep.arms={'a': {'layers': 3}}": "sweep.arms.a.layers = '3': must be calls such as MoD(",
+    "sweep.arms={'a': {'layers': 'mod'}}": "sweep.arms.a.layers = 'mod': must be calls such as",
+    "sweep.arms={'a': {'layers': 'Moe()'}}": "sweep.arms.a.layers = 'Moe': unknown; known: Att",
     "sweep.arms={'a': 3}": "sweep.arms.a = 3: must be a group of fields",
     "sweep.arms=[1]": "sweep.arms = [1]: must be a group of arms",
 }
@@ -333,8 +337,9 @@ def test_an_arm_of_the_wrong_type_is_one_line(arms, tmp_path):
 
 @pytest.mark.parametrize("override", BAD)
 def test_bad_input_is_one_line_that_names_field_value_and_remedy(override):
-    # The arms set their own patterns, so a bad pattern of the model needs an arm without one.
-    more = ["sweep.arms={'plain': {}}", "sweep.baseline=plain"] if "pattern" in override else []
+    # The arms set their own layers, so bad layers of the model need an arm without them.
+    plain = ["sweep.arms={'plain': {}}", "sweep.baseline=plain"]
+    more = plain if override.startswith("model.layers") else []
     with pytest.raises(InputError) as caught:
         load(TINY, [override, *more])
     assert str(caught.value).startswith(BAD[override])
@@ -351,7 +356,9 @@ def test_a_bad_config_file_is_named(tmp_path):
     with pytest.raises(InputError, match="the budget must be one of 6e18, 2e19, 1e20"):
         load(str(CONFIGS / "paper.py:7e18"))
     arms = tmp_path / "arms.py"
-    arms.write_text(Path(TINY).read_text().replace('"mod": {"capacity"', '"mode": {"capacity"'))
+    arms.write_text(
+        Path(TINY).read_text().replace('"layers": "Dense(), MoD', '"mode": "Dense(), MoD')
+    )
     with pytest.raises(InputError, match=r"sweep.arms.mod12.mode = .*unknown; an arm can change"):
         load(str(arms))
     planned = tmp_path / "planned.py"

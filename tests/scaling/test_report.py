@@ -117,15 +117,15 @@ def test_a_spec_is_told_once_by_run_by_arm_or_for_all(make_sweep, make_workdir):
         spec = {
             "variant": record.variant, "model": {
                 "d_model": record.d_model, "d_ff": 4 * record.d_model,
-                "pattern": ["dense", "mod"] if routed else ["dense"], "vocab": 259,
+                "layers": ["Dense()", "MoD(Dense())"] if routed else ["Dense()"], "vocab": 259,
             }, "train": {"warmup_steps": 20 if routed else 10 + i},
         }  # fmt: skip
         (workdir / "runs" / record.run_id / "spec.json").write_text(json.dumps(spec))
     text = report(workdir).read_text()
     assert cells(section(text, "The same in every run")) == [["model.vocab", "259"]]
     assert cells(section(text, "The same in every run of an arm")) == [
-        ["dense", "[&quot;dense&quot;]"],
-        ["mod", "[&quot;dense&quot;, &quot;mod&quot;]"],
+        ["dense", "[&quot;Dense()&quot;]"],
+        ["mod", "[&quot;Dense()&quot;, &quot;MoD(Dense())&quot;]"],
     ]
     runs = section(text, "Runs")
     heads = re.findall(r"<button>([^<]*)", runs)

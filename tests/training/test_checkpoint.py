@@ -20,7 +20,9 @@ IDENTITY = {"run_id": "this", "data_fingerprint": "f"}
 def state_at(step: int) -> TrainState:
     rng = np.random.default_rng(step)
     params = {"w": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)}
-    return TrainState(params, {"m": params["w"] * 2}, jnp.int32(step), jnp.int32(0), jnp.float32(0),
+    measured = {"threshold": params["w"][0] * 3}
+    moments = {"m": params["w"] * 2}
+    return TrainState(params, measured, moments, jnp.int32(step), jnp.int32(0), jnp.float32(0),
                       jnp.int32(0))  # fmt: skip
 
 

@@ -5,16 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.training.evaluate import (
-    Quality,
-    Scores,
-    difference,
-    evaluate,
-    mean_quality,
-    quality,
-    summarise,
-)
-from modjax.training.step import decisions
+from modjax.nn import Routed
+from modjax.nn.routed import Quality, mean_quality, quality
+from modjax.training.evaluate import Scores, difference, evaluate, summarise
 
 
 def test_equal_weights_give_the_textbook_mean_and_standard_error():
@@ -46,8 +39,8 @@ def test_sequences_without_weight_are_padding():
 
 
 def test_batches_are_joined_and_numbered():
-    def eval_step(params, batch, index):
-        return np.asarray(batch) * params, np.full(len(batch), 1.0 + int(index)), {}
+    def eval_step(weights, batch, index):
+        return np.asarray(batch) * weights, np.full(len(batch), 1.0 + int(index)), {}
 
     result = summarise(evaluate(eval_step, 2.0, [[1.0, 2.0], [3.0, 4.0]]))
     assert result.loss == pytest.approx(20 / 6)
@@ -65,16 +58,19 @@ def test_differences_are_paired_so_what_sequences_share_cancels():
     assert found.sem < summarise(Scores(hard_B, weight_B, {})).sem / 10
 
 
-def test_decisions_are_judged_per_block_over_scored_sequences_and_valid_positions():
+def test_decisions_are_judged_per_layer_over_scored_sequences_and_valid_positions():
     rng = np.random.default_rng(4)
     valid_BL = np.arange(10) < np.array([[10], [6], [10], [10]])
     weight_B = np.array([9.0, 6.0, 8.0, 0.0])  # the last sequence pads the batch
     wanted, target = (rng.random((2, 2, 4, 10)) < 0.5) & valid_BL
     selected = wanted & (np.cumsum(wanted, axis=2) <= 3)
     masks = {"wanted_BL": wanted, "selected_BL": selected, "target_BL": target}
-    slot = {name: jnp.asarray(mask) for name, mask in masks.items()}
-    counts = decisions({"1_mod": slot}, jnp.asarray(valid_BL))
-    found = quality(Scores(np.ones(4), weight_B, jax.device_get(counts)))
+    unread = dict.fromkeys(("scores_BL", "predictor_BL", "auxiliary_BL", "k_B", "kth_B"))
+    record = Routed(
+        **{name: jnp.asarray(mask) for name, mask in masks.items()}, **unread, losses={}
+    )
+    counts = jax.vmap(lambda record: record.counts(jnp.asarray(valid_BL)), out_axes=1)(record)
+    found = quality(jax.device_get({"1_mod": counts}), weight_B)
     assert list(found) == ["1_mod.0", "1_mod.1"]
     expected = []
     for g in range(2):
@@ -87,4 +83,4 @@ def test_decisions_are_judged_per_block_over_scored_sequences_and_valid_position
         assert found[f"1_mod.{g}"] == pytest.approx(expected[g])
     mean = mean_quality(found.values())
     assert mean[:-1] == pytest.approx(np.mean(expected, axis=0)[:-1])
-    assert mean.most == pytest.approx(max(block.most for block in expected))
+    assert mean.most == pytest.approx(max(layer.most for layer in expected))

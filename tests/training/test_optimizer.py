@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from modjax.spec import TrainConfig
-from modjax.training.optimizer import is_matrix, learning_rate, make_optimizer, make_schedule
+from modjax.spec import Dense, Execution, MoD, TrainConfig
+from modjax.training.optimizer import Role, learning_rate, make_schedule, optimizer_for
+from modjax.training.state import abstract_model
+from tests.training.tiny import model
 
 
 def config(**changes) -> TrainConfig:
@@ -37,24 +39,32 @@ def test_every_step_has_the_rate_of_a_cosine_that_ends_at_the_last_step(warmup, 
     assert all(rate > 0 for rate in ours[:-1])
 
 
-AXES = {
-    "embedding": ("vocab", "embed"),
-    "w": ("layers", "embed", "mlp"),
-    "heads": ("layers", "embed", "heads", "head_dim"),
-    "scale": ("layers", "norm"),
-    "final": ("norm",),
+ROLES = {
+    "embedding": Role("embedding", decays=True),
+    "w": Role("weight", decays=True),
+    "heads": Role("weight", decays=True),
+    "scale": Role("norm", decays=False),
+    "final": Role("norm", decays=False),
 }
 
 
 def test_stacked_vectors_are_no_matrices():
-    assert is_matrix(AXES) == {
-        "embedding": True, "w": True, "heads": True, "scale": False, "final": False
-    }  # fmt: skip
+    split = abstract_model(model(layers=(Dense(), MoD(predictor_weight=1.0))), Execution())
+    vectors = {"scale", "predictor/line", "predictor/w_out", "router/w"}
+    roles = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): role
+        for path, role in jax.tree_util.tree_leaves_with_path(split.roles)
+    }
+    assert len(roles) == len(jax.tree.leaves(split.params))
+    matrices = {"w_qkv", "w_out", "w_in", "embedding", "w_logits"}
+    assert matrices < {path.split("/")[-1] for path in roles}
+    for path, role in roles.items():
+        assert role.decays != any(path.endswith(name) for name in vectors), path
 
 
 def test_updates_equal_numpy_adamw_with_clipping_and_decay_on_matrices_only():
     train = config(steps=6, warmup_steps=2, weight_decay=0.3, clip_norm=0.7, b1=0.8, b2=0.95)
-    optimizer = make_optimizer(train, make_schedule(train), AXES)
+    optimizer = optimizer_for(ROLES, train, make_schedule(train))
     rng = np.random.default_rng(0)
     shapes = {
         "embedding": (5, 4),

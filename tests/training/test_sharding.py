@@ -22,11 +22,11 @@ from modjax.nn.sharding import (
     partition_spec,
     per_sequence,
 )
-from modjax.spec import Execution, MoDConfig
+from modjax.spec import Dense, Execution, MoD
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch, init_state
 from modjax.training.sharding import check_batch, make_mesh, param_shardings, put_batch
-from modjax.training.state import abstract_model, abstract_state
+from modjax.training.state import abstract_model, abstract_state, joined
 from modjax.training.step import make_train_step
 from tests.training.tiny import (
     QUICK,
@@ -39,19 +39,22 @@ from tests.training.tiny import (
 
 SPECS = Path(__file__).with_name("partition_specs.json")
 CUBE = Execution(data=2, fsdp=2, tensor=2)
-# Every kind of block and of parameter.
+SWIGLU = Dense("swiglu")
+# Every kind of layer and of parameter.
 EVERYTHING = model(
-    pattern=("dense", "mod", "stochastic", "token_choice"), num_layers=4, mlp="swiglu",
-    tie_embeddings=False, mod=MoDConfig(predictor_weight=1.0),
+    layers=(SWIGLU, *(MoD(SWIGLU, router=router, predictor_weight=1.0)
+                      for router in ("expert_choice", "stochastic", "token_choice"))),
+    num_layers=4, tie_embeddings=False,
 )  # fmt: skip
 
 
 def partition_specs() -> dict[str, list]:
+    """Of every parameter, and of what training measures."""
     split = abstract_model(EVERYTHING, CUBE)
-    shardings = param_shardings(make_mesh(CUBE), split.params, split.logical_axes)
-    leaves = jax.tree_util.tree_leaves_with_path(shardings)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(sharding.spec)
-            for path, sharding in leaves}  # fmt: skip
+    state = abstract_state(make_mesh(CUBE), split, train_config())
+    leaves = jax.tree_util.tree_leaves_with_path(joined(state.params, state.measured))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.sharding.spec)
+            for path, leaf in leaves}  # fmt: skip
 
 
 def compile_step(model_config, train, execution):
@@ -85,7 +88,7 @@ def test_moments_lie_where_their_parameters_do():
 def test_2x2x2_gives_the_loss_and_gradients_of_one_device(accumulation):
     # Without clipping or decay, the first moment after one step is 1 - b1 = 1 times the gradient.
     train = train_config(b1=0.0, clip_norm=1e9, accumulation=accumulation)
-    config = model(num_kv_heads=2, mlp="swiglu")
+    config = model(num_kv_heads=2, layers=(SWIGLU, MoD(SWIGLU, capacity=0.25)))
     batch = random_batch(0, 8, 32)
     compiled, split, mesh = compile_step(config, train, CUBE)
     with jax.set_mesh(mesh):
@@ -102,8 +105,9 @@ def test_2x2x2_gives_the_loss_and_gradients_of_one_device(accumulation):
         jax.tree.leaves(sharded.opt_state), jax.tree.leaves(single.opt_state), strict=True
     ):
         np.testing.assert_allclose(ours, reference, atol=1e-5)
-    for slot, aux in expected["aux"].items():
-        np.testing.assert_array_equal(metrics["aux"][slot]["selected_BL"], aux["selected_BL"])
+    assert expected["records"]
+    for name, record in expected["records"].items():
+        np.testing.assert_array_equal(metrics["records"][name].selected_BL, record.selected_BL)
 
 
 def collectives(model_config, execution) -> collections.Counter:
@@ -124,7 +128,7 @@ def count_collectives(compiled) -> collections.Counter:
     [Execution(), pytest.param(Execution(data=2, fsdp=4), marks=pytest.mark.slow), CUBE],
 )
 def test_routing_adds_no_collective(execution):
-    dense = collectives(model(pattern=("dense", "dense")), execution)
+    dense = collectives(model(layers=(Dense(), Dense())), execution)
     assert dense["all-reduce"] > 0
     assert collectives(model(), execution) == dense
 
@@ -182,7 +186,7 @@ def test_every_logical_axis_maps_to_axes_of_the_mesh():
     mesh = AbstractMesh((2, 2, 2, 1), MESH_AXES)
     for name in LOGICAL_TO_MESH:
         jax.sharding.NamedSharding(mesh, partition_spec((name,)))
-    assert partition_spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), None)
+    assert partition_spec(("batch", "length")) == PartitionSpec(("data", "fsdp", "expert"), None)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import Execution, MoDConfig
-from modjax.training.state import abstract_model
+from modjax.spec import Dense, Execution, MoD
+from modjax.training.state import abstract_model, joined
 from modjax.training.step import make_eval_step
 from tests.training.tiny import (
     QUICK,
@@ -19,7 +19,7 @@ from tests.training.tiny import (
 )
 
 # With the losses of routers, which are minimised and not reported.
-ROUTED = model(mod=MoDConfig(capacity=0.25, auxiliary_weight=0.5, predictor_weight=1.0))
+ROUTED = model(layers=(Dense(), MoD(capacity=0.25, auxiliary_weight=0.5, predictor_weight=1.0)))
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,12 @@ def test_loss_is_the_weighted_mean_of_numpy_cross_entropy(step):
     state = initial_state(ROUTED)
     split = abstract_model(ROUTED, Execution())
     batch = random_batch(0, 8, 32)
+    weights = joined(state.params, state.measured)
+    inputs = batch.inputs_BL, batch.segment_ids_BL
     forward = jax.jit(
-        lambda params: nnx.merge(split.graphdef, params)(batch.inputs_BL, batch.segment_ids_BL)[0],
-        compiler_options=QUICK,
+        lambda weights: nnx.merge(split.graphdef, weights)(*inputs)[0], compiler_options=QUICK
     )
-    logits_BLV = np.asarray(forward(state.params), np.float64)
+    logits_BLV = np.asarray(forward(weights), np.float64)
     total, count = 0.0, 0.0
     for b in range(8):
         for i in range(32):
@@ -46,7 +47,7 @@ def test_loss_is_the_weighted_mean_of_numpy_cross_entropy(step):
 
     eval_step = make_eval_step(split.graphdef, train_config(document_mask=True))
     sums_B, weights_B, _ = jax.jit(eval_step, compiler_options=QUICK)(
-        state.params, batch, jnp.int32(0), jnp.int32(0)
+        weights, batch, jnp.int32(0), jnp.int32(0)
     )
     assert float(jnp.sum(sums_B)) == pytest.approx(total, rel=1e-5)
     np.testing.assert_allclose(weights_B, batch.weights_BL.sum(axis=1))
@@ -66,20 +67,21 @@ def test_targets_of_weight_zero_change_nothing(step):
 
 def test_segments_matter_with_a_document_mask_only(step):
     batch = random_batch(2, 8, 32)
-    joined = batch._replace(segment_ids_BL=np.ones_like(batch.segment_ids_BL))
+    one_segment = batch._replace(segment_ids_BL=np.ones_like(batch.segment_ids_BL))
     blind = one_device_step(ROUTED, train_config(document_mask=False))
 
     def loss(step, batch):
         return float(step(initial_state(ROUTED), batch)[1]["loss"])
 
-    assert loss(step, batch) != loss(step, joined)
-    assert loss(blind, batch) == loss(blind, joined)
+    assert loss(step, batch) != loss(step, one_segment)
+    assert loss(blind, batch) == loss(blind, one_segment)
 
 
 def test_the_state_is_donated(step):
     state = initial_state(ROUTED)
     step(state, random_batch(0, 8, 32))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    donated = jax.tree.leaves((state.params, state.measured, state.opt_state))
+    assert all(leaf.is_deleted() for leaf in donated)
 
 
 def test_accumulated_micro_batches_equal_the_full_batch(step):
@@ -92,10 +94,9 @@ def test_accumulated_micro_batches_equal_the_full_batch(step):
     # The first moment is 1 - b1 times the clipped gradient.
     for a, b in zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
-    for slot in metrics["aux"]:
-        np.testing.assert_array_equal(
-            metrics["aux"][slot]["selected_BL"], accumulated["aux"][slot]["selected_BL"]
-        )
+    assert metrics["records"]
+    for name, record in metrics["records"].items():
+        np.testing.assert_array_equal(record.selected_BL, accumulated["records"][name].selected_BL)
 
 
 def test_the_first_step_that_is_not_finite_is_kept(step):
@@ -110,14 +111,14 @@ def test_the_first_step_that_is_not_finite_is_kept(step):
 
 
 def test_stochastic_routing_draws_anew_every_step_and_the_same_in_a_rerun():
-    config = model(pattern=("stochastic",))
+    config = model(layers=(MoD(capacity=0.25, router="stochastic"),))
     step = one_device_step(config, train_config())
 
     def selections():
         state, masks = initial_state(config), []
         for _ in range(2):
             state, metrics = step(state, random_batch(0, 8, 32))
-            masks.append(np.asarray(metrics["aux"]["0_stochastic"]["selected_BL"]))
+            masks.append(np.asarray(metrics["records"]["0_mod"].selected_BL))
         return masks
 
     (first, second), (again, _) = selections(), selections()
@@ -126,10 +127,11 @@ def test_stochastic_routing_draws_anew_every_step_and_the_same_in_a_rerun():
 
 
 def test_the_seed_decides_the_initial_parameters():
-    one, other = initial_state(ROUTED, 0).params, initial_state(ROUTED, 1).params
-    for params in (one, other):  # thresholds and lines of predictors start alike
-        block = params["blocks"]["1_mod"]
-        assert not np.any(block.pop("threshold"))
+    states = initial_state(ROUTED, 0), initial_state(ROUTED, 1)
+    one, other = (state.params for state in states)
+    for state in states:  # thresholds and lines of predictors start alike
+        assert not np.any(state.measured["stack"]["blocks"]["1_mod"]["threshold"])
+        block = state.params["stack"]["blocks"]["1_mod"]
         np.testing.assert_array_equal(block["predictor"].pop("line"), [[1, 0]])
     for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
         assert np.all(np.asarray(a) == 1) or not np.array_equal(a, b)

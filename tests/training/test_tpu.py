@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from modjax.nn.sharding import MESH_AXES
-from modjax.spec import Execution, ModelSpec, TrainConfig
+from modjax.spec import Dense, Execution, MoD, ModelSpec, TrainConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch
 from modjax.training.state import abstract_model, abstract_state
@@ -45,7 +45,7 @@ def compile_for_tpu(config: ModelSpec):
 @pytest.mark.slow
 def test_routing_adds_no_collective_and_no_memory_on_a_tpu_slice():
     dense = compile_for_tpu(DENSE)
-    mod = compile_for_tpu(dataclasses.replace(DENSE, pattern=("dense", "mod")))
+    mod = compile_for_tpu(dataclasses.replace(DENSE, layers=(Dense(), MoD())))
     assert set(count_collectives(mod)) <= set(count_collectives(dense))
     used, budget = (
         c.memory_analysis().temp_size_in_bytes + c.memory_analysis().argument_size_in_bytes

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from modjax.training.finished import choose, compare, open_run
 
 from modjax.data.batches import eval_batches
 from modjax.errors import InputError
+from modjax.finished.runs import choose, compare, open_run
 from modjax.records import read_records, run_dir, write_record
-from modjax.spec import to_dict
+from modjax.spec import Dense, to_dict
 from tests.nn.small import QUICK
 
 
@@ -45,23 +45,23 @@ def expected(run):
     )  # fmt: skip
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def forward(params, tokens_BL):
-        model = nnx.merge(run.model.graphdef, params)
+    def forward(weights, tokens_BL):
+        model = nnx.merge(run.model.graphdef, weights)
         return {
-            "top_k": model(tokens_BL),
+            "trained": model(tokens_BL),
             "predictor": model(tokens_BL, routing="predictor"),
             "bounded": model(tokens_BL, routing="predictor", slack=1e-9),
         }
 
-    params = jax.device_get(run.params)
-    found = jax.device_get(forward(params, jnp.asarray(batch.inputs_BL)))
-    # A router whose scores are 0 adds nothing: the block is passed by.
-    router = params["blocks"]["1_mod"]["router"]
+    weights = jax.device_get(run.weights)
+    found = jax.device_get(forward(weights, jnp.asarray(batch.inputs_BL)))
+    # A router whose scores are 0 adds nothing: the layer is passed by.
+    router = weights["stack"]["blocks"]["1_mod"]["router"]
     router["w"] = np.zeros_like(router["w"])
-    found["bypassed"] = jax.device_get(forward(params, jnp.asarray(batch.inputs_BL)))["top_k"]
+    found["bypassed"] = jax.device_get(forward(weights, jnp.asarray(batch.inputs_BL)))["trained"]
     return {
-        name: (numpy_loss(logits_BLV, batch.targets_BL), aux["1_mod"])
-        for name, (logits_BLV, aux) in found.items()
+        name: (numpy_loss(logits_BLV, batch.targets_BL), records["1_mod"])
+        for name, (logits_BLV, records) in found.items()
     }
 
 
@@ -75,28 +75,28 @@ def numpy_loss(logits_BLV, targets_BL):
 def test_the_loss_as_trained_is_the_records(finished_workdir, compared):
     (record,) = read_records(finished_workdir)
     for comparison in compared.values():
-        assert comparison.top_k.loss == pytest.approx(record.eval_loss, rel=1e-6)
-        assert comparison.top_k.tokens == record.eval_tokens
+        assert comparison.trained.loss == pytest.approx(record.eval_loss, rel=1e-6)
+        assert comparison.trained.tokens == record.eval_tokens
     assert compared[None].causal.loss == pytest.approx(record.causal_loss, rel=1e-6)
 
 
 def test_losses_and_the_paired_error_are_numpys(compared, expected):
     found = compared[None]
-    (top_k_BL, _), (causal_BL, _) = expected["top_k"], expected["predictor"]
-    assert found.top_k.loss == pytest.approx(top_k_BL.mean(), rel=1e-5)
+    (trained_BL, _), (causal_BL, _) = expected["trained"], expected["predictor"]
+    assert found.trained.loss == pytest.approx(trained_BL.mean(), rel=1e-5)
     assert found.causal.loss == pytest.approx(causal_BL.mean(), rel=1e-5)
-    difference_B = (causal_BL - top_k_BL).mean(axis=1)
+    difference_B = (causal_BL - trained_BL).mean(axis=1)
     assert found.difference.loss == pytest.approx(difference_B.mean(), abs=1e-6)
     sem = np.std(difference_B, ddof=1) / np.sqrt(len(difference_B))
     assert found.difference.sem == pytest.approx(sem, rel=1e-3)
     assert sem < found.causal.sem, "pairing helps"
 
 
-def test_what_a_block_decided_is_counted_as_numpy_does(compared, expected):
-    _, aux = expected["predictor"]
-    wanted, target = aux["predictor_BL"][0] > 0, aux["target_BL"][0]
+def test_what_a_layer_decided_is_counted_as_numpy_does(compared, expected):
+    _, record = expected["predictor"]
+    wanted, target = record.predictor_BL[0] > 0, record.target_BL[0]
     assert 0 < wanted.mean() < 1
-    (name, found), *others = compared[None].blocks.items()
+    (name, found), *others = compared[None].layers.items()
     assert (name, others) == ("1_mod.0", [])
     assert found.accuracy == pytest.approx((wanted == target).mean())
     assert found.precision == pytest.approx((wanted & target).sum() / wanted.sum())
@@ -106,18 +106,18 @@ def test_what_a_block_decided_is_counted_as_numpy_does(compared, expected):
     assert found.overflow == 0
 
 
-def test_without_room_the_block_is_passed_by_and_the_overflow_is_counted(compared, expected):
+def test_without_room_the_layer_is_passed_by_and_the_overflow_is_counted(compared, expected):
     found = compared[1e-9]
     bypassed_BL, _ = expected["bypassed"]
-    bounded_BL, aux = expected["bounded"]
-    wanted = aux["predictor_BL"][0] > 0
+    bounded_BL, record = expected["bounded"]
+    wanted = record.predictor_BL[0] > 0
     first = wanted & (np.cumsum(wanted, axis=1) == 1)  # there is room for one
     loss = np.where(first, bounded_BL, bypassed_BL).mean()
     assert found.causal.loss == pytest.approx(loss, rel=1e-6)
     assert abs(found.causal.loss - compared[None].causal.loss) > 1e-4
-    block = found.blocks["1_mod.0"]
-    assert block.capacity == pytest.approx(first.mean())
-    assert block.overflow == pytest.approx((wanted & ~first).mean())
+    layer = found.layers["1_mod.0"]
+    assert layer.capacity == pytest.approx(first.mean())
+    assert layer.overflow == pytest.approx((wanted & ~first).mean())
 
 
 def test_runs_are_chosen_by_name_and_by_having_a_router(finished_workdir):
@@ -143,10 +143,10 @@ def test_folders_without_a_fitting_run_are_refused(finished_workdir, run, tmp_pa
     add_run(tmp_path, record, run.spec, status="diverged")
     with pytest.raises(InputError, match=r"holds no finished run$"):
         choose(tmp_path, None)
-    dense = dataclasses.replace(run.spec.model, pattern=("dense",))
+    dense = dataclasses.replace(run.spec.model, layers=(Dense(),))
     add_run(tmp_path, record, dataclasses.replace(run.spec, model=dense))
     assert len(choose(tmp_path, None)) == 1
-    with pytest.raises(InputError, match=r"holds no finished run with a routed block$"):
+    with pytest.raises(InputError, match=r"holds no finished run with a routed layer$"):
         choose(tmp_path, None, routed=True)
 
 
