@@ -12,25 +12,37 @@ import numpy as np
 from flax import nnx
 
 from modjax.nn import Transformer
-from modjax.spec import ModelSpec
+from modjax.nn.cache import KVCache
+from modjax.spec import MLP, Attention, Dense, Layer, MoD, ModelSpec, Seq
 
 # Tests run each program once or twice: optimising it costs more than it saves.
 QUICK = {"xla_backend_optimization_level": 0}
 WIDTH = 8
-# By causal routing, a pattern of every router that knows it: one program tests them all.
+# By causal routing, every router that knows it: one program tests them all.
 EVERY = (
-    "dense", "attention", "mod", "stochastic", "positional", "learned_position", "token_choice",
+    "received", "expert_choice", "stochastic", "positional", "learned_position", "token_choice",
     "threshold",
 )  # fmt: skip
 KINDS = {
     "predictor": EVERY,
     "paced": EVERY,
-    "threshold": (
-        "dense", "mod", "stochastic", "positional", "learned_position", "token_choice",
-        "threshold",
-    ),
-    "router": ("dense", "mod", "positional", "token_choice"),
-}  # fmt: skip
+    "threshold": EVERY[1:],
+    "router": ("expert_choice", "positional", "token_choice"),
+}
+# A block that hands on the attention that its positions received.
+RECEIVED = Seq(Attention(received=True), MLP())
+
+
+def behind_a_block(*routers: str, **options: Any) -> tuple[Layer, ...]:
+    """A pattern: a block that processes everything, and one behind each of the routers."""
+    first = RECEIVED if "received" in routers else Dense()
+    return (first, *(MoD(Dense(), router=router, **options) for router in routers))
+
+
+def key_values(caches: Any) -> list[KVCache]:
+    """The caches of all attentions, in order."""
+    leaves = jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, KVCache))
+    return [leaf for leaf in leaves if isinstance(leaf, KVCache)]
 
 
 class Mixer(nnx.Module):

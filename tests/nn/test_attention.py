@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.nn import attention
-from modjax.nn.attention import causal_attention
+from modjax.kernels import Mask, attend, attention
 from modjax.nn.layers import rotary_tables, rotate
 
 
@@ -37,7 +36,7 @@ def test_attention_equals_plain_numpy_across_chunk_borders(monkeypatch, length, 
     q, k, v = inputs(length)
     segments = np.random.default_rng(0).integers(1, 3, (2, length)).cumsum(1) // 4
     segments = segments if segmented else None
-    got = causal_attention(q, k, v, None if segments is None else jnp.asarray(segments))
+    got = attend(q, k, v, Mask(None if segments is None else jnp.asarray(segments)))
     expected = plain_attention(*(np.asarray(t, np.float64) for t in (q, k, v)), segments)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -52,7 +51,7 @@ def test_attention_gradients_equal_those_of_another_implementation(monkeypatch):
 
     ours, theirs = (
         jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(q, k, v)
-        for f in (lambda *a: causal_attention(*a, None), other)
+        for f in (lambda *a: attend(*a, Mask()), other)
     )
     for one, another in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, another, rtol=1e-4, atol=1e-5)
@@ -62,7 +61,7 @@ def test_scores_and_softmax_are_float32_where_bfloat16_would_be_far_off():
     # At scores of about 50, neighbours in bfloat16 are 0.25 apart: a quarter of a weight.
     q, k, v = (t.astype(jnp.bfloat16) for t in inputs(32, width=16))
     q = q * 20
-    got = causal_attention(q, k, v, None)
+    got = attend(q, k, v, Mask())
     assert got.dtype == jnp.bfloat16
     expected = plain_attention(*(np.asarray(t, np.float64) for t in (q, k, v)), None)
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0.01, atol=0.04)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.nn.layers import product, project, project_back
+from modjax.kernels import product, project, project_back
 
 
 @pytest.mark.parametrize("width", [1, 6, 44, 512])

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from flax.nnx import bridge
-from modjax.nn.block import Context
 
+from modjax import nn
 from modjax.errors import InputError
-from modjax.nn import DenseBlock, MoDBlock
+from modjax.nn import At, Call, MoDBlock
 from modjax.nn.layers import rotary_tables
-from modjax.spec import MoDConfig, ModelSpec
+from modjax.spec import MLP, Attention, Dense, MoD, MoDConfig, ModelSpec, Seq
 from tests.nn.small import QUICK, WIDTH, Mixer, build
 
 LENGTH = 16
@@ -122,8 +122,8 @@ def test_a_router_that_says_zero_leaves_the_stream_alone():
 
 def test_unselected_positions_keep_their_bits_and_selected_ones_change():
     x = stream()
-    y, aux = mod_block(capacity=0.25)(x)
-    selected = np.asarray(aux["selected_BL"])
+    y, record = mod_block(capacity=0.25)(x)
+    selected = np.asarray(record.selected_BL)
     same = np.all(np.asarray(x) == np.asarray(y), axis=-1)
     np.testing.assert_array_equal(same, ~selected)
 
@@ -133,12 +133,12 @@ def test_each_row_selects_exactly_k_also_when_scores_tie():
     # indices without the batch offset mark row 0 only.
     block = mod_block(capacity=0.25)
     x = jnp.tile(stream(length=2), (1, LENGTH // 2, 1))
-    np.testing.assert_array_equal(block(x)[1]["selected_BL"].sum(axis=1), [4, 4, 4])
+    np.testing.assert_array_equal(block(x)[1].selected_BL.sum(axis=1), [4, 4, 4])
 
 
 def test_short_sequences_still_select_one_position():
     x = stream(length=2)
-    np.testing.assert_array_equal(mod_block(capacity=0.125)(x)[1]["selected_BL"].sum(axis=1), 1)
+    np.testing.assert_array_equal(mod_block(capacity=0.125)(x)[1].selected_BL.sum(axis=1), 1)
 
 
 def test_weight_of_a_token_does_not_depend_on_the_other_tokens():
@@ -164,27 +164,51 @@ def test_the_router_has_a_gradient_from_every_row():
 def test_the_router_computes_in_float32_under_bfloat16():
     block = mod_block(capacity=0.25)
     x = stream().astype(jnp.bfloat16)
-    y, aux = block(x)
-    assert y.dtype == jnp.bfloat16 and aux["scores_BL"].dtype == jnp.float32
+    y, record = block(x)
+    assert y.dtype == jnp.bfloat16 and record.scores_BL.dtype == jnp.float32
     exact = np.asarray(x.astype(jnp.float32)) @ np.asarray(block.router.w[...])
-    np.testing.assert_allclose(aux["scores_BL"], exact, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(record.scores_BL, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_selected_tokens_keep_their_original_rotary_positions_and_segments():
+class WithTables(nnx.Module):
+    """A layer of ours as a block that takes rotary tables and segment ids beside x."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x_BLD, rope_BLH, segments_BL):
+        at = At(jnp.arange(x_BLD.shape[1])[None], segments_BL, None, {100.0: rope_BLH}, {})
+        return self.layer(x_BLD, at, Call()).x
+
+
+@pytest.mark.parametrize("as_layer", [True, False])
+def test_selected_tokens_keep_their_original_rotary_positions_and_segments(as_layer):
     # Faults: positions compacted to 0..k-1; segment ids not gathered.
-    config = ModelSpec(32, 16, 1, 2, 1, 32)
+    shape, dense = ModelSpec(32, 16, 1, 2, 1, 32).shape, Seq(Attention(rope=100.0), MLP())
     rngs = nnx.Rngs(1)
-    inner = DenseBlock(config, rngs=rngs)
-    block = MoDBlock(inner, 16, MoDConfig(capacity=0.4), rngs=rngs)
+    if as_layer:
+        block = nn.build(MoD(dense, capacity=0.4), shape, rngs=rngs)
+        inner = WithTables(block.inner)
+    else:
+        inner = WithTables(nn.build(dense, shape, rngs=rngs))
+        block = MoDBlock(inner, 16, MoDConfig(capacity=0.4), rngs=rngs)
+
+    def route(x, rope, segments):
+        if not as_layer:
+            return block(x, rope, segments)
+        at = At(jnp.arange(20)[None], segments, None, {100.0: rope}, {})
+        out = block(x, at, Call())
+        return out.x, out.records[""]
+
     x = stream(width=16, length=20)
     segments = jnp.repeat(jnp.array([[1, 2], [1, 1], [1, 2]]), 10, axis=1)
     rope = rotary_tables(jnp.arange(20)[None], 8, 100.0, jnp.float32)
-    y, aux = jax.jit(block, compiler_options=QUICK)(x, Context(rope, segments))
+    y, record = jax.jit(route, compiler_options=QUICK)(x, rope, segments)
     run = jax.jit(inner, compiler_options=QUICK)
     for b in range(3):
-        chosen = np.flatnonzero(aux["selected_BL"][b])
+        chosen = np.flatnonzero(record.selected_BL[b])
         rope_chosen = rotary_tables(jnp.asarray(chosen)[None], 8, 100.0, jnp.float32)
-        f = run(x[b : b + 1, chosen], Context(rope_chosen, segments[b : b + 1, chosen]))[0]
+        f = run(x[b : b + 1, chosen], rope_chosen, segments[b : b + 1, chosen])[0]
         r = np.asarray(x[b, chosen] @ block.router.w[...])[:, None]
         expected = np.asarray(x[b, chosen]) + r * np.asarray(f - x[b, chosen])
         np.testing.assert_allclose(y[b, chosen], expected, rtol=1e-4, atol=1e-5)
@@ -196,9 +220,9 @@ def test_padding_is_never_selected_and_is_left_as_it_was():
     valid = jnp.arange(LENGTH)[None] < jnp.array([[3], [LENGTH], [0]])
     # Padding scores highest of all.
     x = jnp.where(valid[..., None], x, 100 * jnp.sign(block.router.w[...])[None, None])
-    y, aux = block(x, valid_BL=valid)
-    np.testing.assert_array_equal(aux["selected_BL"].sum(axis=1), [3, 8, 0])
-    assert not np.any(np.asarray(aux["selected_BL"]) & ~np.asarray(valid))
+    y, record = block(x, valid_BL=valid)
+    np.testing.assert_array_equal(record.selected_BL.sum(axis=1), [3, 8, 0])
+    assert not np.any(np.asarray(record.selected_BL) & ~np.asarray(valid))
     padding = ~np.asarray(valid)
     np.testing.assert_array_equal(np.asarray(y)[padding], np.asarray(x)[padding])
     assert np.all(np.isfinite(y))
@@ -206,9 +230,9 @@ def test_padding_is_never_selected_and_is_left_as_it_was():
 
 @pytest.mark.parametrize(
     "routing, reaches_back",
-    [("top_k", True), ("router", False), ("threshold", False), ("predictor", False)],
+    [("trained", True), ("router", False), ("threshold", False), ("predictor", False)],
 )
-def test_editing_a_token_reaches_back_under_top_k_only(routing, reaches_back):
+def test_editing_a_token_reaches_back_as_trained_only(routing, reaches_back):
     block = mod_block(capacity=0.25, predictor_weight=1.0)
     x = stream(seed=3, batch=1)
     favourite = 5.0 * jnp.sign(block.router.w[...])
@@ -265,7 +289,7 @@ def plain_attending(w, router, x, bias, memory, selected, valid):
 
 
 @pytest.mark.parametrize(
-    ("attend", "routing"), [(nnx.dot_product_attention, "router"), (minus_infinity, "top_k")]
+    ("attend", "routing"), [(nnx.dot_product_attention, "router"), (minus_infinity, "trained")]
 )
 def test_masks_biases_and_memory_reach_the_inner_block(attend, routing):
     rngs = nnx.Rngs(0)
@@ -284,9 +308,9 @@ def test_masks_biases_and_memory_reach_the_inner_block(attend, routing):
         block = nnx.merge(graphdef, params)
         return block(x, pairwise=pairwise, whole=whole, valid_BL=valid, routing=routing)
 
-    y, aux = jax.jit(run, compiler_options=QUICK)(params, x, bias, memory)
-    selected = np.asarray(aux["selected_BL"])
-    if routing == "top_k":
+    y, record = jax.jit(run, compiler_options=QUICK)(params, x, bias, memory)
+    selected = np.asarray(record.selected_BL)
+    if routing == "trained":
         np.testing.assert_array_equal(selected.sum(axis=1), [4, 2, 0])
 
     def ours(*arguments):
@@ -324,10 +348,10 @@ def test_a_causal_mask_of_flax_works_in_a_multi_head_attention_of_flax(rows):
     block = MoDBlock(inner, WIDTH, MoDConfig(capacity=0.4), rngs=rngs)
     x = stream(batch=3, length=10)
     mask = nnx.make_causal_mask(jnp.zeros((rows, 10)))
-    y, aux = jax.jit(block, compiler_options=QUICK)(x, pairwise={"mask": mask})
+    y, record = jax.jit(block, compiler_options=QUICK)(x, pairwise={"mask": mask})
     run = jax.jit(inner, compiler_options=QUICK)
     for b in range(3):
-        chosen = np.flatnonzero(aux["selected_BL"][b])
+        chosen = np.flatnonzero(record.selected_BL[b])
         assert len(chosen) == 4
         picked = x[b : b + 1, chosen]
         update = run(picked, mask=jnp.tril(jnp.ones((4, 4)))[None, None]) - picked
@@ -382,20 +406,20 @@ def test_masks_and_memory_pass_through_the_bridge_to_linen():
         assert 0 < changed.sum(axis=1).min() and changed.sum(axis=1).max() <= 8
 
 
-CONFIG = ModelSpec(40, 16, 4, 2, 2, 32, pattern=("dense", "mod"))
+CONFIG = ModelSpec(40, 16, 4, 2, 2, 32)
 
 
 def test_every_routed_layer_has_a_router_of_its_own():
     # Faults: one router shared by all layers.
-    config = dataclasses.replace(CONFIG, pattern=("mod",))
+    config = dataclasses.replace(CONFIG, layers=(MoD(Dense()),))
     params = nnx.to_pure_dict(build(config)[1])
-    routers = np.asarray(params["blocks"]["0_mod"]["router"]["w"])
+    routers = np.asarray(params["stack"]["blocks"]["0_mod"]["router"]["w"])
     assert routers.shape == (4, 16)
     assert len(np.unique(routers.round(6), axis=0)) == 4
 
 
 def test_stochastic_control_draws_other_positions_for_another_key_and_layer():
-    config = dataclasses.replace(CONFIG, pattern=("dense", "stochastic"))
+    config = dataclasses.replace(CONFIG, layers=(Dense(), MoD(Dense(), router="stochastic")))
     tokens = jnp.ones((2, 32), jnp.int32)
     graphdef, params = build(config)
 
@@ -404,7 +428,7 @@ def test_stochastic_control_draws_other_positions_for_another_key_and_layer():
 
     route = jax.jit(run, compiler_options=QUICK)
     first, again, other = (
-        np.asarray(route(jax.random.key(s))["1_stochastic"]["selected_BL"]) for s in (0, 0, 1)
+        np.asarray(route(jax.random.key(s))["1_mod"].selected_BL) for s in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other) and np.any(first[0] != first[1])

@@ -10,26 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from modjax.nn.attention import received_attention
-from modjax.nn.block import Context
 
-from modjax.nn import (
-    AttentionReceived,
-    ExpertChoice,
-    LearnedPosition,
-    MoDBlock,
-    Positional,
-    Stochastic,
-    Threshold,
-    TokenChoice,
-    routing_losses,
-    update_thresholds,
-)
+from modjax.kernels import Mask, received_attention
+from modjax.nn import At, MoDBlock, Routed, losses, observe
 from modjax.nn.layers import rotary_tables
-from modjax.nn.routers import At
+from modjax.nn.routers import TokenChoice
 from modjax.nn.routing import position_noise
-from modjax.spec import MoDConfig, ModelSpec
-from tests.nn.small import QUICK, WIDTH, Mixer, build, random_model
+from modjax.spec import Dense, MoD, MoDConfig, ModelSpec
+from tests.nn.small import QUICK, RECEIVED, WIDTH, Mixer, build, random_model
 
 BATCH, LENGTH, K = 3, 16, 4
 CONFIG = MoDConfig(capacity=K / LENGTH, predictor_weight=2.0)
@@ -39,12 +27,13 @@ VALID = np.arange(LENGTH) < np.array([[LENGTH], [11], [2]])
 
 
 def run_block(router, config=CONFIG, x=X, edit=lambda block: None, **arguments):
-    """The block, its output and its aux."""
+    """The block, its output and its record."""
     rngs = nnx.Rngs(0)
-    block = MoDBlock(Mixer(rngs), WIDTH, config, rngs=rngs, router=router)
+    config = dataclasses.replace(config, router=router)
+    block = MoDBlock(Mixer(rngs), WIDTH, config, rngs=rngs)
     edit(block)
     graphdef, params = nnx.split(block)
-    routing = arguments.pop("routing", "top_k")
+    routing = arguments.pop("routing", "trained")
     slots = arguments.pop("slots", None)
     call = jax.jit(
         lambda params, x, arguments: nnx.merge(graphdef, params)(
@@ -52,8 +41,8 @@ def run_block(router, config=CONFIG, x=X, edit=lambda block: None, **arguments):
         ),
         compiler_options=QUICK,
     )
-    y, aux = jax.device_get(call(params, x, arguments))
-    return block, y, aux
+    y, record = jax.device_get(call(params, x, arguments))
+    return block, y, record
 
 
 def plain_mixer(x, w):
@@ -98,20 +87,20 @@ def assert_close(ours, theirs):
 
 def test_token_choice_equals_numpy_in_output_and_losses():
     config = dataclasses.replace(CONFIG, balance_weight=3.0, z_weight=0.5)
-    block, y, aux = run_block(TokenChoice, config, valid_BL=VALID)
+    block, y, record = run_block("token_choice", config, valid_BL=VALID)
     logits = X @ np.asarray(block.router.w[...])
     probability = np.exp(logits[..., 1]) / np.exp(logits).sum(axis=-1)
     wanted = (probability > 0.5) & VALID
     selected = first_k(wanted, K)
     assert np.any(wanted & ~selected)
-    np.testing.assert_array_equal(aux["wanted_BL"], wanted)
-    np.testing.assert_array_equal(aux["selected_BL"], selected)
+    np.testing.assert_array_equal(record.wanted_BL, wanted)
+    np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, probability, selected))
 
     f, p, c = masked_mean(wanted, VALID), masked_mean(probability, VALID), config.capacity
-    assert_close(aux["losses"]["balance"], 3 * ((1 - f) * (1 - p) / (1 - c) + f * p / c))
+    assert_close(record.losses["balance"], 3 * ((1 - f) * (1 - p) / (1 - c) + f * p / c))
     z = np.square(np.log(np.exp(logits).sum(axis=-1)))
-    assert_close(aux["losses"]["z"], 0.5 * masked_mean(z, VALID))
+    assert_close(record.losses["z"], 0.5 * masked_mean(z, VALID))
 
 
 def test_balance_loss_is_one_where_choices_and_probabilities_equal_the_capacity():
@@ -121,8 +110,8 @@ def test_balance_loss_is_one_where_choices_and_probabilities_equal_the_capacity(
 
     def balance(probabilities):
         odds = jnp.log(jnp.array([probabilities]) / (1 - jnp.array([probabilities])))
-        at = At(jnp.arange(4)[None], None, None, None)
-        return float(router(jnp.stack([odds, odds], -1), at).losses["balance"][0])
+        at = At(jnp.arange(4)[None], None, None, {}, {})
+        return float(router(jnp.stack([odds, odds], -1), at, None).losses["balance"][0])
 
     assert balance([0.7, 0.1, 0.1, 0.1]) == pytest.approx(1, rel=1e-5)
     # A schedule starts at capacity 1, where every choice is as balanced as any other.
@@ -133,34 +122,34 @@ def test_balance_loss_is_one_where_choices_and_probabilities_equal_the_capacity(
 
 
 def test_positional_routing_takes_every_fourth_and_weighs_it_by_the_score():
-    block, y, aux = run_block(Positional, valid_BL=VALID)
+    block, y, record = run_block("positional", valid_BL=VALID)
     selected = np.zeros_like(VALID)
     selected[:, 3::4] = True
     selected &= VALID
-    np.testing.assert_array_equal(aux["selected_BL"], selected)
+    np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, X @ np.asarray(block.router.w[...]), selected))
 
 
 def test_learned_positions_are_the_same_in_every_row_and_for_any_content():
-    block, y, aux = run_block(LearnedPosition)
+    block, y, record = run_block("learned_position")
     frequency = 10_000.0 ** (-np.arange(0, WIDTH, 2) / WIDTH)
     angle = np.arange(LENGTH)[:, None] * frequency
     phi = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
     scores = np.tile(phi @ np.asarray(block.router.w[...]), (BATCH, 1))
-    assert_close(aux["scores_BL"], scores)
+    assert_close(record.scores_BL, scores)
     selected = best_k(scores, np.ones_like(VALID))
-    np.testing.assert_array_equal(aux["selected_BL"], selected)
+    np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, scores, selected))
-    other = run_block(LearnedPosition, x=-X[::-1])[2]
-    np.testing.assert_array_equal(other["selected_BL"], selected)
+    other = run_block("learned_position", x=-X[::-1])[2]
+    np.testing.assert_array_equal(other.selected_BL, selected)
 
 
 def test_stochastic_routing_takes_the_k_loudest_positions_and_weighs_them_by_the_score():
     key = jax.random.key(4)
-    block, y, aux = run_block(Stochastic, key=key, valid_BL=VALID)
+    block, y, record = run_block("stochastic", key=key, valid_BL=VALID)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
     selected = best_k(np.asarray(position_noise(key, positions)), VALID)
-    np.testing.assert_array_equal(aux["selected_BL"], selected)
+    np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, X @ np.asarray(block.router.w[...]), selected))
 
 
@@ -169,38 +158,39 @@ def test_a_threshold_selects_exactly_what_scores_above_it_up_to_its_slack():
         block.threshold[...] = jnp.array([-0.5])
 
     config = dataclasses.replace(CONFIG, slack=1.5)
-    block, y, aux = run_block(Threshold, config, edit=set_threshold, valid_BL=VALID)
+    block, y, record = run_block("threshold", config, edit=set_threshold, valid_BL=VALID)
     scores = X @ np.asarray(block.router.w[...])
     wanted = (scores > -0.5) & VALID
     selected = first_k(wanted, 6)
     assert np.any(wanted & ~selected) and np.any(wanted.sum(axis=1) < 6)
-    np.testing.assert_array_equal(aux["wanted_BL"], wanted)
-    np.testing.assert_array_equal(aux["selected_BL"], selected)
+    np.testing.assert_array_equal(record.wanted_BL, wanted)
+    np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, scores, selected))
     # What the threshold is to become: the k-th best score, unknown where a row has fewer.
     best_first = -np.sort(-scores, axis=1)
-    assert aux["kth_B"][0] == pytest.approx(best_first[0, K - 1], rel=1e-5)
-    assert aux["kth_B"][1] == pytest.approx(np.sort(scores[1, :11])[-K], rel=1e-5)
-    assert not np.isfinite(aux["kth_B"][2])
+    assert record.kth_B[0] == pytest.approx(best_first[0, K - 1], rel=1e-5)
+    assert record.kth_B[1] == pytest.approx(np.sort(scores[1, :11])[-K], rel=1e-5)
+    assert not np.isfinite(record.kth_B[2])
 
 
 def test_expert_choice_knows_its_kth_score_in_full_rows_only():
-    block, _, aux = run_block(ExpertChoice, valid_BL=VALID)
+    block, _, record = run_block("expert_choice", valid_BL=VALID)
     scores = X @ np.asarray(block.router.w[...])
-    np.testing.assert_array_equal(aux["selected_BL"], best_k(scores, VALID))
-    assert aux["kth_B"][0] == pytest.approx(np.sort(scores[0])[-K], rel=1e-5)
-    assert aux["kth_B"][1] == pytest.approx(np.sort(scores[1, :11])[-K], rel=1e-5)
-    assert not np.isfinite(aux["kth_B"][2])
+    np.testing.assert_array_equal(record.selected_BL, best_k(scores, VALID))
+    assert record.kth_B[0] == pytest.approx(np.sort(scores[0])[-K], rel=1e-5)
+    assert record.kth_B[1] == pytest.approx(np.sort(scores[1, :11])[-K], rel=1e-5)
+    assert not np.isfinite(record.kth_B[2])
 
 
 def test_thresholds_are_the_plain_mean_at_first_and_then_forget_at_one_in_a_hundred():
     old = np.array([[0.5], [-2.0]], np.float32)
-    blocks = {"1_mod": {"threshold": jnp.asarray(old), "inner": jnp.ones(3)}, "0_dense": {}}
+    blocks = {"1_mod": {"threshold": jnp.asarray(old), "inner": jnp.ones((2, 3))}, "0_dense": {}}
     kth = np.array([[1.0, 2.0, np.inf], [np.inf, np.inf, -np.inf]], np.float32)
-    aux = {"1_mod": {"kth_B": jnp.asarray(kth)}}
+    names = [field.name for field in dataclasses.fields(Routed)]
+    records = {"1_mod": Routed(**{name: None for name in names} | {"kth_B": jnp.asarray(kth)})}
     for updates, rate in ((0, 1.0), (1, 0.5), (3, 0.25), (99, 0.01), (10_000, 0.01)):
-        new = update_thresholds(blocks, aux, jnp.int32(updates))
-        # No row of the second group knows its k-th score.
+        new = observe(blocks, records, jnp.int32(updates))
+        # No row of the second repetition knows its k-th score.
         expected = [[0.5 + rate * (1.5 - 0.5)], [-2.0]]
         np.testing.assert_allclose(new["1_mod"]["threshold"], expected, rtol=1e-6)
         assert new["1_mod"]["inner"] is blocks["1_mod"]["inner"] and new["0_dense"] == {}
@@ -224,49 +214,48 @@ def plain_received(q, k, segments):
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_received_attention_equals_plain_numpy_across_chunk_borders(monkeypatch, segmented):
-    monkeypatch.setattr("modjax.nn.attention.MIN_QUERY_CHUNK", 3)
+    monkeypatch.setattr("modjax.kernels.attention.MIN_QUERY_CHUNK", 3)
     rng = np.random.default_rng(1)
     q = rng.normal(size=(2, 4, 11, 6)).astype(np.float32)
     k = rng.normal(size=(2, 2, 11, 6)).astype(np.float32)
     segments = rng.integers(0, 2, (2, 11)).cumsum(axis=1) // 2 if segmented else None
     run = jax.jit(received_attention, compiler_options=QUICK)
-    assert_close(run(q, k, segments), plain_received(q, k, segments))
+    assert_close(run(q, k, Mask(segments)), plain_received(q, k, segments))
 
 
 def test_attention_routing_has_no_parameters_and_adds_the_whole_update():
     received = RNG.random((BATCH, LENGTH)).astype(np.float32)
-    block, y, aux = run_block(AttentionReceived, received_BL=received, valid_BL=VALID)
+    block, y, record = run_block("received", handed={"received": received}, valid_BL=VALID)
     assert not jax.tree.leaves(nnx.state(block.router))
     selected = best_k(received, VALID)
-    np.testing.assert_array_equal(aux["selected_BL"], selected)
+    np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, np.ones_like(received), selected))
 
 
-@pytest.mark.parametrize("routing", ["top_k", "predictor"])
-def test_attention_blocks_rank_by_the_dense_block_before_them_of_their_own_group(routing):
-    mod = MoDConfig(capacity=0.25, predictor_weight=1.0)
-    config = ModelSpec(20, 8, 4, 2, 2, 16, pattern=("dense", "attention"), mod=mod)
+@pytest.mark.parametrize("routing", ["trained", "predictor"])
+def test_attention_blocks_rank_by_the_dense_block_before_them_of_their_own_repetition(routing):
+    routed = MoD(Dense(), router="received", capacity=0.25, predictor_weight=1.0)
+    config = ModelSpec(20, 8, 4, 2, 2, 16, layers=(RECEIVED, routed))
     graphdef, params = random_model(config, std=0.8)
     tokens = np.random.default_rng(2).integers(0, 20, (2, LENGTH))
 
     def run(params, tokens):
         model = nnx.merge(graphdef, params)
-        _, aux = model(tokens, routing=routing)
-        # The first group by hand.
-        dense, first = nnx.split(model.blocks["0_dense"])
+        _, records = model(tokens, routing=routing)
+        # The first repetition by hand.
+        dense, first = nnx.split(model.stack.blocks["0_seq"])
         block = nnx.merge(dense, jax.tree.map(lambda leaf: leaf[0], first))
-        context = Context(
-            rotary_tables(jnp.arange(LENGTH)[None], 4, config.rope_base, jnp.float32), None
-        )
+        attention = block.parts["0_attention"]
+        rope = rotary_tables(jnp.arange(LENGTH)[None], 4, 10_000.0, jnp.float32)
         x_BLD = model.embedding[...][tokens]
-        return aux["1_attention"], block.attention.heads(block.attention_norm(x_BLD), context[0])
+        return records["1_mod"], attention.heads(attention.norm(x_BLD), rope)
 
-    aux, (q, k, _) = jax.jit(run, compiler_options=QUICK)(params, tokens)
+    record, (q, k, _) = jax.jit(run, compiler_options=QUICK)(params, tokens)
     expected = best_k(plain_received(np.asarray(q), np.asarray(k), None), np.ones((2, 16), bool))
-    np.testing.assert_array_equal(aux["target_BL"][0], expected)
-    assert np.any(np.asarray(aux["target_BL"][1]) != expected)
-    chosen = aux["target_BL"] if routing == "top_k" else np.asarray(aux["predictor_BL"]) > 0
-    np.testing.assert_array_equal(aux["selected_BL"], chosen)
+    np.testing.assert_array_equal(record.target_BL[0], expected)
+    assert np.any(np.asarray(record.target_BL[1]) != expected)
+    chosen = record.target_BL if routing == "trained" else np.asarray(record.predictor_BL) > 0
+    np.testing.assert_array_equal(record.selected_BL, chosen)
 
 
 # Learning to select without the future.
@@ -280,31 +269,31 @@ def plain_cross_entropy(logits, target, valid):
 def test_both_losses_equal_numpy_with_targets_for_every_row():
     # Faults: auxiliary targets written without the batch offset label row 0 only.
     config = dataclasses.replace(CONFIG, auxiliary_weight=0.3, predictor_weight=2.0)
-    block, _, aux = run_block(ExpertChoice, config, valid_BL=VALID)
+    block, _, record = run_block("expert_choice", config, valid_BL=VALID)
     scores = X @ np.asarray(block.router.w[...])
     target = best_k(scores, VALID)
-    np.testing.assert_array_equal(aux["target_BL"], target)
+    np.testing.assert_array_equal(record.target_BL, target)
     assert target.sum(axis=1).tolist() == [4, 4, 2]
     predictor = block.predictor
     normal = X / np.sqrt(np.mean(X**2, axis=-1, keepdims=True) + 1e-6)
     hidden = normal @ np.asarray(predictor.w_in[...])
     logits = (hidden * sigmoid(hidden)) @ np.asarray(predictor.w_out[...]) + scores
-    assert_close(aux["predictor_BL"], logits)
-    assert_close(aux["losses"]["predictor"], 2.0 * plain_cross_entropy(logits, target, VALID))
-    assert_close(aux["losses"]["auxiliary"], 0.3 * plain_cross_entropy(scores, target, VALID))
+    assert_close(record.predictor_BL, logits)
+    assert_close(record.losses["predictor"], 2.0 * plain_cross_entropy(logits, target, VALID))
+    assert_close(record.losses["auxiliary"], 0.3 * plain_cross_entropy(scores, target, VALID))
 
 
 def gradients_of_losses(**weights):
     """Per parameter, the largest gradient of the routers' own losses."""
-    mod = MoDConfig(capacity=0.25, **weights)
-    config = ModelSpec(20, 8, 4, 2, 2, 16, pattern=("dense", "mod"), mod=mod)
+    layers = (Dense(), MoD(Dense(), capacity=0.25, **weights))
+    config = ModelSpec(20, 8, 4, 2, 2, 16, layers=layers)
     graphdef, params = build(config)
     tokens = np.random.default_rng(2).integers(0, 20, (2, LENGTH))
 
-    def losses(params):
-        return routing_losses(nnx.merge(graphdef, params)(tokens)[1])
+    def own_losses(params):
+        return losses(nnx.merge(graphdef, params)(tokens)[1], jnp.zeros(tokens.shape))
 
-    grads = nnx.to_pure_dict(jax.jit(jax.grad(losses), compiler_options=QUICK)(params))
+    grads = nnx.to_pure_dict(jax.jit(jax.grad(own_losses), compiler_options=QUICK)(params))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): float(jnp.abs(leaf).max())
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
@@ -320,8 +309,8 @@ def test_the_loss_of_a_predictor_has_no_gradient_outside_of_it():
 
 def test_the_auxiliary_loss_teaches_the_router_and_never_the_threshold():
     found = gradients_of_losses(auxiliary_weight=1.0)
-    assert found["blocks/1_mod/router/w"] > 0
-    assert found["blocks/1_mod/threshold"] == 0
+    assert found["stack/blocks/1_mod/router/w"] > 0
+    assert found["stack/blocks/1_mod/threshold"] == 0
 
 
 # Causal routing is exact: no wanted token is dropped, up to a bound.
@@ -356,11 +345,11 @@ def test_every_wanted_position_is_processed_or_counted_whatever_their_number(slo
         for b, some in enumerate((count, count // 2, LENGTH)):
             wanted[b, rng.permutation(LENGTH)[:some]] = True
         x = with_wanted(wanted)
-        y, aux = jax.device_get(call(params, x))
+        y, record = jax.device_get(call(params, x))
         wanted &= VALID
         selected = first_k(wanted, slots or LENGTH)
-        np.testing.assert_array_equal(aux["wanted_BL"], wanted)
-        np.testing.assert_array_equal(aux["selected_BL"], selected)
+        np.testing.assert_array_equal(record.wanted_BL, wanted)
+        np.testing.assert_array_equal(record.selected_BL, selected)
         assert_close(y, plain_block(block, 0.7 * x[..., 0], selected, x))
         untouched = ~selected
         assert y[untouched].tobytes() == x[untouched].tobytes()

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.flops import selected_tokens
 from modjax.nn.routing import (
     evenly_spread,
     gather,
@@ -16,6 +15,7 @@ from modjax.nn.routing import (
     select_top_k,
     selected_mask,
 )
+from modjax.spec import selected_tokens
 
 
 def plain_top_k(scores, k, valid):
