@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tensorstore as ts
 
 from modjax.data.cache import Manifest, Split, cache_dir
 from modjax.data.writer import Written, write_split
@@ -66,18 +65,18 @@ def finished_workdir(tiny_data_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """A token cache of two million random letters, written as modjax/data/cache.py describes."""
+    """A token cache of two million random letters, written as `modjax data prepare` does."""
     folder = tmp_path_factory.mktemp("data")
     path = cache_dir(folder, DataConfig())
     rng = np.random.default_rng(0)
     splits = {}
     for split, tokens in (("train", 2_000_000), ("validation", 100_000)):
-        array = ts.open(
-            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path / 'f00' / split}/"}},
-            create=True, dtype=ts.uint16, shape=[tokens],
-        ).result()  # fmt: skip
-        array.write(rng.integers(3, 30, tokens).astype(np.uint16)).result()
-        splits[split] = Split(documents=1, tokens=tokens, bytes=tokens)
+        array = path / "f00" / split
+        array.mkdir(parents=True)
+        text = rng.integers(3, 30, tokens).astype(np.uint16)
+        documents = [(text, tokens)]
+        written = write_split(array, documents, np.dtype(np.uint16), Written(), lambda _: None)
+        splits[split] = Split(written.documents, written.tokens, written.bytes)
     manifest = Manifest("stdlib", "bytes", 259, 1, "random", "f00", splits)
     (path / "manifest.json").write_text(manifest.to_json())
     return folder

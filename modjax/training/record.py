@@ -24,8 +24,11 @@ def code_version() -> str:
     if not (root / ".git").exists():
         return modjax.__version__
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return "+".join(filter(None, (modjax.__version__, done.stdout.strip())))
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return "+".join(filter(None, (modjax.__version__, commit)))
 
 
 def progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:

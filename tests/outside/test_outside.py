@@ -1,6 +1,7 @@
 """A layer that no line of modjax knows is planned, counted, trained, decoded and reported."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -117,8 +118,8 @@ def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
     def modjax_(*arguments):
         done = subprocess.run(
             [sys.executable, "-m", "modjax.cli", *arguments], capture_output=True, text=True,
-            cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "", "JAX_PLATFORMS": "cpu",
-                           "XDG_CACHE_HOME": str(tmp_path / "cache")},
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+                                        "XDG_CACHE_HOME": str(tmp_path / "cache")},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout

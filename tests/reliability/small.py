@@ -59,7 +59,8 @@ def kill_all(process) -> int:
 
 def files(workdir: Path, name: str) -> dict[str, bytes]:
     """The content of a file of every run that has it."""
-    return {path.parent.name: path.read_bytes() for path in workdir.glob(f"runs/*/{name}")}
+    found = workdir.glob(f"runs/*/{name}")
+    return {path.parent.name: path.read_bytes() for path in found if path.is_file()}
 
 
 def final_state(run_dir: Path) -> list[np.ndarray]:
