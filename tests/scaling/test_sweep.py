@@ -12,6 +12,7 @@ from modjax.errors import InputError
 from modjax.files import is_disk_full
 from modjax.scaling import run as runs
 from modjax.scaling import sweep as sweeps
+from modjax.scaling.engines import local
 from modjax.scaling.experiment import load
 from modjax.scaling.status import status
 from modjax.scaling.workdir import claim
@@ -44,6 +45,15 @@ def test_workers_are_reused_and_imports_paid_once(folders):
     sweep(folders, jobs=2)
     pids = {pid for starts in lines(folders, "starts").values() for pid in starts}
     assert len(pids) == 2
+
+
+def test_a_worker_is_renewed_after_so_many_runs_and_none_is_lost(folders, monkeypatch):
+    monkeypatch.setattr(local, "RUNS_OF_A_WORKER", 2)
+    outcome = sweep(folders, jobs=1)
+    assert len(outcome.records) == 6 and outcome.failures == {}
+    pids = [pid for starts in lines(folders, "starts").values() for pid in starts]
+    assert sorted(map(pids.count, set(pids))) == [2, 2, 2]
+    assert_one_result_per_run(folders)
 
 
 def test_a_killed_worker_is_replaced_and_its_run_done_again(folders):
