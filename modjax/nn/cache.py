@@ -47,22 +47,23 @@ class KVCache(NamedTuple):
             wide = write.padded(slots)
             return self._replace(k_BGMH=wide.k_BGLH, v_BGMH=wide.v_BGLH, length_B=length_B,
                                  positions_BM=wide.positions_BL)  # fmt: skip
-        batch, heads = self.k_BGMH.shape[:2]
         offset_1L = jnp.arange(new)[None]
         slot_BL = jnp.where(
             offset_1L < write.count_B[:, None], self.length_B[:, None] + offset_1L, slots
         )  # beyond the end: dropped
-        # An index per row and head: XLA makes a write at a single index a dynamic-update-slice,
-        # fuses that into every reader, and copies the cache for each.
-        rows_B11, heads_1G1 = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
-        k_BGMH, v_BGMH = (
-            old.at[rows_B11, heads_1G1, slot_BL[:, None]].set(new_BGLH, mode="drop")
-            for old, new_BGLH in ((self.k_BGMH, write.k_BGLH), (self.v_BGMH, write.v_BGLH))
-        )
+        # An index per head: XLA makes a write at a single index a dynamic-update-slice, fuses that
+        # into every reader, and copies the cache for each. Row by row: none leaves its shard.
+        heads_G1 = jnp.arange(self.k_BGMH.shape[1])[:, None]
+
+        def one(old_GMH, slot_L, new_GLH):
+            return old_GMH.at[heads_G1, slot_L[None]].set(new_GLH, mode="drop")
+
+        k_BGMH = jax.vmap(one)(self.k_BGMH, slot_BL, write.k_BGLH)
+        v_BGMH = jax.vmap(one)(self.v_BGMH, slot_BL, write.v_BGLH)
         positions_BM = self.positions_BM
         if positions_BM is not None:
-            places = positions_BM.at[rows_B11[:, 0], slot_BL]
-            positions_BM = places.set(write.positions_BL, mode="drop")
+            place = jax.vmap(lambda old_M, slot_L, new_L: old_M.at[slot_L].set(new_L, mode="drop"))
+            positions_BM = place(positions_BM, slot_BL, write.positions_BL)
         return type(self)(k_BGMH, v_BGMH, length_B, positions_BM)
 
 
