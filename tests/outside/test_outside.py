@@ -128,7 +128,8 @@ def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
     modjax_("sweep", f"--config={config}", *common)
     runs = {folder.name.split("-")[0]: folder for folder in (workdir / "runs").iterdir()}
     assert set(runs) == {"dense", "mod", "strided"}
-    lines = [json.loads(line) for line in (runs["strided"] / "metrics.jsonl").open()]
+    text = (runs["strided"] / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     assert lines[0]["strided/update"] > 0
     sampled = modjax_("sample", *common, f"--run={runs['strided'].name}", "--prompt=def", "--json",
                       "--tokens=8", "--routing=router")  # fmt: skip
