@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from modjax import flops
     from modjax.decoding.generate import Sampling, extend, generate, resume
     from modjax.errors import InputError
-    from modjax.finished import load
+    from modjax.finished.runs import load
     from modjax.nn import MoDBlock, Transformer, register, unstack
     from modjax.spec import (
         MLP,
@@ -38,7 +38,7 @@ _FROM = {
     ),
     "modjax.nn": ("MoDBlock", "Transformer", "register", "unstack"),
     "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
-    "modjax.finished": ("load",),
+    "modjax.finished.runs": ("load",),
 }  # fmt: skip
 __all__ = [
     "MLP",

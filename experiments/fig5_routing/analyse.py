@@ -21,7 +21,7 @@ from flax import nnx
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from modjax.finished import Finished, choose, open_run
+from modjax.finished.runs import Finished, choose, open_run
 from modjax.finished.text import open_codec
 from modjax.scaling.marks import COLOURS, RC
 from modjax.training.evaluate import validation_batches

@@ -5,12 +5,13 @@ A file has `get_config()`, which returns an ml_collections.ConfigDict with the g
 in modjax/spec/ may be left out and can still be overridden.
 """
 
+import ast
 import dataclasses
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import ml_collections
 from absl import flags
@@ -105,20 +106,30 @@ def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:
 def _fill(parent: dict[str, Any], name: str, cls: type) -> None:
     group = parent.setdefault(name, {})
     require(isinstance(group, dict), f"config.{name}", group, "must be a group of fields")
+    hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         decided = cls is TrainConfig and "sweep" in parent and field.name in RECIPE_FIELDS
-        if field.default is not dataclasses.MISSING and not decided:
+        if dataclasses.is_dataclass(hints[field.name]):
+            _fill(group, field.name, hints[field.name])
+        elif field.default is not dataclasses.MISSING and not decided:
             group.setdefault(field.name, field.default)
 
 
 def _override(config: ml_collections.ConfigDict, override: str) -> ml_collections.ConfigDict:
     name, _, text = override.partition("=")
     group: Any = config
+    parent: Any = config
     for part in name.split("."):
         inside = isinstance(group, ml_collections.ConfigDict)
         known = f"unknown; known here: {', '.join(group)}" if inside else "is inside a plain value"
         require(inside and part in group, f"--config.{name}", text, known)
-        group = group[part]
+        parent, group = group, group[part]
+    if group is None:  # absl knows no type for it; the spec that it is for does
+        try:
+            parent[part] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parent[part] = text
+        return config
     # A private FlagValues keeps absl's own flags and its help out of the command line.
     values = flags.FlagValues()
     arguments = ["modjax", f"--config.{name}={text}"]

@@ -233,6 +233,8 @@ BAD = {
     "sweep.arms.mod12.layers=MoD(capacity=1.5)": "MoD.capacity = 1.5: must be in (0, 1]",
     "sweep.arms.mod12.layers=MoD(capacity=0)": "MoD.capacity = 0: must be in (0, 1]",
     "sweep.arms.mod12.layers=MoD(router='moe')": "MoD.router = 'moe': must be one of expert_choice",
+    "model.head_dim=x": "model.head_dim = 'x': must be of type int | None",
+    "model.head_dim=3": "model.head_dim = 3: must be even",
     "sweep.shape.width_multiple=7": "sweep.shape.width_multiple = 7: must be even",
     "sweep.shape.layer_multiple=3": "sweep.shape.layer_multiple = 3: must be a multiple of arm",
     "sweep.budgets=1e3": "sweep.budgets = 1000.0: too small for a step of arm dense",
@@ -313,7 +315,7 @@ def test_a_seed_or_name_that_no_run_can_have_is_refused():
 
 BAD_ARMS = {
     "sweep.arms={'a': {'recipe': 3}}": "sweep.arms.a.recipe = 3: must be a group of fields",
-    "sweep.arms={'a': {'layers': 3}}": "sweep.arms.a.layers = '3': must be calls such as MoD(",
+    "sweep.arms={'a': {'layers': 3}}": "sweep.arms.a.layers = '3': must be layers, or all of",
     "sweep.arms={'a': {'layers': 'mod'}}": "sweep.arms.a.layers = 'mod': must be calls such as",
     "sweep.arms={'a': {'layers': 'Moe()'}}": "sweep.arms.a.layers = 'Moe': unknown; known: Att",
     "sweep.arms={'a': 3}": "sweep.arms.a = 3: must be a group of fields",
@@ -356,9 +358,8 @@ def test_a_bad_config_file_is_named(tmp_path):
     with pytest.raises(InputError, match="the budget must be one of 6e18, 2e19, 1e20"):
         load(str(CONFIGS / "paper.py:7e18"))
     arms = tmp_path / "arms.py"
-    arms.write_text(
-        Path(TINY).read_text().replace('"layers": "Dense(), MoD', '"mode": "Dense(), MoD')
-    )
+    misspelt = Path(TINY).read_text().replace('"layers": "Dense(), MoD', '"mode": "Dense(), MoD')
+    arms.write_text(misspelt)
     with pytest.raises(InputError, match=r"sweep.arms.mod12.mode = .*unknown; an arm can change"):
         load(str(arms))
     planned = tmp_path / "planned.py"
@@ -374,3 +375,8 @@ def test_a_config_without_a_sweep_is_one_run():
     assert experiment.sweep is None
     (spec,) = experiment.specs
     assert (spec.train.steps, spec.train.seed, spec.variant) == (70, 3, "dense-mod")
+
+
+def test_a_field_that_may_be_left_out_can_be_overridden():
+    (spec,) = load(str(CONFIGS / "single.py"), ["model.head_dim=8"]).specs
+    assert spec.model.head_dim == spec.model.shape.head_dim == 8
