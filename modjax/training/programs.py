@@ -104,7 +104,7 @@ def init_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
     init = jax.jit(make_init(model, train), out_shardings=shardings)
     seed = jnp.int32(train.seed)
     # It runs once: on CPU, optimising it costs more time than it saves.
-    level = "0" if jax.default_backend() == "cpu" else "3"
+    level = "0" if mesh.devices.flat[0].platform == "cpu" else "3"
     compiled = init.lower(seed).compile({"xla_backend_optimization_level": level})
     return compiled(seed)
 
