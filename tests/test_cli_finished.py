@@ -92,10 +92,10 @@ def test_eval_as_text_says_the_bound_and_passes_over_runs_that_cannot(said, wher
     assert float(difference) == pytest.approx(float(causal) - float(trained), abs=1.5e-4)
     assert float(sem) > 0
     assert losses.endswith("room for 0.1 times the capacity")
-    names = "block accuracy precision recall capacity overflow most"
+    names = "layer accuracy precision recall capacity overflow most"
     assert header.split() == names.split()
     values = dict(zip(header.split(), row.split(), strict=True))
-    assert values["block"] == "1_mod.0"
+    assert values["layer"] == "1_mod.0"
     assert values["most"] == "3.1%", "one of 32 positions"
 
 
