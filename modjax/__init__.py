@@ -33,13 +33,24 @@ __version__ = "0.1.0"
 _FROM = {
     "modjax.errors": ("InputError",),
     "modjax.spec": (
-        "MLP", "Attention", "DataConfig", "Dense", "Execution", "Layer", "MoD", "MoDConfig",
-        "ModelSpec", "Repeat", "RunSpec", "Seq", "TrainConfig",
+        "MLP",
+        "Attention",
+        "DataConfig",
+        "Dense",
+        "Execution",
+        "Layer",
+        "MoD",
+        "MoDConfig",
+        "ModelSpec",
+        "Repeat",
+        "RunSpec",
+        "Seq",
+        "TrainConfig",
     ),
     "modjax.nn": ("MoDBlock", "Transformer", "register", "unstack"),
     "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
     "modjax.finished.runs": ("load",),
-}  # fmt: skip
+}
 __all__ = [
     "MLP",
     "Attention",

@@ -71,8 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = getattr(error, "filename", None)
         if is_disk_full(error):
             where = where or getattr(args, "workdir", None) or "disk"
-            return _fail(f"{where}: no space left: free some and give the same command again; "
-                         "finished runs and checkpoints are kept")  # fmt: skip
+            return _fail(
+                f"{where}: no space left: free some and give the same command again; "
+                "finished runs and checkpoints are kept"
+            )
         if isinstance(error, OSError) and error.errno in UNUSABLE and where is not None:
             return _fail(f"{_shortened(str(where))}: {error.strerror}")
         raise
@@ -112,18 +114,24 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="modjax", description=DESCRIPTION, epilog=OVERRIDES + RESUMES + EPILOG,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog="modjax",
+        description=DESCRIPTION,
+        epilog=OVERRIDES + RESUMES + EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"modjax {modjax.__version__}")
     commands = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
 
     def add(name: str, function: Any, text: str, *options: str, to: Any = commands) -> Any:
         verb = to.add_parser(
-            name, help=text.split(":")[0].split(".")[0], description=text,
+            name,
+            help=text.split(":")[0].split(".")[0],
+            description=text,
             epilog=OVERRIDES * ("config" in options) + RESUMES * (name in RESUMING) + EPILOG,
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         verb.set_defaults(verb=function)
         for option in options:
             name_or_flag, keywords = _OPTIONS[option]
@@ -135,22 +143,38 @@ def _parser() -> argparse.ArgumentParser:
     prepare = add("prepare", verbs.data_prepare, PREPARE, "data_dir", to=data_verbs)
     source = prepare.add_mutually_exclusive_group()
     source.add_argument(
-        "--text", nargs="+", default=[], metavar="FILE", type=Path,
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        type=Path,
         help='plain text, or JSON lines with a "text" (.jsonl); either may be .xz or .gz',
-    )  # fmt: skip
+    )
     source.add_argument("--tfds", metavar="NAME", help="c4, lm1b, or any TFDS name with text")
     prepare.add_argument("--name", help="what to call it; default stdlib, text or the TFDS name")
-    prepare.add_argument("--vocab", default="bytes",
-                         help="bytes (the default), sentencepiece:SIZE or a .model")  # fmt: skip
+    prepare.add_argument(
+        "--vocab", default="bytes", help="bytes (the default), sentencepiece:SIZE or a .model"
+    )
     prepare.add_argument("--force", action="store_true", help="prepare again what is there")
-    add("show", verbs.data_show, "the prepared corpora and their counts", "data_dir", "json",
-        to=data_verbs)  # fmt: skip
+    add(
+        "show",
+        verbs.data_show,
+        "the prepared corpora and their counts",
+        "data_dir",
+        "json",
+        to=data_verbs,
+    )
 
     plan = add("plan", verbs.plan, PLAN, "config", "data_dir", "jobs", "json")
     plan.add_argument("--workdir", type=Path, help="take the speed from the runs finished here")
-    plan.add_argument("--noise", type=float, metavar="NATS", help="standard deviation of a run's "
-                      "loss, for what the sizes and seeds can tell (default 0.023, as measured in "
-                      "experiments/isoflop)")  # fmt: skip
+    plan.add_argument(
+        "--noise",
+        type=float,
+        metavar="NATS",
+        help="standard deviation of a run's "
+        "loss, for what the sizes and seeds can tell (default 0.023, as measured in "
+        "experiments/isoflop)",
+    )
     add("sweep", verbs.sweep, SWEEP, "config", "workdir", "data_dir", "jobs", "json")
     add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
     add("fit", verbs.fit, "optima, power laws and the gap between arms", "workdir", "loss", "json")
@@ -158,9 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", verbs.train, TRAIN, "config", "workdir", "data_dir", "json")
     train.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
     train.add_argument(
-        "--distributed", action="store_true",
+        "--distributed",
+        action="store_true",
         help="one of several hosts that run this same command; see launch/README.md",
-    )  # fmt: skip
+    )
     evaluate = add("eval", finished_verbs.evaluate, EVAL, "workdir", "data_dir", "slack", "json")
     evaluate.add_argument("--run", metavar="RUN_ID", help="one run; else every one with a router")
     evaluate.add_argument("--routing", required=True, help=", ".join(ROUTINGS))
@@ -175,10 +200,18 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--top-k", type=int, default=0, help="of the k likeliest; default 0, all")
     sample.add_argument("--top-p", type=float, default=1.0, help="of this mass; default 1, all")
     sample.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
-    sample.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                        help="end before this text; may be given again")  # fmt: skip
-    sample.add_argument("--show-depth", action="store_true",
-                        help="colour each token by how many routed blocks it used")  # fmt: skip
+    sample.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given again",
+    )
+    sample.add_argument(
+        "--show-depth",
+        action="store_true",
+        help="colour each token by how many routed blocks it used",
+    )
     flops = add("flops", verbs.flops, FLOPS, "config", "json")
     flops.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
     bench = add("bench", verbs.bench, BENCH, "json")
@@ -226,32 +259,53 @@ def _default_data_dir() -> Path:
 
 
 _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "config": ("--config", {
-        "required": True, "metavar": "FILE.py[:ARGUMENT]",
-        "help": "the experiment; override its values with --config.GROUP.FIELD=VALUE",
-    }),
+    "config": (
+        "--config",
+        {
+            "required": True,
+            "metavar": "FILE.py[:ARGUMENT]",
+            "help": "the experiment; override its values with --config.GROUP.FIELD=VALUE",
+        },
+    ),
     "workdir": ("--workdir", {"required": True, "type": Path, "help": "where the runs are kept"}),
-    "data_dir": ("--data-dir", {
-        "type": Path, "default": _default_data_dir(),
-        "help": "where token caches are kept, a folder or a bucket such as gs://BUCKET/FOLDER; "
-        "default $MODJAX_DATA, else modjax in the user's data folder ($XDG_DATA_HOME)",
-    }),
-    "jobs": ("--jobs", {
-        "type": int, "default": 1, "metavar": "N",
-        "help": "worker processes, which share the cores evenly (default 1); small models are "
-        "fastest with one per core, an accelerator takes 1",
-    }),
-    "loss": ("--loss", {
-        "choices": ("trained", "causal"), "default": "trained",
-        "help": "of routed runs: as trained (the default), or under routing that never looks ahead",
-    }),
-    "slack": ("--slack", {
-        "type": float, "metavar": "X",
-        "help": "a routed block has room for X times its capacity; the rest passes it by, and is "
-        "counted; default: room for all",
-    }),
+    "data_dir": (
+        "--data-dir",
+        {
+            "type": Path,
+            "default": _default_data_dir(),
+            "help": "where token caches are kept, a folder or a bucket such as gs://BUCKET/FOLDER; "
+            "default $MODJAX_DATA, else modjax in the user's data folder ($XDG_DATA_HOME)",
+        },
+    ),
+    "jobs": (
+        "--jobs",
+        {
+            "type": int,
+            "default": 1,
+            "metavar": "N",
+            "help": "worker processes, which share the cores evenly (default 1); small models are "
+            "fastest with one per core, an accelerator takes 1",
+        },
+    ),
+    "loss": (
+        "--loss",
+        {
+            "choices": ("trained", "causal"),
+            "default": "trained",
+            "help": "of routed runs: as trained (default), or under routing that never looks ahead",
+        },
+    ),
+    "slack": (
+        "--slack",
+        {
+            "type": float,
+            "metavar": "X",
+            "help": "a routed block has room for X times its capacity; the rest passes it by and "
+            "is counted; default: room for all",
+        },
+    ),
     "json": ("--json", {"action": "store_true", "help": "print JSON"}),
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

@@ -11,9 +11,15 @@ from modjax.errors import InputError, SharedFault
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a path that cannot be used ends in: no fault of the program, and said in one line.
 UNUSABLE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
     errno.ENAMETOOLONG,
-)  # fmt: skip
+)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -61,10 +67,11 @@ class Home:
         """Raises SharedFault unless the folder is still the one that was opened."""
         if not self.is_there():
             raise SharedFault(
-                "--workdir", str(self._folder),
+                "--workdir",
+                str(self._folder),
                 "was moved or deleted in the middle of a run: move it back, and the same command "
                 "goes on from the newest checkpoints",
-            )  # fmt: skip
+            )
 
 
 def user_cache(name: str) -> Path:

@@ -61,9 +61,12 @@ def total_flops(components: Mapping[str, float], convention: str = "matmul") -> 
 
 
 def train_flops(
-    model: ModelSpec, seq_len: int, sequences: int, convention: str = "matmul",
+    model: ModelSpec,
+    seq_len: int,
+    sequences: int,
+    convention: str = "matmul",
     trained: str = "all",
-) -> float:  # fmt: skip
+) -> float:
     """Training FLOPs of `sequences` sequences.
 
     A backward pass costs two forward ones, gradients of activations and of parameters. What is

@@ -29,31 +29,62 @@ def data_text(manifests: Sequence[Manifest]) -> str:
     header = ("corpus", "vocab", "ids", "split", "documents", "tokens", "bytes")
     rows = [
         (
-            m.name, m.vocab, str(m.vocab_size), name, count(split.documents), count(split.tokens),
+            m.name,
+            m.vocab,
+            str(m.vocab_size),
+            name,
+            count(split.documents),
+            count(split.tokens),
             count(split.bytes),
         )
         for m in manifests
         for name, split in m.splits.items()
-    ]  # fmt: skip
+    ]
     return text_table(header, rows)
 
 
 def plan_text(cells: Sequence[Cell], jobs: int) -> str:
     header = (
-        "arm", "budget", "width", "layers", "total", "non-emb", "active", "tokens", "tok/par",
-        "steps", "batch", "lr", "epochs", "FLOPs", "achieved", "time", "flags",
-    )  # fmt: skip
+        "arm",
+        "budget",
+        "width",
+        "layers",
+        "total",
+        "non-emb",
+        "active",
+        "tokens",
+        "tok/par",
+        "steps",
+        "batch",
+        "lr",
+        "epochs",
+        "FLOPs",
+        "achieved",
+        "time",
+        "flags",
+    )
     rows = [
         (
-            c.arm, f"{c.budget_flops:.3g}", str(c.d_model), str(c.num_layers),
-            count(c.params_total), count(c.params_non_embedding), count(c.params_active),
-            count(c.tokens), f"{c.tokens_per_param:.3g}", str(c.steps), str(c.batch_size),
-            f"{c.learning_rate:.2e}", "?" if c.epochs is None else f"{c.epochs:.2f}",
-            f"{c.train_flops:.3g}", f"{c.achieved:.2%}", clock(c.seconds),
+            c.arm,
+            f"{c.budget_flops:.3g}",
+            str(c.d_model),
+            str(c.num_layers),
+            count(c.params_total),
+            count(c.params_non_embedding),
+            count(c.params_active),
+            count(c.tokens),
+            f"{c.tokens_per_param:.3g}",
+            str(c.steps),
+            str(c.batch_size),
+            f"{c.learning_rate:.2e}",
+            "?" if c.epochs is None else f"{c.epochs:.2f}",
+            f"{c.train_flops:.3g}",
+            f"{c.achieved:.2%}",
+            clock(c.seconds),
             ", ".join(c.flags) or "-",
         )
         for c in cells
-    ]  # fmt: skip
+    ]
     flops, seconds = sum(c.train_flops for c in cells), sum(c.seconds for c in cells)
     flagged = sum(bool(c.flags) for c in cells)
     return (
@@ -70,12 +101,15 @@ def _foretold_text(cells: Sequence[Cell]) -> str:
         return ""
     rows = [
         (
-            f"{budget:.3g}", arm, f"{f.sizes}, {count(f.low)} to {count(f.high)}", str(f.freedom),
+            f"{budget:.3g}",
+            arm,
+            f"{f.sizes}, {count(f.low)} to {count(f.high)}",
+            str(f.freedom),
             span(f.optimum_interval, count) if f.optimum_interval else "refused",
             span(f.exponent_interval, "{:.2f}".format) if f.exponent_interval else "-",
         )
         for (budget, arm), f in foretold.items()
-    ]  # fmt: skip
+    ]
     header = ("budget", "arm", "sizes", "freedom", "optimal N", "exponent of N")
     return (
         "What `modjax fit` can be expected to tell (95% intervals), where a run's loss has a noise "
@@ -87,11 +121,14 @@ def _foretold_text(cells: Sequence[Cell]) -> str:
 def status_text(status: Status) -> str:
     rows = [
         (
-            run.run_id, run.state, f"{run.step}/{run.steps}",
-            "" if run.eval_loss is None else f"{run.eval_loss:.4f}", run.why,
+            run.run_id,
+            run.state,
+            f"{run.step}/{run.steps}",
+            "" if run.eval_loss is None else f"{run.eval_loss:.4f}",
+            run.why,
         )
         for run in status.runs
-    ]  # fmt: skip
+    ]
     counts = ", ".join(f"{status.count(state)} {state}" for state in STATES)
     table = text_table(("run", "state", "step", "loss", ""), rows)
     return f"{table}\n\n{counts}; about {clock(status.remaining_seconds)} left"

@@ -60,9 +60,11 @@ def _load(args: argparse.Namespace) -> Any:
 def _load_sweep(args: argparse.Namespace) -> Any:
     experiment = _load(args)
     require(
-        experiment.sweep is not None, "--config", args.config,
+        experiment.sweep is not None,
+        "--config",
+        args.config,
         "has no `sweep` group: `modjax train` runs it",
-    )  # fmt: skip
+    )
     return experiment
 
 
@@ -99,9 +101,13 @@ def sweep(args: argparse.Namespace) -> int:
 
 
 def _run_plan(
-    args: argparse.Namespace, experiment: Any, fingerprint: str, *, jobs: int,
+    args: argparse.Namespace,
+    experiment: Any,
+    fingerprint: str,
+    *,
+    jobs: int,
     only: RunSpec | None = None,
-) -> int:  # fmt: skip
+) -> int:
     from modjax.scaling.engines.local import Stopped
     from modjax.scaling.sweep import sweep
     from modjax.tables import outcome_text
@@ -169,8 +175,11 @@ def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
     for spec in specs:
         if spec.run_id == args.run:
             return spec
-    raise InputError("--run", args.run, f"must be one of the plan's {len(specs)} run ids, such as "
-                     f"{specs[0].run_id}")  # fmt: skip
+    raise InputError(
+        "--run",
+        args.run,
+        f"must be one of the plan's {len(specs)} run ids, such as {specs[0].run_id}",
+    )
 
 
 def train(args: argparse.Namespace) -> int:
@@ -196,8 +205,11 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
     try:
         jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
-        raise InputError("--distributed", True, "no cluster was found, see launch/README.md: "
-                         f"{str(error).splitlines()[0]}") from error  # fmt: skip
+        raise InputError(
+            "--distributed",
+            True,
+            f"no cluster was found, see launch/README.md: {str(error).splitlines()[0]}",
+        ) from error
     from modjax.training.loop import check
     from modjax.training.loop import train as train_run
 
@@ -210,9 +222,13 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
             return 0
         claim(experiment, args.workdir, args.command, fingerprint)
         done = run(
-            spec, experiment.execution, workdir=args.workdir, train=train_run,
-            progress=lambda line: print(json.dumps(line), file=sys.stderr), **where,
-        )  # fmt: skip
+            spec,
+            experiment.execution,
+            workdir=args.workdir,
+            train=train_run,
+            progress=lambda line: print(json.dumps(line), file=sys.stderr),
+            **where,
+        )
     except Preempted:
         return _stopped(STOPPED)
     if done is None:

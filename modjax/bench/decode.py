@@ -63,16 +63,19 @@ def measure() -> list[Row]:
     taught = dataclasses.replace(STEP_MOD, layers=TAUGHT)
     steps = {"with": jax_step(taught, tokens), "without": jax_step(STEP_MOD, tokens)}
     train = interleaved(steps, rounds=3 * ROUNDS)  # their difference is below a pair's noise
-    return fill(ROWS, [
-        ratio(seconds[1], "dense", "mod"),
-        ratio(seconds[16], "dense", "mod"),
-        cache_bytes(MOD, CONTEXT, SLACK) / cache_bytes(DENSE, CONTEXT, SLACK),
-        ratio(seconds[1], "dense", "read") / NEW,
-        ratio(prefill, "predictor", "trained"),
-        ratio(prefill, "paced", "trained"),
-        ratio(train, "with", "without"),
-        routed,
-    ])  # fmt: skip
+    return fill(
+        ROWS,
+        [
+            ratio(seconds[1], "dense", "mod"),
+            ratio(seconds[16], "dense", "mod"),
+            cache_bytes(MOD, CONTEXT, SLACK) / cache_bytes(DENSE, CONTEXT, SLACK),
+            ratio(seconds[1], "dense", "read") / NEW,
+            ratio(prefill, "predictor", "trained"),
+            ratio(prefill, "paced", "trained"),
+            ratio(train, "with", "without"),
+            routed,
+        ],
+    )
 
 
 def split(config: ModelSpec) -> tuple[Any, Any]:
@@ -97,8 +100,15 @@ def start(graphdef: Any, params: Any, batch: int) -> State:
     """The state after a prompt that leaves room for NEW tokens in the context."""
     length = CONTEXT - NEW
     tokens_BL = np.random.default_rng(2).integers(0, DENSE.vocab_size, (batch, length))
-    found = generate(graphdef, params, tokens_BL, max_new_tokens=0, max_length=CONTEXT,
-                     routing="paced", slack=SLACK)  # fmt: skip
+    found = generate(
+        graphdef,
+        params,
+        tokens_BL,
+        max_new_tokens=0,
+        max_length=CONTEXT,
+        routing="paced",
+        slack=SLACK,
+    )
     return found.state
 
 

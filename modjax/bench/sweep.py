@@ -43,8 +43,15 @@ def measure() -> list[Row]:
 
 def _sweep(workdir: Path, environment: dict[str, str]) -> tuple[list[Record], float]:
     progress(f"bench sweep: the {workdir.name} of two")
-    command = [*MODJAX, "sweep", f"--config={CONFIG}", f"--config.sweep.budgets={BUDGETS}",
-               f"--workdir={workdir}", "--jobs", str(JOBS)]  # fmt: skip
+    command = [
+        *MODJAX,
+        "sweep",
+        f"--config={CONFIG}",
+        f"--config.sweep.budgets={BUDGETS}",
+        f"--workdir={workdir}",
+        "--jobs",
+        str(JOBS),
+    ]
     start = time.perf_counter()
     call(command, environment)
     wall = time.perf_counter() - start

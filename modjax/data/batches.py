@@ -82,9 +82,13 @@ def eval_batches(
     where the split has fewer windows.
     """
     size = num_windows(cache, "validation", seq_len)
-    require(sequences <= size, "train.eval_sequences", sequences,
-            f"the validation split of {cache.manifest.name} has {size} windows of "
-            f"{seq_len} tokens; ask for at most that many")  # fmt: skip
+    require(
+        sequences <= size,
+        "train.eval_sequences",
+        sequences,
+        f"the validation split of {cache.manifest.name} has {size} windows of "
+        f"{seq_len} tokens; ask for at most that many",
+    )
     windows = np.arange(sequences) * size // sequences
 
     def batches() -> Iterator[Batch]:

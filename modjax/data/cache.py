@@ -72,17 +72,29 @@ class Manifest:
         """Raises InputError, ValueError or RecursionError where `text` is no such manifest."""
         values = json.loads(text)
         require(isinstance(values, dict), "manifest", values, "must be a group of fields")
-        require(values.get("format") == FORMAT, "manifest.format", values.get("format"),
-                f"this version reads format {FORMAT}")  # fmt: skip
+        require(
+            values.get("format") == FORMAT,
+            "manifest.format",
+            values.get("format"),
+            f"this version reads format {FORMAT}",
+        )
         splits = values.pop("splits", None)
-        require(isinstance(splits, dict) and set(splits) == set(SPLITS), "manifest.splits", splits,
-                f"must describe {' and '.join(SPLITS)}")  # fmt: skip
+        require(
+            isinstance(splits, dict) and set(splits) == set(SPLITS),
+            "manifest.splits",
+            splits,
+            f"must describe {' and '.join(SPLITS)}",
+        )
         for split in SPLITS:
             require(isinstance(splits[split], dict), split, splits[split], "must be counts")
         named = {name: from_dict(Split, splits[name], f"{name}.") for name in SPLITS}
         manifest = from_dict(cls, {**values, "splits": named})
-        require(re.fullmatch(r"[\w-]+", manifest.fingerprint) is not None, "manifest.fingerprint",
-                manifest.fingerprint, "must be a hash")  # fmt: skip
+        require(
+            re.fullmatch(r"[\w-]+", manifest.fingerprint) is not None,
+            "manifest.fingerprint",
+            manifest.fingerprint,
+            "must be a hash",
+        )
         return manifest
 
     def to_json(self) -> str:
@@ -218,16 +230,18 @@ def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
     now = parse_manifest(cache.path, found).fingerprint
     if now != opened:
         raise SharedFault(
-            "data", where,
+            "data",
+            where,
             f"was prepared anew since it was opened, as {now[:16]}, no longer {opened[:16]}; what "
             "began with that can't go on with this: prepare that again, or begin anew",
-        )  # fmt: skip
+        )
     if expected is not None and expected != opened:
         raise SharedFault(
-            "data", where,
+            "data",
+            where,
             f"is {opened[:16]}, and this began with {expected[:16]}: prepare that again, or begin "
             "anew in another --workdir",
-        )  # fmt: skip
+        )
 
 
 def num_windows(cache: TokenCache, split: str, seq_len: int) -> int:
@@ -241,25 +255,35 @@ def epochs(cache: TokenCache, seq_len: int, sequences: int) -> float:
     Raises InputError where the split is shorter than one window.
     """
     available = num_windows(cache, "train", seq_len)
-    require(available > 0, "train.seq_len", seq_len,
-            f"must be less than the {cache.manifest.splits['train'].tokens} training tokens of "
-            f"{cache.manifest.name}")  # fmt: skip
+    require(
+        available > 0,
+        "train.seq_len",
+        seq_len,
+        f"must be less than the {cache.manifest.splits['train'].tokens} training tokens of "
+        f"{cache.manifest.name}",
+    )
     return sequences / available
 
 
 def check_epochs(cache: TokenCache, data: DataConfig, seq_len: int, sequences: int) -> None:
     """Raises InputError where training on `sequences` windows repeats data beyond the bound."""
     needed = epochs(cache, seq_len, sequences)
-    require(needed <= data.max_epochs, "data.max_epochs", data.max_epochs,
-            f"this run reads {data.name} {needed:.2f} times; allow that, or prepare "
-            f"more text")  # fmt: skip
+    require(
+        needed <= data.max_epochs,
+        "data.max_epochs",
+        data.max_epochs,
+        f"this run reads {data.name} {needed:.2f} times; allow that, or prepare more text",
+    )
 
 
 def check_vocab(cache: TokenCache, model: ModelSpec) -> None:
     """Raises InputError where the model has fewer embeddings than the cache has tokens."""
-    require(model.vocab_size >= cache.manifest.vocab_size, "model.vocab_size", model.vocab_size,
-            f"must be at least {cache.manifest.vocab_size}, the size of "
-            f"{cache.manifest.vocab}")  # fmt: skip
+    require(
+        model.vocab_size >= cache.manifest.vocab_size,
+        "model.vocab_size",
+        model.vocab_size,
+        f"must be at least {cache.manifest.vocab_size}, the size of {cache.manifest.vocab}",
+    )
 
 
 def bits_per_byte(manifest: Manifest, loss: float, split: str = "validation") -> float:

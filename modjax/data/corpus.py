@@ -36,14 +36,21 @@ def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> 
         name = name or ("text" if files else re.sub(r"[^\w.-]", "-", tfds_name or ""))
         require(name not in CORPORA, "--name", name, "is a built-in corpus; choose another name")
     name = name or CORPORA[0]
-    require(re.fullmatch(r"\w[\w.-]*", name) is not None, "--name", name,
-            "must be made of letters, digits, '-', '_' and '.'")  # fmt: skip
+    require(
+        re.fullmatch(r"\w[\w.-]*", name) is not None,
+        "--name",
+        name,
+        "must be made of letters, digits, '-', '_' and '.'",
+    )
     if files:
         scan = scan_text(files)
         return Corpus(name, f"text sha256 {scan.digest}", tuple(files), scan)
-    require(tfds_name is not None or name in CORPORA, "--name", name,
-            f"unknown corpus; must be one of {', '.join(CORPORA)}, or come with --text or "
-            f"--tfds")  # fmt: skip
+    require(
+        tfds_name is not None or name in CORPORA,
+        "--name",
+        name,
+        f"unknown corpus; must be one of {', '.join(CORPORA)}, or come with --text or --tfds",
+    )
     if name == "stdlib":
         digest = sha256("\0".join(f"{d.id}\0{d.text}" for d in stdlib_documents()).encode())
         return Corpus(name, f"stdlib of Python {platform.python_version()} sha256 {digest}")

@@ -156,9 +156,13 @@ def scan_text(files: Sequence[Path]) -> Scan:
     names = ", ".join(str(path) for path in files)
     require(counts.sum() > 0, "--text", names, "holds no text")
     buckets = np.flatnonzero(counts)
-    require(len(buckets) > 1, "--text", names,
-            "holds fewer than two distinct documents, and the validation split needs one of its "
-            f"own; give more text (plain text is cut at about {PIECE} characters)")  # fmt: skip
+    require(
+        len(buckets) > 1,
+        "--text",
+        names,
+        "holds fewer than two distinct documents, and the validation split needs one of its "
+        f"own; give more text (plain text is cut at about {PIECE} characters)",
+    )
     wanted = np.searchsorted(np.cumsum(sizes), VALIDATION_SHARE * sizes.sum())
     last = int(min(wanted, buckets[-2]))
     validation = int(counts[: last + 1].sum())

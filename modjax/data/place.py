@@ -29,8 +29,12 @@ def locked(folder: Path) -> Iterator[None]:
             ours = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
         except BlockingIOError:
             ours = False
-        require(ours, "--data-dir", where,
-                f"another process is preparing {folder.name}; wait for it to end")  # fmt: skip
+        require(
+            ours,
+            "--data-dir",
+            where,
+            f"another process is preparing {folder.name}; wait for it to end",
+        )
         yield
     finally:
         os.close(handle)

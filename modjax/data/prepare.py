@@ -70,8 +70,12 @@ def prepare(
         source += f"; {wanted.name} sha256 {sha256(wanted.file.read_bytes())}"
     final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=wanted.name))
     bucket = url(final)
-    require(len(final.name.encode()) <= LONGEST_NAME, "--name", final.name,
-            f"too long: a folder's name may have up to {LONGEST_NAME} bytes")  # fmt: skip
+    require(
+        len(final.name.encode()) <= LONGEST_NAME,
+        "--name",
+        final.name,
+        f"too long: a folder's name may have up to {LONGEST_NAME} bytes",
+    )
     there = read_manifest(final) is not None and not force
     if there:
         _check_same(open_cache(final).manifest.source, source, corpus, final)
@@ -126,27 +130,40 @@ def _make(final: Path, corpus: Corpus, wanted: Vocab, source: str) -> None:
                 final.rmdir()
             if isinstance(error, InputError):
                 raise
-            raise InputError("--data-dir", where,
-                             "no space left on the disk; nothing is lost: free some and run this "
-                             "again") from error  # fmt: skip
+            raise InputError(
+                "--data-dir",
+                where,
+                "no space left on the disk; nothing is lost: free some and run this again",
+            ) from error
         put_in_place(partial, final)
 
 
 def _check_packages() -> None:
     needed = ("seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text", "sentencepiece")
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    require(not missing, "modjax data prepare", ", ".join(missing),
-            "missing packages; pip install -e '.[data]'")  # fmt: skip
+    require(
+        not missing,
+        "modjax data prepare",
+        ", ".join(missing),
+        "missing packages; pip install -e '.[data]'",
+    )
 
 
 def _check_same(made_from: str, source: str, corpus: Corpus, final: Path) -> None:
     where, other = shown(final), f"prepared from other input ({made_from})"
     if corpus.name in CORPORA:
-        require(made_from == source, "--data-dir", shown(final.parent),
-                f"holds {final.name}, {other}; replace it with --force, or choose another "
-                "--data-dir")  # fmt: skip
-    require(made_from == source, "--name", corpus.name,
-            f"{where} was {other}; choose another --name, or replace it with --force")  # fmt: skip
+        require(
+            made_from == source,
+            "--data-dir",
+            shown(final.parent),
+            f"holds {final.name}, {other}; replace it with --force, or choose another --data-dir",
+        )
+    require(
+        made_from == source,
+        "--name",
+        corpus.name,
+        f"{where} was {other}; choose another --name, or replace it with --force",
+    )
 
 
 def _fill(

@@ -137,9 +137,11 @@ def tfds_source(name: str) -> seqio.DataSource:
     """
     found = tfds.builder(name).info.splits
     held_out = [split for split in ("validation", "test") if split in found]
-    splits = {"train": "train", "validation": held_out[0]} if held_out else {
-        "train": "train[5%:]", "validation": "train[:5%]"
-    }  # fmt: skip
+    splits = (
+        {"train": "train", "validation": held_out[0]}
+        if held_out
+        else {"train": "train[5%:]", "validation": "train[:5%]"}
+    )
     return seqio.TfdsDataSource(name, splits=splits)
 
 

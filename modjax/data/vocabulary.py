@@ -32,11 +32,19 @@ def parse_vocab(vocab: str) -> Vocab:
         return Vocab("bytes")
     kind, _, size = vocab.partition(":")
     if kind == "sentencepiece":
-        require(size.isdecimal() and len(size) < 10 and int(size) > 0, "--vocab", vocab,
-                "must give a number of pieces, as in sentencepiece:8192")  # fmt: skip
+        require(
+            size.isdecimal() and len(size) < 10 and int(size) > 0,
+            "--vocab",
+            vocab,
+            "must give a number of pieces, as in sentencepiece:8192",
+        )
         return Vocab(f"sentencepiece:{int(size)}", size=int(size))
-    require(vocab.endswith(".model"), "--vocab", vocab,
-            "must be bytes, sentencepiece:SIZE or a SentencePiece FILE.model")  # fmt: skip
+    require(
+        vocab.endswith(".model"),
+        "--vocab",
+        vocab,
+        "must be bytes, sentencepiece:SIZE or a SentencePiece FILE.model",
+    )
     import sentencepiece
 
     path = Path(vocab)
@@ -45,8 +53,12 @@ def parse_vocab(vocab: str) -> Vocab:
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a SentencePiece model"
         raise InputError("--vocab", vocab, f"cannot be read: {reason}") from error
-    require(model.eos_id() >= 0, "--vocab", vocab,
-            "has no end-of-sequence piece; train it with one (eos_id >= 0)")  # fmt: skip
+    require(
+        model.eos_id() >= 0,
+        "--vocab",
+        vocab,
+        "has no end-of-sequence piece; train it with one (eos_id >= 0)",
+    )
     return Vocab(path.name, file=path)
 
 
@@ -86,8 +98,9 @@ def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
-        raise InputError("--vocab", f"sentencepiece:{size}",
-                         f"cannot be trained on this text: {reason}") from error  # fmt: skip
+        raise InputError(
+            "--vocab", f"sentencepiece:{size}", f"cannot be trained on this text: {reason}"
+        ) from error
     return model.getvalue()
 
 
@@ -127,8 +140,7 @@ class Codec:
             return [byte + self.BYTES_FROM for byte in data]
         ids: list[int] = self._model.encode(text)  # type: ignore[assignment]
         unknown = self._model.unk_id()
-        require(unknown not in ids, field, text,
-                "has characters that the vocabulary does not know")  # fmt: skip
+        require(unknown not in ids, field, text, "has characters that the vocabulary does not know")
         return ids
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:

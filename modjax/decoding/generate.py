@@ -112,9 +112,11 @@ def generate(
     require(shortest > 0, "prompt", "", "is empty: give at least one token")
     routing = CAUSAL[0] if routing is None else routing
     require(
-        routing in CAUSAL, "routing", routing,
+        routing in CAUSAL,
+        "routing",
+        routing,
         f"must be one of {', '.join(CAUSAL)}; what training does looks at tokens not yet drawn",
-    )  # fmt: skip
+    )
     require(0 <= seed < 2**32, "seed", seed, "must be 0 or more, and below 2**32")
     require(
         slack is None or 0 < slack < math.inf, "slack", slack, "must be greater than 0, or None"
@@ -123,9 +125,15 @@ def generate(
     _require_fits(longest, max_new_tokens, room)
     require(length <= room, "tokens_BL", length, f"is wider than max_length = {room}")
     logits_BV, cache, prompt_depths_BL = _read_first(
-        model, params, tokens_BL, jnp.asarray(lengths_B, jnp.int32), jax.random.key(seed),
-        max_length=room, routing=routing, slack=slack,
-    )  # fmt: skip
+        model,
+        params,
+        tokens_BL,
+        jnp.asarray(lengths_B, jnp.int32),
+        jax.random.key(seed),
+        max_length=room,
+        routing=routing,
+        slack=slack,
+    )
     state = State(
         logits_BV=logits_BV,
         cache=cache,
@@ -185,8 +193,12 @@ def _rows(tokens_BL: Any, lengths_B: Any) -> tuple[jax.Array, np.ndarray]:
     shape = tokens_BL.shape
     require(len(shape) == 2 and shape[0] > 0, "tokens_BL", shape, "must have the shape (B, L)")
     lengths_B = np.full(shape[0], shape[1]) if lengths_B is None else np.asarray(lengths_B)
-    require(lengths_B.shape == shape[:1], "lengths_B", lengths_B.shape,
-            f"must have one length for each of {shape[0]} rows")  # fmt: skip
+    require(
+        lengths_B.shape == shape[:1],
+        "lengths_B",
+        lengths_B.shape,
+        f"must have one length for each of {shape[0]} rows",
+    )
     least, most = int(lengths_B.min()), int(lengths_B.max())
     require(least >= 0, "lengths_B", least, "must be 0 or more")
     require(most <= shape[1], "lengths_B", most, f"must be at most their width, {shape[1]}")
@@ -196,9 +208,11 @@ def _rows(tokens_BL: Any, lengths_B: Any) -> tuple[jax.Array, np.ndarray]:
 def _require_fits(used: int, more: int, max_length: int) -> None:
     require(more >= 0, "max_new_tokens", more, "must be 0 or more")
     require(
-        used + more <= max_length, "prompt", f"{used} tokens",
+        used + more <= max_length,
+        "prompt",
+        f"{used} tokens",
         f"with {more} new ones does not fit the cache of max_length = {max_length}",
-    )  # fmt: skip
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_length", "routing", "slack"))
@@ -228,16 +242,22 @@ def _loop(model, params, state, new, sampling):
         recent_BW = jnp.concatenate([state.recent_BW[:, 1:], tokens_B[:, None]], axis=1)
         missed_B = cache.overflow_B - state.cache.overflow_B
         state = dataclasses.replace(
-            state, logits_BV=logits_BV, cache=cache, step=state.step + 1,
-            done_B=state.done_B | _ends(recent_BW, state.stop), recent_BW=recent_BW,
-        )  # fmt: skip
+            state,
+            logits_BV=logits_BV,
+            cache=cache,
+            step=state.step + 1,
+            done_B=state.done_B | _ends(recent_BW, state.stop),
+            recent_BW=recent_BW,
+        )
         depths_B = jnp.where(active_B, depths_B1[:, 0], -1)
         written = (
             jax.lax.dynamic_update_index_in_dim(all_BN, now_B, i, 1)
             for all_BN, now_B in (
-                (tokens_BN, tokens_B), (depths_BN, depths_B), (overflow_BN, missed_B)
+                (tokens_BN, tokens_B),
+                (depths_BN, depths_B),
+                (overflow_BN, missed_B),
             )
-        )  # fmt: skip
+        )
         return i + 1, *written, state
 
     zero_BN = jnp.zeros((batch, new), jnp.int32)

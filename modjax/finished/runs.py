@@ -100,18 +100,23 @@ def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
     """Evaluates a run on its validation windows as trained, and under `routing` and `slack`."""
     scores = {}
     for name, arguments in {
-        "trained": {"routing": "trained"}, "causal": {"routing": routing, "slack": slack}
-    }.items():  # fmt: skip
+        "trained": {"routing": "trained"},
+        "causal": {"routing": routing, "slack": slack},
+    }.items():
         with jax.set_mesh(run.mesh):
             step = compile_eval_step(run.mesh, run.model, run.spec.train, **arguments)
             windows = validation_batches(run.cache, run.spec.train)
             batches = (put_batch(batch, run.mesh) for batch in windows)
             scores[name] = evaluate(step, run.weights, batches)
     return Comparison(
-        run.spec.run_id, routing, slack, summarise(scores["trained"]), summarise(scores["causal"]),
+        run.spec.run_id,
+        routing,
+        slack,
+        summarise(scores["trained"]),
+        summarise(scores["causal"]),
         difference(scores["causal"], scores["trained"]),
         quality(scores["causal"].counts, scores["causal"].weight_B),
-    )  # fmt: skip
+    )
 
 
 class Loaded(NamedTuple):

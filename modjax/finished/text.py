@@ -45,8 +45,12 @@ def open_codec(run: Finished) -> Codec:
     """The vocabulary of the data that the run was trained on."""
     if run.cache.manifest.vocab == "bytes":
         return Codec(None)
-    require(importlib.util.find_spec("sentencepiece") is not None, "modjax sample", "sentencepiece",
-            "missing package; pip install -e '.[data]'")  # fmt: skip
+    require(
+        importlib.util.find_spec("sentencepiece") is not None,
+        "modjax sample",
+        "sentencepiece",
+        "missing package; pip install -e '.[data]'",
+    )
     return Codec(run.cache.vocabulary_model())
 
 
@@ -60,12 +64,17 @@ def choose_routing(run: Finished, routing: str | None) -> str:
         routing = config.causal_routing() if config.routed() else CAUSAL[0]
     if routing is None:
         raise InputError(
-            "--routing", None, "this model has not learned to select without the future: train it "
+            "--routing",
+            None,
+            "this model has not learned to select without the future: train it "
             "with predictor_weight > 0",
-        )  # fmt: skip
-    require(routing != "trained", "--routing", routing,
-            "looks at tokens that are not drawn yet: "
-            "router, predictor, paced or threshold")  # fmt: skip
+        )
+    require(
+        routing != "trained",
+        "--routing",
+        routing,
+        "looks at tokens that are not drawn yet: router, predictor, paced or threshold",
+    )
     config.check_routing(routing, "--routing")
     return routing
 
@@ -93,13 +102,25 @@ def sample(
     encoded = [codec.encode(prompt, "--prompt") for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         require(len(ids) > 0, "--prompt", prompt, "is empty: give at least one character")
-        require(len(ids) <= MOST_PROMPT_TOKENS, "--prompt", prompt,
-                f"has {len(ids)} tokens; must have at most {MOST_PROMPT_TOKENS}")  # fmt: skip
-        require(max(ids) < vocab_size, "--prompt", prompt,
-                f"has tokens beyond the vocabulary's {vocab_size}")  # fmt: skip
+        require(
+            len(ids) <= MOST_PROMPT_TOKENS,
+            "--prompt",
+            prompt,
+            f"has {len(ids)} tokens; must have at most {MOST_PROMPT_TOKENS}",
+        )
+        require(
+            max(ids) < vocab_size,
+            "--prompt",
+            prompt,
+            f"has tokens beyond the vocabulary's {vocab_size}",
+        )
     for text in stop:
-        require(len(codec.encode(text, "--stop")) > 0, "--stop", text,
-                "is empty: give at least one character")  # fmt: skip
+        require(
+            len(codec.encode(text, "--stop")) > 0,
+            "--stop",
+            text,
+            "is empty: give at least one character",
+        )
     tokens_BL = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
     for b, ids in enumerate(encoded):
         tokens_BL[b, : len(ids)] = ids
@@ -111,11 +132,19 @@ def sample(
     first = min(STREAM_EVERY, max_new_tokens)
     drawn: list[Generated] = [
         generate(
-            run.model.graphdef, run.weights, tokens_BL, lengths_B=lengths_B, routing=routing,
-            slack=slack, sampling=sampling, stop=((run.cache.manifest.eos_id,),), seed=seed,
-            max_new_tokens=first, max_length=int(lengths_B.max()) + max_new_tokens,
+            run.model.graphdef,
+            run.weights,
+            tokens_BL,
+            lengths_B=lengths_B,
+            routing=routing,
+            slack=slack,
+            sampling=sampling,
+            stop=((run.cache.manifest.eos_id,),),
+            seed=seed,
+            max_new_tokens=first,
+            max_length=int(lengths_B.max()) + max_new_tokens,
         )
-    ]  # fmt: skip
+    ]
     stream = codecs.getincrementaldecoder("utf-8")(errors="replace")
     held_back = max(map(len, stops), default=1) - 1  # may be the beginning of a stop
     shown, left = 0, max_new_tokens - first
@@ -185,9 +214,7 @@ def coloured(sample: Sample) -> str:
         shade = round(depth / max(sample.routed_blocks, 1) * (len(DEPTH_COLOURS) - 1))
         text = decoder.decode(piece).replace("\n", "\x1b[0m\n")
         out.append(f"\x1b[48;5;{DEPTH_COLOURS[shade]}m\x1b[38;5;16m{text}")
-    legend = "".join(
-        f"\x1b[48;5;{colour}m\x1b[38;5;16m  " for colour in DEPTH_COLOURS
-    )  # fmt: skip
+    legend = "".join(f"\x1b[48;5;{colour}m\x1b[38;5;16m  " for colour in DEPTH_COLOURS)
     mean = sum(sample.depths) / len(sample.depths)
     return (
         "".join(out)

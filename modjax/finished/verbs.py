@@ -24,8 +24,12 @@ def evaluate(args: argparse.Namespace) -> None:
     specs = choose(args.workdir, args.run, routed=True)
     _check_slack(args.slack)
     bounded = args.slack is None or args.routing != "trained"
-    require(bounded, "--slack", args.slack, "bounds routing that never looks ahead; training takes "
-            "its capacity, no more")  # fmt: skip
+    require(
+        bounded,
+        "--slack",
+        args.slack,
+        "bounds routing that never looks ahead; training takes its capacity, no more",
+    )
     if args.run is None:  # a sweep may hold models that have not learned this routing
         able = [spec for spec in specs if args.routing in spec.model.routings]
         specs = able or specs
@@ -71,8 +75,12 @@ def sample(args: argparse.Namespace) -> None:
     if args.routing is not None:
         for spec in specs[-1:]:
             spec.model.check_routing(args.routing, "--routing")
-    require(len(specs) == 1, "--run", args.run, f"must name one of the {len(specs)} finished runs, "
-            f"such as {specs[-1].run_id}")  # fmt: skip
+    require(
+        len(specs) == 1,
+        "--run",
+        args.run,
+        f"must name one of the {len(specs)} finished runs, such as {specs[-1].run_id}",
+    )
     run = open_run(specs[0], workdir=args.workdir, data_dir=args.data_dir)
     choose_routing(run, args.routing)
     graphdef, weights = unstack(
@@ -86,9 +94,16 @@ def sample(args: argparse.Namespace) -> None:
             print(text, end="", flush=True)
 
     samples = sample(
-        run, prompts, routing=args.routing, slack=args.slack, sampling=sampling,
-        max_new_tokens=args.tokens, stop=args.stop, seed=args.seed, write=write,
-    )  # fmt: skip
+        run,
+        prompts,
+        routing=args.routing,
+        slack=args.slack,
+        sampling=sampling,
+        max_new_tokens=args.tokens,
+        stop=args.stop,
+        seed=args.seed,
+        write=write,
+    )
     if streams:
         return print()
     if args.json:
@@ -107,6 +122,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError("--prompts", str(args.prompts), f"cannot be read: {reason}") from error
-    require(all(lines), "--prompts", str(args.prompts),
-            "must hold one prompt a line, none of them empty")  # fmt: skip
+    require(
+        all(lines),
+        "--prompts",
+        str(args.prompts),
+        "must hold one prompt a line, none of them empty",
+    )
     return lines

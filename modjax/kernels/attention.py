@@ -33,9 +33,12 @@ class Mask(NamedTuple):
 
 
 def attend(
-    q_BNLH: jax.Array, k_BGMH: jax.Array, v_BGMH: jax.Array, mask: Mask,
+    q_BNLH: jax.Array,
+    k_BGMH: jax.Array,
+    v_BGMH: jax.Array,
+    mask: Mask,
     softcap: float | None = None,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Softmax attention, (B, N, L, H), over what `mask` lets each query see, at least itself.
 
     q (B, N, L, H), k and v (B, G, M, H); N is a multiple of G. Scores and softmax are float32, the

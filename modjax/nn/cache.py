@@ -45,8 +45,12 @@ class KVCache(NamedTuple):
         length_B = self.length_B + write.count_B
         if fresh:
             wide = write.padded(slots)
-            return self._replace(k_BGMH=wide.k_BGLH, v_BGMH=wide.v_BGLH, length_B=length_B,
-                                 positions_BM=wide.positions_BL)  # fmt: skip
+            return self._replace(
+                k_BGMH=wide.k_BGLH,
+                v_BGMH=wide.v_BGLH,
+                length_B=length_B,
+                positions_BM=wide.positions_BL,
+            )
         offset_1L = jnp.arange(new)[None]
         slot_BL = jnp.where(
             offset_1L < write.count_B[:, None], self.length_B[:, None] + offset_1L, slots

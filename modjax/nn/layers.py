@@ -69,13 +69,17 @@ class Attention(Sublayer):
         # For each kv head its queries, its key and its value: one product makes them all.
         each = heads // shape.num_kv_heads + 2
         self.w_qkv = normal_param(
-            rngs, (d, shape.num_kv_heads, each, h), ("embed", "kv_heads", None, "head_dim"),
+            rngs,
+            (d, shape.num_kv_heads, each, h),
+            ("embed", "kv_heads", None, "head_dim"),
             std=1 / math.sqrt(d),
-        )  # fmt: skip
+        )
         self.w_out = normal_param(
-            rngs, (heads, h, d), ("heads", "head_dim", "embed"),
+            rngs,
+            (heads, h, d),
+            ("heads", "head_dim", "embed"),
             std=1 / math.sqrt(heads * h) / depth_scale(shape),
-        )  # fmt: skip
+        )
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         q_BNLH, k_BGLH, v_BGLH = self.heads(self.before(x_BLD), at.ropes[self.spec.rope])
@@ -167,9 +171,9 @@ class Seq(nnx.Module):
 
     def __init__(self, spec: spec.Seq, shape: spec.Shape, *, rngs: nnx.Rngs):
         self.spec = spec
-        self.parts = nnx.Dict({
-            name: build(part, shape, rngs=rngs) for name, part in names(spec.parts).items()
-        })  # fmt: skip
+        self.parts = nnx.Dict(
+            {name: build(part, shape, rngs=rngs) for name, part in names(spec.parts).items()}
+        )
 
     def __call__(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         writes, records = {}, {}

@@ -54,9 +54,12 @@ class Transformer(nnx.Module):
         # A tied table also serves as the output projection, whose logits should start near 1.
         std = 1 / math.sqrt(d)
         self.embedding = normal_param(
-            rngs, (v, d), ("vocab", "embed"), std=std if config.tie_embeddings else 1.0,
+            rngs,
+            (v, d),
+            ("vocab", "embed"),
+            std=std if config.tie_embeddings else 1.0,
             role="embedding",
-        )  # fmt: skip
+        )
         self.stack = Stack(config, rngs=rngs, layer_loop=layer_loop, remat=remat)
         self.final_norm = RMSNorm(d, eps=config.norm_eps)
         if not config.tie_embeddings:
@@ -90,9 +93,13 @@ class Transformer(nnx.Module):
         return self._logits(x_BLD), records
 
     def reader(
-        self, *, max_length: int, routing: str, slack: float | None = None,
+        self,
+        *,
+        max_length: int,
+        routing: str,
+        slack: float | None = None,
         key: jax.Array | None = None,
-    ) -> Reader:  # fmt: skip
+    ) -> Reader:
         """A function (tokens_BL, lengths_B, cache) -> (logits_BV, cache, depths_BL).
 
         Row b reads its first lengths_B[b] >= 0 tokens, after those in its cache, which is None for
@@ -108,8 +115,13 @@ class Transformer(nnx.Module):
         self.config.check_routing(routing, "routing")
         if routing == "trained":
             needs = {name for layer, _ in self.config.repeated() for name in layer.hands_on()}
-            require(not needs, "routing", routing, f"ranks by {', '.join(needs)}, which later "
-                    "positions decide: reading needs another routing")  # fmt: skip
+            require(
+                not needs,
+                "routing",
+                routing,
+                f"ranks by {', '.join(needs)}, which later "
+                "positions decide: reading needs another routing",
+            )
             require(slack is None or slack >= 1, "slack", slack, "must be 1 or more as trained")
         layers = self.stack.apart()
         # Looked up: XLA's CPU backend would compute the cosines in every layer.

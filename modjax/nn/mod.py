@@ -43,8 +43,9 @@ class MoDWrite:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("inner", "taken_B", "missed_B"), meta_fields=("slots",),
-)  # fmt: skip
+    data_fields=("inner", "taken_B", "missed_B"),
+    meta_fields=("slots",),
+)
 @dataclass(frozen=True)
 class MoDCache:
     """The cache of the inner layer, which has room for `slots` positions of each row.
@@ -62,9 +63,12 @@ class MoDCache:
         return self.missed_B
 
     def written(self, write: MoDWrite, *, fresh: bool = False) -> "MoDCache":
-        return MoDCache(written(self.inner, write.inner, fresh=fresh),
-                        self.taken_B + write.taken_B, self.missed_B + write.missed_B,
-                        self.slots)  # fmt: skip
+        return MoDCache(
+            written(self.inner, write.inner, fresh=fresh),
+            self.taken_B + write.taken_B,
+            self.missed_B + write.missed_B,
+            self.slots,
+        )
 
 
 class MoD(RoutedLayer):
@@ -103,8 +107,10 @@ class MoD(RoutedLayer):
             write = out.write
             if cache is not None and call.routing != "trained":
                 write = padded(write, most)  # every compiled size returns one shape
-            records = {name: Inside(record, selection.indices_BK, selection.valid_BK)
-                       for name, record in out.records.items()}  # fmt: skip
+            records = {
+                name: Inside(record, selection.indices_BK, selection.valid_BK)
+                for name, record in out.records.items()
+            }
             return scatter_add(x, selection.indices_BK, update), (write, records)
 
         x_new, (write, nested), record = self.route(x, at, call, spent_B, room_B, most, process)
@@ -132,8 +138,9 @@ class MoD(RoutedLayer):
         missed_B = jnp.sum(wanted_BL & ~routed_BL, axis=1, dtype=jnp.int32)
         taken_B = jnp.sum(routed_BL, axis=1, dtype=jnp.int32)
         none_B = jnp.zeros_like(ranking.scores_BL[:, 0])
-        record = Routed(ranking.scores_BL, routed_BL, wanted_BL, routed_BL, None, None, none_B,
-                        none_B, {})  # fmt: skip
+        record = Routed(
+            ranking.scores_BL, routed_BL, wanted_BL, routed_BL, None, None, none_B, none_B, {}
+        )
         return Out(x, MoDWrite(write, taken_B, missed_B), {"": record})
 
     def _rows(self, x, at: At, call: Call, cache, scores_BL, routed_BL):

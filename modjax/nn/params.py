@@ -13,9 +13,12 @@ class Measured(nnx.Variable):
 
 
 def make_param(
-    value: jax.Array, axes: tuple[str | None, ...], *, role: str = "weight",
+    value: jax.Array,
+    axes: tuple[str | None, ...],
+    *,
+    role: str = "weight",
     decays: bool | None = None,
-) -> nnx.Param:  # fmt: skip
+) -> nnx.Param:
     """A parameter. axes: the logical axis of every dim, for sharding.
 
     decays: whether weight decay pulls it to 0; None: where it is a matrix, of two or more dims.
@@ -25,9 +28,13 @@ def make_param(
 
 
 def normal_param(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float,
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    std: float,
     role: str = "weight",
-) -> nnx.Param:  # fmt: skip
+) -> nnx.Param:
     """A float32 parameter drawn from N(0, std^2); see make_param."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return make_param(value, axes, role=role)

@@ -42,9 +42,15 @@ class RoutedLayer(nnx.Module):
         self.predictor = Predictor(d_model, rngs=rngs) if config.predictor_weight > 0 else None
 
     def route(
-        self, x_BLD: jax.Array, at: At, call: Call, spent_B: jax.Array, room_B: jax.Array | None,
-        most: int, process: Process,
-    ) -> tuple[jax.Array, Any, Routed]:  # fmt: skip
+        self,
+        x_BLD: jax.Array,
+        at: At,
+        call: Call,
+        spent_B: jax.Array,
+        room_B: jax.Array | None,
+        most: int,
+        process: Process,
+    ) -> tuple[jax.Array, Any, Routed]:
         """New x, what `process` returned beside it, and the record.
 
         spent_B: how many earlier positions of each row have asked. room_B: how many can be taken
@@ -65,11 +71,16 @@ class RoutedLayer(nnx.Module):
             loss_B = _cross_entropy(predictor_BL, target_BL, at.valid_BL)
             losses["predictor"] = self.config.predictor_weight * loss_B
         record = Routed(
-            scores_BL=ranking.scores_BL, target_BL=target_BL, wanted_BL=wanted_BL,
-            selected_BL=target_BL, predictor_BL=predictor_BL, auxiliary_BL=auxiliary_BL,
+            scores_BL=ranking.scores_BL,
+            target_BL=target_BL,
+            wanted_BL=wanted_BL,
+            selected_BL=target_BL,
+            predictor_BL=predictor_BL,
+            auxiliary_BL=auxiliary_BL,
             k_B=jnp.full(x_BLD.shape[0], selected_tokens(self.config.capacity, length)),
-            kth_B=kth_B, losses=losses,
-        )  # fmt: skip
+            kth_B=kth_B,
+            losses=losses,
+        )
         if call.routing == "trained":
             return (*process(target), record)
         wanted_BL = valid_ones(self.wanted(x_BLD, ranking, at, call.routing, spent_B), at.valid_BL)

@@ -47,8 +47,9 @@ class ExpertChoice(nnx.Module):
 
     def __init__(self, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.w = normal_param(rngs, (d_model,), ("replicated",), std=1 / math.sqrt(d_model),
-                              role="router")  # fmt: skip
+        self.w = normal_param(
+            rngs, (d_model,), ("replicated",), std=1 / math.sqrt(d_model), role="router"
+        )
 
     def __call__(self, x_BLD: jax.Array, at: At, key: jax.Array | None) -> Ranking:
         scores_BL = _linear(x_BLD, self.w[...][:, None])[..., 0]
@@ -171,10 +172,12 @@ class Predictor(nnx.Module):
     def __init__(self, d_model: int, *, rngs: nnx.Rngs):
         hidden = predictor_width(d_model)
         std = 1 / math.sqrt(d_model)
-        self.w_in = normal_param(rngs, (d_model, hidden), ("replicated", None), std=std,
-                                 role="predictor")  # fmt: skip
-        self.w_out = normal_param(rngs, (hidden,), ("replicated",), std=1 / math.sqrt(hidden),
-                                  role="predictor")  # fmt: skip
+        self.w_in = normal_param(
+            rngs, (d_model, hidden), ("replicated", None), std=std, role="predictor"
+        )
+        self.w_out = normal_param(
+            rngs, (hidden,), ("replicated",), std=1 / math.sqrt(hidden), role="predictor"
+        )
         # Slope and offset of the line in the router's score.
         self.line = make_param(jnp.array([1.0, 0.0]), ("replicated",), role="predictor")
 

@@ -144,15 +144,23 @@ def check_inputs(
     for path, leaf in path_leaves(per_position):
         shape = jnp.shape(leaf)
         fits = len(shape) > 1 and shape[0] in (1, batch) and shape[1] == length
-        require(fits, f"per_position{jax.tree_util.keystr(path)}", shape,
-                f"must have the shape ({batch} or 1, {length}, ...) to be gathered like x; what "
-                "has another goes into `pairwise` or `whole`")  # fmt: skip
+        require(
+            fits,
+            f"per_position{jax.tree_util.keystr(path)}",
+            shape,
+            f"must have the shape ({batch} or 1, {length}, ...) to be gathered like x; what "
+            "has another goes into `pairwise` or `whole`",
+        )
     for path, leaf in path_leaves(pairwise):
         shape = jnp.shape(leaf)
         fits = len(shape) == 4 and shape[0] in (1, batch) and shape[2:] == (length, length)
-        require(fits, f"pairwise{jax.tree_util.keystr(path)}", shape,
-                f"must have the shape ({batch} or 1, heads or 1, {length}, {length}); what is not "
-                "to be gathered goes into `whole`")  # fmt: skip
+        require(
+            fits,
+            f"pairwise{jax.tree_util.keystr(path)}",
+            shape,
+            f"must have the shape ({batch} or 1, heads or 1, {length}, {length}); what is not "
+            "to be gathered goes into `whole`",
+        )
 
 
 def scatter_add(x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array) -> jax.Array:

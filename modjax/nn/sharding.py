@@ -69,8 +69,9 @@ def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) ->
 def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
     """The same under whatever mesh the batch lies on, which is not known here."""
     ranks = x_BL.ndim, jax.eval_shape(function, x_BL).ndim
-    others = [[f"{side}{dim}" for dim in range(rank - 1)]
-              for side, rank in zip("io", ranks, strict=True)]  # fmt: skip
+    others = [
+        [f"{side}{dim}" for dim in range(rank - 1)] for side, rank in zip("io", ranks, strict=True)
+    ]
     given, made = (" ".join(["rows", *names]) for names in others)
     split = custom_partitioning(function)
     split.def_partition(

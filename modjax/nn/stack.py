@@ -110,10 +110,12 @@ class Stack(nnx.Module):
 
     def unstack(self) -> None:
         """Keeps the repetitions of every layer apart from now on."""
-        self.blocks = nnx.List([
-            nnx.List([nnx.merge(*part) for part in _each(blocks, times)])
-            for blocks, _, times in self._segments()
-        ])  # fmt: skip
+        self.blocks = nnx.List(
+            [
+                nnx.List([nnx.merge(*part) for part in _each(blocks, times)])
+                for blocks, _, times in self._segments()
+            ]
+        )
 
     def _layers(self) -> list[tuple[str, spec.Layer, int]]:
         found = []

@@ -78,20 +78,26 @@ def _read(config_file: str) -> dict[str, Any]:
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError("--config", config_file, f"its get_config() failed: {line}") from error
     require(
-        isinstance(config, ml_collections.ConfigDict), "--config", config_file,
+        isinstance(config, ml_collections.ConfigDict),
+        "--config",
+        config_file,
         "its get_config() must return an ml_collections.ConfigDict",
-    )  # fmt: skip
+    )
     return config.to_dict()
 
 
 def _as_text(values: dict[str, Any]) -> dict[str, Any]:
     """The same with all layers as text, in which plans are kept and overrides are given."""
     return {
-        name: _as_text(value) if isinstance(value, dict)
-        else ", ".join(map(str, value)) if name == "layers" and isinstance(value, list | tuple)
-        else str(value) if name == "layers" else value
+        name: _as_text(value)
+        if isinstance(value, dict)
+        else ", ".join(map(str, value))
+        if name == "layers" and isinstance(value, list | tuple)
+        else str(value)
+        if name == "layers"
+        else value
         for name, value in values.items()
-    }  # fmt: skip
+    }
 
 
 def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:

@@ -90,9 +90,15 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
                 draw_parabola(ax, fits, parabola)
             elif parabola is not None:
                 refusals.append(f"{arm} refused: {_short(parabola.refusal)}")
-            runs = [(r.run_id, quantity_of(r, "parameters", fits.size),
-                     r.eval_loss if r.status == "finished" else None)
-                    for r in here if r.variant == arm]  # fmt: skip
+            runs = [
+                (
+                    r.run_id,
+                    quantity_of(r, "parameters", fits.size),
+                    r.eval_loss if r.status == "finished" else None,
+                )
+                for r in here
+                if r.variant == arm
+            ]
             draw_runs(ax, fits, arm, runs, together=len(records) > MANY)
         ax.margins(x=0.06, y=0.14)
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -100,8 +106,9 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
         if len(refusals) > 3:  # no room; the report has their reasons
             refusals = [f"{len(refusals)} arms refused"]
         text = "\n".join(textwrap.fill(refusal, 22) for refusal in refusals)
-        ax.annotate(text, (0.5, 0.985), xycoords="axes fraction", ha="center", va="top",
-                    fontsize=5.5)  # fmt: skip
+        ax.annotate(
+            text, (0.5, 0.985), xycoords="axes fraction", ha="center", va="top", fontsize=5.5
+        )
         above = 0.085 * (1 + text.count("\n")) if refusals else 0
         ax.set_ylim(low - 0.1 * (high - low), high + above * (high - low))
     figure.supxlabel(KINDS["parameters", fits.size].capitalize(), fontsize=7)
@@ -125,8 +132,14 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
             parabola = fits.parabola(arm, flops, "forward_flops")
             if parabola is not None and parabola.refusal is None:
                 x, y = trace(parabola)
-                ax.plot(x / best.optimum, y / best.loss, color=colour, alpha=strength,
-                        linestyle=line, linewidth=0.9)  # fmt: skip
+                ax.plot(
+                    x / best.optimum,
+                    y / best.loss,
+                    color=colour,
+                    alpha=strength,
+                    linestyle=line,
+                    linewidth=0.9,
+                )
             runs = [
                 (r.run_id, r.forward_flops_per_token / best.optimum, r.eval_loss / best.loss)
                 for r in records
@@ -135,8 +148,14 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
             draw_runs(ax, fits, arm, runs, strength, together=len(records) > MANY)
     if not shades:
         ax.set_axis_off()
-        ax.text(0.5, 0.5, f"No budget has an accepted optimum of {fits.baseline}\nto compare with.",
-                ha="center", va="center", transform=ax.transAxes)  # fmt: skip
+        ax.text(
+            0.5,
+            0.5,
+            f"No budget has an accepted optimum of {fits.baseline}\nto compare with.",
+            ha="center",
+            va="center",
+            transform=ax.transAxes,
+        )
         return figure
     ax.axhline(1, color=INK, linewidth=0.5, zorder=0)
     ax.axvline(1, color=INK, linewidth=0.5, zorder=0)
@@ -144,12 +163,27 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
     ax.set_xlabel(f"Forward FLOPs per token, relative to the optimal {fits.baseline} model")
     ax.set_ylabel(f"Loss, relative to the optimal {fits.baseline} model")
     handles = [
-        Line2D([], [], color=INK, alpha=shade, linestyle="", marker="o", markeredgewidth=0,
-               label=f"{budget(b)} FLOPs")
+        Line2D(
+            [],
+            [],
+            color=INK,
+            alpha=shade,
+            linestyle="",
+            marker="o",
+            markeredgewidth=0,
+            label=f"{budget(b)} FLOPs",
+        )
         for b, shade in shades.items()
-    ]  # fmt: skip
-    ax.legend(handles=handles, loc="upper center", handletextpad=0, frameon=True,
-              facecolor=SURFACE, edgecolor="none", framealpha=1)  # fmt: skip
+    ]
+    ax.legend(
+        handles=handles,
+        loc="upper center",
+        handletextpad=0,
+        frameon=True,
+        facecolor=SURFACE,
+        edgecolor="none",
+        framealpha=1,
+    )
     legend(figure, fits, fits.arms)
     return figure
 
@@ -204,8 +238,7 @@ def optima_figure(fits: Fits) -> Figure | None:
             continue
         colour, _, line = style(fits, arm)
         if law.coefficient is not None and law.exponent is not None:
-            sizes.plot(spread, law.coefficient * spread**law.exponent, color=colour,
-                       linestyle=line)  # fmt: skip
+            sizes.plot(spread, law.coefficient * spread**law.exponent, color=colour, linestyle=line)
     for p in fits.parabolas:
         if p.quantity == "parameters" and p.optimum is not None:
             values.append(p.optimum)
@@ -222,8 +255,9 @@ def optima_figure(fits: Fits) -> Figure | None:
     for gap in fits.gaps:
         if gap.percent is not None:
             shift = 1.06 ** (others.index(gap.arm) - (len(others) - 1) / 2)
-            draw_point(gaps, fits, gap.arm, gap.budget_flops * shift, gap.percent,
-                        gap.percent_interval)  # fmt: skip
+            draw_point(
+                gaps, fits, gap.arm, gap.budget_flops * shift, gap.percent, gap.percent_interval
+            )
     gaps.set_ylabel(f"Loss at the optimum\nagainst {fits.baseline}'s (%)")
     gaps.margins(y=0.15)
     for ax in (sizes, gaps):

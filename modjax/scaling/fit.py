@@ -55,8 +55,12 @@ def fit_all(
     arms.sort(key=lambda arm: arm != baseline)
     finished = [r for r in records if r.status == "finished" and r.eval_loss is not None]
     scored = {(r.data_fingerprint, r.eval_tokens) for r in finished}
-    require(len(scored) <= 1, "records", sorted(scored), "runs were scored on different "
-            "validation data (fingerprint, tokens); fit them apart")  # fmt: skip
+    require(
+        len(scored) <= 1,
+        "records",
+        sorted(scored),
+        "runs were scored on different validation data (fingerprint, tokens); fit them apart",
+    )
 
     rng = np.random.default_rng(seed)
     shared_R = rng.standard_normal(draws)
@@ -66,15 +70,22 @@ def fit_all(
     parabolas: list[Parabola] = []
     vertices: Vertices = {}
     for budget, quantity in itertools.product(budgets, QUANTITIES):
-        of_arms = {arm: make_cells(cells.get((arm, budget), []), quantity, size)
-                   for arm in arms if (arm, budget) in planned}  # fmt: skip
+        of_arms = {
+            arm: make_cells(cells.get((arm, budget), []), quantity, size)
+            for arm in arms
+            if (arm, budget) in planned
+        }
         for parabola, vertex in fit_budget(of_arms, budget, quantity, shared_R, rng):
             parabolas.append(parabola)
             if vertex is not None:
                 vertices[parabola.arm, budget, quantity] = vertex
     kept = {(p.arm, p.budget_flops): p for p in parabolas if p.quantity == "parameters"}
-    gaps = [_gap(arm, baseline, budget, kept, vertices)
-            for budget in budgets for arm in arms[1:] if (arm, budget) in kept]  # fmt: skip
+    gaps = [
+        _gap(arm, baseline, budget, kept, vertices)
+        for budget in budgets
+        for arm in arms[1:]
+        if (arm, budget) in kept
+    ]
     surfaces = []
     for arm in arms:
         runs = [r for r in finished if r.variant == arm]
@@ -106,11 +117,13 @@ def power_laws(arms: Sequence[str], budgets: Sequence[float], vertices: Vertices
     laws = []
     for arm in arms:
         for quantity in QUANTITIES:
-            found = {b: vertices[arm, b, quantity] for b in budgets
-                     if (arm, b, quantity) in vertices}  # fmt: skip
+            found = {
+                b: vertices[arm, b, quantity] for b in budgets if (arm, b, quantity) in vertices
+            }
             laws.append(power_law(arm, quantity, {b: v.log_x for b, v in found.items()}))
-        found = {b: vertices[arm, b, "parameters"] for b in budgets
-                 if (arm, b, "parameters") in vertices}  # fmt: skip
+        found = {
+            b: vertices[arm, b, "parameters"] for b in budgets if (arm, b, "parameters") in vertices
+        }
         laws.append(power_law(arm, "loss", {b: log10_of(v.loss) for b, v in found.items()}))
     return laws
 
@@ -124,8 +137,12 @@ def _gap(
 ) -> Gap:
     """Loss and forward FLOPs of an arm's optimum against the baseline's at one budget."""
     refused = [name for name in (baseline, arm) if (name, budget, "parameters") not in vertices]
-    reasons = [f"{name}: {parabolas[name, budget].refusal}" if (name, budget) in parabolas
-               else f"{name}: no runs at this budget" for name in refused]  # fmt: skip
+    reasons = [
+        f"{name}: {parabolas[name, budget].refusal}"
+        if (name, budget) in parabolas
+        else f"{name}: no runs at this budget"
+        for name in refused
+    ]
     if reasons:
         return Gap(arm, baseline, budget, *[None] * 6, refusal="; ".join(reasons))
     ours, theirs = (vertices[name, budget, "parameters"].loss for name in (arm, baseline))

@@ -71,15 +71,21 @@ def foretell(
             fitted.append((parabola, freedom))
             if vertex is not None:
                 optima.setdefault(parabola.arm, {})[budget] = vertex.log_x
-    exponents = {arm: power_law(arm, "parameters", of).exponent_interval
-                 for arm, of in optima.items()}  # fmt: skip
+    exponents = {
+        arm: power_law(arm, "parameters", of).exponent_interval for arm, of in optima.items()
+    }
     return {
         (p.arm, p.budget_flops): Foretold(
-            p.sizes, noise, freedom, p.low or 0.0, p.high or 0.0, p.optimum_interval,
+            p.sizes,
+            noise,
+            freedom,
+            p.low or 0.0,
+            p.high or 0.0,
+            p.optimum_interval,
             exponents.get(p.arm),
         )
         for p, freedom in fitted
-    }  # fmt: skip
+    }
 
 
 def _centres(sizes: dict[float, dict[str, Counter[int]]]) -> dict[tuple[str, float], float]:

@@ -28,16 +28,36 @@ LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), 
 WIDTH = 10 / 2.54  # inches
 MANY = 1000
 RC: dict[Any, Any] = {
-    "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "legend.fontsize": 7,
-    "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5, "xtick.minor.size": 1.5, "ytick.minor.size": 1.5,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "lines.linewidth": 1.1, "lines.markersize": 3.6, "legend.handlelength": 2.6,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
-    "ytick.color": INK, "figure.facecolor": SURFACE, "axes.facecolor": SURFACE,
-    "savefig.dpi": 300, "svg.fonttype": "path", "axes.formatter.useoffset": False,
-}  # fmt: skip
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.6,
+    "legend.handlelength": 2.6,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": SURFACE,
+    "axes.facecolor": SURFACE,
+    "savefig.dpi": 300,
+    "svg.fonttype": "path",
+    "axes.formatter.useoffset": False,
+}
 
 
 def style(fits: Fits, arm: str) -> tuple[str, str, Any]:
@@ -60,9 +80,15 @@ def draw_parabola(ax: Axes, fits: Fits, p: Parabola) -> None:
     x, y = trace(p)
     ax.plot(x, y, color=colour, linestyle=line)
     height = 0.02 + 0.028 * fits.arms.index(p.arm)
-    ax.plot(np.clip(p.optimum_interval, x[0], x[-1]), [height, height], color=colour,
-            linestyle=":" if all(open_ends(p.optimum_interval)) else "-",
-            transform=ax.get_xaxis_transform(), linewidth=1.6, solid_capstyle="butt")  # fmt: skip
+    ax.plot(
+        np.clip(p.optimum_interval, x[0], x[-1]),
+        [height, height],
+        color=colour,
+        linestyle=":" if all(open_ends(p.optimum_interval)) else "-",
+        transform=ax.get_xaxis_transform(),
+        linewidth=1.6,
+        solid_capstyle="butt",
+    )
     ax.annotate(
         "",
         (p.optimum, height),
@@ -92,18 +118,32 @@ def draw_parabola(ax: Axes, fits: Fits, p: Parabola) -> None:
 
 
 def draw_runs(
-    ax: Axes, fits: Fits, arm: str, runs: Sequence[tuple[str, float, float | None]],
-    strength: float = 1.0, *, together: bool = False,
-) -> None:  # fmt: skip
+    ax: Axes,
+    fits: Fits,
+    arm: str,
+    runs: Sequence[tuple[str, float, float | None]],
+    strength: float = 1.0,
+    *,
+    together: bool = False,
+) -> None:
     """An arm's runs (run_id, x, y); a diverged one, whose y is None, is a cross on the upper edge.
 
     together: as pixels, without ids.
     """
     colour, marker, _ = style(fits, arm)
-    cross: dict[str, Any] = {"marker": "x", "markersize": 4, "zorder": 3,
-                             "transform": ax.get_xaxis_transform()}  # fmt: skip
-    point = {"marker": marker, "alpha": strength, "zorder": 5, "markeredgecolor": SURFACE,
-             "markeredgewidth": 0.35}  # fmt: skip
+    cross: dict[str, Any] = {
+        "marker": "x",
+        "markersize": 4,
+        "zorder": 3,
+        "transform": ax.get_xaxis_transform(),
+    }
+    point = {
+        "marker": marker,
+        "alpha": strength,
+        "zorder": 5,
+        "markeredgecolor": SURFACE,
+        "markeredgewidth": 0.35,
+    }
     crosses = [(run_id, x, 0.97) for run_id, x, y in runs if y is None]
     points = [(run_id, x, y) for run_id, x, y in runs if y is not None]
     for look, marked in ((cross, crosses), (point, points)):
@@ -114,9 +154,13 @@ def draw_runs(
 
 
 def draw_curves(
-    ax: Axes, fits: Fits, arm: str, runs: Sequence[tuple[str, np.ndarray, np.ndarray]],
-    *, together: bool = False,
-) -> None:  # fmt: skip
+    ax: Axes,
+    fits: Fits,
+    arm: str,
+    runs: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    *,
+    together: bool = False,
+) -> None:
     """An arm's learning curves (run_id, x, y), thin. together: as pixels, without ids."""
     for group in _groups(runs, together):
         lines = [np.stack([x, y], -1) for _, x, y in group]
@@ -124,8 +168,9 @@ def draw_curves(
             gap = np.full((1, 2), np.nan)
             ended = [part for line in lines for part in (line, gap)]
             lines = [np.concatenate(ended[i : i + 100]) for i in range(0, len(ended), 100)]
-        drawn = LineCollection(lines, color=style(fits, arm)[0], alpha=0.5, linewidth=0.45,
-                               rasterized=together)  # fmt: skip
+        drawn = LineCollection(
+            lines, color=style(fits, arm)[0], alpha=0.5, linewidth=0.45, rasterized=together
+        )
         drawn.set_gid(None if together else f"run:{group[0][0]}")
         ax.add_collection(drawn)
 
@@ -142,8 +187,16 @@ def draw_point(ax: Axes, fits: Fits, arm: str, x: float, y: float, ends: Range |
         ax.plot([x, x], ends, color=colour, linewidth=0.9)
     else:
         ax.axvline(x, color=colour, linewidth=0.7, linestyle=":")
-    ax.plot([x], [y], marker=marker, color=colour, markersize=4.2, markeredgecolor=SURFACE,
-            markeredgewidth=0.35, linestyle="")  # fmt: skip
+    ax.plot(
+        [x],
+        [y],
+        marker=marker,
+        color=colour,
+        markersize=4.2,
+        markeredgecolor=SURFACE,
+        markeredgewidth=0.35,
+        linestyle="",
+    )
 
 
 def log_ticks(ax: Axes, subs: tuple[int, ...], show: Any = lambda x, _: count(x)) -> None:
@@ -161,9 +214,11 @@ def legend(
     handles = []
     for arm in arms:
         colour, shape, line = style(fits, arm)
-        handles.append(Line2D([], [], color=colour, linestyle=line, label=arm,
-                              marker=shape if marker else ""))  # fmt: skip
+        handles.append(
+            Line2D([], [], color=colour, linestyle=line, label=arm, marker=shape if marker else "")
+        )
     if diverged:
         handles.append(Line2D([], [], color=INK, marker="x", linestyle="", label="diverged"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)),
-                  columnspacing=1.6)  # fmt: skip
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=min(4, len(handles)), columnspacing=1.6
+    )

@@ -27,8 +27,17 @@ def by_cell(runs: Iterable[Record]) -> dict[tuple[str, float], list[Repeated]]:
     """The cells of every arm and budget."""
     cells: dict[tuple[Any, ...], Repeated] = {}
     for r in runs:
-        same = (r.variant, r.budget_flops, r.d_model, r.num_layers, r.params_total,
-                r.forward_flops_per_token, r.batch_size, r.steps, r.learning_rate)  # fmt: skip
+        same = (
+            r.variant,
+            r.budget_flops,
+            r.d_model,
+            r.num_layers,
+            r.params_total,
+            r.forward_flops_per_token,
+            r.batch_size,
+            r.steps,
+            r.learning_rate,
+        )
         cells.setdefault(same, []).append(r)
     grouped: dict[tuple[str, float], list[Repeated]] = {}
     for (arm, budget, *_), cell in cells.items():

@@ -119,11 +119,22 @@ def fit_budget(
     for arm, of in cells.items():
         x = [cell.x for cell in of]
         parabola = Parabola(
-            arm=arm, budget_flops=budget, quantity=quantity, runs=sum(c.seeds for c in of),
-            sizes=len(set(x)), low=min(x, default=None), high=max(x, default=None),
-            coefficients=None, noise=shared_noise.sigma, optimum=None, optimum_interval=None,
-            loss=None, loss_interval=None, off_centre=None, refusal=None,
-        )  # fmt: skip
+            arm=arm,
+            budget_flops=budget,
+            quantity=quantity,
+            runs=sum(c.seeds for c in of),
+            sizes=len(set(x)),
+            low=min(x, default=None),
+            high=max(x, default=None),
+            coefficients=None,
+            noise=shared_noise.sigma,
+            optimum=None,
+            optimum_interval=None,
+            loss=None,
+            loss_interval=None,
+            off_centre=None,
+            refusal=None,
+        )
         results.append(_fit_arm(parabola, of, solved.get(arm), shared_noise, shared_R, rng))
     return results
 
@@ -163,16 +174,17 @@ def _fit_arm(
 ) -> tuple[Parabola, Vertex | None]:
     sizes = f"{parabola.sizes} finished size{'s' * (parabola.sizes != 1)}"
     if solved is None:
-        refusal = (f"{sizes}; a parabola with a residual needs at least "
-                   f"{MIN_SIZES}")  # fmt: skip
+        refusal = f"{sizes}; a parabola with a residual needs at least {MIN_SIZES}"
         return dataclasses.replace(parabola, refusal=refusal), None
     c0, c1, c2 = (float(c) for c in solved.coefficients_3)
     parabola = dataclasses.replace(parabola, coefficients=(c0, c1, c2))
     place = -c1 / (2 * c2) if c2 != 0 else math.inf
     refusal = None
     if parabola.sizes < MIN_SIZES:
-        refusal = (f"{sizes}; three points fit a parabola exactly and "
-                   f"leave no residual, so at least {MIN_SIZES} are needed")  # fmt: skip
+        refusal = (
+            f"{sizes}; three points fit a parabola exactly and "
+            f"leave no residual, so at least {MIN_SIZES} are needed"
+        )
     elif c2 <= 0:
         refusal = "the fitted curve is concave: it has a maximum, not a minimum"
     elif abs(place) > solved.half:

@@ -113,10 +113,12 @@ def descend(start: np.ndarray, data: Data) -> "OptimizeResult":
 def fit_descent(data: Data) -> np.ndarray:
     """Parameters (5,) from the best of several starts."""
     mean = float(data.log_loss_M.mean())
-    starts_R5 = np.array([
-        [mean + np.log(share), *[mean + np.log((1 - share) / 2)] * 2, a, b]
-        for share, a, b in itertools.product((0.3, 0.7), (0.2, 0.6), (0.2, 0.6))
-    ])  # fmt: skip
+    starts_R5 = np.array(
+        [
+            [mean + np.log(share), *[mean + np.log((1 - share) / 2)] * 2, a, b]
+            for share, a, b in itertools.product((0.3, 0.7), (0.2, 0.6), (0.2, 0.6))
+        ]
+    )
     ends_R5 = minima(starts_R5, np.ones((len(starts_R5), len(data.log_loss_M))), data)
     best = min(ends_R5, key=lambda end: objective(end, data)[0])
     return descend(best, data).x
@@ -128,9 +130,14 @@ def project(alpha: float, beta: float, data: Data, steps: int = 200) -> tuple[fl
     Gauss-Newton on log L with Huber's weights: every step is a least squares problem, solved as a
     non-negative one where it must be.
     """
-    basis_M3 = np.stack([
-        np.ones_like(data.log_n_M), np.exp(-alpha * data.log_n_M), np.exp(-beta * data.log_d_M),
-    ], -1)  # fmt: skip
+    basis_M3 = np.stack(
+        [
+            np.ones_like(data.log_n_M),
+            np.exp(-alpha * data.log_n_M),
+            np.exp(-beta * data.log_d_M),
+        ],
+        -1,
+    )
     prediction_M = np.exp(data.log_loss_M)
     residual_M = np.zeros_like(prediction_M)
     best, best_3 = np.inf, np.zeros(3)
@@ -174,9 +181,13 @@ def fit_projection(data: Data, steps: int = 200) -> np.ndarray:
     grid = itertools.product(np.geomspace(0.1, 1.6, 7), repeat=2)
     start = min(grid, key=lambda ab: project(ab[0], ab[1], data, steps=3)[0])
     result = minimize(
-        scaled, start, jac=True, method="L-BFGS-B", bounds=[(0, 5)] * 2,
+        scaled,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0, 5)] * 2,
         options={"ftol": 1e-13, "gtol": 1e-7},
-    )  # fmt: skip
+    )
     return theta(result.x)
 
 
@@ -243,9 +254,9 @@ def minima(theta_R5: np.ndarray, weight_RM: np.ndarray, data: Data, steps: int =
         if settled_R.all():
             break
         live_R, theta_R5, damping_R, value_R, weight_RM, residual_RM, slopes_RJ5 = (
-            of[~settled_R] for of in (live_R, theta_R5, damping_R, value_R, weight_RM, residual_RM,
-                                      slopes_RJ5)
-        )  # fmt: skip
+            of[~settled_R]
+            for of in (live_R, theta_R5, damping_R, value_R, weight_RM, residual_RM, slopes_RJ5)
+        )
     return found_R5
 
 
@@ -256,9 +267,11 @@ def _some(data: Data) -> Data:
         return data
     picked = np.random.default_rng(0).permutation(runs)[:SEARCHED]
     return dataclasses.replace(
-        data, log_n_M=data.log_n_M[picked], log_d_M=data.log_d_M[picked],
+        data,
+        log_n_M=data.log_n_M[picked],
+        log_d_M=data.log_d_M[picked],
         log_loss_M=data.log_loss_M[picked],
-    )  # fmt: skip
+    )
 
 
 def fit_surface(
@@ -278,8 +291,12 @@ def fit_surface(
     require(draws >= 0, "draws", draws, "must be 0 or more")
     runs = len(loss_M)
     if runs < MIN_RUNS:
-        return Surface(arm, runs, *[None] * 8, refusal=f"{runs} finished runs; five parameters "
-                       f"need at least {MIN_RUNS}")  # fmt: skip
+        return Surface(
+            arm,
+            runs,
+            *[None] * 8,
+            refusal=f"{runs} finished runs; five parameters need at least {MIN_RUNS}",
+        )
     data = make_data(n_M, d_M, loss_M)
     ends = [descend(fit_projection(_some(data), steps=5), data).x, fit_descent(data)]
     theta = min(ends, key=lambda end: objective(end, data)[0])
@@ -297,5 +314,12 @@ def fit_surface(
         drawn_R5 = bootstrap(theta, data, draws, np.random.default_rng(seed))
         ends = np.quantile(natural(drawn_R5, data), [0.025, 0.975], axis=0).T.tolist()
         intervals = {name: (low, high) for name, (low, high) in zip(NAMES, ends, strict=True)}
-    return Surface(arm, runs, **values, objective=value, optimality=optimality,
-                   intervals=intervals, refusal=refusal)  # fmt: skip
+    return Surface(
+        arm,
+        runs,
+        **values,
+        objective=value,
+        optimality=optimality,
+        intervals=intervals,
+        refusal=refusal,
+    )

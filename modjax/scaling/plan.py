@@ -57,9 +57,12 @@ def plan(
         for arm in arms.keys() - {baseline}:
             ratio = forward_ratio(sweep, arm)
             grid[arm] = _nearest_widths(
-                sweep, arms[arm], lambda built: forward_per_token(built, seq_len),
-                [ratio * flops for flops in forward], budget,
-            )  # fmt: skip
+                sweep,
+                arms[arm],
+                lambda built: forward_per_token(built, seq_len),
+                [ratio * flops for flops in forward],
+                budget,
+            )
         for size in reversed(range(sweep.sizes)):
             for arm, build in arms.items():
                 built = build(grid[arm][size])
@@ -73,8 +76,12 @@ def plan(
 
 def _require_absent(group: str, values: Mapping, names: Sequence[str], rule: str) -> None:
     for name in names:
-        require(name not in values, f"{group}.{name}", values.get(name),
-                f"is decided by {rule} in a sweep: leave it out")  # fmt: skip
+        require(
+            name not in values,
+            f"{group}.{name}",
+            values.get(name),
+            f"is decided by {rule} in a sweep: leave it out",
+        )
 
 
 def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[int], ModelSpec]:
@@ -84,17 +91,23 @@ def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[in
     require(isinstance(changes, Mapping), f"sweep.arms.{arm}", changes, "must be a group of fields")
     changes = {name: value for name, value in changes.items() if name not in ARM_FIELDS}
     for name, value in changes.items():
-        require(name in known, f"sweep.arms.{arm}.{name}", value,
-                f"unknown; an arm can change {', '.join((*ARM_FIELDS, *known))}")  # fmt: skip
+        require(
+            name in known,
+            f"sweep.arms.{arm}.{name}",
+            value,
+            f"unknown; an arm can change {', '.join((*ARM_FIELDS, *known))}",
+        )
     merged = {**model, **changes}
     field = f"sweep.arms.{arm}.layers" if "layers" in changes else "model.layers"
     layers = read_layers(merged.get("layers", "Dense()"), merged.get("imports", ()), field)
     merged["layers"] = layers
     length = 1 if isinstance(layers[0], Repeat) else len(layers)
     require(
-        sweep.shape.layer_multiple % length == 0, "sweep.shape.layer_multiple",
-        sweep.shape.layer_multiple, f"must be a multiple of arm {arm}'s pattern length, {length}",
-    )  # fmt: skip
+        sweep.shape.layer_multiple % length == 0,
+        "sweep.shape.layer_multiple",
+        sweep.shape.layer_multiple,
+        f"must be a multiple of arm {arm}'s pattern length, {length}",
+    )
 
     def build(width: int) -> ModelSpec:
         return from_dict(ModelSpec, merged | sweep.shape.at(width), "model.")
@@ -106,8 +119,12 @@ def forward_ratio(sweep: SweepConfig, arm: str) -> float:
     """Forward FLOPs per token at the centre of the arm's grid over the baseline's."""
     ratio = sweep.arms[arm].get("forward_ratio", 1.0)
     field = f"sweep.arms.{arm}.forward_ratio"
-    require(isinstance(ratio, int | float) and 1e-3 <= ratio <= 1e3, field, ratio,
-            "must be a number from 0.001 to 1000")  # fmt: skip
+    require(
+        isinstance(ratio, int | float) and 1e-3 <= ratio <= 1e3,
+        field,
+        ratio,
+        "must be a number from 0.001 to 1000",
+    )
     return ratio
 
 
@@ -161,9 +178,13 @@ def _nearest_widths(
         return bisect.bisect_left(steps, target, lo=1, key=measured)
 
     last = max(place(max(targets)), len(targets))
-    require(last < len(steps), "sweep.budgets", budget,
-            f"its grid has models wider than {WIDEST}: lower the budget, sweep.optimum.params or "
-            "exponent, sweep.spread, or an arm's forward_ratio")  # fmt: skip
+    require(
+        last < len(steps),
+        "sweep.budgets",
+        budget,
+        f"its grid has models wider than {WIDEST}: lower the budget, sweep.optimum.params or "
+        "exponent, sweep.spread, or an arm's forward_ratio",
+    )
     chosen: set[int] = set()
     for target in targets:
         above = place(target)
@@ -178,23 +199,34 @@ def _nearest_widths(
 
 
 def _spec(
-    recipe: Recipe, ratio: float, arm: str, budget: float, model: ModelSpec,
-    train: Mapping[str, Any], data: DataConfig, seed: int,
-) -> RunSpec:  # fmt: skip
+    recipe: Recipe,
+    ratio: float,
+    arm: str,
+    budget: float,
+    model: ModelSpec,
+    train: Mapping[str, Any],
+    data: DataConfig,
+    seed: int,
+) -> RunSpec:
     batch = recipe.batch_at(ratio)
     trained = train.get("trained", "all")
     per_step = train_flops(model, train["seq_len"], batch, trained=trained)
     steps = round(budget / per_step)
     if steps < 1:
         raise InputError(
-            "sweep.budgets", budget,
+            "sweep.budgets",
+            budget,
             f"too small for a step of arm {arm} at d_model {model.d_model}, which takes "
             f"{per_step:.2g} FLOPs: raise the budget, or lower sweep.recipe.batch_size or "
             "sweep.optimum.params",
-        )  # fmt: skip
-    require(steps <= MOST_STEPS, "sweep.budgets", budget,
-            f"too large: arm {arm} at d_model {model.d_model} takes {steps:.2g} steps of "
-            f"{per_step:.2g} FLOPs; at most {MOST_STEPS:g} are planned")  # fmt: skip
+        )
+    require(
+        steps <= MOST_STEPS,
+        "sweep.budgets",
+        budget,
+        f"too large: arm {arm} at d_model {model.d_model} takes {steps:.2g} steps of "
+        f"{per_step:.2g} FLOPs; at most {MOST_STEPS:g} are planned",
+    )
     decided = {
         "batch_size": batch,
         "steps": steps,

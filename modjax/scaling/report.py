@@ -40,18 +40,39 @@ CAPTIONS = {
     "an end.",
 }
 RUN_COLUMNS = {
-    "run": "run_id", "arm": "variant", "status": "status", "budget": "budget_flops",
-    "N": "params_non_embedding", "loss": "eval_loss", "± sem": "eval_loss_sem",
-    "bits/byte": "eval_bits_per_byte", "FLOPs/token": "forward_flops_per_token",
-    "tokens": "tokens", "epochs": "epochs", "steps": "steps", "width": "d_model",
-    "layers": "num_layers", "total": "params_total", "active": "params_active",
-    "learning rate": "learning_rate", "seed": "seed", "FLOPs spent": "train_flops",
-    "seconds": "wall_seconds", "s/step": "median_step_seconds",
-}  # fmt: skip
+    "run": "run_id",
+    "arm": "variant",
+    "status": "status",
+    "budget": "budget_flops",
+    "N": "params_non_embedding",
+    "loss": "eval_loss",
+    "± sem": "eval_loss_sem",
+    "bits/byte": "eval_bits_per_byte",
+    "FLOPs/token": "forward_flops_per_token",
+    "tokens": "tokens",
+    "epochs": "epochs",
+    "steps": "steps",
+    "width": "d_model",
+    "layers": "num_layers",
+    "total": "params_total",
+    "active": "params_active",
+    "learning rate": "learning_rate",
+    "seed": "seed",
+    "FLOPs spent": "train_flops",
+    "seconds": "wall_seconds",
+    "s/step": "median_step_seconds",
+}
 DEEPEST = 20  # levels of groups and lists in the JSON of a sweep, with room
 # Fields of a spec that RUN_COLUMNS shows.
-SPEC_COLUMNS = ("variant", "budget_flops", "model.d_model", "model.num_layers", "train.steps",
-                "train.learning_rate", "train.seed")  # fmt: skip
+SPEC_COLUMNS = (
+    "variant",
+    "budget_flops",
+    "model.d_model",
+    "model.num_layers",
+    "train.steps",
+    "train.learning_rate",
+    "train.seed",
+)
 
 
 def fit_workdir(workdir: Path, loss: str = "trained") -> tuple[Scan, Fits]:
@@ -63,8 +84,12 @@ def fit_workdir(workdir: Path, loss: str = "trained") -> tuple[Scan, Fits]:
     """
     found = scan(workdir)
     records, first = found.records, next(iter(found.unreadable.values()), "")
-    require(len(records) > 0, "--workdir", str(workdir), "holds no finished run; `modjax sweep` "
-            f"makes them{f'; unreadable: {first}' * bool(first)}")  # fmt: skip
+    require(
+        len(records) > 0,
+        "--workdir",
+        str(workdir),
+        f"holds no finished run; `modjax sweep` makes them{f'; unreadable: {first}' * bool(first)}",
+    )
     config = _plan(workdir).get("config")
     sweep = config.get("sweep") if isinstance(config, dict) else None
     planned = sweep.get("baseline") if isinstance(sweep, dict) else None
@@ -89,9 +114,12 @@ def report(workdir: Path, loss: str = "trained") -> Path:
 
 
 def render(
-    workdir: Path, records: Sequence[Record], fits: Fits, figures: Mapping[str, Path],
+    workdir: Path,
+    records: Sequence[Record],
+    fits: Fits,
+    figures: Mapping[str, Path],
     unreadable: Mapping[str, str] = {},
-) -> str:  # fmt: skip
+) -> str:
     """The whole page. figures: the SVG file of each by its name; unreadable: why, by run id."""
     plan = _plan(workdir)
     specs = _specs(workdir, records)
@@ -126,7 +154,7 @@ def render(
         _run_table(records, fits, specs, marked),
         "<h2>Config</h2>",
         *_config(plan, specs),
-    ]  # fmt: skip
+    ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -190,26 +218,43 @@ def _gap_table(fits: Fits) -> list[str]:
         (g.arm, budget(g.budget_flops), "refused", *[""] * 5)
         if g.loss is None or g.percent is None
         else (
-            g.arm, budget(g.budget_flops), show[0](g.loss),
-            words.span(g.loss_interval, show[0]), show[1](g.percent),
+            g.arm,
+            budget(g.budget_flops),
+            show[0](g.loss),
+            words.span(g.loss_interval, show[0]),
+            show[1](g.percent),
             words.span(g.percent_interval, show[1]),
             "" if g.flops_ratio is None else show[2](g.flops_ratio),
             words.span(g.flops_ratio_interval, show[2]),
         )
         for g in fits.gaps
-    ]  # fmt: skip
-    header = (f"against {fits.baseline}", "budget", "loss gap", "95% interval", "%",
-              "95% interval", "FLOPs ratio", "95% interval")  # fmt: skip
+    ]
+    header = (
+        f"against {fits.baseline}",
+        "budget",
+        "loss gap",
+        "95% interval",
+        "%",
+        "95% interval",
+        "FLOPs ratio",
+        "95% interval",
+    )
     return [table(header, rows)]
 
 
 def _law_table(fits: Fits) -> list[str]:
     rows = [
-        (law.arm, law.quantity.replace("_", " "), f"{law.coefficient:.3g}",
-         f"{law.exponent:.4f}", words.span(law.exponent_interval, words.fixed(4)), str(law.points))
+        (
+            law.arm,
+            law.quantity.replace("_", " "),
+            f"{law.coefficient:.3g}",
+            f"{law.exponent:.4f}",
+            words.span(law.exponent_interval, words.fixed(4)),
+            str(law.points),
+        )
         for law in fits.laws
         if law.coefficient is not None and law.exponent is not None
-    ]  # fmt: skip
+    ]
     header = ("arm", "at the optimum", "coefficient", "exponent of C", "95% interval", "optima")
     return [table(header, rows)] if rows else []
 
@@ -225,18 +270,23 @@ def _run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool
     header = [f"{fits.loss} loss" if f == "eval_loss" else n for n, f in RUN_COLUMNS.items()]
     more = [name for name in specs.run_fields if name not in SPEC_COLUMNS]
     body = (
-        [*(getattr(r, field) for field in RUN_COLUMNS.values()),
-         *(specs.by_run.get(r.run_id, {}).get(name) for name in more)]
+        [
+            *(getattr(r, field) for field in RUN_COLUMNS.values()),
+            *(specs.by_run.get(r.run_id, {}).get(name) for name in more),
+        ]
         for r in records
-    )  # fmt: skip
+    )
     rows = [f"run:{r.run_id}" for r in records] if marked else None
     return table([*header, *more], body, rows)
 
 
 def _exceptions(
-    workdir: Path, records: Sequence[Record], fits: Fits, plan: dict[str, Any],
+    workdir: Path,
+    records: Sequence[Record],
+    fits: Fits,
+    plan: dict[str, Any],
     unreadable: Mapping[str, str],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     said = [f"{run_id} can't be read and is left out: {why}." for run_id, why in unreadable.items()]
     said += [
         f"{r.run_id} diverged at step {r.diverged_step} and is left out of every fit."
@@ -271,8 +321,11 @@ def _config(plan: dict[str, Any], specs: Specs) -> list[str]:
 
 def _specs(workdir: Path, records: Sequence[Record]) -> Specs:
     read = ((r.run_id, _json(run_dir(workdir, r.run_id) / "spec.json")) for r in records)
-    found = {run_id: {sys.intern(name): value for name, value in flatten(spec)}
-             for run_id, spec in read if spec}  # fmt: skip
+    found = {
+        run_id: {sys.intern(name): value for name, value in flatten(spec)}
+        for run_id, spec in read
+        if spec
+    }
     return compare(found, {r.run_id: r.variant for r in records})
 
 

@@ -143,13 +143,20 @@ def under(records: Sequence[Record], loss: str) -> list[Record]:
     if loss == "trained":
         return list(records)
     without = [
-        r.run_id for r in records
-        if r.status == "finished" and r.causal_routing is None and r.causal_loss is None
+        r.run_id
+        for r in records
+        if r.status == "finished"
+        and r.causal_routing is None
+        and r.causal_loss is None
         # A router may have no parameters, and a capacity of 1 skips nothing.
         and (r.flops.get("router", 0) > 0 or r.params_active < r.params_non_embedding)
-    ]  # fmt: skip
-    require(not without, "--loss", loss, f"{len(without)} routed runs have no causal loss, such as "
-            f"{without[0] if without else ''}")  # fmt: skip
+    ]
+    require(
+        not without,
+        "--loss",
+        loss,
+        f"{len(without)} routed runs have no causal loss, such as {without[0] if without else ''}",
+    )
     return [_causal(r) for r in records]
 
 
@@ -165,9 +172,11 @@ def _causal(r: Record) -> Record:
 
 def quantity_of(record: Record, quantity: str, size: str) -> float:
     """The abscissa of a run: its parameters (as `size` counts them) or forward FLOPs per token."""
-    return record.forward_flops_per_token if quantity == "forward_flops" else getattr(
-        record, SIZES[size]
-    )  # fmt: skip
+    return (
+        record.forward_flops_per_token
+        if quantity == "forward_flops"
+        else getattr(record, SIZES[size])
+    )
 
 
 def save_json(path: Path, fits: Fits) -> None:

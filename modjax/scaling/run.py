@@ -57,9 +57,15 @@ class Done(NamedTuple):
 
 
 def run(
-    spec: RunSpec, execution: Execution, *, workdir: Path, data_dir: Path, fingerprint: str,
-    train: Train, progress: Callable[[dict[str, Any]], None] | None = None,
-) -> Done | None:  # fmt: skip
+    spec: RunSpec,
+    execution: Execution,
+    *,
+    workdir: Path,
+    data_dir: Path,
+    fingerprint: str,
+    train: Train,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Done | None:
     """Trains `spec` in its folder, or reads the result that is there already.
 
     fingerprint: of the data that the plan is for.
@@ -74,9 +80,13 @@ def run(
         if record is not None:
             return Done(record, here=False)
         record = train(
-            spec, execution, run_dir=folder, data_dir=data_dir, fingerprint=fingerprint,
+            spec,
+            execution,
+            run_dir=folder,
+            data_dir=data_dir,
+            fingerprint=fingerprint,
             progress=progress,
-        )  # fmt: skip
+        )
         (folder / "failure.json").unlink(missing_ok=True)
         return Done(record, here=True)
 

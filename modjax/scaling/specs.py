@@ -35,10 +35,12 @@ def compare(specs: Mapping[str, Mapping[str, Any]], arms: Mapping[str, str]) -> 
     by_arm = {arm: _common(of_arm) for arm, of_arm in groups.items()}
     # A field that differs within one arm is said of every run.
     same = {
-        name for name in {name for spec in specs.values() for name in spec}
-        if all(name in by_arm[arm] or not any(name in spec for spec in groups[arm])
-               for arm in groups)
-    }  # fmt: skip
+        name
+        for name in {name for spec in specs.values() for name in spec}
+        if all(
+            name in by_arm[arm] or not any(name in spec for spec in groups[arm]) for arm in groups
+        )
+    }
     return Specs(
         shared=shared,
         by_arm={

@@ -78,8 +78,9 @@ def _finished(folder: Path, record: Record) -> RunStatus:
         state, why = "diverged", f"loss not finite at step {record.diverged_step}"
         with contextlib.suppress(InputError):  # the record says how far it came, not how far to go
             steps = read_spec(folder).train.steps
-    return RunStatus(record.run_id, state, record.steps, steps, record.budget_flops,
-                     record.eval_loss, why)  # fmt: skip
+    return RunStatus(
+        record.run_id, state, record.steps, steps, record.budget_flops, record.eval_loss, why
+    )
 
 
 def _unfinished(folder: Path, run_id: str) -> RunStatus:

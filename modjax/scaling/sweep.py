@@ -27,9 +27,11 @@ def open_data(experiment: Experiment, data_dir: Path) -> "TokenCache":
 
 
 def plan_table(
-    experiment: Experiment, cache: "TokenCache | None", records: Sequence[Record] = (),
+    experiment: Experiment,
+    cache: "TokenCache | None",
+    records: Sequence[Record] = (),
     noise: float = NOISE,
-) -> list[Cell]:  # fmt: skip
+) -> list[Cell]:
     """The cells of a sweep; without a cache their epochs are unknown.
 
     noise: of a run's loss, in nats, for what the fits of the plan are expected to tell.
@@ -54,17 +56,19 @@ def check(experiment: Experiment, cache: "TokenCache") -> None:
     for cell in plan_table(experiment, cache):
         if "off-budget" in cell.flags:
             raise InputError(
-                "sweep.budgets", cell.budget_flops,
+                "sweep.budgets",
+                cell.budget_flops,
                 f"{cell.run_id} can't spend it within {BUDGET_TOLERANCE:.0%} in {cell.steps} whole "
                 "steps: raise the budget, or lower sweep.recipe.batch_size or sweep.optimum.params",
-            )  # fmt: skip
+            )
         if "too many epochs" in cell.flags:
             limit = experiment.specs[0].data.max_epochs
             raise InputError(
-                "sweep.budgets", cell.budget_flops,
+                "sweep.budgets",
+                cell.budget_flops,
                 f"too large for the data: {cell.run_id} would read it {cell.epochs:.2f} times, and "
                 f"data.max_epochs is {limit:g}: lower the budget, prepare more text, or raise it",
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,16 @@ class Outcome:
 
 
 def sweep(
-    experiment: Experiment, *, workdir: Path, data_dir: Path, jobs: int, command: str,
-    data_fingerprint: str, only: RunSpec | None = None, job: str = "modjax.training.loop",
-) -> Outcome:  # fmt: skip
+    experiment: Experiment,
+    *,
+    workdir: Path,
+    data_dir: Path,
+    jobs: int,
+    command: str,
+    data_fingerprint: str,
+    only: RunSpec | None = None,
+    job: str = "modjax.training.loop",
+) -> Outcome:
     """Runs what is not finished of the plan on `jobs` local processes; see engines/local.py.
 
     only: the one run of the plan to do.

@@ -22,8 +22,12 @@ MOST_STEPS = 10**9
 def _require_at_most(prefix: str, config: object, limits: Mapping[str, float]) -> None:
     for name, limit in limits.items():
         value = getattr(config, name)
-        require(0 < value <= limit, f"{prefix}.{name}", value,
-                f"must be greater than 0 and at most {limit:g}")  # fmt: skip
+        require(
+            0 < value <= limit,
+            f"{prefix}.{name}",
+            value,
+            f"must be greater than 0 and at most {limit:g}",
+        )
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,25 @@ class Optimum:
     def __post_init__(self):
         limits = {"budget": MOST_FLOPS, "params": MOST_PARAMS}
         _require_at_most("sweep.optimum", self, limits)
-        require(abs(self.exponent) <= 10, "sweep.optimum.exponent", self.exponent,
-                "must be in [-10, 10]; it is about 0.5")  # fmt: skip
+        require(
+            abs(self.exponent) <= 10,
+            "sweep.optimum.exponent",
+            self.exponent,
+            "must be in [-10, 10]; it is about 0.5",
+        )
 
     def at(self, budget: float) -> float:
         """N*(C). Raises InputError where that is no number of parameters."""
         decades = math.log10(self.params) + self.exponent * (
             math.log10(budget) - math.log10(self.budget)
         )
-        require(abs(decades) < 100, "sweep.budgets", budget,
-                f"too far from sweep.optimum.budget = {self.budget:g}: the predicted optimum is "
-                f"1e{decades:.0f} parameters")  # fmt: skip
+        require(
+            abs(decades) < 100,
+            "sweep.budgets",
+            budget,
+            f"too far from sweep.optimum.budget = {self.budget:g}: the predicted optimum is "
+            f"1e{decades:.0f} parameters",
+        )
         return self.params * (budget / self.budget) ** self.exponent
 
 
@@ -68,15 +80,24 @@ class ShapeRule:
     ff_multiple: float = 4.0
 
     def __post_init__(self):
-        _require_at_most("sweep.shape", self, {
-            "width_multiple": WIDEST, "head_dim": WIDEST, "aspect": WIDEST,
-            "layer_multiple": 1000, "ff_multiple": 1000,
-        })  # fmt: skip
+        _require_at_most(
+            "sweep.shape",
+            self,
+            {
+                "width_multiple": WIDEST,
+                "head_dim": WIDEST,
+                "aspect": WIDEST,
+                "layer_multiple": 1000,
+                "ff_multiple": 1000,
+            },
+        )
         require(self.aspect >= 0.01, "sweep.shape.aspect", self.aspect, "must be at least 0.01")
         require(
-            self.width_multiple % 2 == 0, "sweep.shape.width_multiple", self.width_multiple,
+            self.width_multiple % 2 == 0,
+            "sweep.shape.width_multiple",
+            self.width_multiple,
             "must be even, for rotary positions",
-        )  # fmt: skip
+        )
 
     def at(self, width: int) -> dict[str, int]:
         groups = max(1, math.floor(width / self.aspect / self.layer_multiple + 0.5))
@@ -109,18 +130,30 @@ class Recipe:
     def __post_init__(self):
         limits = {"batch_size": 2**31 - 1, "learning_rate": 1e6}
         _require_at_most("sweep.recipe", self, limits)
-        require(abs(self.batch_exponent) <= 10, "sweep.recipe.batch_exponent", self.batch_exponent,
-                "must be in [-10, 10]; it is 0 to 1")  # fmt: skip
-        require(0 <= self.warmup_fraction <= 1, "sweep.recipe.warmup_fraction",
-                self.warmup_fraction, "must be in [0, 1]")  # fmt: skip
+        require(
+            abs(self.batch_exponent) <= 10,
+            "sweep.recipe.batch_exponent",
+            self.batch_exponent,
+            "must be in [-10, 10]; it is 0 to 1",
+        )
+        require(
+            0 <= self.warmup_fraction <= 1,
+            "sweep.recipe.warmup_fraction",
+            self.warmup_fraction,
+            "must be in [0, 1]",
+        )
 
     def batch_at(self, ratio: float) -> int:
         """Sequences per step at `ratio` = C / optimum.budget."""
         if self.batch_exponent == 0:
             return self.batch_size
         doublings = math.log2(self.batch_size) + self.batch_exponent * math.log2(ratio)
-        require(doublings < 30.5, "sweep.recipe.batch_exponent", self.batch_exponent,
-                f"too large: the batch would have 2^{doublings:.0f} sequences")  # fmt: skip
+        require(
+            doublings < 30.5,
+            "sweep.recipe.batch_exponent",
+            self.batch_exponent,
+            f"too large: the batch would have 2^{doublings:.0f} sequences",
+        )
         return 2 ** max(0, round(doublings))
 
 
@@ -155,20 +188,36 @@ class SweepConfig:
         for name in ("arms", "budgets", "seeds"):
             value = getattr(self, name)
             require(len(value) > 0, f"sweep.{name}", value, "must name at least one")
-        require(self.baseline in self.arms, "sweep.baseline", self.baseline,
-                f"must be one of {', '.join(self.arms)}")  # fmt: skip
+        require(
+            self.baseline in self.arms,
+            "sweep.baseline",
+            self.baseline,
+            f"must be one of {', '.join(self.arms)}",
+        )
         for name in ("budgets", "seeds"):
             value = getattr(self, name)
             require(len(set(value)) == len(value), f"sweep.{name}", value, "must all differ")
         for name in self.arms:
-            require(len(name) <= LONGEST_NAME, "sweep.arms", name,
-                    f"must have at most {LONGEST_NAME} characters: it names folders")  # fmt: skip
+            require(
+                len(name) <= LONGEST_NAME,
+                "sweep.arms",
+                name,
+                f"must have at most {LONGEST_NAME} characters: it names folders",
+            )
         for budget in self.budgets:
-            require(0 < budget <= MOST_FLOPS, "sweep.budgets", budget,
-                    f"must be greater than 0 and at most {MOST_FLOPS:g}")  # fmt: skip
+            require(
+                0 < budget <= MOST_FLOPS,
+                "sweep.budgets",
+                budget,
+                f"must be greater than 0 and at most {MOST_FLOPS:g}",
+            )
         for seed in self.seeds:
             require(0 <= seed < 2**31, "sweep.seeds", seed, "must be 0 or more and below 2**31")
         limits = {"sizes": MOST_SIZES, "spread": 5, "flops_per_second": MOST_FLOPS}
         _require_at_most("sweep", self, limits)
-        require(self.flops_per_second >= 1, "sweep.flops_per_second", self.flops_per_second,
-                "must be at least 1")  # fmt: skip
+        require(
+            self.flops_per_second >= 1,
+            "sweep.flops_per_second",
+            self.flops_per_second,
+            "must be at least 1",
+        )

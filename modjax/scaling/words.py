@@ -31,9 +31,10 @@ def span(ends: Range | None, show: Callable[[float], str], unit: str = "") -> st
     """
     if ends is None:
         return "not known"
-    low, high = (None if open_end else show(end) + unit for end, open_end in zip(
-        ends, open_ends(ends), strict=True
-    ))  # fmt: skip
+    low, high = (
+        None if open_end else show(end) + unit
+        for end, open_end in zip(ends, open_ends(ends), strict=True)
+    )
     if low and high:
         return f"{show(ends[0])} to {high}"
     return f"at least {low}" if low else f"at most {high}" if high else "not determined"
@@ -150,8 +151,17 @@ def sentences(fits: Fits) -> list[str]:
     return said
 
 
-HEADER = ("arm", "budget", "sizes", "optimum N", "95% interval", "loss", "95% interval",
-          "off-centre", "FLOPs/token")  # fmt: skip
+HEADER = (
+    "arm",
+    "budget",
+    "sizes",
+    "optimum N",
+    "95% interval",
+    "loss",
+    "95% interval",
+    "off-centre",
+    "FLOPs/token",
+)
 
 
 def rows(fits: Fits) -> list[tuple[str, ...]]:
@@ -166,11 +176,17 @@ def rows(fits: Fits) -> list[tuple[str, ...]]:
             continue
         flops = fits.parabola(p.arm, p.budget_flops, "forward_flops")
         assert p.optimum is not None and p.loss is not None and p.off_centre is not None
-        table.append((
-            *start, count(p.optimum), span(p.optimum_interval, count), f"{p.loss:.4f}",
-            span(p.loss_interval, fixed(4)), f"{p.off_centre:+.2f}",
-            count(flops.optimum) if flops and flops.optimum else "refused",
-        ))  # fmt: skip
+        table.append(
+            (
+                *start,
+                count(p.optimum),
+                span(p.optimum_interval, count),
+                f"{p.loss:.4f}",
+                span(p.loss_interval, fixed(4)),
+                f"{p.off_centre:+.2f}",
+                count(flops.optimum) if flops and flops.optimum else "refused",
+            )
+        )
     return table
 
 
@@ -180,10 +196,17 @@ REPEAT_HEADER = ("arm", "budget", "width", "N", "seeds", "mean loss", "std of a 
 def repeat_rows(fits: Fits) -> list[tuple[str, ...]]:
     """One row per cell that was run with several seeds, for `REPEAT_HEADER`."""
     return [
-        (r.arm, budget(r.budget_flops), str(r.d_model), count(r.params), str(r.seeds),
-         f"{r.loss:.4f}", f"{r.deviation:.4f}")
+        (
+            r.arm,
+            budget(r.budget_flops),
+            str(r.d_model),
+            count(r.params),
+            str(r.seeds),
+            f"{r.loss:.4f}",
+            f"{r.deviation:.4f}",
+        )
         for r in fits.repeats
-    ]  # fmt: skip
+    ]
 
 
 def render_text(fits: Fits) -> str:

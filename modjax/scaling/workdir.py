@@ -58,11 +58,21 @@ def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan
     earlier = read_plan(workdir)
     if earlier is not None:
         others = set(earlier.runs) - {spec.run_id for spec in experiment.specs}
-        require(not others, "--workdir", str(workdir), f"holds another plan ({len(others)} of its "
-                "runs are not in this one): choose another folder, or delete this one")  # fmt: skip
-        require(earlier.data_fingerprint == fingerprint, "--workdir", str(workdir), "holds runs on "
-                "other data: the token cache was prepared anew since; choose another folder, or "
-                "delete this one")  # fmt: skip
+        require(
+            not others,
+            "--workdir",
+            str(workdir),
+            f"holds another plan ({len(others)} of its "
+            "runs are not in this one): choose another folder, or delete this one",
+        )
+        require(
+            earlier.data_fingerprint == fingerprint,
+            "--workdir",
+            str(workdir),
+            "holds runs on "
+            "other data: the token cache was prepared anew since; choose another folder, or "
+            "delete this one",
+        )
     return earlier
 
 
@@ -83,9 +93,12 @@ def claim(experiment: Experiment, workdir: Path, command: str, fingerprint: str)
             if not (folder / "spec.json").exists():
                 write_json(folder / "spec.json", to_dict(spec))
         plan = Plan(
-            experiment.config_file, command, experiment.config, fingerprint,
+            experiment.config_file,
+            command,
+            experiment.config,
+            fingerprint,
             tuple(spec.run_id for spec in experiment.specs),
-        )  # fmt: skip
+        )
         write_json(workdir / "plan.json", to_dict(plan))
 
 

@@ -118,8 +118,12 @@ class Repeat:
         require(len(parts) > 0, "Repeat", parts, "must contain a layer")
         for part in parts:
             require(isinstance(part, Layer), "Repeat", part, "must contain layers")
-        require(times is None or (type(times) is int and times > 0), "Repeat.times", times,
-                "must be greater than 0, or left out")  # fmt: skip
+        require(
+            times is None or (type(times) is int and times > 0),
+            "Repeat.times",
+            times,
+            "must be greater than 0, or left out",
+        )
 
     def __str__(self) -> str:
         return text.write(self)

@@ -42,13 +42,17 @@ class Attention(Layer):
 
     def check(self, shape: Shape) -> None:
         require(
-            shape.head_dim % 2 == 0, "model.head_dim", shape.head_dim,
+            shape.head_dim % 2 == 0,
+            "model.head_dim",
+            shape.head_dim,
             "must be even, for rotary positions (where it is left out: d_model / num_heads)",
-        )  # fmt: skip
+        )
         require(
-            shape.num_heads % shape.num_kv_heads == 0, "model.num_kv_heads", shape.num_kv_heads,
+            shape.num_heads % shape.num_kv_heads == 0,
+            "model.num_kv_heads",
+            shape.num_kv_heads,
             f"must divide model.num_heads = {shape.num_heads}",
-        )  # fmt: skip
+        )
 
     def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
         d, h, heads = shape.d_model, shape.head_dim, shape.num_heads

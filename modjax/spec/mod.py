@@ -136,9 +136,12 @@ class MoD(MoDConfig, Layer):
         if self.predictor_weight > 0:
             hidden = predictor_width(d)
             yield Cost(
-                "predictor", 2.0 * tokens * (d + 1) * hidden, d * hidden + hidden + 2,
-                backward=1.0, role="predictor",
-            )  # fmt: skip
+                "predictor",
+                2.0 * tokens * (d + 1) * hidden,
+                d * hidden + hidden + 2,
+                backward=1.0,
+                role="predictor",
+            )
 
     def routings(self) -> tuple[str, ...]:
         able = {

@@ -36,15 +36,28 @@ class ModelSpec:
 
     def __post_init__(self):
         require_positive(
-            self, "model", "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads",
-            "d_ff", "norm_eps",
-        )  # fmt: skip
+            self,
+            "model",
+            "vocab_size",
+            "d_model",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "d_ff",
+            "norm_eps",
+        )
         require(
-            self.head_dim is not None or self.d_model % self.num_heads == 0, "model.d_model",
-            self.d_model, f"must be a multiple of model.num_heads = {self.num_heads}",
-        )  # fmt: skip
-        require(self.head_dim is None or self.head_dim > 0, "model.head_dim", self.head_dim,
-                "must be greater than 0, or None")  # fmt: skip
+            self.head_dim is not None or self.d_model % self.num_heads == 0,
+            "model.d_model",
+            self.d_model,
+            f"must be a multiple of model.num_heads = {self.num_heads}",
+        )
+        require(
+            self.head_dim is None or self.head_dim > 0,
+            "model.head_dim",
+            self.head_dim,
+            "must be greater than 0, or None",
+        )
         require_one_of("model.dtype", self.dtype, DTYPES)
         object.__setattr__(self, "layers", read_layers(self.layers, self.imports))
         for segment in self.segments:  # raises where the depth does not fit
@@ -52,16 +65,27 @@ class ModelSpec:
             for layer in segment.parts:
                 layer.check(self.shape)
                 lacking = layer.needs() - handed
-                require(not lacking, "model.layers", str(layer), "needs a layer before it, in its "
-                        f"segment, that hands on {', '.join(lacking)}")  # fmt: skip
+                require(
+                    not lacking,
+                    "model.layers",
+                    str(layer),
+                    f"needs a layer before it, in its segment, that hands on {', '.join(lacking)}",
+                )
                 handed |= layer.hands_on()
 
     @property
     def shape(self) -> Shape:
         """What the layers share."""
         head_dim = self.head_dim or self.d_model // self.num_heads
-        return Shape(self.d_model, self.num_layers, self.num_heads, self.num_kv_heads, head_dim,
-                     self.d_ff, self.norm_eps)  # fmt: skip
+        return Shape(
+            self.d_model,
+            self.num_layers,
+            self.num_heads,
+            self.num_kv_heads,
+            head_dim,
+            self.d_ff,
+            self.norm_eps,
+        )
 
     @property
     def segments(self) -> tuple[Repeat, ...]:
@@ -71,19 +95,30 @@ class ModelSpec:
         fixed = sum(len(s.parts) * s.times for s in segments if s.times is not None)
         still_open = [s for s in segments if s.times is None]
         left = self.num_layers - fixed
-        require(len(still_open) <= 1, "model.layers", ", ".join(map(str, self.layers)),
-                "must leave `times` open in one segment at most")  # fmt: skip
+        require(
+            len(still_open) <= 1,
+            "model.layers",
+            ", ".join(map(str, self.layers)),
+            "must leave `times` open in one segment at most",
+        )
         if not still_open:
-            require(left == 0, "model.num_layers", self.num_layers,
-                    f"must be {fixed}, the sum of its segments")  # fmt: skip
+            require(
+                left == 0,
+                "model.num_layers",
+                self.num_layers,
+                f"must be {fixed}, the sum of its segments",
+            )
             return segments
         (segment,) = still_open
         length = len(segment.parts)
         require(
-            left > 0 and left % length == 0, "model.num_layers", self.num_layers,
-            f"must be a multiple of the pattern's length, {length}" if fixed == 0 else
-            f"must be {fixed} and a multiple of {length}, the open segment's length",
-        )  # fmt: skip
+            left > 0 and left % length == 0,
+            "model.num_layers",
+            self.num_layers,
+            f"must be a multiple of the pattern's length, {length}"
+            if fixed == 0
+            else f"must be {fixed} and a multiple of {length}, the open segment's length",
+        )
         return tuple(s if s.times else Repeat(*s.parts, times=left // length) for s in segments)
 
     def repeated(self) -> list[tuple[Layer, int]]:
@@ -106,10 +141,12 @@ class ModelSpec:
         for layer, _ in self.repeated():
             able = layer.routings()
             require(
-                routing in able, field, routing,
+                routing in able,
+                field,
+                routing,
                 f"{layer} can select by {', '.join(able)}; predictor_weight > 0 teaches more, "
                 "auxiliary_weight > 0 expert choice only",
-            )  # fmt: skip
+            )
 
     def causal_routing(self) -> str | None:
         """The best way this model has to select without the future; None for a dense model."""

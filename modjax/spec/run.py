@@ -46,17 +46,29 @@ class TrainConfig:
 
     def __post_init__(self):
         require_positive(
-            self, "train", "batch_size", "seq_len", "steps", "learning_rate", "clip_norm",
-            "accumulation", "eval_sequences", "eps",
-        )  # fmt: skip
+            self,
+            "train",
+            "batch_size",
+            "seq_len",
+            "steps",
+            "learning_rate",
+            "clip_norm",
+            "accumulation",
+            "eval_sequences",
+            "eps",
+        )
         require(
-            0 <= self.warmup_steps <= self.steps, "train.warmup_steps", self.warmup_steps,
+            0 <= self.warmup_steps <= self.steps,
+            "train.warmup_steps",
+            self.warmup_steps,
             f"must be between 0 and train.steps = {self.steps}",
-        )  # fmt: skip
+        )
         require(
-            self.batch_size % self.accumulation == 0, "train.accumulation", self.accumulation,
+            self.batch_size % self.accumulation == 0,
+            "train.accumulation",
+            self.accumulation,
             f"must divide train.batch_size = {self.batch_size}",
-        )  # fmt: skip
+        )
         floor = self.final_learning_rate_fraction
         require(0 <= floor <= 1, "train.final_learning_rate_fraction", floor, "must be in [0, 1]")
         for name in ("b1", "b2"):
@@ -107,8 +119,10 @@ class RunSpec:
     def __post_init__(self):
         require(
             self.variant != "" and all(c.isalnum() or c in "-_." for c in self.variant),
-            "variant", self.variant, "must be made of letters, digits, '-', '_' and '.'",
-        )  # fmt: skip
+            "variant",
+            self.variant,
+            "must be made of letters, digits, '-', '_' and '.'",
+        )
         require(len(self.variant) <= 64, "variant", self.variant, "must have at most 64 characters")
         require(self.budget_flops > 0, "budget_flops", self.budget_flops, "must be greater than 0")
 
@@ -151,6 +165,12 @@ class Execution:
         require_one_of("execution.remat", self.remat, ("none", "dots", "full"))
         require(self.data >= 0, "execution.data", self.data, "must be 0 (the rest) or more")
         require_positive(
-            self, "execution", "fsdp", "tensor", "expert", "log_every", "checkpoint_seconds",
+            self,
+            "execution",
+            "fsdp",
+            "tensor",
+            "expert",
+            "log_every",
+            "checkpoint_seconds",
             "keep_checkpoints",
-        )  # fmt: skip
+        )

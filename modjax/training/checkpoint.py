@@ -65,10 +65,12 @@ class Checkpoints:
             meta = self._manager.restore(step, args=args)["meta"]
             for name, value in self._identity.items():
                 require(
-                    meta[name] == value, str(self._folder), meta[name],
+                    meta[name] == value,
+                    str(self._folder),
+                    meta[name],
                     f"a checkpoint of another run: this one has {name} = {value!r}; choose another "
                     "folder, or delete these checkpoints",
-                )  # fmt: skip
+                )
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
             return self._manager.restore(step, args=args)["state"], meta["seconds"]
         return None
@@ -121,8 +123,10 @@ class Checkpoints:
             (self._folder / str(step)).rename(target)
             logger.warning(
                 "modjax: checkpoint %d is damaged (%s): kept as %s, using the one before it",
-                step, damage, target,
-            )  # fmt: skip
+                step,
+                damage,
+                target,
+            )
         multihost_utils.sync_global_devices("modjax: damaged checkpoint set aside")
         self._manager.reload()
 

@@ -38,8 +38,12 @@ def eval_batch_size(train: TrainConfig) -> int:
 
 def validation_batches(cache: TokenCache, train: TrainConfig) -> Iterator[Batch]:
     """The windows that a run is evaluated on. Raises InputError where the split is too small."""
-    return eval_batches(cache, seq_len=train.seq_len, batch_size=eval_batch_size(train),
-                        sequences=train.eval_sequences)  # fmt: skip
+    return eval_batches(
+        cache,
+        seq_len=train.seq_len,
+        batch_size=eval_batch_size(train),
+        sequences=train.eval_sequences,
+    )
 
 
 def evaluate(eval_step: Callable, weights: Any, batches: Iterable[Any]) -> Scores:

@@ -132,11 +132,13 @@ def train(
         def measure(step: int) -> tuple[Evaluation, dict[str, Any]]:
             """The loss as trained, and the record's fields of causal routing."""
             scores = {
-                routing: evaluate(eval_step, joined(state.params, state.measured), (
-                    put_batch(batch, mesh) for batch in validation_batches(cache, config)
-                ))
+                routing: evaluate(
+                    eval_step,
+                    joined(state.params, state.measured),
+                    (put_batch(batch, mesh) for batch in validation_batches(cache, config)),
+                )
                 for routing, eval_step in programs.eval_steps.items()
-            }  # fmt: skip
+            }
             result = summarise(scores["trained"])
             values = {
                 "eval_loss": result.loss,
@@ -157,9 +159,10 @@ def train(
                     "causal_capacity": mean and mean.capacity,
                 }
                 values |= {
-                    f"eval_{k}": v for k, v in causal.items()
+                    f"eval_{k}": v
+                    for k, v in causal.items()
                     if k != "causal_routing" and v is not None
-                }  # fmt: skip
+                }
                 for block, found in blocks.items():
                     values |= {f"eval_{routing}/{k}/{block}": v for k, v in found._asdict().items()}
             writer.write(step, values)
@@ -258,9 +261,12 @@ def _claim(run_dir: Path, spec: RunSpec) -> None:
     path = run_dir / "spec.json"
     if path.exists():
         run_id = read_spec(run_dir).run_id
-        require(run_id == spec.run_id, str(run_dir), run_id,
-                f"holds another run than {spec.run_id}: choose another folder, or delete "
-                "it")  # fmt: skip
+        require(
+            run_id == spec.run_id,
+            str(run_dir),
+            run_id,
+            f"holds another run than {spec.run_id}: choose another folder, or delete it",
+        )
     elif jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(spec))
@@ -279,8 +285,13 @@ def _batch_maker(cache: TokenCache, spec: RunSpec, mesh: Mesh) -> Callable[[int]
     @functools.lru_cache(maxsize=1)
     def read(index: int) -> Batch:
         # The order of windows does not depend on how many are taken at once.
-        return train_batch(cache, seq_len=config.seq_len, seed=spec.data.seed, step=index,
-                           batch_size=steps_per_read * config.batch_size)  # fmt: skip
+        return train_batch(
+            cache,
+            seq_len=config.seq_len,
+            seed=spec.data.seed,
+            step=index,
+            batch_size=steps_per_read * config.batch_size,
+        )
 
     def make(step: int) -> Batch:
         index, offset = divmod(step, steps_per_read)

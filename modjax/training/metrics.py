@@ -104,9 +104,11 @@ def _json_number(value: Any) -> int | float | None:
 def require_tensorboard() -> None:
     """Raises InputError where tensorboardX is not installed."""
     require(
-        importlib.util.find_spec("tensorboardX") is not None, "execution.tensorboard", True,
+        importlib.util.find_spec("tensorboardX") is not None,
+        "execution.tensorboard",
+        True,
         "needs tensorboardX: pip install -e '.[tensorboard]'",
-    )  # fmt: skip
+    )
 
 
 def _summary_writer(run_dir: Path, start_step: int) -> Any:

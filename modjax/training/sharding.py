@@ -22,15 +22,19 @@ def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mes
     devices = jax.devices() if devices is None else devices
     inner = execution.fsdp * execution.tensor * execution.expert
     require(
-        len(devices) % inner == 0, "execution.fsdp * tensor * expert", inner,
+        len(devices) % inner == 0,
+        "execution.fsdp * tensor * expert",
+        inner,
         f"must divide the number of devices, {len(devices)}",
-    )  # fmt: skip
+    )
     data = execution.data or len(devices) // inner
     require(
-        data * inner <= len(devices), "execution.data", data,
+        data * inner <= len(devices),
+        "execution.data",
+        data,
         f"needs {data * inner} devices with fsdp * tensor * expert = {inner}; there are "
         f"{len(devices)}",
-    )  # fmt: skip
+    )
     sizes = (data, execution.fsdp, execution.tensor, execution.expert)
     types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices[: data * inner])
@@ -58,9 +62,11 @@ def param_shardings(mesh: Mesh, params: Any, logical_axes: Any) -> Any:
         for size, logical, axis in zip(param.shape, axes, partition_spec(axes), strict=True):
             parts = ways(mesh, axis)
             require(
-                size % parts == 0, f"execution.{axis}", parts,
+                size % parts == 0,
+                f"execution.{axis}",
+                parts,
                 f"must divide {size}, the {logical} dimension of {jax.tree_util.keystr(path)}",
-            )  # fmt: skip
+            )
         return NamedSharding(mesh, partition_spec(axes))
 
     return jax.tree_util.tree_map_with_path(one, params, logical_axes)
@@ -70,7 +76,9 @@ def check_batch(mesh: Mesh, train: TrainConfig) -> None:
     """Raises InputError unless each forward pass splits evenly over the mesh."""
     parts = ways(mesh, LOGICAL_TO_MESH["batch"])
     require(
-        train.batch_size % (parts * train.accumulation) == 0, "train.batch_size", train.batch_size,
+        train.batch_size % (parts * train.accumulation) == 0,
+        "train.batch_size",
+        train.batch_size,
         f"must be a multiple of {parts * train.accumulation}, the mesh's data * fsdp = {parts} "
         f"times train.accumulation = {train.accumulation}",
-    )  # fmt: skip
+    )

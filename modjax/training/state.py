@@ -72,24 +72,31 @@ def abstract_model(config: ModelSpec, execution: Execution) -> Model:
     def said(of: Callable[[dict[str, Any]], Any]) -> Any:
         """Something that every parameter says of itself."""
         found = jax.tree.map(
-            lambda param: of(param.get_metadata()), params,
+            lambda param: of(param.get_metadata()),
+            params,
             is_leaf=lambda node: isinstance(node, nnx.Param),
-        )  # fmt: skip
+        )
         return nnx.to_pure_dict(found)
 
     return Model(
-        nnx.split(model)[0], nnx.to_pure_dict(params), nnx.to_pure_dict(measured),
+        nnx.split(model)[0],
+        nnx.to_pure_dict(params),
+        nnx.to_pure_dict(measured),
         said(lambda data: data["out_sharding"]),
-        said(lambda data: Role(data["role"], data["decays"])), init,
-    )  # fmt: skip
+        said(lambda data: Role(data["role"], data["decays"])),
+        init,
+    )
 
 
 def joined(params: Any, measured: Any) -> Any:
     """Parameters and measured numbers as one tree."""
     if not (isinstance(params, dict) and isinstance(measured, dict)):
         return params
-    both = {name: joined(params.get(name, {}), part) for name, part in measured.items()
-            if isinstance(part, dict)}  # fmt: skip
+    both = {
+        name: joined(params.get(name, {}), part)
+        for name, part in measured.items()
+        if isinstance(part, dict)
+    }
     return measured | params | both
 
 
@@ -144,9 +151,12 @@ def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
 
     trained, places = (parted(tree, mask)[0] for tree in (model.params, shardings))
     opt_state = optax.tree_map_params(
-        optimizer, struct, jax.eval_shape(optimizer.init, trained), places,
+        optimizer,
+        struct,
+        jax.eval_shape(optimizer.init, trained),
+        places,
         transform_non_params=struct,
-    )  # fmt: skip
+    )
     number, count = (
         jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in (jnp.float32, jnp.int32)
     )

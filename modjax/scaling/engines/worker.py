@@ -82,8 +82,11 @@ def _serve(send: Callable[..., None]) -> None:
     while (message := _next(lines)) is not None:
         working.set()
         try:
-            send(_check(message, settings, job) if "check" in message
-                 else _run(message, settings, job, send))  # fmt: skip
+            send(
+                _check(message, settings, job)
+                if "check" in message
+                else _run(message, settings, job, send)
+            )
         except InputError as error:
             send("fault" if isinstance(error, SharedFault) else "refused", error=str(error))
         except Exception as error:
@@ -125,9 +128,11 @@ def _execution(settings: dict[str, Any]) -> Execution:
 def _check(message: dict[str, Any], settings: dict[str, Any], job: Any) -> str:
     specs = [from_dict(RunSpec, spec) for spec in message["check"]]
     job.check(
-        specs, _execution(settings), data_dir=Path(settings["data_dir"]),
+        specs,
+        _execution(settings),
+        data_dir=Path(settings["data_dir"]),
         fingerprint=settings["fingerprint"],
-    )  # fmt: skip
+    )
     return "checked"
 
 
