@@ -21,6 +21,7 @@ from modjax.scaling.fit import fit_all
 from modjax.scaling.marks import MANY
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.page import bullets, details, inline_svg, script, table, text
+from modjax.scaling.report_tables import gap_table, law_table, repeat_table
 from modjax.scaling.results import Fits, save_json, under
 from modjax.scaling.specs import Specs, compare, flatten
 
@@ -143,9 +144,9 @@ def render(
         bullets(words.sentences(fits)[len(fits.gaps) :]),  # the gaps open the page
         "<h2>Fits in numbers</h2>",
         table(words.HEADER, words.rows(fits)),
-        *_gap_table(fits),
-        *_law_table(fits),
-        *_repeat_table(fits),
+        *gap_table(fits),
+        *law_table(fits),
+        *repeat_table(fits),
         "<h2>Diverged, refused and missing</h2>",
         bullets(_exceptions(workdir, records, fits, plan, unreadable)),
         "<h2>Runs</h2>",
@@ -208,61 +209,6 @@ def _figure(name: str, path: Path, fits: Fits) -> str:
     caption = CAPTIONS[name].format(baseline=fits.baseline)
     svg = inline_svg(path.read_text(encoding="utf-8"), name)
     return f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>"
-
-
-def _gap_table(fits: Fits) -> list[str]:
-    if not fits.gaps:
-        return []
-    show = words.fixed(4, "+"), words.fixed(2, "+"), words.fixed(2)
-    rows = [
-        (g.arm, budget(g.budget_flops), "refused", *[""] * 5)
-        if g.loss is None or g.percent is None
-        else (
-            g.arm,
-            budget(g.budget_flops),
-            show[0](g.loss),
-            words.span(g.loss_interval, show[0]),
-            show[1](g.percent),
-            words.span(g.percent_interval, show[1]),
-            "" if g.flops_ratio is None else show[2](g.flops_ratio),
-            words.span(g.flops_ratio_interval, show[2]),
-        )
-        for g in fits.gaps
-    ]
-    header = (
-        f"against {fits.baseline}",
-        "budget",
-        "loss gap",
-        "95% interval",
-        "%",
-        "95% interval",
-        "FLOPs ratio",
-        "95% interval",
-    )
-    return [table(header, rows)]
-
-
-def _law_table(fits: Fits) -> list[str]:
-    rows = [
-        (
-            law.arm,
-            law.quantity.replace("_", " "),
-            f"{law.coefficient:.3g}",
-            f"{law.exponent:.4f}",
-            words.span(law.exponent_interval, words.fixed(4)),
-            str(law.points),
-        )
-        for law in fits.laws
-        if law.coefficient is not None and law.exponent is not None
-    ]
-    header = ("arm", "at the optimum", "coefficient", "exponent of C", "95% interval", "optima")
-    return [table(header, rows)] if rows else []
-
-
-def _repeat_table(fits: Fits) -> list[str]:
-    if not fits.repeats:
-        return []
-    return ["<h3>Seeds</h3>", table(words.REPEAT_HEADER, words.repeat_rows(fits))]
 
 
 def _run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool) -> str:
