@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax.data.batches import Batch
-from modjax.spec import Execution, MoDConfig, ModelSpec, RunSpec, TrainConfig
+from modjax.spec import Dense, Execution, MoD, ModelSpec, RunSpec, TrainConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.state import TrainState, abstract_model, make_init
 from modjax.training.step import make_train_step
@@ -17,7 +17,7 @@ from tests.conftest import TINY_DATA
 
 MODEL = ModelSpec(
     vocab_size=260, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, d_ff=32,
-    pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25),
+    layers=(Dense(), MoD(capacity=0.25)),
 )  # fmt: skip
 TRAIN = TrainConfig(
     batch_size=8, seq_len=32, steps=12, learning_rate=0.01, warmup_steps=2, eval_sequences=20
