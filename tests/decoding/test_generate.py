@@ -15,18 +15,18 @@ from flax import nnx
 from modjax.decoding.generate import Sampling, draw_tokens, extend, generate, resume
 from modjax.errors import InputError
 from modjax.nn import unstack
-from modjax.spec import MoDConfig, ModelSpec
-from tests.nn.small import QUICK, random_model
+from modjax.spec import Dense, MoD, ModelSpec
+from tests.nn.small import QUICK, key_values, random_model
 
 ROUTED = ModelSpec(
     vocab_size=24, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=32,
-    pattern=("dense", "mod"), mod=MoDConfig(capacity=0.5, predictor_weight=1.0),
+    layers=(Dense(), MoD(Dense(), capacity=0.5, predictor_weight=1.0)),
 )  # fmt: skip
 MODELS = {
     "predictor": ROUTED,
     "paced": ROUTED,
     "threshold": ROUTED,
-    "router": dataclasses.replace(ROUTED, pattern=("dense",)),  # dense: any routing will do
+    "router": dataclasses.replace(ROUTED, layers=(Dense(),)),  # dense: any routing will do
 }
 PROMPTS_BL = np.array([[3, 9, 4, 17], [5, 0, 0, 0], [11, 2, 6, 0]], np.int32)
 LENGTHS_B = np.array([4, 1, 3], np.int32)
@@ -55,8 +55,8 @@ def forward(routing):
     def forward(params, tokens_BL, lengths_B):
         valid_BL = jnp.arange(MAX_LENGTH)[None] < lengths_B[:, None]
         model = nnx.merge(graphdef, params)
-        logits_BLV, aux = model(tokens_BL, valid_BL.astype(jnp.int32), routing=routing)
-        selected = [slot["selected_BL"] for slot in aux.values()]
+        logits_BLV, records = model(tokens_BL, valid_BL.astype(jnp.int32), routing=routing)
+        selected = [record.selected_BL for record in records.values()]
         depth_BL = sum((jnp.sum(x, axis=0) for x in selected), jnp.zeros(tokens_BL.shape, int))
         return logits_BLV, depth_BL
 
@@ -144,7 +144,9 @@ def test_resuming_equals_not_stopping_to_the_bit_also_from_the_disk(tmp_path):
                 np.concatenate(parts, axis=1), getattr(whole, field), err_msg=name
             )
         np.testing.assert_array_equal(second.state.logits_BV, whole.state.logits_BV)
-        for ours, theirs in zip(second.state.cache.layers, whole.state.cache.layers, strict=True):
+        caches = [key_values(each.state.cache) for each in (second, whole)]
+        assert len(caches[0]) == 2
+        for ours, theirs in zip(*caches, strict=True):
             np.testing.assert_array_equal(ours.k_BGMH, theirs.k_BGMH)
 
 
@@ -157,9 +159,9 @@ def test_a_model_with_its_layers_apart_draws_the_same_and_copies_no_weights():
     for field in ("tokens_BN", "depths_BN", "prompt_depths_BL"):
         np.testing.assert_array_equal(*(getattr(x, field) for x in found))
     np.testing.assert_array_equal(*(x.state.logits_BV for x in found))
-    decoder = {"max_length": MAX_LENGTH, "routing": "predictor"}
+    reader = {"max_length": MAX_LENGTH, "routing": "predictor"}
     splits = [
-        str(jax.make_jaxpr(lambda p, m=m: nnx.merge(m, p).decoder(**decoder) and 0)(p))
+        str(jax.make_jaxpr(lambda p, m=m: nnx.merge(m, p).reader(**reader) and 0)(p))
         for m, p in (model, apart)
     ]
     assert "split" in splits[0] and "split" not in splits[1]
@@ -224,8 +226,9 @@ def test_a_turn_that_does_not_fit_is_one_line(tokens_BL, lengths_B, message):
         ({"max_length": 3}, "prompt = '4 tokens': with 8 new ones does not fit .* max_length = 3"),
         ({"max_length": 11}, "with 8 new ones does not fit the cache of max_length = 11"),
         (
-            {"routing": "top_k"},
-            "routing = 'top_k': must be one of router, predictor, paced, threshold",
+            {"routing": "trained"},
+            "routing = 'trained': must be one of router, predictor, paced, threshold; what "
+            "training does looks at tokens not yet drawn",
         ),
         (
             {"routing": "both"},
@@ -268,8 +271,8 @@ def test_what_finds_no_slot_is_counted_token_by_token():
         tokens_BL[b, length : length + NEW] = found.tokens_BN[b]
     valid_BL = np.arange(MAX_LENGTH) < (LENGTHS_B + NEW)[:, None]
     model = nnx.merge(graphdef, params)
-    _, aux = model(tokens_BL, jnp.asarray(valid_BL, jnp.int32), routing="predictor", slack=0.5)
-    missed_BL = np.asarray(aux["1_mod"]["wanted_BL"] & ~aux["1_mod"]["selected_BL"])[0]
+    _, records = model(tokens_BL, jnp.asarray(valid_BL, jnp.int32), routing="predictor", slack=0.5)
+    missed_BL = np.asarray(records["1_mod"].wanted_BL & ~records["1_mod"].selected_BL)[0]
     assert missed_BL.any()
     for b, length in enumerate(LENGTHS_B):
         np.testing.assert_array_equal(found.overflow_BN[b], missed_BL[b, length : length + NEW])

@@ -8,19 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from modjax.decoding.generate import Sampling, extend, generate, resume
-from modjax.spec import Execution, MoDConfig, ModelSpec
+from modjax.spec import Execution, ModelSpec
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
-from modjax.training.state import abstract_model
-from tests.nn.small import random_model
+from modjax.training.state import abstract_model, joined
+from tests.nn.small import behind_a_block, key_values, random_model
 
 CUBE = Execution(data=2, fsdp=2, tensor=2)
-PATTERN = ("dense", "threshold")
-CONFIG = ModelSpec(
-    24, 16, len(PATTERN), 2, 2, 32, pattern=PATTERN,
-    mod=MoDConfig(capacity=0.25, predictor_weight=1.0),
-)  # fmt: skip
+LAYERS = behind_a_block("threshold", capacity=0.25, predictor_weight=1.0)
+CONFIG = ModelSpec(24, 16, len(LAYERS), 2, 2, 32, layers=LAYERS)
 TOKENS_BL = np.random.default_rng(0).integers(0, 24, (4, 12)).astype(np.int32)
 SEGMENTS_BL = np.repeat([[1, 2, 0]] * 4, [5, 6, 1], axis=1)
 # Ragged prompts, and a second turn of which row 2 gets nothing.
@@ -37,18 +35,20 @@ def quick_compiles():
 
 @pytest.fixture(scope="module")
 def model():
-    """A model as training splits it, and its parameters on the host."""
+    """A model as training splits it, and its weights on the host."""
     return abstract_model(CONFIG, CUBE), nnx.to_pure_dict(random_model(CONFIG, std=0.5, seed=8)[1])
 
 
 def on_both(model, run):
-    """run(graphdef, params, put) on one device and on the mesh; `put` places a batch."""
-    (graphdef, _, logical_axes, _), params = model
-    expected = jax.device_get(run(graphdef, params, jnp.asarray))
+    """run(graphdef, weights, put) on one device and on the mesh; `put` places a batch."""
+    abstract, weights = model
+    expected = jax.device_get(run(abstract.graphdef, weights, jnp.asarray))
     mesh = make_mesh(CUBE)
-    placed = jax.device_put(params, param_shardings(mesh, params, logical_axes))
+    params = param_shardings(mesh, abstract.params, abstract.logical_axes)
+    measured = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), abstract.measured)
+    placed = jax.device_put(weights, joined(params, measured))
     with jax.set_mesh(mesh):
-        found = run(graphdef, placed, lambda batch: put_batch(batch, mesh))
+        found = run(abstract.graphdef, placed, lambda batch: put_batch(batch, mesh))
     return found, expected
 
 
@@ -67,8 +67,8 @@ def test_the_causal_call_on_2x2x2_devices_equals_one_device(model):
     )
     assert_close(found, expected)
     assert len(found[0].sharding.device_set) == 8
-    for slot in expected[1].values():
-        assert 0 < np.mean(slot["selected_BL"]) < 1
+    for record in expected[1].values():
+        assert 0 < np.mean(record.selected_BL) < 1
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,9 @@ def test_generation_on_2x2x2_devices_equals_one_device(model, turns, routing):
     assert_close(found, expected)
     _, cache, logits_BV = found
     assert len(logits_BV.sharding.device_set) == 8
-    for layer in cache.layers:  # batch over data and fsdp, heads over tensor
-        assert layer.k_BGMH.sharding.shard_shape(layer.k_BGMH.shape)[:2] == (1, 1)
+    assert len(key_values(cache)) == len(LAYERS)
+    for held in key_values(cache):  # batch over data and fsdp, heads over tensor
+        assert held.k_BGMH.sharding.shard_shape(held.k_BGMH.shape)[:2] == (1, 1)
     (_, depths_BN, prompt_depths_BL, *_), *_ = expected
     assert {0, 1} == set(depths_BN.ravel()) == set(prompt_depths_BL.ravel())
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import MoDConfig, ModelSpec
-from tests.nn.small import QUICK, random_model
+from modjax.spec import Dense, MoD, ModelSpec
+from tests.nn.small import QUICK, behind_a_block, key_values, random_model
 
 VOCAB, LENGTH, PROMPT, SLOTS = 20, 12, 3, 6
+MOD = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
 PATTERNS = {
-    "predictor": ("dense", "attention", "mod"),
-    "threshold": ("mod", "dense", "threshold"),
-    "router": ("dense", "positional", "token_choice"),
+    "predictor": behind_a_block("received", "expert_choice", **MOD),
+    "threshold": (MoD(Dense(), **MOD), *behind_a_block("threshold", **MOD)),
+    "router": behind_a_block("positional", "token_choice", **MOD),
 }
 
 
@@ -36,9 +37,9 @@ def decided_model(config):
         *_, owner, name = ("", *names.split("/"))
         if name == "embedding":
             leaf[:, 0] = np.where(yes_V, 0.75, -0.75)
-        elif name == "w_out" and owner == "attention":
+        elif name == "w_out" and owner == "0_attention":
             leaf[..., 0] = 0
-        elif name == "w_out" and owner == "mlp":
+        elif name == "w_out" and owner == "1_mlp":
             leaf[..., 0, :] = 0
         elif owner == "router":
             leaf *= 0.02
@@ -64,9 +65,8 @@ def relative_error(found_BLV, exact_BLV):
     "routing", ["predictor", pytest.param("threshold", marks=pytest.mark.slow), "router"]
 )
 def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass(routing):
-    pattern = PATTERNS[routing]
-    mod = MoDConfig(capacity=0.5, predictor_weight=1.0, auxiliary_weight=1.0)
-    config = ModelSpec(VOCAB, 8, len(pattern), 2, 2, 16, pattern=pattern, mod=mod, dtype="bfloat16")
+    layers = PATTERNS[routing]
+    config = ModelSpec(VOCAB, 8, len(layers), 2, 2, 16, layers=layers, dtype="bfloat16")
     config.check_routing(routing, "routing")
     graphdef, params, yes_V = decided_model(config)
     exact_graphdef = random_model(dataclasses.replace(config, dtype="float32"))[0]
@@ -77,14 +77,12 @@ def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass
         options = {"routing": routing, "slack": 1.0}
         exact = nnx.merge(exact_graphdef, params)(jnp.asarray(tokens_BL), **options)
         called = model(jnp.asarray(tokens_BL), **options)
-        first_BV, cache, depth_BL = model.prefill(
-            tokens_BL[:, :PROMPT], jnp.full(2, PROMPT), max_length=LENGTH, **options
-        )
-        step = model.decoder(max_length=LENGTH, routing=routing)
+        read = model.reader(max_length=LENGTH, **options)
+        first_BV, cache, depth_BL = read(tokens_BL[:, :PROMPT], jnp.full(2, PROMPT), None)
 
         def one(cache, tokens_B):
-            logits_BV, cache, depth_B = step(tokens_B, jnp.full(2, True), cache)
-            return cache, (logits_BV, depth_B)
+            logits_BV, cache, depth_B1 = read(tokens_B[:, None], jnp.full(2, 1), cache)
+            return cache, (logits_BV, depth_B1[:, 0])
 
         last, (logits_SBV, depth_SB) = jax.lax.scan(one, cache, tokens_BL.T[PROMPT:])
         logits_BSV = jnp.concatenate([first_BV[:, None], logits_SBV.swapaxes(0, 1)], axis=1)
@@ -92,11 +90,12 @@ def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass
         return exact, called, (logits_BSV, depth_BL, cache, last)
 
     results = jax.device_get(jax.jit(run, compiler_options=QUICK)(params))
-    (exact_BLV, exact_aux), (called_BLV, aux), (cached_BSV, depth_BL, *caches) = results
+    (exact_BLV, exact_records), (called_BLV, records), (cached_BSV, depth_BL, *caches) = results
     for cache in caches:
-        for layer in cache.layers:
-            assert layer.k_BGMH.dtype == layer.v_BGMH.dtype == jnp.bfloat16
-            assert np.all(np.isfinite(np.float32(layer.k_BGMH) + np.float32(layer.v_BGMH)))
+        assert len(key_values(cache)) == len(layers)
+        for held in key_values(cache):
+            assert held.k_BGMH.dtype == held.v_BGMH.dtype == jnp.bfloat16
+            assert np.all(np.isfinite(np.float32(held.k_BGMH) + np.float32(held.v_BGMH)))
     assert called_BLV.dtype == cached_BSV.dtype == np.float32
     # The passes round to 8 bits some 8 times a layer, each time by 2^-9 at most.
     rounding = 8 * 2**-9
@@ -105,16 +104,16 @@ def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass
     assert 0 < relative_error(cached_BSV, exact_BLV[:, after]) < rounding
     assert relative_error(cached_BSV, called_BLV[:, after]) < rounding / 2
     expected_depth_BL, dropped = np.zeros(tokens_BL.shape, int), 0
-    for name, slot in aux.items():
+    for name, record in records.items():
         wanted_BL = yes_V[tokens_BL]
-        if name.endswith("positional"):  # not under "predictor" here
+        if layers[int(name[0])].router == "positional":  # not under "predictor" here
             wanted_BL = np.broadcast_to(np.arange(LENGTH) % 2 == 1, tokens_BL.shape)
         selected_BL = wanted_BL & (np.cumsum(wanted_BL, axis=1) <= SLOTS)
-        for found in (slot, exact_aux[name]):
-            np.testing.assert_array_equal(found["selected_BL"][0], selected_BL)
-        scores_BL = slot["scores_BL"]
-        assert scores_BL.dtype == slot["predictor_BL"].dtype == np.float32
-        assert relative_error(scores_BL, exact_aux[name]["scores_BL"]) < 2**-9
+        for found in (record, exact_records[name]):
+            np.testing.assert_array_equal(found.selected_BL[0], selected_BL)
+        scores_BL = record.scores_BL
+        assert scores_BL.dtype == record.predictor_BL.dtype == np.float32
+        assert relative_error(scores_BL, exact_records[name].scores_BL) < 2**-9
         expected_depth_BL += selected_BL
         dropped += np.sum(wanted_BL & ~selected_BL)
     np.testing.assert_array_equal(depth_BL, expected_depth_BL)

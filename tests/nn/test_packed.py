@@ -3,13 +3,15 @@
 Legend: B batch, L positions.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import MoDConfig, ModelSpec
-from tests.nn.small import KINDS, QUICK, random_model
+from modjax.spec import ModelSpec
+from tests.nn.small import KINDS, QUICK, behind_a_block, random_model
 
 # Two documents, and padding after them. The second begins where a period of two begins.
 FIRST, SECOND, LENGTH = slice(0, 6), slice(6, 11), 13
@@ -18,16 +20,23 @@ SEGMENTS_L = np.repeat([1, 2, 0], [6, 5, 2])
 # number of positions, so that every second one stays so.
 BY_CONTENT = {
     routing: tuple(
-        "positional:0.5" if kind == "positional" else kind for kind in kinds
-        if kind != "learned_position" and (kind, routing) != ("stochastic", "threshold")
+        router for router in routers
+        if router != "learned_position" and (router, routing) != ("stochastic", "threshold")
     )
-    for routing, kinds in KINDS.items()
+    for routing, routers in KINDS.items()
 }  # fmt: skip
 
 
-def config_of(pattern, capacity):
-    mod = MoDConfig(capacity=capacity, predictor_weight=1.0, auxiliary_weight=1.0)
-    return ModelSpec(20, 8, len(pattern), 2, 1, 16, pattern=pattern, mod=mod)
+def config_of(*routers, capacity, more_blocks=0):
+    layers = behind_a_block(
+        *routers, capacity=capacity, predictor_weight=1.0, auxiliary_weight=1.0
+    )
+    layers = tuple(
+        dataclasses.replace(layer, capacity=0.5)
+        if getattr(layer, "router", "") == "positional" else layer for layer in layers
+    )  # fmt: skip
+    layers = layers[:1] * more_blocks + layers
+    return ModelSpec(20, 8, len(layers), 2, 1, 16, layers=layers)
 
 
 def reader(config, routing, **options):
@@ -35,11 +44,12 @@ def reader(config, routing, **options):
     graphdef, params = random_model(config, std=0.5, seed=8)
 
     def read(params, tokens_BL, segment_ids_BL):
-        logits_BLV, aux = nnx.merge(graphdef, params)(
+        logits_BLV, records = nnx.merge(graphdef, params)(
             tokens_BL, segment_ids_BL, routing=routing, key=jax.random.key(0), **options
         )
         return logits_BLV, [
-            {mask: slot[mask][0] for mask in ("wanted_BL", "selected_BL")} for slot in aux.values()
+            {mask: getattr(record, mask)[0] for mask in ("wanted_BL", "selected_BL")}
+            for record in records.values()
         ]
 
     compiled = jax.jit(read, compiler_options=QUICK)
@@ -51,7 +61,7 @@ def reader(config, routing, **options):
 # Documents of a paced row share its budget, as in training.
 @pytest.mark.parametrize("routing", sorted(KINDS.keys() - {"paced"}))
 def test_packed_documents_are_routed_and_read_as_if_alone(routing):
-    read = reader(config_of(BY_CONTENT[routing], 0.7), routing)
+    read = reader(config_of(*BY_CONTENT[routing], capacity=0.7), routing)
     packed_L, noise_L, edit_L = np.random.default_rng(0).integers(0, 20, (3, LENGTH))
     edited_L = np.concatenate([edit_L[FIRST], packed_L[SECOND], edit_L[-2:]])
     # What follows a document that begins its row cannot reach it.
@@ -85,7 +95,8 @@ def test_packed_documents_are_routed_and_read_as_if_alone(routing):
 
 
 def test_documents_of_a_row_share_its_slots_and_the_first_takes_them_first():
-    config, length = config_of(("dense", "dense", "mod"), 0.3), SECOND.stop - SECOND.start
+    config = config_of("expert_choice", capacity=0.3, more_blocks=1)
+    length = SECOND.stop - SECOND.start
     tokens_1L = np.random.default_rng(5).integers(0, 20, (1, LENGTH))
     logits_1LV, (layer,) = reader(config, "predictor", slack=1.0)(tokens_1L, SEGMENTS_L[None])
     wanted_L, selected_L = layer["wanted_BL"][0], layer["selected_BL"][0]

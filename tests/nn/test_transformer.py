@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from flax.nnx import bridge
-from modjax.nn.block import Context
 
 from modjax import flops
-from modjax.nn import MoDBlock, Transformer
+from modjax.nn import At, Call, MoDBlock, Transformer
 from modjax.nn.layers import rotary_tables
-from modjax.nn.mod import Statistic
-from modjax.spec import MoDConfig, ModelSpec
+from modjax.spec import Dense, MoD, MoDConfig, ModelSpec
 from tests.nn.small import QUICK, build
 
-CONFIG = ModelSpec(40, 16, 4, 4, 2, 32, pattern=("dense", "mod"), mod=MoDConfig(capacity=0.25))
+ROUTED = MoD(Dense(), capacity=0.25)
+CONFIG = ModelSpec(40, 16, 4, 4, 2, 32, layers=(Dense(), ROUTED))
 TOKENS = jax.random.randint(jax.random.key(7), (3, 24), 0, 40)
 
 
@@ -40,9 +39,15 @@ def assert_same(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
 
 
-@pytest.mark.parametrize("pattern", [("dense",), ("dense", "mod"), ("stochastic", "dense")])
-def test_scan_equals_unrolled_in_values_and_gradients(pattern):
-    config = dataclasses.replace(CONFIG, pattern=pattern)
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (Dense(),), (Dense(), ROUTED),
+        (dataclasses.replace(ROUTED, router="stochastic"), Dense()),
+    ],
+)  # fmt: skip
+def test_scan_equals_unrolled_in_values_and_gradients(layers):
+    config = dataclasses.replace(CONFIG, layers=layers)
     results = []
     for layer_loop in ("scan", "unroll"):
         f, params = loss_and_grads(config, layer_loop=layer_loop)
@@ -53,7 +58,7 @@ def test_scan_equals_unrolled_in_values_and_gradients(pattern):
 
 
 def test_a_pattern_of_twelve_runs_its_blocks_in_order():
-    config = dataclasses.replace(CONFIG, num_layers=12, pattern=("dense",) * 12)
+    config = dataclasses.replace(CONFIG, num_layers=12, layers=(Dense(),) * 12)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(model)
     rng = np.random.default_rng(0)
@@ -62,12 +67,15 @@ def test_a_pattern_of_twelve_runs_its_blocks_in_order():
     quick = {"xla_backend_optimization_level": "0"}
     forward = jax.jit(lambda p: nnx.merge(graphdef, p)(tokens)[0], compiler_options=quick)
 
-    dense = nnx.split(model.blocks["0_dense"])[0]
-    tables = rotary_tables(jnp.arange(6)[None], config.head_dim, config.rope_base, jnp.float32)
-    one_block = jax.jit(lambda p, x: nnx.merge(dense, p)(x, Context(tables, None)))
+    dense = nnx.split(model.stack.blocks["0_dense"])[0]
+    positions = jnp.arange(6)[None]
+    ropes = {1e4: rotary_tables(positions, config.shape.head_dim, 1e4, jnp.float32)}
+    at = At(positions, None, None, ropes, {})
+    one_block = jax.jit(lambda p, x: nnx.merge(dense, p)(x, at, Call()).x)
     x_BLD = params["embedding"][...][tokens]
     for i in range(12):
-        x_BLD = one_block(jax.tree.map(lambda leaf: leaf[0], params["blocks"][f"{i}_dense"]), x_BLD)
+        block = params["stack"]["blocks"][f"{i}_dense"]
+        x_BLD = one_block(jax.tree.map(lambda leaf: leaf[0], block), x_BLD)
     by_hand = nnx.merge(graphdef, params).final_norm(x_BLD) @ params["w_logits"][...]
     np.testing.assert_allclose(forward(params), by_hand, rtol=1e-3, atol=1e-3)
 
@@ -82,7 +90,7 @@ def test_rematerialisation_changes_what_is_kept_and_nothing_else(layer_loop, rem
     assert_same(*(jax.jit(f, compiler_options=QUICK)(params) for f in (plain, saving)))
 
 
-DENSE = dataclasses.replace(CONFIG, pattern=("dense",))
+DENSE = dataclasses.replace(CONFIG, layers=(Dense(),))
 
 
 def test_dense_model_is_causal_by_perturbation_and_by_gradient():
@@ -108,18 +116,18 @@ def test_packed_documents_are_read_as_if_alone():
 
 def test_padding_does_not_change_the_routing_of_real_tokens():
     segments = jnp.where(jnp.arange(24)[None] < 4, 1, 0) * jnp.ones((3, 1), jnp.int32)
-    config = dataclasses.replace(CONFIG, pattern=("mod",))
-    selected = np.asarray(forward(config, TOKENS, segments)[1]["0_mod"]["selected_BL"])
+    config = dataclasses.replace(CONFIG, layers=(ROUTED,))
+    selected = np.asarray(forward(config, TOKENS, segments)[1]["0_mod"].selected_BL)
     assert selected[..., :4].all() and not selected[..., 4:].any()
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "silu", "relu2", "geglu", "swiglu"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_without_building_the_model(mlp, tied):
-    config = dataclasses.replace(CONFIG, mlp=mlp, tie_embeddings=tied)
+    layers = (Dense(mlp), MoD(Dense(mlp), capacity=0.25))
+    config = dataclasses.replace(CONFIG, layers=layers, tie_embeddings=tied)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    learned = nnx.state(model, nnx.All(nnx.Param, nnx.Not(Statistic)))
-    sizes = [leaf.size for leaf in jax.tree.leaves(learned)]
+    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
     assert sum(sizes) == flops.parameters(config)["total"]
 
 
@@ -158,8 +166,8 @@ def their_block(rngs):
 def test_mod_wraps_the_block_of_another_nnx_model():
     block = their_block(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 8, 16))
-    y, aux = block(x, jnp.arange(8)[None])
-    b, i = np.argwhere(aux["selected_BL"])[3]
+    y, record = block(x, jnp.arange(8)[None])
+    b, i = np.argwhere(record.selected_BL)[3]
     r = float(x[b, i] @ block.router.w[...])
     update = block.inner.linear(x[b, i]) * np.cos(np.float32(i))
     np.testing.assert_allclose(y[b, i], x[b, i] + r * update, rtol=1e-5, atol=1e-6)

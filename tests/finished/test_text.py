@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from modjax.decoding.text import Sample, choose_routing, coloured, open_codec, sample
-from modjax.nn.transformer import Cache
 
 from modjax.data.vocabulary import Codec, train_sentencepiece
-from modjax.decoding import text as decoding_text
 from modjax.decoding.generate import Sampling
 from modjax.errors import InputError
-from modjax.spec import MoDConfig
+from modjax.finished import text as finished_text
+from modjax.finished.text import Sample, choose_routing, coloured, open_codec, sample
+from modjax.nn import Cache
+from modjax.spec import Dense, MoD
+from tests.nn.small import behind_a_block
 from tests.training.tiny import run_spec
 
 PIECES = Codec(train_sentencepiece(["the cat sat on the mat, and the hat fell\n"] * 20, 290))
@@ -40,19 +41,19 @@ class Script(nnx.Module):
         self.tokens_BL = nnx.Param(jnp.array(tokens_BL, jnp.int32))
         self.vocab = vocab
 
-    def prefill(self, tokens_BL, lengths_B, *, max_length, routing, slack, key):
-        cache = Cache((Layer(jnp.zeros_like(lengths_B)),), lengths_B)
-        depths_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]) % 2, tokens_BL.shape)
-        return self._logits(lengths_B), cache, depths_BL
+    def reader(self, *, max_length, routing, slack, key):
+        def read(tokens_BL, lengths_B, cache):
+            if cache is None:
+                cache = Cache((Layer(jnp.zeros_like(lengths_B)),), jnp.zeros_like(lengths_B))
+                missed_B = jnp.zeros_like(lengths_B)
+            else:
+                missed_B = lengths_B
+            depths_BL = (cache.positions_B[:, None] + jnp.arange(tokens_BL.shape[1])[None]) % 2
+            positions_B = cache.positions_B + lengths_B
+            overflow_B = cache.layers[0].overflow_B + missed_B
+            return self._logits(positions_B), Cache((Layer(overflow_B),), positions_B), depths_BL
 
-    def decoder(self, *, max_length, routing, key):
-        def step(tokens_B, active_B, cache):
-            positions_B = cache.positions_B + active_B.astype(jnp.int32)
-            overflow_B = cache.layers[0].overflow_B + active_B.astype(jnp.int32)
-            depths_B = cache.positions_B % 2
-            return self._logits(positions_B), Cache((Layer(overflow_B),), positions_B), depths_B
-
-        return step
+        return read
 
     def _logits(self, positions_B):
         next_B = self.tokens_BL[...][jnp.arange(len(positions_B)), positions_B]
@@ -66,9 +67,10 @@ def script(rows, codec=None, vocab=259):
     for b, row in enumerate(ids):
         tokens_BL[b, : len(row)] = row
     graphdef, params = nnx.split(Script(tokens_BL, vocab))
-    spec = run_spec(mod=MoDConfig(capacity=0.25, predictor_weight=1.0), vocab_size=300)
+    layers = behind_a_block("expert_choice", capacity=0.25, predictor_weight=1.0)
+    spec = run_spec(layers=layers, vocab_size=300)
     return SimpleNamespace(
-        spec=spec, model=SimpleNamespace(graphdef=graphdef), params=params,
+        spec=spec, model=SimpleNamespace(graphdef=graphdef), weights=params,
         cache=SimpleNamespace(
             path=None,
             manifest=SimpleNamespace(vocab="bytes", vocab_size=vocab, eos_id=EOS),
@@ -131,7 +133,7 @@ def test_the_first_stop_of_several_counts_and_each_row_ends_by_itself():
 
 
 def test_a_stop_is_found_however_the_vocabulary_spells_it(monkeypatch):
-    monkeypatch.setattr(decoding_text, "open_codec", lambda run: PIECES)
+    monkeypatch.setattr(finished_text, "open_codec", lambda run: PIECES)
     text = "the cat sat on the mat, and the hat fell\n" * 3
     ids = PIECES.encode(text, "row")
     (found,), _ = say(script([ids], vocab=290), ["the"], stop=("t on th",))
@@ -155,11 +157,17 @@ def test_tokens_beyond_the_manifest_are_not_drawn():
         ("ü", {}, r"--prompt = 'ü': has tokens beyond the vocabulary's 150"),
         ("a", {"stop": ("",)}, "--stop = '': is empty"),
         ("a", {"stop": ("\udce9",)}, "--stop = .*: is not UTF-8"),
-        ("a", {"routing": "top_k"}, "--routing = 'top_k': looks at tokens that are not drawn yet"),
+        (
+            "a", {"routing": "trained"},
+            "--routing = 'trained': looks at tokens that are not drawn yet",
+        ),
         ("a", {"routing": "both"}, "--routing = 'both': must be one of"),
-        ("a", {"routing": "router"}, "--routing = 'router': mod blocks of this model can select"),
+        (
+            "a", {"routing": "router"},
+            r"--routing = 'router': MoD\(Dense\(\), .*\) can select by trained, predictor",
+        ),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(prompt, options, message):
     run = script(["ab"], BYTES)
     run.cache.manifest.vocab_size = 150
@@ -170,18 +178,18 @@ def test_bad_input_is_refused_before_anything_is_written(prompt, options, messag
 
 
 def test_the_best_causal_routing_is_the_default():
-    def chosen(routing=None, **changes):
-        return choose_routing(SimpleNamespace(spec=run_spec(**changes)), routing)
+    def chosen(*layers, routing=None):
+        return choose_routing(SimpleNamespace(spec=run_spec(layers=layers)), routing)
 
-    learned = MoDConfig(predictor_weight=1.0, auxiliary_weight=1.0)
-    assert chosen(mod=learned) == "predictor"
-    assert chosen("router", mod=learned) == "router"
-    assert chosen(mod=dataclasses.replace(learned, predictor_weight=0.0)) == "router"
-    assert chosen(mod=MoDConfig()) == "threshold"
-    assert chosen(pattern=("dense", "positional")) == "router", "its own rule"
-    assert chosen(pattern=("dense",)) in ("router", "predictor", "threshold")
-    with pytest.raises(InputError, match=r"has not learned .* model.mod.predictor_weight > 0"):
-        chosen(pattern=("dense", "attention"))
+    learned = MoD(Dense(), predictor_weight=1.0, auxiliary_weight=1.0)
+    assert chosen(Dense(), learned) == "predictor"
+    assert chosen(Dense(), learned, routing="router") == "router"
+    assert chosen(Dense(), dataclasses.replace(learned, predictor_weight=0.0)) == "router"
+    assert chosen(Dense(), MoD(Dense())) == "threshold"
+    assert chosen(*behind_a_block("positional")) == "router", "its own rule"
+    assert chosen(Dense()) in ("router", "predictor", "threshold")
+    with pytest.raises(InputError, match=r"has not learned .* predictor_weight > 0"):
+        chosen(*behind_a_block("received"))
 
 
 def test_a_vocabulary_needs_its_package(monkeypatch):
