@@ -73,7 +73,7 @@ def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> 
         [f"{side}{dim}" for dim in range(rank - 1)] for side, rank in zip("io", ranks, strict=True)
     ]
     given, made = (" ".join(["rows", *names]) for names in others)
-    split = custom_partitioning(function)
+    split = custom_partitioning(lambda x_BL: function(x_BL))  # it takes no keywords
     split.def_partition(
         lambda mesh, args, out: (mesh, function, out.sharding, (args[0].sharding,)),
         sharding_rule=f"{given} -> {made}",

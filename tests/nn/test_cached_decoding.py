@@ -130,9 +130,7 @@ def check_both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS):
             for ours, theirs in zip(read[:2], stepped[:2], strict=True):
                 count = stepped.length_B[b]
                 close(ours[b, :, :count], theirs[b, :, :count])
-        for layer_cache, layer in zip(
-            last.layers + extended.layers, layers + layers, strict=True
-        ):
+        for layer_cache, layer in zip(last.layers + extended.layers, layers + layers, strict=True):
             wanted, selected = (
                 (total, total) if layer is None
                 else (layer["wanted_BL"][b].sum(), layer["selected_BL"][b].sum())

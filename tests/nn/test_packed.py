@@ -28,9 +28,7 @@ BY_CONTENT = {
 
 
 def config_of(*routers, capacity, more_blocks=0):
-    layers = behind_a_block(
-        *routers, capacity=capacity, predictor_weight=1.0, auxiliary_weight=1.0
-    )
+    layers = behind_a_block(*routers, capacity=capacity, predictor_weight=1.0, auxiliary_weight=1.0)
     layers = tuple(
         dataclasses.replace(layer, capacity=0.5)
         if getattr(layer, "router", "") == "positional" else layer for layer in layers
