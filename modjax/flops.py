@@ -73,7 +73,8 @@ def train_flops(
     frozen saves the second; before the first layer that has something to train, both.
     """
     found, begun = 0.0, trained == "all"
-    for cost in _in_order(model, seq_len):
+    each = costs if trained == "all" else _in_order  # only what is frozen depends on the order
+    for cost in each(model, seq_len):
         mine = trained == "all" or cost.role in ROUTER_ROLES
         backward = cost.backward if mine else cost.backward - (cost.params > 0)
         if mine and not begun and cost.params:

@@ -14,7 +14,7 @@ from modjax.nn.call import At, Call
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer
 from modjax.nn.routing import Selection, check_inputs, gather, gather_pairs, scatter_add
-from modjax.nn.sharding import constrain
+from modjax.nn.sharding import constrain_stream
 from modjax.spec.mod import MoDConfig
 
 
@@ -69,7 +69,7 @@ class MoDBlock(RoutedLayer):
                 lambda leaf: gather(leaf, selection.indices_BK), (x_BLD, inputs[0])
             )
             pairwise = jax.tree.map(lambda leaf: gather_pairs(leaf, selection), inputs[1])
-            x_BKD = constrain(x_BKD, "batch", "length", None)
+            x_BKD = constrain_stream(x_BKD)
             out = self.inner(x_BKD, *per_position, **pairwise, **(whole or {}))  # type: ignore[operator]
             y_BKD = out[0] if isinstance(out, tuple) else out
             update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)

@@ -19,7 +19,7 @@ from modjax.nn.call import At, Call
 from modjax.nn.layers import RMSNorm, rotary_tables
 from modjax.nn.params import normal_param
 from modjax.nn.records import Record
-from modjax.nn.sharding import constrain
+from modjax.nn.sharding import constrain, constrain_stream
 from modjax.nn.stack import Stack
 
 
@@ -123,7 +123,7 @@ class Transformer(nnx.Module):
                 "positions decide: reading needs another routing",
             )
             require(slack is None or slack >= 1, "slack", slack, "must be 1 or more as trained")
-        layers = self.stack.apart()
+        apart = self.stack.apart()
         # Looked up: XLA's CPU backend would compute the cosines in every layer.
         ropes_1MH = self._ropes(jnp.arange(max_length)[None])
         dtype = jnp.dtype(self.config.dtype)
@@ -133,7 +133,7 @@ class Transformer(nnx.Module):
             fresh = cache is None
             offsets_1L = jnp.arange(length)[None]
             if cache is None:
-                empty = self.stack.empty(batch, max_length, slack, dtype)
+                empty = self.stack.empty(apart, batch, max_length, slack, dtype)
                 cache = Cache(empty, jnp.zeros(batch, jnp.int32))
                 positions_BL = offsets_1L
                 ropes = {
@@ -151,7 +151,7 @@ class Transformer(nnx.Module):
             at = At(positions_BL, None, valid_BL, ropes, {})
             call = Call(routing, slack, key, fresh)
             x_BLD, caches, depths_BL = self.stack.read(
-                layers, self._embed(tokens_BL), at, call, cache.layers
+                apart, self._embed(tokens_BL), at, call, cache.layers
             )
             last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
             x_B1D = x_BLD if length == 1 else jnp.take_along_axis(x_BLD, last_B11, axis=1)
@@ -168,7 +168,7 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BL):
         table_VD = constrain(self.embedding.astype(jnp.dtype(self.config.dtype)), "vocab", None)
-        return constrain(table_VD[tokens_BL], "batch", "length", None)
+        return constrain_stream(table_VD[tokens_BL])
 
     def _logits(self, x_BLD):
         w_DV = self.embedding.T if self.config.tie_embeddings else self.w_logits[...]

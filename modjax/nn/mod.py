@@ -24,7 +24,7 @@ from modjax.nn.records import Inside
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer, valid_ones
 from modjax.nn.routing import Selection, gather, scatter_add
-from modjax.nn.sharding import batch_shards, constrain
+from modjax.nn.sharding import batch_shards, constrain_stream
 from modjax.spec.mod import cache_slots
 
 
@@ -99,7 +99,7 @@ class MoD(RoutedLayer):
             part, part_at = jax.tree.map(
                 lambda leaf: gather(leaf, selection.indices_BK), (x, at._replace(valid_BL=None))
             )
-            part = constrain(part, "batch", "length", *[None] * (x.ndim - 2))
+            part = constrain_stream(part)
             part_at = part_at._replace(valid_BL=selection.valid_BK)
             inner_cache = None if cache is None else cache.inner
             out = self.inner(part, part_at, call.inside(0), inner_cache)

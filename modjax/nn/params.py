@@ -4,9 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# What a parameter is for. Predictors are clipped apart, so that training one changes nothing else.
-ROLES = ("weight", "embedding", "norm", "router", "predictor")
-
 
 class Measured(nnx.Variable):
     """A number that training measures: it has no gradient and no moments."""
@@ -21,6 +18,7 @@ def make_param(
 ) -> nnx.Param:
     """A parameter. axes: the logical axis of every dim, for sharding.
 
+    role: what it is for: "weight", "embedding", "norm", "router" or "predictor".
     decays: whether weight decay pulls it to 0; None: where it is a matrix, of two or more dims.
     """
     decays = value.ndim >= 2 if decays is None else decays

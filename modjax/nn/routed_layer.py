@@ -60,6 +60,7 @@ class RoutedLayer(nnx.Module):
         ranking = self.router(x_BLD, at, call.key)
         target, wanted_BL, kth_B = self._as_trained(ranking, at, length)
         target_BL = selected_mask(target, length)
+        wanted_BL = target_BL if wanted_BL is None else wanted_BL
         losses = dict(ranking.losses)
         auxiliary_BL = predictor_BL = None
         if self.config.teaches_router:
@@ -134,9 +135,8 @@ class RoutedLayer(nnx.Module):
         return weight * (y_BKD - x_BKD if self.config.residual == "delta" else y_BKD)
 
     def _as_trained(self, ranking: Ranking, at: At, length: int):
-        """What training selects, which positions asked to be, and each row's k-th best rank.
-
-        The rank is infinite where a row has fewer positions.
+        """What training selects, which positions asked to be (None: those), and each row's k-th
+        best rank, infinite where a row has fewer positions.
         """
         k = selected_tokens(self.config.capacity, length)
         wanted_BL = self.router.wants(ranking, at, self.bar())
@@ -144,7 +144,7 @@ class RoutedLayer(nnx.Module):
             selection = select_top_k(ranking.ranking_BL, ranking.scores_BL, k, at.valid_BL)
             rank_BK = gather(jax.lax.stop_gradient(ranking.ranking_BL), selection.indices_BK)
             kth_B = jnp.min(jnp.where(selection.valid_BK, rank_BK, -jnp.inf), axis=1)
-            return selection, selected_mask(selection, length), kth_B
+            return selection, None, kth_B
         room = selected_tokens(self.config.room, length)
         wanted_BL = valid_ones(wanted_BL, at.valid_BL)
         selection = select_first_k(wanted_BL, ranking.scores_BL, room)

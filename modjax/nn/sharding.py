@@ -51,6 +51,11 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
+def constrain_stream(x: jax.Array) -> jax.Array:
+    """Fixes the sharding of activations (B, L, ...), of any rank."""
+    return constrain(x, "batch", "length", *[None] * (x.ndim - 2))
+
+
 def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
     """function(x_BL), of any rank, where each row of it depends on the same row of x_BL only.
 

@@ -21,7 +21,9 @@ from modjax.nn.cache import written
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import empty, names
 from modjax.nn.records import Inside, Record
-from modjax.nn.sharding import constrain
+from modjax.nn.sharding import constrain_stream
+
+Repetition = tuple[Any, list[str], int]  # blocks by name, their names in order, which it is
 
 
 class Stack(nnx.Module):
@@ -50,17 +52,17 @@ class Stack(nnx.Module):
         scan = loop == "scan" or (loop == "auto" and target() != "cpu")
         records: dict[str, Record] = {}
         for blocks, places, times in self._segments():
-            apart = isinstance(blocks, list)
-            graphdef, params = _unstacked(blocks, times) if apart or not scan else nnx.split(blocks)
+            scanned = scan and not isinstance(blocks, list)
+            graphdef, params = nnx.split(blocks) if scanned else _unstacked(blocks, times)
 
             def group(x, params_and_index, graphdef=graphdef, places=places):
                 params, index = params_and_index
-                return _run(nnx.merge(graphdef, params), places, x, at, call, index)
+                return _run(nnx.merge(graphdef, params), places, x, at, call, index)[:2]
 
             if self.remat != "none":
                 dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
                 group = jax.checkpoint(group, policy=dots if self.remat == "dots" else None)
-            if scan and not apart:
+            if scanned:
                 x, found = jax.lax.scan(group, x, (params, jnp.arange(times)))
             else:
                 each = []
@@ -72,40 +74,47 @@ class Stack(nnx.Module):
         return x, records
 
     def read(
-        self, layers: list[Any], x: jax.Array, at: At, call: Call, cache: tuple[Any, ...]
+        self, apart: list[Repetition], x: jax.Array, at: At, call: Call, cache: tuple[Any, ...]
     ) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
         """New x, the caches with these positions, and how many selections took each, (B, L).
 
-        layers: of `apart`, with the caches in the same order.
+        apart: of the method. cache: of every layer, in order, as `empty` has them.
         """
         depth_BL = jnp.zeros(x.shape[:2], jnp.int32)
-        caches = []
-        for (merge, name, index), layer_cache in zip(layers, cache, strict=True):
-            out: Out = merge()[name](x, at, _keyed(call, index, name), layer_cache)
-            x = constrain(out.x, "batch", "length", *[None] * (x.ndim - 2))
-            caches.append(written(layer_cache, out.write, fresh=call.fresh))
-            for record in out.records.values():
+        caches: list[Any] = []
+        for blocks, places, index in apart:
+            mine = cache[len(caches) : len(caches) + len(places)]
+            x, records, new = _run(blocks, places, x, at, call, index, mine)
+            caches += new
+            for record in records.values():
                 used_BL = None if isinstance(record, Inside) else record.used()
                 if used_BL is not None:
                     depth_BL += used_BL.astype(jnp.int32)
         return x, tuple(caches), depth_BL
 
-    def apart(self) -> list[Any]:
-        """Every layer by itself, in order, so that a step reads the weights that it uses only."""
+    def apart(self) -> list[Repetition]:
+        """Every repetition by itself, so that a step reads the weights that it uses only."""
         found = []
         for blocks, places, times in self._segments():
             graphdef, params = _unstacked(blocks, times)
-            for index, part in enumerate(params):
-                merge = functools.partial(nnx.merge, graphdef, part)
-                found += [(merge, name, index) for name in places]
+            found += [
+                (nnx.merge(graphdef, part), places, index) for index, part in enumerate(params)
+            ]
         return found
 
     def empty(
-        self, batch: int, length: int, slack: float | None, dtype: DTypeLike
+        self,
+        apart: list[Repetition],
+        batch: int,
+        length: int,
+        slack: float | None,
+        dtype: DTypeLike,
     ) -> tuple[Any, ...]:
         """Empty caches of all layers, in order."""
         return tuple(
-            empty(merge()[name], batch, length, slack, dtype) for merge, name, *_ in self.apart()
+            empty(blocks[name], batch, length, slack, dtype)
+            for blocks, places, _ in apart
+            for name in places
         )
 
     def unstack(self) -> None:
@@ -143,17 +152,26 @@ def _build(layer: spec.Layer, shape: spec.Shape, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _run(
-    blocks: Any, places: list[str], x: jax.Array, at: At, call: Call, index: int | jax.Array
-) -> tuple[jax.Array, dict[str, Record]]:
-    """One repetition of a segment's pattern."""
+    blocks: Any,
+    places: list[str],
+    x: jax.Array,
+    at: At,
+    call: Call,
+    index: int | jax.Array,
+    caches: tuple[Any, ...] | None = None,
+) -> tuple[jax.Array, dict[str, Record], list[Any]]:
+    """One repetition of a segment's pattern: new x, records, and the caches after it."""
     records: dict[str, Record] = {}
     handed: dict[str, jax.Array] = {}
-    for name in places:
-        out: Out = blocks[name](x, at._replace(handed=handed), _keyed(call, index, name))
-        x = constrain(out.x, "batch", "length", *[None] * (x.ndim - 2))
+    after = []
+    for place, name in enumerate(places):
+        cache = None if caches is None else caches[place]
+        out: Out = blocks[name](x, at._replace(handed=handed), _keyed(call, index, name), cache)
+        x = constrain_stream(out.x)
         records |= under(name, out.records)
         handed = {**handed, **out.handed}
-    return x, records
+        after.append(written(cache, out.write, fresh=call.fresh))
+    return x, records, after
 
 
 def _keyed(call: Call, index: int | jax.Array, name: str) -> Call:

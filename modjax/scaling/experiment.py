@@ -46,7 +46,7 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises InputError naming the field, its value and what is known for an unknown override, a
     value of another type, or one that a config refuses.
     """
-    config = _with_defaults(_as_text(_read(config_file)))
+    config = _with_defaults(_as_text("", _read(config_file)))
     for override in overrides:
         config = _override(config, override)
     values = config.to_dict()
@@ -86,18 +86,13 @@ def _read(config_file: str) -> dict[str, Any]:
     return config.to_dict()
 
 
-def _as_text(values: dict[str, Any]) -> dict[str, Any]:
-    """The same with all layers as text, in which plans are kept and overrides are given."""
-    return {
-        name: _as_text(value)
-        if isinstance(value, dict)
-        else ", ".join(map(str, value))
-        if name == "layers" and isinstance(value, list | tuple)
-        else str(value)
-        if name == "layers"
-        else value
-        for name, value in values.items()
-    }
+def _as_text(name: str, value: Any) -> Any:
+    """A value with all layers as text, in which plans are kept and overrides are given."""
+    if isinstance(value, dict):
+        return {inner: _as_text(inner, item) for inner, item in value.items()}
+    if name == "layers":
+        return ", ".join(map(str, value if isinstance(value, list | tuple) else [value]))
+    return value
 
 
 def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modjax.errors import require
+from modjax.spec.run import LONGEST_NAME
 
 # Fields that the sweep's rules decide, and that its `model` and `train` groups must leave out.
 SHAPE_FIELDS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
@@ -15,7 +16,6 @@ RECIPE_FIELDS = ("batch_size", "steps", "learning_rate", "warmup_steps", "seed")
 WIDEST = 65_536
 MOST_SIZES = 100
 MOST_PARAMS, MOST_FLOPS = 1e18, 1e40
-LONGEST_NAME = 64
 MOST_STEPS = 10**9
 
 

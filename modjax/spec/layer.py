@@ -102,6 +102,13 @@ class Layer:
         return text.write(self)
 
 
+def check_parts(name: str, parts: tuple[Any, ...]) -> None:
+    """Raises InputError unless they are layers, at least one."""
+    require(len(parts) > 0, name, parts, "must contain a layer")
+    for part in parts:
+        require(isinstance(part, Layer), name, part, "must contain layers")
+
+
 @dataclass(frozen=True, init=False)
 class Repeat:
     """A segment of a model: `parts`, in this order, `times` times over.
@@ -115,9 +122,7 @@ class Repeat:
     def __init__(self, *parts: Layer, times: int | None = None):
         object.__setattr__(self, "parts", parts)
         object.__setattr__(self, "times", times)
-        require(len(parts) > 0, "Repeat", parts, "must contain a layer")
-        for part in parts:
-            require(isinstance(part, Layer), "Repeat", part, "must contain layers")
+        check_parts("Repeat", parts)
         require(
             times is None or (type(times) is int and times > 0),
             "Repeat.times",

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modjax.errors import require, require_one_of
-from modjax.spec.layer import Cost, Layer, Load, Shape, named
+from modjax.spec.layer import Cost, Layer, Load, Shape, check_parts, named
 
 GATED = ("geglu", "swiglu")
 ACTIVATIONS = ("gelu", "silu", "relu2", *GATED)
@@ -105,9 +105,7 @@ class Seq(Layer):
 
     def __init__(self, *parts: Layer):
         object.__setattr__(self, "parts", parts)
-        require(len(parts) > 0, "Seq", parts, "must contain a layer")
-        for part in parts:
-            require(isinstance(part, Layer), "Seq", part, "must contain layers")
+        check_parts("Seq", parts)
 
     def inside(self) -> tuple[Layer, ...]:
         return self.parts

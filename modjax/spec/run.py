@@ -13,6 +13,7 @@ from modjax.spec.fields import canonical, from_dict, to_dict
 from modjax.spec.model import ModelSpec
 
 TRAINED = ("all", "routers")
+LONGEST_NAME = 64  # characters of a variant, which names folders
 ROUTER_ROLES = ("router", "predictor")  # of the parameters that "routers" are
 
 
@@ -123,7 +124,8 @@ class RunSpec:
             self.variant,
             "must be made of letters, digits, '-', '_' and '.'",
         )
-        require(len(self.variant) <= 64, "variant", self.variant, "must have at most 64 characters")
+        short = len(self.variant) <= LONGEST_NAME
+        require(short, "variant", self.variant, f"must have at most {LONGEST_NAME} characters")
         require(self.budget_flops > 0, "budget_flops", self.budget_flops, "must be greater than 0")
 
     @property
