@@ -125,11 +125,13 @@ def _override(config: ml_collections.ConfigDict, override: str) -> ml_collection
         known = f"unknown; known here: {', '.join(group)}" if inside else "is inside a plain value"
         require(inside and part in group, f"--config.{name}", text, known)
         parent, group = group, group[part]
-    if group is None:  # absl knows no type for it; the spec that it is for does
+    if group is None or isinstance(group, tuple):  # the spec that it is for knows its type
         try:
-            parent[part] = ast.literal_eval(text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            parent[part] = text
+            value = text if group is None else tuple(text.split(","))
+        one = group is not None and not isinstance(value, tuple | list)
+        parent[part] = (value,) if one else value
         return config
     # A private FlagValues keeps absl's own flags and its help out of the command line.
     values = flags.FlagValues()

@@ -3,9 +3,12 @@
 A spec is a frozen dataclass that checks itself. It composes by containing other specs.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from modjax.errors import require
 from modjax.spec import text
@@ -51,6 +54,9 @@ class Cost(NamedTuple):
 
 class Layer:
     """Base of every spec. `inside` names the specs that it contains; the rest follows from them."""
+
+    def __post_init__(self):
+        check_types(self, type(self).__name__)
 
     def inside(self) -> tuple["Layer", ...]:
         return ()
@@ -100,6 +106,28 @@ class Layer:
 
     def __str__(self) -> str:
         return text.write(self)
+
+
+def check_types(spec: Any, name: str) -> None:
+    """Raises InputError where a field of a dataclass is not what its annotation says."""
+    for field, kinds, said in _types(type(spec)):
+        value = getattr(spec, field)
+        whole = float in kinds and type(value) is int
+        fits = whole or type(value) in kinds or (Layer in kinds and isinstance(value, Layer))
+        require(fits, f"{name}.{field}", value, f"must be {said}")
+        finite = not isinstance(value, int | float) or abs(value) < 1e308
+        require(finite, f"{name}.{field}", value, "must be finite")
+
+
+@functools.cache
+def _types(cls: type) -> list[tuple[str, tuple[type, ...], str]]:
+    """Of each field its name, the types that it may have, and how to say so."""
+    hints, found = get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
+        said = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
+        found.append((field.name, kinds, f"of type {said}"))
+    return found
 
 
 def check_parts(name: str, parts: tuple[Any, ...]) -> None:

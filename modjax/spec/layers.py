@@ -33,6 +33,7 @@ class Attention(Layer):
     received: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         require_one_of("Attention.norm", self.norm, NORMS)
         require(self.rope > 0, "Attention.rope", self.rope, "must be greater than 0")
         for name in ("window", "softcap"):
@@ -87,6 +88,7 @@ class MLP(Layer):
     norm: str = "before"
 
     def __post_init__(self):
+        super().__post_init__()
         require_one_of("MLP.activation", self.activation, ACTIVATIONS)
         require_one_of("MLP.norm", self.norm, NORMS)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from modjax.errors import require, require_one_of
-from modjax.spec.layer import Cost, Layer, Load, Shape, named
+from modjax.spec.layer import Cost, Layer, Load, Shape, check_types, named
 from modjax.spec.layers import Dense
 
 DENSE = Dense()
@@ -87,8 +87,8 @@ class MoDConfig:
     slack: float = 1.5
 
     def __post_init__(self):
-        number = isinstance(self.capacity, int | float) and 0 < self.capacity <= 1
-        require(number, "MoD.capacity", self.capacity, "must be in (0, 1]")
+        check_types(self, "MoD")
+        require(0 < self.capacity <= 1, "MoD.capacity", self.capacity, "must be in (0, 1]")
         require(self.slack >= 1, "MoD.slack", self.slack, "must be 1 or more")
         for name in ("auxiliary_weight", "predictor_weight", "balance_weight", "z_weight"):
             value = getattr(self, name)
@@ -118,10 +118,6 @@ class MoD(MoDConfig, Layer):
     """Routes a share of the positions through `inner`; the others pass it by."""
 
     inner: Layer = DENSE
-
-    def __post_init__(self):
-        require(isinstance(self.inner, Layer), "MoD.inner", self.inner, "must be a layer")
-        super().__post_init__()
 
     def inside(self) -> tuple[Layer, ...]:
         return (self.inner,)

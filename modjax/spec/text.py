@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from modjax.errors import InputError, require
 
@@ -19,6 +19,8 @@ def write(spec: Any) -> str:
         if field.name in ("parts", "inner"):
             first += map(_one, value if isinstance(value, tuple) else [value])
         elif value != field.default:
+            if type(value) is int and float in (get_args(field.type) or (field.type,)):
+                value = float(value)  # equal specs have one text
             named.append(f"{field.name}={_one(value)}")
     return f"{type(spec).__name__}({', '.join(first + named)})"
 

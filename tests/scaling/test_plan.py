@@ -137,6 +137,12 @@ def test_shapes_follow_from_the_width():
         assert model.num_layers == max(2, 2 * (model.d_model // 32))
 
 
+@pytest.mark.parametrize("text", ["json,csv", "('json', 'csv')"])
+def test_several_modules_to_import_are_given_by_commas(text):
+    (spec, *_) = load(TINY, [f"model.imports={text}"]).specs
+    assert spec.model.imports == ("json", "csv")
+
+
 def test_seeds_repeat_the_grid_with_the_same_data_order():
     specs = load(TINY, ["sweep.seeds=0,1,2"]).specs
     assert len(specs) == 3 * len(load(TINY).specs)

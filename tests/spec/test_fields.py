@@ -38,7 +38,10 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
             for name, value, says in (
                 ("capacity", 0.0, "must be in (0, 1]"),
                 ("capacity", 1.5, "must be in (0, 1]"),
-                ("capacity", "x", "must be in (0, 1]"),
+                ("capacity", "x", "must be of type float"),
+                ("capacity", True, "must be of type float"),
+                ("capacity", float("nan"), "must be finite"),
+                ("slack", None, "must be of type float"),
                 ("router", "moe", "must be one of expert_choice, stochastic"),
                 ("weight", "relu", "must be one of linear"),
                 ("slack", 0.9, "must be 1 or more"),
@@ -49,9 +52,10 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
                 ("residual", "x", "must be one of delta"),
             )
         ),
-        (MoD, {}, "inner", "dense", "MoD.inner = 'dense': must be a layer"),
+        (MoD, {}, "inner", "dense", "MoD.inner = 'dense': must be of type Layer"),
         (Attention, {}, "rope", 0.0, "Attention.rope = 0.0: must be greater than 0"),
         (Attention, {}, "norm", "never", "Attention.norm = 'never': must be one of before"),
+        (Attention, {}, "window", 1.5, "Attention.window = 1.5: must be of type int or None"),
         (Attention, {}, "window", 0, "Attention.window = 0: must be greater than 0, or None"),
         (Attention, {}, "softcap", -1.0, "Attention.softcap = -1.0: must be greater than 0"),
         (MLP, {}, "activation", "tanh", "MLP.activation = 'tanh': must be one of gelu"),
@@ -63,7 +67,7 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
         (ModelSpec, MODEL, "num_kv_heads", 3, "model.num_kv_heads = 3: must divide"),
         (ModelSpec, MODEL, "layers", "Moe()", "model.layers = 'Moe': unknown; known: Attention"),
         (ModelSpec, MODEL, "layers", "MoD(Dense(), capacity=2)", "MoD.capacity = 2: must be in"),
-        (ModelSpec, MODEL, "layers", "MoD(capacity='x')", "MoD.capacity = 'x': must be in"),
+        (ModelSpec, MODEL, "layers", "MoD(capacity='x')", "MoD.capacity = 'x': must be of type"),
         (
             ModelSpec,
             MODEL,
@@ -175,6 +179,11 @@ def test_a_layer_given_as_text_is_the_same_as_the_value():
     assert as_text == as_value and as_text.layers == layers
     assert ", ".join(map(str, layers)) == text
     assert from_dict(ModelSpec, to_dict(as_value)) == as_value
+
+
+def test_a_whole_number_for_a_float_is_that_float_so_that_equal_layers_have_one_text():
+    assert str(MoD(capacity=1, slack=2)) == str(MoD(capacity=1.0, slack=2.0))
+    assert MoD(capacity=1) == MoD(capacity=1.0) and Attention(rope=10_000) == Attention()
 
 
 def capacity_and_room(model):

@@ -58,7 +58,7 @@ def test_the_text_of_layers_is_read_back_to_the_same_layers(text):
         ("MoE(Dense())", "model.layers = 'MoE': unknown; known: Attention, Dense"),
         ("MoD(Dense(), size=3)", "model.layers = 'MoD(Dense(), size=3)': "),
         ("MoD(Dense(), capacity=2)", "MoD.capacity = 2: must be in (0, 1]"),
-        ("MoD(3)", "MoD.inner = 3: must be a layer"),
+        ("MoD(3)", "MoD.inner = 3: must be of type Layer"),
         ("__import__('os').system('true')", "model.layers = "),
         ("Dense", "model.layers = 'Dense': must be calls such as MoD(Dense())"),
         ("Dense(", "model.layers = 'Dense(': must be calls such as Dense(), MoD(Dense())"),
