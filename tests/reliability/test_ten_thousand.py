@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -108,14 +107,24 @@ class Cost:
     memory: float
 
 
+# A child counts the memory of the process that it was forked from: it is started by a small one.
+MEASURE = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+"""
+
+
 def cost(*arguments: object) -> Cost:
     """Runs `modjax ARGUMENTS...` to its end, which must be a good one."""
     command = [sys.executable, "-P", "-m", "modjax.cli", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, code, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(code)
-    assert process.returncode == 0
-    return Cost(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True, check=True
+    )
+    code, seconds, memory = run.stdout.split()
+    assert code == "0"
+    return Cost(float(seconds), float(memory))
 
 
 @pytest.mark.slow
