@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.logits = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        h = config.head_dim
+        h = config.shape.head_dim
         frequency = 10_000.0 ** -(torch.arange(0, h, 2) / h)
         angle_LH = torch.arange(seq_len)[:, None] * frequency[None]
         self.cos_LH, self.sin_LH = angle_LH.cos(), angle_LH.sin()

@@ -1,6 +1,8 @@
 """What layers keep of earlier positions: caches that mirror the layers, and what is written there.
 
-A layer never changes a cache; it returns what is to be written, and the stack writes it, once.
+A layer never changes a cache; it returns what is to be written, and the stack writes it, once. An
+attention that has to read what it writes returns the cache with it: two equal writes would cost a
+copy of the cache each wherever XLA does not see that they are equal.
 
 Legend: B batch, L new positions, G kv heads, M slots, H head width.
 """
@@ -12,12 +14,16 @@ import jax.numpy as jnp
 
 
 class KVWrite(NamedTuple):
-    """New keys and values (B, G, L, H), of which row b has count_B[b]; positions where needed."""
+    """New keys and values (B, G, L, H), of which row b has count_B[b]; positions where needed.
+
+    held: the cache with them, where the layer has already written them.
+    """
 
     k_BGLH: jax.Array
     v_BGLH: jax.Array
     count_B: jax.Array
     positions_BL: jax.Array | None
+    held: "KVCache | None" = None
 
     def padded(self, length: int) -> Self:
         """The same, `length` wide."""
@@ -41,6 +47,8 @@ class KVCache(NamedTuple):
 
     def written(self, write: KVWrite, *, fresh: bool = False) -> Self:
         """With the new entries after the old ones. fresh: there are no old ones."""
+        if write.held is not None:
+            return write.held  # type: ignore[return-value]
         slots, new = self.k_BGMH.shape[2], write.k_BGLH.shape[2]
         length_B = self.length_B + write.count_B
         if fresh:
@@ -83,6 +91,13 @@ def padded(write: Any, length: int) -> Any:
     if isinstance(write, dict):
         return {name: padded(part, length) for name, part in write.items()}
     return write.padded(length) if hasattr(write, "padded") else write
+
+
+def unwritten(write: Any) -> Any:
+    """What is to be written, without caches that hold it: what a branch returns should be small."""
+    if isinstance(write, dict):
+        return {name: unwritten(part) for name, part in write.items()}
+    return write._replace(held=None) if isinstance(write, KVWrite) else write
 
 
 def overflow(cache: Any) -> Any:

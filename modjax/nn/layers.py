@@ -5,7 +5,7 @@ width; E = N/G + 2.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swiglu": jax.nn.silu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
+
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class RMSNorm(nnx.Module):
@@ -90,9 +93,9 @@ class Attention(Sublayer):
         if cache is not None:
             write = self._write(k_BGLH, v_BGLH, at)
             if not call.fresh:
-                # Written before it is read: XLA copies a cache that is read and then written. What
-                # the stack writes afterwards is the same operation again, and costs nothing.
+                # Written before it is read: XLA copies a cache that is read and then written.
                 held = cache.written(write)
+                write = write._replace(held=held)
                 keys, values = held.k_BGMH, held.v_BGMH
                 seen = mask._replace(
                     segments_BL=None, key_positions_BM=held.positions_BM, start_B=cache.length_B
@@ -156,14 +159,24 @@ class MLP(Sublayer):
         self.w_out = normal_param(rngs, (d, f), ("embed", "mlp"), std=output_std)
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        act = ACTIVATIONS[self.activation]
-        y_BLD = self.before(x_BLD)
-        h_BLF = project(y_BLD, self.w_in[...])
-        if self.activation in GATED:
-            h_BLF = act(project(y_BLD, self.w_gate[...])) * h_BLF
-        else:
-            h_BLF = act(h_BLF)
-        return Out(self.added(x_BLD, project_back(h_BLF, self.w_out[...])))
+        weights = {name: getattr(self, name)[...] for name in mlp_weights(self.activation)}
+        y_BLD = mlp(self.before(x_BLD), weights, self.activation, project, project_back)
+        return Out(self.added(x_BLD, y_BLD))
+
+
+def mlp_weights(activation: str) -> tuple[str, ...]:
+    """The names of the matrices of an MLP, each (D, F)."""
+    return ("w_in", "w_gate", "w_out") if activation in GATED else ("w_in", "w_out")
+
+
+def mlp(
+    x: jax.Array, weights: Mapping[str, Any], activation: str, product: Product, back: Product
+) -> jax.Array:
+    """What an MLP with these weights adds. product, back: of x with a matrix and its transpose."""
+    act = ACTIVATIONS[activation]
+    h = product(x, weights["w_in"])
+    h = act(product(x, weights["w_gate"])) * h if "w_gate" in weights else act(h)
+    return back(h, weights["w_out"])
 
 
 class Seq(nnx.Module):

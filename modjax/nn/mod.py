@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from modjax import spec
 from modjax.nn.build import build
-from modjax.nn.cache import padded, written
+from modjax.nn.cache import padded, unwritten, written
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import empty
 from modjax.nn.records import Inside
@@ -104,7 +104,7 @@ class MoD(RoutedLayer):
             inner_cache = None if cache is None else cache.inner
             out = self.inner(part, part_at, call.inside(0), inner_cache)
             update = self.update(selection.scores_BK, part, out.x)
-            write = out.write
+            write = unwritten(out.write)
             if cache is not None and call.routing != "trained":
                 write = padded(write, most)  # every compiled size returns one shape
             records = {
@@ -160,7 +160,7 @@ class MoD(RoutedLayer):
             out = self.inner(x, at, call.inside(0), cache)
             updated = x + self.update(scores_BL, x, out.x)
             routed = at.valid_BL.reshape(at.valid_BL.shape + (1,) * (x.ndim - 2))
-            return jnp.where(routed, updated, x), out.write
+            return jnp.where(routed, updated, x), unwritten(out.write)
 
         none = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, inputs)[1])
 
