@@ -177,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("sweep", verbs.sweep, SWEEP, "config", "workdir", "data_dir", "jobs", "json")
     add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
-    add("fit", verbs.fit, "optima, power laws and the gap between arms", "workdir", "loss", "json")
-    add("report", verbs.report, "figures, fits and tables in one HTML file", "workdir", "loss")
+    add("fit", verbs.fit, FIT, "workdir", "loss", "size", "json")
+    add("report", verbs.report, REPORT, "workdir", "loss", "size")
     train = add("train", verbs.train, TRAIN, "config", "workdir", "data_dir", "json")
     train.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
     train.add_argument(
@@ -232,6 +232,8 @@ SWEEP = """run a plan on local worker processes, and end with a table.
 
 Finished runs are never repeated; what dies is run once more, what dies twice is given up; several
 sweeps may share a folder."""
+FIT = "optima, power laws and the gap between arms"
+REPORT = "figures, fits and tables in one HTML file"
 TRAIN = """train one run, under the same folders and records as a sweep.
 
 A config with a `sweep` group describes many runs: --run names one, as `modjax plan --json` does."""
@@ -293,6 +295,15 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "choices": ("trained", "causal"),
             "default": "trained",
             "help": "of routed runs: as trained (default), or under routing that never looks ahead",
+        },
+    ),
+    "size": (
+        "--size",
+        {
+            "choices": ("non_embedding", "total", "active"),
+            "default": "non_embedding",
+            "help": "which parameters a model's size counts: active ones are those that a token "
+            "uses (default non_embedding)",
         },
     ),
     "slack": (

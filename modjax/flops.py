@@ -21,8 +21,8 @@ CONVENTIONS: dict[str, tuple[str, ...] | None] = {
     "matmul": None,
     "all": None,
     # Appendix F as printed, and what its Table A4 turns out to count.
-    "chinchilla": CHINCHILLA,
-    "chinchilla_table_a4": ("qkv", "scores", "softmax", "values", "output", "mlp"),
+    "chinchilla": (*CHINCHILLA, "experts"),
+    "chinchilla_table_a4": ("qkv", "scores", "softmax", "values", "output", "mlp", "experts"),
 }
 
 

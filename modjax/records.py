@@ -24,7 +24,9 @@ class Record:
 
     Losses are in nats per token; `flops` maps a component to forward FLOPs per sequence;
     `train_flops` is what was spent, `budget_flops` what was asked for. `status` is "finished" or
-    "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`.
+    "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`. causal_*:
+    under a routing that never looks ahead. moe_*: shares of experts' picks in the evaluation as
+    trained, see nn/expert_record.py; None without experts.
     """
 
     run_id: str
@@ -69,6 +71,9 @@ class Record:
     causal_difference_sem: float | None = None
     causal_accuracy: float | None = None
     causal_capacity: float | None = None
+    moe_dropped: float | None = None
+    moe_no_op: float | None = None
+    moe_useful: float | None = None
 
 
 def run_dir(workdir: Path, run_id: str) -> Path:

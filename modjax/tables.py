@@ -124,13 +124,15 @@ def status_text(status: Status) -> str:
             run.run_id,
             run.state,
             f"{run.step}/{run.steps}",
+            count(run.params_total),
+            count(run.params_active),
             "" if run.eval_loss is None else f"{run.eval_loss:.4f}",
             run.why,
         )
         for run in status.runs
     ]
     counts = ", ".join(f"{status.count(state)} {state}" for state in STATES)
-    table = text_table(("run", "state", "step", "loss", ""), rows)
+    table = text_table(("run", "state", "step", "total", "active", "loss", ""), rows)
     return f"{table}\n\n{counts}; about {clock(status.remaining_seconds)} left"
 
 

@@ -155,7 +155,7 @@ def fit(args: argparse.Namespace) -> None:
     from modjax.scaling.results import to_json
     from modjax.scaling.words import render_text
 
-    found, fits = fit_workdir(args.workdir, args.loss)
+    found, fits = fit_workdir(args.workdir, args.loss, args.size)
     for why in found.unreadable.values():
         print(f"modjax: left out: {why}", file=sys.stderr)
     if args.json:
@@ -166,7 +166,7 @@ def fit(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     from modjax.scaling.report import report
 
-    print(report(args.workdir, args.loss))
+    print(report(args.workdir, args.loss, args.size))
 
 
 def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:

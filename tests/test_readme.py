@@ -74,7 +74,7 @@ def test_the_layer_of_the_readme_is_the_one_that_is_tested():
 def test_the_layers_of_the_readme_are_read():
     section = README.read_text().split("## Layers are values")[1].split("A layer of your own")[0]
     lines = re.findall(r"^    (.*)$", section, re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 6
     for line in lines:
         found = [
             modjax.ModelSpec(272, 64, 4, 4, 4, 256, layers=text).layers

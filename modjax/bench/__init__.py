@@ -24,6 +24,7 @@ BENCHMARKS = {
     "startup": "time to import modjax against jax and flax alone",
     "step": "train step: MoD against dense and its FLOP ratio, dense against PyTorch",
     "decode": "decoding and prefill: MoD against dense, both against reading the memory",
+    "moe": "mixture of experts and MoDE: train step and decoding against dense, on a TPU slice",
     "sweep": "a small sweep, twice: overhead, compilation from the cache, waiting for data",
     "demo": "`make demo` from a clean clone, install included (minutes, and a network)",
 }

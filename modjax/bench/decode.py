@@ -96,7 +96,7 @@ def calibrated(model: tuple[Any, Any]) -> tuple[Any, Any]:
     return graphdef, params
 
 
-def start(graphdef: Any, params: Any, batch: int) -> State:
+def start(graphdef: Any, params: Any, batch: int, routing: str = "paced") -> State:
     """The state after a prompt that leaves room for NEW tokens in the context."""
     length = CONTEXT - NEW
     tokens_BL = np.random.default_rng(2).integers(0, DENSE.vocab_size, (batch, length))
@@ -106,7 +106,7 @@ def start(graphdef: Any, params: Any, batch: int) -> State:
         tokens_BL,
         max_new_tokens=0,
         max_length=CONTEXT,
-        routing="paced",
+        routing=routing,
         slack=SLACK,
     )
     return found.state

@@ -51,7 +51,7 @@ def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> list[R
     finished = [record.run_id for record in found.records if record.status == "finished"]
     wanted = finished if run_id is None else [name for name in finished if name == run_id]
     specs = [read_spec(run_dir(workdir, name)) for name in wanted]
-    kept = [s for s in specs if not routed or s.model.routed()]
+    kept = [s for s in specs if not routed or s.model.routed() or s.model.rules]
     if run_id is None or not finished:
         what = "finished run with a routed layer" if routed else "finished run"
         require(len(kept) > 0, "--workdir", str(workdir), f"holds no {what}")

@@ -61,13 +61,14 @@ def choose_routing(run: Finished, routing: str | None) -> str:
     """
     config = run.spec.model
     if routing is None:
-        routing = config.causal_routing() if config.routed() else CAUSAL[0]
+        able = [name for name in CAUSAL if name in config.routings]
+        routing = config.causal_routing() or next(iter(able), None)
     if routing is None:
         raise InputError(
             "--routing",
             None,
-            "this model has not learned to select without the future: train it "
-            "with predictor_weight > 0",
+            "this model has not learned to select without the future: train MoD with "
+            "predictor_weight > 0, experts with another router than expert_choice",
         )
     require(
         routing != "trained",

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 
 from modjax.nn.routing import gather
 
+# A running mean forgets at this rate; until then it is the plain mean.
+RATE = 0.01
+
 
 class Record:
     """Base of what a layer reports; each method returns what a record has that has none of it."""
@@ -56,6 +59,9 @@ class Inside(Record):
     def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
         return self.record.observed(measured, updates)
 
+    def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
+        return self.record.counts(self.valid_BK & gather(valid_BL, self.indices_BK))
+
     @classmethod
     def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
         found = {}
@@ -69,6 +75,16 @@ class Inside(Record):
             means = jax.tree.map(jnp.mean, jax.vmap(one)(inside))
             found |= {f"{name}/{key}": mean for key, mean in means.items()}
         return found
+
+
+def running_mean(old_N: jax.Array, values_BN: jax.Array, updates: jax.Array) -> jax.Array:
+    """What the old means are after one more batch of values, of which the finite ones count."""
+    rate = jnp.maximum(RATE, 1 / (updates.astype(jnp.float32) + 1))
+    known_BN = jnp.isfinite(values_BN)
+    total_N = jnp.sum(jnp.where(known_BN, values_BN, 0.0), axis=0)
+    count_N = jnp.sum(known_BN.astype(jnp.float32), axis=0)
+    mean_N = jnp.where(count_N > 0, total_N / jnp.maximum(count_N, 1.0), old_N)
+    return old_N + rate * (mean_N - old_N)
 
 
 def losses(records: Mapping[str, Record], nll_BL: jax.Array) -> jax.Array:

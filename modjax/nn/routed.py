@@ -12,10 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.nn.records import Record
-
-# The running mean of the k-th score forgets at this rate; until then it is the plain mean.
-THRESHOLD_RATE = 0.01
+from modjax.nn.records import Record, running_mean
 
 
 @jax.tree_util.register_dataclass
@@ -51,13 +48,7 @@ class Routed(Record):
 
     def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
         """The threshold, moved towards the batch's mean k-th score."""
-        rate = jnp.maximum(THRESHOLD_RATE, 1 / (updates.astype(jnp.float32) + 1))
-        old = measured["threshold"][0]
-        known_B = jnp.isfinite(self.kth_B)
-        total = jnp.sum(jnp.where(known_B, self.kth_B, 0.0))
-        count = jnp.sum(known_B.astype(jnp.float32))
-        mean = jnp.where(count > 0, total / jnp.maximum(count, 1.0), old)
-        return {"threshold": (old + rate * (mean - old))[None]}
+        return {"threshold": running_mean(measured["threshold"], self.kth_B[:, None], updates)}
 
     def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
         """Those of decision_counts, and selected: processed; of every sequence."""

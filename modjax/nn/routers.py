@@ -52,7 +52,7 @@ class ExpertChoice(nnx.Module):
         )
 
     def __call__(self, x_BLD: jax.Array, at: At, key: jax.Array | None) -> Ranking:
-        scores_BL = _linear(x_BLD, self.w[...][:, None])[..., 0]
+        scores_BL = linear(x_BLD, self.w[...][:, None])[..., 0]
         return Ranking(scores_BL, scores_BL, {})
 
     def wants(self, ranking: Ranking, at: At, threshold: jax.Array) -> jax.Array | None:
@@ -107,7 +107,7 @@ class TokenChoice(nnx.Module):
         self.w = normal_param(rngs, (d_model, 2), ("replicated", None), std=std, role="router")
 
     def __call__(self, x_BLD, at, key):
-        logits_BL2 = _linear(x_BLD, self.w[...])
+        logits_BL2 = linear(x_BLD, self.w[...])
         odds_BL = logits_BL2[..., 1] - logits_BL2[..., 0]
         share_B = masked_mean((odds_BL > 0).astype(jnp.float32), at.valid_BL)
         probability_B = masked_mean(jax.nn.sigmoid(odds_BL), at.valid_BL)
@@ -192,7 +192,8 @@ class Predictor(nnx.Module):
         return logits_BL + slope * scores_BL + offset
 
 
-def _linear(x_BLD: jax.Array, w_DK: jax.Array) -> jax.Array:
+def linear(x_BLD: jax.Array, w_DK: jax.Array) -> jax.Array:
+    """A router's scores, (B, L, K), in float32."""
     # Full float32: accelerators would multiply in bfloat16, and ties would be common.
     return jnp.einsum(
         "BLD,DK->BLK", x_BLD.astype(jnp.float32), w_DK, precision=jax.lax.Precision.HIGHEST

@@ -98,7 +98,8 @@ class Stack(nnx.Module):
         for blocks, places, times in self._segments():
             graphdef, params = _unstacked(blocks, times)
             found += [
-                (nnx.merge(graphdef, part), places, index) for index, part in enumerate(params)
+                (_taken_apart(nnx.merge(graphdef, part)), places, index)
+                for index, part in enumerate(params)
             ]
         return found
 
@@ -121,7 +122,7 @@ class Stack(nnx.Module):
         """Keeps the repetitions of every layer apart from now on."""
         self.blocks = nnx.List(
             [
-                nnx.List([nnx.merge(*part) for part in _each(blocks, times)])
+                nnx.List([_taken_apart(nnx.merge(*part)) for part in _each(blocks, times)])
                 for blocks, _, times in self._segments()
             ]
         )
@@ -194,6 +195,15 @@ def _each(blocks: Any, times: int) -> list[tuple[Any, Any]]:
         (graphdef, jax.tree.unflatten(structure, [part[0] for part in parts]))
         for parts in zip(*leaves, strict=True)
     ]
+
+
+def _taken_apart(blocks: Any) -> Any:
+    """The same, where every module that knows how keeps its own parts apart."""
+    for _, module in list(nnx.iter_modules(blocks)):
+        take_apart = getattr(module, "take_apart", None)
+        if take_apart is not None:
+            take_apart()
+    return blocks
 
 
 def _unstacked(blocks: Any, times: int) -> tuple[Any, list[Any]]:

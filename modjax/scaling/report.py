@@ -57,6 +57,9 @@ RUN_COLUMNS = {
     "layers": "num_layers",
     "total": "params_total",
     "active": "params_active",
+    "dropped": "moe_dropped",
+    "no-op": "moe_no_op",
+    "useful": "moe_useful",
     "learning rate": "learning_rate",
     "seed": "seed",
     "FLOPs spent": "train_flops",
@@ -76,10 +79,13 @@ SPEC_COLUMNS = (
 )
 
 
-def fit_workdir(workdir: Path, loss: str = "trained") -> tuple[Scan, Fits]:
+def fit_workdir(
+    workdir: Path, loss: str = "trained", size: str = "non_embedding"
+) -> tuple[Scan, Fits]:
     """What a sweep's folder holds, and its fits, against the baseline that its plan names.
 
-    loss: "trained" or "causal", see results.under; the fits take it as eval_loss.
+    loss: "trained" or "causal", see results.under; the fits take it as eval_loss. size: see
+    results.SIZES.
 
     Raises InputError where no run that can be read has finished or diverged yet.
     """
@@ -95,15 +101,15 @@ def fit_workdir(workdir: Path, loss: str = "trained") -> tuple[Scan, Fits]:
     sweep = config.get("sweep") if isinstance(config, dict) else None
     planned = sweep.get("baseline") if isinstance(sweep, dict) else None
     baseline = planned if any(record.variant == planned for record in records) else None
-    return found, fit_all(records, loss=loss, baseline=baseline)
+    return found, fit_all(records, size=size, loss=loss, baseline=baseline)
 
 
-def report(workdir: Path, loss: str = "trained") -> Path:
+def report(workdir: Path, loss: str = "trained", size: str = "non_embedding") -> Path:
     """Writes report.html, results.csv, fit.json and figures/ into `workdir`; returns the HTML.
 
     Raises InputError where no run has finished or diverged yet.
     """
-    found, fits = fit_workdir(workdir, loss)
+    found, fits = fit_workdir(workdir, loss, size)
     save_json(workdir / "fit.json", fits)
     write_csv(workdir / "results.csv", found.records)  # whatever loss is fitted
     records = under(found.records, loss)

@@ -14,7 +14,11 @@ from modjax.errors import require
 from modjax.records import Record, write_json
 from modjax.scaling.parametric import Surface
 
-SIZES = {"non_embedding": "params_non_embedding", "total": "params_total"}
+SIZES = {
+    "non_embedding": "params_non_embedding",
+    "total": "params_total",
+    "active": "params_active",
+}
 QUANTITIES = ("parameters", "forward_flops")
 
 Range = tuple[float, float]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from modjax.errors import InputError
 from modjax.files import read_json
+from modjax.flops import parameters
 from modjax.records import Record, last_step, read_spec, run_dir, scan
 from modjax.scaling.cells import flops_per_second
 from modjax.scaling.run import is_running
@@ -19,7 +20,7 @@ STATES = ("done", "diverged", "running", "failed", "damaged", "waiting")
 class RunStatus:
     """`state` is one of STATES; `step` counts the steps logged so far; `why` explains a failure.
 
-    steps and budget_flops are 0 where the run's spec is damaged.
+    steps, budget_flops and the parameters are 0 where the run's spec is damaged.
     """
 
     run_id: str
@@ -27,6 +28,8 @@ class RunStatus:
     step: int
     steps: int
     budget_flops: float
+    params_total: int
+    params_active: int
     eval_loss: float | None
     why: str
 
@@ -67,7 +70,7 @@ def _statuses(
         if run_id in records:
             yield _finished(run_dir(workdir, run_id), records[run_id])
         elif run_id in unreadable:
-            yield RunStatus(run_id, "damaged", 0, 0, 0.0, None, unreadable[run_id])
+            yield RunStatus(run_id, "damaged", 0, 0, 0.0, 0, 0, None, unreadable[run_id])
         else:
             yield _unfinished(run_dir(workdir, run_id), run_id)
 
@@ -79,7 +82,15 @@ def _finished(folder: Path, record: Record) -> RunStatus:
         with contextlib.suppress(InputError):  # the record says how far it came, not how far to go
             steps = read_spec(folder).train.steps
     return RunStatus(
-        record.run_id, state, record.steps, steps, record.budget_flops, record.eval_loss, why
+        record.run_id,
+        state,
+        record.steps,
+        steps,
+        record.budget_flops,
+        record.params_total,
+        record.params_active,
+        record.eval_loss,
+        why,
     )
 
 
@@ -87,14 +98,24 @@ def _unfinished(folder: Path, run_id: str) -> RunStatus:
     try:
         spec = read_spec(folder)
     except InputError as error:
-        return RunStatus(run_id, "damaged", 0, 0, 0.0, None, str(error))
+        return RunStatus(run_id, "damaged", 0, 0, 0.0, 0, 0, None, str(error))
     state, why = "waiting", ""
     if is_running(folder):
         state = "running"
     elif (folder / "failure.json").exists():
         state, why = "failed", _failure(folder / "failure.json")
-    step = last_step(folder)
-    return RunStatus(run_id, state, step, spec.train.steps, spec.budget_flops, None, why)
+    step, sizes = last_step(folder), parameters(spec.model)
+    return RunStatus(
+        run_id,
+        state,
+        step,
+        spec.train.steps,
+        spec.budget_flops,
+        sizes["total"],
+        sizes["active"],
+        None,
+        why,
+    )
 
 
 def _failure(path: Path) -> str:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.parametric import NAMES, Surface
-from modjax.scaling.results import Fits, Gap, Parabola, PowerLaw, Range
+from modjax.scaling.results import SIZES, Fits, Gap, Parabola, PowerLaw, Range
 
 KINDS = {
     ("parameters", "non_embedding"): "non-embedding parameters",
     ("parameters", "total"): "total parameters",
-    ("forward_flops", "non_embedding"): "forward FLOPs per token",
-    ("forward_flops", "total"): "forward FLOPs per token",
+    ("parameters", "active"): "active parameters, without embeddings",
+    **{("forward_flops", size): "forward FLOPs per token" for size in SIZES},
 }
 
 LOSSES = {

@@ -5,6 +5,7 @@ from modjax.spec.layer import ROUTINGS, Cost, Layer, Load, Repeat, Shape, named
 from modjax.spec.layers import MLP, Attention, Dense, Seq
 from modjax.spec.mod import MoD, MoDConfig, cache_slots, selected_tokens
 from modjax.spec.model import ModelSpec
+from modjax.spec.moe import MoE
 from modjax.spec.run import DataConfig, Execution, RunSpec, TrainConfig
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Load",
     "MoD",
     "MoDConfig",
+    "MoE",
     "ModelSpec",
     "Repeat",
     "RunSpec",

@@ -71,8 +71,12 @@ class Layer:
 
     def routings(self) -> tuple[str, ...]:
         """Those of ROUTINGS that everything in this layer can select by."""
-        able = (layer.routings() for layer in self.inside())
-        return tuple(r for r in ROUTINGS if all(r in each for each in [ROUTINGS, *able]))
+        able = [layer.routings() for layer in self.inside()]
+        return tuple(r for r in ROUTINGS if all(r in each for each in able))
+
+    def rules(self) -> frozenset[str]:
+        """Those of ROUTINGS, but "trained", that something in this layer has a rule for."""
+        return frozenset().union(*(layer.rules() for layer in self.inside()))
 
     def routed(self) -> int:
         """How many selections lie on a position's way through this layer."""

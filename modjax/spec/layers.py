@@ -11,6 +11,11 @@ ACTIVATIONS = ("gelu", "silu", "relu2", *GATED)
 NORMS = ("before", "after", "both")
 
 
+def matrices(activation: str) -> int:
+    """How many an MLP with this activation has."""
+    return 3 if activation in GATED else 2
+
+
 def norm_params(norm: str, d_model: int) -> int:
     return d_model * (2 if norm == "both" else 1)
 
@@ -93,7 +98,7 @@ class MLP(Layer):
         require_one_of("MLP.norm", self.norm, NORMS)
 
     def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
-        params = (3 if self.activation in GATED else 2) * shape.d_model * shape.d_ff
+        params = matrices(self.activation) * shape.d_model * shape.d_ff
         yield Cost("norm", params=norm_params(self.norm, shape.d_model))
         yield Cost("mlp", 2.0 * load.tokens * params, params)
 

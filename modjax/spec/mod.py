@@ -140,14 +140,19 @@ class MoD(MoDConfig, Layer):
             )
 
     def routings(self) -> tuple[str, ...]:
+        return tuple(r for r in super().routings() if r == "trained" or r in self._own())
+
+    def rules(self) -> frozenset[str]:
+        return super().rules() | self._own()
+
+    def _own(self) -> frozenset[str]:
         able = {
-            "trained": True,
             "router": self.facts.causal or self.teaches_router,
             "predictor": self.predictor_weight > 0,
             "paced": self.predictor_weight > 0,
             "threshold": not self.facts.handed,  # what is handed on may know what comes later
         }
-        return tuple(routing for routing in super().routings() if able[routing])
+        return frozenset(routing for routing in able if able[routing])
 
     def routed(self) -> int:
         return 1 + super().routed()

@@ -135,6 +135,11 @@ class ModelSpec:
         able = [layer.routings() for layer, _ in self.repeated()]
         return tuple(r for r in ROUTINGS if all(r in each for each in able))
 
+    @property
+    def rules(self) -> frozenset[str]:
+        """The routings that some layer has a rule for: of the others it matters not which it is."""
+        return frozenset().union(*(layer.rules() for layer, _ in self.repeated()))
+
     def check_routing(self, routing: str, field: str) -> None:
         """Raises InputError where a model of this spec has not learned to select by `routing`."""
         require_one_of(field, routing, ROUTINGS)
@@ -144,13 +149,15 @@ class ModelSpec:
                 routing in able,
                 field,
                 routing,
-                f"{layer} can select by {', '.join(able)}; predictor_weight > 0 teaches more, "
-                "auxiliary_weight > 0 expert choice only",
+                f"{layer} can select by {', '.join(able)}; in MoD, predictor_weight > 0 teaches "
+                "more, auxiliary_weight > 0 expert choice only",
             )
 
     def causal_routing(self) -> str | None:
-        """The best way this model has to select without the future; None for a dense model."""
-        able = self.routings if self.routed() else ()
+        """The best way this model has to select without the future; None where it has none, as a
+        dense model has.
+        """
+        able = self.rules.intersection(self.routings)
         return next((r for r in ("predictor", "router", "threshold") if r in able), None)
 
 

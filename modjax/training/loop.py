@@ -19,6 +19,7 @@ from modjax.data.cache import TokenCache, bits_per_byte, check_fingerprint
 from modjax.data.prefetch import prefetch
 from modjax.errors import Preempted, require
 from modjax.files import Home
+from modjax.nn.expert_record import shares
 from modjax.nn.routed import mean_quality, quality
 from modjax.records import Record, read_record, read_spec, write_json, write_record
 from modjax.spec import Execution, RunSpec, TrainConfig, to_dict
@@ -74,7 +75,7 @@ def train(
     _claim(run_dir, spec)
     home = Home(run_dir)
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
-    diverged_step, evaluation, causal = 0, None, {}
+    diverged_step, evaluation, routed = 0, None, {}
 
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(_sigterm())
@@ -130,7 +131,7 @@ def train(
             clock.lap("checkpoint")
 
         def measure(step: int) -> tuple[Evaluation, dict[str, Any]]:
-            """The loss as trained, and the record's fields of causal routing."""
+            """The loss as trained, and the record's fields of what is routed."""
             scores = {
                 routing: evaluate(
                     eval_step,
@@ -145,7 +146,9 @@ def train(
                 "eval_loss_sem": result.sem,
                 "eval_bits_per_byte": bits_per_byte(cache.manifest, result.loss),
             }
-            causal = {}
+            dropped = shares(scores["trained"].counts, scores["trained"].weight_B)
+            routed: dict[str, Any] = {f"moe_{name}": value for name, value in dropped.items()}
+            values |= {f"eval_moe/{name}": value for name, value in dropped.items()}
             for routing in scores.keys() - {"trained"}:
                 blocks = quality(scores[routing].counts, scores[routing].weight_B)
                 mean = mean_quality(blocks.values())
@@ -163,10 +166,11 @@ def train(
                     for k, v in causal.items()
                     if k != "causal_routing" and v is not None
                 }
+                routed |= causal
                 for block, found in blocks.items():
                     values |= {f"eval_{routing}/{k}/{block}": v for k, v in found._asdict().items()}
             writer.write(step, values)
-            return result, causal
+            return result, routed
 
         for step in range(start + 1, steps + 1):
             if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0:
@@ -207,10 +211,10 @@ def train(
         clock.lap("train")
         if not diverged_step:
             save(steps)
-            evaluation, causal = measure(steps)
+            evaluation, routed = measure(steps)
             clock.lap("eval")
             if not math.isfinite(evaluation.loss):
-                diverged_step, evaluation, causal = steps, None, {}
+                diverged_step, evaluation, routed = steps, None, {}
         checkpoints.wait()
         clock.lap("checkpoint")
 
@@ -222,7 +226,7 @@ def train(
         diverged_step=diverged_step,
         train_loss=last_train_loss(run_dir),
         evaluation=evaluation,
-        causal=causal,
+        routed=routed,
         seconds=clock.seconds,
         median_step_seconds=pace.median() or clock.seconds["train"] / steps,
         device=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",

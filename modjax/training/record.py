@@ -47,14 +47,14 @@ def make_record(
     diverged_step: int,
     train_loss: float | None,
     evaluation: Evaluation | None,
-    causal: dict[str, Any],
+    routed: dict[str, Any],
     seconds: dict[str, float],
     median_step_seconds: float,
     device: str,
 ) -> Record:
     """The record of a run that finished, or that diverged at `diverged_step` > 0.
 
-    causal: the record's fields of that name, {} for a dense model. One that is not finite becomes
+    routed: the record's fields causal_* and moe_*, as far as it has them. One that is not finite is
       None: the run is finished as it was trained, whatever another routing makes of it.
     seconds: by what they were spent on, see training/clock.py.
     """
@@ -100,7 +100,7 @@ def make_record(
         median_step_seconds=median_step_seconds,
         device=device,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
-        **{name: _finite(value) for name, value in causal.items()},
+        **{name: _finite(value) for name, value in routed.items()},
     )
 
 

@@ -79,6 +79,6 @@ def check_batch(mesh: Mesh, train: TrainConfig) -> None:
         train.batch_size % (parts * train.accumulation) == 0,
         "train.batch_size",
         train.batch_size,
-        f"must be a multiple of {parts * train.accumulation}, the mesh's data * fsdp = {parts} "
-        f"times train.accumulation = {train.accumulation}",
+        f"must be a multiple of {parts * train.accumulation}, the mesh's data * fsdp * expert = "
+        f"{parts} times train.accumulation = {train.accumulation}",
     )

@@ -14,6 +14,7 @@ from flax import nnx
 
 from modjax.errors import InputError
 from modjax.flops import cache_bytes
+from modjax.nn import Routed
 from modjax.nn.cache import overflow
 from modjax.spec import ROUTINGS, Dense, MoD, ModelSpec, cache_slots
 from modjax.spec.mod import ROUTERS
@@ -73,6 +74,7 @@ def both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS):
         masks = {
             name: {mask: getattr(record, mask) for mask in ("wanted_BL", "selected_BL")}
             for name, record in records.items()
+            if isinstance(record, Routed)
         }
         read = model.reader(max_length=LENGTH, routing=routing, slack=slack, key=key)
         first_BV, cache, depths_BL = read(prompts_BL, lengths_B, None)

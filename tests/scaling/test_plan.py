@@ -18,9 +18,10 @@ from modjax.tables import plan_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = str(CONFIGS / "tiny.py")
+ALONE = {"single.py", "fig5_routing.py", "expert_use.py"}  # one run each
 SWEEPS = [
-    *sorted({path.name for path in CONFIGS.glob("*.py")} - {"single.py", "fig5_routing.py"}),
-    *("paper.py:6e18", "paper.py:2e19", "paper.py:1e20"),
+    *sorted({path.name for path in CONFIGS.glob("*.py")} - ALONE),
+    *("fig7_mode.py:rates", "paper.py:6e18", "paper.py:2e19", "paper.py:1e20"),
 ]
 
 
@@ -73,7 +74,8 @@ def test_the_papers_grid_has_its_batch_length_and_sizes():
     assert sorted({s.budget_flops for s in experiment.specs}) == [6e18, 2e19, 1e20]
     stated = {  # the total parameters that the config's docstring gives
         "dense": (90e6, 3.3e9), "mod12": (134e6, 5.6e9), "mod50": (134e6, 4.4e9),
-        "random50": (134e6, 4.4e9),
+        "random50": (134e6, 4.4e9), "moe": (189e6, 8.2e9), "integrated": (189e6, 12.7e9),
+        "staged": (305e6, 14.6e9),
     }  # fmt: skip
     assert stated.keys() == experiment.sweep.arms.keys()
     for arm, (smallest, largest) in stated.items():

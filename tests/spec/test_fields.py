@@ -14,6 +14,7 @@ from modjax.spec import (
     MoD,
     MoDConfig,
     ModelSpec,
+    MoE,
     Repeat,
     RunSpec,
     Seq,
@@ -24,6 +25,7 @@ from modjax.spec import (
 
 MODEL = {"vocab_size": 40, "d_model": 16, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2,
          "d_ff": 32}  # fmt: skip
+MOE = {"experts": 4, "top_k": 2}
 RECEIVED = Seq(Attention(received=True), MLP())
 BY_RECEIVED = MoD(router="received")
 TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "warmup_steps": 1}
@@ -60,6 +62,38 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
         (Attention, {}, "softcap", -1.0, "Attention.softcap = -1.0: must be greater than 0"),
         (MLP, {}, "activation", "tanh", "MLP.activation = 'tanh': must be one of gelu"),
         (MLP, {}, "norm", "never", "MLP.norm = 'never': must be one of before"),
+        *(
+            (MoE, MOE, name, value, f"MoE.{name} = {value!r}: {says}")
+            for name, value, says in (
+                ("experts", 0, "must be greater than 0"),
+                ("experts", 2.0, "must be of type int"),
+                ("top_k", 0, "must be between 1 and experts = 4"),
+                ("top_k", 5, "must be between 1 and experts = 4"),
+                ("width", 0, "must be greater than 0, or None"),
+                ("capacity_factor", 0.0, "must be greater than 0, or None: it leaves no slot"),
+                ("router", "best", "must be one of token_choice, expert_choice, threshold"),
+                ("scores", "relu", "must be one of softmax, sigmoid"),
+                ("activation", "tanh", "must be one of gelu"),
+                ("norm", "never", "must be one of before"),
+                ("no_ops", -1, "must be 0 or more"),
+                ("shared", -1, "must be 0 or more"),
+                ("scale", 0.0, "must be greater than 0"),
+                ("balance_weight", -0.1, "must be 0 or more"),
+                ("z_weight", -0.1, "must be 0 or more"),
+                ("bias_rate", -0.1, "must be 0 or more"),
+                ("random_no_ops", True, "needs no_ops"),
+            )
+        ),
+        *(
+            (MoE, MOE | {name: value}, "router", "expert_choice", f"MoE.{name} = {value!r}: {says}")
+            for name, value, says in (
+                ("no_ops", 2, "must be 0 where router = 'expert_choice'"),
+                ("bias_rate", 0.1, "must be 0.0 where router = 'expert_choice'"),
+                ("renormalise", True, "must be False where router = 'expert_choice'"),
+                ("capacity_factor", None, "must be a number where router = 'expert_choice'"),
+            )
+        ),
+        (MoE, MOE | {"renormalise": True}, "top_k", 1, "MoE.renormalise = True: must be False at"),
         (ModelSpec, MODEL, "d_model", 15, "model.d_model = 15: must be a multiple of"),
         (ModelSpec, MODEL, "num_heads", 16, "model.head_dim = 1: must be even"),
         (ModelSpec, MODEL, "head_dim", 3, "model.head_dim = 3: must be even"),
@@ -225,6 +259,8 @@ WHAT_EACH_CAN = [
     ((MoD(router="token_choice", predictor_weight=1.0),),
      ("trained", "router", "predictor", "paced", "threshold")),
     ((MoD(router="threshold"),), ("trained", "threshold")),
+    ((Seq(MoD(predictor_weight=0.1), MLP()),), ("trained", "predictor", "paced", "threshold")),
+    ((Seq(Attention(), MoE(4, router="expert_choice")),), ("trained",)),
 ]  # fmt: skip
 
 

@@ -38,6 +38,8 @@ TEXTS = [
     "Seq(MoD(Attention(rope=1000.0), router='token_choice'), MLP())",
     "Seq(Attention(received=True), MLP()), MoD(Dense(), router='received')",
     "Repeat(Dense(), times=1), Repeat(MoD(Dense())), Repeat(Dense(), Dense(), times=1)",
+    "MoD(Seq(Attention(), MoE(8, 2, no_ops=4, renormalise=True)), capacity=0.25)",
+    "Seq(Attention(), MoE(8, capacity_factor=None, scores='sigmoid', bias_rate=0.001))",
 ]
 
 
@@ -55,7 +57,7 @@ def test_the_text_of_layers_is_read_back_to_the_same_layers(text):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("MoE(Dense())", "model.layers = 'MoE': unknown; known: Attention, Dense"),
+        ("Mole(Dense())", "model.layers = 'Mole': unknown; known: Attention, Dense"),
         ("MoD(Dense(), size=3)", "model.layers = 'MoD(Dense(), size=3)': "),
         ("MoD(Dense(), capacity=2)", "MoD.capacity = 2: must be in (0, 1]"),
         ("MoD(3)", "MoD.inner = 3: must be of type Layer"),

@@ -88,7 +88,7 @@ def test_a_causal_loss_that_is_not_finite_leaves_a_record_that_can_be_read(tiny_
               "causal_accuracy": 0.5, "causal_capacity": 0.25}  # fmt: skip
     record = make_record(
         spec, open_cache(cache_dir(tiny_data_dir, TINY_DATA)), diverged_step=0, train_loss=2.0,
-        evaluation=Evaluation(2.0, 0.1, 640), causal=causal, seconds=seconds,
+        evaluation=Evaluation(2.0, 0.1, 640), routed=causal, seconds=seconds,
         median_step_seconds=0.1, device="cpu",
     )  # fmt: skip
     folder = tmp_path / "runs" / spec.run_id

@@ -1,19 +1,12 @@
 """The train step of the paper's models compiles for TPUs, by the TPU compiler and without a TPU."""
 
 import dataclasses
-import os
 
-import jax
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
-from modjax.nn.sharding import MESH_AXES
-from modjax.spec import Dense, Execution, MoD, ModelSpec, TrainConfig
-from modjax.training.optimizer import make_schedule
-from modjax.training.programs import abstract_batch
-from modjax.training.state import abstract_model, abstract_state
-from modjax.training.step import make_train_step
+from modjax.bench.moe import compiled_for_tpu
+from modjax.flops import train_flops
+from modjax.spec import Attention, Dense, Execution, MoD, ModelSpec, MoE, Seq, TrainConfig
 from tests.training.test_sharding import count_collectives
 
 # 220M, the size of the paper's Figure 3; the batch of one slice of 16 chips.
@@ -24,22 +17,7 @@ EXECUTION = Execution(data=4, fsdp=4, layer_loop="scan", remat="dots")
 
 def compile_for_tpu(config: ModelSpec):
     pytest.importorskip("libtpu", reason="holds the TPU compiler: pip install 'jax[tpu]'")
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    topology = topologies.get_topology_desc("v5e:4x4", platform="tpu")
-    sizes = (EXECUTION.data, EXECUTION.fsdp, 1, 1)
-    devices = np.array(topology.devices).reshape(sizes)
-    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    model = abstract_model(config, EXECUTION)
-    state = abstract_state(mesh, model, TRAIN)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(model, TRAIN)
-    with jax.set_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        batch = abstract_batch(mesh, TRAIN.batch_size, TRAIN.seq_len)
-        schedule = jax.eval_shape(lambda: make_schedule(TRAIN))
-        return jitted.lower(state, batch, schedule).compile()
+    return compiled_for_tpu(config, TRAIN, EXECUTION, "v5e:4x4")
 
 
 @pytest.mark.slow
@@ -52,3 +30,23 @@ def test_routing_adds_no_collective_and_no_memory_on_a_tpu_slice():
         for c in (mod, dense)
     )
     assert used <= budget < 16e9  # of a v5e chip
+
+
+@pytest.mark.slow
+def test_experts_travel_by_all_to_all_on_a_tpu_slice_and_no_expert_moves():
+    moe = MoE(8, 2)
+    small = ModelSpec(1024, 512, 2, 4, 4, 2048, Seq(Attention(), moe), dtype="bfloat16")
+    train = TrainConfig(16, 1024, 1000, 1e-3, 10)
+    pytest.importorskip("libtpu", reason="holds the TPU compiler: pip install 'jax[tpu]'")
+    execution = Execution(data=1, expert=8, layer_loop="unroll")
+    compiled = compiled_for_tpu(small, train, execution, "v5e:2x4")
+    # There and back in two layers, and the same in the gradient.
+    assert count_collectives(compiled)["all-to-all"] == 8
+    useful = train_flops(
+        dataclasses.replace(
+            small, layers=Seq(Attention(), dataclasses.replace(moe, capacity_factor=1.0))
+        ),
+        train.seq_len,
+        train.batch_size,
+    )
+    assert compiled.cost_analysis()["flops"] * 8 / useful <= 1.30

@@ -1,0 +1,85 @@
+"""Experts and MoDE, read and decoded with caches: equal to the full causal pass.
+
+Legend: B batch, L positions, S steps of decoding.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from modjax.errors import InputError
+from modjax.spec import Attention, Dense, MoD, MoE, Seq
+from tests.nn.test_cached_decoding import LENGTHS, TOTALS, both_ways, model_config
+
+TAUGHT = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+
+
+def block(moe: MoE) -> Seq:
+    return Seq(Attention(), moe)
+
+
+MODELS = {
+    "top 1": [block(MoE(4, capacity_factor=0.5))],
+    "top 2": [block(MoE(4, 2, renormalise=True, shared=1)), Dense()],
+    "sigmoid and a bias": [block(MoE(4, 2, scores="sigmoid", bias_rate=0.1))],
+    "dropless": [block(MoE(4, 2, capacity_factor=None))],
+    "threshold": [block(MoE(4, 2, router="threshold"))],
+    "integrated": [block(MoE(4, 2, no_ops=4))],
+    "random no-ops": [block(MoE(4, 2, no_ops=4, random_no_ops=True))],
+    "staged": [Dense(), MoD(block(MoE(4)), **TAUGHT)],
+    "staged around integrated": [MoD(block(MoE(4, no_ops=2)), **TAUGHT), block(MoE(2))],
+}
+
+
+def check(layers, routing, slack):
+    config = model_config(*layers)
+    results = both_ways(config, routing, slack, LENGTHS, TOTALS)
+    (logits_BLV, masks), (first_BV, _, _), decoded, _, (later_BV, *_) = results
+    logits_SBV, _, active_SB, positions_SB, _ = decoded
+    assert 0.1 < np.std(logits_BLV) < 10
+    for b, (length, total) in enumerate(zip(LENGTHS, TOTALS, strict=True)):
+        active_S = active_SB[:, b]
+        np.testing.assert_allclose(first_BV[b], logits_BLV[b, length - 1], atol=2e-5)
+        np.testing.assert_allclose(later_BV[b], logits_BLV[b, total - 1], atol=2e-5)
+        np.testing.assert_allclose(logits_SBV[active_S, b], logits_BLV[b, length:total], atol=2e-5)
+        np.testing.assert_array_equal(positions_SB[active_S, b], np.arange(length, total))
+    return masks
+
+
+@pytest.mark.parametrize("layers", MODELS.values(), ids=MODELS)
+def test_cached_decoding_equals_the_full_causal_pass(layers):
+    check(layers, "router", None)
+
+
+@pytest.mark.parametrize("routing", ["predictor", "paced", "threshold"])
+def test_staged_mode_by_every_routing_with_bounds_that_are_hit_and_not(routing):
+    tight = dataclasses.replace(MODELS["staged"][1], capacity=0.1)
+    for slack, layers in ((None, MODELS["staged"]), (1.0, [Dense(), tight])):
+        masks = check(layers, routing, slack)
+        missed = sum(np.sum(m["wanted_BL"] & ~m["selected_BL"]) for m in masks.values())
+        hit = slack is not None and routing == "threshold"  # the others stay below their bounds
+        assert (missed > 0) == hit
+
+
+def test_the_best_causal_routing_and_what_has_none():
+    def best(*layers):
+        return model_config(*layers).causal_routing()
+
+    assert best(Dense()) is None and best(block(MoE(4))) == "router"
+    assert best(*MODELS["staged"]) == "predictor"
+    untaught = MoD(block(MoE(4)))
+    assert best(untaught) == "threshold" and best(untaught, block(MoE(4))) == "threshold"
+    looks_ahead = block(MoE(4, router="expert_choice"))
+    assert best(looks_ahead) is None and best(*MODELS["staged"], looks_ahead) is None
+
+
+def test_experts_that_choose_are_refused_without_looking_ahead_in_one_line():
+    config = model_config(block(MoE(4, router="expert_choice")))
+    for routing in ("router", "predictor", "paced", "threshold"):
+        with pytest.raises(InputError) as caught:
+            config.check_routing(routing, "--routing")
+        assert str(caught.value).startswith(f"--routing = '{routing}': Seq(Attention(), MoE(")
+        assert "can select by trained;" in str(caught.value) and "\n" not in str(caught.value)
+    config.check_routing("trained", "--routing")
+    dataclasses.replace(config, layers=(block(MoE(4)),)).check_routing("router", "--routing")

@@ -1,0 +1,104 @@
+"""Experts on a mesh of 8 fake devices: the numbers of one device, and what moves between them."""
+
+import collections
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modjax.errors import InputError
+from modjax.nn import losses
+from modjax.spec import Attention, Execution, MoD, ModelSpec, MoE, Seq
+from modjax.training.sharding import make_mesh, param_shardings, put_batch
+from modjax.training.state import abstract_model, joined
+from modjax.training.step import token_losses
+from tests.training.tiny import QUICK, random_batch
+
+D, F, BATCH, LENGTH = 16, 32, 8, 16
+LAYERS = {
+    "top 2 with drops": Seq(Attention(), MoE(8, 2, capacity_factor=1.0)),
+    "shared, sigmoid, no-ops": Seq(
+        Attention(), MoE(8, 2, no_ops=4, scores="sigmoid", shared=1, activation="swiglu")
+    ),
+    "dropless": Seq(Attention(), MoE(8, 2, capacity_factor=None)),
+    "expert choice": Seq(Attention(), MoE(8, router="expert_choice")),
+    "threshold": Seq(Attention(), MoE(8, 2, router="threshold")),
+    "staged": MoD(Seq(Attention(), MoE(8, 2)), capacity=0.5),
+}
+MESHES = {
+    "experts": Execution(data=1, expert=8),
+    "all axes": Execution(data=1, fsdp=2, tensor=2, expert=2),
+    "no expert axis": Execution(data=2, fsdp=4),
+}
+
+
+def spec_of(layer):
+    return ModelSpec(40, D, 2, 2, 2, F, layers=(layer,))
+
+
+def objective(model):
+    def run(params, measured, batch):
+        merged = nnx.merge(model.graphdef, joined(params, measured))
+        nll_BL, records = token_losses(merged, batch, True, jax.random.key(1))
+        own = losses(records, nll_BL)
+        return jnp.mean(nll_BL) + own, (nll_BL, own, records)
+
+    return jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)
+
+
+@functools.cache
+def one_device(layer):
+    """The model, its arguments, and the loss, records and gradients of one device."""
+    model = abstract_model(spec_of(layer), Execution())
+    params, measured = jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0))
+    measured = jax.tree.map(lambda x: x + 0.1, measured)
+    arguments = params, measured, random_batch(0, BATCH, LENGTH, vocab=40)
+    return model, arguments, objective(model)(*arguments)
+
+
+def eight_devices(layer, execution):
+    model, (params, measured, batch), _ = one_device(layer)
+    mesh = make_mesh(execution)
+    placed = jax.device_put(params, param_shardings(mesh, model.params, model.logical_axes))
+    with jax.set_mesh(mesh):
+        arguments = (placed, measured, put_batch(batch, mesh))
+        compiled = objective(model).lower(*arguments).compile()
+        return compiled(*arguments), compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    "layer, execution",
+    [
+        *((layer, MESHES["all axes"]) for layer in LAYERS.values()),
+        (LAYERS["top 2 with drops"], MESHES["experts"]),
+        (LAYERS["dropless"], MESHES["no expert axis"]),
+    ],
+)
+def test_eight_devices_compute_what_one_does(layer, execution):
+    one, (eight, _) = one_device(layer)[2], eight_devices(layer, execution)
+    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_slots_travel_to_their_expert_and_back_and_nothing_else_of_theirs_moves():
+    layer = LAYERS["top 2 with drops"]
+    _, text = eight_devices(layer, MESHES["experts"])
+    sent = re.findall(r"= (\(.*?\)|\S+) all-to-all\(", text)
+    shapes = [re.findall(r"f32\[([\d,]+)\]", of) for of in sent]
+    numbers = [sum(math.prod(map(int, s.split(","))) for s in each) for each in shapes]
+    slots = 8 * layer.parts[1].slots(LENGTH) * D * BATCH // 8  # of one device
+    # There and back in two layers, and the same in the gradient.
+    assert numbers == [slots] * 8
+    gathered = collections.Counter(re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text))
+    assert not any(shape.endswith(f"{D},{F}") for shape in gathered)  # no expert's weights
+
+
+def test_experts_that_the_axis_does_not_divide_are_refused_in_one_line():
+    model = abstract_model(spec_of(Seq(Attention(), MoE(6))), Execution())
+    with pytest.raises(InputError, match=r"execution.expert = 4: must divide 6, the experts dim"):
+        param_shardings(make_mesh(Execution(data=2, expert=4)), model.params, model.logical_axes)

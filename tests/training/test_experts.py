@@ -1,0 +1,72 @@
+"""Experts in training: what is measured moves once per update, and a run's record tells of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modjax.records import read_record
+from modjax.spec import Attention, Dense, Execution, MoD, MoE, Seq
+from modjax.training.loop import train
+from tests.training.tiny import (
+    initial_state,
+    model,
+    one_device_step,
+    random_batch,
+    run_spec,
+    train_config,
+)
+
+BIASED = MoE(4, 2, bias_rate=0.125, balance_weight=0.0)
+
+
+def measured_after(layers, accumulation=1):
+    config = model(layers=layers)
+    before = initial_state(config)
+    old = jax.tree.map(np.array, before.measured)
+    batch = random_batch(0, 8, 32)
+    state, metrics = one_device_step(config, train_config(accumulation=accumulation))(before, batch)
+    return old, jax.tree.map(np.array, state.measured), metrics
+
+
+@pytest.mark.parametrize(
+    "layers, path",
+    [
+        ((Seq(Attention(), BIASED),), ("0_seq", "parts", "1_moe")),
+        (
+            (Dense(), MoD(Seq(Attention(), BIASED), capacity=0.5)),
+            ("1_mod", "inner", "parts", "1_moe"),
+        ),
+    ],
+    ids=["plain", "staged"],
+)
+def test_a_bias_moves_by_its_rate_once_per_update_however_the_batch_is_split(layers, path):
+    found = {}
+    for parts in (1, 2):
+        _, measured, _ = measured_after(layers, parts)
+        of = measured["stack"]["blocks"]
+        for name in path:
+            of = of[name]
+        found[parts] = of["bias"]
+        assert set(np.unique(np.abs(of["bias"]))) <= {0.0, 0.125} and np.any(of["bias"])
+    np.testing.assert_array_equal(found[1], found[2])
+
+
+def test_thresholds_of_experts_are_measured_from_the_first_update():
+    layers = (Seq(Attention(), MoE(4, 2, router="threshold")),)
+    old, new, metrics = measured_after(layers)
+    (before,), (after,) = jax.tree.leaves(old), jax.tree.leaves(new)
+    assert not before.any() and ((0.1 < after) & (after < 0.9)).all()
+    assert jnp.isfinite(metrics["loss"])
+
+
+def test_a_run_with_experts_tells_of_its_picks_and_of_its_loss_without_drops(
+    tmp_path, tiny_data_dir
+):
+    layers = (Seq(Attention(), MoE(4, no_ops=4, capacity_factor=1.0)),)
+    spec = run_spec(layers=layers)
+    record = train(spec, Execution(data=1), run_dir=tmp_path, data_dir=tiny_data_dir)
+    assert record == read_record(tmp_path) and record.causal_routing == "router"
+    assert 0 < record.moe_no_op < 1 and 0 <= record.moe_dropped < 1 and 0 < record.moe_useful <= 1
+    assert record.causal_difference != 0 and abs(record.causal_difference) < 0.5
+    assert record.flops["experts"] > 0 and record.params_active < record.params_non_embedding
