@@ -1,14 +1,15 @@
-"""The budgets of Mixture-of-Depths (arXiv 2404.02258, figures 3 and 4): 6e18, 2e19, 1e20 FLOPs.
+"""The budgets of Mixture-of-Depths (arXiv 2404.02258, figures 3, 4, 7): 6e18, 2e19, 1e20 FLOPs.
 
 Dense models of 90M to 3.3B total parameters, which at the same forward FLOPs become 134M to 5.6B
-for MoD of 12.5% and to 4.4B for 50%; batch 128, sequences of 2048, on C4. The baseline's optimum is
+for MoD of 12.5% and to 4.4B for 50%, 189M to 8.2B for experts, and to 12.7B and 14.6B for
+integrated and staged MoDE; batch 128, sequences of 2048, on C4. The baseline's optimum is
 the paper's at 6e18 FLOPs, 220M parameters (taken as non-embedding ones), and grows as the square
 root of the budget.
 
 Command   modjax data prepare --tfds c4 --vocab sentencepiece:32000
           modjax sweep --config=configs/paper.py:6e18 --workdir=DIR        (or 2e19, or 1e20;
           without an argument all three; launch/README.md says where)
-Cost      1.7e20 FLOPs for 6e18 (28 runs), 5.6e20 for 2e19, 2.8e21 for 1e20. The time that
+Cost      2.9e20 FLOPs for 6e18 (49 runs), 9.8e20 for 2e19, 4.9e21 for 1e20. The time that
           `modjax plan` prints assumes 5e15 FLOP/s, such as 64 TPU v5e chips at 40%: set
           --config.sweep.flops_per_second to yours.
 Expected  the paper's: optimal MoD models of 12.5% are larger than the optimal baseline and better
@@ -19,6 +20,8 @@ The paper leaves open the learning rate, optimizer, feed-forward width, tokenize
 
 import ml_collections
 
+# Figure 7 gives neither the number of experts nor how they are balanced; it draws four.
+MOE = "Seq(Attention(), MoE(experts=4))"
 BUDGETS = {"6e18": 6e18, "2e19": 2e19, "1e20": 1e20}
 
 
@@ -36,6 +39,9 @@ def get_config(budget: str = "all") -> ml_collections.ConfigDict:
             "mod12": {"layers": "Dense(), MoD(Dense(), capacity=0.125, predictor_weight=1.0)"},
             "mod50": {"layers": "Dense(), MoD(Dense(), capacity=0.5, predictor_weight=1.0)"},
             "random50": {"layers": "Dense(), MoD(Dense(), capacity=0.5, router='stochastic')"},
+            "moe": {"layers": MOE},
+            "staged": {"layers": f"{MOE}, MoD({MOE}, capacity=0.125, predictor_weight=1.0)"},
+            "integrated": {"layers": "Seq(Attention(), MoE(experts=4, no_ops=4))"},
         },
         "baseline": "dense",
         "budgets": tuple(BUDGETS.values()) if budget == "all" else (BUDGETS[budget],),
