@@ -61,8 +61,8 @@ def choose_routing(run: Finished, routing: str | None) -> str:
     """
     config = run.spec.model
     if routing is None:
-        able = [name for name in CAUSAL if name in config.routings]
-        routing = config.causal_routing() or next(iter(able), None)
+        any_able = next((name for name in CAUSAL if name in config.routings), None)
+        routing = config.causal_routing() or any_able
     if routing is None:
         raise InputError(
             "--routing",

@@ -44,13 +44,8 @@ def slots_of(picks: Picks, experts: int, size: int) -> Slots:
     count_BES = jnp.cumsum(jnp.any(mine_BSKE, axis=2), axis=1, dtype=jnp.int32).swapaxes(1, 2)
     find = functools.partial(jnp.searchsorted, v=jnp.arange(1, size + 1))
     tokens_BEC = jax.vmap(jax.vmap(find))(count_BES)
-    return Slots(tokens_BEC, weights_at(weights_BSE, tokens_BEC))
-
-
-def weights_at(weights_BSE: jax.Array, tokens_BEC: jax.Array) -> jax.Array:
-    """The weight of each slot, (B, E, C); 0 for an empty one."""
-    at = jax.vmap(jax.vmap(lambda w_S, t_C: w_S.at[t_C].get(mode="fill", fill_value=0)))
-    return at(weights_BSE.swapaxes(1, 2), tokens_BEC)
+    weight_at = jax.vmap(jax.vmap(lambda w_S, t_C: w_S.at[t_C].get(mode="fill", fill_value=0)))
+    return Slots(tokens_BEC, weight_at(weights_BSE.swapaxes(1, 2), tokens_BEC))
 
 
 def taken(slots: Slots, length: int) -> jax.Array:

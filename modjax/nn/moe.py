@@ -113,13 +113,12 @@ class MoE(Sublayer):
         ranking_BSR = jax.lax.stop_gradient(scores_BSR)
         if self.bias is not None:
             ranking_BSR += self.bias[...][None, None]
-        rows = []  # a top-k of few, one after another, moves nothing between devices
+        rows, of_row = [], []  # a top-k of few, one after another, moves nothing between devices
         for _ in range(spec.top_k):
             rows.append(jnp.argmax(ranking_BSR, axis=2))
-            taken_BSR = jax.nn.one_hot(rows[-1], spec.rows, dtype=bool)
-            ranking_BSR = jnp.where(taken_BSR, -jnp.inf, ranking_BSR)
-        rows_BSK = jnp.stack(rows, axis=2)
-        of_row_BSKR = jax.nn.one_hot(rows_BSK, spec.rows, dtype=bool)
+            of_row.append(jax.nn.one_hot(rows[-1], spec.rows, dtype=bool))
+            ranking_BSR = jnp.where(of_row[-1], -jnp.inf, ranking_BSR)
+        rows_BSK, of_row_BSKR = jnp.stack(rows, axis=2), jnp.stack(of_row, axis=2)
         weights_BSK = jnp.sum(jnp.where(of_row_BSKR, scores_BSR[:, :, None], 0.0), axis=3)
         real_BSK = (rows_BSK < spec.experts) & valid_BS[..., None]
         if spec.random_no_ops:

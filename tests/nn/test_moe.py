@@ -81,7 +81,6 @@ def by_loop(spec, params, measured, x_BSD, valid_BS=None, routing="trained"):
         logits = y_SD @ params["w"]
         e = np.exp(logits - logits.max(1, keepdims=True))
         scores = 1 / (1 + np.exp(-logits)) if spec.scores == "sigmoid" else e / e.sum(1)[:, None]
-        scores = np.where(np.ones(len(x_SD))[:, None] > 0, scores, 0)
         valid = np.ones(len(x_SD), bool) if valid_BS is None else np.array(valid_BS[b])
         count = np.zeros(spec.experts, int)
         best = np.argsort(np.where(valid, scores.T, -1), axis=1)[:, ::-1][:, :limit]
