@@ -9,7 +9,6 @@ import os
 import statistics
 from typing import Any
 
-import jax
 import numpy as np
 
 from modjax.bench import Row, fill, progress
@@ -19,11 +18,9 @@ from modjax.bench.step import DENSE, TRAIN, interleaved, jax_step, ratio
 from modjax.flops import train_flops
 from modjax.nn import unstack
 from modjax.spec import Attention, Execution, Layer, MoD, ModelSpec, MoE, Seq, TrainConfig
-from modjax.training.optimizer import make_schedule
-from modjax.training.programs import abstract_batch
+from modjax.training.programs import lower_train_step
 from modjax.training.sharding import make_mesh
-from modjax.training.state import abstract_model, abstract_state
-from modjax.training.step import make_train_step
+from modjax.training.state import abstract_model
 
 TIGHT = MoE(8, capacity_factor=1.0)
 ROWS = (
@@ -114,12 +111,4 @@ def compiled_for_tpu(
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     mesh = make_mesh(execution, devices)
-    model = abstract_model(config, execution)
-    state = abstract_state(mesh, model, train)  # before the mesh is set: it makes small arrays
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(model, train)
-    schedule = jax.eval_shape(lambda: make_schedule(train))
-    with jax.set_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        batch = abstract_batch(mesh, train.batch_size, train.seq_len)
-        return jitted.lower(state, batch, schedule).compile()
+    return lower_train_step(mesh, abstract_model(config, execution), train).compile()

@@ -89,13 +89,19 @@ def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: A
 
 
 def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig) -> Any:
-    """The train step (state, batch, schedule), to be compiled."""
-    state = abstract_state(mesh, model, train)
-    return jax.jit(
+    """The train step (state, batch, schedule), to be compiled.
+
+    Outside `jax.set_mesh` it may be for devices that are not there, as of a TPU topology.
+    """
+    # Both make small arrays, on the devices of a mesh that is set.
+    state, schedule = abstract_state(mesh, model, train), make_schedule(train)
+    step = jax.jit(
         make_train_step(model, train),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-    ).lower(state, abstract_batch(mesh, train.batch_size, train.seq_len), make_schedule(train))
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(state, abstract_batch(mesh, train.batch_size, train.seq_len), schedule)
 
 
 def init_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
