@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from modjax.data.cache import Manifest
+from modjax.data.manifest import Manifest
 from modjax.flops import (
     CONVENTIONS,
     cache_bytes,

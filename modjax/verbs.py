@@ -36,8 +36,8 @@ def data_prepare(args: argparse.Namespace) -> None:
 
 
 def data_show(args: argparse.Namespace) -> None:
-    from modjax.data.cache import Manifest
     from modjax.data.listing import describe
+    from modjax.data.manifest import Manifest
     from modjax.tables import data_text
 
     described = describe(args.data_dir)

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from modjax.data.cache import Manifest, Split, cache_dir
+from modjax.data.cache import cache_dir
+from modjax.data.manifest import Manifest, Split
 from modjax.data.writer import Written, write_split
 from modjax.spec import DataConfig
 

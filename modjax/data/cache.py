@@ -11,94 +11,24 @@ A cache that is prepared anew gets another folder, so whoever has this one open 
 or fails. Every document is followed by one end-of-sequence token. This file needs no TensorFlow.
 """
 
-import dataclasses
-import json
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
+from modjax.data.manifest import Manifest
 from modjax.errors import InputError, SharedFault, require
-from modjax.spec import DataConfig, ModelSpec, from_dict
+from modjax.spec import DataConfig, ModelSpec
 
-FORMAT = 2
-SPLITS = ("train", "validation")
 # An object store that does not answer is reported in a quarter of a minute, not of an hour.
 FEW_RETRIES = {f"{store}_request_retries": {"max_retries": 4} for store in ("gcs", "s3", "http")}
 # What tensorstore raises where a store fails or refuses.
 STORE_ERRORS = (ValueError, OSError, RuntimeError)
 # Decoded chunks kept in memory, so that random windows rarely decode a chunk anew.
 CACHE_POOL_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class Split:
-    """What a split holds: `bytes` of UTF-8 text; `tokens` with the one eos of each document."""
-
-    documents: int
-    tokens: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a cache holds.
-
-    vocab: as in `DataConfig.vocab`. source: where the text came from, with a hash of it.
-    fingerprint: sha256 over the token streams and the vocabulary; equal exactly when those are.
-    """
-
-    name: str
-    vocab: str
-    vocab_size: int
-    eos_id: int
-    source: str
-    fingerprint: str
-    splits: dict[str, Split]
-    format: int = FORMAT
-
-    @property
-    def folder(self) -> str:
-        """The folder, beside the manifest, that holds what it describes."""
-        return self.fingerprint[:16]
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Manifest":
-        """Raises InputError, ValueError or RecursionError where `text` is no such manifest."""
-        values = json.loads(text)
-        require(isinstance(values, dict), "manifest", values, "must be a group of fields")
-        require(
-            values.get("format") == FORMAT,
-            "manifest.format",
-            values.get("format"),
-            f"this version reads format {FORMAT}",
-        )
-        splits = values.pop("splits", None)
-        require(
-            isinstance(splits, dict) and set(splits) == set(SPLITS),
-            "manifest.splits",
-            splits,
-            f"must describe {' and '.join(SPLITS)}",
-        )
-        for split in SPLITS:
-            require(isinstance(splits[split], dict), split, splits[split], "must be counts")
-        named = {name: from_dict(Split, splits[name], f"{name}.") for name in SPLITS}
-        manifest = from_dict(cls, {**values, "splits": named})
-        require(
-            re.fullmatch(r"[\w-]+", manifest.fingerprint) is not None,
-            "manifest.fingerprint",
-            manifest.fingerprint,
-            "must be a hash",
-        )
-        return manifest
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
 def cache_dir(data_dir: Path, data: DataConfig) -> Path:
@@ -284,17 +214,6 @@ def check_vocab(cache: TokenCache, model: ModelSpec) -> None:
         model.vocab_size,
         f"must be at least {cache.manifest.vocab_size}, the size of {cache.manifest.vocab}",
     )
-
-
-def bits_per_byte(manifest: Manifest, loss: float, split: str = "validation") -> float:
-    """A mean loss in nats per token, as bits per UTF-8 byte of text: loss * tokens / bytes / ln 2.
-
-    Tokens include the one eos of each document, since the loss does: knowing where a text ends
-    is part of predicting it. Bytes are those of the text alone. The extra token is the same for
-    every vocabulary, so figures compare across vocabularies.
-    """
-    counts = manifest.splits[split]
-    return loss * counts.tokens / counts.bytes / math.log(2)
 
 
 def one_line(error: Exception | str) -> str:

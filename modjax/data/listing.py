@@ -6,7 +6,6 @@ from pathlib import Path
 
 from modjax.data.cache import (
     STORE_ERRORS,
-    Manifest,
     one_line,
     open_store,
     parse_manifest,
@@ -14,6 +13,7 @@ from modjax.data.cache import (
     shown,
     url,
 )
+from modjax.data.manifest import Manifest
 from modjax.errors import InputError
 
 

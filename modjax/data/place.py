@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from modjax.data.cache import Manifest
+from modjax.data.manifest import Manifest
 from modjax.errors import InputError, require
 
 

@@ -19,17 +19,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from modjax.data.cache import (
-    SPLITS,
-    Manifest,
-    Split,
-    cache_dir,
-    open_cache,
-    read_manifest,
-    shown,
-    url,
-)
+from modjax.data.cache import cache_dir, open_cache, read_manifest, shown, url
 from modjax.data.corpus import CORPORA, Corpus, check_corpus, load_tasks, sha256
+from modjax.data.manifest import SPLITS, Manifest, Split
 from modjax.data.place import begin, locked, put_in_place, tidy
 from modjax.data.upload import check_writable, upload
 from modjax.data.vocabulary import TRAINING_BYTES, Vocab, parse_vocab, train_sentencepiece

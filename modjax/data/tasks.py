@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modjax.data.cache import SPLITS
 from modjax.data.documents import Scan, text_documents
+from modjax.data.manifest import SPLITS
 from modjax.errors import InputError, require
 
 

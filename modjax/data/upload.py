@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tensorstore as ts
 
-from modjax.data.cache import STORE_ERRORS, Manifest, kvstore, one_line, open_store
+from modjax.data.cache import STORE_ERRORS, kvstore, one_line, open_store
+from modjax.data.manifest import Manifest
 from modjax.errors import InputError
 
 MANIFEST = "manifest.json"

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from modjax.data.cache import SPLITS, kvstore
+from modjax.data.cache import kvstore
+from modjax.data.manifest import SPLITS
 from modjax.files import write_atomically
 from modjax.spec import from_dict
 

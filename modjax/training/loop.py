@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from modjax.data.batches import Batch, train_batch
-from modjax.data.cache import TokenCache, bits_per_byte, check_fingerprint
+from modjax.data.cache import TokenCache, check_fingerprint
+from modjax.data.manifest import bits_per_byte
 from modjax.data.prefetch import prefetch
 from modjax.errors import Preempted, require
 from modjax.files import Home

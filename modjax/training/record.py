@@ -9,7 +9,8 @@ from typing import Any
 
 import modjax
 from modjax import flops
-from modjax.data.cache import TokenCache, bits_per_byte, epochs
+from modjax.data.cache import TokenCache, epochs
+from modjax.data.manifest import bits_per_byte
 from modjax.records import Record
 from modjax.spec import RunSpec
 from modjax.training.evaluate import Evaluation

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.data.cache import Manifest, Split
+from modjax.data.manifest import Manifest, Split
 from modjax.data.writer import Written, write_split
 from tests.data.bucket import Bucket
 

@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 
 from modjax.data.cache import (
-    Manifest,
-    Split,
-    bits_per_byte,
     cache_dir,
     check_epochs,
     check_vocab,
@@ -20,6 +17,7 @@ from modjax.data.cache import (
     open_cache,
 )
 from modjax.data.listing import describe
+from modjax.data.manifest import Manifest, Split, bits_per_byte
 from modjax.errors import InputError
 from modjax.spec import DataConfig, ModelSpec
 
