@@ -12,6 +12,9 @@ import numpy as np
 
 from modjax.data.batches import Batch, eval_batches
 from modjax.data.cache import TokenCache
+from modjax.data.manifest import Manifest, bits_per_byte
+from modjax.nn.expert_record import shares
+from modjax.nn.routed import mean_quality, quality
 from modjax.spec import TrainConfig
 
 
@@ -29,6 +32,17 @@ class Evaluation(NamedTuple):
     loss: float
     sem: float
     tokens: int
+
+
+class Measured(NamedTuple):
+    """evaluation: as trained. routed: the record's fields causal_* and moe_*, as far as there are.
+
+    metrics: all that was measured, under its names in metrics.jsonl.
+    """
+
+    evaluation: Evaluation
+    routed: dict[str, Any]
+    metrics: dict[str, float]
 
 
 def eval_batch_size(train: TrainConfig) -> int:
@@ -73,3 +87,33 @@ def summarise(scores: Scores) -> Evaluation:
 def difference(ours: Scores, theirs: Scores) -> Evaluation:
     """Our loss less theirs on the same sequences; paired, so its error is that of differences."""
     return summarise(ours._replace(loss_B=ours.loss_B - theirs.loss_B))
+
+
+def measured(scores: dict[str, Scores], manifest: Manifest) -> Measured:
+    """What a run's scores say; they are by routing, "trained" and at most one that is causal."""
+    trained = scores["trained"]
+    result = summarise(trained)
+    metrics = {
+        "eval_loss": result.loss,
+        "eval_loss_sem": result.sem,
+        "eval_bits_per_byte": bits_per_byte(manifest, result.loss),
+    }
+    dropped = shares(trained.counts, trained.weight_B)
+    routed: dict[str, Any] = {f"moe_{name}": value for name, value in dropped.items()}
+    metrics |= {f"eval_moe/{name}": value for name, value in dropped.items()}
+    for routing in scores.keys() - {"trained"}:
+        blocks = quality(scores[routing].counts, scores[routing].weight_B)
+        mean = mean_quality(blocks.values())
+        gap = difference(scores[routing], trained)
+        causal = {
+            "causal_loss": summarise(scores[routing]).loss,
+            "causal_difference": gap.loss,
+            "causal_difference_sem": gap.sem,
+            "causal_accuracy": mean and mean.accuracy,
+            "causal_capacity": mean and mean.capacity,
+        }
+        routed |= {"causal_routing": routing, **causal}
+        metrics |= {f"eval_{name}": value for name, value in causal.items() if value is not None}
+        for block, found in blocks.items():
+            metrics |= {f"eval_{routing}/{k}/{block}": v for k, v in found._asdict().items()}
+    return Measured(result, routed, metrics)

@@ -16,25 +16,16 @@ from jax.sharding import Mesh
 
 from modjax.data.batches import Batch, train_batch
 from modjax.data.cache import TokenCache, check_fingerprint
-from modjax.data.manifest import bits_per_byte
 from modjax.data.prefetch import prefetch
 from modjax.errors import Preempted, require
 from modjax.files import Home
-from modjax.nn.expert_record import shares
-from modjax.nn.routed import mean_quality, quality
 from modjax.records import Record, read_record, read_spec, write_json, write_record
 from modjax.spec import Execution, RunSpec, TrainConfig, to_dict
 from modjax.training.check import check as check  # a job has `check` and `train`
 from modjax.training.check import check_run, open_data
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.clock import Clock, Pace
-from modjax.training.evaluate import (
-    Evaluation,
-    difference,
-    evaluate,
-    summarise,
-    validation_batches,
-)
+from modjax.training.evaluate import Measured, evaluate, measured, validation_batches
 from modjax.training.metrics import MetricsWriter, last_train_loss
 from modjax.training.programs import compile_programs, init_state, make_models
 from modjax.training.record import make_record, progress_values
@@ -131,47 +122,16 @@ def train(
             checkpoints.save(step, state, clock.seconds)
             clock.lap("checkpoint")
 
-        def measure(step: int) -> tuple[Evaluation, dict[str, Any]]:
-            """The loss as trained, and the record's fields of what is routed."""
-            scores = {
-                routing: evaluate(
-                    eval_step,
-                    joined(state.params, state.measured),
-                    (put_batch(batch, mesh) for batch in validation_batches(cache, config)),
-                )
-                for routing, eval_step in programs.eval_steps.items()
-            }
-            result = summarise(scores["trained"])
-            values = {
-                "eval_loss": result.loss,
-                "eval_loss_sem": result.sem,
-                "eval_bits_per_byte": bits_per_byte(cache.manifest, result.loss),
-            }
-            dropped = shares(scores["trained"].counts, scores["trained"].weight_B)
-            routed: dict[str, Any] = {f"moe_{name}": value for name, value in dropped.items()}
-            values |= {f"eval_moe/{name}": value for name, value in dropped.items()}
-            for routing in scores.keys() - {"trained"}:
-                blocks = quality(scores[routing].counts, scores[routing].weight_B)
-                mean = mean_quality(blocks.values())
-                gap = difference(scores[routing], scores["trained"])
-                causal = {
-                    "causal_routing": routing,
-                    "causal_loss": summarise(scores[routing]).loss,
-                    "causal_difference": gap.loss,
-                    "causal_difference_sem": gap.sem,
-                    "causal_accuracy": mean and mean.accuracy,
-                    "causal_capacity": mean and mean.capacity,
-                }
-                values |= {
-                    f"eval_{k}": v
-                    for k, v in causal.items()
-                    if k != "causal_routing" and v is not None
-                }
-                routed |= causal
-                for block, found in blocks.items():
-                    values |= {f"eval_{routing}/{k}/{block}": v for k, v in found._asdict().items()}
-            writer.write(step, values)
-            return result, routed
+        def measure(step: int) -> Measured:
+            """Evaluates the state, and writes what was found to the metrics."""
+            weights = joined(state.params, state.measured)
+            scores = {}
+            for routing, eval_step in programs.eval_steps.items():
+                windows = (put_batch(b, mesh) for b in validation_batches(cache, config))
+                scores[routing] = evaluate(eval_step, weights, windows)
+            found = measured(scores, cache.manifest)
+            writer.write(step, found.metrics)
+            return found
 
         for step in range(start + 1, steps + 1):
             if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0:
@@ -212,7 +172,7 @@ def train(
         clock.lap("train")
         if not diverged_step:
             save(steps)
-            evaluation, routed = measure(steps)
+            evaluation, routed, _ = measure(steps)
             clock.lap("eval")
             if not math.isfinite(evaluation.loss):
                 diverged_step, evaluation, routed = steps, None, {}
