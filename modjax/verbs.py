@@ -14,7 +14,7 @@ from typing import Any
 from modjax.errors import InputError, Preempted, require
 from modjax.spec import RunSpec, to_dict
 
-RUNS_FAILED, STOPPED, INTERRUPTED = 3, 75, 130
+BAD_INPUT, RUNS_FAILED, STOPPED, INTERRUPTED = 2, 3, 75, 130
 
 
 def print_json(value: Any) -> None:

@@ -1,0 +1,249 @@
+"""The verbs of the command line, their options, and what `--help` says of them."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+import modjax
+from modjax import verbs
+from modjax.bench import BENCHMARKS
+from modjax.finished import verbs as finished_verbs
+from modjax.spec import ROUTINGS
+
+DESCRIPTION = """\
+isoFLOP sweeps of Mixture-of-Depths and other conditional computation, in JAX.
+
+  modjax data prepare                                  make the token cache, once
+  modjax plan   --config=configs/tiny.py               what a sweep would run and cost
+  modjax sweep  --config=configs/tiny.py --workdir=work/tiny --jobs 2
+  modjax status --workdir=work/tiny                    from another terminal
+  modjax report --workdir=work/tiny                    figures, fits and tables in one HTML file
+"""
+OVERRIDES = """\
+Config values are overridden as --config.GROUP.FIELD=VALUE, for example
+  modjax plan --config=configs/tiny.py --config.sweep.budgets=1e11,4e11 --config.train.b2=0.99
+
+"""
+RESUMES = """\
+The same command again goes on where it was stopped.
+
+"""
+RESUMING = ("prepare", "sweep", "train")
+EPILOG = """\
+exit codes: 0 done; 1 unexpected error; 2 bad input or a full disk, said in one line; 3 the sweep
+ended, but with runs given up; 75 stopped by SIGTERM, 130 by Ctrl-C; both saved their state.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(verbs.BAD_INPUT, f"modjax: {message} (`{self.prog} --help` says more)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What it parses has a `verb`, the function to be called with it."""
+    parser = _Parser(
+        prog="modjax",
+        description=DESCRIPTION,
+        epilog=OVERRIDES + RESUMES + EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"modjax {modjax.__version__}")
+    commands = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+
+    def add(name: str, function: Any, text: str, *options: str, to: Any = commands) -> Any:
+        verb = to.add_parser(
+            name,
+            help=text.split(":")[0].split(".")[0],
+            description=text,
+            epilog=OVERRIDES * ("config" in options) + RESUMES * (name in RESUMING) + EPILOG,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.set_defaults(verb=function)
+        for option in options:
+            name_or_flag, keywords = _OPTIONS[option]
+            verb.add_argument(name_or_flag, **keywords)
+        return verb
+
+    data = commands.add_parser("data", help="prepare text, or show what is prepared")
+    data_verbs = data.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    prepare = add("prepare", verbs.data_prepare, PREPARE, "data_dir", to=data_verbs)
+    source = prepare.add_mutually_exclusive_group()
+    source.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        type=Path,
+        help='plain text, or JSON lines with a "text" (.jsonl); either may be .xz or .gz',
+    )
+    source.add_argument("--tfds", metavar="NAME", help="c4, lm1b, or any TFDS name with text")
+    prepare.add_argument("--name", help="what to call it; default stdlib, text or the TFDS name")
+    prepare.add_argument(
+        "--vocab", default="bytes", help="bytes (the default), sentencepiece:SIZE or a .model"
+    )
+    prepare.add_argument("--force", action="store_true", help="prepare again what is there")
+    add(
+        "show",
+        verbs.data_show,
+        "the prepared corpora and their counts",
+        "data_dir",
+        "json",
+        to=data_verbs,
+    )
+
+    plan = add("plan", verbs.plan, PLAN, "config", "data_dir", "jobs", "json")
+    plan.add_argument("--workdir", type=Path, help="take the speed from the runs finished here")
+    plan.add_argument(
+        "--noise",
+        type=float,
+        metavar="NATS",
+        help="standard deviation of a run's "
+        "loss, for what the sizes and seeds can tell (default 0.023, as measured in "
+        "experiments/isoflop)",
+    )
+    add("sweep", verbs.sweep, SWEEP, "config", "workdir", "data_dir", "jobs", "json")
+    add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
+    add("fit", verbs.fit, FIT, "workdir", "loss", "size", "json")
+    add("report", verbs.report, REPORT, "workdir", "loss", "size")
+    train = add("train", verbs.train, TRAIN, "config", "workdir", "data_dir", "json")
+    train.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several hosts that run this same command; see launch/README.md",
+    )
+    evaluate = add("eval", finished_verbs.evaluate, EVAL, "workdir", "data_dir", "slack", "json")
+    evaluate.add_argument("--run", metavar="RUN_ID", help="one run; else every one with a router")
+    evaluate.add_argument("--routing", required=True, help=", ".join(ROUTINGS))
+    sample = add("sample", finished_verbs.sample, SAMPLE, "workdir", "data_dir", "slack", "json")
+    sample.add_argument("--run", metavar="RUN_ID", help="which run; may be left out for one")
+    sample.add_argument("--routing", help=f"{', '.join(ROUTINGS[1:])}; default: any learned")
+    prompt = sample.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to continue")
+    prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line")
+    sample.add_argument("--tokens", type=int, default=256, metavar="N", help="default 256")
+    sample.add_argument("--temperature", type=float, default=1.0, help="default 1; 0 is greedy")
+    sample.add_argument("--top-k", type=int, default=0, help="of the k likeliest; default 0, all")
+    sample.add_argument("--top-p", type=float, default=1.0, help="of this mass; default 1, all")
+    sample.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
+    sample.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given again",
+    )
+    sample.add_argument(
+        "--show-depth",
+        action="store_true",
+        help="colour each token by how many routed blocks it used",
+    )
+    flops = add("flops", verbs.flops, FLOPS, "config", "json")
+    flops.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
+    bench = add("bench", verbs.bench, BENCH, "json")
+    bench.add_argument("name", metavar="NAME", help="which figure, or `all`")
+    return parser
+
+
+PREPARE = """make the token cache of a corpus: the one step that needs TensorFlow.
+
+Without options: the Python standard library's own source, which needs no download."""
+PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time, and what is wrong with them.
+
+Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-centre (the grid's
+centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
+the optimum is wider than the sampled sizes), repeats data, too many epochs (beyond
+data.max_epochs). A sweep refuses off-budget cells and those with too many epochs."""
+SWEEP = """run a plan on local worker processes, and end with a table.
+
+Finished runs are never repeated; what dies is run once more, what dies twice is given up; several
+sweeps may share a folder."""
+FIT = "optima, power laws and the gap between arms"
+REPORT = "figures, fits and tables in one HTML file"
+TRAIN = """train one run, under the same folders and records as a sweep.
+
+A config with a `sweep` group describes many runs: --run names one, as `modjax plan --json` does."""
+EVAL = """the validation loss of finished runs under another routing than they were trained with.
+
+Prints the paired difference from the loss as trained with its standard error, and what
+every routed block decided: accuracy, precision and recall against top-k, the share of positions
+processed, the share that found no room (--slack), and the largest share of one sequence."""
+SAMPLE = """continue a prompt with a finished run, under routing that never looks ahead.
+
+Caches hold what each block processed; the text of one prompt is printed while it is drawn."""
+FLOPS = """parameters and FLOPs of a model by component, and in sum under each convention.
+
+For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at
+the largest budget."""
+
+BENCH = """measure a performance figure against its target.
+
+""" + "\n".join(f"  {name:8} {text}" for name, text in BENCHMARKS.items())
+
+
+def _default_data_dir() -> Path:
+    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return Path(os.environ.get("MODJAX_DATA") or os.path.join(base, "modjax"))
+
+
+_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "config": (
+        "--config",
+        {
+            "required": True,
+            "metavar": "FILE.py[:ARGUMENT]",
+            "help": "the experiment; override its values with --config.GROUP.FIELD=VALUE",
+        },
+    ),
+    "workdir": ("--workdir", {"required": True, "type": Path, "help": "where the runs are kept"}),
+    "data_dir": (
+        "--data-dir",
+        {
+            "type": Path,
+            "default": _default_data_dir(),
+            "help": "where token caches are kept, a folder or a bucket such as gs://BUCKET/FOLDER; "
+            "default $MODJAX_DATA, else modjax in the user's data folder ($XDG_DATA_HOME)",
+        },
+    ),
+    "jobs": (
+        "--jobs",
+        {
+            "type": int,
+            "default": 1,
+            "metavar": "N",
+            "help": "worker processes, which share the cores evenly (default 1); small models are "
+            "fastest with one per core, an accelerator takes 1",
+        },
+    ),
+    "loss": (
+        "--loss",
+        {
+            "choices": ("trained", "causal"),
+            "default": "trained",
+            "help": "of routed runs: as trained (default), or under routing that never looks ahead",
+        },
+    ),
+    "size": (
+        "--size",
+        {
+            "choices": ("non_embedding", "total", "active"),
+            "default": "non_embedding",
+            "help": "which parameters a model's size counts: active ones are those that a token "
+            "uses (default non_embedding)",
+        },
+    ),
+    "slack": (
+        "--slack",
+        {
+            "type": float,
+            "metavar": "X",
+            "help": "a routed block has room for X times its capacity; the rest passes it by and "
+            "is counted; default: room for all",
+        },
+    ),
+    "json": ("--json", {"action": "store_true", "help": "print JSON"}),
+}
