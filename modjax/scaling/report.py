@@ -21,7 +21,7 @@ from modjax.scaling.fit import fit_all
 from modjax.scaling.marks import MANY
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.page import bullets, details, inline_svg, script, table, text
-from modjax.scaling.report_tables import gap_table, law_table, repeat_table
+from modjax.scaling.report_tables import gap_table, law_table, repeat_table, run_table
 from modjax.scaling.results import Fits, save_json, under
 from modjax.scaling.specs import Specs, compare, flatten
 
@@ -40,43 +40,7 @@ CAPTIONS = {
     "against {baseline}'s at its own. Bars are 95% intervals; a dotted line is one that is open at "
     "an end.",
 }
-RUN_COLUMNS = {
-    "run": "run_id",
-    "arm": "variant",
-    "status": "status",
-    "budget": "budget_flops",
-    "N": "params_non_embedding",
-    "loss": "eval_loss",
-    "± sem": "eval_loss_sem",
-    "bits/byte": "eval_bits_per_byte",
-    "FLOPs/token": "forward_flops_per_token",
-    "tokens": "tokens",
-    "epochs": "epochs",
-    "steps": "steps",
-    "width": "d_model",
-    "layers": "num_layers",
-    "total": "params_total",
-    "active": "params_active",
-    "dropped": "moe_dropped",
-    "no-op": "moe_no_op",
-    "useful": "moe_useful",
-    "learning rate": "learning_rate",
-    "seed": "seed",
-    "FLOPs spent": "train_flops",
-    "seconds": "wall_seconds",
-    "s/step": "median_step_seconds",
-}
 DEEPEST = 20  # levels of groups and lists in the JSON of a sweep, with room
-# Fields of a spec that RUN_COLUMNS shows.
-SPEC_COLUMNS = (
-    "variant",
-    "budget_flops",
-    "model.d_model",
-    "model.num_layers",
-    "train.steps",
-    "train.learning_rate",
-    "train.seed",
-)
 
 
 def fit_workdir(
@@ -158,7 +122,7 @@ def render(
         "<h2>Runs</h2>",
         "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
         "token. All fields are in results.csv beside this file.</p>",
-        _run_table(records, fits, specs, marked),
+        run_table(records, fits, specs, marked),
         "<h2>Config</h2>",
         *_config(plan, specs),
     ]
@@ -215,21 +179,6 @@ def _figure(name: str, path: Path, fits: Fits) -> str:
     caption = CAPTIONS[name].format(baseline=fits.baseline)
     svg = inline_svg(path.read_text(encoding="utf-8"), name)
     return f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>"
-
-
-def _run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool) -> str:
-    """Every run; the last columns are the fields of its spec that are said nowhere else."""
-    header = [f"{fits.loss} loss" if f == "eval_loss" else n for n, f in RUN_COLUMNS.items()]
-    more = [name for name in specs.run_fields if name not in SPEC_COLUMNS]
-    body = (
-        [
-            *(getattr(r, field) for field in RUN_COLUMNS.values()),
-            *(specs.by_run.get(r.run_id, {}).get(name) for name in more),
-        ]
-        for r in records
-    )
-    rows = [f"run:{r.run_id}" for r in records] if marked else None
-    return table([*header, *more], body, rows)
 
 
 def _exceptions(

@@ -1,9 +1,50 @@
-"""The tables of fits in a report."""
+"""The tables of fits and of runs in a report."""
 
+from collections.abc import Sequence
+
+from modjax.records import Record
 from modjax.scaling import words
 from modjax.scaling.numbers import budget
 from modjax.scaling.page import table
 from modjax.scaling.results import Fits
+from modjax.scaling.specs import Specs
+
+RUN_COLUMNS = {
+    "run": "run_id",
+    "arm": "variant",
+    "status": "status",
+    "budget": "budget_flops",
+    "N": "params_non_embedding",
+    "loss": "eval_loss",
+    "± sem": "eval_loss_sem",
+    "bits/byte": "eval_bits_per_byte",
+    "FLOPs/token": "forward_flops_per_token",
+    "tokens": "tokens",
+    "epochs": "epochs",
+    "steps": "steps",
+    "width": "d_model",
+    "layers": "num_layers",
+    "total": "params_total",
+    "active": "params_active",
+    "dropped": "moe_dropped",
+    "no-op": "moe_no_op",
+    "useful": "moe_useful",
+    "learning rate": "learning_rate",
+    "seed": "seed",
+    "FLOPs spent": "train_flops",
+    "seconds": "wall_seconds",
+    "s/step": "median_step_seconds",
+}
+# Fields of a spec that RUN_COLUMNS shows.
+SPEC_COLUMNS = (
+    "variant",
+    "budget_flops",
+    "model.d_model",
+    "model.num_layers",
+    "train.steps",
+    "train.learning_rate",
+    "train.seed",
+)
 
 
 def gap_table(fits: Fits) -> list[str]:
@@ -62,3 +103,18 @@ def repeat_table(fits: Fits) -> list[str]:
     if not fits.repeats:
         return []
     return ["<h3>Seeds</h3>", table(words.REPEAT_HEADER, words.repeat_rows(fits))]
+
+
+def run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool) -> str:
+    """Every run; the last columns are the fields of its spec that are said nowhere else."""
+    header = [f"{fits.loss} loss" if f == "eval_loss" else n for n, f in RUN_COLUMNS.items()]
+    more = [name for name in specs.run_fields if name not in SPEC_COLUMNS]
+    body = (
+        [
+            *(getattr(r, field) for field in RUN_COLUMNS.values()),
+            *(specs.by_run.get(r.run_id, {}).get(name) for name in more),
+        ]
+        for r in records
+    )
+    rows = [f"run:{r.run_id}" for r in records] if marked else None
+    return table([*header, *more], body, rows)
