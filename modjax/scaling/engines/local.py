@@ -20,14 +20,13 @@ from modjax.errors import InputError
 from modjax.files import Home
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.display import Display
-from modjax.scaling.engines.process import Worker, end_of, share_of_cores, signals
+from modjax.scaling.engines.process import Worker, end_all, end_of, share_of_cores, signals
 from modjax.scaling.numbers import clock
 from modjax.scaling.run import is_running
 from modjax.spec import Execution, RunSpec, to_dict
 
 MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3
-SECONDS_TO_STOP = 90.0
 SECONDS_OF_SILENCE = 300.0
 # JAX keeps some 1.5 MB of every run that a process has traced; starting another takes seconds.
 RUNS_OF_A_WORKER = 24
@@ -274,28 +273,9 @@ class Session:
         return run_dir(self.workdir, spec.run_id) / "log.txt"
 
     def _stop(self) -> bool:
-        """Ends the workers: the end of their input lets them save; a second signal kills them.
-
-        Returns whether every run that was under way has saved its state.
-        """
+        """Ends the workers. Returns whether every run under way has saved its state."""
         living = [worker for worker in self.workers if worker.process is not None]
         busy = sum(worker.spec is not None for worker in living)
         if busy and self.received:
             self.display.note(f"stopping: {busy} run(s) save their state; a second signal kills")
-        for worker in living:
-            worker.close_input()
-        deadline = time.monotonic() + SECONDS_TO_STOP
-        processes = [worker.process for worker in living if worker.process is not None]
-        while any(process.poll() is None for process in processes):
-            if time.monotonic() > deadline or len(self.received) > 1:
-                for process in processes:
-                    process.kill()
-            time.sleep(0.02)
-        return all([_lost_nothing(worker, worker.end()) for worker in living])
-
-
-def _lost_nothing(worker: Worker, code: int) -> bool:
-    """Whether a worker that ended with `code` has saved its run, or had nothing to save."""
-    # SIGTERM ends a worker by itself only until its training listens for it.
-    unbegun = code == -signal.SIGTERM and worker.step == 0
-    return code == 0 or worker.spec is None or unbegun
+        return end_all(living, self.received)

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
 from modjax.scaling.run import compilation_cache
 from modjax.spec import RunSpec, to_dict
+
+SECONDS_TO_STOP = 90.0
 
 
 @dataclass
@@ -112,6 +114,31 @@ class Worker:
 def end_of(code: int) -> str:
     """A process's end in words."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def end_all(workers: Sequence[Worker], received: Sequence[int]) -> bool:
+    """The end of their input lets workers save their runs; a second signal kills them.
+
+    received: the signals so far, as `signals` collects them.
+    Returns whether every run that was under way has saved its state.
+    """
+    for worker in workers:
+        worker.close_input()
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    processes = [worker.process for worker in workers if worker.process is not None]
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline or len(received) > 1:
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
+    return all([_lost_nothing(worker, worker.end()) for worker in workers])
+
+
+def _lost_nothing(worker: Worker, code: int) -> bool:
+    """Whether a worker that ended with `code` has saved its run, or had nothing to save."""
+    # SIGTERM ends a worker by itself only until its training listens for it.
+    unbegun = code == -signal.SIGTERM and worker.step == 0
+    return code == 0 or worker.spec is None or unbegun
 
 
 def share_of_cores(index: int, jobs: int) -> list[int]:
