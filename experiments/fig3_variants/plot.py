@@ -6,7 +6,6 @@ Writes NAME.png and NAME.csv beside this file, and prints the table of README.md
 
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -17,22 +16,20 @@ from matplotlib.ticker import NullFormatter
 
 from modjax.records import Record, read_records, write_csv
 from modjax.scaling.curves import read_curves
-from modjax.scaling.marks import COLOURS, LINES, MARKERS, RC
+from modjax.scaling.marks import COLOURS, RC, nth_style
+from modjax.scaling.observed import Repeated, by_cell
 
 HERE = Path(__file__).parent
 # So much worse at every size that it would flatten all the others.
 OFF_SCALE = "mod12-every"
 
 
-def cells(records: list[Record]) -> dict[str, dict[int, list[Record]]]:
-    """arm -> width -> the runs of its seeds."""
-    found: dict[str, dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for r in records:
-        found[r.variant][r.d_model].append(r)
-    return found
+def cells(records: list[Record]) -> dict[str, list[Repeated]]:
+    """Those of every arm, by size; the sweep has one budget."""
+    return {arm: found for (arm, _), found in by_cell(records).items()}
 
 
-def loss(runs: list[Record]) -> float:
+def loss(runs: Repeated) -> float:
     return statistics.mean(r.eval_loss for r in runs if r.eval_loss is not None)
 
 
@@ -42,25 +39,23 @@ def draw(workdir: Path, records: list[Record], path: Path) -> None:
     with plt.rc_context(RC):
         figure, (left, right) = plt.subplots(1, 2, figsize=(18 / 2.54, 8 / 2.54))
         for i, (arm, sizes) in enumerate(by_arm.items()):
-            turn, j = divmod(i, len(COLOURS))
-            mark = {"color": COLOURS[j], "marker": MARKERS[(j + turn) % len(MARKERS)]}
-            x = [sizes[d][0].params_non_embedding for d in sizes]
-            left.plot(x, [loss(sizes[d]) for d in sizes], linestyle=LINES[(j - turn) % len(LINES)],
-                      label=arm, **mark)  # fmt: skip
-        shown = [loss(runs) for arm, sizes in by_arm.items() if arm != OFF_SCALE
-                 for runs in sizes.values()]  # fmt: skip
+            colour, marker, line = nth_style(i)
+            x = [runs[0].params_non_embedding for runs in sizes]
+            left.plot(x, list(map(loss, sizes)), color=colour, marker=marker, linestyle=line,
+                      label=arm)  # fmt: skip
+        shown = [loss(runs) for arm, sizes in by_arm.items() if arm != OFF_SCALE for runs in sizes]
         low, room = min(shown), 0.07 * (max(shown) - min(shown))
         left.set(xscale="log", xlabel="non-embedding parameters",
                  ylim=(low - room, max(shown) + room),
                  ylabel="validation loss, nats per byte")  # fmt: skip
-        off = [loss(runs) for runs in by_arm[OFF_SCALE].values()]
+        off = list(map(loss, by_arm[OFF_SCALE]))
         left.text(0.02, 0.02, f"{OFF_SCALE}: {min(off):.2f} to {max(off):.2f}",
                   transform=left.transAxes, color="#777777", fontsize=5.5)  # fmt: skip
         left.xaxis.set_minor_formatter(NullFormatter())
         left.legend(ncols=3, fontsize=5.5, loc="lower center", bbox_to_anchor=(0.5, 1))
-        for (label, record), colour in zip(four(by_arm), COLOURS, strict=False):
-            curve = curves[record.run_id]
-            right.plot(*curve.smooth, color=colour, label=label)
+        for record, colour in zip(four(by_arm), COLOURS, strict=False):
+            label = f"{record.variant} {record.params_non_embedding / 1e3:.0f}k"
+            right.plot(*curves[record.run_id].smooth, color=colour, label=label)
         right.set(xscale="log", xlim=(1e10, 4e11), ylim=(low - 0.05, low + 0.8),
                   xlabel="training FLOPs", ylabel="training loss")  # fmt: skip
         right.legend()
@@ -68,30 +63,23 @@ def draw(workdir: Path, records: list[Record], path: Path) -> None:
         figure.savefig(path, dpi=200)
 
 
-def four(by_arm: dict[str, dict[int, list[Record]]]) -> list[tuple[str, Record]]:
+def four(by_arm: dict[str, list[Repeated]]) -> list[Record]:
     """The optimal baseline, and three MoD models: its size, the optimal one, and a larger one."""
-    dense, mod = by_arm["dense"], by_arm["mod12"]
-    best_dense, best_mod = (min(arm, key=lambda d: loss(arm[d])) for arm in (dense, mod))
-    size = dense[best_dense][0].params_non_embedding
-    nearest = min(mod, key=lambda d: abs(mod[d][0].params_non_embedding - size))
-    chosen = [("dense", dense, best_dense)]
-    chosen += [("mod12", mod, d) for d in sorted({nearest, best_mod, max(mod)})]
-    return [(f"{name} {sizes[d][0].params_non_embedding / 1e3:.0f}k", sizes[d][0])
-            for name, sizes, d in chosen]  # fmt: skip
+    mod, (best, *_) = by_arm["mod12"], min(by_arm["dense"], key=loss)
+    nearest = min(mod, key=lambda of: abs(of[0].params_non_embedding - best.params_non_embedding))
+    return [best, *(runs[0] for runs in mod if runs in (nearest, min(mod, key=loss), mod[-1]))]
 
 
 def table(records: list[Record]) -> None:
-    by_arm = cells(records)
-    best_dense = min(loss(runs) for runs in by_arm["dense"].values())
+    best = {arm: min(sizes, key=loss) for arm, sizes in cells(records).items()}
     print("| arm | best size (d, N) | loss of each seed | against dense | causal loss |")
     print("|---|---|---|---|---|")
-    for arm, sizes in sorted(by_arm.items(), key=lambda kv: min(loss(r) for r in kv[1].values())):
-        runs = sizes[min(sizes, key=lambda d: loss(sizes[d]))]
+    for arm, runs in sorted(best.items(), key=lambda item: loss(item[1])):
         causal = [r.causal_loss for r in runs if r.causal_loss is not None]
         print(
             f"| {arm} | {runs[0].d_model}, {runs[0].params_non_embedding / 1e3:.0f}k | "
             f"{', '.join(f'{r.eval_loss:.4f}' for r in runs)} | "
-            f"{100 * (loss(runs) / best_dense - 1):+.1f}% | "
+            f"{100 * (loss(runs) / loss(best['dense']) - 1):+.1f}% | "
             f"{f'{statistics.mean(causal):.4f} ({runs[0].causal_routing})' if causal else ''} |"
         )
 

@@ -6,7 +6,6 @@ Writes NAME.png and NAME.csv beside this file, and prints the tables of README.m
 
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +16,8 @@ from matplotlib.ticker import NullFormatter
 
 from modjax.records import Record, read_records, write_csv
 from modjax.scaling.fit import fit_all
-from modjax.scaling.marks import COLOURS, LINES, MARKERS, RC
+from modjax.scaling.marks import RC, nth_style
+from modjax.scaling.observed import Repeated, by_cell
 from modjax.scaling.words import render_text
 
 HERE = Path(__file__).parent
@@ -27,50 +27,41 @@ AXES = {
     "params_active": "active parameters,\nwithout embeddings",
     "forward_flops_per_token": "forward FLOPs per token /\nthose of the optimal baseline",
 }
-Cells = dict[str, dict[int, list[Record]]]
 
 
-def cells(records: list[Record]) -> Cells:
-    """arm -> width -> the runs of its seeds."""
-    found: Cells = defaultdict(lambda: defaultdict(list))
-    for r in records:
-        found[r.variant][r.d_model].append(r)
-    return found
+def cells(records: list[Record]) -> dict[float, dict[str, list[Repeated]]]:
+    """Those of every arm, by size, for every budget."""
+    found: dict[float, dict[str, list[Repeated]]] = {}
+    for (arm, budget), sizes in by_cell(records).items():
+        found.setdefault(budget, {})[arm] = sizes
+    return dict(sorted(found.items()))
 
 
-def loss(runs: list[Record]) -> float:
+def loss(runs: Repeated) -> float:
     return statistics.mean(r.eval_loss for r in runs if r.eval_loss is not None)
 
 
-def best(sizes: dict[int, list[Record]]) -> list[Record]:
-    return min(sizes.values(), key=loss)
+def best(sizes: list[Repeated]) -> Repeated:
+    return min(sizes, key=loss)
 
 
 def draw(records: list[Record], path: Path) -> None:
-    budgets = sorted({r.budget_flops for r in records})
+    budgets = cells(records)
     with plt.rc_context(RC):
         size = (18 / 2.54, (1 + 5.5 * len(budgets)) / 2.54)
         figure, axes = plt.subplots(
             len(budgets), len(AXES), figsize=size, sharey="row", layout="constrained"
         )
-        for row, budget in zip(axes, budgets, strict=True):
-            by_arm = cells([r for r in records if r.budget_flops == budget])
+        for row, (budget, by_arm) in zip(axes, budgets.items(), strict=True):
             least = best(by_arm[BASELINE])
             for ax, (name, label) in zip(row, AXES.items(), strict=True):
                 relative = name == "forward_flops_per_token"
                 scale = least[0].forward_flops_per_token if relative else 1.0
                 for i, (arm, sizes) in enumerate(by_arm.items()):
-                    turn, j = divmod(i, len(COLOURS))
-                    x = [getattr(runs[0], name) / scale for runs in sizes.values()]
-                    y = [loss(runs) / loss(least) for runs in sizes.values()]
-                    ax.plot(
-                        x,
-                        y,
-                        color=COLOURS[j],
-                        marker=MARKERS[(j + turn) % len(MARKERS)],
-                        linestyle=LINES[(j - turn) % len(LINES)],
-                        label=arm,
-                    )
+                    colour, marker, line = nth_style(i)
+                    x = [getattr(runs[0], name) / scale for runs in sizes]
+                    y = [loss(runs) / loss(least) for runs in sizes]
+                    ax.plot(x, y, color=colour, marker=marker, linestyle=line, label=arm)
                 ax.set(xscale="log", xlabel=label, ylim=(None, 1.12))
                 ax.xaxis.set_minor_formatter(NullFormatter())
             row[0].set_ylabel(f"{budget:.0e} FLOPs: loss /\nthat of the optimal baseline")
@@ -83,8 +74,7 @@ def table(records: list[Record]) -> None:
     print("| budget | arm | best width | total | active | loss of each seed | against dense | "
           "dropped | no-op | useful | causal difference |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for budget in sorted({r.budget_flops for r in records}):
-        by_arm = cells([r for r in records if r.budget_flops == budget])
+    for budget, by_arm in cells(records).items():
         dense = loss(best(by_arm[BASELINE]))
         for arm, sizes in sorted(by_arm.items(), key=lambda item: loss(best(item[1]))):
             runs = best(sizes)

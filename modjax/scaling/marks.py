@@ -62,7 +62,12 @@ RC: dict[Any, Any] = {
 
 def style(fits: Fits, arm: str) -> tuple[str, str, Any]:
     """The arm's colour, marker and line style."""
-    turn, i = divmod(fits.arms.index(arm), len(COLOURS))
+    return nth_style(fits.arms.index(arm))
+
+
+def nth_style(place: int) -> tuple[str, str, Any]:
+    """The colour, marker and line style of the arm in this place."""
+    turn, i = divmod(place, len(COLOURS))
     return COLOURS[i], MARKERS[(i + turn) % len(MARKERS)], LINES[(i - turn) % len(LINES)]
 
 
