@@ -4,10 +4,9 @@ Usage: python experiments/fig6_autoregressive/plot.py WORKDIR NAME   (of a confi
 Writes NAME.png and NAME.csv beside this file, and prints the table of README.md.
 """
 
-import json
+import itertools
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -16,8 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from modjax.records import Record, read_records, run_dir, write_csv
+from modjax.records import Record, read_metrics, read_records, run_dir, write_csv
 from modjax.scaling.marks import COLOURS, MARKERS, RC
+from modjax.scaling.observed import by_cell
 
 HERE = Path(__file__).parent
 # The metric that follows each arm's own way to select without the future.
@@ -25,7 +25,7 @@ ACCURACY = {"predictor": "predictor/accuracy", "auxiliary": "auxiliary/accuracy"
 
 
 def accuracy_curve(folder: Path, metric: str) -> tuple[list[float], list[float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line.values or {} for line in read_metrics(folder)]
     kept = [line for line in lines if metric in line]
     return [line["tokens"] for line in kept], [line[metric] for line in kept]
 
@@ -60,12 +60,10 @@ def draw(workdir: Path, records: list[Record], path: Path) -> None:
 
 
 def table(records: list[Record]) -> None:
-    cells = defaultdict(list)
-    for r in records:
-        cells[r.variant, r.d_model].append(r)
     print("| arm | d | top-k loss | causal loss | difference | accuracy | capacity |")
     print("|---|---|---|---|---|---|---|")
-    for (arm, width), runs in sorted(cells.items()):
+    for runs in itertools.chain(*by_cell(records).values()):
+        arm, width = runs[0].variant, runs[0].d_model
         mean = {
             name: statistics.mean(getattr(r, name) or 0 for r in runs)
             for name in ("eval_loss", "causal_loss", "causal_difference", "causal_accuracy",
