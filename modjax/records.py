@@ -15,6 +15,7 @@ from modjax.spec import RunSpec, from_dict, to_dict
 
 T = TypeVar("T")
 
+WRITTEN_AGAIN = "delete it, and the same `modjax sweep` or `train` writes it again"
 METRICS_TAIL = 65_536  # bytes, which hold many lines
 
 
@@ -86,10 +87,21 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_as(cls: type[T], path: Path, remedy: str) -> T:
+    """The frozen config `cls` that a JSON file holds.
+
+    Raises InputError where it cannot be read. remedy: what the line says to do then.
+    """
+    values = read_json(path, remedy)
+    try:
+        return from_dict(cls, values)
+    except InputError as error:
+        raise damaged(path, remedy, error) from error
+
+
 def read_spec(run_dir: Path) -> RunSpec:
     """What the run in this folder computes. Raises InputError where that cannot be read."""
-    path = run_dir / "spec.json"
-    return _read(RunSpec, path, "delete it, and the same `modjax sweep` or `train` writes it again")
+    return read_as(RunSpec, run_dir / "spec.json", WRITTEN_AGAIN)
 
 
 def write_record(run_dir: Path, record: Record) -> None:
@@ -102,15 +114,7 @@ def read_record(run_dir: Path) -> Record | None:
     Raises InputError where it cannot be read.
     """
     path = run_dir / "result.json"
-    return _read(Record, path, "delete it to run this cell again") if path.exists() else None
-
-
-def _read(cls: type[T], path: Path, remedy: str) -> T:
-    values = read_json(path, remedy)
-    try:
-        return from_dict(cls, values)
-    except InputError as error:
-        raise damaged(path, remedy, error) from error
+    return read_as(Record, path, "delete it to run this cell again") if path.exists() else None
 
 
 class Scan(NamedTuple):
@@ -128,7 +132,7 @@ def scan(workdir: Path) -> Scan:
     records, unreadable = [], {}
     for path in workdir.glob("runs/*/result.json"):
         try:
-            records.append(_read(Record, path, "delete it to run this cell again"))
+            records.append(read_as(Record, path, "delete it to run this cell again"))
         except InputError as error:
             unreadable[path.parent.name] = str(error)
     records.sort(key=lambda r: (r.variant, r.budget_flops, r.params_total, r.seed))

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from modjax.errors import InputError, require
-from modjax.files import damaged, read_json
-from modjax.records import run_dir, write_json
+from modjax.files import read_json
+from modjax.records import WRITTEN_AGAIN, read_as, run_dir, write_json
 from modjax.scaling.experiment import Experiment
 from modjax.scaling.run import lock
-from modjax.spec import from_dict, to_dict
+from modjax.spec import to_dict
 
 logger = logging.getLogger("modjax")
 
@@ -39,14 +39,7 @@ def read_plan(workdir: Path) -> Plan | None:
     Raises InputError where it cannot be read.
     """
     path = workdir / "plan.json"
-    if not path.exists():
-        return None
-    remedy = "delete it, and the same `modjax sweep` or `train` writes it again"
-    values = read_json(path, remedy)
-    try:
-        return from_dict(Plan, values)
-    except InputError as error:
-        raise damaged(path, remedy, error) from error
+    return read_as(Plan, path, WRITTEN_AGAIN) if path.exists() else None
 
 
 def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan | None:
