@@ -75,7 +75,11 @@ def claim(experiment: Experiment, workdir: Path, command: str, fingerprint: str)
     command: kept in plan.json until the plan grows; that of a later session is not.
     Raises InputError as `check_claim`.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # its parent takes no folders, as /proc
+        reason = f"cannot be made: {error.strerror}"
+        raise InputError("--workdir", str(workdir), reason) from error
     with lock(workdir / "plan.lock", patience=math.inf):
         earlier = check_claim(experiment, workdir, fingerprint)
         if earlier is not None and len(earlier.runs) == len(experiment.specs):

@@ -74,7 +74,7 @@ COMMANDS = [
     *(["plan", f"--config={name}"] for name in (*FILES, "none.py", ".", LONG)),
     *([verb, f"--workdir={where}"]
       for verb in ("status", "fit", "report") for where in ("file", "file/work", LONG, "none")),
-    *(["sweep", TINY, f"--workdir={where}"] for where in ("file", "file/work", LONG)),
+    *(["sweep", TINY, f"--workdir={where}"] for where in ("file", "file/work", LONG, "/proc/none")),
     *(["eval", f"--workdir={where}", "--routing=predictor"] for where in ("file", LONG, "none")),
     *(["sample", f"--workdir={where}", "--prompt=x"] for where in ("file", LONG, "none")),
     *(["sample", "--workdir=none", *options] for options in (
