@@ -15,50 +15,48 @@ if TYPE_CHECKING:
     from modjax.nn import MoDBlock, Transformer, register, unstack
     from modjax.spec import (
         MLP,
+        AltUp,
         Attention,
         DataConfig,
         Dense,
         Execution,
+        Full,
+        Gemma3nAltUp,
+        HyperConnection,
         Layer,
         MoD,
         MoDConfig,
         ModelSpec,
         MoE,
+        Projected,
+        Recycled,
         Repeat,
         RunSpec,
         Seq,
+        SequenceAltUp,
+        SimplifiedAltUp,
+        StridePool,
+        StrideSkip,
         TrainConfig,
     )
 
 __version__ = "0.1.0"
-_FROM = {
+_FROM = {  # all others: modjax.spec
     "modjax.errors": ("InputError",),
-    "modjax.spec": (
-        "MLP",
-        "Attention",
-        "DataConfig",
-        "Dense",
-        "Execution",
-        "Layer",
-        "MoD",
-        "MoDConfig",
-        "MoE",
-        "ModelSpec",
-        "Repeat",
-        "RunSpec",
-        "Seq",
-        "TrainConfig",
-    ),
     "modjax.nn": ("MoDBlock", "Transformer", "register", "unstack"),
     "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
     "modjax.finished.runs": ("load",),
 }
 __all__ = [
     "MLP",
+    "AltUp",
     "Attention",
     "DataConfig",
     "Dense",
     "Execution",
+    "Full",
+    "Gemma3nAltUp",
+    "HyperConnection",
     "InputError",
     "Layer",
     "MoD",
@@ -66,10 +64,16 @@ __all__ = [
     "MoDConfig",
     "MoE",
     "ModelSpec",
+    "Projected",
+    "Recycled",
     "Repeat",
     "RunSpec",
     "Sampling",
     "Seq",
+    "SequenceAltUp",
+    "SimplifiedAltUp",
+    "StridePool",
+    "StrideSkip",
     "TrainConfig",
     "Transformer",
     "extend",
@@ -87,7 +91,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'modjax' has no attribute {name!r}")
     if name == "flops":
         return importlib.import_module("modjax.flops")
-    module = next(module for module, names in _FROM.items() if name in names)
+    others = (module for module, names in _FROM.items() if name in names)
+    module = next(others, "modjax.spec")
     return getattr(importlib.import_module(module), name)
 
 

@@ -34,13 +34,20 @@ def counts(convention: str, component: str) -> bool:
     return component in named
 
 
-def costs(model: ModelSpec, seq_len: int) -> Iterator[Cost]:
-    """What one sequence costs, layer by layer of the pattern, multiplied by its repetitions."""
-    d, v = model.d_model, model.vocab_size
-    table = 2.0 * seq_len * d * v
+def costs(model: ModelSpec, seq_len: int, *, in_order: bool = False) -> Iterator[Cost]:
+    """What one sequence costs, layer by layer of the pattern, multiplied by its repetitions.
+
+    in_order: each of them by itself.
+    """
+    d, v = model.width, model.vocab_size
+    table, load = 2.0 * seq_len * d * v, Load(seq_len, seq_len)
     yield Cost("embedding", table, v * d, role="embedding")
-    for layer, times in model.repeated():
-        for cost in layer.cost(model.shape, Load(seq_len, seq_len)):
+    if model.streams:
+        yield from model.streams.cost(model.shape, load)
+    segments = ((segment.parts, segment.times or 0) for segment in model.segments)
+    one_by_one = ((part, 1) for parts, times in segments for part in parts * times)
+    for layer, times in one_by_one if in_order else model.repeated():
+        for cost in layer.cost(model.shape, load):
             yield cost._replace(forward=times * cost.forward, params=times * cost.params)
     yield Cost("norm", params=d)
     yield Cost("logits", table, 0 if model.tie_embeddings else v * d, role="embedding")
@@ -73,8 +80,7 @@ def train_flops(
     frozen saves the second; before the first layer that has something to train, both.
     """
     found, begun = 0.0, trained == "all"
-    each = costs if trained == "all" else _in_order  # only what is frozen depends on the order
-    for cost in each(model, seq_len):
+    for cost in costs(model, seq_len, in_order=trained != "all"):  # only the frozen depend on it
         mine = trained == "all" or cost.role in ROUTER_ROLES
         backward = cost.backward if mine else cost.backward - (cost.params > 0)
         if mine and not begun and cost.params:
@@ -82,17 +88,6 @@ def train_flops(
         if counts(convention, cost.name):
             found += cost.forward * (1 + backward * begun)
     return found * sequences
-
-
-def _in_order(model: ModelSpec, seq_len: int) -> Iterator[Cost]:
-    """The costs of every layer, one by one."""
-    first, *_, last_norm, logits = list(costs(model, seq_len))
-    yield first
-    for segment in model.segments:
-        for _ in range(segment.times or 0):
-            for layer in segment.parts:
-                yield from layer.cost(model.shape, Load(seq_len, seq_len))
-    yield from (last_norm, logits)
 
 
 def run_flops(model: ModelSpec, train: TrainConfig, steps: int) -> float:

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "step": "train step: MoD against dense and its FLOP ratio, dense against PyTorch",
     "decode": "decoding and prefill: MoD against dense, both against reading the memory",
     "moe": "mixture of experts and MoDE: train step and decoding against dense, on a TPU slice",
+    "altup": "Alternating Updates: train step and decoding against dense, Sequence-AltUp",
     "sweep": "a small sweep, twice: overhead, compilation from the cache, waiting for data",
     "demo": "`make demo` from a clean clone, install included (minutes, and a network)",
 }

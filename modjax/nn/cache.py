@@ -95,9 +95,11 @@ def padded(write: Any, length: int) -> Any:
 
 def unwritten(write: Any) -> Any:
     """What is to be written, without caches that hold it: what a branch returns should be small."""
-    if isinstance(write, dict):
-        return {name: unwritten(part) for name, part in write.items()}
-    return write._replace(held=None) if isinstance(write, KVWrite) else write
+    return jax.tree.map(
+        lambda part: part._replace(held=None) if isinstance(part, KVWrite) else part,
+        write,
+        is_leaf=lambda part: isinstance(part, KVWrite),
+    )
 
 
 def overflow(cache: Any) -> Any:

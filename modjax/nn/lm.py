@@ -14,11 +14,13 @@ from flax import nnx
 from modjax import spec
 from modjax.errors import require
 from modjax.kernels import product
+from modjax.nn.build import build
 from modjax.nn.cache import overflow
 from modjax.nn.call import At, Call
 from modjax.nn.layers import RMSNorm, rotary_tables
 from modjax.nn.params import normal_param
 from modjax.nn.records import Record
+from modjax.nn.routing import gather
 from modjax.nn.sharding import constrain, constrain_stream
 from modjax.nn.stack import Stack
 
@@ -50,7 +52,7 @@ class Transformer(nnx.Module):
         remat: str = "none",
     ):
         self.config = config
-        d, v = config.d_model, config.vocab_size
+        d, v = config.width, config.vocab_size
         # A tied table also serves as the output projection, whose logits should start near 1.
         std = 1 / math.sqrt(d)
         self.embedding = normal_param(
@@ -60,6 +62,8 @@ class Transformer(nnx.Module):
             std=std if config.tie_embeddings else 1.0,
             role="embedding",
         )
+        ends, shape = config.streams, config.shape
+        self.streams: Any = None if ends is None else build(ends, shape, rngs=rngs)
         self.stack = Stack(config, rngs=rngs, layer_loop=layer_loop, remat=remat)
         self.final_norm = RMSNorm(d, eps=config.norm_eps)
         if not config.tie_embeddings:
@@ -153,8 +157,8 @@ class Transformer(nnx.Module):
             x_BLD, caches, depths_BL = self.stack.read(
                 apart, self._embed(tokens_BL), at, call, cache.layers
             )
-            last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
-            x_B1D = x_BLD if length == 1 else jnp.take_along_axis(x_BLD, last_B11, axis=1)
+            last_B1 = jnp.maximum(lengths_B - 1, 0)[:, None]
+            x_B1D = x_BLD if length == 1 else gather(x_BLD, last_B1)
             positions_B = cache.positions_B + lengths_B.astype(jnp.int32)
             return self._logits(x_B1D)[:, 0], Cache(caches, positions_B), depths_BL
 
@@ -168,9 +172,11 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BL):
         table_VD = constrain(self.embedding.astype(jnp.dtype(self.config.dtype)), "vocab", None)
-        return constrain_stream(table_VD[tokens_BL])
+        x_BLD = table_VD[tokens_BL]
+        return constrain_stream(x_BLD if self.streams is None else self.streams.open(x_BLD))
 
     def _logits(self, x_BLD):
+        x_BLD = x_BLD if self.streams is None else self.streams.close(x_BLD)
         w_DV = self.embedding.T if self.config.tie_embeddings else self.w_logits[...]
         return product(self.final_norm(x_BLD), w_DV, jnp.float32)
 

@@ -1,12 +1,10 @@
 """Mixture-of-Depths: a layer that processes only a share of the positions, around any other.
 
-Legend: B batch, L positions, K selected positions; P shards of the batch with R rows each, S of
-them routed.
+Legend: B batch, L positions, K selected positions, S residual streams, D model width.
 """
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +22,8 @@ from modjax.nn.records import Inside
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer, valid_ones
 from modjax.nn.routing import Selection, gather, scatter_add
-from modjax.nn.sharding import batch_shards, constrain_stream
+from modjax.nn.rows import run_rows
+from modjax.nn.sharding import constrain_stream
 from modjax.spec.mod import cache_slots
 
 
@@ -113,7 +112,8 @@ class MoD(RoutedLayer):
             }
             return scatter_add(x, selection.indices_BK, update), (write, records)
 
-        x_new, (write, nested), record = self.route(x, at, call, spent_B, room_B, most, process)
+        x_BLD = one_stream(x)
+        x_new, (write, nested), record = self.route(x_BLD, at, call, spent_B, room_B, most, process)
         if cache is not None:
             taken_B = jnp.sum(record.selected_BL, axis=1, dtype=jnp.int32)
             missed_B = jnp.sum(record.wanted_BL, axis=1, dtype=jnp.int32) - taken_B
@@ -130,68 +130,33 @@ class MoD(RoutedLayer):
         """One position per row. Rows that are not routed are not computed; where none is, the
         weights of the inner layer are not read. Only what the outermost selection did is reported.
         """
-        ranking = self.router(x, at, call.key)
+        x_BLD = one_stream(x)
+        ranking = self.router(x_BLD, at, call.key)
         spent_B = cache.taken_B + cache.missed_B
-        wanted_BL = valid_ones(self.wanted(x, ranking, at, call.routing, spent_B), at.valid_BL)
+        wanted_BL = valid_ones(self.wanted(x_BLD, ranking, at, call.routing, spent_B), at.valid_BL)
         routed_BL = wanted_BL & (cache.taken_B < cache.slots)[:, None]
-        x, write = self._rows(x, at, call, cache.inner, ranking.scores_BL, routed_BL)
+        scores_BL = ranking.scores_BL
+        update, write = self._updates(x, at, call, cache.inner, scores_BL, routed_BL)
         missed_B = jnp.sum(wanted_BL & ~routed_BL, axis=1, dtype=jnp.int32)
         taken_B = jnp.sum(routed_BL, axis=1, dtype=jnp.int32)
-        none_B = jnp.zeros_like(ranking.scores_BL[:, 0])
-        record = Routed(
-            ranking.scores_BL, routed_BL, wanted_BL, routed_BL, None, None, none_B, none_B, {}
-        )
-        return Out(x, MoDWrite(write, taken_B, missed_B), {"": record})
+        none_B = jnp.zeros_like(scores_BL[:, 0])
+        record = Routed(scores_BL, routed_BL, wanted_BL, routed_BL, None, None, none_B, none_B, {})
+        return Out(x + update, MoDWrite(write, taken_B, missed_B), {"": record})
 
-    def _rows(self, x, at: At, call: Call, cache, scores_BL, routed_BL):
-        """Runs the routed rows only: of a few compiled numbers of rows, the first that holds them.
-
-        Rows are moved within a shard of the batch, never between two.
-        """
-        shards = batch_shards(x.shape[0])
-        rows = x.shape[0] // shards
-        routed_PR = routed_BL.reshape(shards, rows)
-        order_PR = jnp.argsort(~routed_PR, axis=1, stable=True)
-        sizes = [0, *(2**i for i in range(math.ceil(math.log2(rows)))), rows]
-        inputs = (x, at._replace(valid_BL=routed_BL), scores_BL, cache)
+    def _updates(self, x, at: At, call: Call, cache, scores_BL, routed_BL) -> tuple[jax.Array, Any]:
+        """What the inner layer adds to the routed rows, 0 elsewhere, and writes."""
 
         def run(part):
             x, at, scores_BL, cache = part
             out = self.inner(x, at, call.inside(0), cache)
-            updated = x + self.update(scores_BL, x, out.x)
             routed = at.valid_BL.reshape(at.valid_BL.shape + (1,) * (x.ndim - 2))
-            return jnp.where(routed, updated, x), unwritten(out.write)
+            update = self.update(scores_BL, x, out.x)
+            return jnp.where(routed, update, jnp.zeros_like(x)), unwritten(out.write)
 
-        none = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, inputs)[1])
-
-        def of(size: int):
-            def branch():
-                if size == 0:
-                    return x, none
-                if size == rows:
-                    return run(inputs)
-                order_PS = order_PR[:, :size]
-                found = run(jax.tree.map(lambda leaf: _take(leaf, order_PS), inputs))
-                return jax.tree.map(lambda old, new: _put(old, new, order_PS), (x, none), found)
-
-            return branch
-
-        most = jnp.max(jnp.sum(routed_PR, axis=1))
-        return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), most), [of(s) for s in sizes])
+        inputs = (x, at._replace(valid_BL=routed_BL), scores_BL, cache)
+        return run_rows(run, inputs, routed_BL[:, 0])
 
 
-def _take(leaf: jax.Array, order_PS: jax.Array) -> jax.Array:
-    """Rows of a leaf (B, ...), within each of the P shards."""
-    shards, size = order_PS.shape
-    parts = leaf.reshape(shards, -1, *leaf.shape[1:])
-    return jax.vmap(lambda part, order: part[order])(parts, order_PS).reshape(
-        shards * size, *leaf.shape[1:]
-    )
-
-
-def _put(old: jax.Array, new: jax.Array, order_PS: jax.Array) -> jax.Array:
-    """A leaf (B, ...) with those rows replaced."""
-    shards = order_PS.shape[0]
-    old_parts, new_parts = (x.reshape(shards, -1, *old.shape[1:]) for x in (old, new))
-    put = jax.vmap(lambda old, new, order: old.at[order].set(new))
-    return put(old_parts, new_parts, order_PS).reshape(old.shape)
+def one_stream(x: jax.Array) -> jax.Array:
+    """What a router reads: of several residual streams (B, L, S, D) their mean."""
+    return x if x.ndim == 3 else jnp.mean(x, axis=2)

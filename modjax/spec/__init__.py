@@ -7,25 +7,48 @@ from modjax.spec.mod import MoD, MoDConfig, cache_slots, selected_tokens
 from modjax.spec.model import ModelSpec
 from modjax.spec.moe import MoE
 from modjax.spec.run import DataConfig, Execution, RunSpec, TrainConfig
+from modjax.spec.sequence import Anchored, SequenceAltUp, StridePool, StrideSkip
+from modjax.spec.streams import (
+    AltUp,
+    Full,
+    Gemma3nAltUp,
+    HyperConnection,
+    Projected,
+    Recycled,
+    SimplifiedAltUp,
+    Streams,
+)
 
 __all__ = [
     "MLP",
     "ROUTINGS",
+    "AltUp",
+    "Anchored",
     "Attention",
     "Cost",
     "DataConfig",
     "Dense",
     "Execution",
+    "Full",
+    "Gemma3nAltUp",
+    "HyperConnection",
     "Layer",
     "Load",
     "MoD",
     "MoDConfig",
     "MoE",
     "ModelSpec",
+    "Projected",
+    "Recycled",
     "Repeat",
     "RunSpec",
     "Seq",
+    "SequenceAltUp",
     "Shape",
+    "SimplifiedAltUp",
+    "Streams",
+    "StridePool",
+    "StrideSkip",
     "TrainConfig",
     "cache_slots",
     "canonical",

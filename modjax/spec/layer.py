@@ -27,6 +27,7 @@ class Shape(NamedTuple):
     head_dim: int
     d_ff: int
     norm_eps: float
+    streams: int = 1
 
 
 class Load(NamedTuple):
@@ -63,6 +64,9 @@ class Layer:
 
     def check(self, shape: Shape) -> None:
         """Raises InputError where the layer cannot have this shape."""
+        fits = shape.streams == 1 or len(self.inside()) > 0
+        accepted = "works on one residual stream: with model.streams it needs AltUp around it"
+        require(fits, "model.layers", str(self), accepted)
         for layer in self.inside():
             layer.check(shape)
 

@@ -47,6 +47,7 @@ class Attention(Layer):
             require(fits, f"Attention.{name}", value, "must be greater than 0, or None")
 
     def check(self, shape: Shape) -> None:
+        super().check(shape)
         require(
             shape.head_dim % 2 == 0,
             "model.head_dim",
@@ -132,3 +133,6 @@ class Seq(Layer):
 def Dense(activation: str = "gelu") -> Seq:
     """A transformer's block: Attention, then MLP."""
     return Seq(Attention(), MLP(activation))
+
+
+DENSE = Dense()

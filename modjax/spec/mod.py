@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from modjax.errors import require, require_one_of
 from modjax.spec.layer import Cost, Layer, Load, Shape, check_types, named
-from modjax.spec.layers import Dense
+from modjax.spec.layers import DENSE
 
-DENSE = Dense()
 WEIGHTS = ("linear", "sigmoid", "two_sigmoid", "one_plus_tanh")
 RESIDUALS = ("delta", "literal")
 

@@ -7,6 +7,7 @@ from typing import Any
 from modjax.errors import InputError, require, require_one_of, require_positive
 from modjax.spec import text
 from modjax.spec.layer import NAMES, ROUTINGS, Layer, Repeat, Shape
+from modjax.spec.streams import Ends
 
 DTYPES = ("float32", "bfloat16")
 
@@ -19,6 +20,7 @@ class ModelSpec:
       `Repeat(..., times=...)`, of which one may leave `times` open. May be given as text.
     head_dim: None takes d_model / num_heads.
     imports: modules to import before the text of `layers` is read, which register layers.
+    streams: residual streams in place of one, such as Recycled(2); may be given as text.
     """
 
     vocab_size: int
@@ -33,6 +35,7 @@ class ModelSpec:
     norm_eps: float = 1e-6
     dtype: str = "float32"
     imports: tuple[str, ...] = ()
+    streams: Any = None
 
     def __post_init__(self):
         require_positive(
@@ -60,6 +63,11 @@ class ModelSpec:
         )
         require_one_of("model.dtype", self.dtype, DTYPES)
         object.__setattr__(self, "layers", read_layers(self.layers, self.imports))
+        if isinstance(self.streams, str):
+            (*_, streams) = text.read(self.streams, NAMES, "model.streams")
+            object.__setattr__(self, "streams", streams)
+        fits = self.streams is None or isinstance(self.streams, Ends)
+        require(fits, "model.streams", str(self.streams), "must be such as Recycled(2), or None")
         for segment in self.segments:  # raises where the depth does not fit
             handed: frozenset[str] = frozenset()
             for layer in segment.parts:
@@ -85,7 +93,13 @@ class ModelSpec:
             head_dim,
             self.d_ff,
             self.norm_eps,
+            self.streams.streams if self.streams else 1,
         )
+
+    @property
+    def width(self) -> int:
+        """Of a row of the embedding, and of what the head reads."""
+        return self.streams.width(self.d_model) if self.streams else self.d_model
 
     @property
     def segments(self) -> tuple[Repeat, ...]:

@@ -237,7 +237,7 @@ BAD = {
     "train.steps=100": "--config.train.steps = '100': unknown",
     "model.d_model=64": "--config.model.d_model = '64': unknown",
     "model.layers=Dense('tanh')": "MLP.activation = 'tanh': must be one of gelu",
-    "model.layers=Moe()": "model.layers = 'Moe': unknown; known: Attention, Dense, MLP, MoD",
+    "model.layers=Moe()": "model.layers = 'Moe': unknown; known: AltUp, Attention, Dense, Full",
     "sweep.arms.mod12.layers=MoD(capacity=1.5)": "MoD.capacity = 1.5: must be in (0, 1]",
     "sweep.arms.mod12.layers=MoD(capacity=0)": "MoD.capacity = 0: must be in (0, 1]",
     "sweep.arms.mod12.layers=MoD(router='moe')": "MoD.router = 'moe': must be one of expert_choice",

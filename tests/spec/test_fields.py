@@ -99,7 +99,13 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
         (ModelSpec, MODEL, "head_dim", 3, "model.head_dim = 3: must be even"),
         (ModelSpec, MODEL, "head_dim", 0, "model.head_dim = 0: must be greater than 0"),
         (ModelSpec, MODEL, "num_kv_heads", 3, "model.num_kv_heads = 3: must divide"),
-        (ModelSpec, MODEL, "layers", "Moe()", "model.layers = 'Moe': unknown; known: Attention"),
+        (
+            ModelSpec,
+            MODEL,
+            "layers",
+            "Moe()",
+            "model.layers = 'Moe': unknown; known: AltUp, Attention",
+        ),
         (ModelSpec, MODEL, "layers", "MoD(Dense(), capacity=2)", "MoD.capacity = 2: must be in"),
         (ModelSpec, MODEL, "layers", "MoD(capacity='x')", "MoD.capacity = 'x': must be of type"),
         (

@@ -57,7 +57,7 @@ def test_the_text_of_layers_is_read_back_to_the_same_layers(text):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("Mole(Dense())", "model.layers = 'Mole': unknown; known: Attention, Dense"),
+        ("Mole(Dense())", "model.layers = 'Mole': unknown; known: AltUp, Attention"),
         ("MoD(Dense(), size=3)", "model.layers = 'MoD(Dense(), size=3)': "),
         ("MoD(Dense(), capacity=2)", "MoD.capacity = 2: must be in (0, 1]"),
         ("MoD(3)", "MoD.inner = 3: must be of type Layer"),

@@ -1,0 +1,219 @@
+"""Layers that only every k-th position of what reaches them runs through.
+
+In training it is known which those are: slices and repetitions, no gathers. Where n positions of a
+row were read before, the (-n mod k)-th of the new ones is the next anchor.
+
+Legend: B batch, L positions, J anchors, I = 1 + J: the last one read before, and these.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from modjax import spec
+from modjax.nn.build import build
+from modjax.nn.cache import overflow, padded, unwritten, written
+from modjax.nn.call import At, Call, Out, under
+from modjax.nn.layers import empty
+from modjax.nn.params import make_param
+from modjax.nn.records import Inside
+from modjax.nn.routing import gather
+from modjax.nn.rows import run_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kept:
+    """The inner layer's cache, how many positions of each row were read, and two vectors (B, ...).
+
+    held: what the last anchor saw, or the sum of what is still to be pooled. news: what the inner
+    layer changed in the last anchor. As what is to be written: the same of the new positions.
+    """
+
+    inner: Any
+    count_B: jax.Array
+    held: jax.Array
+    news: jax.Array
+
+    @property
+    def overflow_B(self) -> Any:
+        return overflow(self.inner)
+
+    def padded(self, length: int) -> "Kept":
+        return dataclasses.replace(self, inner=padded(self.inner, length))
+
+    def written(self, write: "Kept", *, fresh: bool = False) -> "Kept":
+        read_B, vectors = write.count_B > 0, ((self.held, write.held), (self.news, write.news))
+        return Kept(
+            written(self.inner, write.inner, fresh=fresh),
+            self.count_B + write.count_B,
+            *(jnp.where(_wide(read_B, old), new, old) for old, new in vectors),
+        )
+
+
+class Places:
+    """Where the anchors lie among L positions; first_B: the first of each row, None for 0."""
+
+    def __init__(self, batch: int, length: int, stride: int, first_B: jax.Array | None):
+        self.length, self.stride, self.fresh = length, stride, first_B is None
+        start_B1 = jnp.zeros((batch, 1), jnp.int32) if first_B is None else first_B[:, None]
+        self.indices_BJ = start_B1 + jnp.arange(0, length, stride)[None]  # some beyond the end
+        self.past_BL = jnp.arange(length)[None] - start_B1  # the first anchor
+
+    def pick(self, leaf: jax.Array) -> jax.Array:
+        """The anchors of (B or 1, L, ...); 0 beyond the end."""
+        return leaf[:, :: self.stride] if self.fresh else gather(leaf, self.indices_BJ)
+
+    def spread(self, leaf_BI: jax.Array) -> jax.Array:
+        """To every position what belongs to its anchor, (B, L, ...)."""
+        if self.fresh:
+            return jnp.repeat(leaf_BI[:, 1:], self.stride, axis=1)[:, : self.length]
+        return _rows(leaf_BI, self.past_BL // self.stride + 1)
+
+
+class Anchored(nnx.Module):
+    """Anchors run through the inner layer; see the specs for what becomes of the others."""
+
+    def __init__(self, spec: spec.Anchored, shape: spec.Shape, *, rngs: nnx.Rngs):
+        self.stride = spec.stride
+        self.inner = build(spec.inner, shape, rngs=rngs)
+        self.width = (shape.streams, shape.d_model)[shape.streams == 1 :]
+
+    def __call__(self, x: jax.Array, at: At, call: Call, cache: Kept | None = None) -> Out:
+        batch, length = x.shape[:2]
+        none = jnp.zeros((batch, *x.shape[2:]), x.dtype)
+        read_B = jnp.zeros(batch, jnp.int32) if cache is None else cache.count_B
+        held, news = (none, none) if cache is None else (cache.held, cache.news)
+        fresh = cache is None or call.fresh
+        if not fresh and at.valid_BL is None:
+            at = at._replace(valid_BL=jnp.ones((batch, length), bool))
+        places = Places(batch, length, self.stride, None if fresh else -read_B % self.stride)
+        seen_BJ, held_BI = self.see(x, at, places, held, read_B)
+        inner_cache = None if cache is None else cache.inner
+        inputs = seen_BJ, jax.tree.map(places.pick, at), inner_cache
+
+        def run(inputs: tuple[jax.Array, At, Any]) -> tuple[jax.Array, Any, Any]:
+            out = self.inner(*inputs[:2], call.inside(0), inputs[2])
+            return out.x, unwritten(out.write), out.records
+
+        found: Any = {}
+        if length == 1 and not fresh:  # as MoD, a decode step reports nothing from inside
+            y_BJ, write = run_rows(lambda i: run(i)[:2], inputs, inputs[1].valid_BL[:, 0])
+        else:
+            y_BJ, write, found = run(inputs)
+        news_BJ = y_BJ - self.predicted(seen_BJ, seen_BJ)
+        news_BI = _after(news, news_BJ)
+        new = self.corrected(x, places, held_BI, news_BI)
+        if at.segments_BL is not None:
+            anchors_BJ = places.pick(at.segments_BL)
+            own_BL = places.spread(_after(anchors_BJ[:, 0], anchors_BJ)) == at.segments_BL
+            new = jnp.where(_wide(own_BL, x), new, x)
+        valid_BJ = inputs[1].valid_BL
+        valid_BJ = jnp.ones(places.indices_BJ.shape, bool) if valid_BJ is None else valid_BJ
+        records = {
+            name: Inside(record, places.indices_BJ, valid_BJ) for name, record in found.items()
+        }
+        if cache is not None:
+            count_B = jnp.full(batch, length)
+            if at.valid_BL is not None:
+                count_B = jnp.sum(at.valid_BL, axis=1, dtype=jnp.int32)
+            last_B = jnp.sum(valid_BJ, axis=1, dtype=jnp.int32)
+            write = Kept(write, count_B, _rows(held_BI, last_B), _rows(news_BI, last_B))
+        return Out(new, write, under("inner", records))
+
+    def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Kept:
+        """A cache for at most `length` positions of each row."""
+        inner = empty(self.inner, batch, -(-length // self.stride), slack, dtype)
+        vector = jnp.zeros((batch, *self.width), dtype)
+        return Kept(inner, jnp.zeros(batch, jnp.int32), vector, vector)
+
+    def see(
+        self, x: jax.Array, at: At, places: Places, held: jax.Array, read_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the inner layer reads at the anchors, and what is held after each, (B, I, ...)."""
+        seen_BJ = places.pick(x)
+        return seen_BJ, _after(held, seen_BJ)
+
+    def predicted(self, x: jax.Array, anchor: jax.Array) -> jax.Array:
+        """Positions before their correction, of those and what their anchors saw."""
+        return x
+
+    def corrected(
+        self, x: jax.Array, places: Places, held_BI: jax.Array, news_BI: jax.Array
+    ) -> jax.Array:
+        """New x, of what is held and of what changed at the anchors."""
+        return x + places.spread(news_BI)
+
+
+class SequenceAltUp(Anchored):
+    def __init__(self, spec: spec.SequenceAltUp, shape: spec.Shape, *, rngs: nnx.Rngs):
+        super().__init__(spec, shape, rngs=rngs)
+        self.scalars = make_param(jnp.array([1.0, 0.0, 1.0]), ("replicated",))  # a1, a2 and b
+
+    def predicted(self, x: jax.Array, anchor: jax.Array) -> jax.Array:
+        return _sum(self.scalars[...][:2], x, anchor)
+
+    def corrected(
+        self, x: jax.Array, places: Places, held_BI: jax.Array, news_BI: jax.Array
+    ) -> jax.Array:
+        changed_BI = _sum(self.scalars[...][1:], held_BI, news_BI)
+        return _sum(self.scalars[...][:1], x) + places.spread(changed_BI)
+
+
+class StrideSkip(Anchored):
+    def corrected(
+        self, x: jax.Array, places: Places, held_BI: jax.Array, news_BI: jax.Array
+    ) -> jax.Array:
+        anchor_BL = places.past_BL % places.stride == 0
+        return jnp.where(_wide(anchor_BL, x), super().corrected(x, places, held_BI, news_BI), x)
+
+
+class StridePool(Anchored):
+    def see(
+        self, x: jax.Array, at: At, places: Places, held: jax.Array, read_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # Every position belongs to the next anchor: its number, J where it lies beyond these.
+        next_BL = (places.past_BL + places.stride - 1) // places.stride
+        mine_BL = jnp.ones(x.shape[:2], bool) if at.valid_BL is None else at.valid_BL
+        if at.segments_BL is not None:
+            anchors_BI = jnp.pad(places.pick(at.segments_BL), ((0, 0), (0, 1)))
+            mine_BL &= _rows(anchors_BI, next_BL) == at.segments_BL
+        waiting_B = jnp.where(read_B > 0, (read_B - 1) % places.stride, 0)
+
+        def pooled(leaf: jax.Array, first: jax.Array) -> jax.Array:
+            kept = jnp.where(_wide(mine_BL, leaf), leaf, jnp.zeros_like(leaf))
+            groups = places.indices_BJ.shape[1] + 1
+            sums = jax.vmap(lambda x, i: jax.ops.segment_sum(x, i, groups))(kept, next_BL)
+            return sums.at[:, 0].add(first)
+
+        sums_BI = pooled(x.astype(jnp.float32), held.astype(jnp.float32))
+        counts_BI = pooled(jnp.ones(x.shape[:2]), waiting_B.astype(jnp.float32))
+        means_BI = sums_BI / _wide(jnp.maximum(counts_BI, 1.0), sums_BI)
+        return means_BI[:, :-1].astype(x.dtype), sums_BI.astype(x.dtype)
+
+
+def _sum(weights: jax.Array, *each: jax.Array) -> jax.Array:
+    """Weighted by a few numbers, in float32."""
+    terms = (w * part.astype(jnp.float32) for w, part in zip(weights, each, strict=True))
+    return functools.reduce(jnp.add, terms).astype(each[0].dtype)
+
+
+def _after(first: jax.Array, others: jax.Array) -> jax.Array:
+    """(B, I, ...) of (B, ...) and (B, J, ...)."""
+    return jnp.concatenate([first[:, None], others], axis=1)
+
+
+def _rows(leaf_BI: jax.Array, index_B: jax.Array) -> jax.Array:
+    """Of every row of leaf what stands at its index, or at each of its indices."""
+    return jax.vmap(lambda leaf_I, i: leaf_I[i])(leaf_BI, index_B)
+
+
+def _wide(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """A mask of fewer dims, to choose by."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))

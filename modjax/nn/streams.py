@@ -1,0 +1,230 @@
+"""Residual streams: their ends, and layers that read one vector from them and write to all.
+
+Legend: B batch, L positions (either may be 1 in a weight), S streams, J those that are summed over,
+K = S * J, M = S modes, D model width.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from modjax import spec
+from modjax.kernels import product
+from modjax.nn.build import build
+from modjax.nn.call import At, Call, Out, under
+from modjax.nn.layers import RMSNorm, empty
+from modjax.nn.params import make_param, normal_param
+from modjax.nn.routers import linear
+
+# What a stream is divided by is at least this, as in Gemma 3n.
+LEAST_SQUARE = 1e-5
+DYNAMIC_SCALE = 0.01  # of hyper-connections at the start
+
+
+class Recycled(nnx.Module):
+    """Copies, and their mean."""
+
+    def __init__(self, spec: spec.Recycled, shape: spec.Shape, *, rngs: nnx.Rngs):
+        self.streams = spec.streams
+
+    def open(self, x_BLD: jax.Array) -> jax.Array:
+        return jnp.repeat(x_BLD[:, :, None], self.streams, axis=2)
+
+    def close(self, x_BLSD: jax.Array) -> jax.Array:
+        return jnp.mean(x_BLSD, axis=2, dtype=jnp.float32).astype(x_BLSD.dtype)
+
+
+class Full(nnx.Module):
+    """Parts of a wide embedding, and of what a wide head reads."""
+
+    def __init__(self, spec: spec.Full, shape: spec.Shape, *, rngs: nnx.Rngs):
+        self.streams = spec.streams
+
+    def open(self, x_BLD: jax.Array) -> jax.Array:
+        return x_BLD.reshape(*x_BLD.shape[:2], self.streams, -1)
+
+    def close(self, x_BLSD: jax.Array) -> jax.Array:
+        return x_BLSD.reshape(*x_BLSD.shape[:2], -1)
+
+
+class Projected(nnx.Module):
+    """Learned projections there and back, each scaled to the size of the first stream."""
+
+    def __init__(self, spec: spec.Projected, shape: spec.Shape, *, rngs: nnx.Rngs):
+        d, axes = shape.d_model, (None, "embed", None)
+        self.w_open, self.w_close = (
+            normal_param(rngs, (spec.streams - 1, d, d), axes, std=1 / math.sqrt(d))
+            for _ in range(2)
+        )
+
+    def open(self, x_BLD: jax.Array) -> jax.Array:
+        others = [_sized(product(x_BLD, w_DD), x_BLD) for w_DD in self.w_open[...]]
+        return jnp.stack([x_BLD, *others], axis=2)
+
+    def close(self, x_BLSD: jax.Array) -> jax.Array:
+        first_BLD = x_BLSD[:, :, 0]
+        others = [
+            _sized(product(x_BLSD[:, :, s], w_DD), first_BLD)
+            for s, w_DD in enumerate(self.w_close[...], 1)
+        ]
+        return sum(others, first_BLD) / (len(others) + 1)
+
+
+def _sized(x_BLD: jax.Array, like_BLD: jax.Array) -> jax.Array:
+    """x, as large in the root mean square of each position as `like`."""
+    mine, wanted = (
+        jnp.mean(jnp.square(v.astype(jnp.float32)), axis=-1, keepdims=True)
+        for v in (x_BLD, like_BLD)
+    )
+    scale_BL1 = jnp.sqrt(wanted / jnp.maximum(mine, LEAST_SQUARE))
+    return (x_BLD.astype(jnp.float32) * scale_BL1).astype(x_BLD.dtype)
+
+
+class Weights(NamedTuple):
+    """Of one layer at every position, float32, (B, L, ...) or of 1 for all; see spec.Streams.
+
+    read: the number of a stream, or weights of all. write: makes them from what was computed.
+    """
+
+    read: int | jax.Array
+    mix_BLSJ: jax.Array
+    base_BLJ: jax.Array
+    write: Callable[[jax.Array], jax.Array]
+
+
+class Streams(nnx.Module):
+    """The one mechanism; a subclass says what its weights are."""
+
+    def __init__(self, spec: spec.Streams, shape: spec.Shape, *, rngs: nnx.Rngs):
+        self.active, self.streams = spec.active, shape.streams
+        self.inner = build(spec.inner, shape._replace(streams=1), rngs=rngs)
+
+    def __call__(self, x_BLSD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
+        read, mix_BLSJ, base_BLJ, write = self.weights(x_BLSD)
+        if isinstance(read, int):
+            u_BLD = x_BLSD[:, :, read]
+        else:
+            u_BLD = _mixed(read[:, :, None], x_BLSD)[:, :, 0].astype(x_BLSD.dtype)
+        out = self.inner(u_BLD, at, call.inside(0), cache)
+        write_BLS1 = write(out.x)[..., None]
+        kept_BLSD = _mixed(mix_BLSJ - write_BLS1 * base_BLJ[:, :, None], x_BLSD)
+        new_BLSD = kept_BLSD + _mixed(write_BLS1, out.x[:, :, None])
+        records = under("inner", out.records)
+        return Out(new_BLSD.astype(x_BLSD.dtype), out.write, records, out.handed)
+
+    def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
+        return empty(self.inner, batch, length, slack, dtype)
+
+    def weights(self, x_BLSD: jax.Array) -> Weights:
+        raise NotImplementedError
+
+
+class AltUp(Streams):
+    def __init__(self, spec: spec.AltUp, shape: spec.Shape, *, rngs: nnx.Rngs):
+        super().__init__(spec, shape, rngs=rngs)
+        self.learned = spec.learned
+        if spec.learned:
+            self.p, self.g = _mixing(jnp.eye(shape.streams)), _mixing(jnp.ones(shape.streams))
+
+    def weights(self, x_BLSD: jax.Array) -> Weights:
+        p_11SJ = (self.p[...] if self.learned else jnp.eye(self.streams))[None, None]
+        g_11S = (self.g[...] if self.learned else jnp.ones(self.streams))[None, None]
+        return Weights(self.active, p_11SJ, p_11SJ[:, :, self.active], lambda _: g_11S)
+
+
+class SimplifiedAltUp(Streams):
+    def __init__(self, spec: spec.SimplifiedAltUp, shape: spec.Shape, *, rngs: nnx.Rngs):
+        super().__init__(spec, shape, rngs=rngs)
+        self.r = _mixing(jnp.full(shape.streams, 1 / shape.streams))
+
+    def weights(self, x_BLSD: jax.Array) -> Weights:
+        r_11J, eye_SJ = self.r[...][None, None], jnp.eye(self.streams)
+        write_11S = self.streams * eye_SJ[self.active][None, None]
+        return Weights(r_11J, eye_SJ[None, None], r_11J, lambda _: write_11S)
+
+
+class HyperConnection(Streams):
+    def __init__(self, spec: spec.HyperConnection, shape: spec.Shape, *, rngs: nnx.Rngs):
+        super().__init__(spec, shape, rngs=rngs)
+        eye_SS, d = jnp.eye(shape.streams), shape.d_model
+        self.a_m, self.a_r = _mixing(eye_SS[spec.active]), _mixing(eye_SS)
+        self.b = _mixing(jnp.ones(shape.streams))
+        self.dynamic = spec.dynamic
+        if spec.dynamic:
+            self.norm = RMSNorm(d, eps=shape.norm_eps)
+            self.w = make_param(jnp.zeros((d, shape.streams + 2)), ("embed", None))
+            self.scales = _mixing(jnp.full(2, DYNAMIC_SCALE))
+
+    def weights(self, x_BLSD: jax.Array) -> Weights:
+        a_m_BLJ, a_r_BLJS, b_BLS = (w[...][None, None] for w in (self.a_m, self.a_r, self.b))
+        if self.dynamic:
+            batch, length, streams, width = x_BLSD.shape
+            norm_BLD = self.norm(x_BLSD.reshape(batch, length * streams, width))  # L * S of them
+            found = jnp.tanh(linear(norm_BLD, self.w[...])).reshape(batch, length, streams, -1)
+            alpha, beta = self.scales[...]
+            a_m_BLJ += alpha * found[..., 0]
+            b_BLS += beta * found[..., 1]
+            a_r_BLJS += alpha * found[..., 2:]
+        return Weights(a_m_BLJ, a_r_BLJS.swapaxes(2, 3), a_m_BLJ, lambda _: b_BLS)
+
+
+class Gemma3nAltUp(Streams):
+    def __init__(self, spec: spec.Gemma3nAltUp, shape: spec.Shape, *, rngs: nnx.Rngs):
+        super().__init__(spec, shape, rngs=rngs)
+        s, d = shape.streams, shape.d_model
+        self.norm = RMSNorm(d, eps=shape.norm_eps)
+        self.w = normal_param(rngs, (d, s), ("replicated", None), std=1 / math.sqrt(d))
+        self.p, self.c = _mixing(jnp.zeros((s, s, s))), _mixing(jnp.zeros((s, s)))
+
+    def weights(self, x_BLSD: jax.Array) -> Weights:
+        p_MK = self.p[...].reshape(self.streams, -1)
+        mix_BLK = linear(self._modes(x_BLSD[:, :, self.active]), p_MK)
+        mix_BLSJ = mix_BLK.reshape(*mix_BLK.shape[:2], self.streams, -1)
+        mix_BLSJ += jnp.eye(self.streams)[None, None]
+        read_BLJ = mix_BLSJ[:, :, self.active]
+
+        def write(y_BLD: jax.Array) -> jax.Array:
+            return 1 + linear(self._modes(y_BLD), self.c[...])
+
+        return Weights(read_BLJ, mix_BLSJ, read_BLJ, write)
+
+    def _modes(self, x_BLD: jax.Array) -> jax.Array:
+        return jnp.tanh(linear(self.norm(x_BLD), self.w[...]) / x_BLD.shape[2])
+
+
+def _mixing(value: jax.Array) -> nnx.Param:
+    """A weight of streams: a few numbers, which no decay pulls from where they begin."""
+    return make_param(value, ("replicated",) * value.ndim, decays=False)
+
+
+@jax.custom_vjp
+def _mixed(weights_BLSJ: jax.Array, x_BLJD: jax.Array) -> jax.Array:
+    """sum_j weights_j x_j, in float32: (B, L, S, D). Weights of 1 for B or L are those of all."""
+    x32_BLJD = x_BLJD.astype(jnp.float32)
+    each = [weights_BLSJ[..., j, None] * x32_BLJD[:, :, j, None] for j in range(x_BLJD.shape[2])]
+    return functools.reduce(jnp.add, each)
+
+
+def _mixed_back(inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax.Array) -> Any:
+    """Products of streams position by position, and only then their sum over positions: XLA's CPU
+    backend takes 2 to 6 times as long for the sum over positions and width at once.
+    """
+    weights_BLSJ, x_BLJD = inputs
+    x32_BLJD = x_BLJD.astype(jnp.float32)
+    products_BLSJ = jnp.einsum("BLSD,BLJD->BLSJ", grad_BLSD, x32_BLJD)
+    products_BLSJ = jax.lax.optimization_barrier(products_BLSJ)
+    shared = tuple(dim for dim in (0, 1) if weights_BLSJ.shape[dim] == 1)
+    grad_of_weights = jnp.sum(products_BLSJ, axis=shared, keepdims=True)
+    grad_of_x = _mixed(weights_BLSJ.swapaxes(2, 3), grad_BLSD)
+    return grad_of_weights, grad_of_x.astype(x_BLJD.dtype)
+
+
+_mixed.defvjp(
+    lambda weights_BLSJ, x_BLJD: (_mixed(weights_BLSJ, x_BLJD), (weights_BLSJ, x_BLJD)), _mixed_back
+)

@@ -1,0 +1,168 @@
+"""S residual streams in place of one: what opens and closes them, and layers that work on them.
+
+Every such layer runs its inner layer on one vector of the model's width, at the cost it had.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from modjax.errors import InputError, require
+from modjax.spec.layer import Cost, Layer, Load, Shape, named
+from modjax.spec.layers import DENSE
+
+MOST = 64
+
+
+@dataclass(frozen=True)
+class Ends(Layer):
+    """Base of what `ModelSpec.streams` may be: it opens `streams` of them, and closes them."""
+
+    streams: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        fits = 2 <= self.streams <= MOST
+        require(fits, f"{type(self).__name__}.streams", self.streams, f"must be 2 to {MOST}")
+
+    def check(self, shape: Shape) -> None:
+        raise InputError("model.layers", str(self), "is no layer: it belongs in model.streams")
+
+    def width(self, d_model: int) -> int:
+        """Of a row of the embedding, and of what the head reads."""
+        return d_model
+
+
+@named
+@dataclass(frozen=True)
+class Recycled(Ends):
+    """Copies of the embedding; at the end their mean (Recycled-AltUp, arXiv 2301.13310).
+
+    The paper sums them, a factor that the final norm takes away.
+    """
+
+    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+        yield Cost("streams", load.tokens * self.streams * shape.d_model)
+
+
+@named
+@dataclass(frozen=True)
+class Full(Ends):
+    """An embedding and a head that are `streams` times as wide (AltUp, arXiv 2301.13310)."""
+
+    def width(self, d_model: int) -> int:
+        return self.streams * d_model
+
+    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+        yield Cost("streams")
+
+
+@named
+@dataclass(frozen=True)
+class Projected(Ends):
+    """As Gemma 3n: all but the first are learned projections of it, to its size; so is their way
+    back, before the mean.
+    """
+
+    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+        numbers = 2 * (self.streams - 1) * shape.d_model**2
+        yield Cost("streams", 2.0 * load.tokens * numbers, numbers)
+
+
+@dataclass(frozen=True)
+class Streams(Layer):
+    """Base of the layers on S residual streams, all settings of one mechanism.
+
+    With u = sum_j read_j x_j and y = inner(u), stream i becomes
+    sum_j mix_ij x_j + write_i (y - sum_j base_j x_j).
+
+    active: the stream that it is about. Where streams begin as copies, all start as the model of
+    the inner layers alone.
+    """
+
+    inner: Layer = DENSE
+    active: int = 0
+
+    def inside(self) -> tuple[Layer, ...]:
+        return (self.inner,)
+
+    def check(self, shape: Shape) -> None:
+        need = "model.streams, such as Recycled(2), around the model's layers"
+        require(shape.streams > 1, "model.layers", str(self), f"needs {need}")
+        fits = 0 <= self.active < shape.streams
+        name = f"{type(self).__name__}.active"
+        require(fits, name, self.active, f"must be 0 to {shape.streams - 1}")
+        self.inner.check(shape._replace(streams=1))
+
+    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+        yield from self.inner.cost(shape._replace(streams=1), load)
+        s, d = shape.streams, shape.d_model
+        flops, params = self.weights(s, d)
+        flops += 2.0 * s * d * (s + 1)  # mixed, and written to
+        yield Cost("streams", load.tokens * flops, params)
+
+    def weights(self, s: int, d: int) -> tuple[float, int]:
+        """FLOPs per position of making the weights and of reading, and how many are learned."""
+        raise NotImplementedError
+
+    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
+        return self.inner.cache_numbers(shape._replace(streams=1), length, slack)
+
+
+@named
+@dataclass(frozen=True)
+class AltUp(Streams):
+    """Alternating Updates (arXiv 2301.13310): predict all streams, compute one, correct all.
+
+    p (S, S) and g (S): read stream j = active; mix = p, base = p_j, write = g. Layers that take the
+    streams in turn alternate; layers of one `active` are the paper's "same".
+    learned: False keeps p = I and g = 1, the sum of the updates in every stream.
+    """
+
+    learned: bool = True
+
+    def weights(self, s: int, d: int) -> tuple[float, int]:
+        return 0.0, s * s + s if self.learned else 0
+
+
+@named
+@dataclass(frozen=True)
+class SimplifiedAltUp(Streams):
+    """Reads a learned sum of the streams, and adds its update, S times, to one of them.
+
+    r (S): read = base = r, mix = I, write = S e_active. r starts at 1 / S.
+    """
+
+    def weights(self, s: int, d: int) -> tuple[float, int]:
+        return 2.0 * s * d, s
+
+
+@named
+@dataclass(frozen=True)
+class HyperConnection(Streams):
+    """Hyper-connections (arXiv 2409.19606), meant around one sublayer.
+
+    A_m (S), A_r (S, S), B (S): read = base = A_m, mix = A_r transposed, write = B; A_m starts as
+    e_active. dynamic: each position adds s tanh(norm(x_j) W) to them, W starting at 0.
+    """
+
+    dynamic: bool = False
+
+    def weights(self, s: int, d: int) -> tuple[float, int]:
+        flops, params = 2.0 * s * d, s * s + 2 * s
+        if not self.dynamic:
+            return flops, params
+        return flops + s * (4.0 * d + 2 * d * (s + 2)), params + d * (s + 2) + d + 2
+
+
+@named
+@dataclass(frozen=True)
+class Gemma3nAltUp(Streams):
+    """AltUp as Gemma 3n has it: coefficients of each position, and the predicted stream is read.
+
+    With m(x) = tanh(W (norm(x) / d)), j = active: mix = I + sum_m m(x_j)_m P_m, read = base =
+    mix_j, write = 1 + m(y) C. P (S, S, S) and C (S, S) start at 0.
+    """
+
+    def weights(self, s: int, d: int) -> tuple[float, int]:
+        flops = 2.0 * s * d + 2 * (2.0 * d * s + 4 * d) + 2.0 * s**3 + 2.0 * s * s
+        return flops, d * s + d + s**3 + s * s

@@ -1,0 +1,228 @@
+"""Layers that every k-th position runs through, against plain loops, and read with a cache.
+
+Legend: B batch, L positions, J anchors, D model width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modjax.errors import InputError
+from modjax.flops import cache_bytes
+from modjax.nn import At, Call, Transformer, build
+from modjax.nn.layers import rotary_tables
+from modjax.spec import (
+    MLP,
+    AltUp,
+    Attention,
+    Dense,
+    MoD,
+    ModelSpec,
+    MoE,
+    Recycled,
+    Repeat,
+    Seq,
+    SequenceAltUp,
+    Shape,
+    StridePool,
+    StrideSkip,
+)
+from tests.nn.small import QUICK, random_model
+from tests.nn.test_cached_decoding import LENGTHS, TOTALS, both_ways
+from tests.nn.test_streams import INNER, SHAPE, alternating, inner, random_layer
+
+B, L, D = 2, 10, 4
+ONE = SHAPE._replace(streams=1)
+
+
+def here(length):
+    return At(jnp.arange(length)[None], None, None, {}, {})
+
+
+def sequence_altup(p, x, stride):
+    a1, a2, b = p["scalars"]
+    found = []
+    for i in range(len(x)):
+        anchor = x[stride * (i // stride)]
+        predicted, of_anchor = a1 * x[i] + a2 * anchor, (a1 + a2) * anchor
+        found.append(predicted + b * (inner(p["inner"], anchor) - of_anchor))
+    return found
+
+
+def skip(p, x, stride):
+    return [inner(p["inner"], v) if i % stride == 0 else v for i, v in enumerate(x)]
+
+
+def pool(p, x, stride):
+    found = []
+    for i in range(len(x)):
+        anchor = stride * (i // stride)
+        seen = np.mean(x[max(0, anchor - stride + 1) : anchor + 1], axis=0)
+        found.append(x[i] + inner(p["inner"], seen) - seen)
+    return found
+
+
+FORMS = {"altup": (SequenceAltUp, sequence_altup), "skip": (StrideSkip, skip),
+         "pool": (StridePool, pool)}  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [3, 4])
+@pytest.mark.parametrize("kind, formula", FORMS.values(), ids=FORMS)
+def test_values_and_gradients_equal_a_loop_over_positions(kind, formula, stride):
+    graphdef, params = random_layer(kind(INNER, stride=stride), shape=ONE)
+    rng = np.random.default_rng(1)
+    x_BLD, weight_BLD = rng.normal(size=(2, B, L, D))
+
+    def theirs(params, x_BLD):
+        rows = np.array([formula(params, x_LD, stride) for x_LD in x_BLD])
+        return np.sum(weight_BLD * rows), rows
+
+    def ours(params, x_BLD):
+        out = nnx.merge(graphdef, params)(x_BLD, here(L), Call())
+        return jnp.sum(jnp.float32(weight_BLD) * out.x), out.x
+
+    single = jax.tree.map(jnp.float32, (params, x_BLD))
+    run = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True), compiler_options=QUICK)
+    (_, found), gradients = run(*single)
+    np.testing.assert_allclose(found, theirs(params, x_BLD)[1], rtol=2e-5, atol=2e-5)
+    leaves, structure = jax.tree.flatten((params, x_BLD))
+    for index, gradient in enumerate(jax.tree.leaves(gradients)):
+        direction = rng.normal(size=gradient.shape)
+        moved = [
+            [leaf + step * direction if i == index else leaf for i, leaf in enumerate(leaves)]
+            for step in (1e-6, -1e-6)
+        ]
+        up, down = (theirs(*jax.tree.unflatten(structure, m))[0] for m in moved)
+        slope = (up - down) / 2e-6
+        assert abs(slope) > 1e-3
+        assert np.sum(gradient * direction) == pytest.approx(slope, rel=1e-4, abs=1e-4)
+
+
+def test_at_stride_1_with_scalars_that_sum_to_1_it_is_the_layer():
+    graphdef, params = random_layer(SequenceAltUp(INNER, stride=1), shape=ONE)
+    params["scalars"] = np.array([0.3, 0.7, 1.0])
+    params = jax.tree.map(jnp.float32, params)
+    x_BLD = jnp.float32(np.random.default_rng(2).normal(size=(B, L, D)))
+    layer = nnx.merge(graphdef, params)
+    expected = layer.inner(x_BLD, here(L), Call()).x
+    np.testing.assert_allclose(layer(x_BLD, here(L), Call()).x, expected, atol=1e-5)
+
+
+def test_anchors_attend_to_anchors_at_their_own_rotary_angles():
+    layer = build(StrideSkip(Attention(), stride=3), ONE, rngs=nnx.Rngs(0))
+    x_BLD = jnp.float32(np.random.default_rng(3).normal(size=(B, L, D)))
+    positions_BL = jnp.arange(L)[None]
+    at = here(L)._replace(ropes={10_000.0: rotary_tables(positions_BL, 2, 10_000.0, jnp.float32)})
+    cos_sin = tuple(table[:, ::3] for table in at.ropes[10_000.0])
+    alone = at._replace(positions_BL=positions_BL[:, ::3], ropes={10_000.0: cos_sin})
+    expected = layer.inner(x_BLD[:, ::3], alone, Call()).x
+    found = layer(x_BLD, at, Call()).x
+    np.testing.assert_allclose(found[:, ::3], expected, atol=1e-6)
+    others = np.arange(L) % 3 != 0
+    np.testing.assert_array_equal(found[:, others], x_BLD[:, others])
+
+
+def model(*layers, depth=3, **changes):
+    values = {"d_model": 8, "num_heads": 2, "num_kv_heads": 2, "d_ff": 16} | changes
+    return ModelSpec(20, num_layers=depth, layers=layers, **values)
+
+
+def between(layer, **changes):
+    """The first and the last layer whole."""
+    ends = Repeat(Dense(), times=1)
+    return model(ends, Repeat(layer), ends, depth=4, **changes)
+
+
+TAUGHT = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+MODELS = {
+    "altup": between(SequenceAltUp(Dense(), stride=3)),
+    "skip": between(StrideSkip(Dense(), stride=3)),
+    "pool": between(StridePool(Dense(), stride=3)),
+    "a window": between(SequenceAltUp(Seq(Attention(window=4), MLP()), stride=2)),
+    "around MoD": between(SequenceAltUp(MoD(**TAUGHT), stride=2)),
+    "pooled around MoD": between(StridePool(MoD(**TAUGHT), stride=2)),
+    "around MoE": between(SequenceAltUp(Seq(Attention(), MoE(4, 2)), stride=2)),
+    "within MoD": between(MoD(SequenceAltUp(Dense(), stride=2), **TAUGHT)),
+    "pooled within MoD": between(MoD(StridePool(Dense(), stride=2), **TAUGHT)),
+    "altup of altup": model(
+        SequenceAltUp(AltUp(), stride=2), AltUp(active=1), depth=4, streams=Recycled(2)
+    ),
+    "within altup": model(
+        *alternating(AltUp, SequenceAltUp(Dense(), stride=2)), depth=4, streams=Recycled(2)
+    ),
+    "streams": model(*alternating(AltUp, Dense(), 3), streams=Recycled(3)),
+    "streams in MoD": model(
+        *(MoD(layer, **TAUGHT) for layer in alternating(AltUp, Dense())),
+        depth=4, streams=Recycled(2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("routing", ["predictor", "threshold"])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_cached_decoding_and_turns_equal_the_full_causal_pass(config, routing):
+    if routing == "threshold" and not config.routed():
+        pytest.skip("what routes nothing has been tested")
+    results = both_ways(config, routing, None, LENGTHS, TOTALS)
+    (logits_BLV, _), (first_BV, _, _), decoded, _, (later_BV, *_) = results
+    logits_SBV, _, active_SB, *_ = decoded
+    assert 0.1 < np.std(logits_BLV) < 10
+    for b, (length, total) in enumerate(zip(LENGTHS, TOTALS, strict=True)):
+        np.testing.assert_allclose(first_BV[b], logits_BLV[b, length - 1], atol=2e-5)
+        np.testing.assert_allclose(later_BV[b], logits_BLV[b, total - 1], atol=2e-5)
+        found_SV = logits_SBV[active_SB[:, b], b]
+        np.testing.assert_allclose(found_SV, logits_BLV[b, length:total], atol=2e-5)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_no_position_sees_a_later_one(config):
+    graphdef, params = random_model(config, std=0.5, seed=3)
+    tokens_BL = np.random.default_rng(5).integers(0, 20, (1, 12))
+    changed_BL = tokens_BL.copy()
+    changed_BL[:, 7:] = 19 - changed_BL[:, 7:]
+    routing = "threshold" if config.routed() else "trained"
+    run = jax.jit(
+        lambda params, tokens_BL: nnx.merge(graphdef, params)(tokens_BL, routing=routing)[0],
+        compiler_options=QUICK,
+    )
+    one, other = run(params, tokens_BL), run(params, changed_BL)
+    np.testing.assert_array_equal(one[:, :7], other[:, :7])
+    assert np.all(np.max(np.abs(one[:, 7:] - other[:, 7:]), axis=2) > 1e-3)
+
+
+@pytest.mark.parametrize("kind", [SequenceAltUp, StrideSkip, StridePool])
+def test_a_document_never_looks_at_an_anchor_of_another(kind):
+    config = between(kind(Dense(), stride=4))
+    graphdef, params = random_model(config, std=0.5, seed=6)
+    tokens_BL = np.random.default_rng(7).integers(0, 20, (1, 13))
+    segments_BL = np.repeat([1, 2, 0], [6, 5, 2])[None]
+
+    def run(params, tokens_BL):
+        return nnx.merge(graphdef, params)(tokens_BL, segments_BL)[0]
+
+    compiled = jax.jit(run, compiler_options=QUICK)
+    changed_BL = tokens_BL.copy()
+    changed_BL[:, :6] = 19 - changed_BL[:, :6]
+    one, other = compiled(params, tokens_BL), compiled(params, changed_BL)
+    np.testing.assert_array_equal(one[:, 6:11], other[:, 6:11])
+    assert np.all(one[:, :6] != other[:, :6])
+
+
+def test_a_cache_holds_a_quarter_of_the_positions_and_two_vectors():
+    dense, quarter = model(Dense()), model(SequenceAltUp(Dense(), stride=4))
+    counted = cache_bytes(quarter, 64)
+    assert counted == cache_bytes(dense, 16) + 3 * 4 * 2 * 8
+    reader = Transformer(quarter, rngs=nnx.Rngs(0)).reader(max_length=64, routing="predictor")
+    _, cache, _ = jax.eval_shape(reader, jnp.zeros((1, 5), int), jnp.array([5]), None)
+    held = sum(leaf.size for leaf in jax.tree.leaves(cache.layers) if leaf.ndim > 1)
+    assert 4 * held == counted
+
+
+def test_what_does_not_fit_is_refused_in_one_line():
+    for kind in (SequenceAltUp, StrideSkip, StridePool):
+        with pytest.raises(InputError) as caught:
+            kind(Dense(), stride=0)
+        assert str(caught.value) == f"{kind.__name__}.stride = 0: must be greater than 0"
+    assert Shape(*SHAPE[:-1]).streams == 1
