@@ -125,4 +125,19 @@ def cache_bytes(model: ModelSpec, length: int, slack: float | None = None) -> in
     numbers = sum(
         times * layer.cache_numbers(model.shape, length, slack) for layer, times in model.repeated()
     )
-    return numbers * (2 if model.dtype == "bfloat16" else 4)
+    return numbers * _bytes(model)
+
+
+def stream_bytes(model: ModelSpec, tokens: int) -> int:
+    """Bytes of the residual streams, all of them, that so many tokens leave between the layers.
+
+    The least that a backward pass keeps; with Execution.remat "full" little else.
+    """
+    shape = model.shape
+    numbers = tokens * shape.d_model * shape.streams * shape.num_layers
+    return numbers * _bytes(model)
+
+
+def _bytes(model: ModelSpec) -> int:
+    """Of a number of its activations."""
+    return 2 if model.dtype == "bfloat16" else 4

@@ -26,8 +26,8 @@ class Record:
     Losses are in nats per token; `flops` maps a component to forward FLOPs per sequence;
     `train_flops` is what was spent, `budget_flops` what was asked for. `status` is "finished" or
     "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`. causal_*:
-    under a routing that never looks ahead. moe_*: shares of experts' picks in the evaluation as
-    trained, see nn/expert_record.py; None without experts.
+    under a routing that never looks ahead, which may be what training does. moe_*: shares of
+    experts' picks in the evaluation as trained, see nn/expert_record.py; None without experts.
     """
 
     run_id: str

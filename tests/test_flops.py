@@ -13,6 +13,7 @@ from modjax.flops import (
     parameters,
     run_flops,
     six_nd,
+    stream_bytes,
     total_flops,
     train_flops,
 )
@@ -142,6 +143,9 @@ def test_streams_equal_a_count_by_hand():
     counts = parameters(model)
     assert (counts["streams"], counts["anchors"]) == (2 * (9 + 3), 3)
     assert counts["embedding"] == counts["logits"] == 10 * 24
+    # Between two layers three streams of 8 numbers for each of 100 tokens.
+    assert stream_bytes(model, 100) == 2 * 3 * 8 * 100 * 4
+    assert stream_bytes(dataclasses.replace(model, dtype="bfloat16"), 100) == 2 * 3 * 8 * 100 * 2
 
 
 def test_experts_equal_a_count_by_hand():

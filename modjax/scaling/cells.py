@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modjax.flops import parameters, run_flops
+from modjax.flops import parameters, run_flops, stream_bytes
 from modjax.records import Record
 from modjax.scaling.foretell import NOISE, Foretold, foretell
 from modjax.scaling.plan import forward_per_token, forward_ratio, non_embedding
@@ -31,6 +31,7 @@ class Cell:
     params_total: int
     params_non_embedding: int
     params_active: int
+    stream_bytes: int
     tokens: int
     tokens_per_param: float
     steps: int
@@ -106,6 +107,7 @@ def _cell(
         params_total=counts["total"],
         params_non_embedding=counts["non_embedding"],
         params_active=counts["active"],
+        stream_bytes=stream_bytes(model, train.batch_size * train.seq_len // train.accumulation),
         tokens=train.tokens,
         tokens_per_param=train.tokens / counts["non_embedding"],
         steps=train.steps,

@@ -174,6 +174,11 @@ class ModelSpec:
         able = self.rules.intersection(self.routings)
         return next((r for r in ("predictor", "router", "threshold") if r in able), None)
 
+    @property
+    def causal_as_trained(self) -> bool:
+        """Whether it never looks ahead and has nothing to select by, as a dense model."""
+        return not self.rules and len(self.routings) > 1
+
 
 def read_layers(
     layers: Any, imports: tuple[str, ...] = (), field: str = "model.layers"

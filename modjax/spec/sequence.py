@@ -42,6 +42,11 @@ class Anchored(Layer):
         """FLOPs beside the inner layer for each number of the stream, and what is learned."""
         return 1 + 1 / self.stride, 0
 
+    def routings(self) -> tuple[str, ...]:
+        # A pace is kept by counting positions, of which the inner layer sees few.
+        paced = "paced" in self.rules()
+        return tuple(r for r in super().routings() if r != "paced" or not paced)
+
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
         kept = 2 * shape.d_model * shape.streams
         return kept + self.inner.cache_numbers(shape, self.anchors(length), slack)

@@ -64,6 +64,9 @@ def make_record(
     params = flops.parameters(model)
     steps = diverged_step or config.steps
     progress = progress_values(spec, steps)
+    skips = params["active"] < params["non_embedding"]  # of the others it goes without saying
+    if evaluation and skips and model.causal_as_trained:
+        routed = routed | {"causal_routing": "trained", "causal_loss": evaluation.loss}
     return Record(
         run_id=spec.run_id,
         variant=spec.variant,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.spec import Attention, Dense, MoD, MoE, Seq
+from modjax.spec import Attention, Dense, MoD, MoE, Seq, SequenceAltUp
 from tests.nn.test_cached_decoding import LENGTHS, TOTALS, both_ways, model_config
 
 TAUGHT = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
@@ -72,6 +72,9 @@ def test_the_best_causal_routing_and_what_has_none():
     assert best(untaught) == "threshold" and best(untaught, block(MoE(4))) == "threshold"
     looks_ahead = block(MoE(4, router="expert_choice"))
     assert best(looks_ahead) is None and best(*MODELS["staged"], looks_ahead) is None
+    assert not model_config(looks_ahead).causal_as_trained
+    assert not model_config(untaught).causal_as_trained
+    assert model_config(Dense(), SequenceAltUp()).causal_as_trained
 
 
 def test_experts_that_choose_are_refused_without_looking_ahead_in_one_line():

@@ -25,7 +25,6 @@ from modjax.spec import (
     Repeat,
     Seq,
     SequenceAltUp,
-    Shape,
     StridePool,
     StrideSkip,
 )
@@ -225,4 +224,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
         with pytest.raises(InputError) as caught:
             kind(Dense(), stride=0)
         assert str(caught.value) == f"{kind.__name__}.stride = 0: must be greater than 0"
-    assert Shape(*SHAPE[:-1]).streams == 1
+    with pytest.raises(InputError) as caught:
+        MODELS["around MoD"].check_routing("paced", "--routing")
+    assert "can select by trained, router, predictor, threshold;" in str(caught.value)
+    MODELS["altup"].check_routing("paced", "--routing")

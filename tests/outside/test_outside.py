@@ -134,7 +134,11 @@ def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
     sampled = modjax_("sample", *common, f"--run={runs['strided'].name}", "--prompt=def", "--json",
                       "--tokens=8", "--routing=router")  # fmt: skip
     assert json.loads(sampled)[0]["routed_blocks"] >= 1
-    modjax_("report", f"--workdir={workdir}")
+    # It skips by a rule of its own that never looks ahead: its loss is the one to sample by.
+    result = json.loads((runs["strided"] / "result.json").read_text())
+    assert result["causal_routing"] == "trained"
+    assert result["causal_loss"] == result["eval_loss"]
+    modjax_("report", f"--workdir={workdir}", "--loss=causal")
     assert re.search("Strided\\(Dense\\(\\), stride=4\\)", (workdir / "report.html").read_text())
     loaded = modjax.load(runs["strided"])
     assert loaded.spec.model.layers[1] == Strided(Dense(), stride=4)

@@ -1,4 +1,4 @@
-"""Experts on a mesh of 8 fake devices: the numbers of one device, and what moves between them."""
+"""Layers on a mesh of 8 fake devices: the numbers of one device, and what moves between experts."""
 
 import collections
 import functools
@@ -13,7 +13,23 @@ from flax import nnx
 
 from modjax.errors import InputError
 from modjax.nn import losses
-from modjax.spec import Attention, Execution, MoD, ModelSpec, MoE, Seq
+from modjax.spec import (
+    MLP,
+    AltUp,
+    Attention,
+    Execution,
+    Full,
+    Gemma3nAltUp,
+    HyperConnection,
+    MoD,
+    ModelSpec,
+    MoE,
+    Projected,
+    Recycled,
+    Seq,
+    SequenceAltUp,
+    StridePool,
+)
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
 from modjax.training.state import abstract_model, joined
 from modjax.training.step import token_losses
@@ -37,8 +53,20 @@ MESHES = {
 }
 
 
-def spec_of(layer):
-    return ModelSpec(40, D, 2, 2, 2, F, layers=(layer,))
+def spec_of(*layers, streams=None):
+    return ModelSpec(40, D, 2, 2, 2, F, layers=layers, streams=streams)
+
+
+TWO = Recycled(2)
+ON_STREAMS = {
+    "AltUp": spec_of(AltUp(), AltUp(MoD(capacity=0.5), active=1), streams=TWO),
+    "full": spec_of(AltUp(), AltUp(active=1), streams=Full(2)),
+    "dynamic": spec_of(
+        Seq(HyperConnection(Attention(), dynamic=True), HyperConnection(MLP())), streams=TWO
+    ),
+    "Gemma 3n": spec_of(Gemma3nAltUp(), streams=Projected(3)),
+    "by stride": spec_of(SequenceAltUp(stride=4), StridePool(stride=3)),
+}
 
 
 def objective(model):
@@ -54,7 +82,8 @@ def objective(model):
 @functools.cache
 def one_device(layer):
     """The model, its arguments, and the loss, records and gradients of one device."""
-    model = abstract_model(spec_of(layer), Execution())
+    config = layer if isinstance(layer, ModelSpec) else spec_of(layer)
+    model = abstract_model(config, Execution())
     params, measured = jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0))
     measured = jax.tree.map(lambda x: x + 0.1, measured)
     arguments = params, measured, random_batch(0, BATCH, LENGTH, vocab=40)
@@ -74,7 +103,7 @@ def eight_devices(layer, execution):
 @pytest.mark.parametrize(
     "layer, execution",
     [
-        *((layer, MESHES["all axes"]) for layer in LAYERS.values()),
+        *((layer, MESHES["all axes"]) for layer in (*LAYERS.values(), *ON_STREAMS.values())),
         (LAYERS["top 2 with drops"], MESHES["experts"]),
         (LAYERS["dropless"], MESHES["no expert axis"]),
     ],
