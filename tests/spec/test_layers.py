@@ -40,16 +40,24 @@ TEXTS = [
     "Repeat(Dense(), times=1), Repeat(MoD(Dense())), Repeat(Dense(), Dense(), times=1)",
     "MoD(Seq(Attention(), MoE(8, 2, no_ops=4, renormalise=True)), capacity=0.25)",
     "Seq(Attention(), MoE(8, capacity_factor=None, scores='sigmoid', bias_rate=0.001))",
+    "Repeat(Dense(), times=1), Repeat(SequenceAltUp(MoD(), stride=2)), Repeat(Dense(), times=1)",
+    "StrideSkip(), StridePool(Dense(), stride=8)",
+]
+ON_STREAMS = [
+    ("AltUp(Dense()), AltUp(MoD(), active=1, learned=False)", "Recycled(2)"),
+    ("Seq(HyperConnection(Attention(), dynamic=True), HyperConnection(MLP()))", "Full(3)"),
+    ("Gemma3nAltUp(Dense()), SimplifiedAltUp(Dense(), active=3)", "Projected(4)"),
 ]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_the_text_of_layers_is_read_back_to_the_same_layers(text):
-    layers = model(text).layers
+@pytest.mark.parametrize("text, streams", [*((text, None) for text in TEXTS), *ON_STREAMS])
+def test_the_text_of_layers_is_read_back_to_the_same_layers(text, streams):
+    layers = model(text, streams=streams).layers
     written = ", ".join(map(str, layers))
-    assert model(written).layers == layers
-    assert ", ".join(map(str, model(written).layers)) == written
-    spec = RunSpec("x", 1e9, model(text), TrainConfig(8, 16, 10, 1e-3, 1), DataConfig())
+    assert model(written, streams=streams).layers == layers
+    assert ", ".join(map(str, model(written, streams=streams).layers)) == written
+    config = model(text, streams=streams)
+    spec = RunSpec("x", 1e9, config, TrainConfig(8, 16, 10, 1e-3, 1), DataConfig())
     assert from_dict(RunSpec, to_dict(spec)) == spec
     assert from_dict(RunSpec, to_dict(spec)).run_id == spec.run_id
 
