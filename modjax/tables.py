@@ -1,7 +1,6 @@
 """Plain-text tables for the command line."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from modjax.data.manifest import Manifest
 from modjax.flops import (
@@ -20,9 +19,6 @@ from modjax.scaling.status import STATES, Status
 from modjax.scaling.sweep import Outcome
 from modjax.scaling.words import span, text_table
 from modjax.spec import RunSpec
-
-if TYPE_CHECKING:
-    from modjax.finished.runs import Comparison
 
 
 def data_text(manifests: Sequence[Manifest]) -> str:
@@ -157,20 +153,6 @@ def _result(record: Record) -> tuple[str, ...]:
         "" if error is None else f"{error:.4f}",
         clock(record.wall_seconds),
     )
-
-
-def comparison_text(found: "Comparison") -> str:
-    bound = "" if found.slack is None else f", room for {found.slack:g} times the capacity"
-    gap = found.difference
-    header = (
-        f"{found.run_id}\n"
-        f"trained {found.trained.loss:.4f}   {found.routing} {found.causal.loss:.4f}   "
-        f"difference {gap.loss:+.4f} +- {gap.sem:.4f} ({gap.loss / found.trained.loss:+.2%}) over "
-        f"{count(gap.tokens)} tokens{bound}"
-    )
-    rows = [(name, *(f"{value:.1%}" for value in block)) for name, block in found.layers.items()]
-    names = ("layer", "accuracy", "precision", "recall", "capacity", "overflow", "most")
-    return f"{header}\n{text_table(names, rows)}\n"
 
 
 def flops_values(spec: RunSpec) -> dict:

@@ -4,7 +4,6 @@ d 256, 8 layers, 512 positions, batch 8 as `bench step`, and decoding at d 512, 
 """
 
 import dataclasses
-import functools
 import statistics
 from collections.abc import Mapping
 
@@ -12,10 +11,9 @@ import numpy as np
 
 from modjax.bench import Row, fill, progress
 from modjax.bench.decode import DENSE as DECODED
-from modjax.bench.decode import NEW, copy, draw, split, start
+from modjax.bench.decode import drawn_in_turn
 from modjax.bench.step import DENSE, TRAIN, interleaved, jax_step, ratio
 from modjax.flops import train_flops
-from modjax.nn import unstack
 from modjax.spec import AltUp, Dense, ModelSpec, Recycled, Repeat, SequenceAltUp
 
 ROWS = (
@@ -50,11 +48,5 @@ def measure() -> list[Row]:
         ratio(seconds, name, "dense") / (flops[name] / flops["dense"])
         for name in ("K 2", "K 4", "sequence")
     ]
-    decoded = {n: unstack(*split(c)) for n, c in models(DECODED).items() if n != "K 4"}
-    states = {name: start(*model, 1, "router") for name, model in decoded.items()}
-    draws = {name: functools.partial(draw, *model) for name, model in decoded.items()}
-    inputs = {name: functools.partial(copy, state) for name, state in states.items()}
-    drawn = interleaved(draws, inputs=inputs)
-    rates = {name: round(NEW / statistics.median(found), 1) for name, found in drawn.items()}
-    progress(f"bench altup: batch 1: tokens per second {rates}")
+    drawn = drawn_in_turn({n: c for n, c in models(DECODED).items() if n != "K 4"})
     return fill(ROWS, [*steps, *(ratio(drawn, "dense", name) for name in ("K 2", "sequence"))])

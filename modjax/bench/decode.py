@@ -7,6 +7,7 @@ so that random weights route as often as a trained model does. It is paced: its 
 import dataclasses
 import functools
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -76,6 +77,18 @@ def measure() -> list[Row]:
             routed,
         ],
     )
+
+
+def drawn_in_turn(configs: Mapping[str, ModelSpec]) -> dict[str, list[float]]:
+    """Seconds in which each model draws NEW tokens at batch 1."""
+    models = {name: unstack(*split(config)) for name, config in configs.items()}
+    states = {name: start(*model, 1, "router") for name, model in models.items()}
+    steps = {name: functools.partial(draw, *model) for name, model in models.items()}
+    inputs = {name: functools.partial(copy, state) for name, state in states.items()}
+    seconds = interleaved(steps, inputs=inputs)
+    rates = {name: round(NEW / statistics.median(found), 1) for name, found in seconds.items()}
+    progress(f"batch 1: tokens per second {rates}")
+    return seconds
 
 
 def split(config: ModelSpec) -> tuple[Any, Any]:

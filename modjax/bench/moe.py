@@ -4,7 +4,6 @@ d 256, 8 layers, 512 positions, batch 8 as `bench step`, and decoding at d 512, 
 """
 
 import dataclasses
-import functools
 import os
 import statistics
 from typing import Any
@@ -13,10 +12,9 @@ import numpy as np
 
 from modjax.bench import Row, fill, progress
 from modjax.bench.decode import DENSE as DECODED
-from modjax.bench.decode import NEW, copy, draw, split, start
+from modjax.bench.decode import drawn_in_turn
 from modjax.bench.step import DENSE, TRAIN, interleaved, jax_step, ratio
 from modjax.flops import train_flops
-from modjax.nn import unstack
 from modjax.spec import Attention, Execution, Layer, MoD, ModelSpec, MoE, Seq, TrainConfig
 from modjax.training.programs import lower_train_step
 from modjax.training.sharding import make_mesh
@@ -80,14 +78,7 @@ def measure() -> list[Row]:
 def decoding() -> float:
     """Tokens per second of a MoE over those of the dense model of the same active parameters."""
     moe = dataclasses.replace(DECODED, layers=(with_experts(MoE(8)),))
-    models = {"dense": unstack(*split(DECODED)), "moe": unstack(*split(moe))}
-    states = {name: start(*model, 1, "router") for name, model in models.items()}
-    steps = {name: functools.partial(draw, *model) for name, model in models.items()}
-    inputs = {name: functools.partial(copy, state) for name, state in states.items()}
-    seconds = interleaved(steps, inputs=inputs)
-    rates = {name: round(NEW / statistics.median(found), 1) for name, found in seconds.items()}
-    progress(f"bench moe: batch 1: tokens per second {rates}")
-    return ratio(seconds, "dense", "moe")
+    return ratio(drawn_in_turn({"dense": DECODED, "moe": moe}), "dense", "moe")
 
 
 def on_a_slice() -> float:

@@ -6,11 +6,14 @@ Imports are inside the functions, so that every verb starts as fast as what it n
 import argparse
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modjax.errors import InputError, require
 from modjax.scaling.run import compilation_cache
 from modjax.verbs import print_json
+
+if TYPE_CHECKING:
+    from modjax.finished.runs import Comparison
 
 # Caches are made for all of them at once.
 MOST_TOKENS = 1_000_000
@@ -19,7 +22,6 @@ MOST_TOKENS = 1_000_000
 def evaluate(args: argparse.Namespace) -> None:
     os.environ.update(compilation_cache())
     from modjax.finished.runs import choose, compare, open_run
-    from modjax.tables import comparison_text
 
     specs = choose(args.workdir, args.run, routed=True)
     _check_slack(args.slack)
@@ -40,9 +42,26 @@ def evaluate(args: argparse.Namespace) -> None:
         run = open_run(spec, workdir=args.workdir, data_dir=args.data_dir)
         found.append(compare(run, args.routing, args.slack))
         if not args.json:
-            print(comparison_text(found[-1]), flush=True)
+            print(_comparison_text(found[-1]), flush=True)
     if args.json:
         print_json([_plain(comparison) for comparison in found])
+
+
+def _comparison_text(found: "Comparison") -> str:
+    from modjax.scaling.numbers import count
+    from modjax.scaling.words import text_table
+
+    bound = "" if found.slack is None else f", room for {found.slack:g} times the capacity"
+    gap = found.difference
+    header = (
+        f"{found.run_id}\n"
+        f"trained {found.trained.loss:.4f}   {found.routing} {found.causal.loss:.4f}   "
+        f"difference {gap.loss:+.4f} +- {gap.sem:.4f} ({gap.loss / found.trained.loss:+.2%}) over "
+        f"{count(gap.tokens)} tokens{bound}"
+    )
+    rows = [(name, *(f"{value:.1%}" for value in block)) for name, block in found.layers.items()]
+    names = ("layer", "accuracy", "precision", "recall", "capacity", "overflow", "most")
+    return f"{header}\n{text_table(names, rows)}\n"
 
 
 def _check_slack(slack: float | None) -> None:

@@ -114,7 +114,9 @@ class AltUp(Streams):
     """Alternating Updates (arXiv 2301.13310): predict all streams, compute one, correct all.
 
     p (S, S) and g (S): read stream j = active; mix = p, base = p_j, write = g. Layers that take the
-    streams in turn alternate; layers of one `active` are the paper's "same".
+    streams in turn alternate; layers of one `active` are the paper's "same". Around MoD, positions
+    that it skips are predicted all the same: they stay as they are only for p = I. Within MoD, they
+    pass with all of their streams.
     learned: False keeps p = I and g = 1, the sum of the updates in every stream.
     """
 

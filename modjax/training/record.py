@@ -7,10 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import modjax
-from modjax import flops
 from modjax.data.cache import TokenCache, epochs
 from modjax.data.manifest import bits_per_byte
+from modjax.flops import forward_flops, parameters, run_flops, total_flops
 from modjax.records import Record
 from modjax.spec import RunSpec
 from modjax.training.evaluate import Evaluation
@@ -21,15 +20,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 @functools.cache
 def code_version() -> str:
     """The version, and in a clone the commit: "0.1.0", "0.1.0+1a2b3c4" or "0.1.0+1a2b3c4-dirty"."""
-    root = Path(modjax.__file__).parents[1]
+    root, version = Path(__file__).parents[2], importlib.metadata.version("modjax")
     if not (root / ".git").exists():
-        return modjax.__version__
+        return version
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         commit = ""
-    return "+".join(filter(None, (modjax.__version__, commit)))
+    return "+".join(filter(None, (version, commit)))
 
 
 def progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:
@@ -37,7 +36,7 @@ def progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:
     config, sequences = spec.train, step * spec.train.batch_size
     return {
         "tokens": sequences * config.seq_len,
-        "train_flops": flops.run_flops(spec.model, config, step),
+        "train_flops": run_flops(spec.model, config, step),
     }
 
 
@@ -60,8 +59,8 @@ def make_record(
     seconds: by what they were spent on, see training/clock.py.
     """
     config, model = spec.train, spec.model
-    components = flops.forward_flops(model, config.seq_len)
-    params = flops.parameters(model)
+    components = forward_flops(model, config.seq_len)
+    params = parameters(model)
     steps = diverged_step or config.steps
     progress = progress_values(spec, steps)
     skips = params["active"] < params["non_embedding"]  # of the others it goes without saying
@@ -74,7 +73,7 @@ def make_record(
         diverged_step=diverged_step or None,
         budget_flops=spec.budget_flops,
         train_flops=progress["train_flops"],
-        forward_flops_per_token=flops.total_flops(components) / config.seq_len,
+        forward_flops_per_token=total_flops(components) / config.seq_len,
         flops=components,
         params_total=params["total"],
         params_non_embedding=params["non_embedding"],

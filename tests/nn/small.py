@@ -4,11 +4,13 @@ Legend: B batch, L positions, D width.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from modjax.nn import Transformer
@@ -76,3 +78,21 @@ def random_model(config: ModelSpec, *, std: float = 0.3, seed: int = 0) -> tuple
     rng = np.random.default_rng(seed)
     draw = jax.tree.map(lambda leaf: rng.normal(0, std, leaf.shape).astype(np.float32), shapes)
     return graphdef, draw
+
+
+def check_gradients(
+    loss: Callable[..., float], arguments: Any, gradients: Any, rng: np.random.Generator
+) -> None:
+    """Gradients against differences of a loss in float64, along a direction for every leaf."""
+    leaves, structure = jax.tree.flatten(arguments)
+    for index, gradient in enumerate(jax.tree.leaves(gradients)):
+        direction = rng.normal(size=gradient.shape)
+        up, down = (
+            loss(*jax.tree.unflatten(structure, [
+                leaf + step * direction if i == index else leaf for i, leaf in enumerate(leaves)
+            ]))
+            for step in (1e-6, -1e-6)
+        )  # fmt: skip
+        slope = (up - down) / 2e-6
+        assert abs(slope) > 1e-3
+        assert np.sum(gradient * direction) == pytest.approx(slope, rel=1e-4, abs=1e-4)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from modjax.errors import InputError
 from modjax.flops import cache_bytes
-from modjax.nn import At, Call, Transformer, build
+from modjax.nn import Call, Transformer, build
 from modjax.nn.layers import rotary_tables
 from modjax.spec import (
     MLP,
@@ -28,16 +28,12 @@ from modjax.spec import (
     StridePool,
     StrideSkip,
 )
-from tests.nn.small import QUICK, random_model
+from tests.nn.small import QUICK, check_gradients, random_model
 from tests.nn.test_cached_decoding import LENGTHS, TOTALS, both_ways
-from tests.nn.test_streams import INNER, SHAPE, alternating, inner, random_layer
+from tests.nn.test_streams import INNER, SHAPE, alternating, here, inner, random_layer
 
 B, L, D = 2, 10, 4
 ONE = SHAPE._replace(streams=1)
-
-
-def here(length):
-    return At(jnp.arange(length)[None], None, None, {}, {})
 
 
 def sequence_altup(p, x, stride):
@@ -86,17 +82,7 @@ def test_values_and_gradients_equal_a_loop_over_positions(kind, formula, stride)
     run = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True), compiler_options=QUICK)
     (_, found), gradients = run(*single)
     np.testing.assert_allclose(found, theirs(params, x_BLD)[1], rtol=2e-5, atol=2e-5)
-    leaves, structure = jax.tree.flatten((params, x_BLD))
-    for index, gradient in enumerate(jax.tree.leaves(gradients)):
-        direction = rng.normal(size=gradient.shape)
-        moved = [
-            [leaf + step * direction if i == index else leaf for i, leaf in enumerate(leaves)]
-            for step in (1e-6, -1e-6)
-        ]
-        up, down = (theirs(*jax.tree.unflatten(structure, m))[0] for m in moved)
-        slope = (up - down) / 2e-6
-        assert abs(slope) > 1e-3
-        assert np.sum(gradient * direction) == pytest.approx(slope, rel=1e-4, abs=1e-4)
+    check_gradients(lambda *moved: theirs(*moved)[0], (params, x_BLD), gradients, rng)
 
 
 def test_at_stride_1_with_scalars_that_sum_to_1_it_is_the_layer():
