@@ -325,7 +325,7 @@ BAD_ARMS = {
     "sweep.arms={'a': {'recipe': 3}}": "sweep.arms.a.recipe = 3: must be a group of fields",
     "sweep.arms={'a': {'layers': 3}}": "sweep.arms.a.layers = '3': must be layers, or all of",
     "sweep.arms={'a': {'layers': 'mod'}}": "sweep.arms.a.layers = 'mod': must be calls such as",
-    "sweep.arms={'a': {'layers': 'Moe()'}}": "sweep.arms.a.layers = 'Moe': unknown; known: Att",
+    "sweep.arms={'a': {'layers': 'Moe()'}}": "sweep.arms.a.layers = 'Moe': unknown; known: Alt",
     "sweep.arms={'a': 3}": "sweep.arms.a = 3: must be a group of fields",
     "sweep.arms=[1]": "sweep.arms = [1]: must be a group of arms",
 }
