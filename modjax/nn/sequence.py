@@ -25,6 +25,7 @@ from modjax.nn.params import make_param
 from modjax.nn.records import Inside
 from modjax.nn.routing import gather
 from modjax.nn.rows import run_rows
+from modjax.nn.streams import mixed
 
 
 @jax.tree_util.register_dataclass
@@ -200,7 +201,12 @@ class StridePool(Anchored):
 
 def _sum(weights: jax.Array, *each: jax.Array) -> jax.Array:
     """Weighted by a few numbers, in float32."""
-    terms = (w * part.astype(jnp.float32) for w, part in zip(weights, each, strict=True))
+
+    def weighted(weight: jax.Array, x: jax.Array) -> jax.Array:
+        wide = x.reshape(*x.shape[:2], 1, -1)
+        return mixed(weight.reshape(1, 1, 1, 1), wide).reshape(x.shape)
+
+    terms = (weighted(w, part) for w, part in zip(weights, each, strict=True))
     return functools.reduce(jnp.add, terms).astype(each[0].dtype)
 
 

@@ -110,11 +110,11 @@ class Streams(nnx.Module):
         if isinstance(read, int):
             u_BLD = x_BLSD[:, :, read]
         else:
-            u_BLD = _mixed(read[:, :, None], x_BLSD)[:, :, 0].astype(x_BLSD.dtype)
+            u_BLD = mixed(read[:, :, None], x_BLSD)[:, :, 0].astype(x_BLSD.dtype)
         out = self.inner(u_BLD, at, call.inside(0), cache)
         write_BLS1 = write(out.x)[..., None]
-        kept_BLSD = _mixed(mix_BLSJ - write_BLS1 * base_BLJ[:, :, None], x_BLSD)
-        new_BLSD = kept_BLSD + _mixed(write_BLS1, out.x[:, :, None])
+        kept_BLSD = mixed(mix_BLSJ - write_BLS1 * base_BLJ[:, :, None], x_BLSD)
+        new_BLSD = kept_BLSD + mixed(write_BLS1, out.x[:, :, None])
         records = under("inner", out.records)
         return Out(new_BLSD.astype(x_BLSD.dtype), out.write, records, out.handed)
 
@@ -204,7 +204,7 @@ def _mixing(value: jax.Array) -> nnx.Param:
 
 
 @jax.custom_vjp
-def _mixed(weights_BLSJ: jax.Array, x_BLJD: jax.Array) -> jax.Array:
+def mixed(weights_BLSJ: jax.Array, x_BLJD: jax.Array) -> jax.Array:
     """sum_j weights_j x_j, in float32: (B, L, S, D). Weights of 1 for B or L are those of all."""
     x32_BLJD = x_BLJD.astype(jnp.float32)
     each = [weights_BLSJ[..., j, None] * x32_BLJD[:, :, j, None] for j in range(x_BLJD.shape[2])]
@@ -221,10 +221,10 @@ def _mixed_back(inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax.Array) -> An
     products_BLSJ = jax.lax.optimization_barrier(products_BLSJ)
     shared = tuple(dim for dim in (0, 1) if weights_BLSJ.shape[dim] == 1)
     grad_of_weights = jnp.sum(products_BLSJ, axis=shared, keepdims=True)
-    grad_of_x = _mixed(weights_BLSJ.swapaxes(2, 3), grad_BLSD)
+    grad_of_x = mixed(weights_BLSJ.swapaxes(2, 3), grad_BLSD)
     return grad_of_weights, grad_of_x.astype(x_BLJD.dtype)
 
 
-_mixed.defvjp(
-    lambda weights_BLSJ, x_BLJD: (_mixed(weights_BLSJ, x_BLJD), (weights_BLSJ, x_BLJD)), _mixed_back
+mixed.defvjp(
+    lambda weights_BLSJ, x_BLJD: (mixed(weights_BLSJ, x_BLJD), (weights_BLSJ, x_BLJD)), _mixed_back
 )
