@@ -1,11 +1,13 @@
 """The loss and gradient norm of every step of tiny runs at fixed seeds, kept in losses.json.
 
-`python -m tests.losses.record` compares and says what differs; with --write it keeps what it found.
-A change that claims to change no numerics leaves them as they are, to the last bit on the machine
-that they were kept on; other machines may round differently.
+`python -m tests.losses.record` compares and says what differs; with --write it keeps what it found,
+and on what machine. A change that claims to change no numerics leaves them as they are, to the last
+bit, there. Other machines round differently, and a last bit may flip a selection.
 """
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -110,19 +112,31 @@ def losses(case: str) -> list[list[float]]:
     return found
 
 
+def machine() -> str:
+    """What decides how numbers are rounded: jaxlib, and what the CPU can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    said = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:8]
+    return f"jaxlib {importlib.metadata.version('jaxlib')}, CPU {digest}"
+
+
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    found = {}
+    before = json.loads(KEPT.read_text()) if KEPT.exists() else {"machine": "", "losses": {}}
+    print(f"kept on {before['machine']}; this is {machine()}")
+    kept, found = before["losses"], {}
     for case in CASES:
         found[case] = losses(case)
-        before = kept.get(case)
-        most = np.abs(np.array(before) / np.array(found[case]) - 1).max() if before else None
-        same = "the same to the last bit" if before == found[case] else f"differs by {most}"
-        print(f"{case}: {same if before else 'new'}", flush=True)
+        old = kept.get(case)
+        most = np.abs(np.array(old) / np.array(found[case]) - 1).max() if old else None
+        same = "the same to the last bit" if old == found[case] else f"differs by {most}"
+        print(f"{case}: {same if old else 'new'}", flush=True)
     if "--write" in sys.argv:
-        KEPT.write_text(json.dumps(found, indent=1) + "\n")
+        KEPT.write_text(json.dumps({"machine": machine(), "losses": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
