@@ -8,7 +8,7 @@ import dataclasses
 import math
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +21,17 @@ import matplotlib.pyplot as plt
 from modjax.records import Record, read_records, write_csv
 from modjax.scaling.fit import fit_all
 from modjax.scaling.marks import RC, nth_style
+from modjax.scaling.results import Gap
 from modjax.scaling.words import render_text
 
 HERE = Path(__file__).parent
 BASELINE = "dense"
-# Arms of equal shapes and FLOPs per token, and what each is there to be compared with.
-CONTROLS = (
+# Arms whose FLOPs per token are alike at equal width, and what each is compared with.
+PAIRS = (
+    *((arm, BASELINE) for arm in (
+        "recycled2", "recycled4", "full2", "same2", "sum2", "simplified4", "static2", "dynamic2",
+        "moe", "altup-moe",
+    )),
     ("recycled2", "same2"), ("full2", "sum2"), ("full2", "recycled2"), ("seq4", "skip4"),
     ("seq4", "pool4"), ("seq4", "mod25"), ("skip4", "mod25"), ("altup-mod12", "mod12"),
     ("altup-moe", "moe"),
@@ -66,7 +71,7 @@ def difference(records: list[Record], arm: str, other: str, budget: float) -> Di
 def table(records: list[Record], pairs: Iterable[tuple[str, str]]) -> None:
     print(f"| budget | arm | less | difference | 95% interval | pairs | needed for {TOLD} |")
     print("|---|---|---|---|---|---|---|")
-    for budget in budgets(records):
+    for budget in sorted({r.budget_flops for r in records}):
         for arm, other in pairs:
             d = difference(records, arm, other, budget)
             if d is not None:
@@ -74,45 +79,38 @@ def table(records: list[Record], pairs: Iterable[tuple[str, str]]) -> None:
                       f"{d.low:+.4f} to {d.high:+.4f} | {d.pairs} | {d.needed} |")  # fmt: skip
 
 
-def optima(records: list[Record]) -> None:
+def optima(gaps: Sequence[Gap]) -> None:
     """Each arm at its own optimum against dense at its own, as `modjax fit` has them."""
-    found = fit_all(records, baseline=BASELINE)
     print("| budget | arm | loss less dense | 95% interval | forward FLOPs over dense |")
     print("|---|---|---|---|---|")
-    for gap in sorted(found.gaps, key=lambda gap: (gap.budget_flops, gap.loss or math.inf)):
+    for gap in sorted(gaps, key=lambda gap: (gap.budget_flops, gap.loss or math.inf)):
         if gap.loss is not None and gap.loss_interval is not None:
             low, high = gap.loss_interval
             print(f"| {gap.budget_flops:.1e} | {gap.arm} | {gap.loss:+.4f} | {low:+.4f} to "
                   f"{high:+.4f} | {gap.flops_ratio:.2f} |")  # fmt: skip
-    print(render_text(found))
 
 
-def budgets(records: Iterable[Record]) -> list[float]:
-    return sorted({r.budget_flops for r in records})
-
-
-def arms(records: Iterable[Record]) -> list[str]:
-    return list(dict.fromkeys(r.variant for r in records))
-
-
-def draw(records: list[Record], path: Path) -> None:
-    """Every arm's mean difference from dense at equal width and seed, with its interval."""
-    others = [arm for arm in sorted(arms(records)) if arm != BASELINE]
+def draw(gaps: Sequence[Gap], path: Path) -> None:
+    """Every arm's loss less that of dense, each at its own optimum, with its interval."""
+    arms = sorted({gap.arm for gap in gaps}, reverse=True)
+    budgets = sorted({gap.budget_flops for gap in gaps})
     with plt.rc_context(RC):
-        size = (18 / 2.54, (3 + 0.7 * len(others)) / 2.54)
+        size = (18 / 2.54, (3 + 0.6 * len(arms)) / 2.54)
         figure, axes = plt.subplots(
-            1, len(budgets(records)), figsize=size, sharey=True, layout="constrained", squeeze=False
+            1, len(budgets), figsize=size, sharey=True, layout="constrained", squeeze=False
         )
-        for i, (ax, budget) in enumerate(zip(axes[0], budgets(records), strict=True)):
+        for i, (ax, budget) in enumerate(zip(axes[0], budgets, strict=True)):
             colour, marker, _ = nth_style(i)
             ax.axvline(0, color="black", linewidth=0.8)
-            for row, arm in enumerate(reversed(others)):
-                d = difference(records, arm, BASELINE, budget)
-                if d is not None:
-                    spread = [[d.mean - d.low], [d.high - d.mean]]
-                    ax.errorbar(d.mean, row, xerr=spread, color=colour, marker=marker, capsize=2)
+            for gap in gaps:
+                if gap.budget_flops == budget and gap.loss is not None and gap.loss_interval:
+                    low, high = gap.loss_interval
+                    if math.isfinite(low) and math.isfinite(high):
+                        spread = [[gap.loss - low], [high - gap.loss]]
+                        ax.errorbar(gap.loss, arms.index(gap.arm), xerr=spread, color=colour,
+                                    marker=marker, capsize=2)  # fmt: skip
             ax.set(title=f"{budget:.1e} FLOPs", xlabel="loss less dense, nats per byte")
-            ax.set_yticks(range(len(others)), list(reversed(others)))
+            ax.set_yticks(range(len(arms)), arms)
             ax.grid(axis="x", alpha=0.3)
         figure.savefig(path, dpi=200)
 
@@ -123,7 +121,8 @@ if __name__ == "__main__":
     write_csv(HERE / f"{name}.csv", trained)
     # What one can sample from: MoD by its predictor, experts without drops, all others as trained.
     records = [dataclasses.replace(r, eval_loss=r.causal_loss or r.eval_loss) for r in trained]
-    table(records, [(arm, BASELINE) for arm in arms(records) if arm != BASELINE])
-    table(records, CONTROLS)
-    optima(records)
-    draw(records, HERE / f"{name}.png")
+    table(records, PAIRS)
+    found = fit_all(records, baseline=BASELINE)
+    optima(found.gaps)
+    print(render_text(found))
+    draw(found.gaps, HERE / f"{name}.png")
