@@ -217,7 +217,8 @@ def _mixed_back(inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax.Array) -> An
     """
     weights_BLSJ, x_BLJD = inputs
     x32_BLJD = x_BLJD.astype(jnp.float32)
-    products_BLSJ = jnp.einsum("BLSD,BLJD->BLSJ", grad_BLSD, x32_BLJD)
+    exact = jax.lax.Precision.HIGHEST  # they sum over many positions
+    products_BLSJ = jnp.einsum("BLSD,BLJD->BLSJ", grad_BLSD, x32_BLJD, precision=exact)
     products_BLSJ = jax.lax.optimization_barrier(products_BLSJ)
     shared = tuple(dim for dim in (0, 1) if weights_BLSJ.shape[dim] == 1)
     grad_of_weights = jnp.sum(products_BLSJ, axis=shared, keepdims=True)
