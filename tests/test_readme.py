@@ -74,10 +74,12 @@ def test_the_layer_of_the_readme_is_the_one_that_is_tested():
 def test_the_layers_of_the_readme_are_read():
     section = README.read_text().split("## Layers are values")[1].split("A layer of your own")[0]
     lines = re.findall(r"^    (.*)$", section, re.MULTILINE)
-    assert len(lines) == 6
+    assert len(lines) == 8
     for line in lines:
+        named = re.search(r'model.streams = "(.*)"', line)
+        streams = named and named.group(1)
         found = [
-            modjax.ModelSpec(272, 64, 4, 4, 4, 256, layers=text).layers
+            modjax.ModelSpec(272, 64, 4, 4, 4, 256, layers=text, streams=streams).layers
             for text in (line.partition("#")[0], line.partition("#")[0].replace("0.125", "0.25"))
         ]
         assert (found[0] != found[1]) == ("0.125" in line)
