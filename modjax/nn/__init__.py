@@ -1,5 +1,6 @@
 """How layers are computed: Flax NNX modules, one for each spec, and pure functions under them."""
 
+from modjax import spec
 from modjax.nn import layers, mod, moe, sequence, streams
 from modjax.nn.block import MoDBlock
 from modjax.nn.build import MODULES, build, register
@@ -9,25 +10,16 @@ from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, losses, observe, statistics
 from modjax.nn.routed import Routed, decision_counts, decision_quality
-from modjax.spec import MLP, Attention, MoD, MoE, Seq
-from modjax.spec.sequence import SequenceAltUp, StridePool, StrideSkip
-from modjax.spec.streams import (
-    AltUp,
-    Full,
-    Gemma3nAltUp,
-    HyperConnection,
-    Projected,
-    Recycled,
-    SimplifiedAltUp,
-)
 
-MODULES.update({Attention: layers.Attention, MLP: layers.MLP, Seq: layers.Seq})
-MODULES.update({MoD: mod.MoD, MoE: moe.MoE})
-MODULES.update({Recycled: streams.Recycled, Full: streams.Full, Projected: streams.Projected})
-MODULES.update({AltUp: streams.AltUp, SimplifiedAltUp: streams.SimplifiedAltUp})
-MODULES.update({HyperConnection: streams.HyperConnection, Gemma3nAltUp: streams.Gemma3nAltUp})
-MODULES.update({SequenceAltUp: sequence.SequenceAltUp, StrideSkip: sequence.StrideSkip})
-MODULES.update({StridePool: sequence.StridePool})
+MODULES.update({spec.Attention: layers.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
+MODULES.update({spec.MoD: mod.MoD, spec.MoE: moe.MoE})
+MODULES.update({spec.Recycled: streams.Recycled, spec.Full: streams.Full})
+MODULES.update({spec.Projected: streams.Projected, spec.AltUp: streams.AltUp})
+MODULES.update({spec.SimplifiedAltUp: streams.SimplifiedAltUp})
+MODULES.update({spec.HyperConnection: streams.HyperConnection})
+MODULES.update({spec.Gemma3nAltUp: streams.Gemma3nAltUp})
+MODULES.update({spec.SequenceAltUp: sequence.SequenceAltUp})
+MODULES.update({spec.StrideSkip: sequence.StrideSkip, spec.StridePool: sequence.StridePool})
 
 __all__ = [
     "At",

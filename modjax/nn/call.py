@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from modjax.nn.records import Record
 
@@ -28,6 +29,12 @@ class At(NamedTuple):
     valid_BL: jax.Array | None
     ropes: Mapping[float, tuple[jax.Array, jax.Array]]
     handed: Mapping[str, jax.Array]
+
+    def count(self, batch: int, length: int) -> jax.Array:
+        """How many of `length` positions of each row are no padding, (B,)."""
+        if self.valid_BL is None:
+            return jnp.full(batch, length, jnp.int32)
+        return jnp.sum(self.valid_BL, axis=1, dtype=jnp.int32)
 
 
 class Call(NamedTuple):

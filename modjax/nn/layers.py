@@ -133,13 +133,10 @@ class Attention(Sublayer):
 
     def _write(self, k_BGLH, v_BGLH, at: At) -> KVWrite:
         batch, length = k_BGLH.shape[0], k_BGLH.shape[2]
-        count_B = jnp.full(batch, length, jnp.int32)
-        if at.valid_BL is not None:
-            count_B = jnp.sum(at.valid_BL, axis=1, dtype=jnp.int32)
         positions_BL = None
         if self.spec.window:
             positions_BL = jnp.broadcast_to(at.positions_BL, (batch, length)).astype(jnp.int32)
-        return KVWrite(k_BGLH, v_BGLH, count_B, positions_BL)
+        return KVWrite(k_BGLH, v_BGLH, at.count(batch, length), positions_BL)
 
 
 class MLP(Sublayer):

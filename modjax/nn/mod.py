@@ -21,7 +21,7 @@ from modjax.nn.layers import empty
 from modjax.nn.records import Inside
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer, valid_ones
-from modjax.nn.routing import Selection, gather, scatter_add
+from modjax.nn.routing import Selection, gather, scatter_add, wide
 from modjax.nn.rows import run_rows
 from modjax.nn.sharding import constrain_stream
 from modjax.spec.mod import cache_slots
@@ -149,8 +149,8 @@ class MoD(RoutedLayer):
         def run(part):
             x, at, scores_BL, cache = part
             out = self.inner(x, at, call.inside(0), cache)
-            routed = at.valid_BL.reshape(at.valid_BL.shape + (1,) * (x.ndim - 2))
             update = self.update(scores_BL, x, out.x)
+            routed = wide(at.valid_BL, x)
             return jnp.where(routed, update, jnp.zeros_like(x)), unwritten(out.write)
 
         inputs = (x, at._replace(valid_BL=routed_BL), scores_BL, cache)

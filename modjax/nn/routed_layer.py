@@ -24,6 +24,7 @@ from modjax.nn.routing import (
     select_first_k,
     select_top_k,
     selected_mask,
+    wide,
 )
 from modjax.nn.sharding import per_sequence
 from modjax.spec.mod import MoDConfig, selected_tokens
@@ -129,8 +130,7 @@ class RoutedLayer(nnx.Module):
 
     def update(self, scores_BK: jax.Array, x_BKD: jax.Array, y_BKD: jax.Array) -> jax.Array:
         """What is added to the stream at selected positions, for each reading of Eq. 1."""
-        weight_BK = self.router.weigh(scores_BK).astype(x_BKD.dtype)
-        weight = weight_BK.reshape(weight_BK.shape + (1,) * (x_BKD.ndim - 2))
+        weight = wide(self.router.weigh(scores_BK).astype(x_BKD.dtype), x_BKD)
         y_BKD = y_BKD.astype(x_BKD.dtype)
         return weight * (y_BKD - x_BKD if self.config.residual == "delta" else y_BKD)
 

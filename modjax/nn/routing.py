@@ -174,6 +174,11 @@ def scatter_add(x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array) 
     return jax.vmap(one)(x_BLD, indices_BK, update_BKD)
 
 
+def wide(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """A mask or weight (B, ...), with dims of 1 for those that `like` has beyond it."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
 def selected_mask(selection: Selection, length: int) -> jax.Array:
     """Which of the L positions were selected, (B, L) bool."""
     batch = selection.indices_BK.shape[0]

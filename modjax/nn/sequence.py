@@ -23,7 +23,7 @@ from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import empty
 from modjax.nn.params import make_param
 from modjax.nn.records import Inside
-from modjax.nn.routing import gather
+from modjax.nn.routing import gather, wide
 from modjax.nn.rows import run_rows
 from modjax.nn.streams import mixed
 
@@ -54,7 +54,7 @@ class Kept:
         return Kept(
             written(self.inner, write.inner, fresh=fresh),
             self.count_B + write.count_B,
-            *(jnp.where(_wide(read_B, old), new, old) for old, new in vectors),
+            *(jnp.where(wide(read_B, old), new, old) for old, new in vectors),
         )
 
 
@@ -99,33 +99,34 @@ class Anchored(nnx.Module):
         inner_cache = None if cache is None else cache.inner
         inputs = seen_BJ, jax.tree.map(places.pick, at), inner_cache
 
-        def run(inputs: tuple[jax.Array, At, Any]) -> tuple[jax.Array, Any, Any]:
-            out = self.inner(*inputs[:2], call.inside(0), inputs[2])
-            return out.x, unwritten(out.write), out.records
+        def run(inputs: tuple[jax.Array, At, Any]) -> Out:
+            return self.inner(*inputs[:2], call.inside(0), inputs[2])
 
-        found: Any = {}
         if length == 1 and not fresh:  # as MoD, a decode step reports nothing from inside
-            y_BJ, write = run_rows(lambda i: run(i)[:2], inputs, inputs[1].valid_BL[:, 0])
+            out = run_rows(
+                lambda part: Out((out := run(part)).x, unwritten(out.write), {}, {}),
+                inputs,
+                inputs[1].valid_BL[:, 0],
+            )
         else:
-            y_BJ, write, found = run(inputs)
-        news_BJ = y_BJ - self.predicted(seen_BJ, seen_BJ)
-        news_BI = _after(news, news_BJ)
+            out = run(inputs)
+        news_BI = _after(news, out.x - self.predicted(seen_BJ))
         new = self.corrected(x, places, held_BI, news_BI)
         if at.segments_BL is not None:
             anchors_BJ = places.pick(at.segments_BL)
             own_BL = places.spread(_after(anchors_BJ[:, 0], anchors_BJ)) == at.segments_BL
-            new = jnp.where(_wide(own_BL, x), new, x)
+            new = jnp.where(wide(own_BL, x), new, x)
         valid_BJ = inputs[1].valid_BL
         valid_BJ = jnp.ones(places.indices_BJ.shape, bool) if valid_BJ is None else valid_BJ
         records = {
-            name: Inside(record, places.indices_BJ, valid_BJ) for name, record in found.items()
+            name: Inside(record, places.indices_BJ, valid_BJ)
+            for name, record in out.records.items()
         }
+        write: Any = ()
         if cache is not None:
-            count_B = jnp.full(batch, length)
-            if at.valid_BL is not None:
-                count_B = jnp.sum(at.valid_BL, axis=1, dtype=jnp.int32)
             last_B = jnp.sum(valid_BJ, axis=1, dtype=jnp.int32)
-            write = Kept(write, count_B, _rows(held_BI, last_B), _rows(news_BI, last_B))
+            vectors = _rows(held_BI, last_B), _rows(news_BI, last_B)
+            write = Kept(out.write, at.count(batch, length), *vectors)
         return Out(new, write, under("inner", records))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Kept:
@@ -141,9 +142,9 @@ class Anchored(nnx.Module):
         seen_BJ = places.pick(x)
         return seen_BJ, _after(held, seen_BJ)
 
-    def predicted(self, x: jax.Array, anchor: jax.Array) -> jax.Array:
-        """Positions before their correction, of those and what their anchors saw."""
-        return x
+    def predicted(self, seen_BJ: jax.Array) -> jax.Array:
+        """What anchors that saw this are before their correction."""
+        return seen_BJ
 
     def corrected(
         self, x: jax.Array, places: Places, held_BI: jax.Array, news_BI: jax.Array
@@ -157,8 +158,8 @@ class SequenceAltUp(Anchored):
         super().__init__(spec, shape, rngs=rngs)
         self.scalars = make_param(jnp.array([1.0, 0.0, 1.0]), ("replicated",))  # a1, a2 and b
 
-    def predicted(self, x: jax.Array, anchor: jax.Array) -> jax.Array:
-        return _sum(self.scalars[...][:2], x, anchor)
+    def predicted(self, seen_BJ: jax.Array) -> jax.Array:
+        return _sum(self.scalars[...][:2], seen_BJ, seen_BJ)
 
     def corrected(
         self, x: jax.Array, places: Places, held_BI: jax.Array, news_BI: jax.Array
@@ -172,7 +173,7 @@ class StrideSkip(Anchored):
         self, x: jax.Array, places: Places, held_BI: jax.Array, news_BI: jax.Array
     ) -> jax.Array:
         anchor_BL = places.past_BL % places.stride == 0
-        return jnp.where(_wide(anchor_BL, x), super().corrected(x, places, held_BI, news_BI), x)
+        return jnp.where(wide(anchor_BL, x), super().corrected(x, places, held_BI, news_BI), x)
 
 
 class StridePool(Anchored):
@@ -188,14 +189,14 @@ class StridePool(Anchored):
         waiting_B = jnp.where(read_B > 0, (read_B - 1) % places.stride, 0)
 
         def pooled(leaf: jax.Array, first: jax.Array) -> jax.Array:
-            kept = jnp.where(_wide(mine_BL, leaf), leaf, jnp.zeros_like(leaf))
+            kept = jnp.where(wide(mine_BL, leaf), leaf, jnp.zeros_like(leaf))
             groups = places.indices_BJ.shape[1] + 1
             sums = jax.vmap(lambda x, i: jax.ops.segment_sum(x, i, groups))(kept, next_BL)
             return sums.at[:, 0].add(first)
 
         sums_BI = pooled(x.astype(jnp.float32), held.astype(jnp.float32))
         counts_BI = pooled(jnp.ones(x.shape[:2]), waiting_B.astype(jnp.float32))
-        means_BI = sums_BI / _wide(jnp.maximum(counts_BI, 1.0), sums_BI)
+        means_BI = sums_BI / wide(jnp.maximum(counts_BI, 1.0), sums_BI)
         return means_BI[:, :-1].astype(x.dtype), sums_BI.astype(x.dtype)
 
 
@@ -203,8 +204,8 @@ def _sum(weights: jax.Array, *each: jax.Array) -> jax.Array:
     """Weighted by a few numbers, in float32."""
 
     def weighted(weight: jax.Array, x: jax.Array) -> jax.Array:
-        wide = x.reshape(*x.shape[:2], 1, -1)
-        return mixed(weight.reshape(1, 1, 1, 1), wide).reshape(x.shape)
+        flat = x.reshape(*x.shape[:2], 1, -1)
+        return mixed(weight.reshape(1, 1, 1, 1), flat).reshape(x.shape)
 
     terms = (weighted(w, part) for w, part in zip(weights, each, strict=True))
     return functools.reduce(jnp.add, terms).astype(each[0].dtype)
@@ -218,8 +219,3 @@ def _after(first: jax.Array, others: jax.Array) -> jax.Array:
 def _rows(leaf_BI: jax.Array, index_B: jax.Array) -> jax.Array:
     """Of every row of leaf what stands at its index, or at each of its indices."""
     return jax.vmap(lambda leaf_I, i: leaf_I[i])(leaf_BI, index_B)
-
-
-def _wide(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """A mask of fewer dims, to choose by."""
-    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))

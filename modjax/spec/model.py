@@ -64,8 +64,8 @@ class ModelSpec:
         require_one_of("model.dtype", self.dtype, DTYPES)
         object.__setattr__(self, "layers", read_layers(self.layers, self.imports))
         if isinstance(self.streams, str):
-            (*_, streams) = text.read(self.streams, NAMES, "model.streams")
-            object.__setattr__(self, "streams", streams)
+            found = text.read(self.streams, NAMES, "model.streams")
+            object.__setattr__(self, "streams", found[0] if len(found) == 1 else self.streams)
         fits = self.streams is None or isinstance(self.streams, Ends)
         require(fits, "model.streams", str(self.streams), "must be such as Recycled(2), or None")
         for segment in self.segments:  # raises where the depth does not fit

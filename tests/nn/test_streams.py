@@ -336,6 +336,7 @@ def test_weight_decay_never_touches_a_coefficient():
         ({"layers": (AltUp(Dense(), active=2),)}, "AltUp.active = 2: must be 0 to 1"),
         ({"streams": "Recycled(1)"}, "Recycled.streams = 1: must be 2 to 64"),
         ({"streams": "Dense()"}, "model.streams = 'Dense()': must be such as Recycled(2)"),
+        ({"streams": "Recycled(2), Full(2)"}, "must be such as Recycled(2)"),
         ({"streams": 2}, "model.streams = '2': must be such as Recycled(2)"),
         ({"layers": (Recycled(2),)}, "belongs in model.streams"),
     ],
