@@ -18,10 +18,9 @@ def alternating(layer: str, streams: int, inner: str = "Dense()", more: str = ""
     return ", ".join(f"{layer}({inner}, active={i}{more})" for i in range(streams))
 
 
-def connected(dynamic: bool) -> str:
-    """Two blocks, so that their four sublayers begin with each of two streams in turn."""
-    pair = [f"HyperConnection({part}, active={i}, dynamic={dynamic})"
-            for i, part in enumerate(("Attention()", "MLP()"))]  # fmt: skip
+def connected(layer: str, more: str = "") -> str:
+    """Around each sublayer, the first reading one of two streams, the second the other."""
+    pair = [f"{layer}({part}, active={i}{more})" for i, part in enumerate(("Attention()", "MLP()"))]
     return f"Seq({', '.join(pair)})"
 
 
@@ -43,8 +42,9 @@ ARMS = {
     "same2": {"layers": "AltUp(Dense())"} | TWO,
     "sum2": {"layers": alternating("AltUp", 2, more=", learned=False"), "streams": "Full(2)"},
     "simplified4": {"layers": alternating("SimplifiedAltUp", 4)} | FOUR,
-    "static2": {"layers": connected(False)} | TWO,
-    "dynamic2": {"layers": connected(True)} | TWO,
+    "static2": {"layers": connected("HyperConnection")} | TWO,
+    "dynamic2": {"layers": connected("HyperConnection", ", dynamic=True")} | TWO,
+    "manifold2": {"layers": connected("ManifoldHyperConnection")} | TWO,
     "seq2": {"layers": between("SequenceAltUp(Dense(), stride=2)"), "forward_ratio": 0.85},
     "seq4": {"layers": between("SequenceAltUp(Dense(), stride=4)")} | LESS,
     "skip4": {"layers": between("StrideSkip(Dense(), stride=4)")} | LESS,

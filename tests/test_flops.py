@@ -26,6 +26,7 @@ from modjax.spec import (
     Full,
     Gemma3nAltUp,
     HyperConnection,
+    ManifoldHyperConnection,
     MoD,
     ModelSpec,
     MoE,
@@ -88,6 +89,7 @@ ON_STREAMS = [
     ((AltUp(active=1), SimplifiedAltUp(active=3)), Full(4)),
     ((Seq(HyperConnection(Attention(), dynamic=True), HyperConnection(MLP())),), Recycled(4)),
     ((Gemma3nAltUp(), MoD(AltUp())), Projected(4)),
+    ((ManifoldHyperConnection(),), Recycled(4)),
 ]
 
 

@@ -41,10 +41,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        x32_BLD = x_BLD.astype(jnp.float32)
-        mean_square_BL1 = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
-        y_BLD = x32_BLD * jax.lax.rsqrt(mean_square_BL1 + self.eps) * self.scale[None, None]
-        return y_BLD.astype(x_BLD.dtype)
+        return (unit_rms(x_BLD, self.eps) * self.scale[None, None]).astype(x_BLD.dtype)
+
+
+def unit_rms(x_BLD: jax.Array, eps: float) -> jax.Array:
+    """x over the root of its mean square, in float32."""
+    x32_BLD = x_BLD.astype(jnp.float32)
+    mean_square_BL1 = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
+    return x32_BLD * jax.lax.rsqrt(mean_square_BL1 + eps)
 
 
 class Sublayer(nnx.Module):

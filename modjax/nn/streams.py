@@ -18,13 +18,15 @@ from modjax import spec
 from modjax.kernels import product
 from modjax.nn.build import build
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.layers import RMSNorm, empty
+from modjax.nn.layers import RMSNorm, empty, unit_rms
 from modjax.nn.params import make_param, normal_param
 from modjax.nn.routers import linear
 
 # What a stream is divided by is at least this, as in Gemma 3n.
 LEAST_SQUARE = 1e-5
 DYNAMIC_SCALE = 0.01  # of hyper-connections at the start
+LEAST_SHARE = 1e-6  # so that no column is 0, as DeepSeek V4
+NEAR = 0.9  # what a stream keeps of itself in mHC at the start
 
 
 class Recycled(nnx.Module):
@@ -172,6 +174,40 @@ class HyperConnection(Streams):
             b_BLS += beta * found[..., 1]
             a_r_BLJS += alpha * found[..., 2:]
         return Weights(a_m_BLJ, a_r_BLJS.swapaxes(2, 3), a_m_BLJ, lambda _: b_BLS)
+
+
+class ManifoldHyperConnection(Streams):
+    def __init__(self, spec: spec.ManifoldHyperConnection, shape: spec.Shape, *, rngs: nnx.Rngs):
+        super().__init__(spec, shape, rngs=rngs)
+        s, self.eps = shape.streams, shape.norm_eps
+        self.w = make_param(jnp.zeros((s * shape.d_model, s * (s + 2))), ("embed", None))
+        near_SS = jnp.where(jnp.eye(s) > 0, NEAR, (1 - NEAR) / (s - 1))
+        self.b_read = _mixing(jax.scipy.special.logit(near_SS[spec.active]))
+        self.b_write, self.b_mix = _mixing(jnp.zeros(s)), _mixing(jnp.log(near_SS))
+        self.scales = _mixing(jnp.full(3, DYNAMIC_SCALE))
+
+    def weights(self, x_BLSD: jax.Array) -> Weights:
+        batch, length, s = x_BLSD.shape[:3]
+        found = linear(unit_rms(x_BLSD.reshape(batch, length, -1), self.eps), self.w[...])
+        parts = jnp.split(found, (s, 2 * s), axis=2)
+        scaled = [scale * part for scale, part in zip(self.scales[...], parts, strict=True)]
+        read_BLJ = jax.nn.sigmoid(scaled[0] + self.b_read[...][None, None])
+        write_BLS = 2 * jax.nn.sigmoid(scaled[1] + self.b_write[...][None, None])
+        logits_BLJS = scaled[2].reshape(batch, length, s, s) + self.b_mix[...][None, None]
+        mix_BLSJ = _doubly_stochastic(logits_BLJS).swapaxes(2, 3)
+        return Weights(read_BLJ, mix_BLSJ, read_BLJ, lambda _: write_BLS)
+
+
+def _doubly_stochastic(logits_BLJS: jax.Array) -> jax.Array:
+    """exp(logits), its rows and columns made to sum to 1 in turn (Sinkhorn and Knopp)."""
+
+    def one_round(_: int, m_BLJS: jax.Array) -> jax.Array:
+        for axis in (3, 2):
+            m_BLJS = m_BLJS / jnp.sum(m_BLJS, axis=axis, keepdims=True)
+        return m_BLJS
+
+    positive_BLJS = jax.nn.softmax(logits_BLJS, axis=3) + LEAST_SHARE
+    return jax.lax.fori_loop(0, spec.SINKHORN_ROUNDS, one_round, positive_BLJS)
 
 
 class Gemma3nAltUp(Streams):

@@ -9,10 +9,12 @@ from modjax.spec.moe import MoE
 from modjax.spec.run import DataConfig, Execution, RunSpec, TrainConfig
 from modjax.spec.sequence import Anchored, SequenceAltUp, StridePool, StrideSkip
 from modjax.spec.streams import (
+    SINKHORN_ROUNDS,
     AltUp,
     Full,
     Gemma3nAltUp,
     HyperConnection,
+    ManifoldHyperConnection,
     Projected,
     Recycled,
     SimplifiedAltUp,
@@ -22,6 +24,7 @@ from modjax.spec.streams import (
 __all__ = [
     "MLP",
     "ROUTINGS",
+    "SINKHORN_ROUNDS",
     "AltUp",
     "Anchored",
     "Attention",
@@ -34,6 +37,7 @@ __all__ = [
     "HyperConnection",
     "Layer",
     "Load",
+    "ManifoldHyperConnection",
     "MoD",
     "MoDConfig",
     "MoE",

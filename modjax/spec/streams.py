@@ -11,6 +11,7 @@ from modjax.spec.layer import Cost, Layer, Load, Shape, named
 from modjax.spec.layers import DENSE
 
 MOST = 64
+SINKHORN_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,21 @@ class HyperConnection(Streams):
         if not self.dynamic:
             return flops, params
         return flops + s * (4.0 * d + 2 * d * (s + 2)), params + d * (s + 2) + d + 2
+
+
+@named
+@dataclass(frozen=True)
+class ManifoldHyperConnection(Streams):
+    """Hyper-connections of positive weights and a doubly stochastic mix (mHC, arXiv 2512.24880).
+
+    Of norm(all x) W three parts v, each with its own a and b: read = base = sigmoid(a v + b), write
+    = 2 sigmoid(a v + b), mix = (exp(a v + b), made doubly stochastic) transposed. W starts at 0;
+    mix at 0.9 of each stream in itself, read at 0.9 of the active one.
+    """
+
+    def weights(self, s: int, d: int) -> tuple[float, int]:
+        made = s * (s + 2)
+        return (2.0 * made + 6) * s * d + 4.0 * SINKHORN_ROUNDS * s * s, (s * d + 1) * made + 3
 
 
 @named

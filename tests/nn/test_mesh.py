@@ -21,6 +21,7 @@ from modjax.spec import (
     Full,
     Gemma3nAltUp,
     HyperConnection,
+    ManifoldHyperConnection,
     MoD,
     ModelSpec,
     MoE,
@@ -62,7 +63,8 @@ ON_STREAMS = {
     "AltUp": spec_of(AltUp(), AltUp(MoD(capacity=0.5), active=1), streams=TWO),
     "full": spec_of(AltUp(), AltUp(active=1), streams=Full(2)),
     "dynamic": spec_of(
-        Seq(HyperConnection(Attention(), dynamic=True), HyperConnection(MLP())), streams=TWO
+        Seq(HyperConnection(Attention(), dynamic=True), ManifoldHyperConnection(MLP())),
+        streams=TWO,
     ),
     "Gemma 3n": spec_of(Gemma3nAltUp(), streams=Projected(3)),
     "by stride": spec_of(SequenceAltUp(stride=4), StridePool(stride=3)),

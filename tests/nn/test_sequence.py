@@ -18,13 +18,18 @@ from modjax.spec import (
     AltUp,
     Attention,
     Dense,
+    Gemma3nAltUp,
+    HyperConnection,
+    ManifoldHyperConnection,
     MoD,
     ModelSpec,
     MoE,
+    Projected,
     Recycled,
     Repeat,
     Seq,
     SequenceAltUp,
+    SimplifiedAltUp,
     StridePool,
     StrideSkip,
 )
@@ -137,7 +142,11 @@ MODELS = {
     "within altup": model(
         *alternating(AltUp, SequenceAltUp(Dense(), stride=2)), depth=4, streams=Recycled(2)
     ),
-    "streams": model(*alternating(AltUp, Dense(), 3), streams=Recycled(3)),
+    "streams": model(
+        AltUp(), SimplifiedAltUp(active=1), Gemma3nAltUp(active=2),
+        Seq(HyperConnection(Attention(), dynamic=True), ManifoldHyperConnection(MLP())),
+        depth=4, streams=Projected(3),
+    ),
     "streams in MoD": model(
         *(MoD(layer, **TAUGHT) for layer in alternating(AltUp, Dense())),
         depth=4, streams=Recycled(2),

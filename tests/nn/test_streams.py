@@ -22,6 +22,7 @@ from modjax.spec import (
     Full,
     Gemma3nAltUp,
     HyperConnection,
+    ManifoldHyperConnection,
     MoD,
     ModelSpec,
     MoE,
@@ -77,6 +78,22 @@ def hyper_connection(p, x, active):
     return list(a_r.T @ h + np.outer(b, inner(p["inner"], read) - read))
 
 
+def manifold(p, x, active):
+    """arXiv 2512.24880 in its own terms, its mix as `comb`: new = comb^T H + post (inner)."""
+    h = np.stack(x)
+    v = rms_norm(h.reshape(-1), 1.0) @ p["w"]
+    a_pre, a_post, a_res = p["scales"]
+    pre = 1 / (1 + np.exp(-(a_pre * v[:S] + p["b_read"])))
+    post = 2 / (1 + np.exp(-(a_post * v[S : 2 * S] + p["b_write"])))
+    comb = np.exp(a_res * v[2 * S :].reshape(S, S) + p["b_mix"])
+    comb = comb / comb.sum(1, keepdims=True) + 1e-6
+    for _ in range(20):
+        comb = comb / comb.sum(1, keepdims=True)
+        comb = comb / comb.sum(0)
+    read = pre @ h
+    return list(comb.T @ h + np.outer(post, inner(p["inner"], read) - read))
+
+
 def gemma(p, x, active):
     def modes(v):
         return np.tanh(rms_norm(v, p["norm"]["scale"]) / D @ p["w"])
@@ -95,6 +112,7 @@ FORMS = {
     "simplified": (SimplifiedAltUp(INNER, active=2), simplified),
     "hyper-connection": (HyperConnection(INNER, active=1), hyper_connection),
     "dynamic": (HyperConnection(INNER, active=1, dynamic=True), hyper_connection),
+    "mHC": (ManifoldHyperConnection(INNER, active=1), manifold),
     "Gemma 3n": (Gemma3nAltUp(INNER, active=2), gemma),
 }
 
@@ -165,17 +183,17 @@ def with_inner(config, plain):
         if "inner" in ours:
             ours["inner"] = theirs
             continue
-        for name, part in theirs["parts"].items():  # a connection is around each sublayer
-            place = name.split("_")[0]
-            ours["parts"][f"{place}_hyperconnection"]["inner"] = part
+        both = zip(*(block["parts"].values() for block in (ours, theirs)), strict=True)
+        for connection, part in both:  # one is around each sublayer
+            connection["inner"] = part
     for name in ("embedding", "final_norm", "w_logits"):
         params[name] = plain[name]
     return params
 
 
-def connected(active, dynamic):
+def connected(active, kind=HyperConnection, **options):
     pair = Attention(), MLP()
-    return Seq(*(HyperConnection(p, (active + i) % 2, dynamic) for i, p in enumerate(pair)))
+    return Seq(*(kind(p, (active + i) % 2, **options) for i, p in enumerate(pair)))
 
 
 START = {
@@ -184,8 +202,9 @@ START = {
     "four streams": model(*alternating(AltUp, Dense(), 4), streams=Recycled(4)),
     "sum": model(*alternating(AltUp, Dense(), learned=False)),
     "simplified": model(*alternating(SimplifiedAltUp, Dense())),
-    "static": model(connected(0, False), connected(1, False)),
-    "dynamic": model(connected(0, True), connected(1, True)),
+    "static": model(connected(0), connected(1)),
+    "dynamic": model(connected(0, dynamic=True), connected(1, dynamic=True)),
+    "mHC": model(*(connected(i, ManifoldHyperConnection) for i in range(2))),
     "Gemma 3n": model(Gemma3nAltUp(Dense()), Gemma3nAltUp(Dense())),
     "around MoD": model(*alternating(AltUp, MoD(capacity=0.5))),
     "around MoE": model(*alternating(AltUp, Seq(Attention(), MoE(2)))),
@@ -314,6 +333,7 @@ def test_scanned_layers_equal_unrolled_ones_and_bfloat16_is_close(config):
 
 def test_weight_decay_never_touches_a_coefficient():
     small = {"p", "g", "r", "a_m", "a_r", "b", "c", "scales"}
+    small |= {"b_read", "b_write", "b_mix"}
     seen = set()
     for config in START.values():
         roles = abstract_model(config, Execution()).roles

@@ -1,4 +1,4 @@
-"""Gemma 3n's AltUp against Hugging Face's, values and gradients. Legend: B, L, S streams, D."""
+"""Layers on streams against Hugging Face's, values and gradients. Legend: B, L, S streams, D."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from modjax.nn import At, Call, build
-from modjax.spec import MLP, Gemma3nAltUp, Shape
+from modjax.spec import MLP, Gemma3nAltUp, ManifoldHyperConnection, Shape
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
 pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
@@ -15,37 +15,29 @@ pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
 B, L, S, D, F, ACTIVE = 2, 7, 4, 16, 24, 1
 
 
-def test_equals_hugging_faces_prediction_and_correction():
-    from transformers.models.gemma3n import modeling_gemma3n as its
+def compare(layer, block, renamed, run):
+    """A layer of ours around an MLP and a random block of theirs: values, and every gradient.
 
+    renamed(their parameters, or their gradients by name): the same as ours. run(x_BLSD, inner):
+    what theirs makes of the streams around that MLP.
+    """
     torch.manual_seed(0)
-    config = its.Gemma3nTextConfig(
-        hidden_size=D, altup_num_inputs=S, altup_active_idx=ACTIVE, rms_norm_eps=1e-6
-    )
-    block = its.Gemma3nTextAltUp(config).eval()
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_(0, 1)
-    graphdef, state = nnx.split(
-        build(Gemma3nAltUp(MLP("relu2"), active=ACTIVE),
-              Shape(D, 2, 2, 2, 8, F, 1e-6, S), rngs=nnx.Rngs(0))
-    )  # fmt: skip
-    values = nnx.to_pure_dict(state)
     named = {name: p.detach().numpy() for name, p in block.named_parameters()}
-    values["norm"]["scale"] = named["router_norm.weight"]
-    values["w"] = named["modality_router.weight"].T
-    values["p"] = named["prediction_coefs.weight"].T.reshape(S, S, S)
-    values["c"] = named["correction_coefs.weight"].T
-    inner = {name: torch.tensor(np.array(values["inner"][name])) for name in ("w_in", "w_out")}
+    graphdef, state = nnx.split(build(layer, Shape(D, 2, 2, 2, 8, F, 1e-6, S), rngs=nnx.Rngs(0)))
+    values = nnx.to_pure_dict(state) | renamed(named)
+    mlp = {name: torch.tensor(np.array(values["inner"][name])) for name in ("w_in", "w_out")}
     rng = np.random.default_rng(0)
     x_BLSD, target_BLSD = rng.standard_normal((2, B, L, S, D)).astype(np.float32)
 
+    def inner(read):
+        normed = read * torch.rsqrt(read.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return read + torch.relu(normed @ mlp["w_in"]).square() @ mlp["w_out"].T
+
     x = torch.tensor(x_BLSD, requires_grad=True)
-    predicted = block.predict(x.permute(2, 0, 1, 3))
-    read = predicted[ACTIVE]
-    normed = read * torch.rsqrt(read.pow(2).mean(-1, keepdim=True) + 1e-6)
-    computed = read + torch.relu(normed @ inner["w_in"]).square() @ inner["w_out"].T
-    theirs = block.correct(predicted, computed).permute(1, 2, 0, 3)
+    theirs = run(x, inner)
     (theirs * torch.tensor(target_BLSD)).sum().backward()
 
     def ours(values, x_BLSD):
@@ -56,13 +48,58 @@ def test_equals_hugging_faces_prediction_and_correction():
     gradient = jax.jit(jax.grad(ours, argnums=(0, 1), has_aux=True))
     (grads, x_grad), found = gradient(jax.tree.map(jnp.asarray, values), jnp.asarray(x_BLSD))
     np.testing.assert_allclose(found, theirs.detach().numpy(), rtol=1e-5, atol=1e-5)
-    slopes = {name: p.grad.numpy() for name, p in block.named_parameters() if p.grad is not None}
     np.testing.assert_allclose(x_grad, x.grad.numpy(), rtol=1e-4, atol=1e-4)
-    for ours, theirs in (
-        (grads["w"], slopes["modality_router.weight"].T),
-        (grads["p"], slopes["prediction_coefs.weight"].T.reshape(S, S, S)),
-        (grads["c"], slopes["correction_coefs.weight"].T),
-        (grads["norm"]["scale"], slopes["router_norm.weight"]),
-    ):
-        assert np.max(np.abs(theirs)) > 1e-2
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    slopes = {n: p.grad.numpy() for n, p in block.named_parameters() if p.grad is not None}
+    wanted = renamed(slopes)
+    assert all(np.max(np.abs(leaf)) > 1e-2 for leaf in jax.tree.leaves(wanted))
+    del grads["inner"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, wanted)
+
+
+def test_gemma_3n_equals_hugging_faces_prediction_and_correction():
+    from transformers.models.gemma3n import modeling_gemma3n as its
+
+    config = its.Gemma3nTextConfig(
+        hidden_size=D, altup_num_inputs=S, altup_active_idx=ACTIVE, rms_norm_eps=1e-6
+    )
+    block = its.Gemma3nTextAltUp(config).eval()
+
+    def run(x, inner):
+        predicted = block.predict(x.permute(2, 0, 1, 3))
+        return block.correct(predicted, inner(predicted[ACTIVE])).permute(1, 2, 0, 3)
+
+    def renamed(of):
+        return {
+            "norm": {"scale": of["router_norm.weight"]},
+            "w": of["modality_router.weight"].T,
+            "p": of["prediction_coefs.weight"].T.reshape(S, S, S),
+            "c": of["correction_coefs.weight"].T,
+        }
+
+    compare(Gemma3nAltUp(MLP("relu2"), active=ACTIVE), block, renamed, run)
+
+
+def test_mhc_equals_hugging_faces_deepseek_v4():
+    its = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+
+    config = DeepseekV4Config(hidden_size=D, hc_mult=S, hc_sinkhorn_iters=20, rms_norm_eps=1e-6)
+    block = its.DeepseekV4HyperConnection(config)
+
+    def run(x, inner):
+        # As DeepseekV4DecoderLayer; `inner` adds what it read, which theirs does not.
+        post, comb, read = block(x)
+        update = inner(read) - read
+        return post[..., None] * update[..., None, :] + comb.transpose(2, 3) @ x
+
+    def renamed(of):
+        b_read, b_write, b_mix = np.split(of["base"], (S, 2 * S))
+        return {
+            "w": of["fn"].T,
+            "b_read": b_read,
+            "b_write": b_write,
+            "b_mix": b_mix.reshape(S, S),
+            "scales": of["scale"],
+        }
+
+    compare(ManifoldHyperConnection(MLP("relu2")), block, renamed, run)

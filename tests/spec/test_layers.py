@@ -46,6 +46,7 @@ TEXTS = [
 ON_STREAMS = [
     ("AltUp(Dense()), AltUp(MoD(), active=1, learned=False)", "Recycled(2)"),
     ("Seq(HyperConnection(Attention(), dynamic=True), HyperConnection(MLP()))", "Full(3)"),
+    ("ManifoldHyperConnection(Dense(), active=1)", "Recycled(2)"),
     ("Gemma3nAltUp(Dense()), SimplifiedAltUp(Dense(), active=3)", "Projected(4)"),
 ]
 
