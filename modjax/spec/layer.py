@@ -78,6 +78,11 @@ class Layer:
         able = [layer.routings() for layer in self.inside()]
         return tuple(r for r in ROUTINGS if all(r in each for each in able))
 
+    def routings_of_some(self) -> tuple[str, ...]:
+        """The same of what is inside, which sees some positions only: a pace counts all of them."""
+        paces = "paced" in Layer.rules(self)
+        return tuple(r for r in Layer.routings(self) if r != "paced" or not paces)
+
     def rules(self) -> frozenset[str]:
         """Those of ROUTINGS, but "trained", that something in this layer has a rule for."""
         return frozenset().union(*(layer.rules() for layer in self.inside()))

@@ -139,7 +139,8 @@ class MoD(MoDConfig, Layer):
             )
 
     def routings(self) -> tuple[str, ...]:
-        return tuple(r for r in super().routings() if r == "trained" or r in self._own())
+        inside = self.routings_of_some()
+        return tuple(r for r in inside if r == "trained" or r in self._own())
 
     def rules(self) -> frozenset[str]:
         return super().rules() | self._own()

@@ -43,9 +43,7 @@ class Anchored(Layer):
         return 1 + 1 / self.stride, 0
 
     def routings(self) -> tuple[str, ...]:
-        # A pace is kept by counting positions, of which the inner layer sees few.
-        paced = "paced" in self.rules()
-        return tuple(r for r in super().routings() if r != "paced" or not paced)
+        return self.routings_of_some()
 
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
         kept = 2 * shape.d_model * shape.streams

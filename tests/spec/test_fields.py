@@ -267,6 +267,9 @@ WHAT_EACH_CAN = [
     ((MoD(router="threshold"),), ("trained", "threshold")),
     ((Seq(MoD(predictor_weight=0.1), MLP()),), ("trained", "predictor", "paced", "threshold")),
     ((Seq(Attention(), MoE(4, router="expert_choice")),), ("trained",)),
+    # A pace counts positions, of which the inner one sees some only.
+    ((MoD(MoD(predictor_weight=0.1), predictor_weight=0.1),),
+     ("trained", "predictor", "threshold")),
 ]  # fmt: skip
 
 
