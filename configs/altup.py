@@ -83,10 +83,15 @@ def get_config(which: str = "arms") -> ml_collections.ConfigDict:
         "arms": arms,
         "baseline": "dense-lr0_2" if check else "dense",
         "budgets": (1.5e11,) if check else (6e11, 1.8e12) if wide else (5e10, 1.5e11),
-        "sizes": 1 if check else 5,
-        "spread": 0.5,
+        "sizes": 1 if check else 8 if wide else 5,
+        "spread": 0.875 if wide else 0.5,
         "seeds": (0, 1, 2),
-        "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.6},
+        # A head of 8192 takes most of the FLOPs: three sizes more, all below.
+        "optimum": {
+            "budget": 3e11,
+            "params": 3.5e4 * 10**-0.375 if wide else 3.5e4,
+            "exponent": 0.6,
+        },
         "shape": {"width_multiple": 4, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {
             "batch_size": 4,

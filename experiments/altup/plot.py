@@ -1,6 +1,6 @@
 """Alternating Updates and its relatives against dense, and against their controls.
 
-Usage: python experiments/altup/plot.py WORKDIR NAME   (of a configs/altup.py sweep)
+Usage: python experiments/altup/plot.py NAME=WORKDIR ...   (sweeps of configs/altup.py)
 Writes NAME.png and NAME.csv beside this file, and prints the tables of README.md.
 """
 
@@ -8,7 +8,7 @@ import dataclasses
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,11 +30,11 @@ BASELINE = "dense"
 PAIRS = (
     *((arm, BASELINE) for arm in (
         "recycled2", "recycled4", "full2", "same2", "sum2", "simplified4", "static2", "dynamic2",
-        "moe", "altup-moe",
+        "manifold2", "moe", "altup-moe",
     )),
-    ("recycled2", "same2"), ("full2", "sum2"), ("full2", "recycled2"), ("seq4", "skip4"),
-    ("seq4", "pool4"), ("seq4", "mod25"), ("skip4", "mod25"), ("altup-mod12", "mod12"),
-    ("altup-moe", "moe"),
+    ("recycled2", "same2"), ("full2", "sum2"), ("full2", "recycled2"),
+    ("manifold2", "dynamic2"), ("seq4", "skip4"), ("seq4", "pool4"), ("seq4", "mod25"),
+    ("skip4", "mod25"), ("altup-mod12", "mod12"), ("altup-moe", "moe"),
 )  # fmt: skip
 TOLD = 0.005  # nats
 
@@ -68,26 +68,37 @@ def difference(records: list[Record], arm: str, other: str, budget: float) -> Di
     return Difference(mean, mean - half, mean + half, len(pairs), deviation)
 
 
-def table(records: list[Record], pairs: Iterable[tuple[str, str]]) -> None:
-    print(f"| budget | arm | less | difference | 95% interval | pairs | needed for {TOLD} |")
-    print("|---|---|---|---|---|---|---|")
-    for budget in sorted({r.budget_flops for r in records}):
-        for arm, other in pairs:
-            d = difference(records, arm, other, budget)
-            if d is not None:
-                print(f"| {budget:.1e} | {arm} | {other} | {d.mean:+.4f} | "
-                      f"{d.low:+.4f} to {d.high:+.4f} | {d.pairs} | {d.needed} |")  # fmt: skip
+def table(texts: Mapping[str, list[Record]]) -> None:
+    """Mean differences and their intervals, and how many pairs would tell TOLD."""
+    print("| budget | arm | less |" + "".join(f" {name} | 95% interval |" for name in texts))
+    print("|---|---|---|" + "---|---|" * len(texts))
+    needed = []
+    for budget in sorted({r.budget_flops for records in texts.values() for r in records}):
+        for arm, other in PAIRS:
+            found = [difference(records, arm, other, budget) for records in texts.values()]
+            cells = [f" {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} |" for d in found if d]
+            needed += [d.needed for d in found if d]
+            if cells:
+                print(f"| {budget:.1e} | {arm} | {other} |" + "".join(cells))
+    middle = statistics.median(needed)
+    print(f"pairs needed for {TOLD}: {min(needed)} to {max(needed)}, median {middle:.0f}")
 
 
-def optima(gaps: Sequence[Gap]) -> None:
+def optima(texts: Mapping[str, Sequence[Gap]]) -> None:
     """Each arm at its own optimum against dense at its own, as `modjax fit` has them."""
-    print("| budget | arm | loss less dense | 95% interval | forward FLOPs over dense |")
-    print("|---|---|---|---|---|")
-    for gap in sorted(gaps, key=lambda gap: (gap.budget_flops, gap.loss or math.inf)):
-        if gap.loss is not None and gap.loss_interval is not None:
-            low, high = gap.loss_interval
-            print(f"| {gap.budget_flops:.1e} | {gap.arm} | {gap.loss:+.4f} | {low:+.4f} to "
-                  f"{high:+.4f} | {gap.flops_ratio:.2f} |")  # fmt: skip
+    print("| budget | arm |" + "".join(f" {name} | 95% interval | FLOPs |" for name in texts))
+    print("|---|---|" + "---|---|---|" * len(texts))
+    rows: dict[tuple[float, str], list[Gap]] = {}
+    for gaps in texts.values():
+        for gap in gaps:
+            rows.setdefault((gap.budget_flops, gap.arm), []).append(gap)
+    for (budget, arm), gaps in sorted(rows.items(), key=lambda r: (r[0][0], r[1][0].loss or 0)):
+        cells = ""
+        for gap in gaps:
+            low, high = gap.loss_interval or (math.nan, math.nan)
+            cells += f" {gap.loss or math.nan:+.4f} | {low:+.4f} to {high:+.4f} | "
+            cells += f"{gap.flops_ratio:.2f} |"
+        print(f"| {budget:.1e} | {arm} |{cells}")
 
 
 def draw(gaps: Sequence[Gap], path: Path) -> None:
@@ -109,20 +120,22 @@ def draw(gaps: Sequence[Gap], path: Path) -> None:
                         spread = [[gap.loss - low], [high - gap.loss]]
                         ax.errorbar(gap.loss, arms.index(gap.arm), xerr=spread, color=colour,
                                     marker=marker, capsize=2)  # fmt: skip
-            ax.set(title=f"{budget:.1e} FLOPs", xlabel="loss less dense, nats per byte")
+            ax.set(title=f"{budget:.1e} FLOPs", xlabel="loss less dense, nats per token")
             ax.set_yticks(range(len(arms)), arms)
             ax.grid(axis="x", alpha=0.3)
         figure.savefig(path, dpi=200)
 
 
 if __name__ == "__main__":
-    workdir, name = Path(sys.argv[1]), sys.argv[2]
-    trained = read_records(workdir)
-    write_csv(HERE / f"{name}.csv", trained)
-    # What one can sample from: MoD by its predictor, experts without drops, all others as trained.
-    records = [dataclasses.replace(r, eval_loss=r.causal_loss or r.eval_loss) for r in trained]
-    table(records, PAIRS)
-    found = fit_all(records, baseline=BASELINE)
-    optima(found.gaps)
-    print(render_text(found))
-    draw(found.gaps, HERE / f"{name}.png")
+    records, gaps = {}, {}
+    for name, workdir in (argument.split("=", 1) for argument in sys.argv[1:]):
+        trained = read_records(Path(workdir))
+        write_csv(HERE / f"{name}.csv", trained)
+        # What one can sample from: MoD by its predictor, experts without drops.
+        causal = [dataclasses.replace(r, eval_loss=r.causal_loss or r.eval_loss) for r in trained]
+        found = fit_all(causal, baseline=BASELINE)
+        print(render_text(found))
+        records[name], gaps[name] = causal, found.gaps
+        draw(found.gaps, HERE / f"{name}.png")
+    table(records)
+    optima(gaps)
