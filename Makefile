@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORK ?= work/tiny
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-reliability lint install bench clean
+.PHONY: demo test test-slow test-parity test-reliability lint install bench clean
 
 demo: .venv/installed
 	$(BIN)/modjax data prepare --data-dir=work/data
@@ -17,6 +17,10 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow --ignore=tests/reliability
+
+test-parity: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
+	$(BIN)/python -m pytest tests/nn/test_moe_parity.py tests/nn/test_streams_parity.py
 
 test-reliability: .venv/installed
 	$(BIN)/python -m pytest -m slow tests/reliability

@@ -12,8 +12,8 @@ from flax import nnx
 from modjax.nn import At, Call, build
 from modjax.spec import MoE, Shape
 
-torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
-pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
+torch = pytest.importorskip("torch", reason="make test-parity")
+pytest.importorskip("transformers", reason="make test-parity")
 
 B, S, D, F, E, K = 3, 20, 16, 24, 6, 2
 SHAPE = Shape(D, 2, 2, 2, 8, F, 0.0)

@@ -9,8 +9,8 @@ from flax import nnx
 from modjax.nn import At, Call, build
 from modjax.spec import MLP, Gemma3nAltUp, ManifoldHyperConnection, Shape
 
-torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
-pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
+torch = pytest.importorskip("torch", reason="make test-parity")
+pytest.importorskip("transformers", reason="make test-parity")
 
 B, L, S, D, F, ACTIVE = 2, 7, 4, 16, 24, 1
 
@@ -80,10 +80,9 @@ def test_gemma_3n_equals_hugging_faces_prediction_and_correction():
 
 
 def test_mhc_equals_hugging_faces_deepseek_v4():
-    its = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-    from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as its
 
-    config = DeepseekV4Config(hidden_size=D, hc_mult=S, hc_sinkhorn_iters=20, rms_norm_eps=1e-6)
+    config = its.DeepseekV4Config(hidden_size=D, hc_mult=S, hc_sinkhorn_iters=20, rms_norm_eps=1e-6)
     block = its.DeepseekV4HyperConnection(config)
 
     def run(x, inner):
