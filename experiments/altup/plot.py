@@ -91,12 +91,13 @@ def optima(texts: Mapping[str, Sequence[Gap]]) -> None:
     rows: dict[tuple[float, str], list[Gap]] = {}
     for gaps in texts.values():
         for gap in gaps:
-            rows.setdefault((gap.budget_flops, gap.arm), []).append(gap)
-    for (budget, arm), gaps in sorted(rows.items(), key=lambda r: (r[0][0], r[1][0].loss or 0)):
+            if gap.loss is not None:
+                rows.setdefault((gap.budget_flops, gap.arm), []).append(gap)
+    for (budget, arm), gaps in sorted(rows.items(), key=lambda r: (r[0][0], r[1][0].loss)):
         cells = ""
         for gap in gaps:
             low, high = gap.loss_interval or (math.nan, math.nan)
-            cells += f" {gap.loss or math.nan:+.4f} | {low:+.4f} to {high:+.4f} | "
+            cells += f" {gap.loss:+.4f} | {low:+.4f} to {high:+.4f} | "
             cells += f"{gap.flops_ratio:.2f} |"
         print(f"| {budget:.1e} | {arm} |{cells}")
 
