@@ -105,7 +105,7 @@ def optima(texts: Mapping[str, Sequence[Gap]]) -> None:
 def draw(gaps: Sequence[Gap], path: Path) -> None:
     """Every arm's loss less that of dense, each at its own optimum, with its interval."""
     arms = sorted({gap.arm for gap in gaps}, reverse=True)
-    budgets = sorted({gap.budget_flops for gap in gaps})
+    budgets = sorted({gap.budget_flops for gap in gaps if gap.loss_interval})
     with plt.rc_context(RC):
         size = (18 / 2.54, (3 + 0.6 * len(arms)) / 2.54)
         figure, axes = plt.subplots(
