@@ -56,7 +56,7 @@ ARMS = {
     "altup-moe": {"layers": alternating("AltUp", 2, MOE)} | TWO,
 }
 RATES = (0.1, 0.2, 0.4)
-OF_VOCABULARY = ("dense", "recycled2", "full2", "sum2")
+OF_VOCABULARY = {arm: ARMS[arm] for arm in ("dense", "recycled2", "full2", "sum2")}
 
 
 def rates() -> dict[str, dict]:
@@ -71,34 +71,34 @@ def rates() -> dict[str, dict]:
 def get_config(which: str = "arms") -> ml_collections.ConfigDict:
     if which not in ("arms", "rates", "vocabulary"):
         raise ValueError(f"must be arms, rates or vocabulary, not {which!r}")
-    check, wide = which == "rates", which == "vocabulary"
-    arms = rates() if check else {n: ARMS[n] for n in OF_VOCABULARY} if wide else ARMS
     config = ml_collections.ConfigDict()
-    config.model = {"vocab_size": 8192 if wide else 272}
+    config.model = {"vocab_size": 272}
     config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 512}
-    vocab = "sentencepiece:8192" if wide else "bytes"
-    config.data = {"name": "stdlib", "vocab": vocab, "seed": 0, "max_epochs": 1.0}
+    config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
     config.execution = {"log_every": 50}
     config.sweep = {
-        "arms": arms,
-        "baseline": "dense-lr0_2" if check else "dense",
-        "budgets": (1.5e11,) if check else (6e11, 1.8e12) if wide else (5e10, 1.5e11),
-        "sizes": 1 if check else 8 if wide else 5,
-        "spread": 0.875 if wide else 0.5,
+        "arms": {"rates": rates(), "vocabulary": OF_VOCABULARY}.get(which, ARMS),
+        "baseline": "dense",
+        "budgets": (5e10, 1.5e11),
+        "sizes": 5,
+        "spread": 0.5,
         "seeds": (0, 1, 2),
-        # A head of 8192 takes most of the FLOPs: three sizes more, all below.
-        "optimum": {
-            "budget": 3e11,
-            "params": 3.5e4 * 10**-0.375 if wide else 3.5e4,
-            "exponent": 0.6,
-        },
+        "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.6},
         "shape": {"width_multiple": 4, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {
             "batch_size": 4,
-            "batch_exponent": 0.0 if check else 0.4,
+            "batch_exponent": 0.4,
             "learning_rate": 0.2,
             "warmup_fraction": 0.05,
         },
         "flops_per_second": 2.5e10,
     }
+    if which == "rates":
+        config.sweep.update({"baseline": "dense-lr0_2", "budgets": (1.5e11,), "sizes": 1})
+        config.sweep.recipe.batch_exponent = 0.0
+    if which == "vocabulary":
+        config.model.vocab_size, config.data.vocab = 8192, "sentencepiece:8192"
+        # A head of 8192 takes most of the FLOPs: three sizes more, all below.
+        config.sweep.update({"budgets": (6e11, 1.8e12), "sizes": 8, "spread": 0.875})
+        config.sweep.optimum.params *= 10**-0.375
     return config

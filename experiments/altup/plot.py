@@ -45,7 +45,6 @@ class Difference(NamedTuple):
     mean: float
     low: float
     high: float
-    pairs: int
     deviation: float
 
     @property
@@ -65,7 +64,7 @@ def difference(records: list[Record], arm: str, other: str, budget: float) -> Di
         return None
     mean, deviation = statistics.mean(pairs), statistics.stdev(pairs)
     half = float(student.ppf(0.975, len(pairs) - 1)) * deviation / math.sqrt(len(pairs))
-    return Difference(mean, mean - half, mean + half, len(pairs), deviation)
+    return Difference(mean, mean - half, mean + half, deviation)
 
 
 def table(texts: Mapping[str, list[Record]]) -> None:
@@ -76,9 +75,10 @@ def table(texts: Mapping[str, list[Record]]) -> None:
     for budget in sorted({r.budget_flops for records in texts.values() for r in records}):
         for arm, other in PAIRS:
             found = [difference(records, arm, other, budget) for records in texts.values()]
-            cells = [f" {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} |" for d in found if d]
-            needed += [d.needed for d in found if d]
-            if cells:
+            told = [d for d in found if d is not None]
+            if len(told) == len(texts):  # else its cells would stand under another text
+                needed += [d.needed for d in told]
+                cells = [f" {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} |" for d in told]
                 print(f"| {budget:.1e} | {arm} | {other} |" + "".join(cells))
     middle = statistics.median(needed)
     print(f"pairs needed for {TOLD}: {min(needed)} to {max(needed)}, median {middle:.0f}")

@@ -332,8 +332,7 @@ def test_scanned_layers_equal_unrolled_ones_and_bfloat16_is_close(config):
 
 
 def test_weight_decay_never_touches_a_coefficient():
-    small = {"p", "g", "r", "a_m", "a_r", "b", "c", "scales"}
-    small |= {"b_read", "b_write", "b_mix"}
+    small = {"p", "g", "r", "a_m", "a_r", "b", "c", "scales", "b_read", "b_write", "b_mix"}
     seen = set()
     for config in START.values():
         roles = abstract_model(config, Execution()).roles
