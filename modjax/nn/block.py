@@ -19,7 +19,7 @@ from modjax.spec.mod import MoDConfig
 
 
 class MoDBlock(RoutedLayer):
-    """Routes the k = max(1, round(capacity * L)) best-scored positions through `inner`.
+    """Routes the k = max(1, round(capacity * n)) best-scored of n valid positions through `inner`.
 
     `inner` maps (x_BKD, *per_position, **pairwise, **whole) to x_BKD or to (x_BKD, extra) and sees
     the selected positions only, in order, with what belongs to them.

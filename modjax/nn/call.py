@@ -41,7 +41,7 @@ class Call(NamedTuple):
     """What a call is for, static but for the key.
 
     routing: "trained", or one that never looks ahead. slack: with these, a routed layer takes the
-    first slack * capacity * length positions of a row at most; None, all that ask.
+    first slack * capacity * n of a row's n valid positions at most; None, all that ask.
     key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
     """
 

@@ -37,13 +37,19 @@ class Slots(NamedTuple):
     weights_BEC: jax.Array
 
 
-def slots_of(picks: Picks, experts: int, size: int) -> Slots:
-    """Each expert's first `size` positions: a position never displaces one before it."""
+def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array | None = None) -> Slots:
+    """Returns each expert's first `size` positions: a position never displaces one before it.
+
+    size_B: each row's own number, at most `size`.
+    """
     mine_BSKE = jax.nn.one_hot(picks.experts_BSK, experts, dtype=bool)
     weights_BSE = jnp.sum(jnp.where(mine_BSKE, picks.weights_BSK[..., None], 0.0), axis=2)
     count_BES = jnp.cumsum(jnp.any(mine_BSKE, axis=2), axis=1, dtype=jnp.int32).swapaxes(1, 2)
     find = functools.partial(jnp.searchsorted, v=jnp.arange(1, size + 1))
     tokens_BEC = jax.vmap(jax.vmap(find))(count_BES)
+    if size_B is not None:
+        filled_B1C = jnp.arange(size)[None, None] < size_B[:, None, None]
+        tokens_BEC = jnp.where(filled_B1C, tokens_BEC, count_BES.shape[2])
     weight_at = jax.vmap(jax.vmap(lambda w_S, t_C: w_S.at[t_C].get(mode="fill", fill_value=0)))
     return Slots(tokens_BEC, weight_at(weights_BSE.swapaxes(1, 2), tokens_BEC))
 

@@ -27,8 +27,7 @@ from modjax.nn.experts import (
 from modjax.nn.layers import Sublayer, depth_scale, mlp, mlp_weights
 from modjax.nn.params import measured, normal_param
 from modjax.nn.routers import linear
-from modjax.nn.routing import position_noise, select_top_k, selected_mask
-from modjax.nn.sharding import per_sequence
+from modjax.nn.routing import kth_best, of_valid, position_noise, select_top_k, selected_mask
 
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 # So few positions are computed expert by expert: they do little but read the experts' weights.
@@ -70,15 +69,16 @@ class MoE(Sublayer):
         y_BSD = self.before(x_BSD)
         logits_BSR = linear(y_BSD, self.w[...])
         scores_BSR = SCORES[spec.scores](logits_BSR)
+        size_B = of_valid(spec.slots, at.valid_BL, batch, length)
         if spec.router == "token_choice":
             picks, picks_BR = self._token_choice(scores_BSR, at, valid_BS, call.key)
         else:
-            picks = self._experts_own(scores_BSR, valid_BS)
+            picks = self._experts_own(scores_BSR, valid_BS, size_B)
             picks_BR = jnp.sum(picks.experts_BSK < spec.experts, axis=1)
         asked_BS = taken_BS = jnp.sum(picks.experts_BSK < spec.experts, axis=2)
         computed_B = jnp.sum(asked_BS, axis=1)
         if call.routing == "trained" and spec.capacity_factor is not None:
-            slots = slots_of(picks, spec.experts, spec.slots(length))
+            slots = slots_of(picks, spec.experts, spec.slots(length), size_B)
             taken_BS = taken(slots, length)
             computed_B = jnp.full(batch, spec.computed(length))
             z_BSD = in_slots(y_BSD, slots, self._stacked(), spec.activation)
@@ -100,7 +100,7 @@ class MoE(Sublayer):
             probability_BR=jnp.sum(jnp.where(valid_BS[..., None], probability_BSR, 0.0), axis=1),
             z_B=jnp.sum(jnp.where(valid_BS, z_BS, 0.0), axis=1),
             computed_B=computed_B.astype(jnp.float32),
-            kth_BE=None if self.threshold is None else self._kth(scores_BSR, valid_BS),
+            kth_BE=None if self.threshold is None else self._kth(scores_BSR, at.valid_BL),
             spec=spec,
         )
         return Out(self.added(x_BSD, z_BSD), (), {"": record})
@@ -139,30 +139,34 @@ class MoE(Sublayer):
         noise_BSK = jnp.stack([position_noise(key, positions_BS) for key in keys], axis=2)
         return jax.scipy.special.ndtr(noise_BSK) >= self.spec.real
 
-    def _experts_own(self, scores_BSE: jax.Array, valid_BS: jax.Array) -> Picks:
-        """What each expert takes: the best of the sequence, or all that pass its threshold."""
+    def _experts_own(self, scores_BSE: jax.Array, valid_BS: jax.Array, size_B: jax.Array) -> Picks:
+        """Picks for each expert the best of the sequence, or all that pass its threshold."""
         batch, length, experts = scores_BSE.shape
         if self.threshold is not None:
             mine_BSE = scores_BSE > jax.lax.stop_gradient(self.threshold[...])[None, None]
         else:
             rows_NS = scores_BSE.swapaxes(1, 2).reshape(-1, length)
-            valid_NS = jnp.repeat(valid_BS, experts, axis=0)
-            best = select_top_k(rows_NS, rows_NS, self.spec.slots(length), valid_NS)
+            valid_NS, size_N = (jnp.repeat(x, experts, axis=0) for x in (valid_BS, size_B))
+            best = select_top_k(rows_NS, rows_NS, self.spec.slots(length), valid_NS, size_N)
             mine_BES = selected_mask(best, length).reshape(batch, experts, length)
             mine_BSE = mine_BES.swapaxes(1, 2)
         mine_BSE &= valid_BS[..., None]
         own_11E = jnp.arange(experts)[None, None]
         return Picks(jnp.where(mine_BSE, own_11E, experts), self.spec.scale * scores_BSE)
 
-    def _kth(self, scores_BSE: jax.Array, valid_BS: jax.Array) -> jax.Array:
-        """The score at which each expert would take its share of a sequence: (B, E)."""
-        share = max(1, round(self.spec.top_k * scores_BSE.shape[1] / self.spec.experts))
-        scores_BES = jnp.where(valid_BS[..., None], scores_BSE, -jnp.inf).swapaxes(1, 2)
-        best_BEC = per_sequence(
-            lambda scores_BES: jax.lax.top_k(scores_BES, share)[0],
-            jax.lax.stop_gradient(scores_BES),
-        )
-        return best_BEC[..., -1]
+    def _kth(self, scores_BSE: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
+        """Returns the score at which each expert would take its share of a sequence: (B, E)."""
+        batch, length, experts = scores_BSE.shape
+
+        def share(positions: int) -> int:
+            return max(1, round(self.spec.top_k * positions / experts))
+
+        scores_BSE = jax.lax.stop_gradient(scores_BSE)
+        if valid_BS is not None:
+            scores_BSE = jnp.where(valid_BS[..., None], scores_BSE, -jnp.inf)
+        rows_NS = scores_BSE.swapaxes(1, 2).reshape(-1, length)
+        share_N = jnp.repeat(of_valid(share, valid_BS, batch, length), experts)
+        return kth_best(rows_NS, share(length), share_N).reshape(batch, experts)
 
     def take_apart(self) -> None:
         """Keeps the experts apart from now on, so that a step reads those that it uses only."""

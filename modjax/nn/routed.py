@@ -24,8 +24,8 @@ class Routed(Record):
     wanted_BL, selected_BL: what the routing chose, and the part of it that was processed.
     predictor_BL: logits of the predictor, where there is one. auxiliary_BL: the scores, where the
       auxiliary loss teaches them to select.
-    k_B, kth_B: the number that the capacity stands for, and the k-th best rank, infinite where a
-      row has fewer positions.
+    k_B, kth_B: the number of a row's valid positions that the capacity stands for, and the k-th
+      best rank, infinite where a row has none.
     losses: name -> (B,), weighted.
     """
 

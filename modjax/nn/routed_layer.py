@@ -20,13 +20,14 @@ from modjax.nn.routers import ROUTERS, Predictor, Ranking, masked_mean
 from modjax.nn.routing import (
     Selection,
     gather,
+    kth_best,
+    of_valid,
     paced,
     select_first_k,
     select_top_k,
     selected_mask,
     wide,
 )
-from modjax.nn.sharding import per_sequence
 from modjax.spec.mod import MoDConfig, selected_tokens
 
 # Runs selected positions: (new x, whatever else) of a Selection.
@@ -57,9 +58,10 @@ class RoutedLayer(nnx.Module):
         spent_B: how many earlier positions of each row have asked. room_B: how many can be taken
         now where `call.routing` never looks ahead; None, `most`, which bounds all rows.
         """
-        length = x_BLD.shape[1]
+        batch, length = x_BLD.shape[:2]
         ranking = self.router(x_BLD, at, call.key)
-        target, wanted_BL, kth_B = self._as_trained(ranking, at, length)
+        k_B = of_valid(self._k, at.valid_BL, batch, length)
+        target, wanted_BL, kth_B = self._as_trained(ranking, at, k_B)
         target_BL = selected_mask(target, length)
         wanted_BL = target_BL if wanted_BL is None else wanted_BL
         losses = dict(ranking.losses)
@@ -79,7 +81,7 @@ class RoutedLayer(nnx.Module):
             selected_BL=target_BL,
             predictor_BL=predictor_BL,
             auxiliary_BL=auxiliary_BL,
-            k_B=jnp.full(x_BLD.shape[0], selected_tokens(self.config.capacity, length)),
+            k_B=k_B,
             kth_B=kth_B,
             losses=losses,
         )
@@ -99,7 +101,7 @@ class RoutedLayer(nnx.Module):
         )
         nested = any(isinstance(node, Record) for node in reports)
         # Static shapes, none dropped: of a few compiled sizes, the first that holds every row.
-        rooms = _rooms(selected_tokens(self.config.capacity, length), most)
+        rooms = _rooms(self._k(length), most)
         if nested or len(rooms) == 1:
             return (*with_room_for(most)(), record)
         most_wanted = jnp.max(jnp.sum(selected_BL, axis=1))
@@ -134,24 +136,35 @@ class RoutedLayer(nnx.Module):
         y_BKD = y_BKD.astype(x_BKD.dtype)
         return weight * (y_BKD - x_BKD if self.config.residual == "delta" else y_BKD)
 
-    def _as_trained(self, ranking: Ranking, at: At, length: int):
-        """What training selects, which positions asked to be (None: those), and each row's k-th
-        best rank, infinite where a row has fewer positions.
+    def _k(self, positions: int) -> int:
+        """Returns how many of a row's valid positions the capacity stands for."""
+        return selected_tokens(self.config.capacity, positions)
+
+    def _as_trained(
+        self, ranking: Ranking, at: At, k_B: jax.Array
+    ) -> tuple[Selection, jax.Array | None, jax.Array]:
+        """Selects as training does.
+
+        Returns the selection, the positions that asked for it (None: those selected), and each
+        row's k_B-th best rank, infinite in a row of padding.
         """
-        k = selected_tokens(self.config.capacity, length)
+        scores_BL, rank_BL = ranking.scores_BL, jax.lax.stop_gradient(ranking.ranking_BL)
+        batch, length = scores_BL.shape
         wanted_BL = self.router.wants(ranking, at, self.bar())
         if wanted_BL is None:
-            selection = select_top_k(ranking.ranking_BL, ranking.scores_BL, k, at.valid_BL)
-            rank_BK = gather(jax.lax.stop_gradient(ranking.ranking_BL), selection.indices_BK)
-            kth_B = jnp.min(jnp.where(selection.valid_BK, rank_BK, -jnp.inf), axis=1)
+            selection = select_top_k(rank_BL, scores_BL, self._k(length), at.valid_BL, k_B)
+            rank_BK = gather(rank_BL, selection.indices_BK)
+            kth_B = jnp.min(jnp.where(selection.valid_BK, rank_BK, jnp.inf), axis=1)
             return selection, None, kth_B
-        room = selected_tokens(self.config.room, length)
+
+        def room(positions: int) -> int:
+            return selected_tokens(self.config.room, positions)
+
+        room_B = of_valid(room, at.valid_BL, batch, length)
         wanted_BL = valid_ones(wanted_BL, at.valid_BL)
-        selection = select_first_k(wanted_BL, ranking.scores_BL, room)
-        rank_BL = jax.lax.stop_gradient(ranking.ranking_BL)
+        selection = select_first_k(wanted_BL, scores_BL, room(length), room_B)
         rank_BL = rank_BL if at.valid_BL is None else jnp.where(at.valid_BL, rank_BL, -jnp.inf)
-        kth_B = per_sequence(lambda rank_BL: jax.lax.top_k(rank_BL, k)[0][:, -1], rank_BL)
-        return selection, wanted_BL, kth_B
+        return selection, wanted_BL, kth_best(rank_BL, self._k(length), k_B)
 
 
 def valid_ones(wanted_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:

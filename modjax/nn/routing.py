@@ -4,10 +4,12 @@ Everything is per sequence and static in shape.
 Legend: B batch, L positions, K selected positions, M the other of two, H heads, D trailing dims.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from modjax.errors import require
 from modjax.nn.sharding import per_sequence
@@ -19,7 +21,7 @@ class Selection(NamedTuple):
     indices_BK: ascending; entries that are not valid lie beyond L, so that gathers read zeros
       and scatters drop them.
     scores_BK: the router's raw scores at those positions, differentiable; 0 where not valid.
-    valid_BK: False where a sequence had fewer than K positions to choose from.
+    valid_BK: False beyond the positions that the sequence itself selects.
     """
 
     indices_BK: jax.Array
@@ -75,16 +77,39 @@ def paced(
     return wanted_LB.T
 
 
-def select_first_k(wanted_BL: jax.Array, scores_BL: jax.Array, k: int) -> Selection:
-    """Selects each row's first k wanted positions; the others are dropped."""
+def of_valid(
+    number: Callable[[int], int], valid_BL: jax.Array | None, batch: int, length: int
+) -> jax.Array:
+    """Returns number(n) for each row's n valid positions, (B,) int32; 0 where it has none.
+
+    valid_BL: None, where all `length` positions of every row are valid.
+    """
+    if valid_BL is None:
+        return jnp.full(batch, number(length), jnp.int32)
+    # Looked up: float32 would round some shares otherwise than Python does.
+    table = np.array([0, *(number(n) for n in range(1, length + 1))], np.int32)
+    return jnp.asarray(table)[jnp.sum(valid_BL, axis=1)]
+
+
+def select_first_k(
+    wanted_BL: jax.Array, scores_BL: jax.Array, k: int, k_B: jax.Array | None = None
+) -> Selection:
+    """Selects each row's first k wanted positions, or k_B <= k; the others are dropped."""
     # Ties of a top-k go to the earlier position.
-    return select_top_k(wanted_BL.astype(jnp.float32), scores_BL, k, wanted_BL)
+    return select_top_k(wanted_BL.astype(jnp.float32), scores_BL, k, wanted_BL, k_B)
 
 
 def select_top_k(
-    ranking_BL: jax.Array, scores_BL: jax.Array, k: int, valid_BL: jax.Array | None
+    ranking_BL: jax.Array,
+    scores_BL: jax.Array,
+    k: int,
+    valid_BL: jax.Array | None,
+    k_B: jax.Array | None = None,
 ) -> Selection:
-    """Selects each row's k highest-ranked valid positions, in order of position."""
+    """Selects each row's k highest-ranked valid positions, in order of position.
+
+    valid_BL: None, where all are valid and every row selects k; otherwise a row selects k_B <= k.
+    """
     length = scores_BL.shape[1]
     ranking_BL = jax.lax.stop_gradient(ranking_BL)
     if valid_BL is not None:
@@ -95,13 +120,19 @@ def select_top_k(
         return Selection(
             indices_BK, gather(scores_BL, indices_BK), jnp.ones(indices_BK.shape, bool)
         )
-    chosen_valid_BK = gather(valid_BL, indices_BK)
-    indices_BK = jnp.sort(jnp.where(chosen_valid_BK, indices_BK, length), axis=1)
-    valid_BK = indices_BK < length
+    count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(valid_BL, axis=1))
+    taken_BK = jnp.arange(k)[None] < count_B[:, None]  # the best come first
+    indices_BK = jnp.sort(jnp.where(taken_BK, indices_BK, length), axis=1)
     # Distinct indices beyond the end keep "sorted and unique" true for the scatter.
     beyond_K = length + jnp.arange(k, dtype=indices_BK.dtype)
-    indices_BK = jnp.where(valid_BK, indices_BK, beyond_K[None])
-    return Selection(indices_BK, gather(scores_BL, indices_BK), valid_BK)
+    indices_BK = jnp.where(taken_BK, indices_BK, beyond_K[None])
+    return Selection(indices_BK, gather(scores_BL, indices_BK), taken_BK)
+
+
+def kth_best(ranking_BL: jax.Array, k: int, k_B: jax.Array) -> jax.Array:
+    """Returns each row's k_B-th best rank, (B,); infinite where k_B is 0. k: the largest k_B."""
+    best_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[0], ranking_BL)
+    return jnp.min(jnp.where(jnp.arange(k)[None] < k_B[:, None], best_BK, jnp.inf), axis=1)
 
 
 def gather(x_BL: jax.Array, indices_BK: jax.Array) -> jax.Array:

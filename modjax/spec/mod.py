@@ -41,7 +41,10 @@ ROUTERS = {
 
 
 def selected_tokens(capacity: float, seq_len: int) -> int:
-    """k, the positions a routed layer processes of each sequence: max(1, round(capacity * S))."""
+    """Returns k, how many of a sequence's positions a routed layer processes.
+
+    k = max(1, round(capacity * S)). seq_len: S, without padding.
+    """
     return max(1, round(capacity * seq_len))
 
 
@@ -64,7 +67,7 @@ def predictor_width(d_model: int) -> int:
 class MoDConfig:
     """How a routed layer selects positions and adds its update (arXiv 2404.02258, Eq. 1).
 
-    capacity: share of each sequence's positions that are processed, in (0, 1].
+    capacity: share of each sequence's positions that are processed, in (0, 1]; padding not counted.
     router: one of ROUTERS. "received" needs an Attention(received=True) before it.
     weight: how the raw router score r scales the update: r, sigmoid(r), 2 sigmoid(r), 1 + tanh(r).
     residual: what is scaled, with f the inner layer and r its weight: `delta` x + r (f(x) - x),

@@ -18,7 +18,7 @@ class MoE(Layer):
     """Each position runs through `top_k` of `experts` MLPs, added to the stream.
 
     width: of an expert; None, the model's d_ff. activation, norm: as MLP has them.
-    capacity_factor: of each sequence of S positions an expert takes its first
+    capacity_factor: of each sequence of S positions, without padding, an expert takes its first
       C = ceil(capacity_factor top_k S / (experts + no_ops)) at most; the other picks are dropped.
       Reading without looking ahead drops none. None: nor does training.
     router: "token_choice" (arXiv 2101.03961, 2202.08906), each position picks its top_k;

@@ -221,7 +221,8 @@ def test_padding_is_never_selected_and_is_left_as_it_was():
     # Padding scores highest of all.
     x = jnp.where(valid[..., None], x, 100 * jnp.sign(block.router.w[...])[None, None])
     y, record = block(x, valid_BL=valid)
-    np.testing.assert_array_equal(record.selected_BL.sum(axis=1), [3, 8, 0])
+    # Half of what is there, as Python rounds it: 1.5 to 2.
+    np.testing.assert_array_equal(record.selected_BL.sum(axis=1), [2, 8, 0])
     assert not np.any(np.asarray(record.selected_BL) & ~np.asarray(valid))
     padding = ~np.asarray(valid)
     np.testing.assert_array_equal(np.asarray(y)[padding], np.asarray(x)[padding])
@@ -311,7 +312,7 @@ def test_masks_biases_and_memory_reach_the_inner_block(attend, routing):
     y, record = jax.jit(run, compiler_options=QUICK)(params, x, bias, memory)
     selected = np.asarray(record.selected_BL)
     if routing == "trained":
-        np.testing.assert_array_equal(selected.sum(axis=1), [4, 2, 0])
+        np.testing.assert_array_equal(selected.sum(axis=1), [4, 1, 0])
 
     def ours(*arguments):
         return jnp.sum(jnp.sin(run(*arguments)[0]))

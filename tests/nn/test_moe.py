@@ -75,13 +75,13 @@ def mlp(y, of, activation):
 def by_loop(spec, params, measured, x_BSD, valid_BS=None, routing="trained"):
     """The stream after the layer, in float64, and what was dropped; position by position."""
     out, dropped = np.array(x_BSD, float), 0
-    limit = spec.slots(x_BSD.shape[1]) if routing == "trained" else x_BSD.shape[1]
     for b, x_SD in enumerate(np.array(x_BSD, float)):
         y_SD = normed(x_SD, params["norm"]) if "norm" in params else x_SD
         logits = y_SD @ params["w"]
         e = np.exp(logits - logits.max(1, keepdims=True))
         scores = 1 / (1 + np.exp(-logits)) if spec.scores == "sigmoid" else e / e.sum(1)[:, None]
         valid = np.ones(len(x_SD), bool) if valid_BS is None else np.array(valid_BS[b])
+        limit = spec.slots(int(valid.sum())) if routing == "trained" else len(x_SD)
         count = np.zeros(spec.experts, int)
         best = np.argsort(np.where(valid, scores.T, -1), axis=1)[:, ::-1][:, :limit]
         for s in range(len(x_SD)):
@@ -372,7 +372,8 @@ def test_thresholds_follow_the_mean_score_that_ranks_each_experts_share():
     record = call(layer, x_BSD, VALID_BS).records[""]
     y = normed(np.array(x_BSD, float), 1.0) @ np.array(layer.w[...], float)
     p = np.exp(y) / np.exp(y).sum(-1, keepdims=True)
-    kth = [np.sort(p[b][: [S, 13, 0][b]], axis=0)[::-1][9] for b in (0, 1)]  # 10 = 2 * 20 / 4
+    # Experts' shares of 20 and 13 positions: 2 * 20 / 4 = 10 and 2 * 13 / 4 = 6.5, rounded to 6.
+    kth = [np.sort(p[b][:n], axis=0)[::-1][k - 1] for b, n, k in ((0, S, 10), (1, 13, 6))]
     old = np.array(layer.threshold[...], float)
     found = record.observed({"threshold": layer.threshold[...]}, jnp.int32(3))["threshold"]
     np.testing.assert_allclose(found, old + (np.mean(kth, axis=0) - old) / 4, rtol=1e-5)

@@ -24,6 +24,7 @@ CONFIG = MoDConfig(capacity=K / LENGTH, predictor_weight=2.0)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
 VALID = np.arange(LENGTH) < np.array([[LENGTH], [11], [2]])
+KS = (K, 3, 1)  # a quarter of each row's positions: 16 / 4, 11 / 4 and 2 / 4, but one at least
 
 
 def run_block(router, config=CONFIG, x=X, edit=lambda block: None, **arguments):
@@ -61,16 +62,17 @@ def plain_block(block, weights, selected, x=X):
 
 
 def best_k(ranking, valid):
-    """Membership in each row's k best valid positions."""
+    """Membership in the best quarter of each row's valid positions."""
     mask = np.zeros_like(valid)
     for b in range(len(ranking)):
         order = [i for i in np.argsort(-ranking[b]) if valid[b, i]]
-        mask[b, order[:K]] = True
+        mask[b, order[: max(1, round(K / LENGTH * len(order)))]] = True
     return mask
 
 
 def first_k(wanted, k):
-    return wanted & (np.cumsum(wanted, axis=1) <= k)
+    """k: of all rows, or of each."""
+    return wanted & (np.cumsum(wanted, axis=1) <= np.reshape(k, (-1, 1)))
 
 
 def sigmoid(x):
@@ -91,7 +93,7 @@ def test_token_choice_equals_numpy_in_output_and_losses():
     logits = X @ np.asarray(block.router.w[...])
     probability = np.exp(logits[..., 1]) / np.exp(logits).sum(axis=-1)
     wanted = (probability > 0.5) & VALID
-    selected = first_k(wanted, K)
+    selected = first_k(wanted, KS)
     assert np.any(wanted & ~selected)
     np.testing.assert_array_equal(record.wanted_BL, wanted)
     np.testing.assert_array_equal(record.selected_BL, selected)
@@ -155,30 +157,31 @@ def test_stochastic_routing_takes_the_k_loudest_positions_and_weighs_them_by_the
 
 def test_a_threshold_selects_exactly_what_scores_above_it_up_to_its_slack():
     def set_threshold(block):
-        block.threshold[...] = jnp.array([-0.5])
+        block.threshold[...] = jnp.array([0.5])
 
     config = dataclasses.replace(CONFIG, slack=1.5)
     block, y, record = run_block("threshold", config, edit=set_threshold, valid_BL=VALID)
     scores = X @ np.asarray(block.router.w[...])
-    wanted = (scores > -0.5) & VALID
-    selected = first_k(wanted, 6)
-    assert np.any(wanted & ~selected) and np.any(wanted.sum(axis=1) < 6)
+    wanted = (scores > 0.5) & VALID
+    room = (6, 4, 1)  # 1.5 times a quarter of 16, 11 and 2 positions
+    selected = first_k(wanted, room)
+    assert np.any(wanted & ~selected) and np.any(wanted.sum(axis=1) < room)
     np.testing.assert_array_equal(record.wanted_BL, wanted)
     np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, scores, selected))
-    # What the threshold is to become: the k-th best score, unknown where a row has fewer.
-    best_first = -np.sort(-scores, axis=1)
-    assert record.kth_B[0] == pytest.approx(best_first[0, K - 1], rel=1e-5)
-    assert record.kth_B[1] == pytest.approx(np.sort(scores[1, :11])[-K], rel=1e-5)
-    assert not np.isfinite(record.kth_B[2])
+    # What the threshold is to become: the k-th best score.
+    for b, k in enumerate(KS):
+        assert record.kth_B[b] == pytest.approx(np.sort(scores[b, VALID[b]])[-k], rel=1e-5)
 
 
-def test_expert_choice_knows_its_kth_score_in_full_rows_only():
-    block, _, record = run_block("expert_choice", valid_BL=VALID)
+def test_expert_choice_knows_the_kth_score_of_each_row_that_is_not_all_padding():
+    valid = VALID.copy()
+    valid[2] = False
+    block, _, record = run_block("expert_choice", valid_BL=valid)
     scores = X @ np.asarray(block.router.w[...])
-    np.testing.assert_array_equal(record.selected_BL, best_k(scores, VALID))
-    assert record.kth_B[0] == pytest.approx(np.sort(scores[0])[-K], rel=1e-5)
-    assert record.kth_B[1] == pytest.approx(np.sort(scores[1, :11])[-K], rel=1e-5)
+    np.testing.assert_array_equal(record.selected_BL, best_k(scores, valid))
+    for b in (0, 1):
+        assert record.kth_B[b] == pytest.approx(np.sort(scores[b, valid[b]])[-KS[b]], rel=1e-5)
     assert not np.isfinite(record.kth_B[2])
 
 
@@ -273,7 +276,7 @@ def test_both_losses_equal_numpy_with_targets_for_every_row():
     scores = X @ np.asarray(block.router.w[...])
     target = best_k(scores, VALID)
     np.testing.assert_array_equal(record.target_BL, target)
-    assert target.sum(axis=1).tolist() == [4, 4, 2]
+    assert target.sum(axis=1).tolist() == [4, 3, 1]
     predictor = block.predictor
     normal = X / np.sqrt(np.mean(X**2, axis=-1, keepdims=True) + 1e-6)
     hidden = normal @ np.asarray(predictor.w_in[...])
