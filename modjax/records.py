@@ -28,6 +28,9 @@ class Record:
     "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`. causal_*:
     under a routing that never looks ahead, which may be what training does. moe_*: shares of
     experts' picks in the evaluation as trained, see nn/expert_record.py; None without experts.
+    near_ties: in that evaluation, selections (a layer's top k of a sequence, or an expert's) where
+    a position left out ranks like the last one taken, to within rounding: the earlier is taken, and
+    other devices, or another eval_batch_size, may select otherwise. None without a top k.
     """
 
     run_id: str
@@ -75,6 +78,8 @@ class Record:
     moe_dropped: float | None = None
     moe_no_op: float | None = None
     moe_useful: float | None = None
+    near_ties: int | None = None
+    eval_batch_size: int | None = None
 
 
 def run_dir(workdir: Path, run_id: str) -> Path:

@@ -105,7 +105,7 @@ def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
     }.items():
         with jax.set_mesh(run.mesh):
             step = compile_eval_step(run.mesh, run.model, run.spec.train, **arguments)
-            windows = validation_batches(run.cache, run.spec.train)
+            windows = validation_batches(run.cache, run.spec.train, run.mesh)
             batches = (put_batch(batch, run.mesh) for batch in windows)
             scores[name] = evaluate(step, run.weights, batches)
     return Comparison(

@@ -29,7 +29,8 @@ class Routing(Record):
     computed_B: positions that the experts computed, empty slots among them. kth_BE: the score that
       ranks as many positions as an expert should take, infinite where there are fewer; None, no
       threshold is measured.
-    spec: the layer's, for its weights of losses.
+    spec: the layer's, for its weights of losses. tied_BE: whether an expert's best positions end
+      within rounding of one left out, see Selection; None, experts choose no best.
     """
 
     asked_BS: jax.Array
@@ -42,6 +43,7 @@ class Routing(Record):
     computed_B: jax.Array
     kth_BE: jax.Array | None
     spec: MoE = field(metadata={"static": True})
+    tied_BE: jax.Array | None = None
 
     def balance(self) -> jax.Array:
         """R sum_r f_r P_r (arXiv 2101.03961, Eq. 4): 1 where all rows are alike, R at collapse.
@@ -77,13 +79,20 @@ class Routing(Record):
         return self.taken_BS > 0 if self.spec.no_ops else None
 
     def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
-        """Picks, those of experts, those computed, and what the experts computed; per sequence."""
-        return {
+        """Returns counts of every sequence.
+
+        picks: of the router. asked: picks of experts. taken: picks computed. computed: positions
+        that the experts computed. near_ties: experts whose choice ends in a near tie.
+        """
+        counts = {
             "picks": jnp.sum(self.picks_BR, axis=1),
             "asked": jnp.sum(self.asked_BS, axis=1).astype(jnp.float32),
             "taken": jnp.sum(self.taken_BS, axis=1).astype(jnp.float32),
             "computed": self.computed_B,
         }
+        if self.tied_BE is not None:
+            counts["near_ties"] = jnp.sum(self.tied_BE, axis=1).astype(jnp.float32)
+        return counts
 
     @classmethod
     def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
@@ -163,5 +172,6 @@ def shares(
     mine = [of for of in counts.values() if "taken" in of]
     if not mine:
         return {}
-    total = {name: sum(of[name][weight_B > 0].sum() for of in mine) for name in mine[0]}
+    names = ("picks", "asked", "taken", "computed")
+    total = {name: sum(of[name][weight_B > 0].sum() for of in mine) for name in names}
     return {name: float(value) for name, value in _shares(total).items()}

@@ -70,10 +70,11 @@ class MoE(Sublayer):
         logits_BSR = linear(y_BSD, self.w[...])
         scores_BSR = SCORES[spec.scores](logits_BSR)
         size_B = of_valid(spec.slots, at.valid_BL, batch, length)
+        tied_BE = None
         if spec.router == "token_choice":
             picks, picks_BR = self._token_choice(scores_BSR, at, valid_BS, call.key)
         else:
-            picks = self._experts_own(scores_BSR, valid_BS, size_B)
+            picks, tied_BE = self._experts_own(scores_BSR, valid_BS, size_B)
             picks_BR = jnp.sum(picks.experts_BSK < spec.experts, axis=1)
         asked_BS = taken_BS = jnp.sum(picks.experts_BSK < spec.experts, axis=2)
         computed_B = jnp.sum(asked_BS, axis=1)
@@ -102,6 +103,7 @@ class MoE(Sublayer):
             computed_B=computed_B.astype(jnp.float32),
             kth_BE=None if self.threshold is None else self._kth(scores_BSR, at.valid_BL),
             spec=spec,
+            tied_BE=tied_BE,
         )
         return Out(self.added(x_BSD, z_BSD), (), {"": record})
 
@@ -139,9 +141,15 @@ class MoE(Sublayer):
         noise_BSK = jnp.stack([position_noise(key, positions_BS) for key in keys], axis=2)
         return jax.scipy.special.ndtr(noise_BSK) >= self.spec.real
 
-    def _experts_own(self, scores_BSE: jax.Array, valid_BS: jax.Array, size_B: jax.Array) -> Picks:
-        """Picks for each expert the best of the sequence, or all that pass its threshold."""
+    def _experts_own(
+        self, scores_BSE: jax.Array, valid_BS: jax.Array, size_B: jax.Array
+    ) -> tuple[Picks, jax.Array | None]:
+        """Picks for each expert the best of the sequence, or all that pass its threshold.
+
+        Returns, beside the picks, whether each expert's best end in a near tie, (B, E).
+        """
         batch, length, experts = scores_BSE.shape
+        tied_BE = None
         if self.threshold is not None:
             mine_BSE = scores_BSE > jax.lax.stop_gradient(self.threshold[...])[None, None]
         else:
@@ -150,9 +158,11 @@ class MoE(Sublayer):
             best = select_top_k(rows_NS, rows_NS, self.spec.slots(length), valid_NS, size_N)
             mine_BES = selected_mask(best, length).reshape(batch, experts, length)
             mine_BSE = mine_BES.swapaxes(1, 2)
+            tied_BE = jnp.reshape(best.tied_B, (batch, experts))
         mine_BSE &= valid_BS[..., None]
         own_11E = jnp.arange(experts)[None, None]
-        return Picks(jnp.where(mine_BSE, own_11E, experts), self.spec.scale * scores_BSE)
+        picks = Picks(jnp.where(mine_BSE, own_11E, experts), self.spec.scale * scores_BSE)
+        return picks, tied_BE
 
     def _kth(self, scores_BSE: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
         """Returns the score at which each expert would take its share of a sequence: (B, E)."""

@@ -27,6 +27,8 @@ class Routed(Record):
     k_B, kth_B: the number of a row's valid positions that the capacity stands for, and the k-th
       best rank, infinite where a row has none.
     losses: name -> (B,), weighted.
+    tied_B: whether training's top k ended within rounding of a position left out, see Selection;
+      None, training has a rule of its own.
     """
 
     scores_BL: jax.Array
@@ -38,6 +40,7 @@ class Routed(Record):
     k_B: jax.Array
     kth_B: jax.Array
     losses: dict[str, jax.Array]
+    tied_B: jax.Array | None = None
 
     def loss(self, nll_BL: jax.Array | None = None) -> jax.Array:
         """The sum of the means of its losses, to be added to the objective."""
@@ -51,10 +54,13 @@ class Routed(Record):
         return {"threshold": running_mean(measured["threshold"], self.kth_B[:, None], updates)}
 
     def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
-        """Those of decision_counts, and selected: processed; of every sequence."""
+        """Returns decision_counts', selected (processed) and near_ties, of every sequence."""
         counts = decision_counts(self.wanted_BL, self.target_BL, valid_BL)
         selected_BL = self.selected_BL & valid_BL
-        return counts | {"selected": jnp.sum(selected_BL, axis=-1, dtype=jnp.float32)}
+        counts["selected"] = jnp.sum(selected_BL, axis=-1, dtype=jnp.float32)
+        if self.tied_B is not None:
+            counts["near_ties"] = self.tied_B.astype(jnp.float32)
+        return counts
 
     @classmethod
     def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:

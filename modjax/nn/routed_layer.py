@@ -84,6 +84,7 @@ class RoutedLayer(nnx.Module):
             k_B=k_B,
             kth_B=kth_B,
             losses=losses,
+            tied_B=target.tied_B,
         )
         if call.routing == "trained":
             return (*process(target), record)

@@ -14,6 +14,10 @@ import numpy as np
 from modjax.errors import require
 from modjax.nn.sharding import per_sequence
 
+# Ranks that differ by less than this share of their row's largest are alike: on other devices, or
+# in another batch, they are rounded otherwise.
+ROUNDING = 2.0**-18
+
 
 class Selection(NamedTuple):
     """K positions of each sequence.
@@ -22,11 +26,14 @@ class Selection(NamedTuple):
       and scatters drop them.
     scores_BK: the router's raw scores at those positions, differentiable; 0 where not valid.
     valid_BK: False beyond the positions that the sequence itself selects.
+    tied_B: of a top k, whether a position that was left out ranks like the last one taken, to
+      within ROUNDING; None for other selections.
     """
 
     indices_BK: jax.Array
     scores_BK: jax.Array
     valid_BK: jax.Array
+    tied_B: jax.Array | None = None
 
 
 def position_noise(key: jax.Array, positions_BL: jax.Array) -> jax.Array:
@@ -96,7 +103,8 @@ def select_first_k(
 ) -> Selection:
     """Selects each row's first k wanted positions, or k_B <= k; the others are dropped."""
     # Ties of a top-k go to the earlier position.
-    return select_top_k(wanted_BL.astype(jnp.float32), scores_BL, k, wanted_BL, k_B)
+    count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(wanted_BL, axis=1))
+    return _best(wanted_BL.astype(jnp.float32), scores_BL, k, count_B)
 
 
 def select_top_k(
@@ -108,31 +116,50 @@ def select_top_k(
 ) -> Selection:
     """Selects each row's k highest-ranked valid positions, in order of position.
 
+    Positions that rank like the k-th best, to within ROUNDING, are taken from the first one on: the
+    last bits of equal inputs, which other devices round otherwise, do not decide.
+
     valid_BL: None, where all are valid and every row selects k; otherwise a row selects k_B <= k.
     """
-    length = scores_BL.shape[1]
     ranking_BL = jax.lax.stop_gradient(ranking_BL)
+    count_B = None
     if valid_BL is not None:
         ranking_BL = jnp.where(valid_BL, ranking_BL, -jnp.inf)
+        count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(valid_BL, axis=1))
+    kth_B1 = kth_best(ranking_BL, k, count_B)[:, None]
+    size_BL = jnp.where(jnp.isfinite(ranking_BL), jnp.abs(ranking_BL), 0.0)
+    within_B1 = ROUNDING * jnp.max(size_BL, axis=1, keepdims=True)
+    alike_BL = jnp.abs(ranking_BL - kth_B1) <= within_B1
+    candidates_B = jnp.sum(alike_BL | (ranking_BL > kth_B1), axis=1)
+    selection = _best(jnp.where(alike_BL, kth_B1, ranking_BL), scores_BL, k, count_B)
+    return selection._replace(tied_B=candidates_B > (k if count_B is None else count_B))
+
+
+def kth_best(ranking_BL: jax.Array, k: int, k_B: jax.Array | None = None) -> jax.Array:
+    """Returns each row's k-th best rank, or its k_B-th, (B,); infinite where k_B is 0."""
+    best_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[0], ranking_BL)
+    if k_B is None:
+        return best_BK[:, -1]
+    return jnp.min(jnp.where(jnp.arange(k)[None] < k_B[:, None], best_BK, jnp.inf), axis=1)
+
+
+def _best(
+    ranking_BL: jax.Array, scores_BL: jax.Array, k: int, count_B: jax.Array | None
+) -> Selection:
+    """Selects each row's count_B <= k best ranks, None for k; of equal ones the earlier."""
     indices_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[1], ranking_BL)
-    if valid_BL is None:
+    if count_B is None:
         indices_BK = jnp.sort(indices_BK, axis=1)
         return Selection(
             indices_BK, gather(scores_BL, indices_BK), jnp.ones(indices_BK.shape, bool)
         )
-    count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(valid_BL, axis=1))
+    length = ranking_BL.shape[1]
     taken_BK = jnp.arange(k)[None] < count_B[:, None]  # the best come first
     indices_BK = jnp.sort(jnp.where(taken_BK, indices_BK, length), axis=1)
     # Distinct indices beyond the end keep "sorted and unique" true for the scatter.
     beyond_K = length + jnp.arange(k, dtype=indices_BK.dtype)
     indices_BK = jnp.where(taken_BK, indices_BK, beyond_K[None])
     return Selection(indices_BK, gather(scores_BL, indices_BK), taken_BK)
-
-
-def kth_best(ranking_BL: jax.Array, k: int, k_B: jax.Array) -> jax.Array:
-    """Returns each row's k_B-th best rank, (B,); infinite where k_B is 0. k: the largest k_B."""
-    best_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[0], ranking_BL)
-    return jnp.min(jnp.where(jnp.arange(k)[None] < k_B[:, None], best_BK, jnp.inf), axis=1)
 
 
 def gather(x_BL: jax.Array, indices_BK: jax.Array) -> jax.Array:

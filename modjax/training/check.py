@@ -48,7 +48,7 @@ def check_run(spec: RunSpec, execution: Execution, cache: TokenCache, mesh: Mesh
     config = spec.train
     check_vocab(cache, spec.model)
     check_epochs(cache, spec.data, config.seq_len, config.batch_size * config.steps)
-    validation_batches(cache, config)  # raises where the validation split is too small
+    validation_batches(cache, config, mesh)  # raises where the validation split is too small
     check_batch(mesh, config)
     if execution.tensorboard:
         require_tensorboard()

@@ -9,13 +9,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from modjax.data.batches import Batch, eval_batches
 from modjax.data.cache import TokenCache
 from modjax.data.manifest import Manifest, bits_per_byte
 from modjax.nn.expert_record import shares
 from modjax.nn.routed import mean_quality, quality
+from modjax.nn.sharding import LOGICAL_TO_MESH, ways
 from modjax.spec import TrainConfig
+
+# Sequences of one pass, whatever the run's own batch: how many are computed at once decides how
+# sums are rounded, and that decides near ties.
+EVAL_BATCH = 8
 
 
 class Scores(NamedTuple):
@@ -35,8 +41,10 @@ class Evaluation(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """evaluation: as trained. routed: the record's fields causal_* and moe_*, as far as there are.
+    """What the scores of a run say.
 
+    evaluation: as trained.
+    routed: the record's fields causal_*, moe_* and near_ties, as far as there are.
     metrics: all that was measured, under its names in metrics.jsonl.
     """
 
@@ -45,17 +53,18 @@ class Measured(NamedTuple):
     metrics: dict[str, float]
 
 
-def eval_batch_size(train: TrainConfig) -> int:
-    """As many sequences as one forward pass of training."""
-    return train.batch_size // train.accumulation
+def eval_batch_size(mesh: Mesh) -> int:
+    """Returns EVAL_BATCH, or the next number of sequences that splits evenly over the mesh."""
+    parts = ways(mesh, LOGICAL_TO_MESH["batch"])
+    return -(-EVAL_BATCH // parts) * parts
 
 
-def validation_batches(cache: TokenCache, train: TrainConfig) -> Iterator[Batch]:
-    """The windows that a run is evaluated on. Raises InputError where the split is too small."""
+def validation_batches(cache: TokenCache, train: TrainConfig, mesh: Mesh) -> Iterator[Batch]:
+    """Yields the windows of a run's evaluation. Raises InputError where the split is too small."""
     return eval_batches(
         cache,
         seq_len=train.seq_len,
-        batch_size=eval_batch_size(train),
+        batch_size=eval_batch_size(mesh),
         sequences=train.eval_sequences,
     )
 
@@ -89,8 +98,18 @@ def difference(ours: Scores, theirs: Scores) -> Evaluation:
     return summarise(ours._replace(loss_B=ours.loss_B - theirs.loss_B))
 
 
+def near_ties(scores: Scores) -> int | None:
+    """Returns the selections that end in a near tie, over layers and sequences; None without any.
+
+    Each top k of a sequence is one selection, or each expert's; see ROUNDING in nn/routing.py.
+    """
+    kept = scores.weight_B > 0
+    each = [of["near_ties"][kept].sum() for of in scores.counts.values() if "near_ties" in of]
+    return int(sum(each)) if each else None
+
+
 def measured(scores: dict[str, Scores], manifest: Manifest) -> Measured:
-    """What a run's scores say; they are by routing, "trained" and at most one that is causal."""
+    """Returns what a run's scores say: by routing, "trained" and at most one that is causal."""
     trained = scores["trained"]
     result = summarise(trained)
     metrics = {
@@ -101,6 +120,9 @@ def measured(scores: dict[str, Scores], manifest: Manifest) -> Measured:
     dropped = shares(trained.counts, trained.weight_B)
     routed: dict[str, Any] = {f"moe_{name}": value for name, value in dropped.items()}
     metrics |= {f"eval_moe/{name}": value for name, value in dropped.items()}
+    ties = near_ties(trained)
+    if ties is not None:
+        routed["near_ties"] = metrics["eval_near_ties"] = ties
     for routing in scores.keys() - {"trained"}:
         blocks = quality(scores[routing].counts, scores[routing].weight_B)
         mean = mean_quality(blocks.values())

@@ -25,7 +25,13 @@ from modjax.training.check import check as check  # a job has `check` and `train
 from modjax.training.check import check_run, open_data
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.clock import Clock, Pace
-from modjax.training.evaluate import Measured, evaluate, measured, validation_batches
+from modjax.training.evaluate import (
+    Measured,
+    eval_batch_size,
+    evaluate,
+    measured,
+    validation_batches,
+)
 from modjax.training.metrics import MetricsWriter, last_train_loss
 from modjax.training.programs import compile_programs, init_state, make_models
 from modjax.training.record import make_record, progress_values
@@ -127,7 +133,7 @@ def train(
             weights = joined(state.params, state.measured)
             scores = {}
             for routing, eval_step in programs.eval_steps.items():
-                windows = (put_batch(b, mesh) for b in validation_batches(cache, config))
+                windows = (put_batch(b, mesh) for b in validation_batches(cache, config, mesh))
                 scores[routing] = evaluate(eval_step, weights, windows)
             found = measured(scores, cache.manifest)
             writer.write(step, found.metrics)
@@ -191,6 +197,7 @@ def train(
         seconds=clock.seconds,
         median_step_seconds=pace.median() or clock.seconds["train"] / steps,
         device=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        eval_batch_size=eval_batch_size(mesh),
     )
     if jax.process_index() == 0:
         write_record(run_dir, record)

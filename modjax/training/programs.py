@@ -81,7 +81,7 @@ def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: A
     replicated = NamedSharding(mesh, PartitionSpec())
     seed = jnp.int32(train.seed)
     state = abstract_state(mesh, model, train)
-    batch = abstract_batch(mesh, eval_batch_size(train), train.seq_len)
+    batch = abstract_batch(mesh, eval_batch_size(mesh), train.seq_len)
     eval_step = jax.jit(make_eval_step(model.graphdef, train, **routing), out_shardings=replicated)
     weights = joined(state.params, state.measured)
     compiled = eval_step.lower(weights, batch, seed, seed).compile()

@@ -51,11 +51,12 @@ def make_record(
     seconds: dict[str, float],
     median_step_seconds: float,
     device: str,
+    eval_batch_size: int,
 ) -> Record:
     """The record of a run that finished, or that diverged at `diverged_step` > 0.
 
-    routed: the record's fields causal_* and moe_*, as far as it has them. One that is not finite is
-      None: the run is finished as it was trained, whatever another routing makes of it.
+    routed: the record's fields causal_*, moe_* and near_ties, as far as it has them. One that is
+      not finite is None: the run is finished as it was trained, whatever another routing makes of it.
     seconds: by what they were spent on, see training/clock.py.
     """
     config, model = spec.train, spec.model
@@ -102,6 +103,7 @@ def make_record(
         data_wait_seconds=seconds["data_wait"],
         median_step_seconds=median_step_seconds,
         device=device,
+        eval_batch_size=eval_batch_size,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         **{name: _finite(value) for name, value in routed.items()},
     )

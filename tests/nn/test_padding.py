@@ -1,4 +1,4 @@
-"""A row computes the same alone as in a batch that pads it: capacity is a share of its own positions.
+"""A row computes the same alone as padded: capacity is a share of its own positions.
 
 Legend: B batch, L positions, D width.
 """
@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from modjax.nn import MoDBlock, losses
+from modjax.nn.routing import of_valid
 from modjax.spec import Attention, Dense, MoD, MoDConfig, ModelSpec, MoE, Seq, selected_tokens
-from tests.nn.small import EVERY, QUICK, WIDTH, Mixer, behind_a_block, random_model
+from tests.nn.small import QUICK, WIDTH, Mixer, behind_a_block, random_model
 
 SHORT, LONG = 10, 32
 LEARNED = {"capacity": 0.25, "predictor_weight": 1.0}
@@ -93,8 +94,6 @@ def test_a_block_of_ones_own_takes_its_share_of_the_valid_positions(length):
 
 
 def test_shares_are_rounded_as_python_rounds_them():
-    from modjax.nn.routing import of_valid
-
     number = MoE(3, 2, capacity_factor=1.1).slots
     valid = jnp.arange(LONG)[None] < jnp.arange(LONG + 1)[:, None]
     got = of_valid(number, valid, LONG + 1, LONG)

@@ -46,6 +46,46 @@ def test_top_k_equals_a_plain_loop(batch, length, k, dtype, padding):
         assert np.all(np.diff(np.asarray(got.indices_BK[b])) > 0)
 
 
+def test_scores_a_few_ulps_apart_select_the_same_positions_the_earlier():
+    # Faults: a bare top-k, whose ties between equal inputs the last bit decides; ranks rounded to
+    # fewer bits, which part where equal inputs lie on both sides of a step.
+    rng, rows, length, k = np.random.default_rng(0), 400, 40, 9
+    scores = rng.normal(size=(rows, length)).astype(np.float32)
+    counts = rng.integers(k, length + 1, rows)
+    valid = np.arange(length) < counts[:, None]
+    expected, tied = np.zeros((rows, length), bool), np.zeros(rows, bool)
+    own = np.array([max(1, round(k * n / length)) for n in counts])
+    for b, n in enumerate(counts):
+        better = rng.integers(0, own[b])
+        alike = rng.integers(own[b] - better, n - better + 1)  # to fill it, or more
+        order = rng.permutation(n)
+        border = np.float32(rng.normal())
+        scores[b, order[:better]] = border + 0.1 + rng.random(better)
+        scores[b, order[better : better + alike]] = border
+        scores[b, order[better + alike :]] = border - 0.1 - rng.random(n - better - alike)
+        expected[b, order[:better]] = True
+        expected[b, np.sort(order[better : better + alike])[: own[b] - better]] = True
+        tied[b] = better + alike > own[b]
+    run = jax.jit(lambda scores: select_top_k(scores, scores, k, jnp.asarray(valid), own))
+    for scale in (1e-3, 1.0, 1e4):
+        for _ in range(3):
+            shaken = np.float32(scale) * scores
+            for _ in range(2):
+                towards = np.where(rng.random(shaken.shape) < 0.5, -np.inf, np.inf)
+                shaken = np.nextafter(shaken, towards.astype(np.float32))
+            got = run(shaken)
+            np.testing.assert_array_equal(selected_mask(got, length), expected)
+            np.testing.assert_array_equal(got.tied_B, tied)
+    assert 0.2 < tied.mean() < 1
+
+
+def test_scores_that_are_told_apart_are_taken_by_score_and_a_broken_one_is_not_passed_by():
+    scores = jnp.array([[1.0, 1.0 + 1e-4, 0.5, -2.0], [0.0, 3.0, jnp.nan, 1.0]])
+    got = select_top_k(scores, scores, 1, None)
+    # A run whose scores are no numbers must lose its loss, too, or nobody would see it.
+    assert got.indices_BK.tolist() == [[1], [2]] and not np.any(got.tied_B)
+
+
 @pytest.mark.parametrize("capacity, length, spent", [(0.125, 40, 0), (0.5, 17, 3), (0.3, 1, 9)])
 def test_pacing_equals_a_plain_loop_and_may_be_done_in_parts(capacity, length, spent):
     rng = np.random.default_rng(length)

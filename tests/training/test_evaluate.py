@@ -7,7 +7,16 @@ import pytest
 
 from modjax.nn import Routed
 from modjax.nn.routed import Quality, mean_quality, quality
-from modjax.training.evaluate import Scores, difference, evaluate, summarise
+from modjax.spec import Execution
+from modjax.training.evaluate import (
+    Scores,
+    difference,
+    eval_batch_size,
+    evaluate,
+    near_ties,
+    summarise,
+)
+from modjax.training.sharding import make_mesh
 
 
 def test_equal_weights_give_the_textbook_mean_and_standard_error():
@@ -84,3 +93,16 @@ def test_decisions_are_judged_per_layer_over_scored_sequences_and_valid_position
     mean = mean_quality(found.values())
     assert mean[:-1] == pytest.approx(np.mean(expected, axis=0)[:-1])
     assert mean.most == pytest.approx(max(layer.most for layer in expected))
+
+
+@pytest.mark.parametrize("execution, size", [({"data": 1}, 8), ({"data": 8}, 8), ({"data": 3}, 9)])
+def test_runs_of_any_batch_size_are_evaluated_in_the_same_batches(execution, size):
+    assert eval_batch_size(make_mesh(Execution(**execution))) == size
+
+
+def test_near_ties_are_counted_over_layers_and_sequences_that_are_scored():
+    ties = {"near_ties": np.array([[1.0, 0.0], [2.0, 1.0], [9.0, 9.0]])}
+    counts = {"1_mod": ties, "2_moe": {"taken": np.ones((3, 2))}, "3_moe": ties}
+    scored = np.array([4.0, 4.0, 0.0])
+    assert near_ties(Scores(np.ones(3), scored, counts)) == 8
+    assert near_ties(Scores(np.ones(3), scored, {"2_moe": counts["2_moe"]})) is None
