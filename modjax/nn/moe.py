@@ -122,13 +122,14 @@ class MoE(Sublayer):
             ranking_BSR = jnp.where(of_row[-1], -jnp.inf, ranking_BSR)
         rows_BSK, of_row_BSKR = jnp.stack(rows, axis=2), jnp.stack(of_row, axis=2)
         weights_BSK = jnp.sum(jnp.where(of_row_BSKR, scores_BSR[:, :, None], 0.0), axis=3)
+        if spec.renormalise:
+            # Over no-ops, too: the weight of a single expert would be 1 whatever the router says.
+            total_BS1 = jnp.sum(weights_BSK, axis=2, keepdims=True)
+            weights_BSK /= jnp.where(total_BS1 > 0, total_BS1, 1.0)  # sigmoids may underflow
         real_BSK = (rows_BSK < spec.experts) & valid_BS[..., None]
         if spec.random_no_ops:
             real_BSK &= ~self._by_chance(at, rows_BSK.shape, key)
         weights_BSK = jnp.where(real_BSK, weights_BSK, 0.0)
-        if spec.renormalise:
-            total_BS1 = jnp.sum(weights_BSK, axis=2, keepdims=True)
-            weights_BSK /= jnp.where(total_BS1 > 0, total_BS1, 1.0)  # 0 where all are no-ops
         picks = Picks(jnp.where(real_BSK, rows_BSK, spec.experts), spec.scale * weights_BSK)
         return picks, jnp.sum(of_row_BSKR & valid_BS[..., None, None], axis=(1, 2))
 

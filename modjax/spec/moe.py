@@ -29,8 +29,8 @@ class MoE(Layer):
       as it is (arXiv 2404.02258, section 4.3). random_no_ops: the control, where as many picks
       become no-ops by chance.
     scores: of the router, "softmax" over all rows or "sigmoid" of each. A pick's weight is its
-      score, where `renormalise` divided by the sum over the position's picks of experts, times
-      `scale`.
+      score times `scale`; `renormalise` divides it by the sum over the position's picks, those of
+      no-ops among them.
     shared: so many more experts that every position runs through, unweighted.
     balance_weight, z_weight: of the two losses, for token choice. bias_rate: a bias of each row,
       for picking only, moves by it against the row's load at every update (2408.15664).

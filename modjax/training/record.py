@@ -56,7 +56,7 @@ def make_record(
     """The record of a run that finished, or that diverged at `diverged_step` > 0.
 
     routed: the record's fields causal_*, moe_* and near_ties, as far as it has them. One that is
-      not finite is None: the run is finished as it was trained, whatever another routing makes of it.
+      not finite is None: the run is finished as trained, whatever another routing makes of it.
     seconds: by what they were spent on, see training/clock.py.
     """
     config, model = spec.train, spec.model

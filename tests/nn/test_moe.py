@@ -89,14 +89,15 @@ def by_loop(spec, params, measured, x_BSD, valid_BS=None, routing="trained"):
                 continue
             if spec.router == "token_choice":
                 ranking = scores[s] + measured.get("bias", 0)
-                picks = [r for r in np.argsort(-ranking)[: spec.top_k] if r < spec.experts]
+                rows = np.argsort(-ranking)[: spec.top_k]
+                picks = [r for r in rows if r < spec.experts]
             elif spec.router == "threshold":
                 picks = np.flatnonzero(scores[s] > measured["threshold"])
             else:
                 picks = [r for r in range(spec.experts) if s in best[r]]
             weights = np.array([scores[s, r] for r in picks])
-            if spec.renormalise and len(picks):
-                weights = weights / weights.sum()
+            if spec.renormalise:  # by all picks, as LongCat's router does: no-ops among them
+                weights = weights / scores[s, rows].sum()
             z = np.zeros(D)
             for r, weight in zip(picks, spec.scale * weights, strict=True):
                 count[r] += 1
@@ -260,6 +261,22 @@ def test_all_no_ops_leave_the_stream_as_it_is_bit_for_bit_with_finite_gradients(
         assert (np.array(call(layer, x_BSD).x) == np.array(x_BSD)).all()
         grads = jax.grad(loss, argnums=(0, 1))(layer.w[...], x_BSD)
         assert all(np.isfinite(g).all() for g in grads) and not np.any(grads[0])
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("no_ops", [2, 14])
+def test_renormalised_weights_beside_no_ops_still_teach_the_router(scores, no_ops):
+    """Divided by the sum over experts alone, one expert weighs 1 and the gradient is nothing."""
+    layer = layer_of(MoE(2, 2, no_ops=no_ops, scores=scores, renormalise=True))
+    x_BSD = inputs()
+
+    def loss(w_DR):
+        return jnp.sum(jnp.sin(call(with_arrays(layer, {"w": w_DR}), x_BSD).x))
+
+    asked = np.array(call(layer, x_BSD).records[""].asked_BS)
+    assert np.sum(asked == 1) > 5 * np.sum(asked == 2)
+    gradient_DR = jax.jit(jax.grad(loss))(layer.w[...])
+    assert float(jnp.linalg.norm(gradient_DR)) > 0.1
 
 
 def test_padding_changes_no_other_row_loss_or_count():
