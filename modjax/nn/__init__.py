@@ -8,7 +8,7 @@ from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import empty
 from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
-from modjax.nn.records import Inside, Record, losses, observe, statistics
+from modjax.nn.records import Inside, Record, losses, observe, statistics, totals
 from modjax.nn.routed import Routed, decision_counts, decision_quality
 
 MODULES.update({spec.Attention: layers.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
@@ -43,6 +43,7 @@ __all__ = [
     "observe",
     "register",
     "statistics",
+    "totals",
     "under",
     "unstack",
 ]

@@ -45,23 +45,29 @@ class Routing(Record):
     spec: MoE = field(metadata={"static": True})
     tied_BE: jax.Array | None = None
 
-    def balance(self) -> jax.Array:
-        """R sum_r f_r P_r (arXiv 2101.03961, Eq. 4): 1 where all rows are alike, R at collapse.
+    def balance(self, totals: Mapping[str, jax.Array] | None = None) -> jax.Array:
+        """Returns R sum_r f_r P_r (arXiv 2101.03961, Eq. 4): 1 where rows are alike, R at collapse.
 
         f: share of the batch's picks, without gradient, before any is dropped; P: mean probability.
-        Batches that are accumulated have an f each.
+        totals: of the batch that this record is a part of, see `losses`; None, of its own.
         """
-        picks_R = jax.lax.stop_gradient(jnp.sum(self.picks_BR, axis=0))
-        share_R = picks_R / jnp.maximum(jnp.sum(picks_R), 1.0)
-        mean_R = jnp.sum(self.probability_BR, axis=0) / self._positions()
+        totals = totals or self._sums()
+        picks_R = totals["picks_R"]
+        share_R = picks_R / jnp.maximum(jnp.sum(picks_R), 1e-9)
+        mean_R = jnp.sum(self.probability_BR, axis=0) / totals["positions"]
         return picks_R.shape[0] * jnp.sum(share_R * mean_R)
 
-    def z(self) -> jax.Array:
-        """Mean of logsumexp(logits)^2 (arXiv 2202.08906, Eq. 5)."""
-        return jnp.sum(self.z_B) / self._positions()
+    def z(self, totals: Mapping[str, jax.Array] | None = None) -> jax.Array:
+        """Returns the mean of logsumexp(logits)^2 (arXiv 2202.08906, Eq. 5)."""
+        return jnp.sum(self.z_B) / (totals or self._sums())["positions"]
 
-    def loss(self, nll_BL: jax.Array | None = None) -> jax.Array:
-        return sum(self._losses().values(), jnp.float32(0))
+    def loss(
+        self, nll_BL: jax.Array | None = None, totals: Mapping[str, jax.Array] | None = None
+    ) -> jax.Array:
+        return sum(self._losses(totals).values(), jnp.float32(0))
+
+    def totals(self) -> dict[str, jax.Array]:
+        return self._sums() if self.spec.balanced else {}
 
     def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
         """The bias, moved against the load (arXiv 2408.15664), and the thresholds."""
@@ -133,16 +139,19 @@ class Routing(Record):
             **self._losses(),
         }
 
-    def _losses(self) -> dict[str, jax.Array]:
+    def _losses(self, totals: Mapping[str, jax.Array] | None = None) -> dict[str, jax.Array]:
         if self.spec.router != "token_choice":
             return {}
         return {
-            "loss/moe_balance": self.spec.balance_weight * self.balance(),
-            "loss/moe_z": self.spec.z_weight * self.z(),
+            "loss/moe_balance": self.spec.balance_weight * self.balance(totals),
+            "loss/moe_z": self.spec.z_weight * self.z(totals),
         }
 
-    def _positions(self) -> jax.Array:
-        return jnp.maximum(jnp.sum(self.valid_BS).astype(jnp.float32), 1.0)
+    def _sums(self) -> dict[str, jax.Array]:
+        """Returns the picks of each row, and the valid positions: 1e-9 for none."""
+        picks_R = jax.lax.stop_gradient(jnp.sum(self.picks_BR, axis=0))
+        positions = jnp.sum(self.valid_BS).astype(jnp.float32)
+        return {"picks_R": picks_R, "positions": jnp.maximum(positions, 1e-9)}
 
 
 def _in_parts(count_BS: jax.Array) -> jax.Array:

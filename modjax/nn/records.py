@@ -20,11 +20,23 @@ RATE = 0.01
 
 
 class Record:
-    """Base of what a layer reports; each method returns what a record has that has none of it."""
+    """Base class of layer reports. Every method has a neutral default."""
 
     def loss(self, nll_BL: jax.Array) -> jax.Array:
-        """What the layer adds to the objective; it may look at the loss of every position."""
+        """Returns what the layer adds to the objective; it may look at the loss of every position.
+
+        Accumulated batches take the mean of it over their parts. A record that declares `totals`
+        is called with them as a second argument.
+        """
         return jnp.float32(0)
+
+    def totals(self) -> dict[str, jax.Array]:
+        """Returns the sums over the batch that the loss needs, of fixed shapes; {} for none.
+
+        Of an accumulated batch, `loss` gets their mean over the parts, for which an update takes a
+        forward pass more. No gradient passes.
+        """
+        return {}
 
     def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
         """New values of what the layer measures, after `updates` earlier ones."""
@@ -53,8 +65,11 @@ class Inside(Record):
     indices_BK: jax.Array
     valid_BK: jax.Array
 
-    def loss(self, nll_BL: jax.Array) -> jax.Array:
-        return self.record.loss(gather(nll_BL, self.indices_BK))
+    def loss(self, nll_BL: jax.Array, *totals: Any) -> jax.Array:
+        return self.record.loss(gather(nll_BL, self.indices_BK), *totals)
+
+    def totals(self) -> dict[str, jax.Array]:
+        return self.record.totals()
 
     def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
         return self.record.observed(measured, updates)
@@ -87,10 +102,27 @@ def running_mean(old_N: jax.Array, values_BN: jax.Array, updates: jax.Array) -> 
     return old_N + rate * (mean_N - old_N)
 
 
-def losses(records: Mapping[str, Record], nll_BL: jax.Array) -> jax.Array:
-    """What all layers add to the objective; records are stacked over repetitions."""
-    each = (jnp.sum(jax.vmap(lambda r: r.loss(nll_BL))(record)) for record in records.values())
-    return sum(each, jnp.float32(0))
+def totals(records: Mapping[str, Record]) -> dict[str, Any]:
+    """Returns the totals of the records that declare some, by their names."""
+    found = {name: jax.vmap(lambda r: r.totals())(record) for name, record in records.items()}
+    return {name: sums for name, sums in found.items() if sums}
+
+
+def losses(
+    records: Mapping[str, Record], nll_BL: jax.Array, sums: Mapping[str, Any] | None = None
+) -> jax.Array:
+    """Returns what all layers add to the objective; records are stacked over repetitions.
+
+    sums: as `totals` has them, or their mean over the parts of a batch that these are one of;
+      None, those of these records.
+    """
+    sums = totals(records) if sums is None else sums
+
+    def one(name: str, record: Record) -> jax.Array:
+        own = (sums[name],) if name in sums else ()
+        return jnp.sum(jax.vmap(lambda r, *own: r.loss(nll_BL, *own))(record, *own))
+
+    return sum((one(name, record) for name, record in records.items()), jnp.float32(0))
 
 
 def statistics(

@@ -89,6 +89,11 @@ class MoE(Layer):
         return self.experts + (0 if self.random_no_ops else self.no_ops)
 
     @property
+    def balanced(self) -> bool:
+        """Whether training takes a loss of the router's load or logits."""
+        return self.router == "token_choice" and self.balance_weight + self.z_weight > 0
+
+    @property
     def real(self) -> float:
         """The share of picks that are of experts, where the load is even."""
         return self.experts / (self.experts + self.no_ops)

@@ -22,9 +22,10 @@ class TrainConfig:
     """One training run: batch, schedule, optimizer and evaluation.
 
     batch_size counts sequences per optimizer step; `accumulation` splits it into that many
-    forward-backward passes. The schedule is linear warm-up, then a cosine that reaches
-    `final_learning_rate_fraction` at exactly the last step. `trained`: "all" parameters, or the
-    "routers" with their predictors alone, where everything else stays as it is, bit for bit.
+    forward-backward passes; where experts are balanced by a loss, a forward pass over all of them
+    goes before, which is not counted as FLOPs. The schedule is linear warm-up, then a cosine that
+    reaches `final_learning_rate_fraction` at exactly the last step. `trained`: "all" parameters, or
+    the "routers" with their predictors alone, where all else stays as it is, bit for bit.
     """
 
     batch_size: int

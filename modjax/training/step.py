@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from modjax.data.batches import Batch
-from modjax.nn import Record, losses, observe
+from modjax.nn import Record, losses, observe, totals
 from modjax.nn.sharding import constrain
 from modjax.spec import TrainConfig
 from modjax.training.optimizer import Schedule, gradient_norm, learning_rate
@@ -60,15 +60,21 @@ def make_train_step(
     mask = trainable(model, train)
     roles = parted(model.roles, mask)[0]
 
-    def objective(trained, others, batch, key, total_weight):
+    def forward(trained, others, batch, key):
         params, measured = others
         merged = nnx.merge(model.graphdef, joined(together(trained, params), measured))
-        nll_BL, records = token_losses(merged, batch, train.document_mask, key)
+        return token_losses(merged, batch, train.document_mask, key)
+
+    def objective(trained, others, batch, key, total_weight, sums=None):
+        nll_BL, records = forward(trained, others, batch, key)
         loss = jnp.sum(nll_BL * batch.weights_BL) / total_weight
-        own = losses(records, nll_BL) / train.accumulation
+        own = losses(records, nll_BL, sums) / train.accumulation
         return loss + own, (loss, records)
 
-    gradients = _accumulated(jax.grad(objective, has_aux=True), train.accumulation)
+    def sums_of(trained, others, batch, key):
+        return totals(forward(trained, others, batch, key)[1])
+
+    gradients = _accumulated(jax.grad(objective, has_aux=True), sums_of, train.accumulation)
 
     def train_step(state, batch, schedule):
         optimizer = make_optimizer(model, train, schedule)
@@ -109,8 +115,12 @@ def make_train_step(
     return train_step
 
 
-def _accumulated(gradient: Callable, parts: int) -> Callable:
-    """The gradient over a batch in `parts` micro-batches, one after another."""
+def _accumulated(gradient: Callable, sums_of: Callable, parts: int) -> Callable:
+    """Returns the gradient over a batch in `parts` micro-batches, one after another.
+
+    sums_of: what the layers' losses need of the whole batch. Where some loss needs it, a forward
+    pass over all parts goes before.
+    """
     if parts == 1:
         return gradient
 
@@ -120,15 +130,21 @@ def _accumulated(gradient: Callable, parts: int) -> Callable:
             lambda x_BL: x_BL.reshape(-1, parts, x_BL.shape[1]).swapaxes(0, 1), batch
         )
 
+        items = (batch_ABL, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(parts)))
+
+        def part_sums(item):
+            return sums_of(trained, others, *item)
+
+        sums: Any = {}
+        if jax.eval_shape(part_sums, jax.tree.map(lambda x: x[0], items)):
+            sums = jax.tree.map(lambda x_A: jnp.mean(x_A, axis=0), jax.lax.map(part_sums, items))
+
         def add(total, item):
-            micro_batch, index = item
-            grads, (loss, records) = gradient(
-                trained, others, micro_batch, jax.random.fold_in(key, index), total_weight
-            )
+            grads, (loss, records) = gradient(trained, others, *item, total_weight, sums)
             return jax.tree.map(jnp.add, total, (grads, loss)), records
 
         zero = (jax.tree.map(jnp.zeros_like, trained), jnp.float32(0))
-        (grads, loss), records_AGB = jax.lax.scan(add, zero, (batch_ABL, jnp.arange(parts)))
+        (grads, loss), records_AGB = jax.lax.scan(add, zero, items)
 
         def one_batch(x_AGB):
             x_GBA = jnp.moveaxis(x_AGB, 0, 2)

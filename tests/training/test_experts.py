@@ -52,6 +52,51 @@ def test_a_bias_moves_by_its_rate_once_per_update_however_the_batch_is_split(lay
     np.testing.assert_array_equal(found[1], found[2])
 
 
+UNEVEN = np.array([32, 5, 20, 9, 32, 2, 14, 27])  # positions of each row that are no padding
+BALANCED = MoE(4, 2, capacity_factor=1.0, balance_weight=0.5, z_weight=0.3)
+TOKENS = {"router": "token_choice", "balance_weight": 0.5, "z_weight": 0.3, "capacity": 0.5}
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (Seq(Attention(), BALANCED),),
+        (Dense(), MoD(**TOKENS)),
+        (Dense(), MoD(Seq(Attention(), BALANCED), predictor_weight=1.0, **TOKENS)),
+    ],
+    ids=["experts", "token choice", "staged"],
+)
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_one(layers):
+    # Faults: a share of picks, or a number of positions, of each part by itself.
+    config, batch = model(layers=layers), random_batch(0, 8, 32)
+    valid_BL = np.arange(32) < UNEVEN[:, None]
+    segments_BL = np.where(valid_BL, batch.segment_ids_BL, 0)
+    batch = batch._replace(segment_ids_BL=segments_BL, weights_BL=batch.weights_BL * valid_BL)
+    found = {}
+    for parts in (1, 2, 4):
+        train = train_config(accumulation=parts, document_mask=True, clip_norm=1e9)
+        state, _ = one_device_step(config, train)(initial_state(config), batch)
+        # The first moment is 1 - b1 times the gradient.
+        found[parts] = [np.asarray(leaf) for leaf in jax.tree.leaves(state.opt_state)]
+    for parts in (2, 4):
+        for ours, theirs in zip(found[parts], found[1], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-6)
+
+
+def test_a_batch_is_run_once_more_for_the_losses_that_need_the_whole_of_it_only():
+    def products(layers):
+        config = model(layers=layers)
+        step = one_device_step(config, train_config(accumulation=2))
+        text = str(jax.make_jaxpr(step)(initial_state(config), random_batch(0, 8, 32)))
+        return text.count("= scan[")
+
+    with_loss, without = (
+        products((Seq(Attention(), MoE(4, balance_weight=weight, z_weight=0.0)),))
+        for weight in (0.1, 0.0)
+    )
+    assert with_loss == without + 1
+
+
 def test_thresholds_of_experts_are_measured_from_the_first_update():
     layers = (Seq(Attention(), MoE(4, 2, router="threshold")),)
     old, new, metrics = measured_after(layers)
@@ -69,4 +114,5 @@ def test_a_run_with_experts_tells_of_its_picks_and_of_its_loss_without_drops(
     assert record == read_record(tmp_path) and record.causal_routing == "router"
     assert 0 < record.moe_no_op < 1 and 0 <= record.moe_dropped < 1 and 0 < record.moe_useful <= 1
     assert record.causal_difference != 0 and abs(record.causal_difference) < 0.5
+    assert record.near_ties is None and record.eval_batch_size == 8
     assert record.flops["experts"] > 0 and record.params_active < record.params_non_embedding
