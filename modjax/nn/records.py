@@ -105,7 +105,7 @@ def running_mean(old_N: jax.Array, values_BN: jax.Array, updates: jax.Array) -> 
 def totals(records: Mapping[str, Record]) -> dict[str, Any]:
     """Returns the totals of the records that declare some, by their names."""
     found = {name: jax.vmap(lambda r: r.totals())(record) for name, record in records.items()}
-    return {name: sums for name, sums in found.items() if sums}
+    return {name: jax.lax.stop_gradient(sums) for name, sums in found.items() if sums}
 
 
 def losses(

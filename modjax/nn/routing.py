@@ -33,7 +33,7 @@ class Selection(NamedTuple):
     indices_BK: jax.Array
     scores_BK: jax.Array
     valid_BK: jax.Array
-    tied_B: jax.Array | None = None
+    tied_B: Any = None
 
 
 def position_noise(key: jax.Array, positions_BL: jax.Array) -> jax.Array:
