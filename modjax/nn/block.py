@@ -99,7 +99,8 @@ class MoDBlock(RoutedLayer):
         A threshold, where the router or `routing` is one, is measured by `modjax.observe`.
 
         per_position: pytrees of arrays (B or 1, L, ...) that `inner` takes beside x: positions,
-          segment ids, rotary tables. Each is gathered like x.
+          segment ids, rotary tables. Each is gathered like x. Entries beyond what a row selects
+          read 0, so that an array of ones says which of the K are real.
         pairwise: keyword arguments of `inner` between two positions, (B or 1, heads or 1, L, L),
           like the masks of nnx.make_causal_mask. Each is gathered along both. Where a row selects
           fewer than K, the entries left over see themselves (1), and no other sees them (0): a
@@ -141,7 +142,8 @@ class MoDBlock(RoutedLayer):
         most = length if slots is None else min(slots, length)
         none_B = jnp.zeros(batch, jnp.int32)
         call = Call(routing=routing, key=key)
-        if "threshold" in (routing, self.config.router):
+        by_router = self.config.router == "threshold" and routing not in ("predictor", "paced")
+        if by_router or (routing == "threshold" and not self.config.facts.causal):
             _warn_unmeasured(self.bar(), PATIENCE if routing == "trained" else 0)
         x_BLD, beside, record = self.route(x_BLD, at, call, none_B, None, most, process)
         return x_BLD, RoutedBlock(**vars(record), **(vars(beside) if beside else {}))

@@ -302,3 +302,9 @@ def test_a_threshold_that_was_never_measured_is_said_where_it_selects():
         for _ in range(101):
             trained(state)
         jax.effects_barrier()
+
+
+@pytest.mark.parametrize("router", ["positional", "token_choice"])
+def test_a_router_with_a_rule_of_its_own_needs_no_threshold(router):
+    block = MoDBlock(Mixer(nnx.Rngs(0)), WIDTH, MoDConfig(router=router), rngs=nnx.Rngs(0))
+    assert block(X, routing="threshold")[1].selected_BL.shape == (B, L)  # warnings are errors
