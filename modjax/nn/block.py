@@ -12,6 +12,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from modjax.errors import InputError, require
 from modjax.nn.call import At, Call, number_rows
@@ -47,7 +48,8 @@ class RoutedBlock(Routed):
 
         nll_BL: the loss of every position, for records that look at it.
         """
-        inner = (record.loss(nll_BL) for record in _records(self.extra).values())
+        nested = _records(self.extra).values()
+        inner = (record.loss(nll_BL) for record in nested)  # type: ignore[arg-type]
         return super().loss() + sum(inner, jnp.float32(0))
 
     @classmethod
@@ -212,7 +214,7 @@ def _warn_unmeasured(threshold: jax.Array, patience: int) -> None:
                 stacklevel=2,
             )
 
-    if isinstance(threshold, jax.core.Tracer):
+    if isinstance(threshold, Tracer):
         # The condition spares a program whose threshold is measured the call to the host.
         jax.lax.cond(threshold == 0, lambda: jax.debug.callback(warn, threshold), lambda: None)
     else:

@@ -55,7 +55,8 @@ class Inside(Record):
     valid_BK: jax.Array
 
     def loss(self, nll_BL: jax.Array | None = None) -> jax.Array:
-        return self.record.loss(None if nll_BL is None else gather(nll_BL, self.indices_BK))
+        mine_BK = None if nll_BL is None else gather(nll_BL, self.indices_BK)
+        return self.record.loss(mine_BK)  # type: ignore[arg-type]
 
     def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
         return self.record.observed(measured, updates)

@@ -68,22 +68,16 @@ class Places:
     """
 
     def __init__(
-        self,
-        batch: int,
-        length: int,
-        stride: int,
-        first_B: jax.Array | None,
-        at: At,
-        selected: bool,
+        self, x: jax.Array, at: At, stride: int, first_B: jax.Array | None, *, selected: bool
     ):
+        batch, length = x.shape[:2]
         self.length, self.stride = length, stride
-        apart = first_B is None and selected and at.segments_BL is not None
-        self.regular = first_B is None and not apart
-        if apart:
-            self.anchor_BL = _every(stride, at)
-            picked = select_first_k(
-                self.anchor_BL, jnp.zeros((batch, length)), -(-length // stride)
-            )
+        apart_BL = at.segments_BL if first_B is None and selected else None
+        self.regular = first_B is None and apart_BL is None
+        if apart_BL is not None:
+            self.anchor_BL = _every(stride, apart_BL, at.valid_BL)
+            none_BL = jnp.zeros((batch, length))
+            picked = select_first_k(self.anchor_BL, none_BL, -(-length // stride))
             self.indices_BJ = picked.indices_BK
             self.number_BL = jnp.cumsum(self.anchor_BL, axis=1)
         else:
@@ -104,19 +98,18 @@ class Places:
         return _rows(leaf_BI, self.number_BL)
 
 
-def _every(stride: int, at: At) -> jax.Array:
+def _every(stride: int, segments_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
     """Returns the anchors of a selection of packed documents, (B, L); see spec.Anchored.
 
     How many positions of a document were selected must not move the anchors of the next, and a row
     has ceil(L / stride) of them at most: only one document may begin with an anchor.
     """
-    segments_BL = at.segments_BL
     places_1L = jnp.arange(segments_BL.shape[1])[None]
     begins_BL = segments_BL != jnp.roll(segments_BL, 1, axis=1)
     first_BL = jax.lax.cummax(jnp.where(begins_BL, places_1L, 0), axis=1)
     turn_BL = jnp.where(segments_BL == 1, 0, stride - 1)
     anchor_BL = (places_1L - first_BL) % stride == turn_BL
-    return anchor_BL if at.valid_BL is None else anchor_BL & at.valid_BL
+    return anchor_BL if valid_BL is None else anchor_BL & valid_BL
 
 
 class Anchored(nnx.Module):
@@ -134,7 +127,7 @@ class Anchored(nnx.Module):
         held, news = (none, none) if cache is None else (cache.held, cache.news)
         fresh = cache is None or call.fresh
         first_B = None if fresh else -read_B % self.stride
-        places = Places(batch, length, self.stride, first_B, at, call.selected)
+        places = Places(x, at, self.stride, first_B, selected=call.selected)
         if not places.regular and at.valid_BL is None:
             at = at._replace(valid_BL=jnp.ones((batch, length), bool))
         seen_BJ, held_BI = self.see(x, at, places, held, read_B)

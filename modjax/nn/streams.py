@@ -281,7 +281,7 @@ def _mixed_back(apart: bool, inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax
     products_BLSJ = jax.lax.optimization_barrier(products_BLSJ)
     shared = tuple(dim for dim in (0, 1) if weights_BLSJ.shape[dim] == 1)
     grad_of_weights = jnp.sum(products_BLSJ, axis=shared, keepdims=True)
-    grad_of_x = _mixed(False, weights_BLSJ.swapaxes(2, 3), grad_BLSD)
+    grad_of_x: Any = _mixed(False, weights_BLSJ.swapaxes(2, 3), grad_BLSD)
     return grad_of_weights, grad_of_x.astype(x_BLJD.dtype)
 
 
