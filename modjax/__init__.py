@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from modjax.decoding.generate import Sampling, extend, generate, resume
     from modjax.errors import InputError
     from modjax.finished.runs import load
-    from modjax.nn import MoDBlock, Transformer, register, unstack
+    from modjax.nn import MoDBlock, Transformer, observe, register, unstack
     from modjax.spec import (
         MLP,
         AltUp,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _FROM = {  # all others: modjax.spec
     "modjax.errors": ("InputError",),
-    "modjax.nn": ("MoDBlock", "Transformer", "register", "unstack"),
+    "modjax.nn": ("MoDBlock", "Transformer", "observe", "register", "unstack"),
     "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
     "modjax.finished.runs": ("load",),
 }
@@ -82,6 +82,7 @@ __all__ = [
     "flops",
     "generate",
     "load",
+    "observe",
     "register",
     "resume",
     "unstack",

@@ -2,7 +2,7 @@
 
 from modjax import spec
 from modjax.nn import layers, mod, moe, sequence, streams
-from modjax.nn.block import MoDBlock
+from modjax.nn.block import MoDBlock, RoutedBlock
 from modjax.nn.build import MODULES, build, register
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import empty
@@ -31,6 +31,7 @@ __all__ = [
     "Out",
     "Record",
     "Routed",
+    "RoutedBlock",
     "Transformer",
     "build",
     "decision_counts",

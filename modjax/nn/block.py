@@ -3,30 +3,85 @@
 Legend: B batch, L positions, K selected positions, D model width.
 """
 
+import itertools
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
-from modjax.nn.call import At, Call
+from modjax.errors import InputError, require
+from modjax.nn.call import At, Call, number_rows
+from modjax.nn.records import Inside, Record, statistics
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer
 from modjax.nn.routing import Selection, check_inputs, gather, gather_pairs, scatter_add
 from modjax.nn.sharding import constrain_stream
 from modjax.spec.mod import MoDConfig
 
+# Training may pass so often before its first update is measured; evaluating and accumulating do.
+PATIENCE = 100
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoutedBlock(Routed):
+    """The record of a MoDBlock: that of its router, and what the inner block returned beside x.
+
+    extra: of a tuple all but its first, of a named tuple the same with None there, of a dictionary
+      all but x; None where the block returns x alone. Its arrays are as the block returned them:
+      of the selected positions. A layer's record comes back as `Inside`.
+    indices_BK, valid_BK: the selected positions, ascending, and which of the K entries are real;
+      None where there is no extra.
+    """
+
+    extra: Any = None
+    indices_BK: jax.Array | None = None
+    valid_BK: jax.Array | None = None
+
+    def loss(self, nll_BL: jax.Array | None = None) -> jax.Array:
+        """Returns what to add to the objective: the router's losses and those of inner records.
+
+        nll_BL: the loss of every position, for records that look at it.
+        """
+        nested = _records(self.extra).values()
+        inner = (record.loss(nll_BL) for record in nested)  # type: ignore[arg-type]
+        return super().loss() + sum(inner, jnp.float32(0))
+
+    @classmethod
+    def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
+        inner = {
+            f"{name}/{path}": record
+            for name, each in records.items()
+            for path, record in _records(each.extra).items()
+        }
+        return super().statistics(records, valid_BL) | statistics(inner, valid_BL)
+
 
 class MoDBlock(RoutedLayer):
     """Routes the k = max(1, round(capacity * n)) best-scored of n valid positions through `inner`.
 
-    `inner` maps (x_BKD, *per_position, **pairwise, **whole) to x_BKD or to (x_BKD, extra) and sees
-    the selected positions only, in order, with what belongs to them.
+    `inner` maps (x_BKD, *per_position, **pairwise, **whole) to x_BKD, to a tuple that begins with
+    it, or to a dictionary that has it under `output`. It sees the selected positions only, in
+    order, with what belongs to them. The record returns what else it made of them.
+
+    output: the key of x where `inner` returns a dictionary.
     """
 
-    def __init__(self, inner: nnx.Module, d_model: int, config: MoDConfig, *, rngs: nnx.Rngs):
-        self.inner = inner
+    def __init__(
+        self,
+        inner: nnx.Module,
+        d_model: int,
+        config: MoDConfig,
+        *,
+        rngs: nnx.Rngs,
+        output: str = "x",
+    ):
+        self.inner, self.output = inner, output
         super().__init__(config, d_model, rngs=rngs)
 
     def __call__(
@@ -40,11 +95,14 @@ class MoDBlock(RoutedLayer):
         handed: Mapping[str, jax.Array] | None = None,
         routing: str = "trained",
         slots: int | None = None,
-    ) -> tuple[jax.Array, Routed]:
+    ) -> tuple[jax.Array, RoutedBlock]:
         """Returns x_BLD and the record of what was routed; add its `loss()` to your objective.
 
+        A threshold, where the router or `routing` is one, is measured by `modjax.observe`.
+
         per_position: pytrees of arrays (B or 1, L, ...) that `inner` takes beside x: positions,
-          segment ids, rotary tables. Each is gathered like x.
+          segment ids, rotary tables. Each is gathered like x. Entries beyond what a row selects
+          read 0, so that an array of ones says which of the K are real.
         pairwise: keyword arguments of `inner` between two positions, (B or 1, heads or 1, L, L),
           like the masks of nnx.make_causal_mask. Each is gathered along both. Where a row selects
           fewer than K, the entries left over see themselves (1), and no other sees them (0): a
@@ -62,7 +120,8 @@ class MoDBlock(RoutedLayer):
         inputs = per_position, dict(pairwise or {})
         check_inputs(*inputs, batch, length)
         positions_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        at = At(positions_BL, None, valid_BL, {}, dict(handed or {}))
+        sequences_BL = number_rows(batch, length)
+        at = At(positions_BL, None, valid_BL, {}, dict(handed or {}), sequences_BL)
 
         def process(selection: Selection) -> tuple[jax.Array, Any]:
             x_BKD, per_position = jax.tree.map(
@@ -71,12 +130,92 @@ class MoDBlock(RoutedLayer):
             pairwise = jax.tree.map(lambda leaf: gather_pairs(leaf, selection), inputs[1])
             x_BKD = constrain_stream(x_BKD)
             out = self.inner(x_BKD, *per_position, **pairwise, **(whole or {}))  # type: ignore[operator]
-            y_BKD = out[0] if isinstance(out, tuple) else out
+            y_BKD, extra = _apart(out, self.output)
+            shape = getattr(y_BKD, "shape", type(y_BKD))
+            need = f"must return x with the shape {x_BKD.shape} that it got"
+            require(shape == x_BKD.shape, "inner", shape, need)
             update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)
-            return scatter_add(x_BLD, selection.indices_BK, update_BKD), ()
+            beside: Any = ()
+            if extra is not None:
+                selected = selection.indices_BK, selection.valid_BK
+                beside = _Beside(_inside(extra, *selected), *selected)
+            return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
 
         most = length if slots is None else min(slots, length)
         none_B = jnp.zeros(batch, jnp.int32)
         call = Call(routing=routing, key=key)
-        x_BLD, _, record = self.route(x_BLD, at, call, none_B, None, most, process)
-        return x_BLD, record
+        by_router = self.config.router == "threshold" and routing not in ("predictor", "paced")
+        if by_router or (routing == "threshold" and not self.config.facts.causal):
+            _warn_unmeasured(self.bar(), PATIENCE if routing == "trained" else 0)
+        x_BLD, beside, record = self.route(x_BLD, at, call, none_B, None, most, process)
+        return x_BLD, RoutedBlock(**vars(record), **(vars(beside) if beside else {}))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Beside(Record):
+    """What RoutedBlock adds to Routed; a Record, so that `route` compiles one size of it."""
+
+    extra: Any
+    indices_BK: jax.Array
+    valid_BK: jax.Array
+
+
+def _apart(out: Any, key: str) -> tuple[Any, Any]:
+    """Returns x and what an inner block returned beside it, None for nothing."""
+    if isinstance(out, Mapping):
+        need = f"must have the key {key!r}, for x: see MoDBlock's `output`"
+        require(key in out, "inner", sorted(map(str, out)), need)
+        return out[key], {name: value for name, value in out.items() if name != key} or None
+    if not isinstance(out, tuple | list):
+        return out, None
+    if not out:
+        raise InputError("inner", out, "must begin with x")
+    if hasattr(out, "_replace"):
+        return out[0], out._replace(**{out._fields[0]: None})  # type: ignore[union-attr]
+    return out[0], tuple(out[1:]) or None
+
+
+def _is_record(node: Any) -> bool:
+    return isinstance(node, Record)
+
+
+def _inside(extra: Any, indices_BK: jax.Array, valid_BK: jax.Array) -> Any:
+    """Returns the same with every record of it as one of the selected positions."""
+
+    def one(node: Any) -> Any:
+        return Inside(node, indices_BK, valid_BK) if _is_record(node) else node
+
+    return jax.tree.map(one, extra, is_leaf=_is_record)
+
+
+def _records(extra: Any) -> dict[str, Record]:
+    """Returns the records in a tree, by their paths in it."""
+    leaves = jax.tree_util.tree_leaves_with_path(extra, is_leaf=_is_record)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): node
+        for path, node in leaves
+        if _is_record(node)
+    }
+
+
+def _warn_unmeasured(threshold: jax.Array, patience: int) -> None:
+    """Warns, when the program runs, of a threshold that is still the 0 it began as.
+
+    patience: how many runs of the program may pass before.
+    """
+    runs = itertools.count()
+
+    def warn(threshold: jax.Array) -> None:
+        if threshold == 0 and next(runs) >= patience:
+            warnings.warn(
+                "a MoDBlock selects by a threshold that was never measured: call modjax.observe "
+                "after every update, and use what it returns",
+                stacklevel=2,
+            )
+
+    if isinstance(threshold, Tracer):
+        # The condition spares a program whose threshold is measured the call to the host.
+        jax.lax.cond(threshold == 0, lambda: jax.debug.callback(warn, threshold), lambda: None)
+    else:
+        warn(threshold)

@@ -16,12 +16,15 @@ from modjax.nn.records import Record
 
 
 class At(NamedTuple):
-    """What belongs to each position beside its activation; every selection gathers all of it.
+    """The per-position context; every selection gathers all of it.
 
-    positions_BL: of each token in its sequence. segments_BL: attention stays within equal ids;
-    None, there is one segment. valid_BL: False marks padding, which is never routed, written or
-    counted; None, there is none. ropes: base -> cos and sin (B or 1, L, H/2). handed: what earlier
-    layers handed on, by name.
+    positions_BL: the position of each token in its sequence.
+    segments_BL: attention stays within equal ids; None means one segment.
+    valid_BL: False marks padding, which is never routed, written or counted; None means none.
+    ropes: base -> cos and sin, each (B or 1, L, H/2).
+    handed: arrays (B, L, ...) that earlier layers passed on, by name.
+    sequences_BL: the sequence of each position, which random routing draws by: a row that moves
+      within its batch keeps its number. None forbids random routing.
     """
 
     positions_BL: jax.Array
@@ -29,6 +32,7 @@ class At(NamedTuple):
     valid_BL: jax.Array | None
     ropes: Mapping[float, tuple[jax.Array, jax.Array]]
     handed: Mapping[str, jax.Array]
+    sequences_BL: jax.Array | None = None
 
     def count(self, batch: int, length: int) -> jax.Array:
         """How many of `length` positions of each row are no padding, (B,)."""
@@ -37,18 +41,26 @@ class At(NamedTuple):
         return jnp.sum(self.valid_BL, axis=1, dtype=jnp.int32)
 
 
+def number_rows(batch: int, length: int) -> jax.Array:
+    """Returns `At.sequences_BL` of a batch where each row is a sequence of its own."""
+    return jnp.broadcast_to(jnp.arange(batch)[:, None], (batch, length))
+
+
 class Call(NamedTuple):
     """What a call is for, static but for the key.
 
     routing: "trained", or one that never looks ahead. slack: with these, a routed layer takes the
     first slack * capacity * n of a row's n valid positions at most; None, all that ask.
     key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
+    selected: the positions were selected from their rows by what they hold. The place of one among
+    them then says something about other documents of its row, and must not decide anything.
     """
 
     routing: str = "trained"
     slack: float | None = None
     key: jax.Array | None = None
     fresh: bool = False
+    selected: bool = False
 
     def inside(self, index: int) -> "Call":
         """The call of a layer within another, with a key of its own."""

@@ -72,7 +72,7 @@ class Routing(Record):
     def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
         """The bias, moved against the load (arXiv 2408.15664), and the thresholds."""
         found: dict[str, Any] = {}
-        if "bias" in measured:
+        if self.spec.bias_rate:
             load_R = jnp.sum(self.picks_BR, axis=0)
             found["bias"] = measured["bias"] + self.spec.bias_rate * jnp.sign(
                 jnp.mean(load_R) - load_R

@@ -16,7 +16,7 @@ from modjax.errors import require
 from modjax.kernels import product
 from modjax.nn.build import build
 from modjax.nn.cache import overflow
-from modjax.nn.call import At, Call
+from modjax.nn.call import At, Call, number_rows
 from modjax.nn.layers import RMSNorm, rotary_tables
 from modjax.nn.params import normal_param
 from modjax.nn.records import Record
@@ -92,7 +92,9 @@ class Transformer(nnx.Module):
         self.config.check_routing(routing, "routing")
         valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
         positions_1L = jnp.arange(tokens_BL.shape[1])[None]
-        at = At(positions_1L, segment_ids_BL, valid_BL, self._ropes(positions_1L), {})
+        sequences_BL = number_rows(*tokens_BL.shape)
+        ropes = self._ropes(positions_1L)
+        at = At(positions_1L, segment_ids_BL, valid_BL, ropes, {}, sequences_BL)
         x_BLD, records = self.stack(self._embed(tokens_BL), at, Call(routing, slack, key))
         return self._logits(x_BLD), records
 
@@ -152,7 +154,8 @@ class Transformer(nnx.Module):
                     for base, (cos, sin) in ropes_1MH.items()
                 }
             valid_BL = offsets_1L < lengths_B[:, None]
-            at = At(positions_BL, None, valid_BL, ropes, {})
+            sequences_BL = number_rows(batch, length)
+            at = At(positions_BL, None, valid_BL, ropes, {}, sequences_BL)
             call = Call(routing, slack, key, fresh)
             x_BLD, caches, depths_BL = self.stack.read(
                 apart, self._embed(tokens_BL), at, call, cache.layers

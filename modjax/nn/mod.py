@@ -104,7 +104,8 @@ class MoD(RoutedLayer):
             part = constrain_stream(part)
             part_at = part_at._replace(valid_BL=selection.valid_BK)
             inner_cache = None if cache is None else cache.inner
-            out = self.inner(part, part_at, call.inside(0), inner_cache)
+            inner_call = call.inside(0)._replace(selected=True)
+            out = self.inner(part, part_at, inner_call, inner_cache)
             update = self.update(selection.scores_BK, part, out.x)
             write = unwritten(out.write)
             if cache is not None and call.routing != "trained":

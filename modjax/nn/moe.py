@@ -137,9 +137,9 @@ class MoE(Sublayer):
         """Which picks are no-ops at random, alike whether read at once or token by token."""
         if key is None:
             raise ValueError("random no-ops need a PRNG key: model(tokens, key=...)")
-        positions_BS = jnp.broadcast_to(at.positions_BL, shape[:2])
         keys = [jax.random.fold_in(key, pick) for pick in range(shape[2])]
-        noise_BSK = jnp.stack([position_noise(key, positions_BS) for key in keys], axis=2)
+        each = [position_noise(key, at.sequences_BL, at.positions_BL) for key in keys]
+        noise_BSK = jnp.stack(each, axis=2)
         return jax.scipy.special.ndtr(noise_BSK) >= self.spec.real
 
     def _experts_own(

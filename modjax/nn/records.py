@@ -13,6 +13,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from modjax.errors import InputError, require
 from modjax.nn.routing import gather
 
 # A running mean forgets at this rate; until then it is the plain mean.
@@ -65,8 +66,9 @@ class Inside(Record):
     indices_BK: jax.Array
     valid_BK: jax.Array
 
-    def loss(self, nll_BL: jax.Array, *totals: Any) -> jax.Array:
-        return self.record.loss(gather(nll_BL, self.indices_BK), *totals)
+    def loss(self, nll_BL: jax.Array | None = None, *totals: Any) -> jax.Array:
+        mine_BK = None if nll_BL is None else gather(nll_BL, self.indices_BK)
+        return self.record.loss(mine_BK, *totals)  # type: ignore[arg-type]
 
     def totals(self) -> dict[str, jax.Array]:
         return self.record.totals()
@@ -93,7 +95,11 @@ class Inside(Record):
 
 
 def running_mean(old_N: jax.Array, values_BN: jax.Array, updates: jax.Array) -> jax.Array:
-    """What the old means are after one more batch of values, of which the finite ones count."""
+    """Returns the means after one more batch of values, of which the finite ones count."""
+    fits = values_BN.shape[1:] == old_N.shape
+    require(
+        fits, "measured", old_N.shape, f"must have the shape {values_BN.shape[1:]}: see `observe`"
+    )
     rate = jnp.maximum(RATE, 1 / (updates.astype(jnp.float32) + 1))
     known_BN = jnp.isfinite(values_BN)
     total_N = jnp.sum(jnp.where(known_BN, values_BN, 0.0), axis=0)
@@ -144,21 +150,49 @@ def statistics(
     return found
 
 
-def observe(measured: Any, records: Mapping[str, Record], updates: jax.Array) -> Any:
-    """The measured numbers of a model's blocks after one more forward pass.
+def observe(
+    measured: Any, records: Mapping[str, Record], updates: int | jax.Array, *, stacked: bool = False
+) -> tuple[Any, int]:
+    """Returns the measured numbers after one more forward pass, and how many of them were updated.
 
-    measured: nested like the modules, of which a record's name is the path.
+    Call it once per update of the parameters: thresholds and biases learn from it alone.
+
+    measured: nested like the modules: `nnx.state(model)`, a part of it, or a plain dictionary.
+    records: what the layers reported, each by the path of its module, as in "layers/0/routed"; ""
+      is the model itself.
+    updates: how many updates came before.
+    stacked: whether records and numbers begin with a dim of repetitions, as under nnx.scan.
+
+    Raises InputError where a path does not lead to the numbers that its record measures.
     """
-    for name, record in records.items():
-        measured = _at_path(measured, name.split("/"), record, updates)
-    return measured
+    paths_leaves, structure = jax.tree_util.tree_flatten_with_path(measured)
+    paths = [_module_and_name(path) for path, _ in paths_leaves]
+    leaves = [leaf for _, leaf in paths_leaves]
+    updates, count = jnp.asarray(updates), 0
+    for path, record in records.items():
+        places = {name: at for at, (module, name) in enumerate(paths) if module == path}
+
+        def observed(record: Record, old: Any) -> dict[str, Any]:
+            return record.observed(old, updates)
+
+        try:
+            old = {name: leaves[at] for name, at in places.items()}
+            new = (jax.vmap(observed) if stacked else observed)(record, old)
+        except KeyError as missing:
+            modules = ", ".join(dict.fromkeys(repr(module) for module, _ in paths))
+            need = f"has no measured {missing}: must be the path of a module, one of {modules}"
+            raise InputError("records", path, need) from missing
+        for name, value in new.items():
+            fits = value.shape == leaves[places[name]].shape
+            require(fits, "stacked", stacked, f"does not fit {path}/{name}: see observe")
+            leaves[places[name]] = value
+            count += value.size
+    return jax.tree.unflatten(structure, leaves), count
 
 
-def _at_path(tree: Any, path: list[str], record: Record, updates: jax.Array) -> Any:
-    if not isinstance(tree, Mapping) or not path:
-        if not tree:
-            return tree
-        return {**tree, **jax.vmap(lambda r, old: r.observed(old, updates))(record, tree)}
-    if path[0] not in tree:  # nothing is measured there
-        return tree
-    return {**tree, path[0]: _at_path(tree[path[0]], path[1:], record, updates)}
+def _module_and_name(path: tuple[Any, ...]) -> tuple[str, str]:
+    """Returns the path of the module that a leaf belongs to, and the leaf's name there."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # an nnx.Variable's own
+        path = path[:-1]
+    module, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
+    return module, name

@@ -69,7 +69,7 @@ class Stochastic(ExpertChoice):
         if key is None:
             raise ValueError("stochastic routing needs a PRNG key: model(tokens, key=...)")
         scores_BL = super().__call__(x_BLD, at, key).scores_BL
-        return Ranking(position_noise(key, at.positions_BL), scores_BL, {})
+        return Ranking(position_noise(key, at.sequences_BL, at.positions_BL), scores_BL, {})
 
 
 class Positional(ExpertChoice):

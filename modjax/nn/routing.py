@@ -36,17 +36,22 @@ class Selection(NamedTuple):
     tied_B: Any = None
 
 
-def position_noise(key: jax.Array, positions_BL: jax.Array) -> jax.Array:
-    """Gaussian noise (B, L) that depends on the key, the row and the position alone.
+def position_noise(
+    key: jax.Array, sequences_BL: jax.Array | None, positions_BL: jax.Array
+) -> jax.Array:
+    """Returns Gaussian noise (B, L) that depends on the key, the sequence and the position alone.
 
-    So a token meets the same noise whether its sequence is read at once or token by token.
+    A token meets the same noise whether its sequence is read at once or token by token, and
+    whichever row of a batch or place of a selection holds it there.
     """
+    if sequences_BL is None:
+        raise ValueError("random routing needs At.sequences_BL, the sequence of each position")
 
-    def one(key, positions_L):
-        keys_L = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions_L)
-        return jax.vmap(lambda key: jax.random.normal(key, (), jnp.float32))(keys_L)
+    def one(sequence, position):
+        own = jax.random.fold_in(jax.random.fold_in(key, sequence), position)
+        return jax.random.normal(own, (), jnp.float32)
 
-    return jax.vmap(one)(jax.random.split(key, positions_BL.shape[0]), positions_BL)
+    return jax.vmap(jax.vmap(one))(*jnp.broadcast_arrays(sequences_BL, positions_BL))
 
 
 def evenly_spread(positions_BL: jax.Array, capacity: float) -> jax.Array:

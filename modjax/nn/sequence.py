@@ -1,7 +1,8 @@
 """Layers that only every k-th position of what reaches them runs through.
 
-In training it is known which those are: slices and repetitions, no gathers. Where n positions of a
-row were read before, the (-n mod k)-th of the new ones is the next anchor.
+In training the anchors of a whole row are known: slices and repetitions, no gathers. Where n
+positions of a row were read before, the (-n mod k)-th of the new ones is the next anchor. Within a
+selection of packed documents the anchors follow from the documents, see `_every`.
 
 Legend: B batch, L positions, J anchors, I = 1 + J: the last one read before, and these.
 """
@@ -23,7 +24,7 @@ from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import empty
 from modjax.nn.params import make_param
 from modjax.nn.records import Inside
-from modjax.nn.routing import gather, wide
+from modjax.nn.routing import gather, select_first_k, wide
 from modjax.nn.rows import run_rows
 from modjax.nn.streams import mixed
 
@@ -59,23 +60,56 @@ class Kept:
 
 
 class Places:
-    """Where the anchors lie among L positions; first_B: the first of each row, None for 0."""
+    """Where the anchors lie among L positions.
 
-    def __init__(self, batch: int, length: int, stride: int, first_B: jax.Array | None):
-        self.length, self.stride, self.fresh = length, stride, first_B is None
-        start_B1 = jnp.zeros((batch, 1), jnp.int32) if first_B is None else first_B[:, None]
-        self.indices_BJ = start_B1 + jnp.arange(0, length, stride)[None]  # some beyond the end
-        self.past_BL = jnp.arange(length)[None] - start_B1  # the first anchor
+    indices_BJ: their places, ascending, some beyond the end. anchor_BL: which positions they are.
+    number_BL: how many of them lie up to each position.
+    first_B: the first anchor of each row, None for 0. selected: see `Call`.
+    """
+
+    def __init__(
+        self, x: jax.Array, at: At, stride: int, first_B: jax.Array | None, *, selected: bool
+    ):
+        batch, length = x.shape[:2]
+        self.length, self.stride = length, stride
+        apart_BL = at.segments_BL if first_B is None and selected else None
+        self.regular = first_B is None and apart_BL is None
+        if apart_BL is not None:
+            self.anchor_BL = _every(stride, apart_BL, at.valid_BL)
+            none_BL = jnp.zeros((batch, length))
+            picked = select_first_k(self.anchor_BL, none_BL, -(-length // stride))
+            self.indices_BJ = picked.indices_BK
+            self.number_BL = jnp.cumsum(self.anchor_BL, axis=1)
+        else:
+            start_B1 = jnp.zeros((batch, 1), jnp.int32) if first_B is None else first_B[:, None]
+            self.indices_BJ = start_B1 + jnp.arange(0, length, stride)[None]
+            past_BL = jnp.arange(length)[None] - start_B1
+            self.anchor_BL = past_BL % stride == 0
+            self.number_BL = past_BL // stride + 1
 
     def pick(self, leaf: jax.Array) -> jax.Array:
-        """The anchors of (B or 1, L, ...); 0 beyond the end."""
-        return leaf[:, :: self.stride] if self.fresh else gather(leaf, self.indices_BJ)
+        """Returns the anchors of (B or 1, L, ...); 0 beyond the end."""
+        return leaf[:, :: self.stride] if self.regular else gather(leaf, self.indices_BJ)
 
     def spread(self, leaf_BI: jax.Array) -> jax.Array:
-        """To every position what belongs to its anchor, (B, L, ...)."""
-        if self.fresh:
+        """Returns for every position what belongs to its anchor, (B, L, ...)."""
+        if self.regular:
             return jnp.repeat(leaf_BI[:, 1:], self.stride, axis=1)[:, : self.length]
-        return _rows(leaf_BI, self.past_BL // self.stride + 1)
+        return _rows(leaf_BI, self.number_BL)
+
+
+def _every(stride: int, segments_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
+    """Returns the anchors of a selection of packed documents, (B, L); see spec.Anchored.
+
+    How many positions of a document were selected must not move the anchors of the next, and a row
+    has ceil(L / stride) of them at most: only one document may begin with an anchor.
+    """
+    places_1L = jnp.arange(segments_BL.shape[1])[None]
+    begins_BL = segments_BL != jnp.roll(segments_BL, 1, axis=1)
+    first_BL = jax.lax.cummax(jnp.where(begins_BL, places_1L, 0), axis=1)
+    turn_BL = jnp.where(segments_BL == 1, 0, stride - 1)
+    anchor_BL = (places_1L - first_BL) % stride == turn_BL
+    return anchor_BL if valid_BL is None else anchor_BL & valid_BL
 
 
 class Anchored(nnx.Module):
@@ -92,9 +126,10 @@ class Anchored(nnx.Module):
         read_B = jnp.zeros(batch, jnp.int32) if cache is None else cache.count_B
         held, news = (none, none) if cache is None else (cache.held, cache.news)
         fresh = cache is None or call.fresh
-        if not fresh and at.valid_BL is None:
+        first_B = None if fresh else -read_B % self.stride
+        places = Places(x, at, self.stride, first_B, selected=call.selected)
+        if not places.regular and at.valid_BL is None:
             at = at._replace(valid_BL=jnp.ones((batch, length), bool))
-        places = Places(batch, length, self.stride, None if fresh else -read_B % self.stride)
         seen_BJ, held_BI = self.see(x, at, places, held, read_B)
         inner_cache = None if cache is None else cache.inner
         inputs = seen_BJ, jax.tree.map(places.pick, at), inner_cache
@@ -115,6 +150,7 @@ class Anchored(nnx.Module):
         if at.segments_BL is not None:
             anchors_BJ = places.pick(at.segments_BL)
             own_BL = places.spread(_after(anchors_BJ[:, 0], anchors_BJ)) == at.segments_BL
+            own_BL &= places.number_BL > 0
             new = jnp.where(wide(own_BL, x), new, x)
         valid_BJ = inputs[1].valid_BL
         valid_BJ = jnp.ones(places.indices_BJ.shape, bool) if valid_BJ is None else valid_BJ
@@ -172,8 +208,9 @@ class StrideSkip(Anchored):
     def corrected(
         self, x: jax.Array, places: Places, held_BI: jax.Array, news_BI: jax.Array
     ) -> jax.Array:
-        anchor_BL = places.past_BL % places.stride == 0
-        return jnp.where(wide(anchor_BL, x), super().corrected(x, places, held_BI, news_BI), x)
+        return jnp.where(
+            wide(places.anchor_BL, x), super().corrected(x, places, held_BI, news_BI), x
+        )
 
 
 class StridePool(Anchored):
@@ -181,7 +218,7 @@ class StridePool(Anchored):
         self, x: jax.Array, at: At, places: Places, held: jax.Array, read_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         # Every position belongs to the next anchor: its number, J where it lies beyond these.
-        next_BL = (places.past_BL + places.stride - 1) // places.stride
+        next_BL = places.number_BL - places.anchor_BL.astype(jnp.int32)
         mine_BL = jnp.ones(x.shape[:2], bool) if at.valid_BL is None else at.valid_BL
         if at.segments_BL is not None:
             anchors_BI = jnp.pad(places.pick(at.segments_BL), ((0, 0), (0, 1)))

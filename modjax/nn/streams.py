@@ -89,14 +89,13 @@ def _sized(x_BLD: jax.Array, like_BLD: jax.Array) -> jax.Array:
 
 
 class Weights(NamedTuple):
-    """Of one layer at every position, float32, (B, L, ...) or of 1 for all; see spec.Streams.
+    """The weights of one layer, float32, (B, L, ...) or of 1 for all; see spec.Streams.
 
     read: the number of a stream, or weights of all. write: makes them from what was computed.
     """
 
     read: int | jax.Array
     mix_BLSJ: jax.Array
-    base_BLJ: jax.Array
     write: Callable[[jax.Array], jax.Array]
 
 
@@ -108,15 +107,16 @@ class Streams(nnx.Module):
         self.inner = build(spec.inner, shape._replace(streams=1), rngs=rngs)
 
     def __call__(self, x_BLSD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        read, mix_BLSJ, base_BLJ, write = self.weights(x_BLSD)
+        read, mix_BLSJ, write = self.weights(x_BLSD)
+        kept_BLSD = self.keep(mix_BLSJ, x_BLSD)
         if isinstance(read, int):
-            u_BLD = x_BLSD[:, :, read]
+            u_BLD, base_BLD = x_BLSD[:, :, read], kept_BLSD[:, :, read]
         else:
-            u_BLD = mixed(read[:, :, None], x_BLSD)[:, :, 0].astype(x_BLSD.dtype)
+            base_BLD = mixed(read[:, :, None], x_BLSD, apart=True)[:, :, 0]
+            u_BLD = base_BLD.astype(x_BLSD.dtype)
         out = self.inner(u_BLD, at, call.inside(0), cache)
-        write_BLS1 = write(out.x)[..., None]
-        kept_BLSD = mixed(mix_BLSJ - write_BLS1 * base_BLJ[:, :, None], x_BLSD)
-        new_BLSD = kept_BLSD + mixed(write_BLS1, out.x[:, :, None])
+        change_BLD = out.x.astype(jnp.float32) - base_BLD
+        new_BLSD = kept_BLSD + mixed(write(out.x)[..., None], change_BLD[:, :, None])
         records = under("inner", out.records)
         return Out(new_BLSD.astype(x_BLSD.dtype), out.write, records, out.handed)
 
@@ -125,6 +125,10 @@ class Streams(nnx.Module):
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
         raise NotImplementedError
+
+    def keep(self, mix_BLSJ: jax.Array, x_BLSD: jax.Array) -> jax.Array:
+        """Returns the streams before their correction, float32."""
+        return mixed(mix_BLSJ, x_BLSD)
 
 
 class AltUp(Streams):
@@ -137,7 +141,7 @@ class AltUp(Streams):
     def weights(self, x_BLSD: jax.Array) -> Weights:
         p_11SJ = (self.p[...] if self.learned else jnp.eye(self.streams))[None, None]
         g_11S = (self.g[...] if self.learned else jnp.ones(self.streams))[None, None]
-        return Weights(self.active, p_11SJ, p_11SJ[:, :, self.active], lambda _: g_11S)
+        return Weights(self.active, p_11SJ, lambda _: g_11S)
 
 
 class SimplifiedAltUp(Streams):
@@ -148,7 +152,7 @@ class SimplifiedAltUp(Streams):
     def weights(self, x_BLSD: jax.Array) -> Weights:
         r_11J, eye_SJ = self.r[...][None, None], jnp.eye(self.streams)
         write_11S = self.streams * eye_SJ[self.active][None, None]
-        return Weights(r_11J, eye_SJ[None, None], r_11J, lambda _: write_11S)
+        return Weights(r_11J, eye_SJ[None, None], lambda _: write_11S)
 
 
 class HyperConnection(Streams):
@@ -173,7 +177,7 @@ class HyperConnection(Streams):
             a_m_BLJ += alpha * found[..., 0]
             b_BLS += beta * found[..., 1]
             a_r_BLJS += alpha * found[..., 2:]
-        return Weights(a_m_BLJ, a_r_BLJS.swapaxes(2, 3), a_m_BLJ, lambda _: b_BLS)
+        return Weights(a_m_BLJ, a_r_BLJS.swapaxes(2, 3), lambda _: b_BLS)
 
 
 class ManifoldHyperConnection(Streams):
@@ -195,7 +199,14 @@ class ManifoldHyperConnection(Streams):
         write_BLS = 2 * jax.nn.sigmoid(scaled[1] + self.b_write[...][None, None])
         logits_BLJS = scaled[2].reshape(batch, length, s, s) + self.b_mix[...][None, None]
         mix_BLSJ = _doubly_stochastic(logits_BLJS).swapaxes(2, 3)
-        return Weights(read_BLJ, mix_BLSJ, read_BLJ, lambda _: write_BLS)
+        return Weights(read_BLJ, mix_BLSJ, lambda _: write_BLS)
+
+    def keep(self, mix_BLSJ: jax.Array, x_BLSD: jax.Array) -> jax.Array:
+        # Each stream's weights sum to 1. Written by differences, equal streams stay equal to the
+        # last bit, and their mix has a gradient of exactly 0 in place of rounding noise.
+        x_BLSD = x_BLSD.astype(jnp.float32)
+        first_BL1D = x_BLSD[:, :, :1]
+        return first_BL1D + mixed(mix_BLSJ[..., 1:], x_BLSD[:, :, 1:] - first_BL1D)
 
 
 def _doubly_stochastic(logits_BLJS: jax.Array) -> jax.Array:
@@ -228,7 +239,7 @@ class Gemma3nAltUp(Streams):
         def write(y_BLD: jax.Array) -> jax.Array:
             return 1 + linear(self._modes(y_BLD), self.c[...])
 
-        return Weights(read_BLJ, mix_BLSJ, read_BLJ, write)
+        return Weights(read_BLJ, mix_BLSJ, write)
 
     def _modes(self, x_BLD: jax.Array) -> jax.Array:
         return jnp.tanh(linear(self.norm(x_BLD), self.w[...]) / x_BLD.shape[2])
@@ -239,15 +250,24 @@ def _mixing(value: jax.Array) -> nnx.Param:
     return make_param(value, ("replicated",) * value.ndim, decays=False)
 
 
-@jax.custom_vjp
-def mixed(weights_BLSJ: jax.Array, x_BLJD: jax.Array) -> jax.Array:
-    """sum_j weights_j x_j, in float32: (B, L, S, D). Weights of 1 for B or L are those of all."""
+def mixed(weights_BLSJ: jax.Array, x_BLJD: jax.Array, *, apart: bool = False) -> jax.Array:
+    """Returns sum_j weights_j x_j, in float32: (B, L, S, D). Weights of 1 for B or L are shared.
+
+    apart: positions whose streams are all equal give the weights no gradient. The sum is then the
+    stream times a number, which the norms behind it take away: the gradient is 0 but for rounding,
+    and AdamW would make a step of that noise as large as any other.
+    """
+    return _mixed(apart, weights_BLSJ, x_BLJD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed(apart: bool, weights_BLSJ: jax.Array, x_BLJD: jax.Array) -> jax.Array:
     x32_BLJD = x_BLJD.astype(jnp.float32)
     each = [weights_BLSJ[..., j, None] * x32_BLJD[:, :, j, None] for j in range(x_BLJD.shape[2])]
     return functools.reduce(jnp.add, each)
 
 
-def _mixed_back(inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax.Array) -> Any:
+def _mixed_back(apart: bool, inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax.Array) -> Any:
     """Products of streams position by position, and only then their sum over positions: XLA's CPU
     backend takes 2 to 6 times as long for the sum over positions and width at once.
     """
@@ -255,13 +275,18 @@ def _mixed_back(inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax.Array) -> An
     x32_BLJD = x_BLJD.astype(jnp.float32)
     exact = jax.lax.Precision.HIGHEST  # they sum over many positions
     products_BLSJ = jnp.einsum("BLSD,BLJD->BLSJ", grad_BLSD, x32_BLJD, precision=exact)
+    if apart:
+        apart_BL = jnp.any(x_BLJD != x_BLJD[:, :, :1], axis=(2, 3))
+        products_BLSJ = jnp.where(apart_BL[:, :, None, None], products_BLSJ, 0.0)
     products_BLSJ = jax.lax.optimization_barrier(products_BLSJ)
     shared = tuple(dim for dim in (0, 1) if weights_BLSJ.shape[dim] == 1)
     grad_of_weights = jnp.sum(products_BLSJ, axis=shared, keepdims=True)
-    grad_of_x = mixed(weights_BLSJ.swapaxes(2, 3), grad_BLSD)
+    grad_of_x: Any = _mixed(False, weights_BLSJ.swapaxes(2, 3), grad_BLSD)
     return grad_of_weights, grad_of_x.astype(x_BLJD.dtype)
 
 
-mixed.defvjp(
-    lambda weights_BLSJ, x_BLJD: (mixed(weights_BLSJ, x_BLJD), (weights_BLSJ, x_BLJD)), _mixed_back
-)
+def _mixed_ahead(apart: bool, weights_BLSJ: jax.Array, x_BLJD: jax.Array) -> Any:
+    return _mixed(apart, weights_BLSJ, x_BLJD), (weights_BLSJ, x_BLJD)
+
+
+_mixed.defvjp(_mixed_ahead, _mixed_back)

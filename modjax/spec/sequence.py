@@ -12,8 +12,13 @@ from modjax.spec.layers import DENSE
 class Anchored(Layer):
     """Base: every `stride`-th position, an anchor, runs through `inner`.
 
-    Anchors keep their rotary angles. No position looks at an anchor of another document, and of a
-    selection around this layer every `stride`-th position is one.
+    Anchors keep their rotary angles. No position looks at an anchor of another document: those of a
+    document before its first anchor pass the layer by.
+
+    Of a row every `stride`-th position is an anchor, from the first on. Of the positions that MoD
+    selects around this layer, every `stride`-th of each document: from the first on in the document
+    with segment id 1, which begins the row, and from the `stride`-th on in those packed behind it.
+    So no row has more than ceil(K / stride) anchors of K positions, whatever is selected.
     """
 
     inner: Layer = DENSE

@@ -89,7 +89,8 @@ def make_train_step(
         params = together(optax.apply_updates(trained, updates), frozen)
         measured = state.measured
         if measured:
-            blocks = observe(measured["stack"]["blocks"], records, state.step)
+            old = measured["stack"]["blocks"]
+            blocks, _ = observe(old, records, state.step, stacked=True)
             measured = {**measured, "stack": {"blocks": blocks}}
         step = state.step + 1
         diverged = (state.diverged_step == 0) & ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from modjax.nn import At, Call, build
+from modjax.nn.call import number_rows
 from modjax.nn.records import statistics
 from modjax.spec import MLP, MoD, MoE, Seq, Shape
 
@@ -50,10 +51,9 @@ def inputs(batch=B, length=S, seed=1):
 
 
 def call(layer, x_BSD, valid_BS=None, routing="trained", key=3):
-    positions = jnp.arange(x_BSD.shape[1])[None]
-    return layer(
-        x_BSD, At(positions, None, valid_BS, {}, {}), Call(routing, None, jax.random.key(key))
-    )
+    positions, rows = jnp.arange(x_BSD.shape[1])[None], number_rows(*x_BSD.shape[:2])
+    at = At(positions, None, valid_BS, {}, {}, rows)
+    return layer(x_BSD, at, Call(routing, None, jax.random.key(key)))
 
 
 ACT = {

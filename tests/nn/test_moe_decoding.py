@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.spec import Attention, Dense, MoD, MoE, Seq, SequenceAltUp
+from modjax.spec import (
+    MLP,
+    AltUp,
+    Attention,
+    Dense,
+    MoD,
+    MoE,
+    Recycled,
+    Seq,
+    SequenceAltUp,
+    StridePool,
+    StrideSkip,
+)
 from tests.nn.test_cached_decoding import LENGTHS, TOTALS, both_ways, model_config
 
 TAUGHT = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
@@ -32,8 +44,8 @@ MODELS = {
 }
 
 
-def check(layers, routing, slack):
-    config = model_config(*layers)
+def check(layers, routing, slack, **changes):
+    config = model_config(*layers, **changes)
     results = both_ways(config, routing, slack, LENGTHS, TOTALS)
     (logits_BLV, masks), (first_BV, _, _), decoded, _, (later_BV, *_) = results
     logits_SBV, _, active_SB, positions_SB, _ = decoded
@@ -60,6 +72,41 @@ def test_staged_mode_by_every_routing_with_bounds_that_are_hit_and_not(routing):
         missed = sum(np.sum(m["wanted_BL"] & ~m["selected_BL"]) for m in masks.values())
         hit = slack is not None and routing == "threshold"  # the others stay below their bounds
         assert (missed > 0) == hit
+
+
+BY_CHANCE = block(MoE(4, 2, no_ops=4, random_no_ops=True))
+DRAWN = MoD(Seq(Attention(), MLP()), router="stochastic", **TAUGHT)
+SELECTED = {
+    "MoD": [MoD(BY_CHANCE, **TAUGHT)],
+    "Sequence-AltUp": [Dense(), SequenceAltUp(BY_CHANCE, stride=2)],
+    "MoD in MoD": [MoD(DRAWN, **TAUGHT)],
+    "strides": [StrideSkip(BY_CHANCE, stride=2), StridePool(DRAWN, stride=2)],
+    "MoD and a stride": [MoD(SequenceAltUp(BY_CHANCE, stride=2), **TAUGHT)],
+    "a stride and MoD": [SequenceAltUp(MoD(Seq(DRAWN, BY_CHANCE), **TAUGHT), stride=2)],
+    "by chance": [MoD(Seq(BY_CHANCE, DRAWN), router="stochastic", **TAUGHT)],
+    "strides of strides": [StridePool(SequenceAltUp(DRAWN, stride=2), stride=2)],
+}
+LONG = [name for name in SELECTED if name not in ("MoD", "Sequence-AltUp")]
+
+
+# LENGTHS and TOTALS are ragged: which rows are routed differs from step to step.
+@pytest.mark.parametrize(
+    "name, routing",
+    [
+        ("MoD", "predictor"),
+        ("Sequence-AltUp", "router"),
+        *(pytest.param(name, "predictor", marks=pytest.mark.slow) for name in LONG),
+        *(pytest.param(name, "threshold", marks=pytest.mark.slow) for name in LONG),
+    ],
+)
+def test_random_layers_within_a_selection_draw_by_sequence_and_position(name, routing):
+    check(SELECTED[name], routing, None)
+
+
+@pytest.mark.slow
+def test_random_layers_on_streams_within_a_selection_draw_by_sequence_and_position():
+    layers = [MoD(AltUp(BY_CHANCE), **TAUGHT), SequenceAltUp(AltUp(DRAWN, active=1), stride=2)]
+    check(layers, "threshold", 1.5, streams=Recycled(2))
 
 
 def test_the_best_causal_routing_and_what_has_none():

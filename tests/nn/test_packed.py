@@ -10,7 +10,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import ModelSpec
+from modjax.nn import Routed
+from modjax.spec import (
+    AltUp,
+    Attention,
+    Dense,
+    MoD,
+    ModelSpec,
+    MoE,
+    Recycled,
+    Seq,
+    SequenceAltUp,
+    StridePool,
+    StrideSkip,
+)
 from tests.nn.small import KINDS, QUICK, behind_a_block, random_model
 
 # Two documents, and padding after them. The second begins where a period of two begins.
@@ -90,6 +103,60 @@ def test_packed_documents_are_routed_and_read_as_if_alone(routing):
         assert 0.1 < share < 0.9
     differ = [np.any(layer["selected_BL"][0] != layer["selected_BL"][1]) for layer in layers]
     assert any(differ)
+
+
+MOD = {"capacity": 0.4, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+DOCUMENTS_L = np.repeat([1, 2, 3, 0], [7, 10, 6, 1])
+STRIDES = (
+    SequenceAltUp(Dense(), stride=2),
+    StrideSkip(Dense(), stride=3),
+    StridePool(SequenceAltUp(Dense(), stride=2), stride=2),
+    SequenceAltUp(Seq(Attention(window=4), MoE(2, capacity_factor=None)), stride=2),
+)  # fmt: skip
+SELECTIONS = {
+    "strides": {"layers": STRIDES},
+    "MoD around strides": {"layers": tuple(MoD(layer, **MOD) for layer in STRIDES)},
+    "strides around MoD": {
+        "layers": (
+            SequenceAltUp(MoD(StridePool(Dense(), stride=2), **MOD), stride=2),
+            StrideSkip(MoD(MoD(StrideSkip(Dense(), stride=2), **MOD), **MOD), stride=2),
+        )
+    },
+    "streams": {
+        "layers": (
+            AltUp(MoD(SequenceAltUp(Dense(), stride=2), **MOD)),
+            MoD(Seq(SequenceAltUp(AltUp(Dense()), stride=2), AltUp(active=1)), **MOD),
+        ),
+        "streams": Recycled(2),
+    },
+}
+BY = [("strides", "trained"), *((name, "threshold") for name in SELECTIONS if name != "strides"),
+      ("MoD around strides", "router"), ("streams", "router")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, routing", BY)
+def test_editing_a_document_moves_no_logit_of_those_after_it(name, routing):
+    layers = SELECTIONS[name]["layers"]
+    config = ModelSpec(20, 8, len(layers), 2, 1, 16, **SELECTIONS[name])
+    graphdef, params = random_model(config, std=0.5, seed=8)
+    tokens_BL = np.random.default_rng(0).integers(0, 20, (12, len(DOCUMENTS_L)))
+    tokens_BL[:, DOCUMENTS_L != 1] = tokens_BL[0, DOCUMENTS_L != 1]  # only the first is edited
+    segment_ids_BL = np.tile(DOCUMENTS_L, (12, 1))
+
+    def read(params):
+        model = nnx.merge(graphdef, params)
+        return model(tokens_BL, segment_ids_BL, routing=routing, key=jax.random.key(0))
+
+    logits_BLV, records = jax.jit(read, compiler_options=QUICK)(params)
+    for document in (1, 2, 3):
+        mine_BLV = np.asarray(logits_BLV)[:, document == DOCUMENTS_L]
+        moved = np.max(np.abs(mine_BLV - mine_BLV[:1]))
+        assert moved < 1e-5 if document > 1 else moved > 0.1
+    routed = [record for record in records.values() if isinstance(record, Routed)]
+    for record in routed:  # so that what is selected of the first is no multiple of any stride
+        counts_B = np.sum(np.asarray(record.selected_BL)[0][:, DOCUMENTS_L == 1], axis=1)
+        assert len(set(counts_B)) > 2
+    assert routed or routing == "trained" or name == "strides around MoD"
 
 
 def test_documents_of_a_row_share_its_slots_and_the_first_takes_them_first():

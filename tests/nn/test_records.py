@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from modjax.errors import InputError
 from modjax.nn import Inside, Record, losses, observe, statistics
 
 
@@ -56,6 +58,9 @@ def test_inside_a_selection_they_see_the_losses_of_what_was_selected():
 
 def test_what_is_measured_is_kept_where_its_layer_lies():
     measured = {"0_x": {"inner": {"best": jnp.zeros(3)}}, "1_y": {"best": jnp.ones(3)}}
-    new = observe(measured, {"0_x/inner": Reward(CHANCE), "2_z": Reward(CHANCE)}, jnp.int32(0))
+    new, count = observe(measured, {"0_x/inner": Reward(CHANCE)}, jnp.int32(0), stacked=True)
     np.testing.assert_allclose(new["0_x"]["inner"]["best"], CHANCE.max(axis=(1, 2)))
     np.testing.assert_array_equal(new["1_y"]["best"], np.ones(3))
+    assert count == 3
+    with pytest.raises(InputError, match="records = '2_z': has no measured 'best'"):
+        observe(measured, {"2_z": Reward(CHANCE)}, jnp.int32(0), stacked=True)

@@ -149,8 +149,8 @@ def test_learned_positions_are_the_same_in_every_row_and_for_any_content():
 def test_stochastic_routing_takes_the_k_loudest_positions_and_weighs_them_by_the_score():
     key = jax.random.key(4)
     block, y, record = run_block("stochastic", key=key, valid_BL=VALID)
-    positions = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
-    selected = best_k(np.asarray(position_noise(key, positions)), VALID)
+    rows, positions = np.indices((BATCH, LENGTH))
+    selected = best_k(np.asarray(position_noise(key, rows, positions)), VALID)
     np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, X @ np.asarray(block.router.w[...]), selected))
 
@@ -192,7 +192,8 @@ def test_thresholds_are_the_plain_mean_at_first_and_then_forget_at_one_in_a_hund
     names = [field.name for field in dataclasses.fields(Routed)]
     records = {"1_mod": Routed(**{name: None for name in names} | {"kth_B": jnp.asarray(kth)})}
     for updates, rate in ((0, 1.0), (1, 0.5), (3, 0.25), (99, 0.01), (10_000, 0.01)):
-        new = observe(blocks, records, jnp.int32(updates))
+        new, count = observe(blocks, records, jnp.int32(updates), stacked=True)
+        assert count == 2
         # No row of the second repetition knows its k-th score.
         expected = [[0.5 + rate * (1.5 - 0.5)], [-2.0]]
         np.testing.assert_allclose(new["1_mod"]["threshold"], expected, rtol=1e-6)

@@ -164,8 +164,8 @@ def test_scatter_leaves_other_positions_their_bits():
 
 
 def select_by_noise(scores, key):
-    positions = jnp.broadcast_to(jnp.arange(scores.shape[1]), scores.shape)
-    return select_top_k(position_noise(key, positions), scores, 8, None)
+    rows, positions = jnp.indices(scores.shape)
+    return select_top_k(position_noise(key, rows, positions), scores, 8, None)
 
 
 def test_noise_selects_k_positions_whatever_the_scores_and_weighs_them_by_score():
@@ -255,13 +255,17 @@ def test_at_one_nth_the_pattern_takes_the_last_of_every_n_positions(n):
     np.testing.assert_array_equal(chosen, positions % n == n - 1)
 
 
-def test_noise_depends_on_key_row_and_position_alone():
-    positions = jnp.broadcast_to(jnp.arange(64), (3, 64))
-    noise = np.asarray(position_noise(jax.random.key(0), positions))
-    order = jnp.array([[5, 63, 0], [7, 5, 8], [1, 2, 3]])
-    some = position_noise(jax.random.key(0), order)
-    np.testing.assert_array_equal(some, np.take_along_axis(noise, np.asarray(order), axis=1))
-    other = np.asarray(position_noise(jax.random.key(1), positions))
+def test_noise_depends_on_key_sequence_and_position_alone():
+    sequences, positions = jnp.indices((3, 64))
+    noise = np.asarray(position_noise(jax.random.key(0), sequences, positions))
+    # Each row of them apart, as its sequence is drawn where it is one of a batch.
+    for row, key in enumerate(jax.random.split(jax.random.key(0), 3)):
+        drawn = [jax.random.normal(jax.random.fold_in(key, p), ()) for p in (0, 5, 63)]
+        np.testing.assert_array_equal(noise[row, [0, 5, 63]], drawn)
+    moved, order = np.array([[2, 2, 2], [0, 0, 1]]), np.array([[5, 63, 0], [7, 5, 8]])
+    some = position_noise(jax.random.key(0), jnp.asarray(moved), jnp.asarray(order))
+    np.testing.assert_array_equal(some, noise[moved, order])
+    other = np.asarray(position_noise(jax.random.key(1), sequences, positions))
     assert len(np.unique(np.concatenate([noise, other]))) == 6 * 64
     assert abs(noise.mean()) < 0.25 and 0.8 < noise.std() < 1.2
 

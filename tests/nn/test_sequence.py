@@ -41,24 +41,24 @@ B, L, D = 2, 10, 4
 ONE = SHAPE._replace(streams=1)
 
 
-def sequence_altup(p, x, stride):
+def sequence_altup(p, x, stride, first=0):
     a1, a2, b = p["scalars"]
-    found = []
-    for i in range(len(x)):
-        anchor = x[stride * (i // stride)]
+    found = list(x[:first])
+    for i in range(first, len(x)):
+        anchor = x[first + stride * ((i - first) // stride)]
         predicted, of_anchor = a1 * x[i] + a2 * anchor, (a1 + a2) * anchor
         found.append(predicted + b * (inner(p["inner"], anchor) - of_anchor))
     return found
 
 
-def skip(p, x, stride):
-    return [inner(p["inner"], v) if i % stride == 0 else v for i, v in enumerate(x)]
+def skip(p, x, stride, first=0):
+    return [inner(p["inner"], v) if i % stride == first else v for i, v in enumerate(x)]
 
 
-def pool(p, x, stride):
-    found = []
-    for i in range(len(x)):
-        anchor = stride * (i // stride)
+def pool(p, x, stride, first=0):
+    found = list(x[:first])
+    for i in range(first, len(x)):
+        anchor = first + stride * ((i - first) // stride)
         seen = np.mean(x[max(0, anchor - stride + 1) : anchor + 1], axis=0)
         found.append(x[i] + inner(p["inner"], seen) - seen)
     return found
@@ -88,6 +88,39 @@ def test_values_and_gradients_equal_a_loop_over_positions(kind, formula, stride)
     (_, found), gradients = run(*single)
     np.testing.assert_allclose(found, theirs(params, x_BLD)[1], rtol=2e-5, atol=2e-5)
     check_gradients(lambda *moved: theirs(*moved)[0], (params, x_BLD), gradients, rng)
+
+
+@pytest.mark.parametrize("kind, formula", FORMS.values(), ids=FORMS)
+def test_within_a_selection_strides_restart_with_each_document(kind, formula):
+    stride = 3
+    graphdef, params = random_layer(kind(INNER, stride=stride), shape=ONE)
+    # Documents of 4, 7 and 2 positions, and padding; a row where none of the first is selected; and
+    # one of many short ones.
+    short = [1, 1, 2, 3, 3, 4, 5, 5, 5, 6, 7, 7, 8, 0]
+    segments_BL = np.array([[1] * 4 + [2] * 7 + [3] * 2 + [0], [2] * 6 + [4] * 8, short])
+    x_BLD = np.random.default_rng(4).normal(size=(*segments_BL.shape, D))
+    expected_BLD = x_BLD.copy()
+    for x_LD, segments_L, expected_LD in zip(x_BLD, segments_BL, expected_BLD, strict=True):
+        for document in set(segments_L) - {0}:
+            mine_L, first = segments_L == document, 0 if document == 1 else stride - 1
+            expected_LD[mine_L] = formula(params, x_LD[mine_L], stride, first)
+    at = here(14)._replace(
+        segments_BL=jnp.asarray(segments_BL), valid_BL=jnp.asarray(segments_BL > 0)
+    )
+
+    def run(params, x_BLD):
+        seen = []
+        layer = nnx.merge(graphdef, params)
+        inside = layer.inner
+        layer.inner = lambda x, *rest: seen.append(x.shape) or inside(x, *rest)
+        out = layer(x_BLD, at, Call(selected=True))
+        assert seen == [(3, 5, D)]  # ceil(14 / 3) anchors, however many documents
+        return out.x
+
+    single = jax.tree.map(jnp.float32, (params, x_BLD))
+    found_BLD = jax.jit(run, compiler_options=QUICK)(*single)
+    np.testing.assert_allclose(found_BLD, expected_BLD, rtol=2e-5, atol=2e-5)
+    assert np.any(np.abs(expected_BLD - x_BLD) > 1e-3, axis=(1, 2)).all()
 
 
 def test_at_stride_1_with_scalars_that_sum_to_1_it_is_the_layer():

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -240,6 +241,50 @@ def test_at_the_start_every_coefficient_has_a_gradient_and_no_two_streams_have_t
         # The last layer's are the same: its streams have one mean.
         first = block["g"][0]
         assert abs(first[0] - first[1]) > 1e-6
+
+
+EQUAL = {
+    **START,
+    "static, read by all": model(connected(0), streams=Recycled(4)),
+    "dynamic, read by all": model(connected(1, dynamic=True), streams=Recycled(3)),
+    "mHC, read by all": model(connected(0, ManifoldHyperConnection), streams=Recycled(4)),
+    "within MoD": model(MoD(connected(0), capacity=0.5)),
+}
+SHORT = ("static, read by all", "dynamic, read by all", "mHC", "simplified", "Gemma 3n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in EQUAL],
+)
+def test_at_the_start_no_coefficient_of_streams_moves_by_rounding_noise(name):
+    """AdamW's first step is g / |g|: of a batch and of the same in another order it must agree."""
+    graphdef, state = nnx.split(Transformer(EQUAL[name], rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(1)
+    tokens_BL = rng.integers(0, 20, (16, 12))
+
+    def loss(params, tokens_BL):
+        found = nnx.merge(graphdef, params)(tokens_BL[:, :-1])[0]
+        return optax.softmax_cross_entropy_with_integer_labels(found, tokens_BL[:, 1:]).mean()
+
+    run = jax.jit(jax.grad(loss), compiler_options=QUICK)
+    one, other = (
+        jax.tree_util.tree_leaves_with_path(run(nnx.to_pure_dict(state), rows_BL))
+        for rows_BL in (tokens_BL, tokens_BL[rng.permutation(16)])
+    )
+    checked = 0
+    for (path, ours), (_, again) in zip(one, other, strict=True):
+        owners = [key.key for key in path[:-1] if key.key != "norm"]
+        if not (owners and owners[-1].endswith(("altup", "connection"))):
+            continue
+        if path[-1].key in ("a_m", "b_read", "b_mix"):  # they only tell streams apart
+            np.testing.assert_array_equal(ours, 0)
+        if path[-1].key == "r" and owners[-1].startswith("0"):
+            np.testing.assert_array_equal(ours[0], 0)  # the first connection's streams are copies
+        steps = [g / (np.abs(g) + 1e-8) for g in (np.asarray(ours), np.asarray(again))]
+        assert np.max(np.abs(steps[0] - steps[1])) < 0.05, path
+        checked += 1
+    assert checked or name == "sum"
 
 
 def test_a_full_altup_at_the_start_reads_one_residual_against_each_part_of_its_table():
