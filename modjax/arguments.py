@@ -105,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
         "loss, for what the sizes and seeds can tell (default 0.023, as measured in "
         "experiments/isoflop)",
     )
+    add("check", verbs.check, CHECK, "config", "json")
     add("sweep", verbs.sweep, SWEEP, "config", "workdir", "data_dir", "jobs", "json")
     add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
     add("fit", verbs.fit, FIT, "workdir", "loss", "size", "json")
@@ -158,6 +159,11 @@ Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-c
 centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
 the optimum is wider than the sampled sizes), repeats data, too many epochs (beyond
 data.max_epochs). A sweep refuses off-budget cells and those with too many epochs."""
+CHECK = """try whether the layers of a config look ahead: what each claims, and what was seen.
+
+Edits every token of a short text in turn, and compares all outputs before the edit, for every
+distinct layer and every routing that it has. A sweep does so before it trains, and refuses a layer
+that looks ahead where it claims not to."""
 SWEEP = """run a plan on local worker processes, and end with a table.
 
 Finished runs are never repeated; what dies is run once more, what dies twice is given up; several

@@ -1,6 +1,7 @@
 """Plain-text tables for the command line."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from modjax.data.manifest import Manifest
 from modjax.flops import (
@@ -19,6 +20,9 @@ from modjax.scaling.status import STATES, Status
 from modjax.scaling.sweep import Outcome
 from modjax.scaling.words import span, text_table
 from modjax.spec import RunSpec
+
+if TYPE_CHECKING:
+    from modjax.nn.probe import Finding
 
 
 def data_text(manifests: Sequence[Manifest]) -> str:
@@ -114,6 +118,20 @@ def _foretold_text(cells: Sequence[Cell]) -> str:
         f"of {cells[0].foretold.noise:g} nats (--noise) with so many degrees of freedom:\n"
         f"{text_table(header, rows)}\n\n"
     )
+
+
+def claims_text(findings: "Sequence[Finding]") -> str:
+    """Returns what each layer claims of looking ahead and what was seen, by routing."""
+    rows = [
+        (
+            f.layer,
+            f.routing,
+            "never looks ahead" if f.claims else "may look ahead",
+            "nothing moves before an edit" if f.leak is None else str(f.leak),
+        )
+        for f in findings
+    ]
+    return text_table(("layer", "routing", "claims", "seen"), rows, left=4)
 
 
 def status_text(status: Status) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from modjax.errors import InputError, Preempted, require
+from modjax.scaling.run import compilation_cache
 from modjax.spec import RunSpec, to_dict
 
 BAD_INPUT, RUNS_FAILED, STOPPED, INTERRUPTED = 2, 3, 75, 130
@@ -89,6 +90,25 @@ def plan(args: argparse.Namespace) -> None:
     print(plan_text(cells, args.jobs))
     if note:
         print(note)
+
+
+def check(args: argparse.Namespace) -> int:
+    os.environ.update(compilation_cache())
+    from modjax.nn.probe import broken
+    from modjax.tables import claims_text
+    from modjax.training.check import probed
+
+    findings = probed(_load(args).specs)
+    if args.json:
+        print_json(
+            [found._asdict() | {"leak": found.leak and found.leak._asdict()} for found in findings]
+        )
+    else:
+        print(claims_text(findings))
+    errors = [error for error in map(broken, findings) if error is not None]
+    for error in errors:
+        print(f"modjax: {error}", file=sys.stderr)
+    return BAD_INPUT if errors else 0
 
 
 def sweep(args: argparse.Namespace) -> int:
@@ -196,7 +216,7 @@ def train(args: argparse.Namespace) -> int:
 def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
     """This process's part of a run that all hosts of a slice do together."""
     from modjax.records import run_dir
-    from modjax.scaling.run import compilation_cache, run
+    from modjax.scaling.run import run
     from modjax.scaling.workdir import claim
 
     os.environ.update(compilation_cache())

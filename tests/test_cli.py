@@ -10,6 +10,7 @@ import pytest
 
 from modjax.bench import BENCHMARKS
 from modjax.cli import main
+from modjax.nn.probe import Finding, Leak
 from modjax.scaling.experiment import load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,7 +30,18 @@ def said(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_help_shows_every_verb_and_what_exit_codes_mean(capsys):
     code, out, _ = said(capsys, "--help")
     assert code == 0
-    for verb in ("data", "plan", "sweep", "status", "fit", "report", "train", "flops", "bench"):
+    for verb in (
+        "data",
+        "plan",
+        "check",
+        "sweep",
+        "status",
+        "fit",
+        "report",
+        "train",
+        "flops",
+        "bench",
+    ):
         assert f"\n    {verb} " in out
     assert "exit codes" in out and "75" in out
 
@@ -71,6 +83,22 @@ def test_plan_prints_every_cell_with_its_epochs(data_dir, capsys):
     flops = re.search(r"\b30 runs, (\S+) training FLOPs", out)[1]
     assert float(flops) == pytest.approx(10 * sum(budgets), rel=0.01), "2 arms x 5 sizes"
     assert "too many epochs" in out, "two million tokens are not enough for the demo"
+
+
+def test_check_prints_what_every_layer_claims_and_was_seen_to_do(capsys, monkeypatch):
+    leak, moves = Leak(5, None, 0.25), "an edit of position 5 moves another sequence by 25.0%"
+    findings = [Finding("A()", "trained", False, leak), Finding("A()", "router", True, None)]
+    monkeypatch.setattr("modjax.training.check.probed", lambda specs: findings)
+    code, out, err = said(capsys, "check", TINY)
+    assert (code, err) == (0, "")
+    assert [re.split("  +", line) for line in out.splitlines()[1:]] == [
+        ["A()", "trained", "may look ahead", moves],
+        ["A()", "router", "never looks ahead", "nothing moves before an edit"],
+    ]
+    findings.append(Finding("B()", "router", True, leak))
+    code, out, err = said(capsys, "check", TINY, "--json")
+    assert code == 2 and json.loads(out)[2]["leak"]["moved"] == 0.25
+    assert err.startswith("modjax: model.layers = 'B()': looks ahead under routing 'router'")
 
 
 def test_plan_without_data_still_plans(tmp_path, capsys):
@@ -196,6 +224,7 @@ def test_light_verbs_import_neither_jax_nor_tensorflow(tmp_path):
 import sys
 import time
 from modjax.cli import main
+from modjax.nn.probe import Finding, Leak
 assert main(["plan", {TINY!r}, "--data-dir={tmp_path}"]) == 0
 assert main(["flops", {TINY!r}]) == 0
 assert main(["status", "--workdir={tmp_path}"]) == 2

@@ -1,10 +1,15 @@
 """What a run would be refused for, found before anything expensive starts."""
 
+import contextlib
+import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
 
+import modjax
 from modjax.data.cache import (
     TokenCache,
     cache_dir,
@@ -13,7 +18,9 @@ from modjax.data.cache import (
     check_vocab,
     open_cache,
 )
-from modjax.spec import DataConfig, Execution, RunSpec
+from modjax.files import user_cache, write_atomically
+from modjax.nn.probe import Finding, Leak, alone, broken, probe
+from modjax.spec import DataConfig, Execution, Layer, ModelSpec, RunSpec
 from modjax.training.evaluate import validation_batches
 from modjax.training.metrics import require_tensorboard
 from modjax.training.sharding import check_batch, make_mesh, param_shardings
@@ -34,6 +41,64 @@ def check(
         for config in dict.fromkeys(spec.model for spec in specs):
             model = abstract_model(config, execution)
             param_shardings(mesh, model.params, model.logical_axes)
+    check_claims(specs)
+
+
+def check_claims(specs: Sequence[RunSpec]) -> None:
+    """Raises InputError for a layer that looks ahead where it claims not to."""
+    for finding in probed(specs):
+        error = broken(finding)
+        if error is not None:
+            raise error
+
+
+def probed(specs: Sequence[RunSpec]) -> list[Finding]:
+    """Returns what every distinct layer of these runs claims, and what was seen.
+
+    Findings about modjax's own layers are kept in the user's cache for the same source code.
+    """
+    length, found = max(spec.train.seq_len for spec in specs), []
+    for model in alone(spec.model for spec in specs):
+        path = _cached(model)
+        findings = None if path is None else _read(path)
+        if findings is None:
+            findings = probe(model, length)
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(path, json.dumps(findings))
+        found += findings
+    return found
+
+
+def _read(path: Path) -> list[Finding] | None:
+    try:
+        return [
+            Finding(*values, None if leak is None else Leak(*leak))
+            for *values, leak in json.loads(path.read_bytes())
+        ]
+    except (OSError, ValueError, TypeError):
+        return None  # absent or damaged: probed again
+
+
+@functools.cache
+def source_hash() -> str:
+    root = Path(modjax.__file__).parent
+    texts = (path.read_bytes() for path in sorted(root.rglob("*.py")))
+    return hashlib.sha256(b"".join(texts)).hexdigest()
+
+
+def _cached(model: ModelSpec) -> Path | None:
+    """Returns the file that keeps the findings, or None where a layer is from outside."""
+
+    def ours(layer: Layer) -> bool:
+        own = type(layer).__module__.split(".")[0] == "modjax"
+        return own and all(map(ours, layer.inside()))
+
+    if not all(map(ours, model.layers)):
+        return None
+    text = f"{', '.join(map(str, model.layers))}; {model.streams}; {source_hash()}"
+    return user_cache("probes") / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 def open_data(data: DataConfig, data_dir: Path, fingerprint: str | None) -> TokenCache:

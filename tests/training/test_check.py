@@ -7,13 +7,15 @@ import pytest
 
 from modjax.data.cache import cache_dir, open_cache
 from modjax.errors import InputError, SharedFault
+from modjax.nn.probe import Finding, Leak
 from modjax.records import read_record, scan, write_record
-from modjax.spec import Execution
+from modjax.spec import Dense, Execution
 from modjax.training.check import check
 from modjax.training.evaluate import Evaluation
 from modjax.training.loop import train
 from modjax.training.record import make_record
 from tests.conftest import TINY_DATA
+from tests.outside.strided import Strided
 from tests.training.tiny import run_spec
 
 ONE_DEVICE = Execution(data=1, log_every=1)
@@ -40,6 +42,35 @@ def test_the_check_finds_what_a_run_of_many_would_be_refused_for(
     with pytest.raises(InputError) as caught:
         check([good, bad], Execution(**execution), **where)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_layer_is_probed_before_training_and_what_was_found_is_kept_for_modjax_s_own(
+    tiny_data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    probed = []
+
+    def finds(model, length):
+        probed.append(str(model.layers[-1]))
+        leak = Leak(5, 4, 0.25) if "Strided" in probed[-1] else None
+        return [Finding(probed[-1], "router", True, leak)]
+
+    monkeypatch.setattr("modjax.training.check.probe", finds)
+    own, outside = run_spec(layers="Dense(), MoD(Dense())"), run_spec(layers=(Strided(Dense()),))
+    where = {"data_dir": tiny_data_dir, "fingerprint": None}
+    for _ in range(2):
+        check([own], ONE_DEVICE, **where)
+    assert probed == ["Dense()", "MoD(Dense())"]
+    for path in tmp_path.rglob("*.json"):
+        path.write_text("[[1]]")  # damaged: it is probed again
+    check([own], ONE_DEVICE, **where)
+    assert probed == 2 * ["Dense()", "MoD(Dense())"]
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match=r"Strided\(Dense\(\)\)'.*position 5 moves position 4 by 25"
+        ):
+            check([own, outside], ONE_DEVICE, **where)
+    assert probed[4:] == 2 * ["Strided(Dense())"]
 
 
 def test_a_run_refuses_other_data_than_its_plan_was_made_for(tiny_data_dir, tmp_path):

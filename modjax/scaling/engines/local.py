@@ -28,6 +28,7 @@ from modjax.spec import Execution, RunSpec, to_dict
 MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3
 SECONDS_OF_SILENCE = 300.0
+SECONDS_OF_CHECKING = 5.0  # after which one line says what the sweep waits for
 # JAX keeps some 1.5 MB of every run that a process has traced; starting another takes seconds.
 RUNS_OF_A_WORKER = 24
 # A signal that ends the workers may have been sent to this process, too: wait for it.
@@ -80,7 +81,7 @@ class Session:
         self.attempts: Counter[str] = Counter()
         self.failed_starts = 0
         self.checker: Worker | None = None
-        self.said_idle = False
+        self.said_idle = self.said_checking = False
         self.selector = selectors.DefaultSelector()
         self.display = Display(self.specs, self.jobs, self.flops_per_second)
         self.waiting = deque(spec for spec in self.specs if self._is_open(spec))
@@ -129,6 +130,10 @@ class Session:
             for message in key.data.receive():
                 self._handle(key.data, message)
         now = time.monotonic()
+        checking = self.checker is not None and not self.checked
+        if checking and not self.said_checking and now - self.checker.heard > SECONDS_OF_CHECKING:
+            self.said_checking = True
+            self.display.note("checking what the layers claim: seconds for each new one")
         for worker in self.workers:
             if worker.spec is not None and now - worker.heard > SECONDS_OF_SILENCE:
                 worker.heard = now
