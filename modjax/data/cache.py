@@ -11,6 +11,7 @@ A cache that is prepared anew gets another folder, so whoever has this one open 
 or fails. Every document is followed by one end-of-sequence token. This file needs no TensorFlow.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ import numpy as np
 import tensorstore as ts
 
 from modjax.data.manifest import Manifest
+from modjax.data.vocabulary import MOST_MODEL
 from modjax.errors import InputError, SharedFault, require
+from modjax.files import MOST_JSON, read_file
 from modjax.spec import DataConfig, ModelSpec
 
 # An object store that does not answer is reported in a quarter of a minute, not of an hour.
@@ -90,11 +93,16 @@ class TokenCache:
         return out
 
     def vocabulary_model(self) -> bytes:
-        """The SentencePiece model of the tokens. Raises InputError where it is lost."""
-        model = _read(self.path, f"{self.manifest.folder}/vocabulary.model")
-        if model is None:
+        """Returns the SentencePiece model of the tokens.
+
+        Raises InputError where it is lost, or not the one that the manifest describes.
+        """
+        model = _read(self.path, f"{self.manifest.folder}/vocabulary.model", MOST_MODEL)
+        expected = self.manifest.vocab_sha256
+        if model is None or expected not in (None, hashlib.sha256(model).hexdigest()):
             check_fingerprint(self)
-            raise _damaged(self.path, "it has lost its vocabulary.model")
+            fault = "has lost its" if model is None else "was made with another"
+            raise _damaged(self.path, f"it {fault} vocabulary.model")
         return model
 
 
@@ -103,15 +111,23 @@ def read_manifest(path: Path | str) -> bytes | None:
 
     Raises InputError where that cannot be read.
     """
-    return _read(path, "manifest.json")
+    return _read(path, "manifest.json", MOST_JSON)
 
 
-def _read(path: Path | str, name: str) -> bytes | None:
+def _read(path: Path | str, name: str, most: int) -> bytes | None:
+    """Returns a file of a cache, or None where there is none; in a local folder up to `most` bytes.
+
+    Raises InputError where it cannot be read.
+    """
     try:
+        if url(path) is None:  # a store would wait for a fifo
+            return read_file(Path(path) / name, most)
         found = open_store(path).read(name).result()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except STORE_ERRORS as error:
-        reason = f"cannot be read: {one_line(error)}"
-        raise InputError("data", shown(path), reason) from error
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise InputError("data", shown(path), f"{name} cannot be read: {why}") from error
     return bytes(found.value) if found.state == "value" else None
 
 

@@ -24,10 +24,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds.
+    """Describes a cache.
 
-    vocab: as in `DataConfig.vocab`. source: where the text came from, with a hash of it.
+    vocab: as in `DataConfig.vocab`.
+    source: where the text came from, with a hash of it.
     fingerprint: sha256 over the token streams and the vocabulary; equal exactly when those are.
+    vocab_sha256: hash of vocabulary.model. None for bytes, and in a cache of an earlier version,
+        whose vocabulary.model is assumed to be the one that it was made with.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Manifest:
     fingerprint: str
     splits: dict[str, Split]
     format: int = FORMAT
+    vocab_sha256: str | None = None
 
     @property
     def folder(self) -> str:
