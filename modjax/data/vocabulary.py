@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAINING_BYTES = 16 * 2**20  # a vocabulary is trained on about this much text
+MOST_PIECES = 1_000_000  # SentencePiece takes a minute to refuse a thousand times as many
 MOST_MODEL = 64 * 2**20  # bytes of a model that are read; that of 262,144 pieces has 5 MB
 # SentencePiece skips a line of more than 4192 bytes, and one that has its mark for the unknown.
 LINE = 4000  # bytes
@@ -52,11 +53,12 @@ def parse_vocab(vocab: str) -> Vocab:
         return Vocab("bytes")
     kind, _, size = vocab.partition(":")
     if kind == "sentencepiece":
+        digits = size.isascii() and size.isdecimal() and len(size) < 10
         require(
-            size.isdecimal() and len(size) < 10 and int(size) > 0,
+            digits and 0 < int(size) <= MOST_PIECES,
             "--vocab",
             vocab,
-            "must give a number of pieces, as in sentencepiece:8192",
+            f"must give a number of pieces up to {MOST_PIECES:,}, as in sentencepiece:8192",
         )
         return Vocab(f"sentencepiece:{int(size)}", size=int(size))
     require(
@@ -148,7 +150,7 @@ def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
                     minloglevel=1,
                 )
         except RuntimeError as error:
-            reason = str(error).rpartition("] ")[2]
+            reason = str(error).rpartition("] ")[2] or "too few pieces, or nothing to learn from"
             raise InputError(
                 "--vocab", f"sentencepiece:{size}", f"cannot be trained on this text: {reason}"
             ) from error

@@ -113,3 +113,9 @@ def test_a_damaged_model_is_refused_in_one_line(damage):
     with pytest.raises(InputError, match=r"^data = 'here': .* not a SentencePiece model") as caught:
         Codec(bad[damage], "here")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("texts", "size"), [(CORPUS, 1), (CORPUS, 100), (CORPUS, 9999), ([], 300)])
+def test_a_vocabulary_that_cannot_be_trained_is_refused_with_a_reason(texts, size):
+    with pytest.raises(InputError, match=rf"sentencepiece:{size}': cannot be .* this text: \w+"):
+        train_sentencepiece(texts, size)
