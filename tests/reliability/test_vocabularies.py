@@ -1,4 +1,4 @@
-"""A vocabulary with any damage is used as it was, or named in one line; it never ends in a crash."""
+"""A damaged vocabulary is used as it was, or named in one line; it never ends in a crash."""
 
 import subprocess
 import sys
