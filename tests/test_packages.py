@@ -1,6 +1,8 @@
 """A set of packages that is too old, too new or not whole is one clear line."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -91,3 +93,46 @@ def test_it_ends_a_command_and_an_import_in_one_line(installed, tmp_path):
         done = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True)
         assert done.stderr.splitlines()[-1] == expected
         assert done.stdout == "" and "jax" not in re.findall(r"site-packages/(\w+)", done.stderr)
+
+
+INTERPRETER = """#!/bin/sh
+case "$1 $2" in
+  "-c "*) echo {version} ;;
+  "-m venv")
+    case "$3" in --clear) rm -rf .venv ;; esac
+    mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/python{version} ;;
+  "-m pip") echo "$0 {version} $*" >> log ;;
+esac
+"""
+
+
+def test_make_installs_the_set_of_its_python_and_no_environment_serves_another(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-3.12.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def installs(version: str) -> list[str]:
+        """The sets of pins that `make install` takes, with a stand-in for that Python."""
+        python = tmp_path / f"python{version}"
+        python.write_text(INTERPRETER.format(version=version))
+        python.chmod(0o755)
+        (tmp_path / "log").write_text("")
+        command = ["make", "--silent", "install", f"PYTHON=./{python.name}"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        log = (tmp_path / "log").read_text().splitlines()
+        assert all(line.startswith(f".venv/bin/python {version} ") for line in log), log
+        return [line.split("--constraint ")[1].split()[0] for line in log]
+
+    assert installs("3.11") == ["constraints.txt"]
+    (tmp_path / ".venv" / "installed by hand").touch()
+    assert installs("3.11") == [], "it is there"
+    assert installs("3.13") == ["constraints-3.12.txt"]
+    assert not (tmp_path / ".venv" / "installed by hand").exists(), "made anew"
+    assert installs("3.13") == []
+    assert installs("3.12") == ["constraints-3.12.txt"]
+    assert installs("3.11") == ["constraints.txt"]
+    os.utime(tmp_path / "constraints.txt", (2**31, 2**31))
+    (tmp_path / ".venv" / "installed by hand").touch()
+    assert installs("3.11") == ["constraints.txt"]
+    assert (tmp_path / ".venv" / "installed by hand").exists(), (
+        "the same Python: brought up to date"
+    )

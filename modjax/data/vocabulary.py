@@ -154,9 +154,10 @@ def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
             raise InputError(
                 "--vocab", f"sentencepiece:{size}", f"cannot be trained on this text: {reason}"
             ) from error
-        log.seek(0)
-        for warning in dict.fromkeys(WARNING.findall(log.read())):
-            logger.warning("modjax: SentencePiece: %s", warning)
+        finally:
+            log.seek(0)
+            for warning in dict.fromkeys(WARNING.findall(log.read())):
+                logger.warning("modjax: SentencePiece: %s", warning)
     return model.getvalue()
 
 
