@@ -84,7 +84,7 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def damaged(path: Path, remedy: str, reason: object) -> InputError:
-    """What is said of a file that cannot be used."""
+    """Returns the error that names a file that cannot be used."""
     return InputError(str(path), "damaged or missing", f"{remedy} ({reason})")
 
 
@@ -96,7 +96,7 @@ class Home:
         self._opened = os.stat(folder)
 
     def is_there(self) -> bool:
-        """Whether the folder is still the one that was opened."""
+        """Returns whether the folder is still the one that was opened."""
         try:
             return os.path.samestat(self._opened, os.stat(self._folder))
         except (FileNotFoundError, NotADirectoryError):
@@ -120,7 +120,7 @@ def user_cache(name: str) -> Path:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether `error`, or what it came from, says that the disk or a quota on it is full.
+    """Returns whether `error`, or an error behind it, says that the disk or a quota is full.
 
     orbax, tensorstore and TensorFlow say so in words only.
     """

@@ -35,12 +35,12 @@ CACHE_POOL_BYTES = 512 * 2**20
 
 
 def cache_dir(data_dir: Path, data: DataConfig) -> Path:
-    """The folder of a corpus under a vocabulary; a vocabulary file counts by its file name."""
+    """Returns the folder of a corpus under a vocabulary; a model is known by its file name."""
     return Path(data_dir) / f"{data.name}-{Path(data.vocab).name.replace(':', '-')}"
 
 
 def url(path: Path | str) -> str | None:
-    """The URL that `path` is, such as gs://bucket/folder, or None where it is a local folder."""
+    """Returns `path` as a URL such as gs://bucket/folder, or None for a local folder."""
     found = re.fullmatch(r"([a-z][\w+.-]*):/+(.*?)/*", str(path))  # Path() folds the double slash
     if found is None:
         return None
@@ -49,12 +49,12 @@ def url(path: Path | str) -> str | None:
 
 
 def shown(path: Path | str) -> str:
-    """`path` as one writes it."""
+    """Returns `path` as a user writes it."""
     return url(path) or str(path)
 
 
 def kvstore(path: Path | str, inner: str = "") -> dict[str, Any] | str:
-    """The tensorstore location of `path`/`inner`, a local folder or a URL."""
+    """Returns the tensorstore location of `path`/`inner`, a local folder or a URL."""
     folder = f"{inner}/" if inner else ""
     remote = url(path)
     if remote is not None:
@@ -63,7 +63,7 @@ def kvstore(path: Path | str, inner: str = "") -> dict[str, Any] | str:
 
 
 def open_store(path: Path | str) -> ts.KvStore:
-    """The files of `path`, a local folder or a URL."""
+    """Opens the files of `path`, a local folder or a URL."""
     return ts.KvStore.open(kvstore(path), context=ts.Context(FEW_RETRIES)).result()
 
 
@@ -107,7 +107,7 @@ class TokenCache:
 
 
 def read_manifest(path: Path | str) -> bytes | None:
-    """The manifest of the cache at `path`, or None where there is no cache.
+    """Returns the manifest of the cache at `path`, or None where there is no cache.
 
     Raises InputError where that cannot be read.
     """
@@ -164,7 +164,7 @@ def open_cache(path: Path | str) -> TokenCache:
 
 
 def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
-    """Raises SharedFault unless its place still holds the cache that was opened.
+    """Raises SharedFault unless the folder still holds the cache that was opened.
 
     expected: the fingerprint that it must have, such as that of a plan.
     """
@@ -191,12 +191,12 @@ def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
 
 
 def num_windows(cache: TokenCache, split: str, seq_len: int) -> int:
-    """How many windows of `seq_len` inputs, each with one more token to predict, a split holds."""
+    """Returns the number of windows in a split: `seq_len` inputs and one more token to predict."""
     return max(0, (cache.manifest.splits[split].tokens - 1) // seq_len)
 
 
 def epochs(cache: TokenCache, seq_len: int, sequences: int) -> float:
-    """How often training on `sequences` windows reads the training split.
+    """Returns how often training on `sequences` windows reads the training split.
 
     Raises InputError where the split is shorter than one window.
     """
@@ -238,7 +238,7 @@ def one_line(error: Exception | str) -> str:
 
 
 def parse_manifest(path: Path | str, manifest: bytes) -> Manifest:
-    """The manifest of the cache at `path`. Raises InputError where it is damaged."""
+    """Returns the manifest of the cache at `path`. Raises InputError where it is damaged."""
     try:
         return Manifest.from_json(manifest)
     except (ValueError, RecursionError) as error:  # InputError is one

@@ -40,12 +40,12 @@ class Document(NamedTuple):
 
 
 def bucket(text: str) -> int:
-    """A hash of `text` in [0, BUCKETS), the same on every machine."""
+    """Returns a hash of `text` in [0, BUCKETS), the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big")
 
 
 def stdlib_documents() -> Iterator[Document]:
-    """The source files of the running Python's standard library, in order of their path."""
+    """Yields the source files of the running Python's standard library, in order of their path."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -63,7 +63,7 @@ def stdlib_documents() -> Iterator[Document]:
 
 
 def stdlib_split(document_id: str) -> str:
-    """The split of a document: whole top-level modules, by a hash of their name."""
+    """Returns the split of a document: whole top-level modules, by a hash of their name."""
     module = document_id.split("/")[0].removesuffix(".py")
     return "validation" if bucket(module) < STDLIB_VALIDATION_MODULES * BUCKETS else "train"
 

@@ -1,4 +1,4 @@
-"""The manifest of a token cache: what it was made of, and the counts of its splits."""
+"""The manifest of a token cache: its source, its vocabulary and the counts of its splits."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Split:
-    """What a split holds: `bytes` of UTF-8 text; `tokens` with the one eos of each document."""
+    """Counts of a split: `bytes` of UTF-8 text; `tokens` with the one eos of each document."""
 
     documents: int
     tokens: int
@@ -45,7 +45,7 @@ class Manifest:
 
     @property
     def folder(self) -> str:
-        """The folder, beside the manifest, that holds what it describes."""
+        """The folder beside the manifest that holds the tokens."""
         return self.fingerprint[:16]
 
     @classmethod

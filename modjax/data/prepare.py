@@ -101,7 +101,7 @@ def prepare(
 
 
 def _was_made(folder: Path, source: str) -> bool:
-    """Whether an earlier run has made the cache in `folder`, but not uploaded it in full."""
+    """Returns whether an earlier run made the cache in `folder` and did not upload all of it."""
     try:
         return open_cache(folder).manifest.source == source
     except InputError:
@@ -255,7 +255,7 @@ def _model(tasks: Any, source: Any, wanted: Vocab, corpus: Corpus) -> bytes:
 def _counted(
     batches: Iterator[Any], split: str, done: int, total: int, report: Callable[[str], None]
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Documents one by one, reporting how many there have been."""
+    """Yields documents one by one, and reports how many there have been."""
     for batch in batches:
         yield from zip(batch.tokens, batch.bytes, strict=True)
         done += len(batch.tokens)
@@ -264,7 +264,7 @@ def _counted(
 
 @contextlib.contextmanager
 def _reporting(what: str) -> Iterator[Callable[[str], None]]:
-    """One live line of progress on a terminal; elsewhere a line now and then."""
+    """Shows one live line of progress on a terminal; prints a line now and then elsewhere."""
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status(f"{what}: starting") as status:

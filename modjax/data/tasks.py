@@ -53,7 +53,7 @@ LM1B = "lm1b:1.1.0"
 
 
 class Tokenized(NamedTuple):
-    """Some documents: their tokens, each ending in eos, and the UTF-8 bytes of their text."""
+    """A batch of documents: their tokens, each ending in eos, and the UTF-8 bytes of their text."""
 
     tokens: list[np.ndarray]
     bytes: np.ndarray
@@ -89,7 +89,7 @@ class TextSource(seqio.FunctionDataSource):
 
 
 def stdlib_source(tfds_dir: Path | None = None) -> seqio.DataSource:
-    """The standard library, built under `tfds_dir` (None: where TFDS keeps its data sets)."""
+    """Returns the standard library, built under `tfds_dir` (None: in TFDS's own folder)."""
     if tfds_dir is not None:
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(None):
@@ -99,9 +99,9 @@ def stdlib_source(tfds_dir: Path | None = None) -> seqio.DataSource:
 
 
 def resolve_tfds(name: str) -> str:
-    """The full name, with configuration and version, of a TFDS data set that has a text feature.
+    """Returns the full name, with configuration and version, of a TFDS data set of text.
 
-    Raises InputError where there is none of this name, or it has no "text".
+    Raises InputError where no data set has this name, or it has no "text" feature.
     """
     try:
         info = tfds.builder(name).info
@@ -120,7 +120,7 @@ def resolve_tfds(name: str) -> str:
 
 
 def download(name: str) -> None:
-    """Gets a TFDS data set by its full name, unless it is there, with TFDS's own progress bars.
+    """Downloads a TFDS data set by its full name, unless it is there. Shows TFDS's progress bars.
 
     Raises InputError where it cannot be downloaded or made.
     """
@@ -135,7 +135,7 @@ def download(name: str) -> None:
 
 
 def tfds_source(name: str) -> seqio.DataSource:
-    """A TFDS data set by its full name.
+    """Returns a TFDS data set by its full name.
 
     Its validation split is its own, else its test split, else the first 5% of train.
     """
@@ -150,7 +150,7 @@ def tfds_source(name: str) -> seqio.DataSource:
 
 
 def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
-    """The vocabulary of a SentencePiece model, put into `folder`; of bytes where it is empty."""
+    """Returns the vocabulary of a SentencePiece model, put into `folder`; of bytes for an empty one."""
     if not model:
         return seqio.ByteVocabulary()
     # seqio remembers models by their path, as long as the process lives.
@@ -162,7 +162,7 @@ def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
 def make_task(
     name: str, source: seqio.DataSource, vocabulary: seqio.Vocabulary, skip: int = 0
 ) -> seqio.Task:
-    """The task that tokenises "text" into "targets", without its first `skip` documents."""
+    """Returns the task that tokenises "text" into "targets", without its first `skip` documents."""
     return seqio.Task(
         name,
         source=source,

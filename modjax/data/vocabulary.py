@@ -1,4 +1,4 @@
-"""Which vocabulary a corpus is tokenised with, and training one; no TensorFlow here."""
+"""Reads, trains and applies vocabularies. No TensorFlow here."""
 
 import contextlib
 import io
@@ -196,7 +196,7 @@ class Codec:
         self._model = None if model is None else load_model(model, "data", where)
 
     def encode(self, text: str, field: str) -> list[int]:
-        """Raises InputError where the vocabulary has no token for a part of `text`."""
+        """Returns token ids. Raises InputError where the vocabulary has no token for a part."""
         try:
             data = text.encode()
         except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
@@ -209,7 +209,7 @@ class Codec:
         return ids
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        """The bytes of each token; special ones have none."""
+        """Returns the bytes of each token; special tokens have none."""
         if self._model is None:
             return [bytes([i - self.BYTES_FROM]) if 3 <= i < 259 else b"" for i in ids]
         return [self._piece(int(i)) for i in ids]

@@ -22,7 +22,7 @@ UNBOUNDED = 2**50  # the length of an array whose end is not known yet
 
 @dataclass(frozen=True)
 class Written:
-    """How far a split has come: whole shards only, until it is done.
+    """Progress of a split: whole shards only, until it is done.
 
     documents and bytes count the documents that are wholly stored; `within` tokens of the next
     one are stored too. digest chains the sha256 of each shard with that of those before it.
