@@ -1,45 +1,49 @@
 # Every target sets up what it needs: a virtual environment in .venv with the pinned packages.
 PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints.txt,constraints-3.12.txt)
+# Named for its Python, so that another one makes the environment anew.
+INSTALLED := .venv/installed-$(VERSION)
 BIN := .venv/bin
 WORK ?= work/tiny
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test test-slow test-parity test-reliability lint install bench clean
 
-demo: .venv/installed
+demo: $(INSTALLED)
 	$(BIN)/modjax data prepare --data-dir=work/data
 	$(BIN)/modjax sweep --config=configs/tiny.py --workdir=$(WORK) --data-dir=work/data --jobs 2
 	$(BIN)/modjax fit --workdir=$(WORK)
 	$(BIN)/modjax report --workdir=$(WORK)
 
-test: .venv/installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: .venv/installed
+test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --ignore=tests/reliability
 
-test-parity: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
+test-parity: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'
 	$(BIN)/python -m pytest tests/nn/test_moe_parity.py tests/nn/test_streams_parity.py
 
-test-reliability: .venv/installed
+test-reliability: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/reliability
 
-lint: .venv/installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-install: .venv/installed
+install: $(INSTALLED)
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(if $(wildcard $(BIN)/python$(VERSION)),,--clear) .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[data,tensorboard,dev]'
+		--constraint $(CONSTRAINTS) --editable '.[data,tensorboard,dev]'
 	touch $@
 
-bench: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
 	$(BIN)/modjax bench all
 
 clean:

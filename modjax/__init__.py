@@ -96,6 +96,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("modjax.flops")
     others = (module for module, names in _FROM.items() if name in names)
     module = next(others, "modjax.spec")
+    if module not in ("modjax.errors", "modjax.spec"):  # those need no other package
+        importlib.import_module("modjax.packages").check_packages()
     return getattr(importlib.import_module(module), name)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from modjax import verbs
 from modjax.arguments import make_parser
 from modjax.errors import InputError
+from modjax.packages import check_packages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.command = shlex.join(["modjax", *given])
     _be_quiet()
     try:
+        check_packages()
         return args.verb(args) or 0
     except InputError as error:
         return _fail(str(error))

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, one line for bad input, exit codes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -148,7 +149,10 @@ BAD = {
         ["plan", TINY, "--config.sweep.arms.mod12.layers=MoD(capacity=2)"],
         "MoD.capacity = 2: must be in (0, 1]",
     ),
-    "no such config": (["plan", "--config=none.py"], "--config = 'none.py': no such file"),
+    "no such config": (
+        ["plan", "--config=none.py"],
+        "--config = 'none.py': cannot be read: No such file",
+    ),
     "not a sweep": (
         ["plan", f"--config={CONFIGS / 'single.py'}"],
         "has no `sweep` group: `modjax train` runs it",
@@ -180,6 +184,37 @@ def test_bad_input_ends_with_one_line_and_code_2(name, tmp_path, monkeypatch, ca
     assert err.startswith("modjax: ") and err.count("\n") == 1
     assert message in err
     assert list(tmp_path.iterdir()) == [], "nothing was begun"
+
+
+ENDLESS = {
+    "text": ["data", "prepare", "--data-dir=none", "--text=endless"],
+    "vocabulary": ["data", "prepare", "--data-dir=none", "--vocab=endless.model"],
+    "manifest": ["sweep", TINY, "--workdir=none", "--data-dir=."],
+    "config": ["plan", "--config=endless"],
+    "prompts": ["sample", "--workdir=none", "--prompts=endless"],
+}
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "large"])
+@pytest.mark.parametrize("name", ENDLESS)
+def test_input_that_never_ends_is_refused_by_name(name, kind, tmp_path, monkeypatch, capsys):
+    if (name, kind) == ("text", "large"):
+        return  # plain text may have any length
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stdlib-bytes").mkdir()
+    for endless in ("endless", "endless.model", "stdlib-bytes/manifest.json"):
+        if kind == "fifo":
+            os.mkfifo(endless)
+        elif kind == "device":
+            os.symlink("/dev/zero", endless)
+        else:
+            (tmp_path / endless).touch()
+            os.truncate(endless, 3 * 10**9)  # sparse
+    code, out, err = said(capsys, *ENDLESS[name])
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    reason = " are read" if kind == "large" else "Not a regular file"
+    assert reason in err and ("endless" in err or "stdlib-bytes" in err)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "raise SystemExit", "1 / 0", "def ("])

@@ -11,6 +11,7 @@ A cache that is prepared anew gets another folder, so whoever has this one open 
 or fails. Every document is followed by one end-of-sequence token. This file needs no TensorFlow.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ import numpy as np
 import tensorstore as ts
 
 from modjax.data.manifest import Manifest
+from modjax.data.vocabulary import MOST_MODEL
 from modjax.errors import InputError, SharedFault, require
+from modjax.files import MOST_JSON, read_file
 from modjax.spec import DataConfig, ModelSpec
 
 # An object store that does not answer is reported in a quarter of a minute, not of an hour.
@@ -32,12 +35,12 @@ CACHE_POOL_BYTES = 512 * 2**20
 
 
 def cache_dir(data_dir: Path, data: DataConfig) -> Path:
-    """The folder of a corpus under a vocabulary; a vocabulary file counts by its file name."""
+    """Returns the folder of a corpus under a vocabulary; a model is known by its file name."""
     return Path(data_dir) / f"{data.name}-{Path(data.vocab).name.replace(':', '-')}"
 
 
 def url(path: Path | str) -> str | None:
-    """The URL that `path` is, such as gs://bucket/folder, or None where it is a local folder."""
+    """Returns `path` as a URL such as gs://bucket/folder, or None for a local folder."""
     found = re.fullmatch(r"([a-z][\w+.-]*):/+(.*?)/*", str(path))  # Path() folds the double slash
     if found is None:
         return None
@@ -46,12 +49,12 @@ def url(path: Path | str) -> str | None:
 
 
 def shown(path: Path | str) -> str:
-    """`path` as one writes it."""
+    """Returns `path` as a user writes it."""
     return url(path) or str(path)
 
 
 def kvstore(path: Path | str, inner: str = "") -> dict[str, Any] | str:
-    """The tensorstore location of `path`/`inner`, a local folder or a URL."""
+    """Returns the tensorstore location of `path`/`inner`, a local folder or a URL."""
     folder = f"{inner}/" if inner else ""
     remote = url(path)
     if remote is not None:
@@ -60,7 +63,7 @@ def kvstore(path: Path | str, inner: str = "") -> dict[str, Any] | str:
 
 
 def open_store(path: Path | str) -> ts.KvStore:
-    """The files of `path`, a local folder or a URL."""
+    """Opens the files of `path`, a local folder or a URL."""
     return ts.KvStore.open(kvstore(path), context=ts.Context(FEW_RETRIES)).result()
 
 
@@ -90,28 +93,41 @@ class TokenCache:
         return out
 
     def vocabulary_model(self) -> bytes:
-        """The SentencePiece model of the tokens. Raises InputError where it is lost."""
-        model = _read(self.path, f"{self.manifest.folder}/vocabulary.model")
-        if model is None:
+        """Returns the SentencePiece model of the tokens.
+
+        Raises InputError where it is lost, or not the one that the manifest describes.
+        """
+        model = _read(self.path, f"{self.manifest.folder}/vocabulary.model", MOST_MODEL)
+        expected = self.manifest.vocab_sha256
+        if model is None or expected not in (None, hashlib.sha256(model).hexdigest()):
             check_fingerprint(self)
-            raise _damaged(self.path, "it has lost its vocabulary.model")
+            fault = "has lost its" if model is None else "was made with another"
+            raise _damaged(self.path, f"it {fault} vocabulary.model")
         return model
 
 
 def read_manifest(path: Path | str) -> bytes | None:
-    """The manifest of the cache at `path`, or None where there is no cache.
+    """Returns the manifest of the cache at `path`, or None where there is no cache.
 
     Raises InputError where that cannot be read.
     """
-    return _read(path, "manifest.json")
+    return _read(path, "manifest.json", MOST_JSON)
 
 
-def _read(path: Path | str, name: str) -> bytes | None:
+def _read(path: Path | str, name: str, most: int) -> bytes | None:
+    """Returns a file of a cache, or None where there is none; in a local folder up to `most` bytes.
+
+    Raises InputError where it cannot be read.
+    """
     try:
+        if url(path) is None:  # a store would wait for a fifo
+            return read_file(Path(path) / name, most)
         found = open_store(path).read(name).result()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except STORE_ERRORS as error:
-        reason = f"cannot be read: {one_line(error)}"
-        raise InputError("data", shown(path), reason) from error
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise InputError("data", shown(path), f"{name} cannot be read: {why}") from error
     return bytes(found.value) if found.state == "value" else None
 
 
@@ -148,7 +164,7 @@ def open_cache(path: Path | str) -> TokenCache:
 
 
 def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
-    """Raises SharedFault unless its place still holds the cache that was opened.
+    """Raises SharedFault unless the folder still holds the cache that was opened.
 
     expected: the fingerprint that it must have, such as that of a plan.
     """
@@ -175,12 +191,12 @@ def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
 
 
 def num_windows(cache: TokenCache, split: str, seq_len: int) -> int:
-    """How many windows of `seq_len` inputs, each with one more token to predict, a split holds."""
+    """Returns the number of windows in a split: `seq_len` inputs and one more token to predict."""
     return max(0, (cache.manifest.splits[split].tokens - 1) // seq_len)
 
 
 def epochs(cache: TokenCache, seq_len: int, sequences: int) -> float:
-    """How often training on `sequences` windows reads the training split.
+    """Returns how often training on `sequences` windows reads the training split.
 
     Raises InputError where the split is shorter than one window.
     """
@@ -222,7 +238,7 @@ def one_line(error: Exception | str) -> str:
 
 
 def parse_manifest(path: Path | str, manifest: bytes) -> Manifest:
-    """The manifest of the cache at `path`. Raises InputError where it is damaged."""
+    """Returns the manifest of the cache at `path`. Raises InputError where it is damaged."""
     try:
         return Manifest.from_json(manifest)
     except (ValueError, RecursionError) as error:  # InputError is one

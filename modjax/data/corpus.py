@@ -1,4 +1,4 @@
-"""What text is to be prepared, checked before anything is made."""
+"""The text that is asked for, checked before anything is made."""
 
 import hashlib
 import platform
@@ -15,7 +15,10 @@ CORPORA = ("stdlib", "c4", "lm1b")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Input that has been checked. source names it in the manifest, with a hash where it can."""
+    """Input that has been checked.
+
+    source: names it in the manifest, with a hash where there is one.
+    """
 
     name: str
     source: str
@@ -25,17 +28,20 @@ class Corpus:
 
 
 def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:
-    """The corpus that is asked for: the user's files, a TFDS data set, or one of `CORPORA`.
+    """Returns the corpus that is asked for: the user's files, a TFDS data set or one of `CORPORA`.
 
-    Raises InputError for what does not exist, cannot be read or has no name of its own.
+    Raises InputError where it does not exist, cannot be read or has no name of its own.
     """
+    require(tfds_name != "", "--tfds", tfds_name, "is empty: name a data set, or leave it out")
     require(not (files and tfds_name), "--tfds", tfds_name, "cannot be combined with --text")
     if tfds_name in CORPORA and name in (None, tfds_name):
         name, tfds_name = tfds_name, None
     if files or tfds_name:
-        name = name or ("text" if files else re.sub(r"[^\w.-]", "-", tfds_name or ""))
+        if name is None:
+            name = "text" if files else re.sub(r"[^\w.-]", "-", tfds_name or "")
         require(name not in CORPORA, "--name", name, "is a built-in corpus; choose another name")
-    name = name or CORPORA[0]
+    if name is None:
+        name = CORPORA[0]
     require(
         re.fullmatch(r"\w[\w.-]*", name) is not None,
         "--name",
@@ -60,12 +66,12 @@ def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> 
 
 
 def load_tasks() -> Any:
-    """The module that needs TensorFlow, loaded only once the input has been checked."""
+    """Loads and returns the module that needs TensorFlow. Check all input before: it is slow."""
     from modjax.data import tasks
 
     return tasks
 
 
 def sha256(content: bytes) -> str:
-    """The hash of `content`, in hexadecimal."""
+    """Returns the hash of `content`, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

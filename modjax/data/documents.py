@@ -3,23 +3,28 @@
 No TensorFlow here, so that bad input is found before it is loaded.
 """
 
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import lzma
+import os
 import sysconfig
 import tokenize
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from modjax.errors import InputError, require
+from modjax.files import open_file
 
 PIECE = 65_536  # characters; plain text is cut into documents of about this size
+LONGEST_LINE = 64 * 2**20  # characters of a line of JSON; it is read as a whole
 VALIDATION_SHARE = 0.05
 STDLIB_VALIDATION_MODULES = 0.065  # of the modules; in Python 3.11 they hold 6% of the text
 BUCKETS = 65_536  # hashes are compared at this resolution
@@ -35,12 +40,12 @@ class Document(NamedTuple):
 
 
 def bucket(text: str) -> int:
-    """A hash of `text` in [0, BUCKETS), the same on every machine."""
+    """Returns a hash of `text` in [0, BUCKETS), the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big")
 
 
 def stdlib_documents() -> Iterator[Document]:
-    """The source files of the running Python's standard library, in order of their path."""
+    """Yields the source files of the running Python's standard library, in order of their path."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -58,23 +63,24 @@ def stdlib_documents() -> Iterator[Document]:
 
 
 def stdlib_split(document_id: str) -> str:
-    """The split of a document: whole top-level modules, by a hash of their name."""
+    """Returns the split of a document: whole top-level modules, by a hash of their name."""
     module = document_id.split("/")[0].removesuffix(".py")
     return "validation" if bucket(module) < STDLIB_VALIDATION_MODULES * BUCKETS else "train"
 
 
 def text_documents(files: Sequence[Path]) -> Iterator[Document]:
-    """Documents of the user's files, in order: UTF-8, compressed with xz or gzip or not at all.
+    """Yields the documents of the user's files, in order.
 
-    A file named .jsonl, .ndjson or .json (before .xz or .gz) has one object with a "text" in each
-    line; any other is plain text, cut into documents of about 64 thousand characters at blank
-    lines. Raises InputError naming the file, and the line, that cannot be used.
+    Files are UTF-8, plain or compressed with xz or gzip. A file named .jsonl, .ndjson or .json
+    (before .xz or .gz) has one object with a "text" in each line, of at most LONGEST_LINE
+    characters. Any other is plain text of any length, cut into documents of about 64 thousand
+    characters at blank lines. Raises InputError naming the file, and the line, that cannot be used.
     """
     for path in files:
         suffixes = [s.lower() for s in path.suffixes if s.lower() not in (".xz", ".gz")]
         lines_of_json = suffixes[-1:] in ([".jsonl"], [".ndjson"], [".json"])
         try:
-            with _open(path) as file:
+            with open_file(path) as raw, _decoded(path, raw) as file:
                 pieces = _json_lines(path, file) if lines_of_json else _plain_pieces(file)
                 for number, text in pieces:
                     if text.strip():
@@ -86,24 +92,30 @@ def text_documents(files: Sequence[Path]) -> Iterator[Document]:
             raise InputError("--text", str(path), f"cannot be read: {reason}") from error
 
 
-def _open(path: Path) -> IO[str]:
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
-    return opener(path, "rt", encoding="utf-8", newline="\n")  # type: ignore[operator]
+def _decoded(path: Path, raw: IO[bytes]) -> IO[str]:
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower())
+    content = raw if opener is None else opener(raw)
+    return io.TextIOWrapper(content, encoding="utf-8", newline="\n")  # type: ignore[arg-type]
 
 
 def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(file, 1):
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        where = f"{path}:{number}"
+        accepted = f"a line of JSON may have up to {LONGEST_LINE:,} characters"
+        require(len(line) <= LONGEST_LINE, "--text", where, accepted)
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or str(error)
-            raise InputError("--text", f"{path}:{number}", f"is not JSON ({reason})") from error
+            raise InputError("--text", where, f"is not JSON ({reason})") from error
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
             accepted = 'every line must be an object with a string "text"'
-            raise InputError("--text", f"{path}:{number}", accepted)
+            raise InputError("--text", where, accepted)
         # JSON can spell half of a surrogate pair, which UTF-8 cannot.
         yield number, text.encode("utf-8", "replace").decode()
 
@@ -123,37 +135,42 @@ def _plain_pieces(file: IO[str]) -> Iterator[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a first pass over documents found.
+    """Result of a first pass over the user's files.
 
-    digest: sha256 of every text. bytes: of all text. documents: how many in each split. A
-    document is in validation where its text's `bucket` is at most `validation_bucket`.
+    digest: sha256 of every text.
+    bytes: of all text, in UTF-8.
+    documents: how many in each split.
+    validation_bucket: a document is in validation where its text's `bucket` is at most this.
+    state: identifies the files on this machine, and changes with any write to them.
     """
 
     digest: str
     bytes: int
     documents: dict[str, int]
     validation_bucket: int
+    state: str = field(compare=False)
 
     def split(self, text: str) -> str:
         return "validation" if bucket(text) <= self.validation_bucket else "train"
 
 
 def scan_text(files: Sequence[Path]) -> Scan:
-    """Reads the user's files once, and puts documents into validation, in order of their hash,
-    until they hold 5% of the text or one hash is left for training.
+    """Reads the user's files once.
 
-    Raises InputError where a file cannot be used or there are not two distinct documents.
+    Puts documents into validation, in order of their hash, until they hold 5% of the text or one
+    hash is left for training. Raises InputError where a file cannot be used or there are not two
+    distinct documents.
     """
     require(len(files) > 0, "--text", [], "must name a file")
+    state = _state(files)
     digest = hashlib.sha256()
     sizes = np.zeros(BUCKETS, np.int64)
     counts = np.zeros(BUCKETS, np.int64)
     for document in text_documents(files):
-        data = document.text.encode()
-        digest.update(len(data).to_bytes(8, "big") + data)
-        sizes[bucket(document.text)] += len(data)
+        size = _add(digest, document)
+        sizes[bucket(document.text)] += size
         counts[bucket(document.text)] += 1
-    names = ", ".join(str(path) for path in files)
+    names = _names(files)
     require(counts.sum() > 0, "--text", names, "holds no text")
     buckets = np.flatnonzero(counts)
     require(
@@ -168,4 +185,41 @@ def scan_text(files: Sequence[Path]) -> Scan:
     validation = int(counts[: last + 1].sum())
     train = int(counts.sum()) - validation
     documents = {"train": train, "validation": validation}
-    return Scan(digest.hexdigest(), int(sizes.sum()), documents, last)
+    return Scan(digest.hexdigest(), int(sizes.sum()), documents, last, state)
+
+
+def scanned_documents(files: Sequence[Path], scan: Scan) -> Iterator[Document]:
+    """Yields `text_documents`.
+
+    Raises InputError at their end unless they are those of `scan`: a file may change meanwhile.
+    """
+    digest = hashlib.sha256()
+    for document in text_documents(files):
+        _add(digest, document)
+        yield document
+    require(
+        digest.hexdigest() == scan.digest,
+        "--text",
+        _names(files),
+        "changed while it was read; run this again, on a copy if it keeps changing",
+    )
+
+
+def _add(digest: Any, document: Document) -> int:
+    """Adds the text of a document to a hash, and returns its size in bytes."""
+    data = document.text.encode()
+    digest.update(len(data).to_bytes(8, "big") + data)
+    return len(data)
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(str(path) for path in files)
+
+
+def _state(files: Sequence[Path]) -> str:
+    states = []
+    for path in files:
+        with contextlib.suppress(OSError):  # reading it will say why
+            found = os.stat(path)
+            states.append(f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_ctime_ns}")
+    return " ".join(states)

@@ -1,4 +1,4 @@
-"""The manifest of a token cache: what it was made of, and the counts of its splits."""
+"""The manifest of a token cache: its source, its vocabulary and the counts of its splits."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Split:
-    """What a split holds: `bytes` of UTF-8 text; `tokens` with the one eos of each document."""
+    """Counts of a split: `bytes` of UTF-8 text; `tokens` with the one eos of each document."""
 
     documents: int
     tokens: int
@@ -24,10 +24,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds.
+    """Describes a cache.
 
-    vocab: as in `DataConfig.vocab`. source: where the text came from, with a hash of it.
+    vocab: as in `DataConfig.vocab`.
+    source: where the text came from, with a hash of it.
     fingerprint: sha256 over the token streams and the vocabulary; equal exactly when those are.
+    vocab_sha256: hash of vocabulary.model. None for bytes, and in a cache of an earlier version,
+        whose vocabulary.model is assumed to be the one that it was made with.
     """
 
     name: str
@@ -38,10 +41,11 @@ class Manifest:
     fingerprint: str
     splits: dict[str, Split]
     format: int = FORMAT
+    vocab_sha256: str | None = None
 
     @property
     def folder(self) -> str:
-        """The folder, beside the manifest, that holds what it describes."""
+        """The folder beside the manifest that holds the tokens."""
         return self.fingerprint[:16]
 
     @classmethod

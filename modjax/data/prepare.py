@@ -24,10 +24,16 @@ from modjax.data.corpus import CORPORA, Corpus, check_corpus, load_tasks, sha256
 from modjax.data.manifest import SPLITS, Manifest, Split
 from modjax.data.place import begin, locked, put_in_place, tidy
 from modjax.data.upload import check_writable, upload
-from modjax.data.vocabulary import TRAINING_BYTES, Vocab, parse_vocab, train_sentencepiece
-from modjax.data.writer import Written, read_journal, write_journal, write_split
+from modjax.data.vocabulary import (
+    MOST_MODEL,
+    TRAINING_BYTES,
+    Vocab,
+    parse_vocab,
+    train_sentencepiece,
+)
+from modjax.data.writer import Written, has_tokens, read_journal, write_journal, write_split
 from modjax.errors import InputError, require
-from modjax.files import is_disk_full, user_cache, write_atomically
+from modjax.files import is_disk_full, read_file, user_cache, write_atomically
 from modjax.spec import DataConfig
 
 LONGEST_NAME = 240  # bytes of a folder's name; file systems take 255, and its partial has more
@@ -58,8 +64,8 @@ def prepare(
     wanted = parse_vocab(vocab)
     corpus = check_corpus(name, [Path(file) for file in text_files], tfds_name)
     source = corpus.source
-    if wanted.file is not None:
-        source += f"; {wanted.name} sha256 {sha256(wanted.file.read_bytes())}"
+    if wanted.model is not None:
+        source += f"; {wanted.name} sha256 {sha256(wanted.model)}"
     final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=wanted.name))
     bucket = url(final)
     require(
@@ -70,7 +76,10 @@ def prepare(
     )
     there = read_manifest(final) is not None and not force
     if there:
-        _check_same(open_cache(final).manifest.source, source, corpus, final)
+        cache = open_cache(final)
+        _check_same(cache.manifest.source, source, corpus, final)
+        if cache.manifest.vocab != "bytes":
+            cache.vocabulary_model()  # refuses a damaged one
     if bucket is None:
         if there:
             with contextlib.suppress(InputError), locked(final):
@@ -92,7 +101,7 @@ def prepare(
 
 
 def _was_made(folder: Path, source: str) -> bool:
-    """Whether an earlier run has made the cache in `folder`, but not uploaded it in full."""
+    """Returns whether an earlier run made the cache in `folder` and did not upload all of it."""
     try:
         return open_cache(folder).manifest.source == source
     except InputError:
@@ -116,7 +125,7 @@ def _make(final: Path, corpus: Corpus, wanted: Vocab, source: str) -> None:
         except Exception as error:
             if not isinstance(error, InputError) and not is_disk_full(error):
                 raise
-            if not any(one.tokens for one in read_journal(partial, source).values()):
+            if not has_tokens(partial):
                 shutil.rmtree(partial, ignore_errors=True)
             with contextlib.suppress(OSError):  # where it holds the cache that was to be replaced
                 final.rmdir()
@@ -162,24 +171,37 @@ def _fill(
     partial: Path, corpus: Corpus, wanted: Vocab, source_name: str, report: Callable[[str], None]
 ) -> None:
     """Brings `partial` to a whole cache, manifest last."""
-    written = read_journal(partial, source_name)
-    write_journal(partial, source_name, written)
+    made = partial / "vocabulary.model"
+    state = corpus.scan.state if corpus.scan is not None else ""
+
+    def request() -> str:
+        """Names all that the tokens depend on: a later run goes on only where that is the same."""
+        return f"{source_name}; files {state}; vocabulary {sha256(model)}"
+
+    model = read_file(made, MOST_MODEL) if made.exists() else b""
+    written = read_journal(partial, request())
+    if not made.exists():  # it was for other input
+        model = b""
+    write_journal(partial, request(), written)
     report("loading TensorFlow")
     tasks = load_tasks()
     scratch = partial / "scratch"
     scratch.mkdir(exist_ok=True)  # gone where the journal was of other input
     report("reading the text")
     if corpus.scan is not None:
-        source = tasks.text_source(corpus.files, corpus.scan)
+        source = tasks.TextSource(corpus.files, corpus.scan)
     elif corpus.tfds_name is not None:
         source = tasks.tfds_source(corpus.tfds_name)
     else:
         source = tasks.stdlib_source(scratch / "tfds")
+        now = check_corpus(corpus.name, [], None).source
+        require(now == corpus.source, "data", corpus.name, "changed while it was read; run again")
 
-    model = b""
-    if wanted.name != "bytes":
+    if wanted.name != "bytes" and not model:
         report(f"making the vocabulary {wanted.name}")
-        model = _model(partial / "vocabulary.model", tasks, source, wanted, corpus)
+        model = _model(tasks, source, wanted, corpus)
+        write_atomically(made, model)
+        write_journal(partial, request(), written)
     vocabulary = tasks.make_vocabulary(model, scratch)
     dtype = np.dtype(np.uint16 if vocabulary.vocab_size <= 2**16 else np.uint32)
 
@@ -189,7 +211,7 @@ def _fill(
 
         def save(now: Written, split: str = split) -> None:
             written[split] = now
-            write_journal(partial, source_name, written)
+            write_journal(partial, request(), written)
 
         start = written[split]
         task = tasks.make_task("modjax", source, vocabulary, skip=start.documents)
@@ -210,26 +232,30 @@ def _fill(
         source=source_name,
         fingerprint=fingerprint.hexdigest(),
         splits={s: Split(w.documents, w.tokens, w.bytes) for s, w in written.items()},
+        vocab_sha256=sha256(model) if model else None,
     )
     write_atomically(partial / "manifest.json", manifest.to_json())
 
 
-def _model(path: Path, tasks: Any, source: Any, wanted: Vocab, corpus: Corpus) -> bytes:
-    """The SentencePiece model at `path`, where it is put first if need be."""
-    if wanted.file is not None:
-        write_atomically(path, wanted.file.read_bytes())
-    elif not path.exists():
-        assert wanted.size is not None
-        # A TFDS data set is in random order, so its beginning will do; files are sampled evenly.
-        every = 1 if corpus.scan is None else max(1, corpus.scan.bytes // TRAINING_BYTES)
-        write_atomically(path, train_sentencepiece(tasks.texts(source, every), wanted.size))
-    return path.read_bytes()
+def _model(tasks: Any, source: Any, wanted: Vocab, corpus: Corpus) -> bytes:
+    """Returns the SentencePiece model that is given, or else trained on the corpus."""
+    if wanted.model is not None:
+        return wanted.model
+    assert wanted.size is not None
+    # A TFDS data set is in random order, so its beginning will do; files are sampled evenly.
+    every = 1 if corpus.scan is None else max(1, corpus.scan.bytes // TRAINING_BYTES)
+    texts = tasks.texts(source, every)
+    model = train_sentencepiece(texts, wanted.size)
+    if corpus.scan is not None:
+        for _ in texts:  # read on, since only the end tells whether a file has changed
+            pass
+    return model
 
 
 def _counted(
     batches: Iterator[Any], split: str, done: int, total: int, report: Callable[[str], None]
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Documents one by one, reporting how many there have been."""
+    """Yields documents one by one, and reports how many there have been."""
     for batch in batches:
         yield from zip(batch.tokens, batch.bytes, strict=True)
         done += len(batch.tokens)
@@ -238,7 +264,7 @@ def _counted(
 
 @contextlib.contextmanager
 def _reporting(what: str) -> Iterator[Callable[[str], None]]:
-    """One live line of progress on a terminal; elsewhere a line now and then."""
+    """Shows one live line of progress on a terminal; prints a line now and then elsewhere."""
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status(f"{what}: starting") as status:

@@ -17,25 +17,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modjax.data.documents import Scan, text_documents
+from modjax.data.documents import Scan, scanned_documents
 from modjax.data.manifest import SPLITS
+from modjax.data.vocabulary import stderr_into
 from modjax.errors import InputError, require
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Sends stderr to nowhere, for C++ code that remarks on its start and cannot be told not to."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
+    """Discards stderr, because some C++ code logs its start and has no option against it."""
+    with open(os.devnull, "w") as nowhere, stderr_into(nowhere.fileno()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -59,33 +53,43 @@ LM1B = "lm1b:1.1.0"
 
 
 class Tokenized(NamedTuple):
-    """Some documents: their tokens, each ending in eos, and the UTF-8 bytes of their text."""
+    """A batch of documents: their tokens, each ending in eos, and the UTF-8 bytes of their text."""
 
     tokens: list[np.ndarray]
     bytes: np.ndarray
 
 
-def text_source(files: Sequence[Path], scan: Scan) -> seqio.DataSource:
-    """The user's own files, split as `scan` decided."""
+class TextSource(seqio.FunctionDataSource):
+    """The user's own files, split as `scan` decided.
 
-    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del shuffle_files, seed
+    failure: the error that ended the reading. TensorFlow passes on its text only.
+    """
 
-        def documents() -> Iterator[dict[str, str]]:
-            for document in text_documents(files):
-                if scan.split(document.text) == split:
-                    yield document._asdict()
+    def __init__(self, files: Sequence[Path], scan: Scan):
+        self.failure: Exception | None = None
 
-        scalar = tf.TensorSpec((), tf.string)
-        return tf.data.Dataset.from_generator(
-            documents, output_signature={"id": scalar, "text": scalar}
-        )
+        def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+            del shuffle_files, seed
 
-    return seqio.FunctionDataSource(dataset, SPLITS, num_input_examples=scan.documents)
+            def documents() -> Iterator[dict[str, str]]:
+                try:
+                    for document in scanned_documents(files, scan):
+                        if scan.split(document.text) == split:
+                            yield document._asdict()
+                except Exception as error:
+                    self.failure = error
+                    raise
+
+            scalar = tf.TensorSpec((), tf.string)
+            return tf.data.Dataset.from_generator(
+                documents, output_signature={"id": scalar, "text": scalar}
+            )
+
+        super().__init__(dataset, SPLITS, num_input_examples=scan.documents)
 
 
 def stdlib_source(tfds_dir: Path | None = None) -> seqio.DataSource:
-    """The standard library, built under `tfds_dir` (None: where TFDS keeps its data sets)."""
+    """Returns the standard library, built under `tfds_dir` (None: in TFDS's own folder)."""
     if tfds_dir is not None:
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(None):
@@ -95,9 +99,9 @@ def stdlib_source(tfds_dir: Path | None = None) -> seqio.DataSource:
 
 
 def resolve_tfds(name: str) -> str:
-    """The full name, with configuration and version, of a TFDS data set that has a text feature.
+    """Returns the full name, with configuration and version, of a TFDS data set of text.
 
-    Raises InputError where there is none of this name, or it has no "text".
+    Raises InputError where no data set has this name, or it has no "text" feature.
     """
     try:
         info = tfds.builder(name).info
@@ -116,7 +120,7 @@ def resolve_tfds(name: str) -> str:
 
 
 def download(name: str) -> None:
-    """Gets a TFDS data set by its full name, unless it is there, with TFDS's own progress bars.
+    """Downloads a TFDS data set by its full name, unless it is there. Shows TFDS's progress bars.
 
     Raises InputError where it cannot be downloaded or made.
     """
@@ -131,7 +135,7 @@ def download(name: str) -> None:
 
 
 def tfds_source(name: str) -> seqio.DataSource:
-    """A TFDS data set by its full name.
+    """Returns a TFDS data set by its full name.
 
     Its validation split is its own, else its test split, else the first 5% of train.
     """
@@ -146,7 +150,7 @@ def tfds_source(name: str) -> seqio.DataSource:
 
 
 def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
-    """The vocabulary of a SentencePiece model, put into `folder`; of bytes where it is empty."""
+    """Returns the vocabulary of a SentencePiece model, put into `folder`; of bytes for an empty one."""
     if not model:
         return seqio.ByteVocabulary()
     # seqio remembers models by their path, as long as the process lives.
@@ -158,7 +162,7 @@ def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
 def make_task(
     name: str, source: seqio.DataSource, vocabulary: seqio.Vocabulary, skip: int = 0
 ) -> seqio.Task:
-    """The task that tokenises "text" into "targets", without its first `skip` documents."""
+    """Returns the task that tokenises "text" into "targets", without its first `skip` documents."""
     return seqio.Task(
         name,
         source=source,
@@ -173,7 +177,7 @@ def make_task(
 
 
 def tokenized(task: seqio.Task, split: str) -> Iterator[Tokenized]:
-    """Every document of a split in a fixed order, some at a time."""
+    """Yields every document of a split in a fixed order, some at a time."""
     dataset = task.get_dataset(None, split, shuffle=False, try_in_mem_cache=False)
     dataset = dataset.map(
         lambda example: (
@@ -182,18 +186,29 @@ def tokenized(task: seqio.Task, split: str) -> Iterator[Tokenized]:
         )
     )
     batches = iter(dataset.ragged_batch(DOCUMENTS_AT_ONCE))
-    with _silent():
-        first = list(itertools.islice(batches, 1))
-    for tokens, size in itertools.chain(first, batches):
-        ends = tokens.row_splits.numpy()[1:-1]
-        yield Tokenized(np.split(tokens.flat_values.numpy(), ends), size.numpy())
+    with _failures_of(task.source):
+        with _silent():
+            first = list(itertools.islice(batches, 1))
+        for tokens, size in itertools.chain(first, batches):
+            ends = tokens.row_splits.numpy()[1:-1]
+            yield Tokenized(np.split(tokens.flat_values.numpy(), ends), size.numpy())
 
 
 def texts(source: seqio.DataSource, every: int) -> Iterator[str]:
-    """The text of each `every`-th training document."""
+    """Yields the text of each `every`-th training document."""
     dataset = source.get_dataset("train", shuffle=False).shard(every, 0)
-    for text in dataset.map(lambda example: example["text"]).as_numpy_iterator():
-        yield text.decode()
+    with _failures_of(source):
+        for text in dataset.map(lambda example: example["text"]).as_numpy_iterator():
+            yield text.decode()
+
+
+@contextlib.contextmanager
+def _failures_of(source: seqio.DataSource) -> Iterator[None]:
+    """Raises the error that ended the reading of the user's files, in place of TensorFlow's."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise getattr(source, "failure", None) or error from None
 
 
 for _name, _source in {

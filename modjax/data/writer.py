@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from modjax.data.cache import kvstore
 from modjax.data.manifest import SPLITS
-from modjax.files import write_atomically
+from modjax.files import MOST_JSON, read_file, write_atomically
 from modjax.spec import from_dict
 
 CHUNK = 2**15  # tokens decoded together when a window is read
@@ -22,7 +22,7 @@ UNBOUNDED = 2**50  # the length of an array whose end is not known yet
 
 @dataclass(frozen=True)
 class Written:
-    """How far a split has come: whole shards only, until it is done.
+    """Progress of a split: whole shards only, until it is done.
 
     documents and bytes count the documents that are wholly stored; `within` tokens of the next
     one are stored too. digest chains the sha256 of each shard with that of those before it.
@@ -37,16 +37,32 @@ class Written:
 
 
 def read_journal(folder: Path, request: str) -> dict[str, Written]:
-    """How far an earlier run has come in `folder`; empties it where that was for other input."""
-    try:
-        journal = json.loads((folder / "journal.json").read_bytes())
-        if journal["request"] == request:
-            return {split: from_dict(Written, journal["splits"][split]) for split in SPLITS}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # there is none, or it is damaged
+    """Returns how far an earlier run has come in `folder`.
+
+    Empties the folder where that run was for another `request`.
+    """
+    found = _journal(folder)
+    if found is not None and found[0] == request:
+        return found[1]
     for old in folder.iterdir():
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     return dict.fromkeys(SPLITS, Written())
+
+
+def has_tokens(folder: Path) -> bool:
+    """Returns whether a later run could go on from what is in `folder`."""
+    found = _journal(folder)
+    return found is not None and any(one.tokens for one in found[1].values())
+
+
+def _journal(folder: Path) -> tuple[str, dict[str, Written]] | None:
+    """Returns the request and the state of each split; None where there is no whole journal."""
+    try:
+        journal = json.loads(read_file(folder / "journal.json", MOST_JSON))
+        splits = {split: from_dict(Written, journal["splits"][split]) for split in SPLITS}
+        return journal["request"], splits
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def write_journal(folder: Path, request: str, written: dict[str, Written]) -> None:

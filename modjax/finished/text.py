@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from modjax.data.cache import shown
 from modjax.data.vocabulary import Codec
 from modjax.decoding.generate import CAUSAL, Generated, Sampling, generate, resume
 from modjax.errors import InputError, require
@@ -51,7 +52,7 @@ def open_codec(run: Finished) -> Codec:
         "sentencepiece",
         "missing package; pip install -e '.[data]'",
     )
-    return Codec(run.cache.vocabulary_model())
+    return Codec(run.cache.vocabulary_model(), shown(run.cache.path))
 
 
 def choose_routing(run: Finished, routing: str | None) -> str:

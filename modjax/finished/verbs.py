@@ -4,11 +4,13 @@ Imports are inside the functions, so that every verb starts as fast as what it n
 """
 
 import argparse
+import io
 import math
 import os
 from typing import TYPE_CHECKING, Any
 
 from modjax.errors import InputError, require
+from modjax.files import read_file
 from modjax.scaling.run import compilation_cache
 from modjax.verbs import print_json
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 # Caches are made for all of them at once.
 MOST_TOKENS = 1_000_000
+MOST_PROMPTS = 16 * 2**20  # bytes of a file of prompts
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -137,7 +140,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         require(args.prompt != "", "--prompt", args.prompt, "is empty: give at least one character")
         return [args.prompt]
     try:
-        lines = args.prompts.read_text("utf-8").removesuffix("\n").split("\n")
+        content = read_file(args.prompts, MOST_PROMPTS).decode()
+        lines = io.StringIO(content, newline=None).read().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError("--prompts", str(args.prompts), f"cannot be read: {reason}") from error

@@ -18,11 +18,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from modjax.errors import InputError, require
+from modjax.files import read_file
 from modjax.flops import run_flops
 from modjax.scaling.plan import plan
 from modjax.scaling.sweep_config import RECIPE_FIELDS, SweepConfig
 from modjax.spec import DataConfig, Execution, ModelSpec, RunSpec, TrainConfig, from_dict
 
+MOST_CONFIG = 2**20  # bytes of a config file
 GROUPS = {"model": ModelSpec, "train": TrainConfig, "data": DataConfig, "execution": Execution}
 
 
@@ -69,7 +71,10 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
 
 def _read(config_file: str) -> dict[str, Any]:
     path, _, argument = config_file.partition(":")
-    require(Path(path).is_file(), "--config", path, "no such file")
+    try:
+        read_file(Path(path), MOST_CONFIG)
+    except OSError as error:
+        raise InputError("--config", path, f"cannot be read: {error.strerror}") from error
     try:
         get_config = runpy.run_path(path)["get_config"]
         config = get_config(argument) if argument else get_config()

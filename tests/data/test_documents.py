@@ -2,12 +2,14 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from modjax.data import documents
 from modjax.data.documents import scan_text, stdlib_documents, stdlib_split, text_documents
 from modjax.errors import InputError
 
@@ -181,3 +183,25 @@ def test_real_english_is_read(repository_corpora):
     scan = scan_text([repository_corpora / "sotu.jsonl.xz"])
     assert sum(scan.documents.values()) == 233
     assert 0.05 <= scan.documents["validation"] / 233 < 0.1
+
+
+def test_a_line_of_json_has_a_limit_and_plain_text_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST_LINE", 100_000)
+    plain = write(tmp_path / "a.txt.gz", "word " * 100_000)
+    assert "".join(d.text for d in text_documents([plain])) == "word " * 100_000
+    longest = json.dumps({"text": "x" * (100_000 - 13)}) + "\n"
+    assert len(longest) == 100_000
+    path = write(tmp_path / "a.jsonl.gz", longest + "x" * 1_000_000)
+    read = text_documents([path])
+    assert len(next(read).text) == 100_000 - 13
+    with pytest.raises(InputError, match=r"a.jsonl.gz:2': a line of JSON may have up to 100,000"):
+        next(read)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.gz"])
+def test_a_fifo_is_refused_by_name(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(
+        InputError, match=rf"--text = .*{name}': cannot be read: Not a regular file"
+    ):
+        scan_text([tmp_path / name])

@@ -7,6 +7,7 @@ import pytest
 
 from modjax.data import corpus
 from modjax.data.cache import open_cache
+from modjax.data.documents import Document
 from modjax.data.prepare import prepare
 from modjax.errors import InputError
 
@@ -54,3 +55,14 @@ def test_the_users_text_may_take_another_name(made_from, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(InputError, match=r"^--name = 'text': .* choose another --name, or"):
         prepare(text_files=[tmp_path / "a.jsonl"], data_dir=tmp_path)
+
+
+def test_a_standard_library_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    versions = iter(["old", "new"])
+    documents = lambda: [Document("a.py", next(versions))]  # noqa: E731
+    monkeypatch.setattr(corpus, "stdlib_documents", documents)
+    tasks = types.SimpleNamespace(stdlib_source=lambda folder: None)
+    monkeypatch.setattr("modjax.data.prepare.load_tasks", lambda: tasks)
+    with pytest.raises(InputError, match=r"^data = 'stdlib': changed while it was read"):
+        prepare(data_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -357,7 +357,7 @@ def test_bad_input_is_one_line_that_names_field_value_and_remedy(override):
 
 
 def test_a_bad_config_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="cannot be read: No such file"):
         load(str(tmp_path / "none.py"))
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
