@@ -162,8 +162,13 @@ SWEEP = """run a plan on local worker processes, and end with a table.
 
 Finished runs are never repeated; what dies is run once more, what dies twice is given up; several
 sweeps may share a folder."""
-FIT = "optima, power laws and the gap between arms"
-REPORT = "figures, fits and tables in one HTML file"
+FIT = """optima, power laws and the gap between arms.
+
+Arms are compared by their causal loss: under routing that never looks ahead, as a model is sampled
+from. Runs that have none, such as those of experts that choose, are named and shown apart."""
+REPORT = """figures, fits and tables in one HTML file.
+
+Arms are compared by the same loss as by `modjax fit`, see `modjax fit --help`."""
 TRAIN = """train one run, under the same folders and records as a sweep.
 
 A config with a `sweep` group describes many runs: --run names one, as `modjax plan --json` does."""
@@ -222,9 +227,10 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "loss": (
         "--loss",
         {
-            "choices": ("trained", "causal"),
-            "default": "trained",
-            "help": "of routed runs: as trained (default), or under routing that never looks ahead",
+            "choices": ("causal", "trained"),
+            "default": "causal",
+            "help": "compare arms by their loss under routing that never looks ahead (causal, the "
+            "default; a dense run's is its loss), or by that of all runs as they were trained",
         },
     ),
     "size": (

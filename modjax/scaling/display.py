@@ -12,6 +12,7 @@ from rich.table import Table
 
 from modjax.records import Record
 from modjax.scaling.numbers import clock
+from modjax.scaling.words import loss_words
 from modjax.spec import RunSpec
 
 SECONDS_BETWEEN_LINES = 60.0  # off a terminal, where no run finishes
@@ -51,7 +52,7 @@ class Display:
         """Counts and announces a run that was finished here."""
         self.done.add(record.run_id)
         self.flops_here += self.budgets[record.run_id]
-        loss = "diverged" if record.eval_loss is None else f"loss {record.eval_loss:.4f}"
+        loss = "diverged" if record.eval_loss is None else loss_words(record)
         count = f"[{len(self.done):{len(str(len(self.budgets)))}}/{len(self.budgets)}]"
         self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from modjax.scaling.numbers import count
 from modjax.scaling.results import Fits, Parabola, Range
-from modjax.scaling.words import open_ends
+from modjax.scaling.words import mark, open_ends
 
 INK, FAINT, SURFACE = "#1a1a1a", "#d4d4d4", "#fefefe"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -215,13 +215,12 @@ def log_ticks(ax: Axes, subs: tuple[int, ...], show: Any = lambda x, _: count(x)
 def legend(
     figure: Figure, fits: Fits, arms: Sequence[str], marker: bool = True, diverged: bool = False
 ) -> None:
-    """One legend above the axes: the arms, and what a diverged run looks like."""
+    """Draws one legend above the axes: the arms, and the cross of a diverged run."""
     handles = []
     for arm in arms:
         colour, shape, line = style(fits, arm)
-        handles.append(
-            Line2D([], [], color=colour, linestyle=line, label=arm, marker=shape if marker else "")
-        )
+        name, shape = mark(fits, arm), shape if marker else ""
+        handles.append(Line2D([], [], color=colour, linestyle=line, label=name, marker=shape))
     if diverged:
         handles.append(Line2D([], [], color=INK, marker="x", linestyle="", label="diverged"))
     figure.legend(

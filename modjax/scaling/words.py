@@ -1,11 +1,23 @@
-"""What the fits say, in plain English sentences and a table for the terminal."""
+"""The results of the fits in plain English sentences, and in a table for the terminal."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from modjax.records import Record, causal_loss
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.parametric import NAMES, Surface
-from modjax.scaling.results import SIZES, Fits, Gap, Parabola, PowerLaw, Range
+from modjax.scaling.results import (
+    SIZES,
+    Fits,
+    Gap,
+    NoCausalLoss,
+    Parabola,
+    PowerLaw,
+    Range,
+    Repeat,
+)
 
 KINDS = {
     ("parameters", "non_embedding"): "non-embedding parameters",
@@ -14,10 +26,41 @@ KINDS = {
     **{("forward_flops", size): "forward FLOPs per token" for size in SIZES},
 }
 
-LOSSES = {
-    "trained": "Losses are those of the runs as they were trained.",
-    "causal": "Losses of routed runs are under routing that never looks ahead.",
-}
+LOSSES = {"trained": "validation loss as trained", "causal": "causal validation loss"}
+
+
+def marked(fits: Fits) -> Fits:
+    """Returns the fits with a * behind arms that are ranked although they have no causal loss."""
+    names = {arm: mark(fits, arm) for arm in fits.arms}
+
+    def each(items: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(dataclasses.replace(item, arm=names.get(item.arm, item.arm)) for item in items)
+
+    gaps = tuple(dataclasses.replace(gap, baseline=names[gap.baseline]) for gap in each(fits.gaps))
+    return dataclasses.replace(
+        fits,
+        arms=tuple(names.values()),
+        baseline=names[fits.baseline],
+        gaps=gaps,
+        **{
+            field: each(getattr(fits, field))
+            for field in ("parabolas", "laws", "surfaces", "repeats", "no_causal_loss")
+        },
+    )
+
+
+def mark(fits: Fits, arm: str) -> str:
+    """Returns the arm's name, with a * where the fits rank it without a causal loss."""
+    without = fits.loss == "trained" and any(found.arm == arm for found in fits.no_causal_loss)
+    return f"{arm}*" if without else arm
+
+
+def loss_words(r: Record) -> str:
+    """Returns the losses of a finished run: the causal one, and the one as trained."""
+    assert r.eval_loss is not None
+    causal = causal_loss(r)
+    said = "no causal loss" if causal is None else f"causal loss {causal:.4f}"
+    return f"{said}, as trained {r.eval_loss:.4f}"
 
 
 def fixed(digits: int, sign: str = "") -> Callable[[float], str]:
@@ -119,8 +162,40 @@ def surface_sentence(surface: Surface) -> str:
     return f"{where} ({surface.runs} runs): {', '.join(parts)}."
 
 
+def no_causal_sentence(found: NoCausalLoss, loss: str) -> str:
+    """Names runs that have no causal loss, and says why and what follows."""
+    if loss == "trained":
+        how = "its" if found.runs == found.finished else f"{found.runs} of its"
+        return (
+            f"* marks {found.arm.removesuffix('*')}*: {how} runs have no causal loss "
+            f"({found.why}), so that no sampling reaches their loss as trained."
+        )
+    who = f"{found.arm} is"
+    if found.runs < found.finished:
+        verb = "is" if found.runs == 1 else "are"
+        who = f"{found.runs} of {found.arm}'s {found.finished} runs {verb}"
+    return (
+        f"{who} not compared: no causal loss ({found.why}). --loss=trained compares all runs as "
+        "they were trained."
+    )
+
+
+def loss_sentence(fits: Fits) -> str:
+    """Says by which loss arms are compared."""
+    if fits.loss == "trained":
+        return (
+            "Losses are those of the runs as they were trained, also where training looks ahead "
+            "or drops what experts have no slot for."
+        )
+    routings = [
+        f"{', '.join(arms)} {'as trained' if routing == 'trained' else f'by {routing}'}"
+        for routing, arms in fits.routings.items()
+    ]
+    return f"Losses are under routing that never looks ahead ({'; '.join(routings)})."
+
+
 def method(fits: Fits) -> str:
-    """How the intervals were made, and what they leave out."""
+    """Says how the intervals were made, and what they leave out."""
     seeds = (
         f"up to {fits.seeds_per_cell} seeds per cell enter as their mean and their spread"
         if fits.seeds_per_cell > 1
@@ -128,7 +203,7 @@ def method(fits: Fits) -> str:
         "scatter about the parabolas"
     )
     return (
-        f"{LOSSES[fits.loss]} Sizes count {KINDS['parameters', fits.size]}. Intervals are 95%, "
+        f"{loss_sentence(fits)} Sizes count {KINDS['parameters', fits.size]}. Intervals are 95%, "
         f"from {fits.draws} draws "
         "of a parametric bootstrap: evaluation error, shared by all runs because they are scored "
         "on the same text, and the scatter of runs about the parabolas of their budget, with "
@@ -141,7 +216,7 @@ def method(fits: Fits) -> str:
 
 
 def sentences(fits: Fits) -> list[str]:
-    """Every result as one sentence: gaps, optima, power laws, surfaces, then diverged runs."""
+    """Returns every result as one sentence: gaps, optima, power laws, surfaces, diverged runs."""
     said = [gap_sentence(gap) for gap in fits.gaps]
     said += [parabola_sentence(p, fits.size) for p in fits.parabolas]
     said += [law_sentence(law, fits.size) for law in fits.laws]
@@ -191,10 +266,17 @@ def rows(fits: Fits) -> list[tuple[str, ...]]:
 
 
 REPEAT_HEADER = ("arm", "budget", "width", "N", "seeds", "mean loss", "std of a seed")
+AS_TRAINED_HEADER = (*REPEAT_HEADER[:-2], "std of a seed", "loss as trained")
 
 
-def repeat_rows(fits: Fits) -> list[tuple[str, ...]]:
-    """One row per cell that was run with several seeds, for `REPEAT_HEADER`."""
+def as_trained_rows(found: Sequence[NoCausalLoss]) -> list[tuple[str, ...]]:
+    """Returns one row per cell without a causal loss, for `AS_TRAINED_HEADER`."""
+    rows = repeat_rows([cell for one in found for cell in one.as_trained])
+    return [(*start, deviation, loss) for *start, loss, deviation in rows]
+
+
+def repeat_rows(cells: Sequence[Repeat]) -> list[tuple[str, ...]]:
+    """Returns one row per cell, for `REPEAT_HEADER`."""
     return [
         (
             r.arm,
@@ -203,17 +285,23 @@ def repeat_rows(fits: Fits) -> list[tuple[str, ...]]:
             count(r.params),
             str(r.seeds),
             f"{r.loss:.4f}",
-            f"{r.deviation:.4f}",
+            "" if r.deviation is None else f"{r.deviation:.4f}",
         )
-        for r in fits.repeats
+        for r in cells
     ]
 
 
 def render_text(fits: Fits) -> str:
-    """The tables of optima and of seeds, the sentences and the method, for a terminal."""
+    """Returns the tables of optima and of seeds, the sentences and the method, for a terminal."""
+    fits = marked(fits)
     lines = [text_table(HEADER, rows(fits), left=2, rule=True)]
     if fits.repeats:
-        lines += ["", text_table(REPEAT_HEADER, repeat_rows(fits), left=2, rule=True)]
+        lines += ["", text_table(REPEAT_HEADER, repeat_rows(fits.repeats), left=2, rule=True)]
+    if fits.no_causal_loss:
+        lines += ["", *(no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss)]
+    if fits.no_causal_loss and fits.loss == "causal":
+        body = as_trained_rows(fits.no_causal_loss)
+        lines += ["", text_table(AS_TRAINED_HEADER, body, left=2, rule=True)]
     return "\n".join([*lines, "", *sentences(fits), "", method(fits)])
 
 
