@@ -157,7 +157,8 @@ PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time, and what
 Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-centre (the grid's
 centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
 the optimum is wider than the sampled sizes), repeats data, too many epochs (beyond
-data.max_epochs). A sweep refuses off-budget cells and those with too many epochs."""
+data.max_epochs). A sweep refuses off-budget cells and those with too many epochs. Where the data
+is not prepared the table is printed too, with epochs "?"; the exit code is then 2."""
 SWEEP = """run a plan on local worker processes, and end with a table.
 
 Finished runs are never repeated; what dies is run once more, what dies twice is given up; several
