@@ -132,7 +132,7 @@ def _no_causal_loss(
     """Yields, for each arm that has runs without a causal loss, how many, why, and their losses."""
     for arm in dict.fromkeys(r.variant for r in without):
         runs = [r for r in without if r.variant == arm]
-        why = "they select by what comes later and have learned no other way"
+        why = "their layers look ahead and have learned no way that does not"
         if any(r.causal_routing is None for r in runs):
             why = "records of an earlier modjax do not tell one"
         cells = [cell for of_arm in by_cell(runs).values() for cell in of_arm]

@@ -136,7 +136,8 @@ def render(
         bullets(_exceptions(workdir, compared, fits, plan, unreadable)),
         "<h2>Runs</h2>",
         "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
-        "token. All fields are in results.csv beside this file.</p>",
+        f"token, and arms are compared by the {fits.loss} loss. All fields are in results.csv "
+        "beside this file.</p>",
         run_table(records, fits, specs, marked),
         "<h2>Config</h2>",
         *_config(plan, specs),

@@ -71,7 +71,7 @@ KINDS = {
         None,
     ),
     "attention received": (
-        (Seq(Attention(received=True), MoD(MLP(), capacity=1.0, router="received")),),
+        (Seq(Attention(received=True), MoD(MLP(), capacity=0.25, router="received")),),
         None,
     ),
     "from outside, looking ahead": ((Seq(Centred(), MLP()),), None),
