@@ -22,10 +22,10 @@ NO_ROUTING = "none"
 
 @dataclass(frozen=True)
 class Record:
-    """What a run leaves behind, as `result.json` in its folder. FLOPs by `modjax.flops`.
+    """The result of a run, as `result.json` in its folder. FLOPs by `modjax.flops`.
 
-    Losses are in nats per token; `flops` maps a component to forward FLOPs per sequence;
-    `train_flops` is what was spent, `budget_flops` what was asked for. `status` is "finished" or
+    Losses are in nats per token, eval_* as trained; `flops` maps a component to forward FLOPs per
+    sequence; `train_flops` is spent, `budget_flops` requested. `status` is "finished" or
     "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`.
     causal_routing: the routing that never looks ahead under which the other causal_* were taken:
       "trained" where training itself never looks ahead, NO_ROUTING where the model has none, None

@@ -56,9 +56,11 @@ def mark(fits: Fits, arm: str) -> str:
 
 
 def loss_words(r: Record) -> str:
-    """Returns the losses of a finished run: the causal one, and the one as trained."""
+    """Returns the loss of a finished run; both where the causal one is not that as trained."""
     assert r.eval_loss is not None
     causal = causal_loss(r)
+    if causal == r.eval_loss:
+        return f"loss {causal:.4f}"
     said = "no causal loss" if causal is None else f"causal loss {causal:.4f}"
     return f"{said}, as trained {r.eval_loss:.4f}"
 
