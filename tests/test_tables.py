@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from modjax.scaling.compared import loss_words
 from modjax.scaling.status import Status, _finished
 from modjax.scaling.sweep import Outcome
-from modjax.scaling.words import loss_words
 from modjax.tables import outcome_text, status_text
 from tests.scaling.conftest import _record
 

@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from modjax.records import Record
+from modjax.scaling.compared import loss_words
 from modjax.scaling.numbers import clock
-from modjax.scaling.words import loss_words
 from modjax.spec import RunSpec
 
 SECONDS_BETWEEN_LINES = 60.0  # off a terminal, where no run finishes

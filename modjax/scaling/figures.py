@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from modjax.records import Record
+from modjax.scaling.compared import LOSSES
 from modjax.scaling.curves import SHARE, Curve, frontier
 from modjax.scaling.marks import (
     INK,
@@ -34,7 +35,7 @@ from modjax.scaling.marks import (
 )
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.results import Fits, quantity_of
-from modjax.scaling.words import KINDS, LOSSES
+from modjax.scaling.words import KINDS
 
 
 def draw_all(

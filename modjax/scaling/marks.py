@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from modjax.scaling.compared import mark
 from modjax.scaling.numbers import count
 from modjax.scaling.results import Fits, Parabola, Range
-from modjax.scaling.words import mark, open_ends
+from modjax.scaling.words import open_ends
 
 INK, FAINT, SURFACE = "#1a1a1a", "#d4d4d4", "#fefefe"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

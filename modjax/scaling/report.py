@@ -15,6 +15,7 @@ from modjax.errors import InputError, require
 from modjax.files import read_json, write_atomically
 from modjax.records import Record, Scan, run_dir, scan, write_csv
 from modjax.scaling import words
+from modjax.scaling.compared import LOSSES, loss_words, marked, no_causal_sentence
 from modjax.scaling.curves import FRONTIER_STEPS, SHARE, read_curves
 from modjax.scaling.figures import draw_all
 from modjax.scaling.fit import fit_all
@@ -107,14 +108,14 @@ def render(
     plan = _plan(workdir)
     specs = _specs(workdir, records)
     compared = [as_compared(r, fits.loss) for r in records]
-    marked = len(records) <= MANY
-    tips = {f"run:{r.run_id}": run_tip(r) for r in records if marked}
+    tipped = len(records) <= MANY
+    tips = {f"run:{r.run_id}": run_tip(r) for r in records if tipped}
     tips |= {
         f"optimum:{p.arm}:{p.budget_flops}": words.parabola_sentence(p, fits.size)
         for p in fits.parabolas
         if p.quantity == "parameters"
     }
-    fits = words.marked(fits)
+    fits = marked(fits)
     others = [arm for arm in fits.arms if arm != fits.baseline]
     title = f"modjax: {', '.join(others)}{' against ' * bool(others)}{fits.baseline}"
     resources = files("modjax.scaling")
@@ -138,7 +139,7 @@ def render(
         "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
         f"token, and arms are compared by the {fits.loss} loss. All fields are in results.csv "
         "beside this file.</p>",
-        run_table(records, fits, specs, marked),
+        run_table(records, fits, specs, tipped),
         "<h2>Config</h2>",
         *_config(plan, specs),
     ]
@@ -156,7 +157,7 @@ def render(
 def run_tip(r: Record) -> str:
     """Returns the text that hovering a run shows."""
     loss = (
-        f"{words.loss_words(r)} ± {r.eval_loss_sem or 0:.4f} nats per token"
+        f"{loss_words(r)} ± {r.eval_loss_sem or 0:.4f} nats per token"
         if r.eval_loss is not None
         else f"diverged at step {r.diverged_step}"
     )
@@ -187,13 +188,13 @@ def _summary(
         "Data": ", ".join(sorted({r.data_fingerprint for r in records})),
     }
     rows = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in facts.items())
-    headline = [words.no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss]
+    headline = [no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss]
     headline += [words.gap_sentence(gap) for gap in fits.gaps]
     return [bullets(headline) if headline else "", f'<dl class="facts">{rows}</dl>']
 
 
 def _figure(name: str, path: Path, fits: Fits) -> str:
-    loss = words.LOSSES[fits.loss]
+    loss = LOSSES[fits.loss]
     loss = loss if name == "optima" else loss.capitalize()
     caption = CAPTIONS[name].format(baseline=fits.baseline, loss=loss)
     svg = inline_svg(path.read_text(encoding="utf-8"), name)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from modjax.records import Record, causal_loss
 from modjax.scaling import words
+from modjax.scaling.compared import no_causal_sentence
 from modjax.scaling.numbers import budget
 from modjax.scaling.page import bullets, table
 from modjax.scaling.results import Fits, as_compared
@@ -110,7 +111,7 @@ def no_causal_table(fits: Fits) -> list[str]:
     """Returns the section of runs that have no causal loss; [] where there are none."""
     if not fits.no_causal_loss:
         return []
-    said = bullets(words.no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss)
+    said = bullets(no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss)
     if fits.loss == "trained":
         return ["<h2>Compared as trained alone</h2>", said]
     rows = words.as_trained_rows(fits.no_causal_loss)
