@@ -158,7 +158,8 @@ PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time, and what
 Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-centre (the grid's
 centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
 the optimum is wider than the sampled sizes), repeats data, too many epochs (beyond
-data.max_epochs). A sweep refuses off-budget cells and those with too many epochs."""
+data.max_epochs). A sweep refuses off-budget cells and those with too many epochs. Where the data
+is not prepared the table is printed too, with epochs "?"; the exit code is then 2."""
 CHECK = """try whether the layers of a config look ahead: what each claims, and what was seen.
 
 Edits every token of a short text in turn, and compares all outputs before the edit, for every
@@ -168,8 +169,13 @@ SWEEP = """run a plan on local worker processes, and end with a table.
 
 Finished runs are never repeated; what dies is run once more, what dies twice is given up; several
 sweeps may share a folder."""
-FIT = "optima, power laws and the gap between arms"
-REPORT = "figures, fits and tables in one HTML file"
+FIT = """optima, power laws and the gap between arms.
+
+Arms are compared by their causal loss: under routing that never looks ahead, as a model is sampled
+from. Runs that have none, such as those of experts that choose, are named and shown apart."""
+REPORT = """figures, fits and tables in one HTML file.
+
+Arms are compared by the same loss as by `modjax fit`, see `modjax fit --help`."""
 TRAIN = """train one run, under the same folders and records as a sweep.
 
 A config with a `sweep` group describes many runs: --run names one, as `modjax plan --json` does."""
@@ -228,9 +234,10 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "loss": (
         "--loss",
         {
-            "choices": ("trained", "causal"),
-            "default": "trained",
-            "help": "of routed runs: as trained (default), or under routing that never looks ahead",
+            "choices": ("causal", "trained"),
+            "default": "causal",
+            "help": "compare arms by their loss under routing that never looks ahead (causal, the "
+            "default; a dense run's is its loss), or by that of all runs as they were trained",
         },
     ),
     "size": (

@@ -7,6 +7,7 @@ class InputError(ValueError):
     """Input that cannot be used: one line with the field, its value and what would be accepted."""
 
     def __init__(self, field: str, value: object, accepted: str):
+        self.field, self.value, self.accepted = field, value, accepted
         shown = repr(value)
         if len(shown) > MOST_SHOWN:
             shown = f"{shown[: MOST_SHOWN // 2]}...{shown[-MOST_SHOWN // 2 :]}"

@@ -17,20 +17,25 @@ T = TypeVar("T")
 
 WRITTEN_AGAIN = "delete it, and the same `modjax sweep` or `train` writes it again"
 METRICS_TAIL = 65_536  # bytes, which hold many lines
+NO_ROUTING = "none"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run leaves behind, as `result.json` in its folder. FLOPs by `modjax.flops`.
+    """The result of a run, as `result.json` in its folder. FLOPs by `modjax.flops`.
 
-    Losses are in nats per token; `flops` maps a component to forward FLOPs per sequence;
-    `train_flops` is what was spent, `budget_flops` what was asked for. `status` is "finished" or
-    "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`. causal_*:
-    under a routing that never looks ahead, which may be what training does. moe_*: shares of
-    experts' picks in the evaluation as trained, see nn/expert_record.py; None without experts.
-    near_ties: in that evaluation, selections (a layer's top k of a sequence, or an expert's) where
-    a position left out ranks like the last one taken, to within rounding: the earlier is taken, and
-    other devices, or another eval_batch_size, may select otherwise. None without a top k.
+    Losses are in nats per token, eval_* as trained; `flops` maps a component to forward FLOPs per
+    sequence; `train_flops` is spent, `budget_flops` requested. `status` is "finished" or
+    "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`.
+    causal_routing: the routing that never looks ahead under which the other causal_* were taken:
+      "trained" where training itself never looks ahead, NO_ROUTING where the model has none, None
+      in earlier records, which `causal_routing` reads.
+    moe_*: shares of experts' picks in the evaluation as trained, see nn/expert_record.py; None
+      without experts.
+    near_ties: in that evaluation, the selections (a layer's top k of a sequence, or an expert's)
+      that leave out a position that ranks like the last one taken, to within rounding. The earlier
+      one is taken; other devices, or another eval_batch_size, may select otherwise. None without a
+      top k.
     """
 
     run_id: str
@@ -80,6 +85,28 @@ class Record:
     moe_useful: float | None = None
     near_ties: int | None = None
     eval_batch_size: int | None = None
+
+
+def causal_routing(record: Record) -> str | None:
+    """Returns the routing under which `causal_loss` was taken, or None where the model has none.
+
+    Earlier records name no routing where training never looks ahead, and none where the model had
+    no other. Their costs tell the two apart: the first has no router, and all positions use all
+    parameters, or every k-th position does ("anchors").
+    """
+    if record.causal_routing is not None:
+        return None if record.causal_routing == NO_ROUTING else record.causal_routing
+    skips = record.params_active < record.params_non_embedding and "anchors" not in record.flops
+    return None if skips or record.flops.get("router", 0) > 0 else "trained"
+
+
+def causal_loss(record: Record) -> float | None:
+    """Returns the loss under routing that never looks ahead, None where there is none.
+
+    A dense run's is its loss as trained.
+    """
+    as_trained = causal_routing(record) == "trained"
+    return record.eval_loss if as_trained else record.causal_loss
 
 
 def run_dir(workdir: Path, run_id: str) -> Path:

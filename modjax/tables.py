@@ -13,7 +13,7 @@ from modjax.flops import (
     total_flops,
     train_flops,
 )
-from modjax.records import Record
+from modjax.records import Record, causal_loss
 from modjax.scaling.cells import Cell
 from modjax.scaling.numbers import clock, count
 from modjax.scaling.status import STATES, Status
@@ -21,6 +21,7 @@ from modjax.scaling.sweep import Outcome
 from modjax.scaling.words import span, text_table
 from modjax.spec import RunSpec
 
+LOSS_COLUMNS = ("causal loss", "as trained")
 if TYPE_CHECKING:
     from modjax.nn.probe import Finding
 
@@ -142,32 +143,39 @@ def status_text(status: Status) -> str:
             f"{run.step}/{run.steps}",
             count(run.params_total),
             count(run.params_active),
-            "" if run.eval_loss is None else f"{run.eval_loss:.4f}",
+            *_losses(run.causal_loss, run.eval_loss),
             run.why,
         )
         for run in status.runs
     ]
     counts = ", ".join(f"{status.count(state)} {state}" for state in STATES)
-    table = text_table(("run", "state", "step", "total", "active", "loss", ""), rows)
-    return f"{table}\n\n{counts}; about {clock(status.remaining_seconds)} left"
+    header = ("run", "state", "step", "total", "active", *LOSS_COLUMNS, "")
+    return f"{text_table(header, rows)}\n\n{counts}; about {clock(status.remaining_seconds)} left"
+
+
+def _losses(causal: float | None, trained: float | None) -> tuple[str, str]:
+    """Returns the cells of LOSS_COLUMNS, empty for a run that has not finished."""
+    if trained is None:
+        return "", ""
+    return "none" if causal is None else f"{causal:.4f}", f"{trained:.4f}"
 
 
 def outcome_text(outcome: Outcome) -> str:
     rows = [_result(record) for record in outcome.records]
-    rows += [(run_id, "failed", "", "", "", "", "") for run_id in outcome.failures]
-    header = ("run", "state", "non-emb", "tokens", "loss", "+-", "time")
+    rows += [(run_id, "failed", *[""] * 6) for run_id in outcome.failures]
+    header = ("run", "state", "non-emb", "tokens", *LOSS_COLUMNS, "+-", "time")
     failures = [f"failed: {run_id}: {why}" for run_id, why in outcome.failures.items()]
     return "\n".join([text_table(header, rows), *failures])
 
 
 def _result(record: Record) -> tuple[str, ...]:
-    loss, error = record.eval_loss, record.eval_loss_sem
+    error = record.eval_loss_sem
     return (
         record.run_id,
         record.status,
         count(record.params_non_embedding),
         count(record.tokens),
-        "" if loss is None else f"{loss:.4f}",
+        *_losses(causal_loss(record), record.eval_loss),
         "" if error is None else f"{error:.4f}",
         clock(record.wall_seconds),
     )

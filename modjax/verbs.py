@@ -69,7 +69,7 @@ def _load_sweep(args: argparse.Namespace) -> Any:
     return experiment
 
 
-def plan(args: argparse.Namespace) -> None:
+def plan(args: argparse.Namespace) -> int:
     from modjax.records import read_records
     from modjax.scaling.foretell import NOISE
     from modjax.scaling.results import to_json
@@ -78,18 +78,21 @@ def plan(args: argparse.Namespace) -> None:
 
     experiment = _load_sweep(args)
     require(args.jobs > 0, "--jobs", args.jobs, "must be greater than 0")
-    note = ""
+    cache, unread = None, None
     try:
         cache = open_data(experiment, args.data_dir)
-    except InputError as error:
-        cache, note = None, f"epochs unknown: {error}"
+    except InputError as error:  # the plan may be wanted before the data is prepared
+        unread = error
     records = read_records(args.workdir) if args.workdir else []
     cells = plan_table(experiment, cache, records, NOISE if args.noise is None else args.noise)
     if args.json:
-        return print_json([to_json(cell) for cell in cells])
-    print(plan_text(cells, args.jobs))
-    if note:
-        print(note)
+        print_json([to_json(cell) for cell in cells])
+    else:
+        print(plan_text(cells, args.jobs))
+    if unread is None:
+        return 0
+    print(f"modjax: epochs unknown: {unread}", file=sys.stderr)
+    return BAD_INPUT
 
 
 def check(args: argparse.Namespace) -> int:

@@ -103,9 +103,18 @@ def test_check_prints_what_every_layer_claims_and_was_seen_to_do(capsys, monkeyp
 
 
 def test_plan_without_data_still_plans(tmp_path, capsys):
-    code, out, err = said(capsys, "plan", TINY, f"--data-dir={tmp_path}")
-    assert (code, err) == (0, "")
-    assert "epochs unknown" in out and "modjax data prepare" in out
+    for more in ([], ["--json"]):
+        code, out, err = said(capsys, "plan", TINY, f"--data-dir={tmp_path}", *more)
+        assert code == 2 and out.count("mod12-") == (15 if more else 0)
+        assert err.startswith("modjax: epochs unknown: data = ") and err.count("\n") == 1
+        assert "modjax data prepare" in err and "epochs unknown" not in out
+    assert len(json.loads(out)) == 30 and json.loads(out)[0]["epochs"] is None
+
+
+def test_plan_of_a_name_that_nobody_prepared_is_no_success(data_dir, capsys):
+    unknown = "--config.data.name=stdilb"
+    code, out, err = said(capsys, "plan", TINY, f"--data-dir={data_dir}", unknown)
+    assert code == 2 and "stdilb" in err and "30 runs" in out
 
 
 def test_plan_as_json_has_the_columns_of_the_table(data_dir, capsys):
@@ -259,8 +268,7 @@ def test_light_verbs_import_neither_jax_nor_tensorflow(tmp_path):
 import sys
 import time
 from modjax.cli import main
-from modjax.nn.probe import Finding, Leak
-assert main(["plan", {TINY!r}, "--data-dir={tmp_path}"]) == 0
+assert main(["plan", {TINY!r}, "--data-dir={tmp_path}"]) == 2
 assert main(["flops", {TINY!r}]) == 0
 assert main(["status", "--workdir={tmp_path}"]) == 2
 heavy = {{"jax", "flax", "tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from modjax.records import Record
+from modjax.scaling.compared import loss_words
 from modjax.scaling.numbers import clock
 from modjax.spec import RunSpec
 
@@ -51,7 +52,7 @@ class Display:
         """Counts and announces a run that was finished here."""
         self.done.add(record.run_id)
         self.flops_here += self.budgets[record.run_id]
-        loss = "diverged" if record.eval_loss is None else f"loss {record.eval_loss:.4f}"
+        loss = "diverged" if record.eval_loss is None else loss_words(record)
         count = f"[{len(self.done):{len(str(len(self.budgets)))}}/{len(self.budgets)}]"
         self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
 

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from modjax.records import Record
+from modjax.scaling.compared import LOSSES
 from modjax.scaling.curves import SHARE, Curve, frontier
 from modjax.scaling.marks import (
     INK,
@@ -112,7 +113,7 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
         above = 0.085 * (1 + text.count("\n")) if refusals else 0
         ax.set_ylim(low - 0.1 * (high - low), high + above * (high - low))
     figure.supxlabel(KINDS["parameters", fits.size].capitalize(), fontsize=7)
-    figure.supylabel("Validation loss (nats per token)", fontsize=7)
+    figure.supylabel(f"{LOSSES[fits.loss].capitalize()} (nats per token)", fontsize=7)
     legend(figure, fits, fits.arms, diverged=bool(fits.diverged))
     return figure
 
@@ -161,7 +162,8 @@ def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
     ax.axvline(1, color=INK, linewidth=0.5, zorder=0)
     log_ticks(ax, (1, 2, 5), lambda x, _: f"{x:g}")
     ax.set_xlabel(f"Forward FLOPs per token, relative to the optimal {fits.baseline} model")
-    ax.set_ylabel(f"Loss, relative to the optimal {fits.baseline} model")
+    loss = LOSSES[fits.loss].capitalize()
+    ax.set_ylabel(f"{loss},\nrelative to the optimal {fits.baseline} model")
     handles = [
         Line2D(
             [],

@@ -5,12 +5,12 @@ laws weigh each optimum by its own variance, see laws.py.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from modjax.errors import require
-from modjax.records import Record
+from modjax.records import Record, causal_routing
 from modjax.scaling.laws import log10_of, power_law
 from modjax.scaling.observed import by_cell, make_cells, repeats
 from modjax.scaling.parabola import Vertex, fit_budget, interval, power_of_ten
@@ -20,6 +20,7 @@ from modjax.scaling.results import (
     SIZES,
     Fits,
     Gap,
+    NoCausalLoss,
     Parabola,
     PowerLaw,
     quantity_of,
@@ -33,21 +34,23 @@ def fit_all(
     records: Sequence[Record],
     *,
     size: str = "non_embedding",
-    loss: str = "trained",
+    loss: str = "causal",
     baseline: str | None = None,
     draws: int = 2000,
     seed: int = 0,
 ) -> Fits:
-    """Every fit of a sweep. Diverged runs are left out by rule and listed.
+    """Returns every fit of a sweep. Diverged runs are left out by rule and listed.
 
-    loss: "trained" or "causal", see results.under.
+    loss: "causal" or "trained", see results.under. Runs that have no causal loss are left out run
+      by run and listed: an arm is compared by those of its runs that have one.
     baseline: the arm that others are compared with; None takes "dense", or else the first arm.
     draws: bootstrap draws of every vertex; the parametric surfaces, which are slower, take 1/20.
-    Raises InputError for no records, an unknown size or baseline, or runs that were not scored
-    on the same validation data.
+    Raises InputError for no records, or none with this loss, an unknown size or baseline, or runs
+    that were not scored on the same validation data.
     """
     require(len(records) > 0, "records", 0, "no run has finished; run the sweep first")
-    records = under(records, loss)
+    whole = [r for r in records if r.status == "finished"]
+    records, without = under(records, loss)
     require(size in SIZES, "size", size, f"must be one of {', '.join(SIZES)}")
     arms = list(dict.fromkeys(r.variant for r in records))
     baseline = baseline or ("dense" if "dense" in arms else arms[0])
@@ -109,7 +112,32 @@ def fit_all(
         surfaces=tuple(surfaces),
         repeats=tuple(repeats(repeated, size)),
         diverged=tuple(r.run_id for r in records if r.status == "diverged"),
+        routings=_routings(finished),
+        no_causal_loss=tuple(_no_causal_loss(whole, without, size)),
     )
+
+
+def _routings(finished: Sequence[Record]) -> dict[str, tuple[str, ...]]:
+    """Returns the arms whose causal loss was taken under each routing, those as trained first."""
+    found: dict[str, list[str]] = {"trained": []}
+    for routing, arm in dict.fromkeys((causal_routing(r), r.variant) for r in finished):
+        if routing is not None:
+            found.setdefault(routing, []).append(arm)
+    return {routing: tuple(arms) for routing, arms in found.items() if arms}
+
+
+def _no_causal_loss(
+    finished: Sequence[Record], without: Sequence[Record], size: str
+) -> Iterator[NoCausalLoss]:
+    """Yields, for each arm that has runs without a causal loss, how many, why, and their losses."""
+    for arm in dict.fromkeys(r.variant for r in without):
+        runs = [r for r in without if r.variant == arm]
+        why = "their layers look ahead and have learned no way that does not"
+        if any(r.causal_routing is None for r in runs):
+            why = "records of an earlier modjax do not tell one"
+        cells = [cell for of_arm in by_cell(runs).values() for cell in of_arm]
+        total = sum(r.variant == arm for r in finished)
+        yield NoCausalLoss(arm, len(runs), total, why, tuple(repeats(cells, size, seeds=1)))
 
 
 def power_laws(arms: Sequence[str], budgets: Sequence[float], vertices: Vertices) -> list[PowerLaw]:

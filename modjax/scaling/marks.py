@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from modjax.scaling.compared import mark
 from modjax.scaling.numbers import count
 from modjax.scaling.results import Fits, Parabola, Range
 from modjax.scaling.words import open_ends
@@ -215,13 +216,12 @@ def log_ticks(ax: Axes, subs: tuple[int, ...], show: Any = lambda x, _: count(x)
 def legend(
     figure: Figure, fits: Fits, arms: Sequence[str], marker: bool = True, diverged: bool = False
 ) -> None:
-    """One legend above the axes: the arms, and what a diverged run looks like."""
+    """Draws one legend above the axes: the arms, and the cross of a diverged run."""
     handles = []
     for arm in arms:
         colour, shape, line = style(fits, arm)
-        handles.append(
-            Line2D([], [], color=colour, linestyle=line, label=arm, marker=shape if marker else "")
-        )
+        name, shape = mark(fits, arm), shape if marker else ""
+        handles.append(Line2D([], [], color=colour, linestyle=line, label=name, marker=shape))
     if diverged:
         handles.append(Line2D([], [], color=INK, marker="x", linestyle="", label="diverged"))
     figure.legend(

@@ -63,12 +63,12 @@ def make_cells(cells: Iterable[Repeated], quantity: str, size: str) -> list[Cell
     return sorted(made, key=lambda cell: cell.x)
 
 
-def repeats(cells: Iterable[Repeated], size: str) -> list[Repeat]:
-    """Every cell that was run with several seeds, by budget and size."""
+def repeats(cells: Iterable[Repeated], size: str, seeds: int = 2) -> list[Repeat]:
+    """Returns every cell that was run with `seeds` seeds or more, by budget and size."""
     found = []
     for runs in cells:
         losses = [r.eval_loss for r in runs if r.eval_loss is not None]
-        if len(losses) > 1:
+        if len(losses) >= seeds:
             r = runs[0]
             found.append(
                 Repeat(
@@ -78,7 +78,7 @@ def repeats(cells: Iterable[Repeated], size: str) -> list[Repeat]:
                     params=getattr(r, SIZES[size]),
                     seeds=len(losses),
                     loss=float(np.mean(losses)),
-                    deviation=float(np.std(losses, ddof=1)),
+                    deviation=float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
                 )
             )
     return sorted(found, key=lambda cell: (cell.budget_flops, cell.d_model))

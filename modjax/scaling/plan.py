@@ -24,7 +24,7 @@ from modjax.scaling.sweep_config import (
     SweepConfig,
 )
 from modjax.spec import DataConfig, ModelSpec, Repeat, RunSpec, TrainConfig, from_dict
-from modjax.spec.model import read_layers
+from modjax.spec.model import read_layers, read_streams
 
 # What an arm can say beside the model fields in which it differs.
 ARM_FIELDS = ("recipe", "forward_ratio")
@@ -42,6 +42,7 @@ def plan(
     """
     _require_absent("model", model, SHAPE_FIELDS, "sweep.shape")
     _require_absent("train", train, RECIPE_FIELDS, "sweep.recipe and sweep.seeds")
+    _check_base(sweep, model)
     seq_len = train.get("seq_len")
     if not isinstance(seq_len, int) or seq_len <= 0:
         raise InputError("train.seq_len", seq_len, "must be a positive number of tokens")
@@ -84,8 +85,17 @@ def _require_absent(group: str, values: Mapping, names: Sequence[str], rule: str
         )
 
 
+def _check_base(sweep: SweepConfig, model: Mapping[str, Any]) -> None:
+    """Raises InputError for a wrong field of the shared model, even where every arm changes it."""
+    read_layers(model.get("layers", "Dense()"), model.get("imports", ()))
+    read_streams(model.get("streams"))
+    # Layers and streams have to fit each other in the arms only; a base may leave the rest to them.
+    plain = {"vocab_size": 1, **model, "layers": "MLP()", "streams": None}
+    from_dict(ModelSpec, plain | sweep.shape.at(sweep.shape.width_multiple), "model.")
+
+
 def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[int], ModelSpec]:
-    """width -> the arm's model of that width."""
+    """Returns a function of the width that makes the arm's model."""
     changes = sweep.arms[arm]
     known = [f.name for f in dataclasses.fields(ModelSpec) if f.name not in SHAPE_FIELDS]
     require(isinstance(changes, Mapping), f"sweep.arms.{arm}", changes, "must be a group of fields")
@@ -110,7 +120,14 @@ def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[in
     )
 
     def build(width: int) -> ModelSpec:
-        return from_dict(ModelSpec, merged | sweep.shape.at(width), "model.")
+        try:
+            return from_dict(ModelSpec, merged | sweep.shape.at(width), "model.")
+        except InputError as error:
+            name, where = error.field.removeprefix("model."), f"sweep.arms.{arm}"
+            if name in model and name not in changes:
+                raise
+            field = f"{where}.{name}" if name in changes else f"{where}: {error.field}"
+            raise InputError(field, error.value, error.accepted) from error
 
     return build
 

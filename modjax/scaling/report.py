@@ -15,28 +15,36 @@ from modjax.errors import InputError, require
 from modjax.files import read_json, write_atomically
 from modjax.records import Record, Scan, run_dir, scan, write_csv
 from modjax.scaling import words
+from modjax.scaling.compared import LOSSES, loss_words, marked, no_causal_sentence
 from modjax.scaling.curves import FRONTIER_STEPS, SHARE, read_curves
 from modjax.scaling.figures import draw_all
 from modjax.scaling.fit import fit_all
 from modjax.scaling.marks import MANY
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.page import bullets, details, inline_svg, script, table, text
-from modjax.scaling.report_tables import gap_table, law_table, repeat_table, run_table
-from modjax.scaling.results import Fits, save_json, under
+from modjax.scaling.report_tables import (
+    gap_table,
+    law_table,
+    no_causal_table,
+    repeat_table,
+    run_table,
+)
+from modjax.scaling.results import Fits, as_compared, save_json, under
 from modjax.scaling.specs import Specs, compare, flatten
 
 CAPTIONS = {
-    "isoflop": "Validation loss against parameters, one panel per budget. Lines are parabolas in "
+    "isoflop": "{loss} against parameters, one panel per budget. Lines are parabolas in "
     "log N over the sampled sizes; large hollow marks are their minima, dropped to the 95% "
     "interval of the optimal size. A cross is a diverged run, placed by its size alone.",
-    "normalised": "Loss relative to the optimal {baseline} model of the same budget against "
+    "normalised": "{loss} relative to the optimal {baseline} model of the same budget against "
     "forward FLOPs per token relative to it. Below 1 is better, left of 1 is cheaper to run.",
     "curves": f"Training loss, as the mean over a trailing window of {SHARE:.0%} of the run's "
     "steps, against training FLOPs: every run thin, and thick the least mean that any run of the "
     f"arm has reached by then, of windows of {FRONTIER_STEPS} steps or more. The least of many "
     "leans to the lucky by about the noise of such a mean. Runs decay their learning rate to the "
-    "end, so only their ends are comparable.",
-    "optima": "Left: the optimal size with its power law. Right: loss at the arm's own optimum "
+    "end, so only their ends are comparable. These losses are those of training, which may look "
+    "ahead or drop picks of experts: arms are not compared by them.",
+    "optima": "Left: the optimal size with its power law. Right: {loss} at the arm's own optimum "
     "against {baseline}'s at its own. Bars are 95% intervals; a dotted line is one that is open at "
     "an end.",
 }
@@ -44,14 +52,15 @@ DEEPEST = 20  # levels of groups and lists in the JSON of a sweep, with room
 
 
 def fit_workdir(
-    workdir: Path, loss: str = "trained", size: str = "non_embedding"
+    workdir: Path, loss: str = "causal", size: str = "non_embedding"
 ) -> tuple[Scan, Fits]:
-    """What a sweep's folder holds, and its fits, against the baseline that its plan names.
+    """Returns the records of a sweep's folder, and their fits.
 
-    loss: "trained" or "causal", see results.under; the fits take it as eval_loss. size: see
-    results.SIZES.
+    loss: "causal" or "trained", see results.under. size: see results.SIZES. Arms are compared with
+    the plan's baseline; where no run of it can be compared, as in `fit_all`.
 
-    Raises InputError where no run that can be read has finished or diverged yet.
+    Raises InputError where no run that can be read has finished or diverged yet, or none has this
+    loss.
     """
     found = scan(workdir)
     records, first = found.records, next(iter(found.unreadable.values()), "")
@@ -64,22 +73,23 @@ def fit_workdir(
     config = _plan(workdir).get("config")
     sweep = config.get("sweep") if isinstance(config, dict) else None
     planned = sweep.get("baseline") if isinstance(sweep, dict) else None
-    baseline = planned if any(record.variant == planned for record in records) else None
+    compared = under(records, loss).records
+    baseline = planned if any(record.variant == planned for record in compared) else None
     return found, fit_all(records, size=size, loss=loss, baseline=baseline)
 
 
-def report(workdir: Path, loss: str = "trained", size: str = "non_embedding") -> Path:
+def report(workdir: Path, loss: str = "causal", size: str = "non_embedding") -> Path:
     """Writes report.html, results.csv, fit.json and figures/ into `workdir`; returns the HTML.
 
-    Raises InputError where no run has finished or diverged yet.
+    Raises InputError as `fit_workdir` does.
     """
     found, fits = fit_workdir(workdir, loss, size)
     save_json(workdir / "fit.json", fits)
     write_csv(workdir / "results.csv", found.records)  # whatever loss is fitted
-    records = under(found.records, loss)
-    figures = draw_all(records, fits, read_curves(workdir, records), workdir / "figures")
+    compared = under(found.records, loss).records
+    figures = draw_all(compared, fits, read_curves(workdir, compared), workdir / "figures")
     path = workdir / "report.html"
-    page = render(workdir, records, fits, figures, found.unreadable)
+    page = render(workdir, found.records, fits, figures, found.unreadable)
     write_atomically(path, page.encode(errors="replace"))
     return path
 
@@ -91,22 +101,27 @@ def render(
     figures: Mapping[str, Path],
     unreadable: Mapping[str, str] = {},
 ) -> str:
-    """The whole page. figures: the SVG file of each by its name; unreadable: why, by run id."""
+    """Returns the whole page.
+
+    figures: the SVG file of each by its name; unreadable: why, by run id.
+    """
     plan = _plan(workdir)
     specs = _specs(workdir, records)
-    marked = len(records) <= MANY
-    tips = {f"run:{r.run_id}": run_tip(r) for r in records if marked}
+    compared = [as_compared(r, fits.loss) for r in records]
+    tipped = len(records) <= MANY
+    tips = {f"run:{r.run_id}": run_tip(r) for r in records if tipped}
     tips |= {
         f"optimum:{p.arm}:{p.budget_flops}": words.parabola_sentence(p, fits.size)
         for p in fits.parabolas
         if p.quantity == "parameters"
     }
+    fits = marked(fits)
     others = [arm for arm in fits.arms if arm != fits.baseline]
     title = f"modjax: {', '.join(others)}{' against ' * bool(others)}{fits.baseline}"
     resources = files("modjax.scaling")
     body = [
         f"<h1>{text(title)}</h1>",
-        *_summary(workdir, records, fits, plan),
+        *_summary(workdir, compared, fits, plan),
         "<h2>Figures</h2>",
         *(_figure(name, path, fits) for name, path in figures.items()),
         "<h2>Fits in words</h2>",
@@ -117,12 +132,14 @@ def render(
         *gap_table(fits),
         *law_table(fits),
         *repeat_table(fits),
+        *no_causal_table(fits),
         "<h2>Diverged, refused and missing</h2>",
-        bullets(_exceptions(workdir, records, fits, plan, unreadable)),
+        bullets(_exceptions(workdir, compared, fits, plan, unreadable)),
         "<h2>Runs</h2>",
         "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
-        "token. All fields are in results.csv beside this file.</p>",
-        run_table(records, fits, specs, marked),
+        f"token, and arms are compared by the {fits.loss} loss. All fields are in results.csv "
+        "beside this file.</p>",
+        run_table(records, fits, specs, tipped),
         "<h2>Config</h2>",
         *_config(plan, specs),
     ]
@@ -138,9 +155,9 @@ def render(
 
 
 def run_tip(r: Record) -> str:
-    """What hovering a run shows."""
+    """Returns the text that hovering a run shows."""
     loss = (
-        f"loss {r.eval_loss:.4f} ± {r.eval_loss_sem or 0:.4f} nats per token"
+        f"{loss_words(r)} ± {r.eval_loss_sem or 0:.4f} nats per token"
         if r.eval_loss is not None
         else f"diverged at step {r.diverged_step}"
     )
@@ -163,7 +180,7 @@ def _summary(
     facts = {
         "Command": plan.get("command", "not recorded: this folder has no plan.json"),
         "Config file": plan.get("config_file", "not recorded"),
-        "Runs": f"{finished} finished, {len(fits.diverged)} diverged, of "
+        "Runs": f"{finished} finished, {len(records) - finished} diverged, of "
         f"{len(plan.get('runs', records))} planned",
         "Time": f"{sum(r.wall_seconds for r in records) / 60:.1f} minutes, summed over runs",
         "Device": ", ".join(devices),
@@ -171,12 +188,15 @@ def _summary(
         "Data": ", ".join(sorted({r.data_fingerprint for r in records})),
     }
     rows = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in facts.items())
-    headline = [words.gap_sentence(gap) for gap in fits.gaps]
+    headline = [no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss]
+    headline += [words.gap_sentence(gap) for gap in fits.gaps]
     return [bullets(headline) if headline else "", f'<dl class="facts">{rows}</dl>']
 
 
 def _figure(name: str, path: Path, fits: Fits) -> str:
-    caption = CAPTIONS[name].format(baseline=fits.baseline)
+    loss = LOSSES[fits.loss]
+    loss = loss if name == "optima" else loss.capitalize()
+    caption = CAPTIONS[name].format(baseline=fits.baseline, loss=loss)
     svg = inline_svg(path.read_text(encoding="utf-8"), name)
     return f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>"
 

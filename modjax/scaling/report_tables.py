@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from modjax.records import Record
+from modjax.records import Record, causal_loss
 from modjax.scaling import words
+from modjax.scaling.compared import no_causal_sentence
 from modjax.scaling.numbers import budget
-from modjax.scaling.page import table
-from modjax.scaling.results import Fits
+from modjax.scaling.page import bullets, table
+from modjax.scaling.results import Fits, as_compared
 from modjax.scaling.specs import Specs
 
 RUN_COLUMNS = {
@@ -15,7 +16,8 @@ RUN_COLUMNS = {
     "status": "status",
     "budget": "budget_flops",
     "N": "params_non_embedding",
-    "loss": "eval_loss",
+    "causal loss": "causal_loss",
+    "trained loss": "eval_loss",
     "± sem": "eval_loss_sem",
     "bits/byte": "eval_bits_per_byte",
     "FLOPs/token": "forward_flops_per_token",
@@ -99,22 +101,36 @@ def law_table(fits: Fits) -> list[str]:
 
 
 def repeat_table(fits: Fits) -> list[str]:
-    """What several seeds of a cell reached."""
+    """Returns the losses of cells with several seeds."""
     if not fits.repeats:
         return []
-    return ["<h3>Seeds</h3>", table(words.REPEAT_HEADER, words.repeat_rows(fits))]
+    return ["<h3>Seeds</h3>", table(words.REPEAT_HEADER, words.repeat_rows(fits.repeats))]
+
+
+def no_causal_table(fits: Fits) -> list[str]:
+    """Returns the section of runs that have no causal loss; [] where there are none."""
+    if not fits.no_causal_loss:
+        return []
+    said = bullets(no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss)
+    if fits.loss == "trained":
+        return ["<h2>Compared as trained alone</h2>", said]
+    rows = words.as_trained_rows(fits.no_causal_loss)
+    return ["<h2>Not compared</h2>", said, table(words.AS_TRAINED_HEADER, rows)]
 
 
 def run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool) -> str:
-    """Every run; the last columns are the fields of its spec that are said nowhere else."""
-    header = [f"{fits.loss} loss" if f == "eval_loss" else n for n, f in RUN_COLUMNS.items()]
+    """Returns the table of all runs, with both of their losses.
+
+    Status and bits per byte are those under the loss that arms are compared by. The last columns
+    are the fields of a run's spec that no other table has.
+    """
     more = [name for name in specs.run_fields if name not in SPEC_COLUMNS]
-    body = (
-        [
-            *(getattr(r, field) for field in RUN_COLUMNS.values()),
-            *(specs.by_run.get(r.run_id, {}).get(name) for name in more),
-        ]
-        for r in records
-    )
+
+    def cells(r: Record) -> list[object]:
+        losses = {"causal_loss": causal_loss(r), "eval_loss": r.eval_loss}
+        compared = as_compared(r, fits.loss)
+        shown = [losses.get(f, getattr(compared, f)) for f in RUN_COLUMNS.values()]
+        return [*shown, *(specs.by_run.get(r.run_id, {}).get(name) for name in more)]
+
     rows = [f"run:{r.run_id}" for r in records] if marked else None
-    return table([*header, *more], body, rows)
+    return table([*RUN_COLUMNS, *more], map(cells, records), rows)

@@ -1,4 +1,4 @@
-"""What the fits return: frozen results, each with its refusal in words, and their JSON form."""
+"""Results of the fits: frozen dataclasses, each with its refusal in words, and their JSON form."""
 
 import dataclasses
 import json
@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from modjax.errors import require
-from modjax.records import Record, write_json
+from modjax.records import Record, causal_loss, causal_routing, write_json
 from modjax.scaling.parametric import Surface
 
 SIZES = {
@@ -96,7 +96,10 @@ class Gap:
 
 @dataclass(frozen=True)
 class Repeat:
-    """Finished runs that differ in their seed only: mean and standard deviation of their loss."""
+    """Finished runs that differ in their seed only: mean and standard deviation of their loss.
+
+    deviation: None for a single seed.
+    """
 
     arm: str
     budget_flops: float
@@ -104,14 +107,31 @@ class Repeat:
     params: int
     seeds: int
     loss: float
-    deviation: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class NoCausalLoss:
+    """Finished runs of an arm that have no causal loss: `runs` of its `finished` ones.
+
+    as_trained: their loss as trained, by cell.
+    """
+
+    arm: str
+    runs: int
+    finished: int
+    why: str
+    as_trained: tuple[Repeat, ...]
 
 
 @dataclass(frozen=True)
 class Fits:
     """Everything that `fit_all` finds. size: which parameters are counted, see `SIZES`.
 
-    loss: "trained", as the runs were trained, or "causal", see `under`.
+    loss: "causal" or "trained", see `under`.
+    routings: the routings of the causal losses, and the arms that each was taken for.
+    no_causal_loss: runs that have none. Fits of the causal loss leave them out; fits of the loss as
+      trained take them.
     """
 
     size: str
@@ -127,6 +147,8 @@ class Fits:
     surfaces: tuple[Surface, ...]
     repeats: tuple[Repeat, ...]
     diverged: tuple[str, ...]
+    routings: dict[str, tuple[str, ...]]
+    no_causal_loss: tuple[NoCausalLoss, ...]
 
     def parabola(self, arm: str, budget_flops: float, quantity: str) -> Parabola | None:
         wanted = (arm, budget_flops, quantity)
@@ -136,42 +158,54 @@ class Fits:
         return None
 
 
-def under(records: Sequence[Record], loss: str) -> list[Record]:
-    """The records with the loss that fits and figures take.
-
-    "trained": as trained. "causal": of routed runs that under routing which never looks ahead, and
-    its bits per byte; the standard error stays that of the loss as trained. A run that was scored
-    so without a finite loss counts as diverged.
-    Raises InputError for a routed run that was not scored so.
+class Compared(NamedTuple):
+    """records: the runs to compare, by `eval_loss`. without: finished runs without a causal loss,
+    as trained; under the loss "trained" they are among the records, too.
     """
+
+    records: list[Record]
+    without: list[Record]
+
+
+def under(records: Sequence[Record], loss: str) -> Compared:
+    """Returns the runs that can be compared by `loss`, with that loss as their `eval_loss`.
+
+    "causal": the loss under routing that never looks ahead. Runs without one are left out; a
+    diverged run goes with its arm. "trained": the loss as the runs were trained, of every run.
+    Raises InputError where no finished run has a causal loss.
+    """
+    finished = [r for r in records if r.status == "finished"]
+    without = [r for r in finished if causal_routing(r) is None]
     if loss == "trained":
-        return list(records)
-    without = [
-        r.run_id
-        for r in records
-        if r.status == "finished"
-        and r.causal_routing is None
-        and r.causal_loss is None
-        # A router may have no parameters, and a capacity of 1 skips nothing.
-        and (r.flops.get("router", 0) > 0 or r.params_active < r.params_non_embedding)
-    ]
+        return Compared(list(records), without)
+    dropped = {r.run_id for r in without}
+    arms = {r.variant for r in finished if r.run_id not in dropped}
+    gone = {r.variant for r in without} - arms
     require(
-        not without,
+        bool(arms) or not gone,
         "--loss",
         loss,
-        f"{len(without)} routed runs have no causal loss, such as {without[0] if without else ''}",
+        f"no finished run has a causal loss, in any of the arms {', '.join(sorted(gone))}; "
+        "--loss=trained compares them as they were trained",
     )
-    return [_causal(r) for r in records]
+    kept = (r for r in records if r.run_id not in dropped and r.variant not in gone)
+    return Compared([as_compared(r, loss) for r in kept], without)
 
 
-def _causal(r: Record) -> Record:
-    if r.causal_loss is None and r.causal_routing is not None and r.status == "finished":
-        changes = {"status": "diverged", "eval_loss": None, "eval_bits_per_byte": None}
-        return dataclasses.replace(r, **changes)
-    if r.causal_loss is None or r.eval_loss is None:
+def as_compared(r: Record, loss: str) -> Record:
+    """Returns the record with `loss` and its bits per byte as those of its evaluation.
+
+    A causal loss that is not finite makes the run a diverged one. The standard error stays that of
+    the loss as trained.
+    """
+    value = r.eval_loss if loss == "trained" else causal_loss(r)
+    if r.status != "finished" or r.eval_loss is None or value == r.eval_loss:
         return r
-    bits = r.eval_bits_per_byte and r.eval_bits_per_byte * r.causal_loss / r.eval_loss
-    return dataclasses.replace(r, eval_loss=r.causal_loss, eval_bits_per_byte=bits)
+    if value is None:
+        status = "finished" if causal_routing(r) is None else "diverged"
+        return dataclasses.replace(r, status=status, eval_loss=None, eval_bits_per_byte=None)
+    bits = r.eval_bits_per_byte and r.eval_bits_per_byte * value / r.eval_loss
+    return dataclasses.replace(r, eval_loss=value, eval_bits_per_byte=bits)
 
 
 def quantity_of(record: Record, quantity: str, size: str) -> float:

@@ -1,4 +1,4 @@
-"""Where a sweep stands, read from its folder alone."""
+"""The state of a sweep, read from its folder alone."""
 
 import contextlib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from pathlib import Path
 from modjax.errors import InputError
 from modjax.files import read_json
 from modjax.flops import parameters
-from modjax.records import Record, last_step, read_spec, run_dir, scan
+from modjax.records import Record, causal_loss, last_step, read_spec, run_dir, scan
 from modjax.scaling.cells import flops_per_second
 from modjax.scaling.run import is_running
 from modjax.scaling.workdir import read_plan
@@ -20,7 +20,8 @@ STATES = ("done", "diverged", "running", "failed", "damaged", "waiting")
 class RunStatus:
     """`state` is one of STATES; `step` counts the steps logged so far; `why` explains a failure.
 
-    steps, budget_flops and the parameters are 0 where the run's spec is damaged.
+    steps, budget_flops and the parameters are 0 where the run's spec is damaged. eval_loss: as
+    trained; causal_loss: under routing that never looks ahead, None where the run has none.
     """
 
     run_id: str
@@ -32,6 +33,7 @@ class RunStatus:
     params_active: int
     eval_loss: float | None
     why: str
+    causal_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def _finished(folder: Path, record: Record) -> RunStatus:
         record.params_active,
         record.eval_loss,
         why,
+        causal_loss(record),
     )
 
 

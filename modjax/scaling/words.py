@@ -1,22 +1,27 @@
-"""What the fits say, in plain English sentences and a table for the terminal."""
+"""The results of the fits in plain English sentences, and in a table for the terminal."""
 
 import math
 from collections.abc import Callable, Sequence
 
+from modjax.scaling.compared import loss_sentence, marked, no_causal_sentence
 from modjax.scaling.numbers import budget, count
 from modjax.scaling.parametric import NAMES, Surface
-from modjax.scaling.results import SIZES, Fits, Gap, Parabola, PowerLaw, Range
+from modjax.scaling.results import (
+    SIZES,
+    Fits,
+    Gap,
+    NoCausalLoss,
+    Parabola,
+    PowerLaw,
+    Range,
+    Repeat,
+)
 
 KINDS = {
     ("parameters", "non_embedding"): "non-embedding parameters",
     ("parameters", "total"): "total parameters",
     ("parameters", "active"): "active parameters, without embeddings",
     **{("forward_flops", size): "forward FLOPs per token" for size in SIZES},
-}
-
-LOSSES = {
-    "trained": "Losses are those of the runs as they were trained.",
-    "causal": "Losses of routed runs are under routing that never looks ahead.",
 }
 
 
@@ -120,7 +125,7 @@ def surface_sentence(surface: Surface) -> str:
 
 
 def method(fits: Fits) -> str:
-    """How the intervals were made, and what they leave out."""
+    """Says how the intervals were made, and what they leave out."""
     seeds = (
         f"up to {fits.seeds_per_cell} seeds per cell enter as their mean and their spread"
         if fits.seeds_per_cell > 1
@@ -128,7 +133,7 @@ def method(fits: Fits) -> str:
         "scatter about the parabolas"
     )
     return (
-        f"{LOSSES[fits.loss]} Sizes count {KINDS['parameters', fits.size]}. Intervals are 95%, "
+        f"{loss_sentence(fits)} Sizes count {KINDS['parameters', fits.size]}. Intervals are 95%, "
         f"from {fits.draws} draws "
         "of a parametric bootstrap: evaluation error, shared by all runs because they are scored "
         "on the same text, and the scatter of runs about the parabolas of their budget, with "
@@ -141,7 +146,7 @@ def method(fits: Fits) -> str:
 
 
 def sentences(fits: Fits) -> list[str]:
-    """Every result as one sentence: gaps, optima, power laws, surfaces, then diverged runs."""
+    """Returns every result as one sentence: gaps, optima, power laws, surfaces, diverged runs."""
     said = [gap_sentence(gap) for gap in fits.gaps]
     said += [parabola_sentence(p, fits.size) for p in fits.parabolas]
     said += [law_sentence(law, fits.size) for law in fits.laws]
@@ -191,10 +196,17 @@ def rows(fits: Fits) -> list[tuple[str, ...]]:
 
 
 REPEAT_HEADER = ("arm", "budget", "width", "N", "seeds", "mean loss", "std of a seed")
+AS_TRAINED_HEADER = (*REPEAT_HEADER[:-2], "std of a seed", "loss as trained")
 
 
-def repeat_rows(fits: Fits) -> list[tuple[str, ...]]:
-    """One row per cell that was run with several seeds, for `REPEAT_HEADER`."""
+def as_trained_rows(found: Sequence[NoCausalLoss]) -> list[tuple[str, ...]]:
+    """Returns one row per cell without a causal loss, for `AS_TRAINED_HEADER`."""
+    rows = repeat_rows([cell for one in found for cell in one.as_trained])
+    return [(*start, deviation, loss) for *start, loss, deviation in rows]
+
+
+def repeat_rows(cells: Sequence[Repeat]) -> list[tuple[str, ...]]:
+    """Returns one row per cell, for `REPEAT_HEADER`."""
     return [
         (
             r.arm,
@@ -203,17 +215,23 @@ def repeat_rows(fits: Fits) -> list[tuple[str, ...]]:
             count(r.params),
             str(r.seeds),
             f"{r.loss:.4f}",
-            f"{r.deviation:.4f}",
+            "" if r.deviation is None else f"{r.deviation:.4f}",
         )
-        for r in fits.repeats
+        for r in cells
     ]
 
 
 def render_text(fits: Fits) -> str:
-    """The tables of optima and of seeds, the sentences and the method, for a terminal."""
+    """Returns the tables of optima and of seeds, the sentences and the method, for a terminal."""
+    fits = marked(fits)
     lines = [text_table(HEADER, rows(fits), left=2, rule=True)]
     if fits.repeats:
-        lines += ["", text_table(REPEAT_HEADER, repeat_rows(fits), left=2, rule=True)]
+        lines += ["", text_table(REPEAT_HEADER, repeat_rows(fits.repeats), left=2, rule=True)]
+    if fits.no_causal_loss:
+        lines += ["", *(no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss)]
+    if fits.no_causal_loss and fits.loss == "causal":
+        body = as_trained_rows(fits.no_causal_loss)
+        lines += ["", text_table(AS_TRAINED_HEADER, body, left=2, rule=True)]
     return "\n".join([*lines, "", *sentences(fits), "", method(fits)])
 
 

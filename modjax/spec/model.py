@@ -63,11 +63,7 @@ class ModelSpec:
         )
         require_one_of("model.dtype", self.dtype, DTYPES)
         object.__setattr__(self, "layers", read_layers(self.layers, self.imports))
-        if isinstance(self.streams, str):
-            found = text.read(self.streams, NAMES, "model.streams")
-            object.__setattr__(self, "streams", found[0] if len(found) == 1 else self.streams)
-        fits = self.streams is None or isinstance(self.streams, Ends)
-        require(fits, "model.streams", str(self.streams), "must be such as Recycled(2), or None")
+        object.__setattr__(self, "streams", read_streams(self.streams))
         for segment in self.segments:  # raises where the depth does not fit
             handed: frozenset[str] = frozenset()
             for layer in segment.parts:
@@ -178,6 +174,14 @@ class ModelSpec:
     def causal_as_trained(self) -> bool:
         """Whether it never looks ahead and has nothing to select by, as a dense model."""
         return not self.rules and len(self.routings) > 1
+
+
+def read_streams(streams: Any, field: str = "model.streams") -> Ends | None:
+    """Returns the ends of the residual streams, from text or as they are."""
+    found = text.read(streams, NAMES, field) if isinstance(streams, str) else (streams,)
+    fits = len(found) == 1 and (found[0] is None or isinstance(found[0], Ends))
+    require(fits, field, str(streams), "must be such as Recycled(2), or None")
+    return found[0]
 
 
 def read_layers(

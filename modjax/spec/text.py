@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -30,9 +31,10 @@ def _one(value: Any) -> str:
 
 
 def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tuple[Any, ...]:
-    """The specs that `text`, such as "Dense(), MoD(Dense())", calls by `names`.
+    """Returns the specs that `text`, such as "Dense(), MoD(Dense())", calls by `names`.
 
-    Raises InputError naming `field` for anything but calls of these names with plain values.
+    Raises InputError naming `field` for anything but calls of these names with plain values, and
+    for values that a spec refuses.
     """
 
     def finite(plain: Any) -> Any:
@@ -46,10 +48,12 @@ def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tupl
                 if name not in names:
                     raise InputError(field, name, f"unknown; known: {', '.join(sorted(names))}")
                 given = {k.arg: value(k.value) for k in keywords if k.arg is not None}
+                parts = [value(arg) for arg in args]
                 try:
-                    return names[name](*map(value, args), **given)
-                except TypeError as error:
-                    raise InputError(field, ast.unparse(node), str(error)) from error
+                    return names[name](*parts, **given)
+                except (TypeError, InputError) as error:
+                    said = _unknown(name, names[name], given) or error
+                    raise InputError(field, ast.unparse(node), str(said)) from error
             case ast.Constant(value=plain):
                 return finite(plain)
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
@@ -61,3 +65,12 @@ def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tupl
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(field, text, "must be calls such as Dense(), MoD(Dense())") from error
     return tuple(map(value, body.elts if isinstance(body, ast.Tuple) else [body]))
+
+
+def _unknown(name: str, make: Callable[..., Any], given: Mapping[str, Any]) -> InputError | None:
+    """Returns the error of the first field that `make` does not know, None where it knows all."""
+    known = inspect.signature(make).parameters
+    for field, value in given.items():
+        if field not in known:
+            return InputError(f"{name}.{field}", value, f"unknown; known here: {', '.join(known)}")
+    return None

@@ -10,7 +10,7 @@ from typing import Any
 from modjax.data.cache import TokenCache, epochs
 from modjax.data.manifest import bits_per_byte
 from modjax.flops import forward_flops, parameters, run_flops, total_flops
-from modjax.records import Record
+from modjax.records import NO_ROUTING, Record
 from modjax.spec import RunSpec
 from modjax.training.evaluate import Evaluation
 
@@ -53,20 +53,21 @@ def make_record(
     device: str,
     eval_batch_size: int,
 ) -> Record:
-    """The record of a run that finished, or that diverged at `diverged_step` > 0.
+    """Returns the record of a run that finished, or that diverged at `diverged_step` > 0.
 
-    routed: the record's fields causal_*, moe_* and near_ties, as far as it has them. One that is
-      not finite is None: the run is finished as trained, whatever another routing makes of it.
-    seconds: by what they were spent on, see training/clock.py.
+    routed: the causal_*, moe_* and near_ties fields that were measured. A value that is not finite
+      becomes None: the run is finished as it was trained, whatever another routing makes of it.
+    seconds: spent, by activity; see training/clock.py.
     """
     config, model = spec.train, spec.model
     components = forward_flops(model, config.seq_len)
     params = parameters(model)
     steps = diverged_step or config.steps
     progress = progress_values(spec, steps)
-    skips = params["active"] < params["non_embedding"]  # of the others it goes without saying
-    if evaluation and skips and model.causal_as_trained:
-        routed = routed | {"causal_routing": "trained", "causal_loss": evaluation.loss}
+    causal: dict[str, Any] = {"causal_routing": model.causal_routing() or NO_ROUTING}
+    if model.causal_as_trained:
+        loss = evaluation.loss if evaluation else None
+        causal = {"causal_routing": "trained", "causal_loss": loss}
     return Record(
         run_id=spec.run_id,
         variant=spec.variant,
@@ -105,7 +106,7 @@ def make_record(
         device=device,
         eval_batch_size=eval_batch_size,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
-        **{name: _finite(value) for name, value in routed.items()},
+        **{name: _finite(value) for name, value in (causal | routed).items()},
     )
 
 

@@ -113,7 +113,7 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
             MODEL,
             "layers",
             "Dense(capacity=0.5)",
-            "model.layers = 'Dense(capacity=0.5)': Dense() got an unexpected keyword",
+            "model.layers = 'Dense(capacity=0.5)': Dense.capacity = 0.5: unknown; known here: ",
         ),
         (ModelSpec, MODEL, "layers", (MoD(),) * 3, "model.num_layers = 4: must be a multiple"),
         (ModelSpec, MODEL, "layers", (Repeat(MoD(), times=3),), "model.num_layers = 4: must be 3"),

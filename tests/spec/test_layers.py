@@ -67,7 +67,12 @@ def test_the_text_of_layers_is_read_back_to_the_same_layers(text, streams):
     "text, says",
     [
         ("Mole(Dense())", "model.layers = 'Mole': unknown; known: AltUp, Attention"),
-        ("MoD(Dense(), size=3)", "model.layers = 'MoD(Dense(), size=3)': "),
+        (
+            "MoD(Dense(), size=3)",
+            "model.layers = 'MoD(Dense(), size=3)': MoD.size = 3: unknown; known here: inner, cap",
+        ),
+        ("Repeat(Dense(), time=3)", "Repeat.time = 3: unknown; known here: parts, times"),
+        ("MoE()", "model.layers = 'MoE()': MoE.__init__() missing 1 required positional argument"),
         ("MoD(Dense(), capacity=2)", "MoD.capacity = 2: must be in (0, 1]"),
         ("MoD(3)", "MoD.inner = 3: must be of type Layer"),
         ("__import__('os').system('true')", "model.layers = "),
