@@ -1,8 +1,13 @@
-"""Files written whole or not at all, folders that must stay, full disks, and where caches go."""
+"""Files that others rewrite and delete meanwhile, full disks, and where caches go.
 
+Do not ask whether a file exists before reading it: it may be gone a moment later. Call `read`.
+"""
+
+import contextlib
 import errno
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,60 @@ UNUSABLE = (
 )
 
 
+class Missing(InputError):
+    """A file that is not there, or no longer."""
+
+
+def read(path: Path, remedy: str, *, last: int | None = None) -> bytes:
+    """Returns the content of a file, or its `last` bytes.
+
+    Raises Missing where there is no file, and InputError, with the remedy, where there is one that
+    cannot be read.
+    """
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            found = os.fstat(file.fileno())
+            if stat.S_ISREG(found.st_mode):
+                file.seek(0 if last is None else max(0, found.st_size - last))
+                return file.read()
+    # A ValueError: the name holds a null byte, or half a character.
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise damaged(path, remedy, _reason(error), Missing) from error
+    except OSError as error:
+        raise damaged(path, remedy, _reason(error)) from error
+    raise damaged(path, remedy, "not a regular file")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Returns the JSON value in a file. Raises as `read`, and InputError where it is damaged."""
+    content = read(path, remedy)
+    try:
+        return json.loads(content)
+    # Damaged bytes raise ValueErrors of several kinds, brackets without end a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, remedy, error) from error
+
+
+def entries(folder: Path) -> list[Path]:
+    """Returns what lies in a folder, sorted; [] where there is no folder, or no longer."""
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def damaged(
+    path: Path, remedy: str, reason: object, error: type[InputError] = InputError
+) -> InputError:
+    """Returns the error for a file that cannot be used."""
+    return error(str(path), "damaged or missing", f"{remedy} ({reason})")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file so that it holds either its old content or all of the new."""
+    """Replaces a file so that it holds either its old content or all of the new.
+
+    Raises OSError that names the file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -31,22 +88,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        said = f"{_reason(error)}; nothing was written, and what was there is kept"
+        raise OSError(error.errno, said, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """The JSON value in a file. Raises InputError, with the remedy, where it cannot be read."""
-    try:
-        return json.loads(path.read_bytes())
-    # Damaged bytes raise ValueErrors of several kinds, brackets without end a RecursionError.
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, remedy, getattr(error, "strerror", None) or error) from error
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Opening a named pipe would wait for a writer.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
-def damaged(path: Path, remedy: str, reason: object) -> InputError:
-    """What is said of a file that cannot be used."""
-    return InputError(str(path), "damaged or missing", f"{remedy} ({reason})")
+def _reason(error: Exception) -> object:
+    return getattr(error, "strerror", None) or error
 
 
 class Home:
