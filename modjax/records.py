@@ -217,7 +217,8 @@ def lost_steps(lines: Iterable[MetricsLine], steps: int) -> str:
     lost, end = [], 0
     for start, stop in [*sorted(covered), (steps, steps)]:
         if end < min(start, steps):
-            lost.append(f"{end + 1} to {min(start, steps)}")
+            first, last = end + 1, min(start, steps)
+            lost.append(str(last) if first == last else f"{first} to {last}")
         end = max(end, stop)
     return ", ".join([*lost[:MOST_SPANS], *["..."] * (len(lost) > MOST_SPANS)])
 

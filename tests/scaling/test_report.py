@@ -159,9 +159,9 @@ def test_runs_that_cannot_be_read_are_listed_with_their_reason(make_record, make
     record = make_record()
     workdir = make_workdir([record])
     fits = fit_all([record], draws=50)
-    text = render(workdir, [record], fits, {}, {"dense-1e+12-not-run": "not <JSON>"})
+    text = render(workdir, [record], fits, {}, left_out={"dense-1e+12-not-run": "not <JSON>"})
     listed = section(text, "Diverged, refused and missing")
-    assert "dense-1e+12-not-run can&#x27;t be read and is left out: not &lt;JSON&gt;." in listed
+    assert "dense-1e+12-not-run is left out: not &lt;JSON&gt;." in listed
     assert "has no result" not in listed
 
 
