@@ -16,6 +16,8 @@ from modjax.errors import InputError, SharedFault
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a path that cannot be used ends in: no fault of the program, and said in one line.
 UNUSABLE = (
+    errno.ENOENT,
+    errno.EIO,
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,

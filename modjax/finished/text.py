@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from rich.text import Text
 
 from modjax.data.vocabulary import Codec
 from modjax.decoding.generate import CAUSAL, Generated, Sampling, generate, resume
@@ -209,20 +208,20 @@ def _row(drawn: Sequence[Generated], b: int, codec: Codec, stops: Sequence[bytes
     return _Row(kept, depths_N[: len(kept)].tolist(), len(starts) > 0)
 
 
-def coloured(sample: Sample) -> Text:
+def coloured(sample: Sample) -> str:
     """Returns prompt and continuation for a terminal: the darker a token, the deeper it went."""
-    out, decoder = Text(), codecs.getincrementaldecoder("utf-8")(errors="replace")
+    out, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
     for piece, depth in zip(sample.pieces, sample.depths, strict=True):
         shade = round(depth / max(sample.routed_blocks, 1) * (len(DEPTH_COLOURS) - 1))
-        out.append(decoder.decode(piece), _style(DEPTH_COLOURS[shade]))
-    out.append(decoder.decode(b"", final=True) + "\n\n0 ")
-    for colour in DEPTH_COLOURS:
-        out.append("  ", _style(colour))
-    return out.append(f" {sample.routed_blocks} routed blocks used; {_mean(sample)} on average")
-
-
-def _style(background: int) -> str:
-    return f"color(16) on color({background})"
+        text = decoder.decode(piece).replace("\n", "\x1b[0m\n")
+        out.append(f"\x1b[48;5;{DEPTH_COLOURS[shade]}m\x1b[38;5;16m{text}")
+    legend = "".join(f"\x1b[48;5;{colour}m\x1b[38;5;16m  " for colour in DEPTH_COLOURS)
+    return (
+        "".join(out)
+        + decoder.decode(b"", final=True)
+        + f"\x1b[0m\n\n0 {legend}\x1b[0m {sample.routed_blocks} routed blocks used; "
+        f"{_mean(sample)} on average"
+    )
 
 
 def numbered(sample: Sample) -> str:

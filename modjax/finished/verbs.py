@@ -133,7 +133,7 @@ def sample(args: argparse.Namespace) -> None:
         slack=args.slack,
         sampling=sampling,
         max_new_tokens=args.tokens,
-        stop=args.stop,
+        stop=[_as_utf8(text) for text in args.stop],
         seed=args.seed,
         write=write,
     )
@@ -146,18 +146,13 @@ def sample(args: argparse.Namespace) -> None:
         return print("\n\n".join(s.prompt + s.text for s in samples))
     console = Console()  # knows NO_COLOR, FORCE_COLOR, TERM and pipes
     in_colour = console.color_system is not None and not console.no_color
-    for i, s in enumerate(samples):
-        print(end="\n" if i else "")
-        if in_colour:
-            console.print(coloured(s), soft_wrap=True)
-        else:
-            print(numbered(s))
+    print("\n\n".join(coloured(s) if in_colour else numbered(s) for s in samples))
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         require(args.prompt != "", "--prompt", args.prompt, "is empty: give at least one character")
-        return [args.prompt]
+        return [_as_utf8(args.prompt)]
     try:
         lines = args.prompts.read_text("utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -170,3 +165,14 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         "must hold one prompt a line, none of them empty",
     )
     return lines
+
+
+def _as_utf8(argument: str) -> str:
+    """Returns an argument whose bytes are UTF-8, though the locale's encoding does not know them.
+
+    Python decodes such bytes to surrogates one by one.
+    """
+    try:
+        return argument.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        return argument
