@@ -24,10 +24,10 @@ def workdir(finished_workdir, tmp_path):
     shutil.copytree(finished_workdir, workdir)
     plan = {
         "command": "modjax sweep --workdir=größe",
-        "runs": ["déjà", scan(workdir).records[0].run_id],
+        "runs": ["given-up", scan(workdir).records[0].run_id],
     }
     (workdir / "plan.json").write_text(json.dumps(plan, ensure_ascii=False), "utf-8")
-    lost = run_dir(workdir, "déjà")
+    lost = run_dir(workdir, "given-up")
     lost.mkdir()
     (lost / "failure.json").write_text(json.dumps({"why": "größe"}, ensure_ascii=False), "utf-8")
     return workdir
