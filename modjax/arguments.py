@@ -31,8 +31,8 @@ The same command again goes on where it was stopped.
 """
 RESUMING = ("prepare", "sweep", "train")
 EPILOG = """\
-exit codes: 0 done; 1 unexpected error; 2 bad input or a full disk, said in one line; 3 the sweep
-ended, but with runs given up; 75 stopped by SIGTERM, 130 by Ctrl-C; both saved their state.
+exit codes: 0 done; 1 unexpected error; 2 bad input or a full disk, said in one line; 3 ended, but
+with runs given up, or not evaluated; 75 stopped by SIGTERM, 130 by Ctrl-C; both saved their state.
 """
 
 
@@ -141,7 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--show-depth",
         action="store_true",
-        help="colour each token by how many routed blocks it used",
+        help="colour each token by how many routed blocks it used; without colours (a pipe, "
+        "NO_COLOR), print that number and the token on a line of their own",
     )
     flops = add("flops", verbs.flops, FLOPS, "config", "json")
     flops.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")

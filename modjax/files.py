@@ -1,5 +1,9 @@
-"""Files written whole or not at all, files read up to a limit, full disks, where caches go."""
+"""Files that others rewrite and delete meanwhile, full disks, and where caches go.
 
+Do not ask whether a file exists before reading it: it may be gone a moment later. Call `read`.
+"""
+
+import contextlib
 import errno
 import json
 import os
@@ -12,6 +16,8 @@ from modjax.errors import InputError, SharedFault
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a path that cannot be used ends in: no fault of the program, and said in one line.
 UNUSABLE = (
+    errno.ENOENT,
+    errno.EIO,
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -26,8 +32,60 @@ UNUSABLE = (
 MOST_JSON = 64 * 2**20
 
 
+class Missing(InputError):
+    """A file that is not there, or no longer."""
+
+
+def read(path: Path, remedy: str, *, last: int | None = None, most: int | None = None) -> bytes:
+    """Returns the content of a regular file, or its `last` bytes.
+
+    Raises Missing where there is no file, and InputError, with the remedy, where there is one that
+    cannot be read, or that has more than `most` bytes.
+    """
+    try:
+        if most is not None:
+            return read_file(path, most)
+        with open_file(path) as file:
+            if last is not None:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - last))
+            return file.read()
+    # A ValueError: the name holds a null byte, or half a character.
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise damaged(path, remedy, _reason(error), Missing) from error
+    except OSError as error:
+        raise damaged(path, remedy, _reason(error)) from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Returns the JSON value in a file. Raises as `read`, and InputError where it is damaged."""
+    content = read(path, remedy, most=MOST_JSON)
+    try:
+        return json.loads(content)
+    # Damaged bytes raise ValueErrors of several kinds, brackets without end a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, remedy, error) from error
+
+
+def entries(folder: Path) -> list[Path]:
+    """Returns what lies in a folder, sorted; [] where there is no folder, or no longer."""
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def damaged(
+    path: Path, remedy: str, reason: object, error: type[InputError] = InputError
+) -> InputError:
+    """Returns the error for a file that cannot be used."""
+    return error(str(path), "damaged or missing", f"{remedy} ({reason})")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file so that it holds either its old content or all of the new."""
+    """Replaces a file so that it holds either its old content or all of the new.
+
+    Raises OSError that names the file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -35,8 +93,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        said = f"{_reason(error)}; nothing was written, and what was there is kept"
+        raise OSError(error.errno, said, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def open_file(path: Path) -> IO[bytes]:
@@ -71,21 +133,8 @@ def read_file(path: Path, most: int) -> bytes:
     return content
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """Returns the JSON value in a file.
-
-    Raises InputError, with the remedy, where it cannot be read.
-    """
-    try:
-        return json.loads(read_file(path, MOST_JSON))
-    # Damaged bytes raise ValueErrors of several kinds, brackets without end a RecursionError.
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, remedy, getattr(error, "strerror", None) or error) from error
-
-
-def damaged(path: Path, remedy: str, reason: object) -> InputError:
-    """Returns the error that names a file that cannot be used."""
-    return InputError(str(path), "damaged or missing", f"{remedy} ({reason})")
+def _reason(error: Exception) -> object:
+    return getattr(error, "strerror", None) or error
 
 
 class Home:

@@ -3,19 +3,24 @@
 import contextlib
 import csv
 import dataclasses
+import io
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from modjax.errors import InputError
-from modjax.files import damaged, read_json, write_atomically
+from modjax.errors import InputError, require
+from modjax.files import Missing, damaged, entries, read, read_json, write_atomically
 from modjax.spec import RunSpec, from_dict, to_dict
 
+logger = logging.getLogger("modjax")
 T = TypeVar("T")
 
 WRITTEN_AGAIN = "delete it, and the same `modjax sweep` or `train` writes it again"
+METRICS_REMEDY = "delete it, and the run goes on without its earlier lines"
+MOST_SPANS = 5  # of lost steps in a message
 METRICS_TAIL = 65_536  # bytes, which hold many lines
 NO_ROUTING = "none"
 
@@ -110,7 +115,7 @@ def causal_loss(record: Record) -> float | None:
 
 
 def run_dir(workdir: Path, run_id: str) -> Path:
-    """The folder of a run of the sweep in `workdir`."""
+    """Returns the folder of a run of the sweep in `workdir`."""
     return workdir / "runs" / run_id
 
 
@@ -120,9 +125,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_as(cls: type[T], path: Path, remedy: str) -> T:
-    """The frozen config `cls` that a JSON file holds.
+    """Returns the frozen config `cls` that a JSON file holds. Raises as `files.read_json`.
 
-    Raises InputError where it cannot be read. remedy: what the line says to do then.
+    remedy: tells the user what to do about a file that cannot be read.
     """
     values = read_json(path, remedy)
     try:
@@ -131,48 +136,79 @@ def read_as(cls: type[T], path: Path, remedy: str) -> T:
         raise damaged(path, remedy, error) from error
 
 
-def read_spec(run_dir: Path) -> RunSpec:
-    """What the run in this folder computes. Raises InputError where that cannot be read."""
-    return read_as(RunSpec, run_dir / "spec.json", WRITTEN_AGAIN)
+def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
+    """Returns the spec of the run in this folder.
+
+    run_id: the run that the folder is for, where it is known.
+    Raises InputError where the spec cannot be read, or is another run's.
+    """
+    path = run_dir / "spec.json"
+    spec = read_as(RunSpec, path, WRITTEN_AGAIN)
+    _require_own(path, spec.run_id, run_id)
+    return spec
 
 
 def write_record(run_dir: Path, record: Record) -> None:
+    """Writes result.json, which says that the run has ended."""
     write_json(run_dir / "result.json", to_dict(record))
 
 
-def read_record(run_dir: Path) -> Record | None:
-    """The run's record, or None where it has not finished.
+def read_record(run_dir: Path, run_id: str | None = None) -> Record | None:
+    """Returns the record of the run in this folder, or None where it has not finished.
 
-    Raises InputError where it cannot be read.
+    run_id: the run that the folder is for, where it is known.
+    Raises InputError where the record cannot be read, or is another run's.
     """
     path = run_dir / "result.json"
-    return read_as(Record, path, "delete it to run this cell again") if path.exists() else None
+    try:
+        record = read_as(Record, path, "delete it to run this cell again")
+    except Missing:
+        return None
+    _require_own(path, record.run_id, run_id)
+    return record
+
+
+def _require_own(path: Path, found: str, run_id: str | None) -> None:
+    """Raises InputError for a file of another run than the one that its folder is for."""
+    accepted = f"must be {run_id}, as its folder is named; keep copies of runs outside runs/"
+    require(run_id in (None, found), str(path), found, accepted)
 
 
 class Scan(NamedTuple):
-    """Finished and diverged runs, by variant, budget, size and seed.
+    """The runs in a sweep's folder that have finished or diverged.
 
-    unreadable: run id -> what is wrong with its result.json, in one line.
+    records: sorted by variant, budget, size and seed.
+    left_out: folder name -> why its result is not among them, in one line. A result that cannot be
+      read is left out, and so is a copy of a run: a folder that has another name than its run.
     """
 
     records: list[Record]
-    unreadable: dict[str, str]
+    left_out: dict[str, str]
 
 
 def scan(workdir: Path) -> Scan:
-    """What every result.json under `workdir` says; one that is damaged hides no other."""
-    records, unreadable = [], {}
-    for path in workdir.glob("runs/*/result.json"):
+    """Reads every result.json under `workdir`. A folder that is left out hides no other."""
+    records, left_out = [], {}
+    for folder in entries(workdir / "runs"):
         try:
-            records.append(read_as(Record, path, "delete it to run this cell again"))
+            record = read_record(folder, folder.name)
         except InputError as error:
-            unreadable[path.parent.name] = str(error)
+            left_out[folder.name] = str(error)
+        else:
+            if record is not None:
+                records.append(record)
     records.sort(key=lambda r: (r.variant, r.budget_flops, r.params_total, r.seed))
-    return Scan(records, dict(sorted(unreadable.items())))
+    return Scan(records, left_out)
+
+
+def name_left_out(left_out: dict[str, str]) -> None:
+    """Warns of every folder that does not count, see `Scan`."""
+    for why in left_out.values():
+        logger.warning("modjax: left out: %s", why)
 
 
 def read_records(workdir: Path) -> list[Record]:
-    """Those of `scan` that can be read."""
+    """Returns the records of `scan`."""
     return scan(workdir).records
 
 
@@ -183,21 +219,40 @@ class MetricsLine(NamedTuple):
     values: dict[str, Any] | None
 
 
-def read_metrics(run_dir: Path) -> list[MetricsLine]:
-    """The whole lines of a run's metrics.jsonl, [] where there is none; a torn end is no line."""
-    path = run_dir / "metrics.jsonl"
-    return _metrics_lines(path.read_bytes()) if path.is_file() else []
+def read_metrics(run_dir: Path, *, last: int | None = None) -> list[MetricsLine]:
+    """Returns the whole lines of a run's metrics.jsonl, or of its `last` bytes.
+
+    Returns [] where there is no such file; a line without an end is left out.
+    Raises InputError where the file cannot be read.
+    """
+    try:
+        return _metrics_lines(read(run_dir / "metrics.jsonl", METRICS_REMEDY, last=last))
+    except Missing:
+        return []
 
 
 def last_step(run_dir: Path) -> int:
-    """The last step that the run has logged, read from the end of its metrics.jsonl; 0 if none."""
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return 0
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - METRICS_TAIL))
-        lines = _metrics_lines(file.read())
+    """Returns the last step that the run has logged, or 0. Raises as `read_metrics`."""
+    lines = read_metrics(run_dir, last=METRICS_TAIL)
     return next((line.values["step"] for line in reversed(lines) if line.values), 0)
+
+
+def lost_steps(lines: Iterable[MetricsLine], steps: int) -> str:
+    """Returns which of the steps 1 to `steps` no training line covers: "11 to 20, 31 to 40", or "".
+
+    A training line covers its step and the `loss_steps` - 1 steps before it.
+    """
+    covered = []
+    for values in (line.values or {} for line in lines):
+        if isinstance(width := values.get("loss_steps"), int):
+            covered.append((values["step"] - width, values["step"]))
+    lost, end = [], 0
+    for start, stop in [*sorted(covered), (steps, steps)]:
+        if end < min(start, steps):
+            first, last = end + 1, min(start, steps)
+            lost.append(str(last) if first == last else f"{first} to {last}")
+        end = max(end, stop)
+    return ", ".join([*lost[:MOST_SPANS], *["..."] * (len(lost) > MOST_SPANS)])
 
 
 def _metrics_lines(content: bytes) -> list[MetricsLine]:
@@ -222,11 +277,12 @@ def _is_metrics(values: Any) -> bool:
 
 
 def write_csv(path: Path, records: Iterable[Record]) -> None:
-    """A flat table of records; nested fields become JSON text."""
+    """Writes a flat table of records; nested fields become JSON text."""
     names = [field.name for field in dataclasses.fields(Record)]
-    with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for record in records:
-            values = (getattr(record, name) for name in names)
-            writer.writerow([json.dumps(v) if isinstance(v, dict) else v for v in values])
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(names)
+    for record in records:
+        values = (getattr(record, name) for name in names)
+        writer.writerow([json.dumps(v) if isinstance(v, dict) else v for v in values])
+    write_atomically(path, table.getvalue().encode(errors="replace"))

@@ -70,7 +70,7 @@ def _load_sweep(args: argparse.Namespace) -> Any:
 
 
 def plan(args: argparse.Namespace) -> int:
-    from modjax.records import read_records
+    from modjax.records import Scan, name_left_out, scan
     from modjax.scaling.foretell import NOISE
     from modjax.scaling.results import to_json
     from modjax.scaling.sweep import open_data, plan_table
@@ -83,8 +83,10 @@ def plan(args: argparse.Namespace) -> int:
         cache = open_data(experiment, args.data_dir)
     except InputError as error:  # the plan may be wanted before the data is prepared
         unread = error
-    records = read_records(args.workdir) if args.workdir else []
-    cells = plan_table(experiment, cache, records, NOISE if args.noise is None else args.noise)
+    found = scan(args.workdir) if args.workdir else Scan([], {})
+    name_left_out(found.left_out)
+    noise = NOISE if args.noise is None else args.noise
+    cells = plan_table(experiment, cache, found.records, noise)
     if args.json:
         print_json([to_json(cell) for cell in cells])
     else:
@@ -163,10 +165,12 @@ def _stopped(code: int, saved: bool = True) -> int:
 
 
 def status(args: argparse.Namespace) -> None:
+    from modjax.records import name_left_out
     from modjax.scaling.status import STATES, status
     from modjax.tables import status_text
 
     found = status(args.workdir)
+    name_left_out(found.left_out)
     if args.json:
         counts = {state: found.count(state) for state in STATES}
         return print_json(counts | dataclasses.asdict(found))
@@ -178,9 +182,7 @@ def fit(args: argparse.Namespace) -> None:
     from modjax.scaling.results import to_json
     from modjax.scaling.words import render_text
 
-    found, fits = fit_workdir(args.workdir, args.loss, args.size)
-    for why in found.unreadable.values():
-        print(f"modjax: left out: {why}", file=sys.stderr)
+    _, fits = fit_workdir(args.workdir, args.loss, args.size)
     if args.json:
         return print_json(to_json(fits))
     print(render_text(fits))

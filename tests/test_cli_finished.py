@@ -1,5 +1,6 @@
 """`modjax eval` and `modjax sample` on a finished run, as a user meets them."""
 
+import ast
 import contextlib
 import dataclasses
 import io
@@ -39,11 +40,16 @@ def two_runs(finished_workdir, tmp_path_factory):
     shutil.copytree(finished_workdir, workdir)
     (record,) = read_records(workdir)
     spec = run_spec(layers=(Dense(), MoD(capacity=0.25)))
+    return workdir, record.run_id, add_run(workdir, record, spec)
+
+
+def add_run(workdir, record, spec, **changes) -> str:
+    """Adds a run without a checkpoint, whose record is `record` with `changes`."""
     folder = run_dir(workdir, spec.run_id)
     folder.mkdir()
     (folder / "spec.json").write_text(json.dumps(to_dict(spec)))
-    write_record(folder, dataclasses.replace(record, run_id=spec.run_id))
-    return workdir, record.run_id, spec.run_id
+    write_record(folder, dataclasses.replace(record, run_id=spec.run_id, **changes))
+    return spec.run_id
 
 
 @pytest.fixture
@@ -135,7 +141,9 @@ def test_sample_ends_before_a_stop(said, where, spoken):
     assert (code, err, out) == (0, "", "def f(" + text[:at] + "\n")
 
 
-def test_show_depth_colours_every_token_and_explains_itself(said, where, spoken):
+def test_show_depth_colours_every_token_and_explains_itself(said, where, spoken, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # stands in for a terminal
     code, out, err = said("sample", *where, *PROMPT, "--show-depth")
     assert (code, err) == (0, "")
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
@@ -143,6 +151,27 @@ def test_show_depth_colours_every_token_and_explains_itself(said, where, spoken)
     assert re.search(r"\n0 +1 routed blocks used; [01]\.\d\d on average\n$", plain)
     text, legend = out.rstrip("\n").rsplit("\n", 1)
     assert len(set(re.findall(r"48;5;(\d+)m", text))) == 2 < len(re.findall("48;5;", legend))
+
+
+@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1", "NO_COLOR": "1"}])
+def test_show_depth_without_colours_is_a_line_for_each_token(
+    said, where, spoken, monkeypatch, environment
+):
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = said("sample", *where, *PROMPT, "--show-depth")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    *lines, empty, mean = out.splitlines()
+    depths, tokens = zip(*(line.split("\t", 1) for line in lines), strict=True)
+    assert list(map(int, depths)) == spoken[0]["depths"]
+    pieces = [ast.literal_eval(token) for token in tokens]
+    data = b"".join(p if isinstance(p, bytes) else p.encode() for p in pieces)
+    assert data.decode(errors="replace") == "def f(" + spoken[0]["text"]
+    expected = sum(spoken[0]["depths"]) / len(lines)
+    assert (empty, mean) == ("", f"{expected:.2f} of 1 routed blocks used on average")
 
 
 def test_sample_continues_a_file_of_prompts_line_by_line(said, where, tmp_path):
@@ -230,18 +259,55 @@ def test_which_run_must_be_clear_and_able(said, where, two_runs):
     lacks = ["--routing = 'predictor'", "can select by trained, threshold", "predictor_weight"]
     for verb in (SAMPLE, ["eval"]):
         one_line(said(*verb, *there, f"--run={unable}", "--routing=predictor"), *lacks)
-    one_line(said(*SAMPLE, *there, f"--run={unable}"), "--workdir", f"no checkpoint of {unable}")
+    lost = [f"{unable}/checkpoints/30", "'damaged or missing'", "final weights"]
+    one_line(said(*SAMPLE, *there, f"--run={unable}"), *lost)
+
+
+def test_a_dense_run_is_refused_because_it_has_no_router(said, where, two_runs, tmp_path):
+    shutil.copytree(two_runs[0], tmp_path / "work")
+    (record,) = (r for r in read_records(tmp_path / "work") if r.run_id == two_runs[1])
+    dense = add_run(tmp_path / "work", record, run_spec(layers=(Dense(),)))
+    found = said("eval", f"--workdir={tmp_path / 'work'}", where[1], "--routing=predictor",
+                 f"--run={dense}")  # fmt: skip
+    one_line(found, f"--run = '{dense}'", "no routed layer")
+
+
+def test_eval_of_a_folder_evaluates_the_others_and_names_each_that_fails(
+    said, where, two_runs, tmp_path
+):
+    workdir, able, _ = two_runs
+    shutil.copytree(workdir, tmp_path / "work")
+    (record,) = (r for r in read_records(workdir) if r.run_id == able)
+    routed = (Dense(), MoD(capacity=0.25, predictor_weight=1.0))
+    lost = add_run(tmp_path / "work", record, run_spec(layers=routed, steps=31), steps=31)
+    damaged = add_run(tmp_path / "work", record, run_spec(layers=routed, steps=32), steps=32)
+    (run_dir(tmp_path / "work", damaged) / "spec.json").write_text("{")
+    code, out, err = said("eval", f"--workdir={tmp_path / 'work'}", where[1],
+                          "--routing=predictor", "--json")  # fmt: skip
+    assert code == 3
+    assert [values["run_id"] for values in json.loads(out)] == [able]
+    lines = sorted(err.splitlines())
+    assert len(lines) == 2
+    for line, name in zip(lines, sorted([lost, damaged]), strict=True):
+        assert line.startswith(f"modjax: failed: {name}: ")
+    assert "checkpoints/31" in err and "spec.json" in err
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"], ids=["missing", "cut", "empty"])
+@pytest.mark.parametrize("named", [False, True], ids=["all", "named"])
 @pytest.mark.parametrize("verb", [SAMPLE, ["eval", "--routing=predictor"]], ids=lambda v: v[0])
-def test_a_run_whose_spec_is_damaged_is_named(said, where, two_runs, tmp_path, verb, content):
+def test_a_run_whose_spec_is_damaged_is_named(
+    said, where, two_runs, tmp_path, verb, named, content
+):
     shutil.copytree(two_runs[0], tmp_path / "work")
     spec = run_dir(tmp_path / "work", two_runs[1]) / "spec.json"
     spec.unlink()
     if content is not None:
         spec.write_text(content)
-    found = said(*verb, f"--workdir={tmp_path / 'work'}", where[1])
+    if verb[0] == "eval" and not named:  # of the other run too there is nothing to evaluate
+        shutil.rmtree(run_dir(tmp_path / "work", two_runs[2]))
+    which = [f"--run={two_runs[1]}"] * named
+    found = said(*verb, f"--workdir={tmp_path / 'work'}", where[1], *which)
     one_line(found, str(spec), "damaged or missing", "writes it again")
 
 

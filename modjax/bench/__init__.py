@@ -85,9 +85,10 @@ def fresh_environment(folder: Path) -> dict[str, str]:
 
 def call(command: Sequence[str], environment: dict[str, str], cwd: Path | None = None) -> None:
     """Runs a command without showing its output. Raises RuntimeError with its last line."""
-    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True)
     if done.returncode != 0:
-        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        said = done.stderr.decode(errors="replace").strip()
+        last = (said or "it said nothing").splitlines()[-1]
         raise RuntimeError(f"{' '.join(command[:5])} ended with {done.returncode}: {last}")
 
 

@@ -27,7 +27,7 @@ def measure() -> list[Row]:
         start = time.perf_counter()
         call(["make", "demo", "WORK=work/tiny"], environment, cwd=clone)
         minutes = (time.perf_counter() - start) / 60
-        fits = json.loads((clone / "work" / "tiny" / "fit.json").read_text())
+        fits = json.loads((clone / "work" / "tiny" / "fit.json").read_bytes())
     return fill(ROWS, [minutes, budgets_with_vertices_inside(fits)])
 
 

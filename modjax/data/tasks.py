@@ -26,7 +26,7 @@ from modjax.errors import InputError, require
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Discards stderr, because some C++ code logs its start and has no option against it."""
-    with open(os.devnull, "w") as nowhere, stderr_into(nowhere.fileno()):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, stderr_into(nowhere.fileno()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -150,7 +150,7 @@ def tfds_source(name: str) -> seqio.DataSource:
 
 
 def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
-    """Returns the vocabulary of a SentencePiece model, put into `folder`; of bytes for an empty one."""
+    """Returns the vocabulary of a SentencePiece model, put into `folder`; bytes for an empty one."""
     if not model:
         return seqio.ByteVocabulary()
     # seqio remembers models by their path, as long as the process lives.

@@ -48,7 +48,7 @@ def upload(made: Path, folder: str, report: Callable[[str], None]) -> None:
                 report(f"uploading: {len(names) - len(waiting) + first:,} of {len(names):,} files")
                 for write in [store.write(name, (made / name).read_bytes()) for name in some]:
                     write.result()
-                with open(journal, "a") as file:
+                with open(journal, "a", encoding="utf-8") as file:
                     file.writelines(f"{name}\n" for name in some)
         else:
             raise ValueError("files vanish while others are written: is there another upload?")
@@ -60,7 +60,7 @@ def upload(made: Path, folder: str, report: Callable[[str], None]) -> None:
 
 def _waiting(names: list[str], journal: Path, store: ts.KvStore) -> list[str]:
     """Which files are still to be uploaded: also those that another upload has deleted since."""
-    there = set(journal.read_text().splitlines()).intersection(_listed(store))
+    there = set(journal.read_text("utf-8").splitlines()).intersection(_listed(store))
     return [name for name in names if name not in there]
 
 

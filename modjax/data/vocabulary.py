@@ -125,7 +125,7 @@ def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
     lines = list(_lines(texts))  # an error in `texts` must not pass through C++
     model = io.BytesIO()
     # SentencePiece logs to file descriptor 2, whatever Python's sys.stderr is.
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         try:
             with stderr_into(log.fileno()):
                 sentencepiece.set_min_log_level(1)

@@ -1,6 +1,6 @@
 """A finished run, opened again: to evaluate it under another routing, or to sample from it."""
 
-import logging
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 
 from modjax.data.cache import TokenCache, cache_dir, open_cache
 from modjax.errors import InputError, require
+from modjax.files import damaged
 from modjax.nn.routed import Quality, quality
-from modjax.records import read_spec, run_dir, scan
+from modjax.records import name_left_out, read_record, read_spec, run_dir, scan
 from modjax.spec import Execution, RunSpec
-from modjax.training.checkpoint import Checkpoints
+from modjax.training.checkpoint import find_damage, read_checkpoint
 from modjax.training.evaluate import (
     Evaluation,
     difference,
@@ -23,8 +24,6 @@ from modjax.training.evaluate import (
 from modjax.training.programs import compile_eval_step
 from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import Model, abstract_model, abstract_state, joined
-
-logger = logging.getLogger("modjax")
 
 
 class Finished(NamedTuple):
@@ -37,31 +36,50 @@ class Finished(NamedTuple):
     weights: Any
 
 
-def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> list[RunSpec]:
-    """The finished runs of `workdir`, or the one that `run_id` names.
+class Chosen(NamedTuple):
+    """Finished runs to open, and run id -> why another one's spec cannot be used."""
 
-    routed: only those with a routed block. A result that cannot be read is left out with a warning.
-    Raises InputError where there is none, and where a run's spec cannot be read.
+    specs: list[RunSpec]
+    failures: dict[str, InputError]
+
+
+def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> Chosen:
+    """Returns the finished runs of `workdir`, or the one that `run_id` names.
+
+    routed: only those with a routed layer. A result that cannot be read, or that is a copy, is left
+    out with a warning.
+    Raises InputError where no run is left, and where the one that `run_id` names cannot be used.
     """
     found = scan(workdir)
-    if run_id in found.unreadable:
-        raise InputError("--run", run_id, found.unreadable[run_id])
-    for why in found.unreadable.values():
-        logger.warning("modjax: left out: %s", why)
+    if run_id in found.left_out:
+        raise InputError("--run", run_id, found.left_out[run_id])
+    name_left_out(found.left_out)
     finished = [record.run_id for record in found.records if record.status == "finished"]
-    wanted = finished if run_id is None else [name for name in finished if name == run_id]
-    specs = [read_spec(run_dir(workdir, name)) for name in wanted]
+    if run_id is not None and finished:
+        accepted = f"must be one of {len(finished)} finished runs, such as {finished[-1]}"
+        require(run_id in finished, "--run", run_id, accepted)
+    specs, failures = [], {}
+    for name in finished if run_id is None else [run_id]:
+        try:
+            specs.append(read_spec(run_dir(workdir, name), name))
+        except InputError as error:
+            failures[name] = error
     kept = [s for s in specs if not routed or s.model.routed() or s.model.rules]
+    if run_id in failures or (failures and not kept):
+        raise next(iter(failures.values()))
     if run_id is None or not finished:
         what = "finished run with a routed layer" if routed else "finished run"
         require(len(kept) > 0, "--workdir", str(workdir), f"holds no {what}")
-    accepted = f"must be one of {len(finished)} finished runs, such as {finished[-1]}"
+    accepted = "has no routed layer, so its loss is the same under every routing"
     require(len(kept) > 0, "--run", run_id, accepted)
-    return kept
+    return Chosen(kept, failures)
 
 
 def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
-    """Loads a finished run. Raises InputError where its data or its checkpoint is missing."""
+    """Loads a finished run and changes nothing in its folder.
+
+    Raises InputError where its data or its final weights are missing.
+    """
     cache = open_cache(cache_dir(data_dir, spec.data))
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
     model, weights, mesh = _restore(spec, run_dir(workdir, spec.run_id), identity)
@@ -69,19 +87,38 @@ def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
 
 
 def _restore(spec: RunSpec, folder: Path, identity: dict[str, str]) -> tuple[Model, Any, Mesh]:
-    """The model of a run, the weights of its newest checkpoint, and the mesh they lie on."""
+    """Returns the model of a finished run, the weights after its last step, and their mesh."""
+    record = read_record(folder, spec.run_id)
+    if record is None:
+        accepted = "the run has not finished; its weights can be read when it has a result.json"
+        raise InputError(str(folder), "unfinished", accepted)
+    if record.status != "finished":
+        accepted = f"the run has no final weights: it diverged at step {record.diverged_step}"
+        raise InputError(str(folder), record.status, accepted)
+    checkpoint = folder / "checkpoints" / str(record.steps)
+    if damage := find_damage(checkpoint):
+        raise _lost(checkpoint, damage)
     execution = Execution(data=1, layer_loop="scan")
     mesh = make_mesh(execution)
     model = abstract_model(spec.model, execution)
-    restored = None
-    if (folder / "checkpoints").is_dir():  # orbax would make it
+    try:
         with jax.set_mesh(mesh):
-            checkpoints = Checkpoints(folder / "checkpoints", keep=1, identity=identity)
-            restored = checkpoints.restore(abstract_state(mesh, model, spec.train))
-            checkpoints.close()
-    if restored is None:
-        raise InputError("--workdir", str(folder.parents[1]), f"has no checkpoint of {spec.run_id}")
-    return model, joined(restored[0].params, restored[0].measured), mesh
+            state, _ = read_checkpoint(
+                checkpoint, abstract_state(mesh, model, spec.train), identity
+            )
+    except Exception as error:  # orbax has many errors for files that vanish while it reads
+        if damage := find_damage(checkpoint):
+            raise _lost(checkpoint, damage) from error
+        raise
+    return model, joined(state.params, state.measured), mesh
+
+
+def _lost(checkpoint: Path, damage: str) -> InputError:
+    remedy = (
+        "holds the run's final weights, for which no earlier checkpoint can stand: put it back, or "
+        "delete the run's result.json, and the same `modjax sweep` or `train` makes it again"
+    )
+    return damaged(checkpoint, remedy, damage)
 
 
 class Comparison(NamedTuple):
@@ -128,11 +165,14 @@ class Loaded(NamedTuple):
 
 
 def load(run_dir: str | Path) -> Loaded:
-    """The spec of the finished run in `run_dir`, its model and its final weights; no data needed.
+    """Returns the spec of the finished run in `run_dir`, its model and its final weights.
 
+    Needs no data and changes nothing in the folder.
     graphdef, weights: as modjax.generate and modjax.unstack take them.
-    Raises InputError where the folder holds no run, or no checkpoint of it.
+    Raises InputError where the folder holds no run, one that has not finished, or a copy under
+    another name, and where its final weights are missing.
     """
-    spec = read_spec(Path(run_dir))
-    model, weights, _ = _restore(spec, Path(run_dir), {"run_id": spec.run_id})
+    folder = Path(os.path.realpath(run_dir))
+    spec = read_spec(folder, folder.name)
+    model, weights, _ = _restore(spec, folder, {"run_id": spec.run_id})
     return Loaded(spec, model.graphdef, weights)

@@ -210,17 +210,37 @@ def _row(drawn: Sequence[Generated], b: int, codec: Codec, stops: Sequence[bytes
 
 
 def coloured(sample: Sample) -> str:
-    """Prompt and continuation for a terminal: the darker, the more routed blocks a token used."""
+    """Returns prompt and continuation for a terminal: the darker a token, the deeper it went."""
     out, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
     for piece, depth in zip(sample.pieces, sample.depths, strict=True):
         shade = round(depth / max(sample.routed_blocks, 1) * (len(DEPTH_COLOURS) - 1))
         text = decoder.decode(piece).replace("\n", "\x1b[0m\n")
         out.append(f"\x1b[48;5;{DEPTH_COLOURS[shade]}m\x1b[38;5;16m{text}")
     legend = "".join(f"\x1b[48;5;{colour}m\x1b[38;5;16m  " for colour in DEPTH_COLOURS)
-    mean = sum(sample.depths) / len(sample.depths)
     return (
         "".join(out)
         + decoder.decode(b"", final=True)
         + f"\x1b[0m\n\n0 {legend}\x1b[0m {sample.routed_blocks} routed blocks used; "
-        f"{mean:.2f} on average"
+        f"{_mean(sample)} on average"
     )
+
+
+def numbered(sample: Sample) -> str:
+    """Returns each token of prompt and continuation on a line of its own, after its depth."""
+    lines = [
+        f"{depth}\t{_quoted(piece)}"
+        for piece, depth in zip(sample.pieces, sample.depths, strict=True)
+    ]
+    mean = f"{_mean(sample)} of {sample.routed_blocks} routed blocks used on average"
+    return "\n".join([*lines, "", mean])
+
+
+def _quoted(piece: bytes) -> str:
+    try:
+        return repr(piece.decode())
+    except UnicodeDecodeError:  # a token may be a part of a character
+        return repr(piece)
+
+
+def _mean(sample: Sample) -> str:
+    return f"{sum(sample.depths) / len(sample.depths):.2f}"

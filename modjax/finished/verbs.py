@@ -7,12 +7,13 @@ import argparse
 import io
 import math
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from modjax.errors import InputError, require
 from modjax.files import read_file
 from modjax.scaling.run import compilation_cache
-from modjax.verbs import print_json
+from modjax.verbs import RUNS_FAILED, print_json
 
 if TYPE_CHECKING:
     from modjax.finished.runs import Comparison
@@ -22,11 +23,11 @@ MOST_TOKENS = 1_000_000
 MOST_PROMPTS = 16 * 2**20  # bytes of a file of prompts
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace) -> int:
     os.environ.update(compilation_cache())
     from modjax.finished.runs import choose, compare, open_run
 
-    specs = choose(args.workdir, args.run, routed=True)
+    specs, failures = choose(args.workdir, args.run, routed=True)
     _check_slack(args.slack)
     bounded = args.slack is None or args.routing != "trained"
     require(
@@ -42,12 +43,21 @@ def evaluate(args: argparse.Namespace) -> None:
         spec.model.check_routing(args.routing, "--routing")
     found = []
     for spec in specs:
-        run = open_run(spec, workdir=args.workdir, data_dir=args.data_dir)
-        found.append(compare(run, args.routing, args.slack))
+        try:
+            run = open_run(spec, workdir=args.workdir, data_dir=args.data_dir)
+            found.append(compare(run, args.routing, args.slack))
+        except InputError as error:
+            failures[spec.run_id] = error
+            continue
         if not args.json:
             print(_comparison_text(found[-1]), flush=True)
+    if not found and len(set(map(str, failures.values()))) == 1:  # such as data that is missing
+        raise next(iter(failures.values()))
     if args.json:
         print_json([_plain(comparison) for comparison in found])
+    for run_id, why in failures.items():
+        print(f"modjax: failed: {run_id}: {why}", file=sys.stderr)
+    return RUNS_FAILED if failures else 0
 
 
 def _comparison_text(found: "Comparison") -> str:
@@ -81,9 +91,11 @@ def _plain(value: Any) -> Any:
 
 def sample(args: argparse.Namespace) -> None:
     os.environ.update(compilation_cache())
+    from rich.console import Console
+
     from modjax.decoding.generate import Sampling
     from modjax.finished.runs import choose, open_run
-    from modjax.finished.text import choose_routing, coloured, sample
+    from modjax.finished.text import choose_routing, coloured, numbered, sample
     from modjax.nn import unstack
 
     prompts = _prompts(args)
@@ -93,7 +105,9 @@ def sample(args: argparse.Namespace) -> None:
     _check_slack(args.slack)
     # JAX takes the lower 32 bits without a word.
     require(0 <= args.seed < 2**32, "--seed", args.seed, "must be 0 or more, and below 2**32")
-    specs = choose(args.workdir, args.run)
+    specs, failures = choose(args.workdir, args.run)
+    if failures:  # one of these may be the run that was meant
+        raise next(iter(failures.values()))
     if args.routing is not None:
         for spec in specs[-1:]:
             spec.model.check_routing(args.routing, "--routing")
@@ -122,7 +136,7 @@ def sample(args: argparse.Namespace) -> None:
         slack=args.slack,
         sampling=sampling,
         max_new_tokens=args.tokens,
-        stop=args.stop,
+        stop=[_as_utf8(text) for text in args.stop],
         seed=args.seed,
         write=write,
     )
@@ -131,14 +145,17 @@ def sample(args: argparse.Namespace) -> None:
     if args.json:
         fields = ("prompt", "text", "depths", "routed_blocks", "overflow")
         return print_json([{name: getattr(s, name) for name in fields} for s in samples])
-    texts = (coloured(s) if args.show_depth else s.prompt + s.text for s in samples)
-    print("\n\n".join(texts))
+    if not args.show_depth:
+        return print("\n\n".join(s.prompt + s.text for s in samples))
+    console = Console()  # knows NO_COLOR, FORCE_COLOR, TERM and pipes
+    in_colour = console.color_system is not None and not console.no_color
+    print("\n\n".join(coloured(s) if in_colour else numbered(s) for s in samples))
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         require(args.prompt != "", "--prompt", args.prompt, "is empty: give at least one character")
-        return [args.prompt]
+        return [_as_utf8(args.prompt)]
     try:
         content = read_file(args.prompts, MOST_PROMPTS).decode()
         lines = io.StringIO(content, newline=None).read().removesuffix("\n").split("\n")
@@ -152,3 +169,14 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         "must hold one prompt a line, none of them empty",
     )
     return lines
+
+
+def _as_utf8(argument: str) -> str:
+    """Returns an argument whose bytes are UTF-8, though the locale's encoding does not know them.
+
+    Python decodes such bytes to surrogates one by one.
+    """
+    try:
+        return argument.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        return argument

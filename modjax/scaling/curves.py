@@ -9,10 +9,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from modjax.records import Record, read_metrics, run_dir
+from modjax.errors import InputError
+from modjax.records import Record, lost_steps, read_metrics, run_dir
 
 LINE = ("step", "loss_steps", "train_flops", "loss")
 SHARE = 0.05
@@ -59,12 +61,24 @@ class Curve:
         return self.flops[whole], within(self.loss * self.loss_steps)[whole] / self.window
 
 
-def read_curves(workdir: Path, records: Iterable[Record]) -> list[Curve]:
-    """The curve of every record whose metrics.jsonl holds means; damaged lines are left out."""
-    curves = []
+class Curves(NamedTuple):
+    """Learning curves, and run id -> what a run's curve lacks, in words."""
+
+    curves: list[Curve]
+    lacking: dict[str, str]
+
+
+def read_curves(workdir: Path, records: Iterable[Record]) -> Curves:
+    """Returns the curve of every record whose metrics.jsonl holds means, without damaged lines."""
+    curves, lacking = [], {}
     for record in records:
+        try:
+            logged = read_metrics(run_dir(workdir, record.run_id))
+        except InputError as error:
+            lacking[record.run_id] = f"cannot be read: {error}"
+            continue
         lines, end = [], 0.0
-        for values in (line.values or {} for line in read_metrics(run_dir(workdir, record.run_id))):
+        for values in (line.values or {} for line in logged):
             try:
                 step, loss_steps, flops, loss = line = [float(values[name]) for name in LINE]
             except (KeyError, TypeError, ValueError, OverflowError):
@@ -76,7 +90,9 @@ def read_curves(workdir: Path, records: Iterable[Record]) -> list[Curve]:
         if lines:
             columns = np.array(lines).T
             curves.append(Curve(record.run_id, record.variant, record.steps, *columns))
-    return curves
+        if lost := lost_steps(logged, record.steps):
+            lacking[record.run_id] = f"lacks steps {lost}: metrics.jsonl has no lines of them"
+    return Curves(curves, lacking)
 
 
 def frontier(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -45,7 +45,7 @@ def draw_all(
 
     Up to MANY runs have marks of their own, with their id; more are pixels, one artist per arm.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # no parents: a sweep's folder that was deleted stays so
     figures = {
         "isoflop": lambda: isoflop_figure(records, fits),
         "normalised": lambda: normalised_figure(records, fits),

@@ -1,5 +1,6 @@
 """Finished runs as the fits take them: cells of runs that differ in their seed only."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,25 @@ class Cell:
     sem: float
     seeds: int
     squares: float  # sum of squared deviations between seeds
+
+
+def comparable(records: Sequence[Record]) -> tuple[list[Record], dict[str, str]]:
+    """Sets aside the runs that were scored on other validation data than most finished runs.
+
+    Returns the other records, and run id -> how a run that is set aside differs. Keeps all where
+    no data scored more than half of the runs.
+    """
+    finished = (r for r in records if r.eval_loss is not None)
+    scored = {r.run_id: (r.data_fingerprint, r.eval_tokens) for r in finished}
+    counts = Counter(scored.values())
+    most = next((on for on, runs in counts.items() if 2 * runs > len(scored)), None)
+    apart = {
+        run_id: f"{run_id} was scored on {on[1]} tokens of data {on[0]}, and {counts[most]} other "
+        f"runs on {most[1]} tokens of {most[0]}"
+        for run_id, on in scored.items()
+        if most is not None and on != most
+    }
+    return [r for r in records if r.run_id not in apart], apart
 
 
 def by_cell(runs: Iterable[Record]) -> dict[tuple[str, float], list[Repeated]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from modjax.errors import InputError, require
 from modjax.files import read_json, write_atomically
-from modjax.records import Record, Scan, run_dir, scan, write_csv
+from modjax.records import Record, Scan, name_left_out, run_dir, scan, write_csv
 from modjax.scaling import words
 from modjax.scaling.compared import LOSSES, loss_words, marked, no_causal_sentence
 from modjax.scaling.curves import FRONTIER_STEPS, SHARE, read_curves
@@ -21,6 +21,7 @@ from modjax.scaling.figures import draw_all
 from modjax.scaling.fit import fit_all
 from modjax.scaling.marks import MANY
 from modjax.scaling.numbers import budget, count
+from modjax.scaling.observed import comparable
 from modjax.scaling.page import bullets, details, inline_svg, script, table, text
 from modjax.scaling.report_tables import (
     gap_table,
@@ -54,7 +55,7 @@ DEEPEST = 20  # levels of groups and lists in the JSON of a sweep, with room
 def fit_workdir(
     workdir: Path, loss: str = "causal", size: str = "non_embedding"
 ) -> tuple[Scan, Fits]:
-    """Returns the records of a sweep's folder, and their fits.
+    """Returns the runs that can be compared, those left out, and the fits. Warns of those left out.
 
     loss: "causal" or "trained", see results.under. size: see results.SIZES. Arms are compared with
     the plan's baseline; where no run of it can be compared, as in `fit_all`.
@@ -63,13 +64,16 @@ def fit_workdir(
     loss.
     """
     found = scan(workdir)
-    records, first = found.records, next(iter(found.unreadable.values()), "")
+    first = next(iter(found.left_out.values()), "")
     require(
-        len(records) > 0,
+        len(found.records) > 0,
         "--workdir",
         str(workdir),
-        f"holds no finished run; `modjax sweep` makes them{f'; unreadable: {first}' * bool(first)}",
+        f"holds no finished run; `modjax sweep` makes them{f'; left out: {first}' * bool(first)}",
     )
+    records, apart = comparable(found.records)
+    found = Scan(records, found.left_out | apart)
+    name_left_out(found.left_out)
     config = _plan(workdir).get("config")
     sweep = config.get("sweep") if isinstance(config, dict) else None
     planned = sweep.get("baseline") if isinstance(sweep, dict) else None
@@ -79,7 +83,9 @@ def fit_workdir(
 
 
 def report(workdir: Path, loss: str = "causal", size: str = "non_embedding") -> Path:
-    """Writes report.html, results.csv, fit.json and figures/ into `workdir`; returns the HTML.
+    """Writes report.html, results.csv, fit.json and figures/ into `workdir`.
+
+    Returns the path of the HTML file.
 
     Raises InputError as `fit_workdir` does.
     """
@@ -87,9 +93,10 @@ def report(workdir: Path, loss: str = "causal", size: str = "non_embedding") -> 
     save_json(workdir / "fit.json", fits)
     write_csv(workdir / "results.csv", found.records)  # whatever loss is fitted
     compared = under(found.records, loss).records
-    figures = draw_all(compared, fits, read_curves(workdir, compared), workdir / "figures")
+    curves, lacking = read_curves(workdir, compared)
+    figures = draw_all(compared, fits, curves, workdir / "figures")
     path = workdir / "report.html"
-    page = render(workdir, found.records, fits, figures, found.unreadable)
+    page = render(workdir, found.records, fits, figures, left_out=found.left_out, lacking=lacking)
     write_atomically(path, page.encode(errors="replace"))
     return path
 
@@ -99,11 +106,14 @@ def render(
     records: Sequence[Record],
     fits: Fits,
     figures: Mapping[str, Path],
-    unreadable: Mapping[str, str] = {},
+    *,
+    left_out: Mapping[str, str] = {},
+    lacking: Mapping[str, str] = {},
 ) -> str:
     """Returns the whole page.
 
-    figures: the SVG file of each by its name; unreadable: why, by run id.
+    figures: the SVG file of each by its name.
+    left_out, lacking: why a run is in no table, and what its curve lacks, by its folder's name.
     """
     plan = _plan(workdir)
     specs = _specs(workdir, records)
@@ -118,7 +128,6 @@ def render(
     fits = marked(fits)
     others = [arm for arm in fits.arms if arm != fits.baseline]
     title = f"modjax: {', '.join(others)}{' against ' * bool(others)}{fits.baseline}"
-    resources = files("modjax.scaling")
     body = [
         f"<h1>{text(title)}</h1>",
         *_summary(workdir, compared, fits, plan),
@@ -134,7 +143,7 @@ def render(
         *repeat_table(fits),
         *no_causal_table(fits),
         "<h2>Diverged, refused and missing</h2>",
-        bullets(_exceptions(workdir, compared, fits, plan, unreadable)),
+        bullets(_exceptions(workdir, compared, fits, plan, left_out, lacking)),
         "<h2>Runs</h2>",
         "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
         f"token, and arms are compared by the {fits.loss} loss. All fields are in results.csv "
@@ -146,12 +155,16 @@ def render(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title>\n<style>{(resources / 'report.css').read_text()}</style>"
+        f"<title>{text(title)}</title>\n<style>{_resource('report.css')}</style>"
         f"</head>\n<body>\n<main>\n{chr(10).join(body)}\n</main>\n"
         '<div id="tip" role="tooltip" hidden></div>\n'
         f'<script type="application/json" id="tips">{script(tips)}</script>\n'
-        f"<script>{(resources / 'report.js').read_text()}</script>\n</body></html>\n"
+        f"<script>{_resource('report.js')}</script>\n</body></html>\n"
     )
+
+
+def _resource(name: str) -> str:
+    return (files("modjax.scaling") / name).read_text("utf-8")
 
 
 def run_tip(r: Record) -> str:
@@ -206,16 +219,18 @@ def _exceptions(
     records: Sequence[Record],
     fits: Fits,
     plan: dict[str, Any],
-    unreadable: Mapping[str, str],
+    left_out: Mapping[str, str],
+    lacking: Mapping[str, str],
 ) -> list[str]:
-    said = [f"{run_id} can't be read and is left out: {why}." for run_id, why in unreadable.items()]
+    said = [f"{name} is left out: {why}." for name, why in left_out.items()]
+    said += [f"The learning curve of {run_id} {why}." for run_id, why in lacking.items()]
     said += [
         f"{r.run_id} diverged at step {r.diverged_step} and is left out of every fit."
         for r in records
         if r.status == "diverged"
     ]
     said += [words.parabola_sentence(p, fits.size) for p in fits.parabolas if p.refusal is not None]
-    known = {*unreadable, *(r.run_id for r in records)}
+    known = {*left_out, *(r.run_id for r in records)}
     for run_id in plan.get("runs", []):
         if run_id not in known:
             failure = _json(run_dir(workdir, run_id) / "failure.json")

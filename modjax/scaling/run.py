@@ -19,14 +19,14 @@ Train = Callable[..., Record]
 def lock(path: Path, *, patience: float = 0.0, shared: bool = False) -> Iterator[bool]:
     """Holds the lock file `path` while inside; yields False where another process holds it.
 
-    patience: seconds to keep trying. shared: only looks. The kernel drops the lock with the
-    process that holds it, however that dies.
+    patience: seconds to keep trying. shared: only looks, and makes no file. The kernel drops the
+    lock with the process that holds it, however that dies.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + patience
     held = False
     # Looking must not need the right to write: a sweep may be someone else's.
-    file = os.open(path, os.O_CREAT | (os.O_RDONLY if shared else os.O_RDWR), 0o666)
+    file = os.open(path, os.O_RDONLY if shared else os.O_CREAT | os.O_RDWR, 0o666)
     try:
         while not held:
             try:
@@ -42,11 +42,12 @@ def lock(path: Path, *, patience: float = 0.0, shared: bool = False) -> Iterator
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a living process works on the run in `folder`."""
-    if not (folder / "lock").exists():
+    """Returns whether a living process works on the run in `folder`."""
+    try:
+        with lock(folder / "lock", shared=True) as held:
+            return not held
+    except (FileNotFoundError, NotADirectoryError):  # it has not begun, or was deleted
         return False
-    with lock(folder / "lock", shared=True) as held:
-        return not held
 
 
 class Done(NamedTuple):
@@ -76,7 +77,7 @@ def run(
     with lock(folder / "lock", patience=1.0) as held:
         if not held:
             return None
-        record = read_record(folder)
+        record = read_record(folder, spec.run_id)
         if record is not None:
             return Done(record, here=False)
         record = train(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modjax.errors import InputError
-from modjax.files import read_json
+from modjax.files import Missing, read_json
 from modjax.flops import parameters
 from modjax.records import Record, causal_loss, last_step, read_spec, run_dir, scan
 from modjax.scaling.cells import flops_per_second
@@ -38,23 +38,32 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """remaining_seconds counts waiting and running runs, on as many workers as run now."""
+    """The state of every run of the plan.
+
+    remaining_seconds: for waiting and running runs, on as many workers as run now.
+    left_out: folders whose result counts for no run of the plan -> why; see records.Scan.
+    """
 
     runs: list[RunStatus]
     remaining_seconds: float
+    left_out: dict[str, str]
 
     def count(self, state: str) -> int:
+        """Returns how many runs are in `state`."""
         return sum(run.state == state for run in self.runs)
 
 
 def status(workdir: Path) -> Status:
-    """Raises InputError where `workdir` holds no plan, or one that cannot be read."""
+    """Returns where the sweep in `workdir` stands.
+
+    Raises InputError where `workdir` holds no plan, or one that cannot be read.
+    """
     plan = read_plan(workdir)
     if plan is None:
         raise InputError("--workdir", str(workdir), "holds no sweep: `modjax sweep` starts one")
     found = scan(workdir)
     records = {record.run_id: record for record in found.records}
-    runs = list(_statuses(workdir, plan.runs, records, found.unreadable))
+    runs = list(_statuses(workdir, plan.runs, records, found.left_out))
     remaining = sum(
         run.budget_flops * (1 - run.step / run.steps)
         for run in runs
@@ -62,17 +71,19 @@ def status(workdir: Path) -> Status:
     )
     workers = max(1, sum(run.state == "running" for run in runs))
     rate = flops_per_second(plan.config, found.records) * workers
-    return Status(runs, remaining / rate)
+    planned = set(plan.runs)  # what is wrong with these stands in their row
+    others = {name: why for name, why in found.left_out.items() if name not in planned}
+    return Status(runs, remaining / rate, others)
 
 
 def _statuses(
-    workdir: Path, run_ids: Iterable[str], records: dict[str, Record], unreadable: dict[str, str]
+    workdir: Path, run_ids: Iterable[str], records: dict[str, Record], left_out: dict[str, str]
 ) -> Iterable[RunStatus]:
     for run_id in run_ids:
         if run_id in records:
             yield _finished(run_dir(workdir, run_id), records[run_id])
-        elif run_id in unreadable:
-            yield RunStatus(run_id, "damaged", 0, 0, 0.0, 0, 0, None, unreadable[run_id])
+        elif run_id in left_out:
+            yield RunStatus(run_id, "damaged", 0, 0, 0.0, 0, 0, None, left_out[run_id])
         else:
             yield _unfinished(run_dir(workdir, run_id), run_id)
 
@@ -99,15 +110,15 @@ def _finished(folder: Path, record: Record) -> RunStatus:
 
 def _unfinished(folder: Path, run_id: str) -> RunStatus:
     try:
-        spec = read_spec(folder)
+        spec, step = read_spec(folder, run_id), last_step(folder)
     except InputError as error:
         return RunStatus(run_id, "damaged", 0, 0, 0.0, 0, 0, None, str(error))
     state, why = "waiting", ""
     if is_running(folder):
         state = "running"
-    elif (folder / "failure.json").exists():
-        state, why = "failed", _failure(folder / "failure.json")
-    step, sizes = last_step(folder), parameters(spec.model)
+    elif failure := _failure(folder / "failure.json"):
+        state, why = "failed", failure
+    sizes = parameters(spec.model)
     return RunStatus(
         run_id,
         state,
@@ -122,8 +133,11 @@ def _unfinished(folder: Path, run_id: str) -> RunStatus:
 
 
 def _failure(path: Path) -> str:
+    """Returns why a run was given up, or "" where it was not."""
     try:
         values = read_json(path, "the next session of the sweep writes it again")
+    except Missing:
+        return ""
     except InputError as error:
         return str(error)
     return str(values.get("why")) if isinstance(values, dict) else f"{path} is damaged"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.errors import InputError, require
-from modjax.files import read_json
+from modjax.files import Missing, read_json
 from modjax.records import WRITTEN_AGAIN, read_as, run_dir, write_json
 from modjax.scaling.experiment import Experiment
 from modjax.scaling.run import lock
@@ -34,12 +34,14 @@ class Plan:
 
 
 def read_plan(workdir: Path) -> Plan | None:
-    """The plan of the sweep in `workdir`, or None where there is none.
+    """Returns the plan of the sweep in `workdir`, or None where there is none.
 
     Raises InputError where it cannot be read.
     """
-    path = workdir / "plan.json"
-    return read_as(Plan, path, WRITTEN_AGAIN) if path.exists() else None
+    try:
+        return read_as(Plan, workdir / "plan.json", WRITTEN_AGAIN)
+    except Missing:
+        return None
 
 
 def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan | None:
@@ -104,12 +106,13 @@ def log_session(workdir: Path, entry: dict[str, Any]) -> None:
     path = workdir / "sweep.json"
     with lock(workdir / "plan.lock", patience=math.inf):
         earlier: Any = []
-        if path.exists():
-            try:
-                earlier = read_json(path, "")
-                require(isinstance(earlier, list), str(path), "damaged", "must be a list")
-            except InputError:
-                path.rename(path.with_name("sweep.json.damaged"))
-                logger.warning("modjax: %s is damaged: kept as %s.damaged", path, path.name)
-                earlier = []
+        try:
+            earlier = read_json(path, "")
+            require(isinstance(earlier, list), str(path), "damaged", "must be a list")
+        except Missing:
+            pass
+        except InputError:
+            path.rename(path.with_name("sweep.json.damaged"))
+            logger.warning("modjax: %s is damaged: kept as %s.damaged", path, path.name)
+            earlier = []
         write_json(path, [*earlier, entry])

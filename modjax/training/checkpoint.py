@@ -1,5 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, bounded in number, verified before they are used.
 
+`Checkpoints` is for the process that trains the run: it deletes what a killed write has left, and
+sets damaged checkpoints aside. Everybody else calls `read_checkpoint`, which changes nothing.
+
 checkpoints/<step>/state        the arrays of TrainState, by orbax
 checkpoints/<step>/meta         {"run_id", "data_fingerprint", "seconds"}
 checkpoints/<step>/digest.json  {file: sha256}, written before orbax commits the folder
@@ -30,7 +33,7 @@ WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, for the process that holds the run's lock.
 
     identity: "run_id" and "data_fingerprint"; a checkpoint that carries another is refused.
     """
@@ -61,18 +64,7 @@ class Checkpoints:
             if damage is not None:
                 self._set_aside(step, damage)
                 continue
-            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            meta = self._manager.restore(step, args=args)["meta"]
-            for name, value in self._identity.items():
-                require(
-                    meta[name] == value,
-                    str(self._folder),
-                    meta[name],
-                    f"a checkpoint of another run: this one has {name} = {value!r}; choose another "
-                    "folder, or delete these checkpoints",
-                )
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
-            return self._manager.restore(step, args=args)["state"], meta["seconds"]
+            return read_checkpoint(self._folder / str(step), abstract, self._identity)
         return None
 
     def save(self, step: int, state: TrainState, seconds: dict[str, float]) -> None:
@@ -129,6 +121,29 @@ class Checkpoints:
             )
         multihost_utils.sync_global_devices("modjax: damaged checkpoint set aside")
         self._manager.reload()
+
+
+def read_checkpoint(
+    folder: Path, abstract: TrainState, identity: dict[str, str]
+) -> tuple[TrainState, dict[str, float]]:
+    """Reads one undamaged checkpoint and changes nothing in its folder.
+
+    Returns the state, laid out as `abstract`, and the seconds it took to get there.
+    Raises InputError where `identity` says that it belongs to another run or other data.
+    """
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = checkpointer.restore(folder.absolute(), args=args)["meta"]
+        for name, value in identity.items():
+            require(
+                meta[name] == value,
+                str(folder.parent),
+                meta[name],
+                f"a checkpoint of another run: this one has {name} = {value!r}; choose another "
+                "folder, or delete these checkpoints",
+            )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
+        return checkpointer.restore(folder.absolute(), args=args)["state"], meta["seconds"]
 
 
 def write_digest(folder: Path) -> None:

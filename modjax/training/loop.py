@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from modjax.data.batches import Batch, train_batch
 from modjax.data.cache import TokenCache, check_fingerprint
 from modjax.data.prefetch import prefetch
-from modjax.errors import Preempted, require
-from modjax.files import Home
+from modjax.errors import Preempted
+from modjax.files import Home, Missing
 from modjax.records import Record, read_record, read_spec, write_json, write_record
 from modjax.spec import Execution, RunSpec, TrainConfig, to_dict
 from modjax.training.check import check as check  # a job has `check` and `train`
@@ -59,7 +59,7 @@ def train(
     before anything expensive starts, SharedFault where the data or the folder is replaced
     meanwhile, and Preempted after SIGTERM.
     """
-    record = read_record(run_dir)
+    record = read_record(run_dir, spec.run_id)
     if record is not None:
         return record
     clock = Clock()
@@ -92,7 +92,11 @@ def train(
             )
         )
         writer = MetricsWriter(
-            run_dir, start_step=start, tensorboard=execution.tensorboard, progress=progress
+            run_dir,
+            start_step=start,
+            unlogged=int(state.loss_steps) if restored is not None else 0,
+            tensorboard=execution.tensorboard,
+            progress=progress,
         )
         stack.callback(writer.close)
         clock.lap("setup")
@@ -230,18 +234,12 @@ def _due(saved_at: float, execution: Execution, step: int) -> bool:
 
 def _claim(run_dir: Path, spec: RunSpec) -> None:
     """Makes the run's folder. Raises InputError where it belongs to another run."""
-    path = run_dir / "spec.json"
-    if path.exists():
-        run_id = read_spec(run_dir).run_id
-        require(
-            run_id == spec.run_id,
-            str(run_dir),
-            run_id,
-            f"holds another run than {spec.run_id}: choose another folder, or delete it",
-        )
-    elif jax.process_index() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, to_dict(spec))
+    try:
+        read_spec(run_dir, spec.run_id)
+    except Missing:
+        if jax.process_index() == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(run_dir / "spec.json", to_dict(spec))
 
 
 def _steps_per_read(config: TrainConfig) -> int:

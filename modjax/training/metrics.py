@@ -16,7 +16,7 @@ import jax
 
 from modjax.errors import require
 from modjax.files import write_atomically
-from modjax.records import read_metrics
+from modjax.records import lost_steps, read_metrics
 
 logger = logging.getLogger("modjax")
 
@@ -24,10 +24,12 @@ logger = logging.getLogger("modjax")
 class MetricsWriter:
     """Appends lines to `run_dir`/metrics.jsonl, after dropping those that a resumed run repeats.
 
-    A damaged line is left out with a warning, and the lines after it are kept.
+    A damaged line is left out with a warning, and the lines after it are kept. Lines that are lost
+    cannot be made again without their training steps: a warning names the steps.
 
     start_step: the step of the restored state. Of that step its training line stays and its
     evaluation does not, because a state is saved before it is evaluated.
+    unlogged: how many of the steps up to `start_step` the next training line will cover.
     progress: called with every line.
     """
 
@@ -36,6 +38,7 @@ class MetricsWriter:
         run_dir: Path,
         *,
         start_step: int,
+        unlogged: int = 0,
         tensorboard: bool,
         progress: Callable[[dict[str, Any]], None] | None = None,
     ):
@@ -47,13 +50,21 @@ class MetricsWriter:
             self._board = _summary_writer(run_dir, start_step)
         path = run_dir / "metrics.jsonl"
         lines = read_metrics(run_dir)
-        kept = [line.text + b"\n" for line in lines if _stays(line.values, start_step)]
+        kept = [line for line in lines if _stays(line.values, start_step)]
         last = max((n for n, line in enumerate(lines, 1) if line.values is not None), default=0)
         for number, line in enumerate(lines[:last], 1):  # what a kill leaves comes after it
             if line.values is None:
                 logger.warning("modjax: %s: line %d is damaged: left out", path, number)
-        write_atomically(path, b"".join(kept))
-        self._file = open(path, "a")
+        if lost := lost_steps(kept, start_step - unlogged):
+            logger.warning(
+                "modjax: %s: has lost its lines of steps %s: the run goes on from step %d, and its "
+                "learning curve lacks them",
+                path,
+                lost,
+                start_step,
+            )
+        write_atomically(path, b"".join(line.text + b"\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line. Values that are not finite become null."""
@@ -82,7 +93,7 @@ class MetricsWriter:
 
 
 def last_train_loss(run_dir: Path) -> float | None:
-    """What the last training line of metrics.jsonl says."""
+    """Returns the loss of the last training line of metrics.jsonl, or None."""
     lines = (line.values for line in reversed(read_metrics(run_dir)))
     return next((values["loss"] for values in lines if values and "loss" in values), None)
 

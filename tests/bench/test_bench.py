@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from modjax import bench, cli
-from modjax.bench import Row, sweep
+from modjax.bench import Row, startup, sweep
 from modjax.bench.demo import budgets_with_vertices_inside
 from modjax.errors import InputError
 
@@ -147,3 +147,13 @@ def test_the_second_sweep_finds_programs_but_no_results_and_preparing_is_not_tim
     assert prepare[-2:] == ["data", "prepare"] and one == other
     differing = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
     assert [a.startswith("--workdir=") for a, _ in differing] == [True]
+
+
+def test_the_start_up_is_measured_with_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('from the current folder')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(startup, "ROUNDS", 1)
+    monkeypatch.setattr(startup, "BASE", "import json")
+    monkeypatch.setattr(startup, "OURS", "import json, sys; assert '' not in sys.path")
+    (row,) = startup.measure()
+    assert row.value > 0

@@ -23,7 +23,7 @@ from tests.nn.small import QUICK
 
 @pytest.fixture(scope="module")
 def run(finished_workdir, tiny_data_dir):
-    (spec,) = choose(finished_workdir, None)
+    (spec,), _ = choose(finished_workdir, None)
     return open_run(spec, workdir=finished_workdir, data_dir=tiny_data_dir)
 
 
@@ -121,8 +121,8 @@ def test_without_room_the_layer_is_passed_by_and_the_overflow_is_counted(compare
 
 
 def test_runs_are_chosen_by_name_and_by_having_a_router(finished_workdir):
-    (spec,) = choose(finished_workdir, None, routed=True)
-    assert choose(finished_workdir, spec.run_id) == [spec]
+    (spec,), _ = choose(finished_workdir, None, routed=True)
+    assert choose(finished_workdir, spec.run_id) == ([spec], {})
     with pytest.raises(InputError, match=rf"--run = 'x': must be one of 1 .* {spec.run_id}$"):
         choose(finished_workdir, "x")
 
@@ -145,7 +145,7 @@ def test_folders_without_a_fitting_run_are_refused(finished_workdir, run, tmp_pa
         choose(tmp_path, None)
     dense = dataclasses.replace(run.spec.model, layers=(Dense(),))
     add_run(tmp_path, record, dataclasses.replace(run.spec, model=dense))
-    assert len(choose(tmp_path, None)) == 1
+    assert len(choose(tmp_path, None).specs) == 1
     with pytest.raises(InputError, match=r"holds no finished run with a routed layer$"):
         choose(tmp_path, None, routed=True)
 
@@ -155,7 +155,7 @@ def test_a_run_without_its_checkpoint_or_its_data_is_refused_and_nothing_is_made
 ):
     (record,) = read_records(finished_workdir)
     add_run(tmp_path, record, run.spec)
-    with pytest.raises(InputError, match=f"has no checkpoint of {run.spec.run_id}"):
+    with pytest.raises(InputError, match=rf"{run.spec.run_id}/checkpoints/30.*final weights"):
         open_run(run.spec, workdir=tmp_path, data_dir=tiny_data_dir)
     with pytest.raises(InputError, match="modjax data prepare"):
         open_run(run.spec, workdir=finished_workdir, data_dir=tmp_path)

@@ -7,6 +7,7 @@ import pytest
 from modjax.scaling.curves import Curve, frontier, read_curves
 from modjax.scaling.figures import curves_figure
 from modjax.scaling.fit import fit_all
+from modjax.scaling.report import report
 
 
 def logged(losses, log_every, run_id="run"):
@@ -77,14 +78,19 @@ def test_lines_are_read_past_damage_and_no_window_reaches_over_what_is_missing(
 ):
     record = make_record(steps=1000)
     path = make_workdir([record]) / "runs" / record.run_id / "metrics.jsonl"
-    (before,) = read_curves(path.parents[2], [record])
+    (before,), lacking = read_curves(path.parents[2], [record])
+    assert lacking == {}
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 22 and len(before.loss) == 21
     lines[5] = b"\xff\xfe" + lines[5][2:]  # the mean up to step 250
     lines[9] = b"[" * 100_000 + b"\n"  # up to 450
     lines[13] = json.dumps(json.loads(lines[13]) | {"loss": None}).encode() + b"\n"  # up to 650
     path.write_bytes(b"".join([*lines, b"7\n", b'{"step": 1' + b"0" * 400 + b"}\n", b'{"ste']))
-    (after,) = read_curves(path.parents[2], [record])
+    (after,), lacking = read_curves(path.parents[2], [record])
+    # The line up to 650 is there: its mean was not finite.
+    assert lacking == {
+        record.run_id: "lacks steps 201 to 250, 401 to 450: metrics.jsonl has no lines of them"
+    }
     kept = ~np.isin(before.step, [250, 450, 650])
     np.testing.assert_array_equal(after.loss, before.loss[kept])
     # The window is 50 steps, a line's: the points after a gap are whole again.
@@ -95,6 +101,33 @@ def test_lines_are_read_past_damage_and_no_window_reaches_over_what_is_missing(
     assert not {250, 300, 450, 500, 650, 700} & set(wider.smooth[0] * 1000 / record.train_flops)
 
 
+def test_a_curve_whose_file_or_end_is_lost_is_named(make_sweep, make_workdir):
+    whole, cut, gone, folder, diverged = records = make_sweep(arms=("dense",), budgets=(1e12,))
+    records[4] = diverged = dataclasses.replace(
+        diverged, status="diverged", diverged_step=37, steps=37, eval_loss=None
+    )
+    workdir = make_workdir(records)
+    metrics = {r.run_id: workdir / "runs" / r.run_id / "metrics.jsonl" for r in records}
+    lines = metrics[cut.run_id].read_bytes().splitlines(keepends=True)
+    metrics[cut.run_id].write_bytes(b"".join(lines[:10]))
+    metrics[gone.run_id].unlink()
+    metrics[folder.run_id].unlink()
+    metrics[folder.run_id].mkdir()
+    # A run that diverges logs no mean for the step in which it does, and ends.
+    ends = [{"step": 30, "loss": 3.0, "loss_steps": 30, "train_flops": 1e9},
+            {"step": 40, "loss": None, "loss_steps": 10, "train_flops": 2e9}]  # fmt: skip
+    metrics[diverged.run_id].write_text("".join(json.dumps(line) + "\n" for line in ends))
+    curves, lacking = read_curves(workdir, records)
+    assert [c.run_id for c in curves] == [whole.run_id, cut.run_id, diverged.run_id]
+    assert lacking[cut.run_id].startswith("lacks steps 46 to 100: ")
+    assert lacking[gone.run_id].startswith("lacks steps 1 to 100: ")
+    assert lacking[folder.run_id].startswith("cannot be read: ")
+    assert len(lacking) == 3
+    text = report(workdir).read_text()
+    for record in (cut, gone, folder):
+        assert f"The learning curve of {record.run_id} {lacking[record.run_id][:20]}" in text
+
+
 def test_losses_of_single_steps_are_not_drawn(make_record, make_workdir):
     record = make_record()
     path = make_workdir([record]) / "runs" / record.run_id / "metrics.jsonl"
@@ -102,5 +135,5 @@ def test_losses_of_single_steps_are_not_drawn(make_record, make_workdir):
     for line in lines:
         line.pop("loss_steps", None)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curves = read_curves(path.parents[2], [record])
+    curves, _ = read_curves(path.parents[2], [record])
     assert curves == [] and curves_figure(curves, fit_all([record], draws=50)) is None

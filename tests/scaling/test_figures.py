@@ -47,7 +47,9 @@ def mixed(make_sweep):
 
 def test_every_figure_is_a_print_wide_png_and_an_svg_that_marks_every_run(mixed, make_workdir):
     workdir = make_workdir(mixed)
-    paths = draw_all(mixed, fit_all(mixed, draws=50), read_curves(workdir, mixed), workdir / "f")
+    paths = draw_all(
+        mixed, fit_all(mixed, draws=50), read_curves(workdir, mixed).curves, workdir / "f"
+    )
     assert list(paths) == ["isoflop", "normalised", "curves", "optima"]
     for path in paths.values():
         png = path.with_suffix(".png").read_bytes()
@@ -147,7 +149,7 @@ def test_one_arm_at_one_budget_gives_what_it_can(make_sweep, tmp_path):
 def test_of_very_many_runs_an_arm_is_one_artist_without_ids(mixed, make_workdir, monkeypatch):
     monkeypatch.setattr(figures, "MANY", len(mixed) - 1)
     workdir, fits = make_workdir(mixed), fit_all(mixed, draws=50)
-    curves = read_curves(workdir, mixed)
+    curves = read_curves(workdir, mixed).curves
     for name, path in draw_all(mixed, fits, curves, workdir / "f").items():
         svg = path.read_text()
         assert 'id="run:' not in svg
@@ -160,7 +162,7 @@ def test_of_very_many_runs_an_arm_is_one_artist_without_ids(mixed, make_workdir,
 
 def test_without_a_curve_the_figure_of_an_earlier_report_goes(mixed, make_workdir):
     workdir, fits = make_workdir(mixed), fit_all(mixed, draws=50)
-    draw_all(mixed, fits, read_curves(workdir, mixed), workdir / "f")
+    draw_all(mixed, fits, read_curves(workdir, mixed).curves, workdir / "f")
     assert (workdir / "f/curves.png").exists() and (workdir / "f/curves.svg").exists()
     assert "curves" not in draw_all(mixed, fits, [], workdir / "f")
     assert not list((workdir / "f").glob("curves.*"))

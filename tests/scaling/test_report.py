@@ -10,7 +10,7 @@ from modjax.errors import InputError
 from modjax.scaling import figures
 from modjax.scaling import report as report_module
 from modjax.scaling.fit import fit_all
-from modjax.scaling.report import render, report
+from modjax.scaling.report import fit_workdir, render, report
 
 
 @pytest.fixture
@@ -159,10 +159,37 @@ def test_runs_that_cannot_be_read_are_listed_with_their_reason(make_record, make
     record = make_record()
     workdir = make_workdir([record])
     fits = fit_all([record], draws=50)
-    text = render(workdir, [record], fits, {}, {"dense-1e+12-not-run": "not <JSON>"})
+    text = render(workdir, [record], fits, {}, left_out={"dense-1e+12-not-run": "not <JSON>"})
     listed = section(text, "Diverged, refused and missing")
-    assert "dense-1e+12-not-run can&#x27;t be read and is left out: not &lt;JSON&gt;." in listed
+    assert "dense-1e+12-not-run is left out: not &lt;JSON&gt;." in listed
     assert "has no result" not in listed
+
+
+def test_a_run_that_was_scored_on_other_data_is_set_aside_and_named(
+    make_sweep, make_workdir, caplog
+):
+    records = make_sweep(arms=("dense",), budgets=(1e12,))
+    other = dataclasses.replace(records[0], run_id="other-data", data_fingerprint="xyz")
+    fewer = dataclasses.replace(records[1], run_id="fewer-tokens", eval_tokens=640)
+    workdir = make_workdir([*records, other, fewer])
+    found, fits = fit_workdir(workdir)
+    assert fits == fit_all(records)
+    assert {r.run_id for r in found.records} == {r.run_id for r in records}
+    assert found.left_out == {
+        "other-data": "other-data was scored on 65536 tokens of data xyz, and 5 other runs on "
+        "65536 tokens of abc",
+        "fewer-tokens": "fewer-tokens was scored on 640 tokens of data abc, and 5 other runs on "
+        "65536 tokens of abc",
+    }
+    assert sum("left out: other-data was scored on" in message for message in caplog.messages) == 1
+    listed = section(report(workdir).read_text(), "Diverged, refused and missing")
+    assert "fewer-tokens is left out: fewer-tokens was scored on 640 tokens" in listed
+
+
+def test_without_a_majority_nothing_is_set_aside(make_record, make_workdir):
+    records = [make_record(run_id="a"), make_record(run_id="b", eval_tokens=640)]
+    with pytest.raises(InputError, match="fit them apart"):
+        fit_workdir(make_workdir(records))
 
 
 DAMAGE = {

@@ -126,7 +126,7 @@ def test_a_causal_loss_that_is_not_finite_leaves_a_record_that_can_be_read(tiny_
     folder.mkdir(parents=True)
     write_record(folder, record)
     found = scan(tmp_path)
-    assert found.unreadable == {} and found.records == [record]
+    assert found.left_out == {} and found.records == [record]
     assert record.eval_loss == 2.0 and record.causal_accuracy == 0.5
     assert record.causal_loss is record.causal_difference is None
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -20,8 +20,9 @@ def write(run_dir, start, lines):
 
 
 LINES = [
-    (1, {"loss": np.float32(3.3)}), (2, {"loss": np.float32(2.2)}), (2, {"eval_loss": 2.5}),
-    (4, {"loss": np.float32(1.1)}), (4, {"eval_loss": 1.5}),
+    (1, {"loss": np.float32(3.3), "loss_steps": 1}),
+    (2, {"loss": np.float32(2.2), "loss_steps": 1}), (2, {"eval_loss": 2.5}),
+    (4, {"loss": np.float32(1.1), "loss_steps": 2}), (4, {"eval_loss": 1.5}),
 ]  # fmt: skip
 
 
@@ -47,9 +48,37 @@ def test_one_damaged_line_is_said_and_hides_no_line_after_it(tmp_path, damage, c
     lines = write(tmp_path, 0, LINES).splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_bytes(b"".join([lines[0], damage + b"\n", *lines[2:]]))
     assert write(tmp_path, 9, []) == b"".join([lines[0], *lines[2:]])
-    (message,) = caplog.messages
-    assert "metrics.jsonl: line 2 is damaged: left out" in message
+    damaged, lost = caplog.messages
+    assert "metrics.jsonl: line 2 is damaged: left out" in damaged
+    assert "metrics.jsonl: has lost its lines of steps 2, 5 to 9: " in lost
     assert last_train_loss(tmp_path) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    ("kept", "restored", "unlogged", "lost"),
+    [
+        ([0, 1, 2, 3, 4], 4, 0, None),
+        ([0, 1, 2, 3], 5, 1, None),  # the state holds the loss of step 5, and no line does yet
+        ([0, 1], 4, 0, "3 to 4"),
+        ([0, 1], 5, 1, "3 to 4"),
+        ([0, 3], 4, 0, "2"),
+        ([3], 4, 0, "1 to 2"),
+        ([2, 4], 4, 0, "1 to 4"),  # evaluations are no training lines
+        ([], 4, 0, "1 to 4"),
+        ([], 0, 0, None),
+    ],
+)
+def test_steps_whose_lines_are_lost_before_the_checkpoint_are_named(
+    tmp_path, caplog, kept, restored, unlogged, lost
+):
+    lines = write(tmp_path, 0, LINES).splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[i] for i in kept))
+    MetricsWriter(tmp_path, start_step=restored, unlogged=unlogged, tensorboard=False).close()
+    said = [f"has lost its lines of steps {lost}: the run goes on from step {restored}"] * bool(
+        lost
+    )
+    assert len(caplog.messages) == len(said)
+    assert all(words in message for words, message in zip(said, caplog.messages, strict=True))
 
 
 def test_bytes_that_are_not_utf8_at_the_end_do_not_fail_a_restart(tmp_path):

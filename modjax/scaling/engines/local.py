@@ -5,6 +5,7 @@ each has its own share of the cores, so that XLA's threads fit. The folders hold
 is done when its result.json is there, and belongs to whoever holds its lock.
 """
 
+import contextlib
 import errno
 import os
 import selectors
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.errors import InputError
-from modjax.files import Home
+from modjax.files import Home, read
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.display import Display
 from modjax.scaling.engines.process import Worker, end_all, end_of, share_of_cores, signals
@@ -107,7 +108,7 @@ class Session:
     def _is_open(self, spec: RunSpec) -> bool:
         """Whether a run is still to be done; one whose result cannot be read is given up."""
         try:
-            record = read_record(run_dir(self.workdir, spec.run_id))
+            record = read_record(run_dir(self.workdir, spec.run_id), spec.run_id)
         except InputError as error:
             self.failures[spec.run_id] = str(error)
             return False
@@ -227,7 +228,7 @@ class Session:
     def _finish(self, spec: RunSpec, here: bool) -> None:
         self._require_home()
         try:
-            record = read_record(run_dir(self.workdir, spec.run_id))
+            record = read_record(run_dir(self.workdir, spec.run_id), spec.run_id)
         except InputError as error:
             return self._give_up(spec, str(error))
         if record is None:
@@ -267,8 +268,9 @@ class Session:
             self._give_up(spec, how)
 
     def _give_up(self, spec: RunSpec, why: str) -> None:
-        log = self._log(spec)
-        tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
+        log, tail = self._log(spec), []
+        with contextlib.suppress(InputError):
+            tail = read(log, "").decode(errors="replace").splitlines()[-LOG_LINES:]
         failure = {"run_id": spec.run_id, "why": why, "log": tail}
         write_json(log.with_name("failure.json"), failure)
         self.failures[spec.run_id] = why

@@ -52,7 +52,8 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            env={**os.environ, **compilation_cache()},
+            # What libraries print goes to log.txt, whatever the locale.
+            env=os.environ | compilation_cache() | {"PYTHONIOENCODING": "utf-8:backslashreplace"},
             start_new_session=True,  # Ctrl-C reaches the parent alone, which stops the workers
         )
         self.unread, self.ready, self.error, self.runs = b"", False, None, 0

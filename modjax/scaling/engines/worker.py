@@ -46,7 +46,7 @@ SECONDS_TO_SAVE = 60.0
 
 
 def main() -> None:
-    events = os.fdopen(os.dup(1), "w", buffering=1)
+    events = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print must not mix with the events
     faulthandler.enable()
 
