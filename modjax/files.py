@@ -1,32 +1,33 @@
 """Files written whole or not at all, folders that must stay, full disks, and where caches go."""
 
+import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from modjax.errors import InputError, SharedFault
+from modjax.errors import InputError, SharedFault, words
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# What a path that cannot be used ends in: no fault of the program, and said in one line.
-UNUSABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an OSError that names no file, as those of writing and reading do, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file so that it holds either its old content or all of the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -85,11 +86,11 @@ def is_disk_full(error: BaseException | None) -> bool:
 
     orbax, tensorstore and TensorFlow say so in words only.
     """
-    words = [os.strerror(number) for number in FULL]
+    full = [os.strerror(number) for number in FULL]
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
-        if any(said in str(error) for said in words):
+        if any(said in words(error) for said in full):
             return True
         error = error.__cause__ or error.__context__
     return False

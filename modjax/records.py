@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from modjax.errors import InputError
-from modjax.files import damaged, read_json, write_atomically
+from modjax.errors import LONGEST_NAME, InputError, require_name
+from modjax.files import damaged, naming, read_json, write_atomically
 from modjax.spec import RunSpec, from_dict, to_dict
 
 T = TypeVar("T")
@@ -78,7 +78,11 @@ class Record:
 
 
 def run_dir(workdir: Path, run_id: str) -> Path:
-    """The folder of a run of the sweep in `workdir`."""
+    """Returns the folder of a run of the sweep in `workdir`.
+
+    Raises InputError where `run_id`, which another's plan may name, leads out of it.
+    """
+    require_name("run id", run_id, most=2 * LONGEST_NAME)
     return workdir / "runs" / run_id
 
 
@@ -192,7 +196,7 @@ def _is_metrics(values: Any) -> bool:
 def write_csv(path: Path, records: Iterable[Record]) -> None:
     """A flat table of records; nested fields become JSON text."""
     names = [field.name for field in dataclasses.fields(Record)]
-    with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
+    with naming(path), open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         writer.writerow(names)
         for record in records:

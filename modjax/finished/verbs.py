@@ -8,6 +8,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from modjax.backend import starting, try_first
 from modjax.errors import InputError, require
 from modjax.scaling.run import compilation_cache
 from modjax.verbs import print_json
@@ -21,7 +22,9 @@ MOST_TOKENS = 1_000_000
 
 def evaluate(args: argparse.Namespace) -> None:
     os.environ.update(compilation_cache())
-    from modjax.finished.runs import choose, compare, open_run
+    try_first()
+    with starting():
+        from modjax.finished.runs import choose, compare, open_run
 
     specs = choose(args.workdir, args.run, routed=True)
     _check_slack(args.slack)
@@ -78,10 +81,12 @@ def _plain(value: Any) -> Any:
 
 def sample(args: argparse.Namespace) -> None:
     os.environ.update(compilation_cache())
-    from modjax.decoding.generate import Sampling
-    from modjax.finished.runs import choose, open_run
-    from modjax.finished.text import choose_routing, coloured, sample
-    from modjax.nn import unstack
+    try_first()
+    with starting():
+        from modjax.decoding.generate import Sampling
+        from modjax.finished.runs import choose, open_run
+        from modjax.finished.text import choose_routing, coloured, sample
+        from modjax.nn import unstack
 
     prompts = _prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
