@@ -44,9 +44,9 @@ def try_first() -> None:
 
 def last_line(output: str) -> str:
     """Returns the last line that a process printed, before Python's account of a crash."""
-    said, _, _ = output.partition("Fatal Python error")
-    lines = (said.strip() or output.strip() or "it said nothing").splitlines()
-    return re.sub(r"^F\d+ .*?\] ", "", lines[-1])  # of XLA's fatal lines the words
+    said, crash, _ = output.strip().partition("Fatal Python error")
+    last = said.strip().splitlines() or [crash or "it said nothing"]
+    return re.sub(r"^F\d+ .*?\] ", "", last[-1])  # the words of XLA's fatal lines
 
 
 def _refused(why: str) -> InputError:
