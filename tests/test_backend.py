@@ -15,7 +15,7 @@ def test_what_fails_at_the_start_of_jax_names_the_variables_that_it_reads(monkey
     said = str(caught.value)
     assert said.startswith("environment = {'JAX_PLATFORMS': 'foo'") and "ours" not in said
     assert said.endswith("}: jax cannot start: RuntimeError: no backend 'foo'")
-    with pytest.raises(InputError, match="^a = 1: as it is$"), backend.starting():
+    with pytest.raises(InputError, match=r"^a = 1: as it is$"), backend.starting():
         raise InputError("a", 1, "as it is")
 
 
@@ -36,7 +36,7 @@ def test_xla_is_tried_in_another_process_where_it_may_abort(code, words, monkeyp
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     backend.try_first()  # nothing to fear
     monkeypatch.setenv("XLA_FLAGS", "--nonsense")
-    with pytest.raises(InputError, match="'XLA_FLAGS': '--nonsense'.*jax cannot start: ") as caught:
+    with pytest.raises(InputError, match=r"'XLA_FLAGS': '--nonsense'.*jax cannot") as caught:
         backend.try_first()
     assert words in str(caught.value).partition("jax cannot start: ")[2]
     monkeypatch.setattr(backend, "TRIAL", "")

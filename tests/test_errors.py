@@ -54,7 +54,8 @@ NAMES = [
 ]
 NO_NAMES = [
     "", ".", "..", "../up", "a/b", "a\\b", ".hidden", "-rf", " a", "a ", "a.", "a\n", "a\x00",
-    "\udc80", "\u202eabc", "a:b", "a*", "a?", 'a"', "a|b", "CON", "nul.txt", "com1", "a" * 101, "ä" * 51,
+    "\udc80", "\u202eabc", "a:b", "a*", "a?", 'a"', "a|b", "CON", "nul.txt", "com1", "a" * 101,
+    "ä" * 51,
 ]  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_a_name_is_one_printable_part_of_a_path_on_every_system():
     for name in NAMES:
         require_name("name", name)
     for name in NO_NAMES:
-        with pytest.raises(InputError, match="^name = .*: names a folder: must be 1 to 100 bytes"):
+        with pytest.raises(InputError, match=r"^name = .*: names a folder: must be 1 to 100 bytes"):
             require_name("name", name)
 
 
@@ -72,6 +73,6 @@ def test_a_number_is_bounded():
         require_bounded("n", number)
     for number in (2**63 + 1, -(10**400), 1.1e100, float("inf"), float("nan")):
         assert not is_bounded(number)
-        with pytest.raises(InputError, match="^n = .*: must be finite"):
+        with pytest.raises(InputError, match=r"^n = .*: must be finite"):
             require_bounded("n", number)
     require_bounded("n", "text")

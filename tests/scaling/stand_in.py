@@ -4,8 +4,9 @@
 `crash` (these die by SIGKILL), `boom` (these raise), `refuse`, `diverge`, `disk_full` and `quick`
 (these take no time); `uncheckable` refuses the plan, `unforeseen` and
 `no_files` raise what a fault of the program or of the machine does, `stubborn` runs do not
-end by SIGTERM; $STAND_IN_ABORTS aborts every process as XLA does. Every start and every finish adds a line to
-the run's folder, and every process one to $STAND_IN_PROCESSES, so that a test can count them.
+end by SIGTERM; $STAND_IN_ABORTS aborts every process as XLA does. Every start and every finish
+adds a line to the run's folder, and every process one to $STAND_IN_PROCESSES, so that a test can
+count them.
 """
 
 import dataclasses

@@ -118,9 +118,7 @@ def test_a_machine_that_refuses_is_one_line_before_the_plan_is_claimed(folders):
 
 def test_a_fault_before_the_first_run_keeps_the_workers_traceback(folders):
     (folders[1] / "unforeseen").touch()
-    with pytest.raises(
-        RuntimeError, match="^workers cannot start: KeyError: 'unforeseen'"
-    ) as found:
+    with pytest.raises(RuntimeError, match=r"^workers cannot start: KeyError: 'unf") as found:
         sweep(folders, jobs=1)
     (note,) = found.value.__notes__
     assert 'raise KeyError("unforeseen")' in note and note.endswith("KeyError: 'unforeseen'\n")
