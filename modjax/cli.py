@@ -54,6 +54,7 @@ def _fail(line: str, code: int = verbs.BAD_INPUT) -> int:
 
 
 def _be_quiet() -> None:
+    os.environ["MPLBACKEND"] = "agg"  # figures go into files, whatever display the user has
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("absl", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)

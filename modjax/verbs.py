@@ -259,4 +259,5 @@ def flops(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     from modjax import bench
 
+    try_first()
     bench.run(args.name, json=args.json)
