@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import modjax
 from modjax import verbs
 from modjax.bench import BENCHMARKS
+from modjax.errors import MOST_SAID, one_line
 from modjax.finished import verbs as finished_verbs
 from modjax.spec import ROUTINGS
 
@@ -30,15 +31,33 @@ The same command again goes on where it was stopped.
 
 """
 RESUMING = ("prepare", "sweep", "train")
+KEEPING = (*RESUMING, "report")  # verbs whose work lies in files, whatever becomes of their output
 EPILOG = """\
-exit codes: 0 done; 1 unexpected error; 2 bad input or a full disk, said in one line; 3 ended, but
-with runs given up, or not evaluated; 75 stopped by SIGTERM, 130 by Ctrl-C; both saved their state.
+exit codes: 0 done; 2 bad input, or a machine that refuses (a full disk, no memory), said in one
+line; 3 ended, but with runs given up, or not evaluated; 70 a fault of modjax, in one line that
+names the file with its traceback; 75 stopped by SIGTERM, 130 by Ctrl-C; both saved their state.
 """
 
 
+class _Once(argparse.Action):
+    """Stores the value of an option, which may be given once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            parser.error(f"argument {option_string}: given twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **keywords: Any):
+        super().__init__(*args, **keywords)
+        self.register("action", None, _Once)  # of every option that names no other
+
     def error(self, message: str) -> NoReturn:
-        self.exit(verbs.BAD_INPUT, f"modjax: {message} (`{self.prog} --help` says more)\n")
+        said = one_line(message, MOST_SAID)
+        self.exit(verbs.BAD_INPUT, f"modjax: {said} (`{self.prog} --help` says more)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        verb.set_defaults(verb=function)
+        verb.set_defaults(verb=function, called=name)
         for option in options:
             name_or_flag, keywords = _OPTIONS[option]
             verb.add_argument(name_or_flag, **keywords)

@@ -1,25 +1,37 @@
 """The command line: parse, call, print. What a verb does lives in the packages."""
 
+import argparse
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 
-from modjax import verbs
-from modjax.arguments import make_parser
-from modjax.errors import InputError
+from modjax import output, verbs
+from modjax.arguments import KEEPING, RESUMING, make_parser
+from modjax.errors import MOST_SHOWN, InputError, one_line
 from modjax.packages import check_packages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    overrides, rest = _split(given)
-    args = make_parser().parse_args(rest)
-    args.overrides = overrides
-    args.command = shlex.join(["modjax", *given])
-    _be_quiet()
+    with output.lasting() as out:
+        overrides, rest = _split(given)
+        args = make_parser().parse_args(rest)
+        args.overrides = overrides
+        args.command = shlex.join(["modjax", *given])
+        _be_quiet()
+        code = _run(args)
+        out.flush()
+        if out.lost is None or isinstance(out.lost, BrokenPipeError):  # as `| head` does
+            return code
+        said = _fail(f"standard output: {out.lost.strerror}: what was printed is lost")
+        return code if args.called in KEEPING else said
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Runs the verb. Whatever it raises becomes one line and an exit code."""
     try:
         check_packages()
         return args.verb(args) or 0
@@ -28,45 +40,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("modjax: interrupted; the same command goes on from here", file=sys.stderr)
         return verbs.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, like `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        from modjax.files import UNUSABLE, is_disk_full
+    except BaseException as error:  # SystemExit, too: no verb raises it
+        from modjax import faults
 
-        where = getattr(error, "filename", None)
-        if is_disk_full(error):
-            where = where or getattr(args, "workdir", None) or "disk"
-            return _fail(
-                f"{where}: no space left: free some and give the same command again; "
-                "finished runs and checkpoints are kept"
-            )
-        if isinstance(error, OSError) and error.errno in UNUSABLE and where is not None:
-            return _fail(f"{_shortened(str(where))}: {error.strerror}")
-        raise
+        kept = "; what is finished is kept" if args.called in RESUMING else ""
+        line = faults.outside(error, getattr(args, "workdir", None))
+        if line is not None:
+            return _fail(line + kept)
+        return _fail(faults.inside(error, args.command) + kept, verbs.FAULT)
 
 
-def _fail(line: str) -> int:
+def _fail(line: str, code: int = verbs.BAD_INPUT) -> int:
     print(f"modjax: {line}", file=sys.stderr)
-    return verbs.BAD_INPUT
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:100]}...{text[-100:]}"
+    return code
 
 
 def _be_quiet() -> None:
+    os.environ["MPLBACKEND"] = "agg"  # figures go into files, whatever display the user has
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("absl", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for stream in (sys.stdout, sys.stderr):  # an alphabet without our letters ends nothing
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides as "a.b=value", and all other arguments."""
-    overrides, rest = [], []
+    overrides: dict[str, str] = {}
+    rest: list[str] = []
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
@@ -75,10 +74,14 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         if "=" not in argument:
             if not remaining or remaining[0].startswith("--"):
-                raise SystemExit(_fail(f"{argument}: needs a value, as {argument}=VALUE"))
+                shown = one_line(argument, MOST_SHOWN)
+                raise SystemExit(_fail(f"{shown}: needs a value, as {shown}=VALUE"))
             argument += "=" + remaining.pop(0)
-        overrides.append(argument.removeprefix("--config."))
-    return overrides, rest
+        name, _, value = argument.removeprefix("--config.").partition("=")
+        if name in overrides:
+            raise SystemExit(_fail(one_line(f"--config.{name}: given twice", MOST_SHOWN)))
+        overrides[name] = value
+    return [f"{name}={value}" for name, value in overrides.items()], rest
 
 
 if __name__ == "__main__":

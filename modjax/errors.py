@@ -1,6 +1,12 @@
-"""Input that cannot be used, and how it is said."""
+"""Input that cannot be used, and how errors are shown: on one line that can be printed."""
+
+import re
 
 MOST_SHOWN = 400  # characters of a value in a message
+MOST_SAID = 1000  # characters of what is accepted, which may be quoted from other libraries
+MOST_INTEGER, MOST_NUMBER = 2**63, 1e100  # so that sums and squares of numbers stay finite
+LONGEST_NAME = 100  # bytes of a name; folders are named by two, or by one and numbers
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
 
 
 class InputError(ValueError):
@@ -8,10 +14,36 @@ class InputError(ValueError):
 
     def __init__(self, field: str, value: object, accepted: str):
         self.field, self.value, self.accepted = field, value, accepted
-        shown = repr(value)
-        if len(shown) > MOST_SHOWN:
-            shown = f"{shown[: MOST_SHOWN // 2]}...{shown[-MOST_SHOWN // 2 :]}"
-        super().__init__(f"{field} = {shown}: {accepted}")
+        try:
+            text = repr(value)
+        except Exception:  # an integer of very many digits, or a class of the user's
+            text = f"<{type(value).__name__} that cannot be shown>"
+        fields = one_line(field, MOST_SHOWN), one_line(text, MOST_SHOWN)
+        super().__init__(f"{fields[0]} = {fields[1]}: {one_line(accepted, MOST_SAID)}")
+
+
+def one_line(text: str, most: int) -> str:
+    """Returns `text` on one line of about `most` characters, without its middle where it is longer.
+
+    Control characters and lone surrogates become their escapes, so that a terminal shows them.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-most // 2 :]}"
+    text = re.sub(r"\s*\n\s*", " ", text.strip())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def words(error: BaseException) -> str:
+    """Returns what `str` does, or a substitute where that fails."""
+    try:
+        return str(error)
+    except Exception:
+        return "its message cannot be shown"
+
+
+def describe(error: BaseException) -> str:
+    """Returns the type and the words of any exception, on one line."""
+    return one_line(f"{type(error).__name__}: {words(error)}".removesuffix(": "), MOST_SAID)
 
 
 class SharedFault(InputError):
@@ -35,6 +67,37 @@ def require(condition: bool, field: str, value: object, accepted: str) -> None:
 def require_one_of(field: str, value: str, accepted: tuple[str, ...]) -> None:
     """Raises `InputError` unless `value` is one of `accepted`."""
     require(value in accepted, field, value, f"must be one of {', '.join(accepted)}")
+
+
+def is_bounded(number: float) -> bool:
+    """Whether a number can be computed with: an integer of 64 bits, or a float of some size."""
+    return abs(number) <= (MOST_NUMBER if isinstance(number, float) else MOST_INTEGER)
+
+
+def require_bounded(field: str, value: object) -> None:
+    """Raises InputError for a number that is not finite, or beyond all that a spec can mean."""
+    accepted = f"must be finite, and at most {MOST_NUMBER:g}, or 2**63 for an integer"
+    require(not isinstance(value, int | float) or is_bounded(value), field, value, accepted)
+
+
+def require_name(field: str, name: str, most: int = LONGEST_NAME) -> None:
+    """Raises InputError unless `name` can be one part of a path on every system."""
+    usable = (
+        0 < len(name.encode(errors="replace")) <= most
+        and name.isprintable()
+        and not set(name) & set('<>:"/\\|?*')
+        and name[0] not in ".- "
+        and name[-1] not in ". "
+        and not _RESERVED.fullmatch(name)
+    )
+    require(
+        usable,
+        field,
+        name,
+        f"names a folder: must be 1 to {most} bytes of printable characters, without any "
+        "of <>:\"/\\|?*, '.', '-' or space in front, '.' or space at the end, and no word that "
+        "Windows reserves",
+    )
 
 
 def require_positive(config: object, prefix: str, *names: str) -> None:

@@ -8,25 +8,24 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from modjax.errors import InputError, SharedFault
+from modjax.errors import InputError, SharedFault, words
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# What a path that cannot be used ends in: no fault of the program, and said in one line.
-UNUSABLE = (
-    errno.ENOENT,
-    errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an OSError that names no file, as those of writing and reading do, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
 
 # Largest file of JSON that is read, in bytes. The plan of 10,000 runs has about 1 MiB.
 MOST_JSON = 64 * 2**20
@@ -173,11 +172,11 @@ def is_disk_full(error: BaseException | None) -> bool:
 
     orbax, tensorstore and TensorFlow say so in words only.
     """
-    words = [os.strerror(number) for number in FULL]
+    full = [os.strerror(number) for number in FULL]
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
-        if any(said in str(error) for said in words):
+        if any(said in words(error) for said in full):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from modjax.errors import InputError, require
+from modjax.errors import LONGEST_NAME, InputError, require, require_name
 from modjax.files import Missing, damaged, entries, read, read_json, write_atomically
 from modjax.spec import RunSpec, from_dict, to_dict
 
@@ -115,7 +115,11 @@ def causal_loss(record: Record) -> float | None:
 
 
 def run_dir(workdir: Path, run_id: str) -> Path:
-    """Returns the folder of a run of the sweep in `workdir`."""
+    """Returns the folder of a run of the sweep in `workdir`.
+
+    Raises InputError where `run_id`, which another's plan may name, leads out of it.
+    """
+    require_name("run id", run_id, most=2 * LONGEST_NAME)
     return workdir / "runs" / run_id
 
 

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from modjax.errors import InputError, Preempted, require
+from modjax.backend import starting, try_first
+from modjax.errors import InputError, Preempted, describe, require
 from modjax.scaling.run import compilation_cache
 from modjax.spec import RunSpec, to_dict
 
-BAD_INPUT, RUNS_FAILED, STOPPED, INTERRUPTED = 2, 3, 75, 130
+BAD_INPUT, RUNS_FAILED, FAULT, STOPPED, INTERRUPTED = 2, 3, 70, 75, 130
 
 
 def print_json(value: Any) -> None:
@@ -225,15 +226,17 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
     from modjax.scaling.workdir import claim
 
     os.environ.update(compilation_cache())
-    import jax
+    try_first()
+    with starting():
+        import jax
 
     try:
         jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
         raise InputError(
             "--distributed",
             True,
-            f"no cluster was found, see launch/README.md: {str(error).splitlines()[0]}",
+            f"no cluster was found, see launch/README.md: {describe(error)}",
         ) from error
     from modjax.training.loop import check
     from modjax.training.loop import train as train_run
@@ -281,4 +284,5 @@ def flops(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     from modjax import bench
 
+    try_first()
     bench.run(args.name, json=args.json)

@@ -36,7 +36,7 @@ CACHE_POOL_BYTES = 512 * 2**20
 
 def cache_dir(data_dir: Path, data: DataConfig) -> Path:
     """Returns the folder of a corpus under a vocabulary; a model is known by its file name."""
-    return Path(data_dir) / f"{data.name}-{Path(data.vocab).name.replace(':', '-')}"
+    return Path(data_dir) / f"{data.name}-{data.vocabulary}"
 
 
 def url(path: Path | str) -> str | None:

@@ -32,11 +32,10 @@ from modjax.data.vocabulary import (
     train_sentencepiece,
 )
 from modjax.data.writer import Written, has_tokens, read_journal, write_journal, write_split
-from modjax.errors import InputError, require
+from modjax.errors import InputError, require, require_name
 from modjax.files import is_disk_full, read_file, user_cache, write_atomically
 from modjax.spec import DataConfig
 
-LONGEST_NAME = 240  # bytes of a folder's name; file systems take 255, and its partial has more
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
@@ -66,14 +65,9 @@ def prepare(
     source = corpus.source
     if wanted.model is not None:
         source += f"; {wanted.name} sha256 {sha256(wanted.model)}"
+    require_name("--name", corpus.name)
     final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=wanted.name))
     bucket = url(final)
-    require(
-        len(final.name.encode()) <= LONGEST_NAME,
-        "--name",
-        final.name,
-        f"too long: a folder's name may have up to {LONGEST_NAME} bytes",
-    )
     there = read_manifest(final) is not None and not force
     if there:
         cache = open_cache(final)

@@ -150,7 +150,7 @@ def tfds_source(name: str) -> seqio.DataSource:
 
 
 def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
-    """Returns the vocabulary of a SentencePiece model, put into `folder`; bytes for an empty one."""
+    """Returns the vocabulary of a SentencePiece model, put into `folder`; bytes for none."""
     if not model:
         return seqio.ByteVocabulary()
     # seqio remembers models by their path, as long as the process lives.

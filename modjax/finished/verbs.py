@@ -10,6 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from modjax.backend import starting, try_first
 from modjax.errors import InputError, require
 from modjax.files import read_file
 from modjax.scaling.run import compilation_cache
@@ -25,7 +26,9 @@ MOST_PROMPTS = 16 * 2**20  # bytes of a file of prompts
 
 def evaluate(args: argparse.Namespace) -> int:
     os.environ.update(compilation_cache())
-    from modjax.finished.runs import choose, compare, open_run
+    try_first()
+    with starting():
+        from modjax.finished.runs import choose, compare, open_run
 
     specs, failures = choose(args.workdir, args.run, routed=True)
     _check_slack(args.slack)
@@ -91,12 +94,14 @@ def _plain(value: Any) -> Any:
 
 def sample(args: argparse.Namespace) -> None:
     os.environ.update(compilation_cache())
-    from rich.console import Console
+    try_first()
+    with starting():
+        from rich.console import Console
 
-    from modjax.decoding.generate import Sampling
-    from modjax.finished.runs import choose, open_run
-    from modjax.finished.text import choose_routing, coloured, numbered, sample
-    from modjax.nn import unstack
+        from modjax.decoding.generate import Sampling
+        from modjax.finished.runs import choose, open_run
+        from modjax.finished.text import choose_routing, coloured, numbered, sample
+        from modjax.nn import unstack
 
     prompts = _prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)

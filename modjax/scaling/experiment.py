@@ -17,12 +17,13 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from modjax.errors import InputError, require
+from modjax.errors import InputError, describe, require
 from modjax.files import read_file
 from modjax.flops import run_flops
 from modjax.scaling.plan import plan
 from modjax.scaling.sweep_config import RECIPE_FIELDS, SweepConfig
 from modjax.spec import DataConfig, Execution, ModelSpec, RunSpec, TrainConfig, from_dict
+from modjax.spec.text import bounded
 
 MOST_CONFIG = 2**20  # bytes of a config file
 GROUPS = {"model": ModelSpec, "train": TrainConfig, "data": DataConfig, "execution": Execution}
@@ -80,8 +81,8 @@ def _read(config_file: str) -> dict[str, Any]:
         config = get_config(argument) if argument else get_config()
     # The file is the user's code: anything can come out of it.
     except (Exception, SystemExit) as error:
-        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError("--config", config_file, f"its get_config() failed: {line}") from error
+        failed = f"its get_config() failed: {describe(error)}"
+        raise InputError("--config", config_file, failed) from error
     require(
         isinstance(config, ml_collections.ConfigDict),
         "--config",
@@ -131,9 +132,10 @@ def _override(config: ml_collections.ConfigDict, override: str) -> ml_collection
         require(inside and part in group, f"--config.{name}", text, known)
         parent, group = group, group[part]
     if group is None or isinstance(group, tuple):  # the spec that it is for knows its type
+        text = bounded(text, f"--config.{name}")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             value = text if group is None else tuple(text.split(","))
         one = group is not None and not isinstance(value, tuple | list)
         parent[part] = (value,) if one else value

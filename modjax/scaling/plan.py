@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from modjax.errors import InputError, require
+from modjax.errors import InputError, is_bounded, require
 from modjax.flops import forward_flops, parameters, total_flops, train_flops
 from modjax.scaling.sweep_config import (
     MOST_STEPS,
@@ -44,7 +44,7 @@ def plan(
     _require_absent("train", train, RECIPE_FIELDS, "sweep.recipe and sweep.seeds")
     _check_base(sweep, model)
     seq_len = train.get("seq_len")
-    if not isinstance(seq_len, int) or seq_len <= 0:
+    if not isinstance(seq_len, int) or seq_len <= 0 or not is_bounded(seq_len):
         raise InputError("train.seq_len", seq_len, "must be a positive number of tokens")
     arms = {name: _arm(sweep, model, name) for name in sweep.arms}
     recipes = {name: _recipe(sweep, name) for name in sweep.arms}

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modjax.errors import require
-from modjax.spec.run import LONGEST_NAME
+from modjax.errors import require, require_name
 
 # Fields that the sweep's rules decide, and that its `model` and `train` groups must leave out.
 SHAPE_FIELDS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
@@ -198,12 +197,7 @@ class SweepConfig:
             value = getattr(self, name)
             require(len(set(value)) == len(value), f"sweep.{name}", value, "must all differ")
         for name in self.arms:
-            require(
-                len(name) <= LONGEST_NAME,
-                "sweep.arms",
-                name,
-                f"must have at most {LONGEST_NAME} characters: it names folders",
-            )
+            require_name("sweep.arms", name)
         for budget in self.budgets:
             require(
                 0 < budget <= MOST_FLOPS,

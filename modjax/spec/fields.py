@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import math
 import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from modjax.errors import InputError, require
+from modjax.errors import InputError, is_bounded, require, require_bounded
 from modjax.spec.layer import Layer, Repeat
 
 T = TypeVar("T")
@@ -76,7 +75,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
             known = f"unknown; known here: {', '.join(fields)}"
             raise InputError(f"{path}{name}", value, known)
         hint, fitting, _ = fields[name]
-        fits = type(value) in fitting and (type(value) is not float or math.isfinite(value))
+        fits = type(value) in fitting and (not isinstance(value, int | float) or is_bounded(value))
         built[name] = value if fits else _convert(hint, value, f"{path}{name}")
     missing = [name for name, field in fields.items() if field.needed and name not in built]
     if missing:
@@ -86,17 +85,20 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:  # the config itself knows what it takes
+        require_bounded(where, value)
         return value
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, f"{where}.")  # type: ignore[arg-type]
+        built = isinstance(value, hint)  # type: ignore[arg-type]
+        return value if built else from_dict(hint, value, f"{where}.")  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
         require(isinstance(value, list | tuple), where, value, "must be a list")
         return tuple(_convert(get_args(hint)[0], item, where) for item in value)
     if get_origin(hint) is dict:
         require(isinstance(value, Mapping), where, value, "must be a group of fields")
-        return value
+        inner = get_args(hint)[1]
+        return {name: _convert(inner, item, f"{where}.{name}") for name, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        require(abs(value) < 10**308, where, value, "must be finite")
+        require(abs(value) <= 10**100, where, value, "must be at most 1e100")
         value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -104,5 +106,5 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     ok = isinstance(value, accepted) and not (isinstance(value, bool) and hint is not bool)
     name = getattr(hint, "__name__", str(hint))
     require(ok, where, value, f"must be of type {name}")
-    require(not isinstance(value, float) or math.isfinite(value), where, value, "must be finite")
+    require_bounded(where, value)
     return value

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from modjax.errors import require
+from modjax.errors import require, require_bounded
 from modjax.spec import text
 
 # How a routed layer selects: as training does, or by one of the ways that never look ahead.
@@ -128,8 +128,7 @@ def check_types(spec: Any, name: str) -> None:
         whole = float in kinds and type(value) is int
         fits = whole or type(value) in kinds or (Layer in kinds and isinstance(value, Layer))
         require(fits, f"{name}.{field}", value, f"must be {said}")
-        finite = not isinstance(value, int | float) or abs(value) < 1e308
-        require(finite, f"{name}.{field}", value, "must be finite")
+        require_bounded(f"{name}.{field}", value)
 
 
 @functools.cache

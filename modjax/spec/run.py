@@ -7,13 +7,13 @@ A `RunSpec` says what is computed and is hashed into the run's name; an `Executi
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from modjax.errors import require, require_one_of, require_positive
+from modjax.errors import require, require_name, require_one_of, require_positive
 from modjax.spec.fields import canonical, from_dict, to_dict
 from modjax.spec.model import ModelSpec
 
 TRAINED = ("all", "routers")
-LONGEST_NAME = 64  # characters of a variant, which names folders
 ROUTER_ROLES = ("router", "predictor")  # of the parameters that "routers" are
 
 
@@ -103,9 +103,15 @@ class DataConfig:
     max_epochs: float = 1.0
 
     def __post_init__(self):
-        require(self.name != "", "data.name", self.name, "must name a prepared corpus")
+        require_name("data.name", self.name)
+        require_name("data.vocab", self.vocabulary)
         require_positive(self, "data", "max_epochs")
         require(self.seed >= 0, "data.seed", self.seed, "must be 0 or more")
+
+    @property
+    def vocabulary(self) -> str:
+        """The vocabulary's part of the cache's name; a file counts by its own name."""
+        return Path(self.vocab).name.replace(":", "-")
 
 
 @dataclass(frozen=True)
@@ -119,14 +125,13 @@ class RunSpec:
     data: DataConfig
 
     def __post_init__(self):
+        require_name("variant", self.variant)
         require(
-            self.variant != "" and all(c.isalnum() or c in "-_." for c in self.variant),
+            all(c.isalnum() or c in "-_." for c in self.variant),
             "variant",
             self.variant,
             "must be made of letters, digits, '-', '_' and '.'",
         )
-        short = len(self.variant) <= LONGEST_NAME
-        require(short, "variant", self.variant, f"must have at most {LONGEST_NAME} characters")
         require(self.budget_flops > 0, "budget_flops", self.budget_flops, "must be greater than 0")
 
     @property

@@ -6,7 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from modjax.errors import InputError, require
+from modjax.errors import InputError, describe, require, require_bounded
+
+# Python's parser overflows its stack on texts that are deep enough.
+MOST_CHARACTERS, MOST_DEPTH = 10_000, 50
 
 
 def write(spec: Any) -> str:
@@ -30,17 +33,27 @@ def _one(value: Any) -> str:
     return str(value) if dataclasses.is_dataclass(value) else repr(value)
 
 
+def bounded(text: str, field: str) -> str:
+    """Returns `text` for Python's parser. Raises InputError where it is too long or too deep."""
+    require(
+        len(text) <= MOST_CHARACTERS,
+        field,
+        text,
+        f"must have at most {MOST_CHARACTERS} characters",
+    )
+    depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        require(depth <= MOST_DEPTH, field, text, f"must have at most {MOST_DEPTH} brackets open")
+    return text.strip()
+
+
 def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tuple[Any, ...]:
     """Returns the specs that `text`, such as "Dense(), MoD(Dense())", calls by `names`.
 
     Raises InputError naming `field` for anything but calls of these names with plain values, and
     for values that a spec refuses.
     """
-
-    def finite(plain: Any) -> Any:
-        fits = not isinstance(plain, int | float) or abs(plain) < 1e308
-        require(fits, field, plain, "must be finite")
-        return plain
 
     def value(node: ast.expr) -> Any:
         match node:
@@ -52,16 +65,24 @@ def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tupl
                 try:
                     return names[name](*parts, **given)
                 except (TypeError, InputError) as error:
-                    said = _unknown(name, names[name], given) or error
-                    raise InputError(field, ast.unparse(node), str(said)) from error
-            case ast.Constant(value=plain):
-                return finite(plain)
+                    why = _unknown(name, names[name], given) or error
+                    raise InputError(field, said(node), str(why)) from error
+                except Exception as error:  # a registered spec is the user's code
+                    raise InputError(field, said(node), describe(error)) from error
+            case ast.Constant(value=None | bool() | int() | float() | str() as plain):
+                require_bounded(field, plain)
+                return plain
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-                return finite(-number)
-        raise InputError(field, ast.unparse(node), "must be calls such as MoD(Dense())")
+                require_bounded(field, -number)
+                return -number
+        raise InputError(field, said(node), "must be calls such as MoD(Dense())")
 
+    def said(node: ast.expr) -> str:
+        return ast.get_source_segment(text, node) or text
+
+    text = bounded(text, field)
     try:
-        body = ast.parse(text.strip(), mode="eval").body
+        body = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(field, text, "must be calls such as Dense(), MoD(Dense())") from error
     return tuple(map(value, body.elts if isinstance(body, ast.Tuple) else [body]))

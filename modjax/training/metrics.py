@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from modjax.errors import require
-from modjax.files import write_atomically
+from modjax.files import naming, write_atomically
 from modjax.records import lost_steps, read_metrics
 
 logger = logging.getLogger("modjax")
@@ -70,8 +70,9 @@ class MetricsWriter:
         """Writes one line. Values that are not finite become null."""
         line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            with naming(Path(self._file.name)):
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, float(value), step)

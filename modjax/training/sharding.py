@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from modjax.backend import starting
 from modjax.errors import require
 from modjax.nn.sharding import LOGICAL_TO_MESH, MESH_AXES, partition_spec, ways
 from modjax.spec import Execution, TrainConfig
@@ -19,7 +20,9 @@ def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mes
 
     Raises InputError where the sizes do not fit the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        with starting():
+            devices = jax.devices()
     inner = execution.fsdp * execution.tensor * execution.expert
     require(
         len(devices) % inner == 0,

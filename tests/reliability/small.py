@@ -22,8 +22,9 @@ OVERRIDES = [
 def arguments(workdir: Path, data_dir: Path, *more: str) -> list[str]:
     """Those of `modjax` for the sweep in `workdir`; `more` replace earlier ones."""
     overrides = [f"--config.{override}" for override in OVERRIDES]
-    return ["sweep", f"--config={CONFIG}", f"--workdir={workdir}", f"--data-dir={data_dir}",
-            *overrides, "--jobs=2", "--json", *more]  # fmt: skip
+    options = [f"--config={CONFIG}", f"--workdir={workdir}", f"--data-dir={data_dir}",
+               *overrides, "--jobs=2", "--json", *more]  # fmt: skip
+    return ["sweep", *{option.partition("=")[0]: option for option in options}.values()]
 
 
 def finish(process) -> list[dict]:

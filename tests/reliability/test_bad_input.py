@@ -13,6 +13,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = f"--config={CONFIGS / 'tiny.py'}"
 SINGLE = f"--config={CONFIGS / 'single.py'}"
 LONG = "x" * 5000
+DIGITS, HEX = "9" * 5000, f"0x{'f' * 5000}"
+DEEP, CHAIN = "Dense(" * 500 + ")" * 500, "1+" * 3000 + "1"
 FILES = {
     "file": "text", "exit.py": "import sys\nsys.exit(0)\n", "raises.py": "1 / 0\n",
     "nothing.py": "", "number.py": "def get_config():\n    return 3\n",
@@ -35,7 +37,17 @@ OVERRIDES = {
     "sweep.recipe.batch_exponent": ["1e6", "nan", "inf"],
     "sweep.recipe.learning_rate": ["0", "-1", "nan", "1e400"],
     "sweep.recipe.warmup_fraction": ["2", "-1", "nan"],
-    "sweep.seeds": ["2147483648", "-1", "x", "1e30"],
+    "sweep.seeds": [
+        "2147483648",
+        "-1",
+        "x",
+        "1e30",
+        DIGITS,
+        HEX,
+        CHAIN,
+        "-" * 3000 + "1",
+        "[" * 999,
+    ],
     "sweep.flops_per_second": ["0", "nan", "-1"],
     "sweep.baseline": ["none", ""],
     "sweep.arms.mod12.forward_ratio": ["0", "1e300", "-1", "nan"],
@@ -56,15 +68,27 @@ OVERRIDES = {
         "Moe()",
         "Repeat()",
         "Repeat(Dense()), Dense()",
+        DEEP,
+        CHAIN,
+        HEX,
+        f"MoD(capacity={DIGITS})",
+        "MoD(capacity=1e308)",
+        "MoD(capacity=1j)",
+        "\x1b[2J",
+        "\udc80",
     ],
-    "train.seq_len": ["0", "-1", "1000000000000000000000", "x"],
+    "train.seq_len": ["0", "-1", "1000000000000000000000", "x", HEX, "9" * 400],
     "train.b2": ["1", "-1", "nan", "x"],
     "train.eval_sequences": ["0", "-1", "x"],
-    "data.name": [""],
+    "data.name": ["", "..", "../up", "a/b", ".hidden", "-rf", "a\nb", "\udc80", "CON", LONG],
+    "data.vocab": ["", "..", "/", "\x1b[2J", LONG],
+    "data.seed": ["-1", HEX, DIGITS],
+    "model.streams": ["3", "Dense()", HEX, CHAIN, "[" * 999],
+    "model.head_dim": ["0", "x", HEX, CHAIN],
     "data.max_epochs": ["0", "-1", "nan"],
     "execution.layer_loop": ["slow"],
     "execution.log_every": ["0", "-1"],
-    "model.vocab_size": ["0", "-1", "x"],
+    "model.vocab_size": ["0", "-1", "x", HEX, "9" * 400],
     "train.colour": ["red"],
     "colour": ["red"],
 }
@@ -94,6 +118,11 @@ COMMANDS = [
     ["data", "prepare", f"--name={LONG}", "--text", "file"],
     ["data", "prepare", "--data-dir=file", "--text", "file"],
     ["data", "show", "--data-dir=file/data"],
+    ["plan", TINY, "--workdir=a", "--workdir=b"], ["plan", TINY, TINY],
+    ["plan", TINY, f"--jobs={HEX}"], ["plan", TINY, f"--jobs={DIGITS}"],
+    ["plan", TINY, "--config.train.b2=0.9", "--config.train.b2=0.9"],
+    ["plan", TINY, f"--config.{LONG}=1"], ["plan", TINY, "--config.\x1b[2J=1"], ["\x1b[2J"], [LONG],
+    ["plan", TINY, f"--config.{LONG}"], ["plan", f"--config={CONFIGS / 'tiny.py'}\x1b[2J"],
 ]  # fmt: skip
 
 
@@ -111,7 +140,8 @@ def test_one_line_and_exit_code_2(command, data_dir, tmp_path, monkeypatch, caps
         code = stop.code
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
-    assert err.startswith("modjax: ") and err.count("\n") == 1 and len(err) < 2000
+    assert err.startswith("modjax: ") and err[:-1].isprintable() and len(err) < 2000
+    assert err.endswith("\n")
     assert time.monotonic() - started < 20
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES), "nothing was begun"
     count("bad inputs that got one line")

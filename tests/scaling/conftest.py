@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,8 @@ def make_workdir(tmp_path):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """(workdir, data_dir with orders for the stand-in); workers find the stand-in by path."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     orders = tmp_path / "orders"
     orders.mkdir()
     (orders / "seconds").write_text("0.05")

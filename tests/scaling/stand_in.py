@@ -2,15 +2,18 @@
 
 `data_dir` holds the orders, one file each: `seconds` (how long a run takes), and run ids in
 `crash` (these die by SIGKILL), `boom` (these raise), `refuse`, `diverge`, `disk_full` and `quick`
-(these take no time); `uncheckable` refuses the plan, `stubborn` runs do not
-end by SIGTERM. Every start and every finish adds a line to
-the run's folder, and every process one to $STAND_IN_PROCESSES, so that a test can count them.
+(these take no time); `uncheckable` refuses the plan, `unforeseen` and
+`no_files` raise what a fault of the program or of the machine does, `stubborn` runs do not
+end by SIGTERM; $STAND_IN_ABORTS aborts every process as XLA does. Every start and every finish
+adds a line to the run's folder, and every process one to $STAND_IN_PROCESSES, so that a test can
+count them.
 """
 
 import dataclasses
 import errno
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +24,9 @@ from modjax.spec import RunSpec
 
 STEPS = 20
 
+if "STAND_IN_ABORTS" in os.environ:
+    print("F1129 18:32:00.403493 7 flags.cc:234] Unknown flag", file=sys.stderr, flush=True)
+    os.abort()
 if "STAND_IN_PROCESSES" in os.environ:
     with open(os.environ["STAND_IN_PROCESSES"], "a") as processes:
         processes.write(f"{os.getpid()}\n")
@@ -49,6 +55,10 @@ def record_of(spec: RunSpec, eval_loss: float = 2.0) -> Record:
 def check(specs, execution, *, data_dir: Path, fingerprint: str) -> None:
     if (data_dir / "uncheckable").exists():
         raise InputError("train.eval_sequences", 10**6, "ask for at most 12")
+    if (data_dir / "unforeseen").exists():
+        raise KeyError("unforeseen")
+    if (data_dir / "no_files").exists():
+        raise OSError(errno.EMFILE, "Too many open files")
 
 
 def train(spec, execution, *, run_dir: Path, data_dir: Path, fingerprint, progress) -> Record:

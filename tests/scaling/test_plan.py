@@ -264,19 +264,22 @@ BAD = {
 }  # fmt: skip
 
 
-LONG = "a" * 65
+LONG = "a" * 101
 OUT_OF_SCALE = {
     "sweep.sizes=1000000000": "sweep.sizes = 1000000000: must be greater than 0 and at most 100",
     "sweep.spread=400.0": "sweep.spread = 400.0: must be greater than 0 and at most 5",
-    "sweep.budgets=1e300": "sweep.budgets = 1e+300: must be greater than 0 and at most 1e+40",
+    "sweep.budgets=1e300": "sweep.budgets = 1e+300: must be finite, and",
+    "sweep.budgets=1e90": "sweep.budgets = 1e+90: must be greater than 0 and at most 1e+40",
     "sweep.budgets=1e30": "sweep.budgets = 1e+30: its grid has models wider than 65536: lower",
     "sweep.budgets=1e-300": "sweep.budgets = 1e-300: too far from sweep.optimum.budget",
     "sweep.budgets=1e11,1e11": "sweep.budgets = (100000000000.0, 100000000000.0): must all differ",
-    "sweep.optimum.params=1e300": "sweep.optimum.params = 1e+300: must be greater than 0 and at",
+    "sweep.optimum.params=1e300": "sweep.optimum.params = 1e+300: must be finite, and",
+    "sweep.optimum.params=1e90": "sweep.optimum.params = 1e+90: must be greater than 0 and at",
     "sweep.optimum.params=1e18": "sweep.budgets = 900000000000.0: its grid has models wider than",
     "sweep.optimum.params=1e-300": "sweep.budgets = 900000000000.0: too far from",
     "sweep.optimum.budget=1e-300": "sweep.budgets = 900000000000.0: too far from",
-    "sweep.optimum.budget=1e300": "sweep.optimum.budget = 1e+300: must be greater than 0 and at",
+    "sweep.optimum.budget=1e300": "sweep.optimum.budget = 1e+300: must be finite, and",
+    "sweep.optimum.budget=1e90": "sweep.optimum.budget = 1e+90: must be greater than 0 and at",
     "sweep.optimum.exponent=1e6": "sweep.optimum.exponent = 1000000.0: must be in [-10, 10]",
     "sweep.optimum.exponent=-1e6": "sweep.optimum.exponent = -1000000.0: must be in [-10, 10]",
     "sweep.optimum.exponent=10.0;sweep.optimum.budget=1.0": "sweep.budgets = 900000000000.0: too f",
@@ -287,18 +290,21 @@ OUT_OF_SCALE = {
     "sweep.recipe.batch_exponent=1e6": "sweep.recipe.batch_exponent = 1000000.0: must be in",
     "sweep.recipe.batch_exponent=10.0;sweep.optimum.budget=1e2;sweep.optimum.exponent=0.0":
         "sweep.recipe.batch_exponent = 10.0: too large: the batch would have 2^",
-    "sweep.recipe.learning_rate=1e300": "sweep.recipe.learning_rate = 1e+300: must be greater",
+    "sweep.recipe.learning_rate=1e300": "sweep.recipe.learning_rate = 1e+300: must be finite",
+    "sweep.recipe.learning_rate=1e90": "sweep.recipe.learning_rate = 1e+90: must be greater",
     "sweep.shape.aspect=1e-300": "sweep.shape.aspect = 1e-300: must be at least 0.01",
     "sweep.shape.width_multiple=1000000000": "sweep.shape.width_multiple = 1000000000: must be gr",
     "sweep.shape.layer_multiple=1000000000": "sweep.shape.layer_multiple = 1000000000: must be gr",
-    "sweep.shape.ff_multiple=1e300": "sweep.shape.ff_multiple = 1e+300: must be greater than 0",
+    "sweep.shape.ff_multiple=1e300": "sweep.shape.ff_multiple = 1e+300: must be finite, and",
+    "sweep.shape.ff_multiple=1e90": "sweep.shape.ff_multiple = 1e+90: must be greater than 0",
     "sweep.budgets=1e24;sweep.optimum.exponent=0.0": "sweep.budgets = 1e+24: too large: arm dense",
     "sweep.flops_per_second=1e-300": "sweep.flops_per_second = 1e-300: must be at least 1",
-    "sweep.arms={'dense':{},'" + LONG + "':{}}": f"sweep.arms = '{LONG}': must have at most 64",
+    "sweep.arms={'dense':{},'" + LONG + "':{}}": f"sweep.arms = '{LONG}': names a folder: must be",
     "sweep.arms={'dense':{},'m':{'forward_ratio':1e300}}": "sweep.arms.m.forward_ratio = 1e+300: ",
     "sweep.arms={'dense':{},'m':{'forward_ratio':1e-300}}": "sweep.arms.m.forward_ratio = 1e-300",
     "sweep.arms={'dense':{},'m':{'recipe':{'batch_exponent':1e9}}}": "sweep.recipe.batch_exponent",
-    "model.vocab_size=100000000000000000000000": "sweep.budgets = 900000000000.0: too small for",
+    "model.vocab_size=100000000000000000000000": "model.vocab_size = 100000000000000000000000: mus",
+    "model.vocab_size=1000000000000000000": "sweep.budgets = 900000000000.0: too small for",
 }  # fmt: skip
 
 
@@ -329,7 +335,7 @@ def test_a_seed_or_name_that_no_run_can_have_is_refused():
     with pytest.raises(InputError, match=r"train.seed = 2147483648: must be below 2\*\*31"):
         load(str(CONFIGS / "single.py"), ["train.seed=2147483648"])
     spec = load(TINY).specs[0]
-    with pytest.raises(InputError, match=f"variant = '{LONG}': must have at most 64 characters"):
+    with pytest.raises(InputError, match=f"variant = '{LONG}': names a folder: must be 1 to 100"):
         dataclasses.replace(spec, variant=LONG)
 
 

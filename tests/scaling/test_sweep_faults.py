@@ -91,6 +91,39 @@ def test_what_a_worker_would_refuse_is_found_before_the_plan_is_claimed(folders)
     assert not folders[0].exists()
 
 
+def test_a_worker_that_aborts_is_named_with_its_last_words(folders, monkeypatch):
+    monkeypatch.setenv("STAND_IN_ABORTS", "1")
+    with pytest.raises(InputError) as caught:
+        sweep(folders, jobs=1)
+    assert str(caught.value) == (
+        "worker = 'killed by SIGABRT': died 3 times before it had a run: Unknown flag"
+    )
+    assert not folders[0].exists()
+
+
+def test_a_job_that_cannot_be_imported_is_one_line(folders, monkeypatch):
+    paths = os.environ["PYTHONPATH"].partition(os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", paths[2])  # where there is no stand_in
+    with pytest.raises(InputError, match=r"jax cannot start: ModuleNotFoundError: No module named"):
+        sweep(folders, jobs=1)
+    assert not folders[0].exists()
+
+
+def test_a_machine_that_refuses_is_one_line_before_the_plan_is_claimed(folders):
+    (folders[1] / "no_files").touch()
+    with pytest.raises(InputError, match=rf"^{folders[0]}: Too many open files$"):
+        sweep(folders, jobs=1)
+    assert not folders[0].exists()
+
+
+def test_a_fault_before_the_first_run_keeps_the_workers_traceback(folders):
+    (folders[1] / "unforeseen").touch()
+    with pytest.raises(RuntimeError, match=r"^workers cannot start: KeyError: 'unf") as found:
+        sweep(folders, jobs=1)
+    (note,) = found.value.__notes__
+    assert 'raise KeyError("unforeseen")' in note and note.endswith("KeyError: 'unforeseen'\n")
+
+
 def test_an_exception_in_a_worker_reaches_the_launcher_and_ends_the_run(folders, capsys):
     bad = run_ids()[-1]
     (folders[1] / "boom").write_text(bad)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modjax.backend import last_line
 from modjax.errors import InputError
 from modjax.files import Home, read
 from modjax.records import read_record, run_dir, write_json
@@ -51,6 +52,16 @@ class Refused(InputError):
 
     def __init__(self, line: str):
         ValueError.__init__(self, line)
+
+
+def _cannot_start(worker: Worker, how: str) -> Exception:
+    """Returns a fault of modjax where a worker has raised one; else the environment kills it."""
+    if worker.error is not None:
+        fault = RuntimeError(f"workers cannot start: {how}")
+        fault.add_note(worker.last_words)
+        return fault
+    said = f"died {MAX_FAILED_STARTS} times before it had a run: {last_line(worker.last_words)}"
+    return InputError("worker", how, said)
 
 
 @dataclass
@@ -252,7 +263,7 @@ class Session:
         if (was_checker or not was_ready) and not asked_to:
             self.failed_starts += 1
             if self.failed_starts >= MAX_FAILED_STARTS:
-                raise RuntimeError(f"workers can't start ({how}):\n{worker.last_words}")
+                raise _cannot_start(worker, how)
         if worker.spec is None:
             return
         spec = worker.release()

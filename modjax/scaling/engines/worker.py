@@ -35,7 +35,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modjax.errors import InputError, Preempted, SharedFault
+from modjax.backend import starting
+from modjax.errors import InputError, Preempted, SharedFault, describe
+from modjax.faults import outside
 from modjax.files import is_disk_full
 from modjax.records import run_dir
 from modjax.scaling.run import run
@@ -60,9 +62,10 @@ def main() -> None:
         _serve(send)
     except Preempted:
         send("preempted")
+    except InputError as error:
+        send("fault", error=str(error))
     except BaseException as error:
-        said = " ".join(str(error).split())
-        send("broken", error=f"{type(error).__name__}: {said}"[:500])
+        send("broken", error=describe(error))
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -77,7 +80,8 @@ def _serve(send: Callable[..., None]) -> None:
         return
     if settings["cpus"]:
         os.sched_setaffinity(0, settings["cpus"])
-    job = importlib.import_module(settings["job"])
+    with starting():
+        job = importlib.import_module(settings["job"])
     send("ready")
     while (message := _next(lines)) is not None:
         working.set()
@@ -90,9 +94,13 @@ def _serve(send: Callable[..., None]) -> None:
         except InputError as error:
             send("fault" if isinstance(error, SharedFault) else "refused", error=str(error))
         except Exception as error:
-            if not is_disk_full(error):
+            line = outside(error, settings["workdir"])
+            if is_disk_full(error):
+                send("disk full")
+            elif "check" in message and line is not None:
+                send("fault", error=line)
+            else:
                 raise
-            send("disk full")
         working.clear()
         _forget()
 

@@ -1,0 +1,56 @@
+"""How an exception that no code has caught is shown: on one line, with its traceback in a file."""
+
+import errno
+import platform
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+import modjax
+from modjax.errors import MOST_SHOWN, describe, one_line
+from modjax.files import is_disk_full
+
+# Errors of the machine even where they name no file.
+RESOURCES = (
+    errno.ENOENT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EFBIG,
+    errno.EIO,
+)
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED: Out of memory", "std::bad_alloc")  # in XLA's words
+
+
+def outside(error: BaseException, folder: Any = None) -> str | None:
+    """Returns one line for an error that is to be looked for outside modjax, None for any other.
+
+    folder: where the work lies, named where the error itself names no file.
+    """
+    named = getattr(error, "filename", None)
+    where = named or folder
+    if is_disk_full(error):
+        said = "no space left: free some and give the same command again"
+        return f"{one_line(str(where or 'disk'), MOST_SHOWN)}: {said}"
+    if isinstance(error, MemoryError) or any(words in describe(error) for words in OUT_OF_MEMORY):
+        return f"out of memory: {describe(error)}"
+    if isinstance(error, OSError) and (named is not None or error.errno in RESOURCES):
+        return one_line(f"{one_line(str(where), MOST_SHOWN)}: {error.strerror}", MOST_SHOWN * 2)
+    return None
+
+
+def inside(error: BaseException, command: str) -> str:
+    """Returns one line for a fault of modjax, and where its traceback lies: a file, else stderr."""
+    said = f"a fault of modjax, not of your input: {describe(error)}"
+    text = f"{command}\nmodjax {modjax.__version__}, Python {sys.version}, {platform.platform()}\n"
+    text += "".join(traceback.format_exception(error))
+    try:
+        number, path = tempfile.mkstemp(prefix="modjax-", suffix=".txt")
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:
+        print(text, file=sys.stderr)
+        return f"{said}; please report it with the traceback above"
+    return f"{said}; please report it with {path}"

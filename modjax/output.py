@@ -1,0 +1,61 @@
+"""Standard output and error that may be closed, full or read by nobody, and then end no work."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+class Lasting:
+    """A text stream whose errors do not reach the writer.
+
+    lost: the first error, or None. Everything written after it is dropped.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.lost: OSError | None = None
+        if hasattr(stream, "reconfigure"):  # an alphabet without our letters is no error either
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with self._forgiving():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = self.lost or error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            with contextlib.suppress(OSError):  # without a number it has nothing left to flush
+                os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[Lasting]:
+    """Makes sys.stdout and sys.stderr `Lasting` while inside, and yields the first."""
+    for number in (0, 1, 2):  # the next file to be opened must not pass for a closed stream
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    streams = (sys.stdout, sys.stderr)
+    out, err = (Lasting(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore[type-var]
+        try:
+            yield out
+        finally:
+            out.flush()
+            err.flush()
