@@ -1,0 +1,87 @@
+"""What README.md says of the kept runs: see experiments/check.py."""
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments import compare
+from experiments.compare import best_table, cases, own, pair_table
+from modjax.records import read_csv
+
+HERE = Path(__file__).parent
+FILES = {"source code": HERE / "stdlib.csv", "English": HERE / "english.csv"}
+TRAINED = {text: read_csv(path) for text, path in FILES.items()}
+TEXTS = {text: compare.causal(records) for text, records in TRAINED.items()}
+CONTROLS = ("integrated - reduced", "integrated - random", "random - reduced")
+OPTIMA = {text: compare.optima(records, "dense", "moe", "reduced") for text, records in TEXTS.items()}
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+COLUMNS = {
+    "total": lambda r: f"{r.params_total / 1e3:.0f}k",
+    "active": lambda r: f"{r.params_active / 1e3:.0f}k",
+    "dropped": lambda r: share(r.moe_dropped),
+    "no-op": lambda r: share(r.moe_no_op),
+    "useful": lambda r: share(r.moe_useful),
+}
+OWN = ("integrated - reduced", "staged - moe", "integrated - moe", "moe - dense", "staged - dense",
+       "integrated - dense", "mod12 - dense")  # fmt: skip
+
+
+def tables() -> dict[str, str]:
+    return {
+        "best-stdlib": best_table(TRAINED["source code"], COLUMNS),
+        "best-english": best_table(TRAINED["English"], COLUMNS),
+        "pairs": pair_table(TEXTS, CONTROLS),
+        "pairs-trained": pair_table(TRAINED, CONTROLS),
+        "optima": compare.optimum_table(
+            {t: {key: of[key] for key in of if key[1] in OWN} for t, of in OPTIMA.items()}
+        ),
+    }
+
+
+def claims() -> Iterator[tuple[str, bool]]:
+    dropped, chance, controls = (cases(TEXTS, arms) for arms in CONTROLS)
+    yield f"Integrated less reduced is {dropped}", dropped.below
+    errors = ", ".join(f"{abs(d.mean / d.error):.1f}" for d in dropped.all)
+    yield f"These are {errors} standard errors", True
+    yield f"Integrated less random is {chance}", chance.below and chance.told == 4
+    yield f"Random less reduced is {controls}", controls.above and controls.told == 4
+    trained = cases(TRAINED, "random - reduced")
+    yield f"As trained the two are nearly alike, {trained}", trained.above and trained.told == 1
+    as_trained = cases(TRAINED, "integrated - reduced")
+    yield (
+        "by more in every case than without drops",
+        all(a.mean < d.mean for a, d in zip(as_trained.all, dropped.all, strict=True)),
+    )
+    passing = own(OPTIMA, "integrated - reduced")
+    yield f"Integrated is against reduced here {passing.tally}", passing.below and passing.told == 2
+    staged = own(OPTIMA, "staged - moe")
+    yield f"its loss less that of moe is {staged}", staged.below and staged.told == 3
+    integrated = own(OPTIMA, "integrated - moe")
+    yield f"Integrated is {integrated.tally}", integrated.told == 1
+    moe = own(OPTIMA, "moe - dense")
+    yield f"moe is against dense {moe.tally}", moe.told == 1
+    staged = own(OPTIMA, "staged - dense")
+    yield f"Staged is against dense {staged.tally}", staged.below and staged.told == 2
+    for arm in ("moe", "staged", "integrated", "reduced"):
+        gains = [
+            -statistics.mean(r.causal_difference or 0 for r in records
+                             if (r.variant, r.budget_flops) == (arm, budget))
+            for records in TEXTS.values() for budget in compare.cells(records)
+        ]  # fmt: skip
+        yield f"{min(gains):.3f} to {max(gains):.3f} for {arm}", min(gains) > 0
+    apart = [
+        abs(a.eval_loss - b.eval_loss)
+        for records in TEXTS.values()
+        for by_arm in compare.cells(records).values()
+        for sizes in by_arm.values()
+        for a, b in sizes
+    ]
+    yield f"Two seeds of a cell differ by {statistics.median(apart):.3f} in the median", True
+
+
+GIVEN = ("by 1.3 to 2.1%",)
