@@ -206,6 +206,28 @@ def cell(found: Interval) -> str:
     return f"**{found}**" if found.told else str(found)
 
 
+def rates(records: Iterable[Record]) -> dict[str, dict[float, list[float]]]:
+    """Returns the losses of arms named ARM-lrRATE, by arm and rate."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for r in records:
+        arm, rate = r.variant.split("-lr")
+        by_rate = found.setdefault(arm, {}).setdefault(float(rate.replace("_", ".")), [])
+        by_rate.append(r.eval_loss or math.nan)
+    return found
+
+
+def rate_table(records: Iterable[Record]) -> str:
+    """Lists the mean loss of every arm at each coefficient of the rate, the best in bold."""
+    found = {arm: {x: statistics.mean(of) for x, of in by.items()} for arm, by in rates(records).items()}
+
+    def show(mean: float, of: Iterable[float]) -> str:
+        return f"**{mean:.3f}**" if mean == min(of) else f"{mean:.3f}"
+
+    coefficients = sorted({x for by in found.values() for x in by})
+    rows = ([f"{x}", *(show(by[x], by.values()) for by in found.values())] for x in coefficients)
+    return markdown(("coefficient", *found), rows)
+
+
 def best_table(trained: list[Record], more: Mapping[str, Callable[[Record], str]]) -> str:
     """Lists the best size of each arm at each budget. more: further columns, from a run."""
     before = {r.run_id: r for r in trained}
