@@ -42,7 +42,9 @@ def faults(readme: str, record: ModuleType) -> list[str]:
     found = [f"table {name}: only in one of README and record" for name in marked.keys() ^ tables]
     for name in sorted(marked.keys() & tables):
         old, new = marked[name].split("\n"), tables[name].split("\n")
-        found += [f"table {name}: {a!r} should be {b!r}" for a, b in zip(old, new) if a != b]
+        found += [
+            f"table {name}: {a!r} should be {b!r}" for a, b in zip(old, new, strict=False) if a != b
+        ]
         found += [f"table {name}: {len(old)} lines should be {len(new)}"] * (len(old) != len(new))
     prose = plain(CODE.sub("", TABLE.sub("", readme)))
     for says, holds in record.claims():

@@ -1,4 +1,4 @@
-"""Compares arms over the runs that a record keeps, and writes the comparisons as Markdown.
+"""Compares arms over the runs that a record keeps.
 
 A loss here is one that can be sampled from: MoD by its predictor, experts without drops.
 """
@@ -7,15 +7,15 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from scipy import stats
 
+from modjax.errors import require
 from modjax.records import Record, read_csv, read_records, write_csv
 from modjax.scaling.fit import fit_all
-from modjax.scaling.numbers import budget as flops
 from modjax.scaling.observed import Repeated, by_cell
 
 LEVEL = 0.95
@@ -28,8 +28,18 @@ def read(path: Path) -> list[Record]:
     return causal(read_csv(path))
 
 
-def causal(records: Iterable[Record]) -> list[Record]:
-    return [dataclasses.replace(r, eval_loss=r.causal_loss or r.eval_loss) for r in records]
+def causal(records: list[Record]) -> list[Record]:
+    """Returns the runs with the loss under routing that does not look ahead, where one was taken.
+
+    The others route nothing, or by position only: they have one loss. Raises InputError for a run
+    with a router whose loss was not taken so.
+    """
+    missing = [r.run_id for r in records if r.flops.get("router") and r.causal_loss is None]
+    require(not missing, "causal_loss", missing[:1], "must be kept of every run with a router")
+    return [
+        r if r.causal_loss is None else dataclasses.replace(r, eval_loss=r.causal_loss)
+        for r in records
+    ]
 
 
 def keep(folder: Path, arguments: Iterable[str]) -> Iterator[tuple[str, Path, list[Record]]]:
@@ -122,14 +132,19 @@ class Cases(dict[str, list[Interval]]):
 
     @property
     def tally(self) -> str:
-        """Writes on which side of 0 the differences are told, in how many cases, and their range."""
-        sides = {"below": sum(d.high < 0 for d in self.all), "above": sum(d.low > 0 for d in self.all)}
+        """Writes on which side of 0 differences are told, in how many cases, and their range."""
+        sides = {
+            "below": sum(d.high < 0 for d in self.all),
+            "above": sum(d.low > 0 for d in self.all),
+        }
         told = " and ".join(f"{side} in {n}" for side, n in sides.items() if n) or "in none"
         means = [d.mean for d in self.all]
         return f"told {told} of {len(means)} ({min(means):+.3f} to {max(means):+.3f})"
 
     def __str__(self) -> str:
-        parts = (f"{' and '.join(f'{d.mean:+.3f}' for d in of)} on {text}" for text, of in self.items())
+        parts = (
+            f"{' and '.join(f'{d.mean:+.3f}' for d in of)} on {text}" for text, of in self.items()
+        )
         return f"{', '.join(parts)}; told from 0 in {self.told} of {len(self.all)}"
 
 
@@ -142,7 +157,8 @@ def difference(records: Iterable[Record], arms: str, budget: float) -> Differenc
     arms: "moe - dense", or a difference of differences such as "altup-moe - moe - recycled2 +
     dense". The interval is Student's over the pairs, for the mean over the widths that were run.
     """
-    names, signs = re.split(r" [+-] ", arms), [1, *(int(f"{s}1") for s in re.findall(r" ([+-]) ", arms))]
+    names = re.split(r" [+-] ", arms)
+    signs = [1, *(1 if sign == "+" else -1 for sign in re.findall(r" ([+-]) ", arms))]
     runs: dict[tuple[int, int], dict[str, Record]] = {}
     for r in records:
         if r.budget_flops == budget and r.variant in names and r.eval_loss is not None:
@@ -150,9 +166,10 @@ def difference(records: Iterable[Record], arms: str, budget: float) -> Differenc
     by_width: dict[int, list[float]] = {}
     ratios = []
     for (width, _), of in sorted(runs.items()):
-        if len(of) == len(names):
-            terms = [sign * (of[name].eval_loss or 0) for sign, name in zip(signs, names, strict=True)]
-            by_width.setdefault(width, []).append(sum(terms))
+        if len(of) == len(set(names)):
+            losses = [of[name].eval_loss or 0.0 for name in names]
+            total = sum(s * loss for s, loss in zip(signs, losses, strict=True))
+            by_width.setdefault(width, []).append(total)
             first, second, *_ = (of[name].forward_flops_per_token for name in names)
             ratios.append(first / second)
     values = [value for of in by_width.values() for value in of]
@@ -173,7 +190,9 @@ def difference(records: Iterable[Record], arms: str, budget: float) -> Differenc
 
 def cases(texts: Texts, arms: str) -> Cases:
     """Returns the difference at equal width and seed, on each text at each budget."""
-    return Cases({text: [difference(of, arms, budget) for budget in cells(of)] for text, of in texts.items()})
+    return Cases(
+        {text: [difference(of, arms, budget) for budget in cells(of)] for text, of in texts.items()}
+    )
 
 
 def optima(records: list[Record], *baselines: str) -> Optima:
@@ -187,23 +206,20 @@ def optima(records: list[Record], *baselines: str) -> Optima:
         for gap in fit_all(records, baseline=baseline, loss="trained").gaps:
             if gap.loss is not None and gap.loss_interval is not None:
                 arms = f"{gap.arm} - {gap.baseline}"
-                found[gap.budget_flops, arms] = Optimum(gap.loss, *gap.loss_interval, gap.flops_ratio)
+                found[gap.budget_flops, arms] = Optimum(
+                    gap.loss, *gap.loss_interval, gap.flops_ratio
+                )
     return found
 
 
 def own(texts: Mapping[str, Optima], arms: str) -> Cases:
     """Returns the difference at the arms' own optima, on each text at each budget."""
-    return Cases({text: [d for (_, named), d in sorted(of.items()) if named == arms] for text, of in texts.items()})
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def cell(found: Interval) -> str:
-    """Writes a difference, bold where its interval leaves 0 out."""
-    return f"**{found}**" if found.told else str(found)
+    return Cases(
+        {
+            text: [d for (_, named), d in sorted(of.items()) if named == arms]
+            for text, of in texts.items()
+        }
+    )
 
 
 def rates(records: Iterable[Record]) -> dict[str, dict[float, list[float]]]:
@@ -214,68 +230,3 @@ def rates(records: Iterable[Record]) -> dict[str, dict[float, list[float]]]:
         by_rate = found.setdefault(arm, {}).setdefault(float(rate.replace("_", ".")), [])
         by_rate.append(r.eval_loss or math.nan)
     return found
-
-
-def rate_table(records: Iterable[Record]) -> str:
-    """Lists the mean loss of every arm at each coefficient of the rate, the best in bold."""
-    found = {arm: {x: statistics.mean(of) for x, of in by.items()} for arm, by in rates(records).items()}
-
-    def show(mean: float, of: Iterable[float]) -> str:
-        return f"**{mean:.3f}**" if mean == min(of) else f"{mean:.3f}"
-
-    coefficients = sorted({x for by in found.values() for x in by})
-    rows = ([f"{x}", *(show(by[x], by.values()) for by in found.values())] for x in coefficients)
-    return markdown(("coefficient", *found), rows)
-
-
-def best_table(trained: list[Record], more: Mapping[str, Callable[[Record], str]]) -> str:
-    """Lists the best size of each arm at each budget. more: further columns, from a run."""
-    before = {r.run_id: r for r in trained}
-
-    def rows() -> Iterator[list[str]]:
-        for budget, by_arm in cells(causal(trained)).items():
-            dense = loss(best(by_arm["dense"]))
-            for arm, sizes in sorted(by_arm.items(), key=lambda item: loss(best(item[1]))):
-                runs = best(sizes)
-                yield [
-                    flops(budget), arm, f"{runs[0].d_model}",
-                    ", ".join(f"{r.eval_loss:.4f}" for r in runs),
-                    f"{100 * (loss(runs) / dense - 1):+.2f}%",
-                    f"{loss([before[r.run_id] for r in runs]):.4f}",
-                    *(show(runs[0]) for show in more.values()),
-                ]  # fmt: skip
-
-    columns = ("budget", "arm", "width", "loss of each seed", "against dense", "as trained")
-    return markdown((*columns, *more), rows())
-
-
-def pair_table(texts: Texts, pairs: Sequence[str]) -> str:
-    """Lists differences at equal width and seed, and how they vary with the width where they do."""
-    budgets = list(cells(next(iter(texts.values()))))
-
-    def rows() -> Iterator[list[str]]:
-        for budget in budgets:
-            for arms in pairs:
-                found = [difference(records, arms, budget) for records in texts.values()]
-                low, high = min(d.ratio[0] for d in found), max(d.ratio[1] for d in found)
-                row = [flops(budget), arms, f"{low:.2f} to {high:.2f}"]
-                for d in found:
-                    ends = (f"{d.widths[w]:+.3f} at {w}" for w in (min(d.widths), max(d.widths)))
-                    row += [cell(d), ", ".join(ends) if d.varies else ""]
-                yield row
-
-    columns = (column for text in texts for column in (text, "by width"))
-    return markdown(("budget", "arms", "FLOPs", *columns), rows())
-
-
-def optimum_table(texts: Mapping[str, Optima]) -> str:
-    """Lists losses at the arms' own optima, and the ratio of these optima's FLOPs per token."""
-    first, *_ = texts.values()
-
-    def rows() -> Iterator[list[str]]:
-        for (budget, arms), _ in sorted(first.items(), key=lambda item: (item[0][0], item[1].mean)):
-            found = [optima[budget, arms] for optima in texts.values()]
-            yield [flops(budget), arms, *(x for d in found for x in (cell(d), f"{d.ratio:.2f}"))]
-
-    columns = (column for text in texts for column in (text, "FLOPs"))
-    return markdown(("budget", "arms", *columns), rows())

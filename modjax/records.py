@@ -215,7 +215,9 @@ def read_csv(path: Path) -> list[Record]:
 def _cell(name: str, text: str) -> Any:
     if text == "":
         return None
-    return text if name in _TEXTS else json.loads(text)
+    with contextlib.suppress(ValueError):  # `from_dict` says what is wrong with other text
+        return text if name in _TEXTS else json.loads(text)
+    return text
 
 
 _TEXTS = {f.name for f in dataclasses.fields(Record) if f.type in (str, str | None)}

@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import compare
-from experiments.compare import cases, flops, loss, optimum_table, own, pair_table
+from experiments.compare import cases, loss, own
+from experiments.tables import markdown, optimum_table, pair_table
 from modjax.records import Record
+from modjax.scaling.numbers import budget as flops
 
 HERE = Path(__file__).parent
-TEXTS = {"source code": compare.read(HERE / "stdlib.csv"), "English": compare.read(HERE / "english.csv")}
+TEXTS = {
+    "source code": compare.read(HERE / "stdlib.csv"),
+    "English": compare.read(HERE / "english.csv"),
+}
 VOCABULARY = {"source code": compare.read(HERE / "vocabulary.csv")}
 PAIRS = (
     *(f"{arm} - dense" for arm in (
@@ -51,7 +56,7 @@ def widths_table() -> str:
         for budget, by_arm in compare.cells(VOCABULARY["source code"]).items()
         for arm, sizes in by_arm.items()
     )
-    return compare.markdown(("budget", "arm", "width: loss"), rows)
+    return markdown(("budget", "arm", "width: loss"), rows)
 
 
 def tables() -> dict[str, str]:
@@ -78,15 +83,16 @@ def claims() -> Iterator[tuple[str, bool]]:
         yield more(arm), True
     every = [d for arms in PAIRS for d in pair[arms].all]
     chance, told = compare.CHANCE * len(every), sum(d.told for d in every)
+    varying = sum(d.varies for d in every)
     yield (
         f"{told} of the {len(every)} intervals leave 0 out, where about {chance:.0f} would by "
-        f"chance, and {sum(d.varies for d in every)} of the {len(every)} differences depend on the width",
+        f"chance, and {varying} of the {len(every)} differences depend on the width",
         told > 3 * chance,
     )
     needed = [(1.96 * d.error / NARROW) ** 2 * d.pairs for d in every]
     yield (
-        f"an interval of {NARROW} on either side needs {min(needed):.0f} to {max(needed):.0f} pairs "
-        f"by arms and budget, {statistics.median(needed):.0f} in the middle",
+        f"an interval of {NARROW} on either side needs {min(needed):.0f} to {max(needed):.0f} "
+        f"pairs by arms and budget, {statistics.median(needed):.0f} in the middle",
         True,
     )
 
@@ -100,7 +106,10 @@ def claims() -> Iterator[tuple[str, bool]]:
     )
     found = pair["recycled2 - dense"]
     yield f"against dense {found.tally}", found.below and found.told == 0
-    yield f"recycled4 against dense {pair['recycled4 - dense'].tally}", pair["recycled4 - dense"].told == 0
+    yield (
+        f"recycled4 against dense {pair['recycled4 - dense'].tally}",
+        pair["recycled4 - dense"].told == 0,
+    )
     found = pair["full2 - sum2"]
     yield (
         f"against sum2, its wider embedding alone, full2 is {found.tally}",
@@ -117,14 +126,19 @@ def claims() -> Iterator[tuple[str, bool]]:
     found = pair[DOUBLE]
     yield f"the difference of the two gains is {found}", found.below and found.told == 2
     found = pair["moe - dense"]
-    yield f"At equal width, experts alone are {found.tally} against dense", found.above and found.told == 4
+    yield (
+        f"At equal width, experts alone are {found.tally} against dense",
+        found.above and found.told == 4,
+    )
     found = best["moe - dense"]
-    yield f"at their own optima {found.tally}, on source code at the smaller budget", (
-        found.told == 1 and found["source code"][0].low > 0
+    yield (
+        f"at their own optima {found.tally}, on source code at the smaller budget",
+        (found.told == 1 and found["source code"][0].low > 0),
     )
     found = best["altup-moe - dense"]
-    yield f"With AltUp they are there {found.tally}, on English at the larger budget", (
-        found.told == 1 and found["English"][1].high < 0
+    yield (
+        f"With AltUp they are there {found.tally}, on English at the larger budget",
+        (found.told == 1 and found["English"][1].high < 0),
     )
     found = pair["altup-mod12 - mod12"]
     yield (
@@ -133,21 +147,31 @@ def claims() -> Iterator[tuple[str, bool]]:
     )
 
     found = pair["static2 - dense"]
-    yield f"at equal width {found.tally}, both on English", all(d.high < 0 for d in found["English"])
+    yield (
+        f"at equal width {found.tally}, both on English",
+        all(d.high < 0 for d in found["English"]),
+    )
     found = best["static2 - dense"]
     yield f"at the own optimum {found.tally}", found.told == 0
     for arm in ("dynamic2", "manifold2", "simplified4"):
         a, b = pair[f"{arm} - dense"], best[f"{arm} - dense"]
-        yield f"{arm} is {a.tally} at equal width and {b.tally} at its own optimum", a.above and b.above
+        yield (
+            f"{arm} is {a.tally} at equal width and {b.tally} at its own optimum",
+            a.above and b.above,
+        )
     found = pair["manifold2 - dynamic2"]
-    yield f"manifold2 is against dynamic2 {found.tally}, both at the larger budget", found.told == 2 and all(
-        of[1].low > 0 for of in found.values()
+    yield (
+        f"manifold2 is against dynamic2 {found.tally}, both at the larger budget",
+        found.told == 2 and all(of[1].low > 0 for of in found.values()),
     )
 
     yield f"seq4 is against skip4 {pair['seq4 - skip4'].tally}", pair["seq4 - skip4"].told == 0
     for control in ("pool4", "mod25"):
         found = pair[f"seq4 - {control}"]
-        yield f"against {control} seq4 is {found.tally}", found.told == 1 and found["English"][1].low > 0
+        yield (
+            f"against {control} seq4 is {found.tally}",
+            found.told == 1 and found["English"][1].low > 0,
+        )
     above = {"seq4": ["English"], "skip4": ["English"], "seq2": ["source code", "English"]}
     for arm in ("seq4", "skip4", "seq2", "pool4", "mod25"):
         found = best[f"{arm} - dense"]
@@ -155,10 +179,14 @@ def claims() -> Iterator[tuple[str, bool]]:
         yield f"{arm} is {found.tally}", told == [(text, 1) for text in above.get(arm, [])]
 
     smaller, larger = cases(VOCABULARY, "full2 - sum2").all
-    yield f"full2 less sum2 is {smaller} at 6e11 FLOPs and {larger} at 1.8e12", smaller.told and larger.told
+    yield (
+        f"full2 less sum2 is {smaller} at 6e11 FLOPs and {larger} at 1.8e12",
+        smaller.told and larger.told,
+    )
     yield (
         f"from {larger.widths[8]:+.3f} at width 8 to {larger.widths[56]:+.3f} at 56",
-        larger.varies and sum(mean < 0 for mean in larger.widths.values()) == len(larger.widths) - 1,
+        larger.varies
+        and sum(mean < 0 for mean in larger.widths.values()) == len(larger.widths) - 1,
     )
     smaller, larger = cases(VOCABULARY, "recycled2 - dense").all
     yield (

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import compare
-from experiments.compare import best, best_table, cases, loss, pair_table
+from experiments.compare import best, cases, loss
+from experiments.tables import best_table, pair_table
 from modjax.records import Record, read_csv
 
 HERE = Path(__file__).parent
@@ -75,7 +76,9 @@ def claims() -> Iterator[tuple[str, bool]]:
             for records in TEXTS.values()
         ]
         yield f"{arm} by {changes[0]:+.3f} on source code and {changes[1]:+.3f} on English", True
-    said = [r.causal_accuracy or 0 for of in TEXTS.values() for r in of if r.variant == "attention12"]
+    said = [
+        r.causal_accuracy or 0 for of in TEXTS.values() for r in of if r.variant == "attention12"
+    ]
     yield f"accuracy {min(said):.0%} to {max(said):.0%}", max(said) < 0.9
 
 

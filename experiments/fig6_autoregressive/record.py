@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.compare import markdown
+from experiments.tables import markdown
 from modjax.records import Record, read_csv
 from modjax.scaling.observed import by_cell
 
@@ -100,16 +100,24 @@ def tables() -> dict[str, str]:
 def claims() -> Iterator[tuple[str, bool]]:
     runs = {text: [r for r in of if r.causal_difference is not None] for text, of in TEXTS.items()}
     sizes = {
-        text: [cell for (arm, _), of in by_cell(TEXTS[text]).items() if arm != "dense" for cell in of]
+        text: [
+            cell for (arm, _), of in by_cell(TEXTS[text]).items() if arm != "dense" for cell in of
+        ]
         for text in TEXTS
     }
     changes = {text: [mean(cell, "causal_difference") for cell in of] for text, of in sizes.items()}
     english = runs["English"]
-    yield "no size of any arm is worse under causal routing than under top-k", max(changes["English"]) <= 0
+    yield (
+        "no size of any arm is worse under causal routing than under top-k",
+        max(changes["English"]) <= 0,
+    )
     less = sum(mean(cell, "causal_capacity") < 0.125 for cell in sizes["English"])
     yield f"less capacity used in {less} of 12 rows", len(sizes["English"]) == 12
     worse = [r.causal_difference for r in english if r.causal_difference > 0]
-    yield f"{len(worse)} of 24 single runs are worse, by {max(worse):.4f} at most", len(english) == 24
+    yield (
+        f"{len(worse)} of 24 single runs are worse, by {max(worse):.4f} at most",
+        len(english) == 24,
+    )
     code = runs["source code"]
     share = max(r.causal_difference / r.eval_loss for r in code)
     at_most = max(
@@ -123,7 +131,9 @@ def claims() -> Iterator[tuple[str, bool]]:
         found = [r.causal_accuracy for r in of]
         yield f"{min(found):.0%} to {max(found):.0%} on {text}", min(found) > 0.875
     for text in TEXTS:
-        least = [min(mean(c, "causal_loss") for c in sizes[text] if c[0].variant == arm) for arm in ARMS]
+        least = [
+            min(mean(c, "causal_loss") for c in sizes[text] if c[0].variant == arm) for arm in ARMS
+        ]
         yield (
             f"{least[0]:.4f} against {least[1]:.4f} and {least[2]:.4f} on {text}",
             least[0] == min(least),
@@ -139,13 +149,16 @@ def claims() -> Iterator[tuple[str, bool]]:
     yield f"Pacing is more accurate, too, in {better} of the {len(both)} runs", better > 15
     gains = sorted(bare.loss - paced.loss for bare, paced in both)
     yield (
-        f"In the other {len(both) - 1} runs pacing costs {-gains[1]:.3f} at most against the bounded "
-        f"predictor, and gains up to {gains[-1]:.3f}",
+        f"In the other {len(both) - 1} runs pacing costs {-gains[1]:.3f} at most against the "
+        f"bounded predictor, and gains up to {gains[-1]:.3f}",
         gains[1] > -0.002,
     )
     worst = max((paced for _, paced in both), key=lambda run: run.loss)
     bare = next(bare for bare, paced in both if paced is worst)
-    yield f"bounded at 1.5 it is {-bare.loss:.3f} below, and paced it is {worst.loss:.3f} above", bare.loss < 0
+    yield (
+        f"bounded at 1.5 it is {-bare.loss:.3f} below, and paced it is {worst.loss:.3f} above",
+        bare.loss < 0,
+    )
     bare, paced = (SLACK["isoflop", "128", routing] for routing in ("predictor", "paced"))
     yield (
         "none of their 60 blocks overflows when paced, all 60 do under the bare predictor",

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import compare
-from experiments.compare import best_table, cases, own, pair_table
+from experiments.compare import cases, own
+from experiments.tables import best_table, optimum_table, pair_table
 from modjax.records import read_csv
 
 HERE = Path(__file__).parent
@@ -13,7 +14,9 @@ FILES = {"source code": HERE / "stdlib.csv", "English": HERE / "english.csv"}
 TRAINED = {text: read_csv(path) for text, path in FILES.items()}
 TEXTS = {text: compare.causal(records) for text, records in TRAINED.items()}
 CONTROLS = ("integrated - reduced", "integrated - random", "random - reduced")
-OPTIMA = {text: compare.optima(records, "dense", "moe", "reduced") for text, records in TEXTS.items()}
+OPTIMA = {
+    text: compare.optima(records, "dense", "moe", "reduced") for text, records in TEXTS.items()
+}
 
 
 def share(value: float | None) -> str:
@@ -37,7 +40,7 @@ def tables() -> dict[str, str]:
         "best-english": best_table(TRAINED["English"], COLUMNS),
         "pairs": pair_table(TEXTS, CONTROLS),
         "pairs-trained": pair_table(TRAINED, CONTROLS),
-        "optima": compare.optimum_table(
+        "optima": optimum_table(
             {t: {key: of[key] for key in of if key[1] in OWN} for t, of in OPTIMA.items()}
         ),
     }

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import compare
-from experiments.compare import cases, optima, optimum_table, own, pair_table
+from experiments.compare import cases, optima, own
+from experiments.tables import markdown, optimum_table, pair_table
 from modjax.records import read_csv
 from modjax.scaling.fit import fit_all
 from modjax.scaling.numbers import budget as flops
 from modjax.scaling.numbers import count
-from modjax.scaling.results import to_json
+from modjax.scaling.results import Gap, to_json
 from modjax.scaling.words import fixed, span
 
 HERE = Path(__file__).parent
@@ -23,6 +24,15 @@ LEARNED = "mod12 - random12"
 ROUTED = [r for r in TRAINED if r.variant == "mod12" and r.budget_flops == 1.8e12]
 
 
+def against(gap: Gap | None) -> tuple[str, str]:
+    if gap is None:
+        return "", ""
+    return (
+        f"{gap.percent:+.1f}% ({span(gap.percent_interval, fixed(1, '+'))})",
+        f"{gap.flops_ratio:.2f} ({span(gap.flops_ratio_interval, fixed(2))})",
+    )
+
+
 def fit_table() -> str:
     gaps = {(gap.arm, gap.budget_flops): gap for gap in FITS.gaps}
 
@@ -30,22 +40,25 @@ def fit_table() -> str:
         for p in sorted(FITS.parabolas, key=lambda p: p.budget_flops):
             if p.quantity == "parameters":
                 other = FITS.parabola(p.arm, p.budget_flops, "forward_flops")
-                gap = gaps.get((p.arm, p.budget_flops))
                 yield [
                     flops(p.budget_flops), p.arm,
                     f"{count(p.optimum)} ({span(p.optimum_interval, count)})", f"{p.loss:.3f}",
                     count(other.optimum),
-                    f"{gap.percent:+.1f}% ({span(gap.percent_interval, fixed(1, '+'))})" if gap else "",
-                    f"{gap.flops_ratio:.2f} ({span(gap.flops_ratio_interval, fixed(2))})" if gap else "",
+                    *against(gaps.get((p.arm, p.budget_flops))),
                 ]  # fmt: skip
 
-    columns = ("budget", "arm", "non-embedding parameters", "loss, nats per byte",
-               "forward FLOPs per token", "loss against dense", "these FLOPs against dense")  # fmt: skip
-    return compare.markdown(columns, rows())
+    columns = (
+        "budget", "arm", "non-embedding parameters", "loss, nats per byte",
+        "forward FLOPs per token", "loss against dense", "these FLOPs against dense",
+    )  # fmt: skip
+    return markdown(columns, rows())
 
 
 def tables() -> dict[str, str]:
-    random = {loss: {k: d for k, d in of.items() if k[1] != "dense - random12"} for loss, of in OPTIMA.items()}
+    random = {
+        loss: {k: d for k, d in of.items() if k[1] != "dense - random12"}
+        for loss, of in OPTIMA.items()
+    }
     return {
         "fits": fit_table(),
         "optima": optimum_table(random),
@@ -75,12 +88,19 @@ def claims() -> Iterator[tuple[str, bool]]:
     yield f"at equal width and seed {below.all[2]} at 1.8e12 FLOPs", below.all[2].high < 0
     yield "not told at the two smaller budgets", not any(d.told for d in below.all[:2])
     found = own({"": OPTIMA["as trained"]}, LEARNED)
-    yield f"{', '.join(f'{d.mean:+.3f}' for d in found.all)} nats at the three optima", found.told == 0
+    yield (
+        f"{', '.join(f'{d.mean:+.3f}' for d in found.all)} nats at the three optima",
+        found.told == 0,
+    )
     apart = [
         statistics.stdev(r.eval_loss or 0 for r in runs)
         for by_arm in compare.cells(TRAINED).values() for sizes in by_arm.values() for runs in sizes
     ]  # fmt: skip
-    yield f"The two seeds of a cell have a standard deviation of {statistics.median(apart):.3f} in the median", True
+    yield (
+        f"The two seeds of a cell have a standard deviation of {statistics.median(apart):.3f} "
+        "in the median",
+        True,
+    )
     laws = {law.arm: law for law in FITS.laws if law.quantity == "parameters"}
     for arm in ("mod12", "random12"):
         law = laws[arm]
@@ -98,7 +118,8 @@ def claims() -> Iterator[tuple[str, bool]]:
     )
     right = [r.causal_accuracy for r in ROUTED]
     yield (
-        f"right at {statistics.mean(right):.1%} of the positions ({min(right):.1%} to {max(right):.1%})",
+        f"right at {statistics.mean(right):.1%} of the positions "
+        f"({min(right):.1%} to {max(right):.1%})",
         min(right) > 0.875,
     )
     spent = sum(r.train_flops for r in TRAINED)
@@ -107,7 +128,10 @@ def claims() -> Iterator[tuple[str, bool]]:
     yield f"{spent:.1e}".replace("e+", "e") + " training FLOPs", True
     read = [r.epochs for r in TRAINED]
     yield f"each run reads {min(read):.0%} to {max(read):.0%} of it once", max(read) < 1
-    for arm, says in (("mod12", "told at the two larger budgets"), ("random12", "at the two larger budgets, too")):
+    for arm, says in (
+        ("mod12", "told at the two larger budgets"),
+        ("random12", "at the two larger budgets, too"),
+    ):
         ends = [gap.flops_ratio_interval for gap in FITS.gaps if gap.arm == arm]
         yield says, [high < 0.995 for _, high in ends] == [False, True, True]
 

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.compare import difference, markdown
+from experiments.compare import difference
+from experiments.tables import markdown
 from modjax.records import read_csv
 
 RUNS = read_csv(Path(__file__).parent / "results.csv")
@@ -31,7 +32,11 @@ def tables() -> dict[str, str]:
 
 
 def claims() -> Iterator[tuple[str, bool]]:
-    apart = [difference(RUNS, f"{arm} - linear", RUNS[0].budget_flops) for arm in UPDATES if arm != "linear"]
+    apart = [
+        difference(RUNS, f"{arm} - linear", RUNS[0].budget_flops)
+        for arm in UPDATES
+        if arm != "linear"
+    ]
     yield "No arm is told from linear", not any(d.told for d in apart)
     means = {arm: statistics.mean(of) for arm, of in LOSSES.items()}
     spreads = {arm: statistics.stdev(of) for arm, of in LOSSES.items()}
