@@ -27,7 +27,7 @@ def tables() -> dict[str, str]:
     histogram = {text: found["depth_histogram"] for text, found in FOUND.items()}
     rows = {
         "loss under top-k / predictor routing": [
-            f"{found['top_k']['loss']:.4f} / {found['predictor']['loss']:.4f}"
+            f"{found['trained']['loss']:.4f} / {found['predictor']['loss']:.4f}"
             for found in TEXTS.values()
         ],
         "routed blocks used per byte, of 4": [f"{of['mean_depth']:.2f}" for of in FOUND.values()],
