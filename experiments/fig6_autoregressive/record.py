@@ -24,7 +24,6 @@ class Slack(NamedTuple):
     accuracy: float
     capacity: float
     overflow: list[float]
-    most: float
 
 
 def slack() -> dict[tuple[str, str, str], list[Slack]]:
@@ -42,7 +41,6 @@ def slack() -> dict[tuple[str, str, str], list[Slack]]:
                 statistics.mean(float(r["accuracy"]) for r in of),
                 statistics.mean(float(r["capacity"]) for r in of),
                 [float(r["overflow"]) for r in of],
-                max(float(r["most"]) for r in of),
             )
         )
     return found
