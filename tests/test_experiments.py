@@ -11,9 +11,9 @@ import pytest
 from scipy import stats
 
 from experiments import check
-from experiments.compare import causal, difference
+from experiments.compare import causal, difference, keep
 from modjax.errors import InputError
-from modjax.records import read_csv
+from modjax.records import read_csv, run_dir, write_record
 from modjax.scaling import fit
 
 DIRTY = json.loads((check.HERE / "dirty.json").read_text(encoding="utf-8"))
@@ -109,6 +109,19 @@ def test_experts_are_judged_without_drops_and_a_router_needs_its_causal_loss():
     ]
     with pytest.raises(InputError, match="causal_loss"):
         causal(unscored)
+
+
+def test_a_sweep_is_kept_as_a_table(tmp_path):
+    records = read_csv(check.HERE / "learning_rate" / "results.csv")
+    workdir = tmp_path / "sweep"
+    for r in records:
+        folder = run_dir(workdir, r.run_id)
+        folder.mkdir(parents=True)
+        write_record(folder, r)
+    ((name, found, kept),) = keep(tmp_path, [f"rates={workdir}"])
+    assert (name, found, kept) == ("rates", workdir, records)
+    ((_, _, again),) = keep(tmp_path, ["rates"])
+    assert again == records
 
 
 def test_no_kept_run_comes_from_a_changed_tree_but_those_that_are_listed():
