@@ -125,6 +125,8 @@ def claims() -> Iterator[tuple[str, bool]]:
     yield f"lose at most {share:.1%} in any run and {at_most:.1%} on average at any size", True
     errors = [r.causal_difference_sem for of in runs.values() for r in of]
     yield f"their standard errors are {min(errors):.4f} to {max(errors):.4f}", True
+    told = sum(abs(r.causal_difference) > 1.96 * r.causal_difference_sem for r in code)
+    yield f"{told} of the {len(code)} are told from 0", told > len(code) / 2
     for text, of in runs.items():
         found = [r.causal_accuracy for r in of]
         yield f"{min(found):.0%} to {max(found):.0%} on {text}", min(found) > 0.875
