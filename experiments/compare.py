@@ -23,9 +23,10 @@ CHANCE = 0.05
 Texts = Mapping[str, list[Record]]  # the runs on each text, by its name
 
 
-def read(path: Path) -> list[Record]:
-    """Returns the runs of a kept table, with losses that can be sampled from."""
-    return causal(read_csv(path))
+def of_both_texts(folder: Path) -> dict[str, list[Record]]:
+    """Returns the runs that a record keeps of both texts, with losses as trained."""
+    names = {"source code": "stdlib", "English": "english"}
+    return {text: read_csv(folder / f"{name}.csv") for text, name in names.items()}
 
 
 def causal(records: list[Record]) -> list[Record]:

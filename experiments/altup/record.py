@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import compare
-from experiments.compare import cases, loss, own
+from experiments.compare import cases, causal, loss, of_both_texts, own
 from experiments.tables import markdown, optimum_table, pair_table
-from modjax.records import Record
+from modjax.records import Record, read_csv
 from modjax.scaling.numbers import budget as flops
 
 HERE = Path(__file__).parent
-TEXTS = {
-    "source code": compare.read(HERE / "stdlib.csv"),
-    "English": compare.read(HERE / "english.csv"),
-}
-VOCABULARY = {"source code": compare.read(HERE / "vocabulary.csv")}
+TEXTS = {text: causal(records) for text, records in of_both_texts(HERE).items()}
+VOCABULARY = {"source code": causal(read_csv(HERE / "vocabulary.csv"))}
 PAIRS = (
     *(f"{arm} - dense" for arm in (
         "recycled2", "recycled4", "full2", "same2", "sum2", "simplified4", "static2", "dynamic2",

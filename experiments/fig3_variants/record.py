@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import compare
-from experiments.compare import best, cases, loss
+from experiments.compare import best, cases, causal, loss, of_both_texts
 from experiments.tables import best_table, pair_table
-from modjax.records import Record, read_csv
+from modjax.records import Record
 
 HERE = Path(__file__).parent
-FILES = {"source code": HERE / "stdlib.csv", "English": HERE / "english.csv"}
-TRAINED = {text: read_csv(path) for text, path in FILES.items()}
-TEXTS = {text: compare.causal(records) for text, records in TRAINED.items()}
+TRAINED = of_both_texts(HERE)
+TEXTS = {text: causal(records) for text, records in TRAINED.items()}
 # Each scheme and learned routing of its capacity.
 PAIRS = (
     "random50 - mod50",

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.compare import of_both_texts
 from experiments.tables import markdown
-from modjax.records import Record, read_csv
+from modjax.records import Record
 from modjax.scaling.observed import by_cell
 
 HERE = Path(__file__).parent
-FILES = {"source code": HERE / "stdlib.csv", "English": HERE / "english.csv"}
-TEXTS = {text: read_csv(path) for text, path in FILES.items()}
+TEXTS = of_both_texts(HERE)
 ARMS = ("auxiliary", "predictor", "threshold")
 
 

@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import compare
-from experiments.compare import cases, own, rates
+from experiments.compare import cases, causal, of_both_texts, own, rates
 from experiments.tables import best_table, optimum_table, pair_table, rate_table
 from modjax.records import read_csv
 
 HERE = Path(__file__).parent
-FILES = {"source code": HERE / "stdlib.csv", "English": HERE / "english.csv"}
-TRAINED = {text: read_csv(path) for text, path in FILES.items()}
-TEXTS = {text: compare.causal(records) for text, records in TRAINED.items()}
-RATES = compare.read(HERE / "rates.csv")
+TRAINED = of_both_texts(HERE)
+TEXTS = {text: causal(records) for text, records in TRAINED.items()}
+RATES = causal(read_csv(HERE / "rates.csv"))
 CONTROLS = ("integrated - reduced", "integrated - random", "random - reduced")
 OPTIMA = {
     text: compare.optima(records, "dense", "moe", "reduced") for text, records in TEXTS.items()
