@@ -2,7 +2,7 @@
 
 Command   modjax sweep --config=configs/fig6_autoregressive.py --workdir=work/fig6 --jobs 2
 Cost      see experiments/fig6_autoregressive/README.md
-Expected  the loss of a run under its causal routing within a hundredth of a nat of that as trained
+Expected  a loss under causal routing within about a hundredth of a nat of that as trained
 """
 
 import ml_collections

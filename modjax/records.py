@@ -290,3 +290,26 @@ def write_csv(path: Path, records: Iterable[Record]) -> None:
         values = (getattr(record, name) for name in names)
         writer.writerow([json.dumps(v) if isinstance(v, dict) else v for v in values])
     write_atomically(path, table.getvalue().encode(errors="replace"))
+
+
+def read_csv(path: Path) -> list[Record]:
+    """Returns the records in a table of `write_csv`; an older table may lack the newest columns.
+
+    Raises InputError where a row is no record.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            from_dict(Record, {name: _cell(name, text) for name, text in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def _cell(name: str, text: str) -> Any:
+    if text == "":
+        return None
+    with contextlib.suppress(ValueError):  # `from_dict` says what is wrong with other text
+        return text if name in _TEXTS else json.loads(text)
+    return text
+
+
+_TEXTS = {f.name for f in dataclasses.fields(Record) if f.type in (str, str | None)}

@@ -1,6 +1,6 @@
 """Which tokens a trained MoDE sends to which expert, and which it lets pass.
 
-Usage: python experiments/expert_use/analyse.py WORKDIR DATA_DIR NAME
+Usage: python -m experiments.expert_use.analyse WORKDIR DATA_DIR NAME
   WORKDIR holds a finished configs/expert_use run on data prepared in DATA_DIR; the results are
   NAME.png, NAME.html and NAME.json beside this file.
 Legend: B batch, L positions, A layers, E experts, V tokens, N sequences.

@@ -1,6 +1,6 @@
 """Figure 5: where a trained model spends its depth.
 
-Usage: python experiments/fig5_routing/analyse.py WORKDIR DATA_DIR NAME
+Usage: python -m experiments.fig5_routing.analyse WORKDIR DATA_DIR NAME
   WORKDIR holds a finished configs/fig5_routing run on data prepared in DATA_DIR; the results are
   NAME.png, NAME.html and NAME.json beside this file.
 Legend: B batch, L positions, A routed blocks, V vocabulary, N sequences.

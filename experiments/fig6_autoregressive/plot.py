@@ -1,11 +1,9 @@
 """Figure 6: losses under causal routing against top-k, and accuracy over training.
 
-Usage: python experiments/fig6_autoregressive/plot.py WORKDIR NAME   (of a configs/fig6 sweep)
-Writes NAME.png and NAME.csv beside this file, and prints the table of README.md.
+Usage: python -m experiments.fig6_autoregressive.plot NAME=WORKDIR ...   (sweeps of its config)
+Keeps the runs of WORKDIR in NAME.csv, and draws NAME.png.
 """
 
-import itertools
-import statistics
 import sys
 from pathlib import Path
 
@@ -15,9 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from modjax.records import Record, read_metrics, read_records, run_dir, write_csv
+from experiments.compare import keep
+from modjax.records import Record, read_metrics, run_dir
 from modjax.scaling.marks import COLOURS, MARKERS, RC
-from modjax.scaling.observed import by_cell
 
 HERE = Path(__file__).parent
 # The metric that follows each arm's own way to select without the future.
@@ -59,29 +57,6 @@ def draw(workdir: Path, records: list[Record], path: Path) -> None:
         figure.savefig(path, dpi=200)
 
 
-def table(records: list[Record]) -> None:
-    print("| arm | d | top-k loss | causal loss | difference | accuracy | capacity |")
-    print("|---|---|---|---|---|---|---|")
-    for runs in itertools.chain(*by_cell(records).values()):
-        arm, width = runs[0].variant, runs[0].d_model
-        mean = {
-            name: statistics.mean(getattr(r, name) or 0 for r in runs)
-            for name in ("eval_loss", "causal_loss", "causal_difference", "causal_accuracy",
-                         "causal_capacity")
-        }  # fmt: skip
-        if mean["causal_loss"] == 0:
-            print(f"| {arm} | {width} | {mean['eval_loss']:.4f} | | | | |")
-            continue
-        print(
-            f"| {arm} | {width} | {mean['eval_loss']:.4f} | {mean['causal_loss']:.4f} | "
-            f"{mean['causal_difference']:+.4f} | {mean['causal_accuracy']:.1%} | "
-            f"{mean['causal_capacity']:.1%} |"
-        )
-
-
 if __name__ == "__main__":
-    workdir, name = Path(sys.argv[1]), sys.argv[2]
-    records = read_records(workdir)
-    write_csv(HERE / f"{name}.csv", records)
-    table(records)
-    draw(workdir, records, HERE / f"{name}.png")
+    for name, workdir, records in keep(HERE, sys.argv[1:]):
+        draw(workdir, records, HERE / f"{name}.png")

@@ -1,10 +1,9 @@
 """Figure 7: experts, MoD and both at equal training FLOPs.
 
-Usage: python experiments/fig7_mode/plot.py WORKDIR NAME   (of a configs/fig7_mode.py sweep)
-Writes NAME.png and NAME.csv beside this file, and prints the tables of README.md.
+Usage: python -m experiments.fig7_mode.plot NAME[=WORKDIR] ...   (sweeps of configs/fig7_mode.py)
+Keeps the runs of WORKDIR in NAME.csv, and draws NAME.png.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -14,11 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from modjax.records import Record, read_records, write_csv
-from modjax.scaling.fit import fit_all
+from experiments.compare import best, causal, cells, keep, loss
+from modjax.records import Record
 from modjax.scaling.marks import RC, nth_style
-from modjax.scaling.observed import Repeated, by_cell
-from modjax.scaling.words import render_text
 
 HERE = Path(__file__).parent
 BASELINE = "dense"
@@ -27,22 +24,6 @@ AXES = {
     "params_active": "active parameters,\nwithout embeddings",
     "forward_flops_per_token": "forward FLOPs per token /\nthose of the optimal baseline",
 }
-
-
-def cells(records: list[Record]) -> dict[float, dict[str, list[Repeated]]]:
-    """Those of every arm, by size, for every budget."""
-    found: dict[float, dict[str, list[Repeated]]] = {}
-    for (arm, budget), sizes in by_cell(records).items():
-        found.setdefault(budget, {})[arm] = sizes
-    return dict(sorted(found.items()))
-
-
-def loss(runs: Repeated) -> float:
-    return statistics.mean(r.eval_loss for r in runs if r.eval_loss is not None)
-
-
-def best(sizes: list[Repeated]) -> Repeated:
-    return min(sizes, key=loss)
 
 
 def draw(records: list[Record], path: Path) -> None:
@@ -70,47 +51,6 @@ def draw(records: list[Record], path: Path) -> None:
         figure.savefig(path, dpi=200)
 
 
-def table(records: list[Record]) -> None:
-    print("| budget | arm | best width | total | active | loss of each seed | against dense | "
-          "dropped | no-op | useful | causal difference |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for budget, by_arm in cells(records).items():
-        dense = loss(best(by_arm[BASELINE]))
-        for arm, sizes in sorted(by_arm.items(), key=lambda item: loss(best(item[1]))):
-            runs = best(sizes)
-            r = runs[0]
-            shares = [
-                "" if value is None else f"{value:.1%}"
-                for value in (r.moe_dropped, r.moe_no_op, r.moe_useful)
-            ]
-            gaps = [x.causal_difference for x in runs if x.causal_difference is not None]
-            print(
-                f"| {budget:.0e} | {arm} | {r.d_model} | {r.params_total / 1e3:.0f}k | "
-                f"{r.params_active / 1e3:.0f}k | {', '.join(f'{x.eval_loss:.4f}' for x in runs)} | "
-                f"{100 * (loss(runs) / dense - 1):+.2f}% | {' | '.join(shares)} | "
-                f"{f'{statistics.mean(gaps):+.4f}' if gaps else ''} |"
-            )
-
-
-def paired(records: list[Record]) -> None:
-    """Arms of equal shapes against each other, over runs of equal width, budget and seed."""
-    losses = {(r.variant, r.budget_flops, r.d_model, r.seed): r.eval_loss for r in records}
-    for arm, other in (("integrated", "reduced"), ("integrated", "random"), ("random", "reduced")):
-        pairs = [
-            a - losses[other, *rest]
-            for (name, *rest), a in losses.items()
-            if name == arm and a is not None and (other, *rest) in losses
-        ]
-        if len(pairs) > 1:
-            error = statistics.stdev(pairs) / len(pairs) ** 0.5
-            print(f"{arm} - {other}: {statistics.mean(pairs):+.4f} +- {error:.4f}, {len(pairs)}")
-
-
 if __name__ == "__main__":
-    workdir, name = Path(sys.argv[1]), sys.argv[2]
-    records = read_records(workdir)
-    write_csv(HERE / f"{name}.csv", records)
-    table(records)
-    paired(records)
-    print(render_text(fit_all(records, baseline=BASELINE)))
-    draw(records, HERE / f"{name}.png")
+    for name, _, records in keep(HERE, sys.argv[1:]):
+        draw(causal(records), HERE / f"{name}.png")

@@ -1,0 +1,148 @@
+"""The records of experiments/ say what the runs that they keep say."""
+
+import csv
+import dataclasses
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import check
+from experiments.compare import causal, difference, keep
+from modjax.errors import InputError
+from modjax.records import read_csv, run_dir, write_record
+from modjax.scaling import fit
+
+DIRTY = json.loads((check.HERE / "dirty.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def no_surfaces(monkeypatch):
+    """Leaves out what takes nine tenths of a fit's time, and no record speaks of."""
+    monkeypatch.setattr(fit, "fit_surface", lambda *_, **__: None)
+
+
+def readme(name: str) -> str:
+    return (check.HERE / name / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_record_is_checked():
+    assert [path.parent.name for path in sorted(check.HERE.glob("*/README.md"))] == check.NAMES
+
+
+@pytest.mark.parametrize("name", check.NAMES)
+def test_a_record_says_what_its_runs_say(name):
+    record = check.load(name)
+    text = readme(name)
+    assert check.faults(text, record) == []
+    assert check.renew(text, record) == text
+    assert f"    python -m experiments.check {name}\n" in text
+
+
+def test_whatever_is_said_otherwise_is_found():
+    says = "moe is 0.050 above dense"
+    record = SimpleNamespace(
+        tables=lambda: {"losses": "| arm | loss |\n| --- | --- |\n| moe | 1.9 |"},
+        claims=lambda: [(says, True)],
+        GIVEN=("the paper has 1.5%",),
+    )
+    text = (
+        "# A record\n\n<!-- table losses -->\n| arm | loss |\n| --- | --- |\n| moe | 1.9 |\n"
+        "<!-- end -->\n\n- **moe is** 0.050\n  above dense, the paper has 1.5% (arXiv 2404.0).\n"
+    )
+    assert check.faults(text, record) == []
+    for old, new in (
+        ("1.9 |\n<", "1.8 |\n<"),
+        ("| moe | 1.9 |\n", ""),
+        ("table losses", "table others"),
+        ("0.050", "0.060"),
+        ("above", "below"),
+        ("1.5%", "1.6%"),
+        ("dense,", "dense in 3 of 4 cases,"),
+        ("dense,", "dense by 7%,"),
+    ):
+        assert old in text
+        assert check.faults(text.replace(old, new), record), new
+    record.claims = lambda: [(says, False)]
+    assert check.faults(text, record) == [f"does not hold: {says}"]
+    record.claims = lambda: []
+    assert len(check.faults(text, record)) == 1
+    assert check.renew(text.replace("1.9", "1.8"), record) == text
+
+
+def test_a_difference_is_the_mean_over_pairs_of_equal_width_and_seed():
+    (run, *_) = read_csv(check.HERE / "fig7_mode" / "stdlib.csv")
+    rng = np.random.default_rng(0)
+    losses = rng.normal(2, 0.1, (3, 4, 3))  # arms, widths, seeds
+    losses[0, :, :] += np.arange(4)[:, None]
+    records = [
+        dataclasses.replace(
+            run, run_id=f"{arm}-{w}-{s}", variant=arm, d_model=w, seed=s, budget_flops=budget,
+            eval_loss=losses[a, w, s] + (budget > 1e11), forward_flops_per_token=100.0 + 10 * a + w,
+        )
+        for a, arm in enumerate(("x", "y", "z")) for w in range(4) for s in range(3)
+        for budget in (1e11, 3e11)
+        if (arm, w, s) != ("y", 3, 2)  # a pair that is not whole is left out
+    ]  # fmt: skip
+    found = difference(records, "x - y", 1e11)
+    of_pairs = (losses[0] - losses[1]).ravel()[:-1]
+    low, high = stats.ttest_1samp(of_pairs, 0).confidence_interval(0.95)
+    np.testing.assert_allclose([found.low, found.high], [low, high])
+    np.testing.assert_allclose([found.mean, found.error], [of_pairs.mean(), stats.sem(of_pairs)])
+    assert found.pairs == 11 and found.ratio == (100 / 110, 103 / 113)
+    assert found.varies and not difference(records, "z - y", 1e11).varies
+    both = difference(records, "x - y - z + y", 1e11)
+    np.testing.assert_allclose(both.mean, (losses[0] - losses[2]).ravel()[:-1].mean())
+
+
+def test_experts_are_judged_without_drops_and_a_router_needs_its_causal_loss():
+    records = read_csv(check.HERE / "fig7_mode" / "stdlib.csv")
+    trained = {r.run_id: r for r in records}
+    for r in causal(records):
+        expected = trained[r.run_id].causal_loss if r.variant != "dense" else None
+        assert r.eval_loss == (expected or trained[r.run_id].eval_loss)
+    unscored = [
+        dataclasses.replace(r, causal_loss=None) if r.variant == "moe" else r for r in records
+    ]
+    with pytest.raises(InputError, match="causal_loss"):
+        causal(unscored)
+
+
+def test_a_sweep_is_kept_as_a_table(tmp_path):
+    records = read_csv(check.HERE / "learning_rate" / "results.csv")
+    workdir = tmp_path / "sweep"
+    for r in records:
+        folder = run_dir(workdir, r.run_id)
+        folder.mkdir(parents=True)
+        write_record(folder, r)
+    ((name, found, kept),) = keep(tmp_path, [f"rates={workdir}"])
+    assert (name, found, kept) == ("rates", workdir, records)
+    ((_, _, again),) = keep(tmp_path, ["rates"])
+    assert again == records
+
+
+def test_no_kept_run_comes_from_a_changed_tree_but_those_that_are_listed():
+    found = {}
+    for path in sorted(check.HERE.rglob("*.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row.get("code_version", "").endswith("-dirty"):
+                    place = str(path.relative_to(check.HERE))
+                    found.setdefault((place, row["code_version"]), set()).add(row["run_id"])
+    listed = {
+        (place, f"0.1.0+{of['commit']}-dirty"): set(of["runs"]) for place, of in DIRTY.items()
+    }
+    assert found == listed
+    assert all(of["reason"] for of in DIRTY.values())
+    for path in check.HERE.rglob("*.json"):
+        if path.name != "dirty.json":
+            assert not re.search(r"\+[0-9a-f]+-dirty", path.read_text(encoding="utf-8")), path
+
+
+def test_a_readme_says_that_it_keeps_runs_of_a_changed_tree():
+    for place, of in DIRTY.items():
+        said = check.plain(readme(place.split("/")[0]))
+        assert f"{len(of['runs'])} of the runs" in said and f"{of['commit']}-dirty" in said
