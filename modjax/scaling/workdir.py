@@ -50,6 +50,8 @@ def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan
     Raises InputError where `workdir` holds runs that are not part of this plan, or that were
     trained on other data.
     """
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    require(there.is_dir(), "--workdir", str(workdir), f"cannot be made: {there} is a file")
     earlier = read_plan(workdir)
     if earlier is not None:
         others = set(earlier.runs) - {spec.run_id for spec in experiment.specs}

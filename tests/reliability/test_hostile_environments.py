@@ -1,6 +1,7 @@
 """Streams that fail, and machines that refuse: one line, and exit codes that stay true."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -72,7 +73,6 @@ REFUSED = [
     ({"JAX_NUM_CPU_DEVICES": "x"}, "", "jax cannot start"),
     ({"JAX_ENABLE_X64": "maybe"}, "", "jax cannot start"),
     ({}, "ulimit -v 300000;", "jax cannot start"),
-    ({}, "ulimit -v 1000000;", ""),
 ]
 
 
@@ -96,7 +96,7 @@ def test_an_environment_that_refuses_jax_is_one_line(
 def test_files_that_may_not_grow_are_named(shell, undisturbed, count):
     done = shell(f"ulimit -f 0; modjax report --workdir={undisturbed}")
     assert done.returncode == 2
-    assert done.stderr == f"modjax: {undisturbed}/results.csv: File too large\n"
+    assert re.fullmatch(rf"modjax: {undisturbed}/\S+: File too large\n", done.stderr)
     count("machines that refuse files")
 
 
