@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 # Weights away from their start, where a gate of 0 would hide what is behind it.
 SPREADS = (0.3, 0.01)
 # Each program runs some thirty times on small arrays: optimising it costs more than it saves.
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 
 class Leak(NamedTuple):
