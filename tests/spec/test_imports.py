@@ -99,7 +99,10 @@ ENDLESS = "while True:\n    try:\n        time.sleep(9)\n    except Exception:\n
             "class E(Exception):\n    def __str__(self): raise SystemExit\nraise E",
             "E: its message cannot be shown",
         ),
-        ("class E(BaseException):\n    def __str__(self): return 3\nraise E", "E: its message cannot be shown"),
+        (
+            "class E(BaseException):\n    def __str__(self): return 3\nraise E",
+            "E: its message cannot be shown",
+        ),
         ("def (:", "SyntaxError: invalid syntax"),
         ("import no_such_module", "ModuleNotFoundError: No module named"),
         (f"import time\n{ENDLESS}", "it still ran after 0.2 seconds"),
