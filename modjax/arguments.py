@@ -125,21 +125,32 @@ def make_parser() -> argparse.ArgumentParser:
         "experiments/isoflop)",
     )
     add("check", verbs.check, CHECK, "config", "json")
-    add("sweep", verbs.sweep, SWEEP, "config", "workdir", "data_dir", "jobs", "json")
+    add(
+        "sweep",
+        verbs.sweep,
+        SWEEP,
+        "config",
+        "workdir",
+        "data_dir",
+        "jobs",
+        "other_code",
+        "json",
+    )
     add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
     add("fit", verbs.fit, FIT, "workdir", "loss", "size", "json")
     add("report", verbs.report, REPORT, "workdir", "loss", "size")
-    train = add("train", verbs.train, TRAIN, "config", "workdir", "data_dir", "json")
+    train = add("train", verbs.train, TRAIN, "config", "workdir", "data_dir", "other_code", "json")
     train.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
     train.add_argument(
         "--distributed",
         action="store_true",
         help="one of several hosts that run this same command; see launch/README.md",
     )
-    evaluate = add("eval", finished_verbs.evaluate, EVAL, "workdir", "data_dir", "slack", "json")
+    finished = ("workdir", "data_dir", "imports", "other_code", "slack", "json")
+    evaluate = add("eval", finished_verbs.evaluate, EVAL, *finished)
     evaluate.add_argument("--run", metavar="RUN_ID", help="one run; else every one with a router")
     evaluate.add_argument("--routing", required=True, help=", ".join(ROUTINGS))
-    sample = add("sample", finished_verbs.sample, SAMPLE, "workdir", "data_dir", "slack", "json")
+    sample = add("sample", finished_verbs.sample, SAMPLE, *finished)
     sample.add_argument("--run", metavar="RUN_ID", help="which run; may be left out for one")
     sample.add_argument("--routing", help=f"{', '.join(ROUTINGS[1:])}; default: any learned")
     prompt = sample.add_mutually_exclusive_group(required=True)
@@ -276,6 +287,24 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "metavar": "X",
             "help": "a routed block has room for X times its capacity; the rest passes it by and "
             "is counted; default: room for all",
+        },
+    ),
+    "imports": (
+        "--imports",
+        {
+            "action": "append",
+            "default": [],
+            "metavar": "FILE.py|MODULE",
+            "help": "import this first, which registers layers of the runs; may be given again. "
+            "What a run's folder names is not imported",
+        },
+    ),
+    "other_code": (
+        "--other-code",
+        {
+            "action": "store_true",
+            "help": "go on with, or read, runs that other code or another environment began; their "
+            "records say so",
         },
     ),
     "json": ("--json", {"action": "store_true", "help": "print JSON"}),

@@ -37,7 +37,7 @@ def words(error: BaseException) -> str:
     """Returns what `str` does, or a substitute where that fails."""
     try:
         return str(error)
-    except Exception:
+    except BaseException:  # the class may be the user's
         return "its message cannot be shown"
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from modjax.errors import LONGEST_NAME, InputError, require, require_name
 from modjax.files import Missing, damaged, entries, read, read_json, write_atomically
 from modjax.spec import RunSpec, from_dict, to_dict
+from modjax.spec.text import UnknownName
 
 logger = logging.getLogger("modjax")
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class Record:
       that leave out a position that ranks like the last one taken, to within rounding. The earlier
       one is taken; other devices, or another eval_batch_size, may select otherwise. None without a
       top k.
+    provenance: see modjax/provenance.py; empty in records from before it was kept.
     """
 
     run_id: str
@@ -90,6 +92,7 @@ class Record:
     moe_useful: float | None = None
     near_ties: int | None = None
     eval_batch_size: int | None = None
+    provenance: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def causal_routing(record: Record) -> str | None:
@@ -144,12 +147,42 @@ def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
     """Returns the spec of the run in this folder.
 
     run_id: the run that the folder is for, where it is known.
-    Raises InputError where the spec cannot be read, or is another run's.
+    Imports nothing that the folder names. Raises InputError where the spec cannot be read, or is another run's, and UnknownName where it
+    has a layer that is not registered.
     """
     path = run_dir / "spec.json"
-    spec = read_as(RunSpec, path, WRITTEN_AGAIN)
+    values = read_json(path, WRITTEN_AGAIN)
+    try:
+        spec = from_dict(RunSpec, values)
+    except UnknownName as error:
+        raise UnknownName(
+            str(path),
+            error.value,
+            "is no layer of modjax's: give the file or module that registers it with --imports "
+            "(in Python, imports=[...]) if you trust it; the run's own are "
+            f"{values['model'].get('imports')}",
+        ) from error
+    except InputError as error:
+        raise damaged(path, WRITTEN_AGAIN, error) from error
     _require_own(path, spec.run_id, run_id)
     return spec
+
+
+def read_provenance(run_dir: Path) -> dict[str, str]:
+    """Returns what the run depends on beyond its spec; {} where that was not kept."""
+    path, remedy = run_dir / "provenance.json", "delete it, and nobody knows what code the run had"
+    try:
+        values = read_json(path, remedy)
+    except Missing:
+        return {}
+    if isinstance(values, dict) and all(isinstance(value, str) for value in values.values()):
+        return values
+    raise damaged(path, remedy, "it must hold names with text")
+
+
+def write_provenance(run_dir: Path, values: dict[str, str]) -> None:
+    """Writes provenance.json, see modjax/provenance.py."""
+    write_json(run_dir / "provenance.json", values)
 
 
 def write_record(run_dir: Path, record: Record) -> None:

@@ -141,8 +141,8 @@ def status_text(status: Status) -> str:
             run.run_id,
             run.state,
             f"{run.step}/{run.steps}",
-            count(run.params_total),
-            count(run.params_active),
+            count(run.params_total) if run.params_total else "",
+            count(run.params_active) if run.params_active else "",
             *_losses(run.causal_loss, run.eval_loss),
             run.why,
         )

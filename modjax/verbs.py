@@ -147,6 +147,7 @@ def _run_plan(
             command=args.command,
             data_fingerprint=fingerprint,
             only=only,
+            other_code=args.other_code,
         )
     except Stopped as stopped:
         return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED, stopped.saved)
@@ -179,11 +180,14 @@ def status(args: argparse.Namespace) -> None:
 
 
 def fit(args: argparse.Namespace) -> None:
+    from modjax.provenance import differences
     from modjax.scaling.report import fit_workdir
     from modjax.scaling.results import to_json
     from modjax.scaling.words import render_text
 
-    _, fits = fit_workdir(args.workdir, args.loss, args.size)
+    found, fits = fit_workdir(args.workdir, args.loss, args.size)
+    for difference in differences(found.records):
+        print(f"modjax: {difference}", file=sys.stderr)
     if args.json:
         return print_json(to_json(fits))
     print(render_text(fits))
@@ -221,6 +225,7 @@ def train(args: argparse.Namespace) -> int:
 
 def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
     """This process's part of a run that all hosts of a slice do together."""
+    from modjax.provenance import fix_settings
     from modjax.records import run_dir
     from modjax.scaling.run import run
     from modjax.scaling.workdir import claim
@@ -230,6 +235,7 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
     with starting():
         import jax
 
+    fix_settings()
     try:
         jax.distributed.initialize()
     except Exception as error:
@@ -246,7 +252,13 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
         check([spec], experiment.execution, **where)
         if jax.process_index() > 0:  # the first process holds the lock and writes the result
             folder = run_dir(args.workdir, spec.run_id)
-            train_run(spec, experiment.execution, run_dir=folder, **where)
+            train_run(
+                spec,
+                experiment.execution,
+                run_dir=folder,
+                other_code=args.other_code,
+                **where,
+            )
             return 0
         claim(experiment, args.workdir, args.command, fingerprint)
         done = run(
@@ -255,6 +267,7 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
             workdir=args.workdir,
             train=train_run,
             progress=lambda line: print(json.dumps(line), file=sys.stderr),
+            other_code=args.other_code,
             **where,
         )
     except Preempted:

@@ -13,6 +13,8 @@ from modjax.data.cache import cache_dir
 from modjax.data.manifest import Manifest, Split
 from modjax.data.writer import Written, write_split
 from modjax.spec import DataConfig
+from modjax.spec.imports import IMPORTED
+from modjax.spec.layer import NAMES, ORIGINS
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -62,6 +64,19 @@ def finished_workdir(tiny_data_dir, tmp_path_factory) -> Path:
     train(spec, Execution(data=1), run_dir=run_dir(workdir, spec.run_id), data_dir=tiny_data_dir)
     jax.config.update("jax_disable_most_optimizations", False)
     return workdir
+
+
+@pytest.fixture
+def own_layers():
+    """Forgets what a test registers and imports, so that the next may use the same names."""
+    tables = (NAMES, ORIGINS, IMPORTED)
+    kept = [dict(table) for table in tables]
+    yield
+    for table, before in zip(tables, kept, strict=True):
+        table.clear()
+        table.update(before)
+    for name in [name for name in sys.modules if name.startswith(("modjax_imports_", "own_"))]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

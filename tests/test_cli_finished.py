@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from modjax.cli import main
+from modjax.provenance import SETTINGS
 from modjax.records import read_records, run_dir, write_record
 from modjax.spec import Dense, MoD, to_dict
 from tests.training.tiny import run_spec
@@ -22,7 +23,9 @@ from tests.training.tiny import run_spec
 def quick_compiles():
     kept = dict(os.environ)  # the verbs set where JAX caches programs
     jax.config.update("jax_disable_most_optimizations", True)
+    fixed = SETTINGS.pop("jax_disable_most_optimizations")
     yield
+    SETTINGS["jax_disable_most_optimizations"] = fixed
     os.environ.clear()
     os.environ.update(kept)
     jax.config.update("jax_disable_most_optimizations", False)

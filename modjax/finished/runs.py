@@ -1,6 +1,7 @@
 """A finished run, opened again: to evaluate it under another routing, or to sample from it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ from modjax.data.cache import TokenCache, cache_dir, open_cache
 from modjax.errors import InputError, require
 from modjax.files import damaged
 from modjax.nn.routed import Quality, quality
+from modjax.provenance import require_readable
 from modjax.records import name_left_out, read_record, read_spec, run_dir, scan
 from modjax.spec import Execution, RunSpec
+from modjax.spec.imports import import_all, places
 from modjax.training.checkpoint import find_damage, read_checkpoint
 from modjax.training.evaluate import (
     Evaluation,
@@ -164,15 +167,22 @@ class Loaded(NamedTuple):
     weights: Any
 
 
-def load(run_dir: str | Path) -> Loaded:
+def load(run_dir: str | Path, *, imports: Sequence[str] = (), other_code: bool = False) -> Loaded:
     """Returns the spec of the finished run in `run_dir`, its model and its final weights.
 
     Needs no data and changes nothing in the folder.
     graphdef, weights: as modjax.generate and modjax.unstack take them.
+    imports: files and modules to import first, which register layers of the run. What its folder
+      names is not imported.
+    other_code: read it though its layers from outside have been edited since.
     Raises InputError where the folder holds no run, one that has not finished, or a copy under
     another name, and where its final weights are missing.
     """
     folder = Path(os.path.realpath(run_dir))
+    require((folder / "spec.json").exists(), "modjax.load", str(run_dir), "no such run")
+    import_all(places(tuple(imports), Path(), "imports"), "imports")
     spec = read_spec(folder, folder.name)
+    if not other_code:
+        require_readable({folder: spec.model})
     model, weights, _ = _restore(spec, folder, {"run_id": spec.run_id})
     return Loaded(spec, model.graphdef, weights)

@@ -8,12 +8,15 @@ import io
 import math
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modjax.backend import starting, try_first
 from modjax.errors import InputError, require
 from modjax.files import read_file
 from modjax.scaling.run import compilation_cache
+from modjax.spec import RunSpec
 from modjax.verbs import RUNS_FAILED, print_json
 
 if TYPE_CHECKING:
@@ -24,9 +27,20 @@ MOST_TOKENS = 1_000_000
 MOST_PROMPTS = 16 * 2**20  # bytes of a file of prompts
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def _prepare(args: argparse.Namespace) -> None:
+    """Starts jax and imports the layers from outside, before anything of a run is read."""
+    from modjax.provenance import fix_settings
+    from modjax.spec.imports import import_all, places
+
     os.environ.update(compilation_cache())
     try_first()
+    import_all(places(args.imports, Path(), "--imports"), "--imports")
+    with starting():
+        fix_settings()
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    _prepare(args)
     with starting():
         from modjax.finished.runs import choose, compare, open_run
 
@@ -44,6 +58,7 @@ def evaluate(args: argparse.Namespace) -> int:
         specs = able or specs
     for spec in specs:
         spec.model.check_routing(args.routing, "--routing")
+    _check_code(args, specs)
     found = []
     for spec in specs:
         try:
@@ -61,6 +76,14 @@ def evaluate(args: argparse.Namespace) -> int:
     for run_id, why in failures.items():
         print(f"modjax: failed: {run_id}: {why}", file=sys.stderr)
     return RUNS_FAILED if failures else 0
+
+
+def _check_code(args: argparse.Namespace, specs: Sequence[RunSpec]) -> None:
+    from modjax.provenance import require_readable
+    from modjax.records import run_dir
+
+    if not args.other_code:
+        require_readable({run_dir(args.workdir, s.run_id): s.model for s in specs})
 
 
 def _comparison_text(found: "Comparison") -> str:
@@ -93,8 +116,7 @@ def _plain(value: Any) -> Any:
 
 
 def sample(args: argparse.Namespace) -> None:
-    os.environ.update(compilation_cache())
-    try_first()
+    _prepare(args)
     with starting():
         from rich.console import Console
 
@@ -122,6 +144,7 @@ def sample(args: argparse.Namespace) -> None:
         args.run,
         f"must name one of the {len(specs)} finished runs, such as {specs[-1].run_id}",
     )
+    _check_code(args, specs)
     run = open_run(specs[0], workdir=args.workdir, data_dir=args.data_dir)
     choose_routing(run, args.routing)
     graphdef, weights = unstack(

@@ -1,11 +1,13 @@
 """From a layer's spec to its module: the one table, which others may add to."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
-from modjax.spec import Layer, Shape, named
+from modjax.spec import Layer, Shape
+from modjax.spec.layer import add_name
 
 MODULES: dict[type[Layer], Callable[..., nnx.Module]] = {}
 
@@ -14,12 +16,13 @@ def register(spec: type[Layer], module: Callable[..., nnx.Module]) -> None:
     """Adds a layer to modjax: from here on its spec, and its text, can stand wherever one can.
 
     spec: a frozen dataclass, a subclass of modjax.Layer. module: called as module(spec, shape,
-    rngs=rngs), and then as modjax.nn.call says.
+    rngs=rngs), and then as modjax.nn.call says. A module that is imported again may register its
+    layers again. Raises InputError where another layer, such as one of modjax's own, has the name.
     """
+    add_name(spec, sys._getframe(1).f_globals)
     MODULES[spec] = module
-    named(spec)
 
 
 def build(layer: Layer, shape: Shape, *, rngs: nnx.Rngs) -> Any:
-    """The module of a spec."""
+    """Returns the module of a spec."""
     return MODULES[type(layer)](layer, shape, rngs=rngs)

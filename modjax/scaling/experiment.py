@@ -17,12 +17,13 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from modjax.errors import InputError, describe, require
+from modjax.errors import InputError, require
 from modjax.files import read_file
 from modjax.flops import run_flops
 from modjax.scaling.plan import plan
 from modjax.scaling.sweep_config import RECIPE_FIELDS, SweepConfig
 from modjax.spec import DataConfig, Execution, ModelSpec, RunSpec, TrainConfig, from_dict
+from modjax.spec.imports import import_all, places, user_code, without_unused
 from modjax.spec.text import bounded
 
 MOST_CONFIG = 2**20  # bytes of a config file
@@ -33,7 +34,8 @@ GROUPS = {"model": ModelSpec, "train": TrainConfig, "data": DataConfig, "executi
 class Experiment:
     """What a config file asks for: its values as plain data, and the runs they mean.
 
-    `sweep` is None for a file that describes a single run.
+    `sweep` is None for a file that describes a single run. imports: where each of its imports is,
+    see spec.imports.places; all of them are imported.
     """
 
     config_file: str
@@ -41,13 +43,14 @@ class Experiment:
     execution: Execution
     sweep: SweepConfig | None
     specs: list[RunSpec]
+    imports: dict[str, str]
 
 
 def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads `FILE.py` or `FILE.py:ARGUMENT` and applies overrides "a.b=value".
+    """Reads `FILE.py` or `FILE.py:ARGUMENT`, and applies overrides "a.b=value".
 
-    Raises InputError naming the field, its value and what is known for an unknown override, a
-    value of another type, or one that a config refuses.
+    Imports what it names in `imports`. Raises InputError naming the field, its value and what is
+    known for an unknown override, a value of another type, or one that a config refuses.
     """
     config = _with_defaults(_as_text("", _read(config_file)))
     for override in overrides:
@@ -56,18 +59,33 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
     for name in values:
         known = (*GROUPS, "sweep")
         require(name in known, f"config.{name}", "...", f"unknown; known: {', '.join(known)}")
+    sweep = from_dict(SweepConfig, values["sweep"], "sweep.") if "sweep" in values else None
+    arms = {f"sweep.arms.{name}": arm for name, arm in sweep.arms.items()} if sweep else {}
+    imports = _imported(config_file, {"model": values["model"]} | arms)
     execution = from_dict(Execution, values["execution"], "execution.")
     data = from_dict(DataConfig, values["data"], "data.")
-    if "sweep" in values:
-        sweep = from_dict(SweepConfig, values["sweep"], "sweep.")
+    if sweep is not None:
         specs = plan(sweep, values["model"], values["train"], data)
-        return Experiment(config_file, values, execution, sweep, specs)
-    model = from_dict(ModelSpec, values["model"], "model.")
+        return Experiment(config_file, values, execution, sweep, specs, imports)
+    model = without_unused(from_dict(ModelSpec, values["model"], "model."))
     train = from_dict(TrainConfig, values["train"], "train.")
     budget = run_flops(model, train, train.steps)
     variant = "-".join(layer.label for layer, _ in model.repeated())
     spec = RunSpec(variant, budget, model, train, data)
-    return Experiment(config_file, values, execution, None, [spec])
+    return Experiment(config_file, values, execution, None, [spec], imports)
+
+
+def _imported(config_file: str, models: dict[str, Any]) -> dict[str, str]:
+    """Imports what these groups of fields name, by their name; returns the places of all that.
+
+    Paths are relative to the config's folder.
+    """
+    folder, found = Path(config_file.partition(":")[0]).parent, {}
+    for group, fields in models.items():
+        if isinstance(fields, dict) and "imports" in fields:
+            found |= places(fields["imports"], folder, f"{group}.imports")
+    import_all(found, "model.imports")
+    return found
 
 
 def _read(config_file: str) -> dict[str, Any]:
@@ -76,13 +94,9 @@ def _read(config_file: str) -> dict[str, Any]:
         read_file(Path(path), MOST_CONFIG)
     except OSError as error:
         raise InputError("--config", path, f"cannot be read: {error.strerror}") from error
-    try:
+    with user_code("--config", config_file, "its get_config() failed"):
         get_config = runpy.run_path(path)["get_config"]
         config = get_config(argument) if argument else get_config()
-    # The file is the user's code: anything can come out of it.
-    except (Exception, SystemExit) as error:
-        failed = f"its get_config() failed: {describe(error)}"
-        raise InputError("--config", config_file, failed) from error
     require(
         isinstance(config, ml_collections.ConfigDict),
         "--config",

@@ -24,6 +24,7 @@ from modjax.scaling.sweep_config import (
     SweepConfig,
 )
 from modjax.spec import DataConfig, ModelSpec, Repeat, RunSpec, TrainConfig, from_dict
+from modjax.spec.imports import without_unused
 from modjax.spec.model import read_layers, read_streams
 
 # What an arm can say beside the model fields in which it differs.
@@ -87,7 +88,7 @@ def _require_absent(group: str, values: Mapping, names: Sequence[str], rule: str
 
 def _check_base(sweep: SweepConfig, model: Mapping[str, Any]) -> None:
     """Raises InputError for a wrong field of the shared model, even where every arm changes it."""
-    read_layers(model.get("layers", "Dense()"), model.get("imports", ()))
+    read_layers(model.get("layers", "Dense()"))
     read_streams(model.get("streams"))
     # Layers and streams have to fit each other in the arms only; a base may leave the rest to them.
     plain = {"vocab_size": 1, **model, "layers": "MLP()", "streams": None}
@@ -109,7 +110,7 @@ def _arm(sweep: SweepConfig, model: Mapping[str, Any], arm: str) -> Callable[[in
         )
     merged = {**model, **changes}
     field = f"sweep.arms.{arm}.layers" if "layers" in changes else "model.layers"
-    layers = read_layers(merged.get("layers", "Dense()"), merged.get("imports", ()), field)
+    layers = read_layers(merged.get("layers", "Dense()"), field)
     merged["layers"] = layers
     length = 1 if isinstance(layers[0], Repeat) else len(layers)
     require(
@@ -251,4 +252,5 @@ def _spec(
         "warmup_steps": round(recipe.warmup_fraction * steps),
         "seed": seed,
     }
+    model = without_unused(model)
     return RunSpec(arm, budget, model, from_dict(TrainConfig, {**train, **decided}, "train."), data)

@@ -13,6 +13,7 @@ from typing import Any
 
 from modjax.errors import InputError, require
 from modjax.files import read_json, write_atomically
+from modjax.provenance import differences
 from modjax.records import Record, Scan, name_left_out, run_dir, scan, write_csv
 from modjax.scaling import words
 from modjax.scaling.compared import LOSSES, loss_words, marked, no_causal_sentence
@@ -229,6 +230,7 @@ def _exceptions(
         for r in records
         if r.status == "diverged"
     ]
+    said += [f"{difference}." for difference in differences(records)]
     said += [words.parabola_sentence(p, fits.size) for p in fits.parabolas if p.refusal is not None]
     known = {*left_out, *(r.run_id for r in records)}
     for run_id in plan.get("runs", []):

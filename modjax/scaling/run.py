@@ -66,10 +66,11 @@ def run(
     fingerprint: str,
     train: Train,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    other_code: bool = False,
 ) -> Done | None:
     """Trains `spec` in its folder, or reads the result that is there already.
 
-    fingerprint: of the data that the plan is for.
+    fingerprint: of the data that the plan is for. other_code: as `train` takes it.
     Returns None where another process is doing this run. Raises what `train` raises.
     """
     folder = run_dir(workdir, spec.run_id)
@@ -87,6 +88,7 @@ def run(
             data_dir=data_dir,
             fingerprint=fingerprint,
             progress=progress,
+            other_code=other_code,
         )
         (folder / "failure.json").unlink(missing_ok=True)
         return Done(record, here=True)

@@ -5,13 +5,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modjax.errors import InputError
+from modjax.errors import InputError, require
 from modjax.files import Missing, read_json
 from modjax.flops import parameters
-from modjax.records import Record, causal_loss, last_step, read_spec, run_dir, scan
+from modjax.records import (
+    WRITTEN_AGAIN,
+    Record,
+    causal_loss,
+    last_step,
+    read_spec,
+    run_dir,
+    scan,
+)
 from modjax.scaling.cells import flops_per_second
 from modjax.scaling.run import is_running
 from modjax.scaling.workdir import read_plan
+from modjax.spec import TrainConfig, from_dict
+from modjax.spec.text import UnknownName
 
 STATES = ("done", "diverged", "running", "failed", "damaged", "waiting")
 
@@ -20,7 +30,8 @@ STATES = ("done", "diverged", "running", "failed", "damaged", "waiting")
 class RunStatus:
     """`state` is one of STATES; `step` counts the steps logged so far; `why` explains a failure.
 
-    steps, budget_flops and the parameters are 0 where the run's spec is damaged. eval_loss: as
+    steps, budget_flops and the parameters are 0 where the run's spec is damaged. The parameters are
+    0 where it has layers from outside modjax, too, which `status` does not import. eval_loss: as
     trained; causal_loss: under routing that never looks ahead, None where the run has none.
     """
 
@@ -93,7 +104,7 @@ def _finished(folder: Path, record: Record) -> RunStatus:
     if record.status == "diverged":
         state, why = "diverged", f"loss not finite at step {record.diverged_step}"
         with contextlib.suppress(InputError):  # the record says how far it came, not how far to go
-            steps = read_spec(folder).train.steps
+            steps = _read(folder, record.run_id)[0]
     return RunStatus(
         record.run_id,
         state,
@@ -110,7 +121,7 @@ def _finished(folder: Path, record: Record) -> RunStatus:
 
 def _unfinished(folder: Path, run_id: str) -> RunStatus:
     try:
-        spec, step = read_spec(folder, run_id), last_step(folder)
+        (steps, budget, sizes), step = _read(folder, run_id), last_step(folder)
     except InputError as error:
         return RunStatus(run_id, "damaged", 0, 0, 0.0, 0, 0, None, str(error))
     state, why = "waiting", ""
@@ -118,18 +129,30 @@ def _unfinished(folder: Path, run_id: str) -> RunStatus:
         state = "running"
     elif failure := _failure(folder / "failure.json"):
         state, why = "failed", failure
-    sizes = parameters(spec.model)
     return RunStatus(
         run_id,
         state,
         step,
-        spec.train.steps,
-        spec.budget_flops,
-        sizes["total"],
-        sizes["active"],
+        steps,
+        budget,
+        sizes.get("total", 0),
+        sizes.get("active", 0),
         None,
         why,
     )
+
+
+def _read(folder: Path, run_id: str) -> tuple[int, float, dict[str, int]]:
+    """Returns a run's steps, its budget and its parameters; {} for layers that are not known."""
+    try:
+        spec = read_spec(folder, run_id)
+    except UnknownName:
+        values = read_json(folder / "spec.json", WRITTEN_AGAIN)
+        train = from_dict(TrainConfig, values.get("train"), "train.")
+        budget = values.get("budget_flops")
+        require(isinstance(budget, int | float), str(folder), budget, "must be a budget in FLOPs")
+        return train.steps, budget, {}
+    return spec.train.steps, spec.budget_flops, parameters(spec.model)
 
 
 def _failure(path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modjax.errors import InputError, require
+from modjax.provenance import require_same, source_code
 from modjax.records import Record, read_records, run_dir
 from modjax.scaling.cells import BUDGET_TOLERANCE, Cell, cells, flops_per_second
 from modjax.scaling.engines.local import Session
@@ -89,12 +90,14 @@ def sweep(
     data_fingerprint: str,
     only: RunSpec | None = None,
     job: str = "modjax.training.loop",
+    other_code: bool = False,
 ) -> Outcome:
     """Runs what is not finished of the plan on `jobs` local processes; see engines/local.py.
 
     only: the one run of the plan to do.
     job: the module whose `check` the workers call before the plan is claimed, for all runs that
     are not finished, and whose `train` they call for each.
+    other_code: go on with runs that other code began, or that were begun in another environment.
     Call `check` first. Raises InputError for bad input, OSError for a full disk and
     Stopped after a signal; what is finished is kept, and the same call goes on.
     """
@@ -102,6 +105,8 @@ def sweep(
     check_claim(experiment, workdir, data_fingerprint)
     started, began = time.time(), time.monotonic()
     specs = experiment.specs if only is None else [only]
+    if not other_code:
+        require_same(workdir, experiment.specs)
     begun = {s.run_id for s in specs if (run_dir(workdir, s.run_id) / "metrics.jsonl").exists()}
     session = Session(
         specs=specs,
@@ -112,6 +117,9 @@ def sweep(
         jobs=jobs,
         job=job,
         flops_per_second=flops_per_second(experiment.config, read_records(workdir)),
+        imports=experiment.imports,
+        code=source_code(),
+        other_code=other_code,
     )
     try:
         session.run(lambda: claim(experiment, workdir, command, data_fingerprint))

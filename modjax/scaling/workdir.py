@@ -2,8 +2,9 @@
 
 workdir/plan.json               the config, the command and the runs of the sweep
 workdir/sweep.json              what every session of the sweep spent its time on
-workdir/runs/<run_id>/          lock, spec.json, log.txt, metrics.jsonl, checkpoints/, and at
-                                the end result.json, or failure.json where it was given up
+workdir/runs/<run_id>/          lock, spec.json, provenance.json, log.txt, metrics.jsonl,
+                                checkpoints/, and at the end result.json, or failure.json where it
+                                was given up
 """
 
 import logging

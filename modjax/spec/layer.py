@@ -5,7 +5,9 @@ A spec is a frozen dataclass that checks itself. It composes by containing other
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -174,10 +176,37 @@ class Repeat:
         return text.write(self)
 
 
-NAMES: dict[str, Callable[..., Any]] = {"Repeat": Repeat}
+class Origin(NamedTuple):
+    """Where a name was given: the module, and the file that it was read from ("" in a notebook)."""
+
+    module: str
+    file: str
+
+
+NAMES: dict[str, Callable[..., Any]] = {}
+ORIGINS: dict[str, Origin] = {}
+
+
+def add_name(function: Any, scope: Mapping[str, Any]) -> None:
+    """Lets the text form call a spec, or a function that makes one, by its name.
+
+    scope: the globals of the module that asks for it. That module may be imported again and give
+    the name again. Raises InputError where the name belongs to anything else.
+    """
+    name, file = function.__name__, scope.get("__file__")
+    origin = Origin(scope["__name__"], os.path.realpath(file) if file else "")
+    earlier, other = ORIGINS.get(name, origin), NAMES.get(name, function)
+    same = (earlier.file or earlier.module) == (origin.file or origin.module)
+    same = same and getattr(other, "__qualname__", "") == function.__qualname__
+    accepted = f"is a layer of {earlier.file or earlier.module} already: choose another name"
+    require(same, "modjax.register", name, accepted)
+    NAMES[name], ORIGINS[name] = function, origin
 
 
 def named(function: Any) -> Any:
-    """Lets the text form call a spec, or a function that makes one, by its name."""
-    NAMES[function.__name__] = function
+    """Decorates a spec, or a function that makes one, so that the text form knows its name."""
+    add_name(function, sys._getframe(1).f_globals)
     return function
+
+
+named(Repeat)

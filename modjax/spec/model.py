@@ -1,10 +1,9 @@
 """A decoder's spec: a shape, its layers, an embedding and a head."""
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from modjax.errors import InputError, require, require_one_of, require_positive
+from modjax.errors import require, require_one_of, require_positive
 from modjax.spec import text
 from modjax.spec.layer import NAMES, ROUTINGS, Layer, Repeat, Shape
 from modjax.spec.streams import Ends
@@ -19,7 +18,8 @@ class ModelSpec:
     layers: a pattern that repeats over the depth, such as (Dense(), MoD(Dense())), or segments
       `Repeat(..., times=...)`, of which one may leave `times` open. May be given as text.
     head_dim: None takes d_model / num_heads.
-    imports: modules to import before the text of `layers` is read, which register layers.
+    imports: files and modules that register layers which are not modjax's. A spec imports none of
+      them: whoever trusts them has imported them before the text of `layers` is read.
     streams: residual streams in place of one, such as Recycled(2); may be given as text.
     """
 
@@ -62,7 +62,7 @@ class ModelSpec:
             "must be greater than 0, or None",
         )
         require_one_of("model.dtype", self.dtype, DTYPES)
-        object.__setattr__(self, "layers", read_layers(self.layers, self.imports))
+        object.__setattr__(self, "layers", read_layers(self.layers))
         object.__setattr__(self, "streams", read_streams(self.streams))
         for segment in self.segments:  # raises where the depth does not fit
             handed: frozenset[str] = frozenset()
@@ -184,16 +184,8 @@ def read_streams(streams: Any, field: str = "model.streams") -> Ends | None:
     return found[0]
 
 
-def read_layers(
-    layers: Any, imports: tuple[str, ...] = (), field: str = "model.layers"
-) -> tuple[Any, ...]:
-    """Layers and segments from such, or from text, after importing what registers them."""
-    for module in imports:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # it is the user's code
-            line = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError("model.imports", module, f"cannot be imported: {line}") from error
+def read_layers(layers: Any, field: str = "model.layers") -> tuple[Any, ...]:
+    """Returns layers and segments from such, or from text. Raises InputError for anything else."""
     given = [layers] if isinstance(layers, str) or not isinstance(layers, list | tuple) else layers
     found: list[Any] = []
     for item in given:

@@ -48,19 +48,28 @@ def bounded(text: str, field: str) -> str:
     return text.strip()
 
 
+class UnknownName(InputError):
+    """Text that calls a name which no imported module has registered."""
+
+
 def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tuple[Any, ...]:
     """Returns the specs that `text`, such as "Dense(), MoD(Dense())", calls by `names`.
 
-    Raises InputError naming `field` for anything but calls of these names with plain values, and
-    for values that a spec refuses.
+    Raises UnknownName for another name. Raises InputError naming `field` for anything else but
+    calls with plain values, and for values that a spec refuses.
     """
 
     def value(node: ast.expr) -> Any:
         match node:
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 if name not in names:
-                    raise InputError(field, name, f"unknown; known: {', '.join(sorted(names))}")
-                given = {k.arg: value(k.value) for k in keywords if k.arg is not None}
+                    raise UnknownName(field, name, f"unknown; known: {', '.join(sorted(names))}")
+                given: dict[str, Any] = {}
+                for keyword in keywords:
+                    fits = keyword.arg is not None and keyword.arg not in given
+                    accepted = "must name each field once, as NAME=VALUE; ** is not read"
+                    require(fits, field, said(node), accepted)
+                    given[str(keyword.arg)] = value(keyword.value)
                 parts = [value(arg) for arg in args]
                 try:
                     return names[name](*parts, **given)

@@ -19,6 +19,7 @@ from modjax.data.cache import TokenCache, check_fingerprint
 from modjax.data.prefetch import prefetch
 from modjax.errors import Preempted
 from modjax.files import Home, Missing
+from modjax.provenance import begin, provenance
 from modjax.records import Record, read_record, read_spec, write_json, write_record
 from modjax.spec import Execution, RunSpec, TrainConfig, to_dict
 from modjax.training.check import check as check  # a job has `check` and `train`
@@ -50,11 +51,13 @@ def train(
     data_dir: Path,
     fingerprint: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    other_code: bool = False,
 ) -> Record:
     """Trains `spec` to its record, going on from the newest checkpoint in `run_dir`.
 
     fingerprint: of the data that the run's plan is for, where it is part of one.
     progress: called with every line that is added to metrics.jsonl.
+    other_code: go on with a run that other code began, or that was begun in another environment.
     Returns the record without training where result.json exists. Raises InputError for bad input
     before anything expensive starts, SharedFault where the data or the folder is replaced
     meanwhile, and Preempted after SIGTERM.
@@ -71,6 +74,8 @@ def train(
     model = models.trained
     abstract = abstract_state(mesh, model, config)
     _claim(run_dir, spec)
+    now = provenance(spec.model, mesh)
+    depends_on = begin(run_dir, now, write=jax.process_index() == 0, other_code=other_code)
     home = Home(run_dir)
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
     diverged_step, evaluation, routed = 0, None, {}
@@ -202,6 +207,7 @@ def train(
         median_step_seconds=pace.median() or clock.seconds["train"] / steps,
         device=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         eval_batch_size=eval_batch_size(mesh),
+        provenance=depends_on,
     )
     if jax.process_index() == 0:
         write_record(run_dir, record)

@@ -52,6 +52,7 @@ def make_record(
     median_step_seconds: float,
     device: str,
     eval_batch_size: int,
+    provenance: dict[str, str],
 ) -> Record:
     """Returns the record of a run that finished, or that diverged at `diverged_step` > 0.
 
@@ -106,6 +107,7 @@ def make_record(
         device=device,
         eval_batch_size=eval_batch_size,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        provenance=provenance,
         **{name: _finite(value) for name, value in (causal | routed).items()},
     )
 

@@ -131,8 +131,14 @@ def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
     text = (runs["strided"] / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert lines[0]["strided/update"] > 0
+    dense, routed = (json.loads((runs[n] / "spec.json").read_text()) for n in ("dense", "strided"))
+    assert (dense["model"]["imports"], routed["model"]["imports"]) == (
+        [],
+        ["tests.outside.strided"],
+    )
     sampled = modjax_("sample", *common, f"--run={runs['strided'].name}", "--prompt=def", "--json",
-                      "--tokens=8", "--routing=router")  # fmt: skip
+                      "--tokens=8", "--routing=router",
+                      "--imports=tests/outside/strided.py")  # fmt: skip
     assert json.loads(sampled)[0]["routed_blocks"] >= 1
     # It skips by a rule of its own that never looks ahead: its loss is the one to sample by.
     result = json.loads((runs["strided"] / "result.json").read_text())
@@ -140,5 +146,6 @@ def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
     assert result["causal_loss"] == result["eval_loss"]
     modjax_("report", f"--workdir={workdir}", "--loss=causal")
     assert re.search("Strided\\(Dense\\(\\), stride=4\\)", (workdir / "report.html").read_text())
+    assert list(result["provenance"])[:2] == ["code of modjax", "code of Strided"]
     loaded = modjax.load(runs["strided"])
     assert loaded.spec.model.layers[1] == Strided(Dense(), stride=4)

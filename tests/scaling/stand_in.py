@@ -19,6 +19,7 @@ from pathlib import Path
 
 from modjax.errors import InputError
 from modjax.flops import forward_flops, parameters, train_flops
+from modjax.provenance import begin, source_code
 from modjax.records import Record, write_record
 from modjax.spec import RunSpec
 
@@ -61,12 +62,15 @@ def check(specs, execution, *, data_dir: Path, fingerprint: str) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
 
-def train(spec, execution, *, run_dir: Path, data_dir: Path, fingerprint, progress) -> Record:
+def train(
+    spec, execution, *, run_dir: Path, data_dir: Path, fingerprint, progress, other_code
+) -> Record:
     def ordered(order: str) -> bool:
         path = data_dir / order
         return path.exists() and spec.run_id in path.read_text().split()
 
     _note(run_dir / "starts", str(os.getpid()))
+    depends_on = begin(run_dir, source_code(spec.model), write=True, other_code=other_code)
     print("training", spec.run_id, flush=True)
     if ordered("crash"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -88,7 +92,7 @@ def train(spec, execution, *, run_dir: Path, data_dir: Path, fingerprint, progre
     for step in range(1, STEPS + 1):
         time.sleep(seconds / STEPS)
         progress({"step": step, "loss": 3.0})
-    record = record_of(spec)
+    record = dataclasses.replace(record_of(spec), provenance=depends_on)
     write_record(run_dir, record)
     _note(run_dir / "finishes", str(os.getpid()))
     return record

@@ -141,8 +141,9 @@ def test_shapes_follow_from_the_width():
 
 @pytest.mark.parametrize("text", ["json,csv", "('json', 'csv')"])
 def test_several_modules_to_import_are_given_by_commas(text):
-    (spec, *_) = load(TINY, [f"model.imports={text}"]).specs
-    assert spec.model.imports == ("json", "csv")
+    experiment = load(TINY, [f"model.imports={text}"])
+    assert experiment.config["model"]["imports"] == ("json", "csv")
+    assert list(experiment.imports) == ["json", "csv"]
 
 
 def test_seeds_repeat_the_grid_with_the_same_data_order():

@@ -145,7 +145,8 @@ def test_an_exception_in_a_worker_reaches_the_launcher_and_ends_the_run(folders,
 )
 def test_a_worker_that_cannot_read_its_order_says_so(folders, line, event, words):
     settings = {"cpus": [], "job": "stand_in", "workdir": str(folders[0]), "fingerprint": "f",
-                "data_dir": str(folders[1]), "execution": {}}  # fmt: skip
+                "data_dir": str(folders[1]), "execution": {}, "imports": {}, "code": {},
+                "other_code": False}  # fmt: skip
     order = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
     done = subprocess.run(
         [sys.executable, "-m", "modjax.scaling.engines.worker"], timeout=30, capture_output=True,

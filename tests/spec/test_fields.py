@@ -162,6 +162,14 @@ def test_a_value_out_of_range_is_refused_in_one_line(cls, base, field, value, sa
         ({"layers": 3}, "model.layers = 3: must be layers, or all of them Repeat"),
         ({"layers": "Dense"}, "model.layers = 'Dense': must be calls such as MoD(Dense())"),
         ({"layers": "Dense("}, "model.layers = 'Dense(': must be calls such as Dense()"),
+        *(
+            ({"layers": layers}, f"model.layers = {layers!r}: must name each field once")
+            for layers in (
+                "MoD(Dense(), **{'capacity': 0.25})",
+                "MoD(Dense(), capacity=0.5, capacity=0.9)",
+                "Attention(**{})",
+            )
+        ),
         ({"layers": "Attention(rope=1e999)"}, "model.layers = inf: must be finite"),
         ({"layers": "Attention(rope=-1e999)"}, "model.layers = -inf: must be finite"),
         ({"layers": f"Attention(rope=1{'0' * 400})"}, "model.layers = 1000"),

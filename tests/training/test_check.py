@@ -120,7 +120,7 @@ def test_a_causal_loss_that_is_not_finite_leaves_a_record_that_can_be_read(tiny_
     record = make_record(
         spec, open_cache(cache_dir(tiny_data_dir, TINY_DATA)), diverged_step=0, train_loss=2.0,
         evaluation=Evaluation(2.0, 0.1, 640), routed=causal, seconds=seconds,
-        median_step_seconds=0.1, device="cpu", eval_batch_size=8,
+        median_step_seconds=0.1, device="cpu", eval_batch_size=8, provenance={"devices": "1"},
     )  # fmt: skip
     folder = tmp_path / "runs" / spec.run_id
     folder.mkdir(parents=True)

@@ -69,6 +69,8 @@ class Session:
     """One call of a sweep: `run` returns when every run is finished or given up.
 
     job: the module whose `check` and `train` the workers call. fingerprint: of the plan's data.
+    imports: where each of the plan's imports is. code: the source code that every worker must have,
+    see provenance.source_code. other_code: as training.loop.train takes it.
     finished: run ids that this session's workers finished; found: that others finished meanwhile.
     failures: run_id -> why it was given up. home: the sweep's folder, once it is claimed.
     """
@@ -81,6 +83,9 @@ class Session:
     jobs: int
     job: str
     flops_per_second: float
+    imports: dict[str, str]
+    code: dict[str, str]
+    other_code: bool
     finished: list[str] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -161,6 +166,9 @@ class Session:
                 "data_dir": str(self.data_dir),
                 "fingerprint": self.fingerprint,
                 "execution": to_dict(self.execution),
+                "imports": self.imports,
+                "code": self.code,
+                "other_code": self.other_code,
             }
         )
         assert worker.process is not None and worker.process.stdout is not None

@@ -39,9 +39,11 @@ from modjax.backend import starting
 from modjax.errors import InputError, Preempted, SharedFault, describe
 from modjax.faults import outside
 from modjax.files import is_disk_full
+from modjax.provenance import fix_settings, require_unchanged
 from modjax.records import run_dir
 from modjax.scaling.run import run
 from modjax.spec import Execution, RunSpec, from_dict
+from modjax.spec.imports import import_all
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0
@@ -82,6 +84,10 @@ def _serve(send: Callable[..., None]) -> None:
         os.sched_setaffinity(0, settings["cpus"])
     with starting():
         job = importlib.import_module(settings["job"])
+    import_all(settings["imports"], "model.imports")
+    require_unchanged(settings["code"])
+    if "jax" in sys.modules:  # after the imports, which may set something of their own
+        fix_settings()
     send("ready")
     while (message := _next(lines)) is not None:
         working.set()
@@ -164,6 +170,7 @@ def _run(message: dict[str, Any], settings: dict[str, Any], job: Any, send: Any)
         fingerprint=settings["fingerprint"],
         train=job.train,
         progress=progress,
+        other_code=settings["other_code"],
     )
     if done is None:
         return "busy"

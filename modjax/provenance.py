@@ -1,0 +1,188 @@
+"""What a run depends on beyond its spec: source code, packages, jax's settings, devices.
+
+A run's folder keeps it in provenance.json from its start on, and its record at the end. A value
+that has changed when a run goes on, by leave of --other-code, becomes "EARLIER then LATER".
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modjax.errors import SharedFault, require
+from modjax.records import Record, read_provenance, run_dir, write_provenance
+from modjax.spec import ModelSpec, RunSpec
+from modjax.spec.imports import combined, layer_source, own_layers, registered
+
+logger = logging.getLogger("modjax")
+# modjax's own code that decides what a run computes.
+COMPUTING = ("data", "kernels", "nn", "spec", "training")
+PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax")
+# Settings of jax that change numbers, as modjax sets them where it owns the process.
+SETTINGS: dict[str, Any] = {
+    "jax_default_matmul_precision": None,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_disable_jit": False,
+    "jax_disable_most_optimizations": False,
+    "jax_enable_x64": False,
+    "jax_high_dynamic_range_gumbel": False,
+    "jax_optimization_level": "UNKNOWN",
+    "jax_random_seed_offset": 0,
+    "jax_softmax_custom_jvp": False,
+    "jax_threefry_partitionable": True,
+    "jax_use_direct_linearize": True,
+}
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+CODE = "code of "
+THEN = " then "
+UNRECORDED = "not recorded"
+FREE = ("devices", "cores")  # their number: it moves near ties, but a run may go on with others
+MOST_NAMED = 3
+
+
+def fix_settings() -> None:
+    """Sets what `SETTINGS` names, whatever the environment says. For processes that modjax owns."""
+    import jax
+
+    for name in SETTINGS.keys() & jax.config.values.keys():  # releases differ in what they have
+        jax.config.update(name, SETTINGS[name])
+
+
+@functools.cache
+def _own_source() -> str:
+    """Returns the hash of modjax's code in COMPUTING, as this process first read it."""
+    root, digests = Path(__file__).parent, []
+    for path in (path for folder in COMPUTING for path in (root / folder).rglob("*.py")):
+        content = path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes()
+        digests.append(hashlib.sha256(content).hexdigest())
+    return combined(digests)
+
+
+def source_code(model: ModelSpec | None = None) -> dict[str, str]:
+    """Returns the hashes of modjax's code and of layers from outside: those of `model`, or all."""
+    layers = registered() if model is None else own_layers(model)
+    sources = {"modjax": _own_source()} | {name: layer_source(name) for name in layers}
+    return {f"{CODE}{name}": digest for name, digest in sources.items() if digest}
+
+
+def require_unchanged(code: Mapping[str, str]) -> None:
+    """Raises SharedFault unless this process runs the source code that the sweep began with."""
+    changed = [name for name, digest in source_code().items() if code.get(name, digest) != digest]
+    if changed:
+        accepted = "was edited while the sweep ran, which ends: a sweep is computed by one code"
+        raise SharedFault("source code", ", ".join(changed), accepted)
+
+
+def _outside_jax(model: ModelSpec) -> dict[str, str]:
+    """Returns what can be known without importing jax."""
+    flags = {name: os.environ.get(name) or "none" for name in FLAGS}
+    return source_code(model) | _versions() | flags
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def provenance(model: ModelSpec, mesh: Any) -> dict[str, str]:
+    """Returns what a run of `model` on the devices of `mesh` depends on in this process."""
+    import jax
+
+    settings = {name: str(jax.config.values.get(name, SETTINGS[name])) for name in SETTINGS}
+    hardware = {"device": mesh.devices.flat[0].device_kind, "devices": str(mesh.size)}
+    if hasattr(os, "sched_getaffinity"):
+        hardware["cores"] = str(len(os.sched_getaffinity(0)))
+    return _outside_jax(model) | settings | hardware
+
+
+def begin(folder: Path, now: dict[str, str], *, write: bool, other_code: bool) -> dict[str, str]:
+    """Returns the provenance of the run in `folder`, which begins or goes on as `now` says.
+
+    write: into its provenance.json. Raises InputError where it was begun otherwise, unless
+    `other_code` is true.
+    """
+    earlier = read_provenance(folder)
+    if not earlier and (folder / "checkpoints").is_dir():  # it began before this was kept
+        earlier = dict.fromkeys(now, UNRECORDED)
+    if not other_code:
+        _refuse({folder.name: _differing(earlier, now)}, "choose another folder, delete this run")
+    found = earlier | now
+    for name in earlier.keys() & now.keys():
+        kept = earlier[name]
+        found[name] = kept if _last(kept) == now[name] else f"{kept}{THEN}{now[name]}"
+    if write and found != earlier:
+        write_provenance(folder, found)
+    return found
+
+
+def require_same(workdir: Path, specs: Sequence[RunSpec]) -> None:
+    """Raises InputError that names those of a sweep's runs which were begun otherwise than now."""
+    fixed = {name: str(value) for name, value in SETTINGS.items()}
+    differing = {}
+    for spec in specs:
+        earlier = read_provenance(run_dir(workdir, spec.run_id))
+        differing[spec.run_id] = _differing(earlier, _outside_jax(spec.model) | fixed)
+    _refuse(differing, "choose another folder, delete these runs")
+
+
+def require_readable(runs: Mapping[Path, ModelSpec]) -> None:
+    """Raises InputError that names the runs whose layers from outside had other code than now.
+
+    Only warns of other code of modjax. runs: the model of each run by its folder.
+    """
+    found = {f: _differing(read_provenance(f), source_code(model)) for f, model in runs.items()}
+    own = f"{CODE}modjax"
+    if warned := [folder.name for folder, names in found.items() if own in names]:
+        logger.warning("modjax: trained with other %s than this: %s", own, _some(warned))
+    layers = {folder.name: [n for n in names if n != own] for folder, names in found.items()}
+    _refuse(layers, "import the code that trained them")
+
+
+def _refuse(differing: Mapping[str, Sequence[str]], remedy: str) -> None:
+    """differing: the names of what has changed, by run id."""
+    concerned = [run_id for run_id, names in differing.items() if names]
+    names = ", ".join(sorted(set().union(*differing.values())))
+    accepted = (
+        f"had other values of {names} ({len(concerned)} runs): {remedy}, or pass --other-code "
+        "(in Python, other_code=True)"
+    )
+    require(not concerned, "run", _some(concerned), accepted)
+
+
+def _differing(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Returns the names of what has changed; of what was not recorded it is not known."""
+    both = (earlier.keys() & now.keys()).difference(FREE)
+    return sorted(name for name in both if _last(earlier[name]) not in (UNRECORDED, now[name]))
+
+
+def _last(value: str) -> str:
+    return value.rpartition(THEN)[2]
+
+
+def differences(records: Iterable[Record]) -> list[str]:
+    """Returns a sentence for each thing in which the records' provenance differs.
+
+    The number of cores is left out: the workers of one sweep may have different shares.
+    """
+    found = {record.run_id: record.provenance for record in records}
+    without = [run_id for run_id, values in found.items() if not values]
+    said = [f"not recorded: the provenance of {_some(without)}"]
+    said = said if 0 < len(without) < len(found) else []
+    for name in dict.fromkeys(name for values in found.values() for name in values):
+        by_value: dict[str, list[str]] = {}
+        for run_id, values in found.items():
+            if name in values and name != "cores":
+                by_value.setdefault(str(values[name]), []).append(run_id)
+        if len(by_value) > 1:
+            each = (f"{v} ({len(ids)}: {_some(ids)})" for v, ids in by_value.items())
+            said.append(f"the runs differ in their {name}: {'; '.join(each)}")
+    return said
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more

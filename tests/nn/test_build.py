@@ -1,0 +1,37 @@
+"""Layers are registered once under a name; the same module may register its layers again."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+import modjax
+from modjax.errors import InputError
+from modjax.nn import MODULES, mod
+from modjax.spec import MoD
+from modjax.spec.layer import NAMES
+from tests.outside import strided
+
+pytestmark = pytest.mark.usefixtures("own_layers")
+
+
+def test_no_layer_takes_the_name_or_the_module_of_another():
+    @dataclasses.dataclass(frozen=True)
+    class MoDLike(modjax.Layer):
+        pass
+
+    MoDLike.__name__ = "MoD"
+    for spec in (MoDLike, MoD, strided.Strided):
+        with pytest.raises(
+            InputError, match=r"modjax.register = '\w+': is a layer of .*\.py already"
+        ):
+            modjax.register(spec, object)
+    assert NAMES["MoD"] is MoD and MODULES[MoD] is mod.MoD and MoDLike not in MODULES
+
+
+def test_a_module_that_is_imported_again_registers_its_layers_again():
+    first = strided.Strided
+    importlib.reload(strided)
+    assert strided.Strided is not first
+    assert NAMES["Strided"] is strided.Strided and strided.Strided in MODULES
+    strided.Strided = first  # other tests hold it
