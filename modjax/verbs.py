@@ -99,12 +99,18 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    os.environ.update(compilation_cache())
-    from modjax.nn.probe import broken
+    from modjax.provenance import fix_settings
     from modjax.tables import claims_text
-    from modjax.training.check import probed
 
-    findings = probed(_load(args).specs)
+    specs = _load(args).specs
+    os.environ.update(compilation_cache())
+    try_first()
+    with starting():
+        from modjax.nn.probe import broken
+        from modjax.training.check import probed
+
+        fix_settings()
+    findings = probed(specs)
     if args.json:
         print_json(
             [found._asdict() | {"leak": found.leak and found.leak._asdict()} for found in findings]

@@ -1,7 +1,6 @@
 """What a run would be refused for, found before anything expensive starts."""
 
 import contextlib
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-import modjax
 from modjax.data.cache import (
     TokenCache,
     cache_dir,
@@ -18,9 +16,12 @@ from modjax.data.cache import (
     check_vocab,
     open_cache,
 )
-from modjax.files import user_cache, write_atomically
+from modjax.errors import InputError
+from modjax.files import read_json, user_cache, write_atomically
 from modjax.nn.probe import Finding, Leak, alone, broken, probe
-from modjax.spec import DataConfig, Execution, Layer, ModelSpec, RunSpec
+from modjax.provenance import source_code
+from modjax.spec import DataConfig, Execution, ModelSpec, RunSpec
+from modjax.spec.imports import own_layers
 from modjax.training.evaluate import validation_batches
 from modjax.training.metrics import require_tensorboard
 from modjax.training.sharding import check_batch, make_mesh, param_shardings
@@ -75,29 +76,17 @@ def _read(path: Path) -> list[Finding] | None:
     try:
         return [
             Finding(*values, None if leak is None else Leak(*leak))
-            for *values, leak in json.loads(path.read_bytes())
+            for *values, leak in read_json(path, "it is made again")
         ]
-    except (OSError, ValueError, TypeError):
+    except (InputError, ValueError, TypeError):
         return None  # absent or damaged: probed again
-
-
-@functools.cache
-def source_hash() -> str:
-    root = Path(modjax.__file__).parent
-    texts = (path.read_bytes() for path in sorted(root.rglob("*.py")))
-    return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 def _cached(model: ModelSpec) -> Path | None:
     """Returns the file that keeps the findings, or None where a layer is from outside."""
-
-    def ours(layer: Layer) -> bool:
-        own = type(layer).__module__.split(".")[0] == "modjax"
-        return own and all(map(ours, layer.inside()))
-
-    if not all(map(ours, model.layers)):
+    if own_layers(model):
         return None
-    text = f"{', '.join(map(str, model.layers))}; {model.streams}; {source_hash()}"
+    text = f"{', '.join(map(str, model.layers))}; {model.streams}; {source_code(model)}"
     return user_cache("probes") / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 

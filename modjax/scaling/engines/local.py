@@ -147,8 +147,8 @@ class Session:
             for message in key.data.receive():
                 self._handle(key.data, message)
         now = time.monotonic()
-        checking = self.checker is not None and not self.checked
-        if checking and not self.said_checking and now - self.checker.heard > SECONDS_OF_CHECKING:
+        checker = None if self.checked or self.said_checking else self.checker
+        if checker is not None and now - checker.heard > SECONDS_OF_CHECKING:
             self.said_checking = True
             self.display.note("checking what the layers claim: seconds for each new one")
         for worker in self.workers:
