@@ -18,7 +18,7 @@ from modjax.data.cache import (
     check_vocab,
     open_cache,
 )
-from modjax.files import user_cache, write_atomically
+from modjax.files import MOST_JSON, read_file, user_cache, write_atomically
 from modjax.nn.probe import Finding, Leak, alone, broken, probe
 from modjax.spec import DataConfig, Execution, Layer, ModelSpec, RunSpec
 from modjax.training.evaluate import validation_batches
@@ -75,7 +75,7 @@ def _read(path: Path) -> list[Finding] | None:
     try:
         return [
             Finding(*values, None if leak is None else Leak(*leak))
-            for *values, leak in json.loads(path.read_bytes())
+            for *values, leak in json.loads(read_file(path, MOST_JSON))
         ]
     except (OSError, ValueError, TypeError):
         return None  # absent or damaged: probed again
