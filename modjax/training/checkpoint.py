@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from modjax.errors import require
-from modjax.files import is_disk_full, write_atomically
+from modjax.files import MOST_JSON, is_disk_full, read_file, write_atomically
 from modjax.training.state import TrainState
 
 logger = logging.getLogger("modjax")
@@ -155,7 +155,7 @@ def write_digest(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """What differs between `folder` and its digest, or None."""
     try:
-        digest = json.loads((folder / DIGEST).read_bytes())
+        digest = json.loads(read_file(folder / DIGEST, MOST_JSON))
         for name, expected in digest.items():
             if _sha256(folder / name) != expected:
                 return f"{name} has changed"
