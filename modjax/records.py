@@ -147,8 +147,8 @@ def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
     """Returns the spec of the run in this folder.
 
     run_id: the run that the folder is for, where it is known.
-    Imports nothing that the folder names. Raises InputError where the spec cannot be read, or is another run's, and UnknownName where it
-    has a layer that is not registered.
+    Imports nothing that the folder names. Raises InputError where the spec cannot be read, or is
+    another run's, and UnknownName where it has a layer that is not registered.
     """
     path = run_dir / "spec.json"
     values = read_json(path, WRITTEN_AGAIN)

@@ -75,8 +75,8 @@ def probed(specs: Sequence[RunSpec]) -> list[Finding]:
 def _read(path: Path) -> list[Finding] | None:
     try:
         return [
-            Finding(*values, None if leak is None else Leak(*leak))
-            for *values, leak in read_json(path, "it is made again")
+            Finding(layer, routing, claims, None if leak is None else Leak(*leak))
+            for layer, routing, claims, leak in read_json(path, "it is made again")
         ]
     except (InputError, ValueError, TypeError):
         return None  # absent or damaged: probed again
