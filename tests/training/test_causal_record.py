@@ -91,6 +91,7 @@ def test_a_record_says_by_which_routing_its_model_never_looks_ahead(
         run_spec(layers=layers), open_cache(cache_dir(tiny_data_dir, TINY_DATA)),
         diverged_step=0 if evaluation else 3, train_loss=2.0, evaluation=evaluation,
         routed=measured, seconds=seconds, median_step_seconds=0.1, device="cpu",
+        eval_batch_size=8, provenance={},
     )  # fmt: skip
     assert causal_routing(record) == routing
     wanted = {"trained": 2.5, None: None}.get(routing, 2.75)
