@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from modjax.errors import InputError
-from modjax.records import Record, lost_steps, read_metrics, run_dir
+from modjax.metrics_file import lost_steps, read_metrics
+from modjax.records import Record, run_dir
 
 LINE = ("step", "loss_steps", "train_flops", "loss")
 SHARE = 0.05

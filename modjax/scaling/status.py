@@ -8,11 +8,11 @@ from pathlib import Path
 from modjax.errors import InputError, require
 from modjax.files import Missing, read_json
 from modjax.flops import parameters
+from modjax.metrics_file import last_step
 from modjax.records import (
     WRITTEN_AGAIN,
     Record,
     causal_loss,
-    last_step,
     read_spec,
     run_dir,
     scan,

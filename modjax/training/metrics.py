@@ -16,7 +16,7 @@ import jax
 
 from modjax.errors import require
 from modjax.files import naming, write_atomically
-from modjax.records import lost_steps, read_metrics
+from modjax.metrics_file import lost_steps, read_metrics
 
 logger = logging.getLogger("modjax")
 

@@ -48,6 +48,47 @@ def get_config():
 """
 
 
+LOOKS_AHEAD = """
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+import modjax
+from modjax.nn import Out, make_param
+from modjax.spec import Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class RowMean(modjax.Layer):
+    def cost(self, shape, load):
+        yield Cost("mean", params=shape.d_model)
+
+
+class RowMeanModule(nnx.Module):
+    def __init__(self, spec, shape, *, rngs):
+        self.gain = make_param(jnp.zeros(shape.d_model), ("embed",))
+
+    def __call__(self, x, at, call, cache=None):
+        return Out(x + self.gain[...] * jnp.mean(x, axis=1, keepdims=True))
+
+    def empty(self, *_):
+        return ()
+
+
+modjax.register(RowMean, RowMeanModule)
+"""
+
+
+def run(cache, *arguments):
+    """Runs `modjax ARGUMENTS...`, whose caches are below the folder `cache`."""
+    return subprocess.run(
+        [sys.executable, "-m", "modjax.cli", *arguments], capture_output=True, text=True,
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+                                    "XDG_CACHE_HOME": str(cache / "cache")},
+    )  # fmt: skip
+
+
 def model(layers, **changes):
     return ModelSpec(**SHAPE | changes, layers=layers)
 
@@ -116,11 +157,7 @@ def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
     common = [f"--workdir={workdir}", f"--data-dir={tiny_data_dir}"]
 
     def modjax_(*arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", "modjax.cli", *arguments], capture_output=True, text=True,
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                                        "XDG_CACHE_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
+        done = run(tmp_path, *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -149,3 +186,21 @@ def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
     assert list(result["provenance"])[:2] == ["code of modjax", "code of Strided"]
     loaded = modjax.load(runs["strided"])
     assert loaded.spec.model.layers[1] == Strided(Dense(), stride=4)
+
+
+@pytest.mark.slow
+def test_a_layer_that_looks_ahead_is_refused_before_anything_is_trained(tiny_data_dir, tmp_path):
+    (tmp_path / "looks_ahead.py").write_text(LOOKS_AHEAD)
+    config = CONFIG.replace("tests.outside.strided", "looks_ahead.py")
+    config = config.replace("Strided(Dense(), stride=4)", "MoD(RowMean(), capacity=0.5)")
+    (tmp_path / "config.py").write_text(config)
+    experiment = f"--config={tmp_path / 'config.py'}"
+    where = [f"--workdir={tmp_path / 'work'}", f"--data-dir={tiny_data_dir}"]
+    checked = run(tmp_path, "check", experiment)
+    swept = run(tmp_path, "sweep", experiment, *where)
+    assert (checked.returncode, swept.returncode) == (2, 2)
+    for done in (checked, swept):
+        last = done.stderr.splitlines()[-1]
+        assert "MoD(RowMean(), capacity=0.5)" in last and "where it claims not to" in last
+    assert re.search(r"^Dense\(\) +trained +never looks ahead +nothing moves", checked.stdout, re.M)
+    assert not (tmp_path / "work" / "runs").exists()
