@@ -15,10 +15,13 @@ TRIAL = "import jax; jax.devices()"
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Raises InputError where what is inside, imports of jax or its first use, fails."""
+    """Raises InputError where what is inside, imports of jax or its first use, fails.
+
+    A missing module is no matter of the environment's variables, and passes as it is.
+    """
     try:
         yield
-    except InputError:
+    except (InputError, ModuleNotFoundError):
         raise
     except Exception as error:
         raise _refused(describe(error)) from error

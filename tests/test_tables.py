@@ -33,7 +33,7 @@ def columns(text: str, *names: str) -> dict[str, list[str]]:
 
 
 def test_status_and_the_outcome_of_a_sweep_show_the_causal_loss_beside_that_as_trained(tmp_path):
-    status = Status([_finished(tmp_path, record) for record in RECORDS], 0.0)
+    status = Status([_finished(tmp_path, record) for record in RECORDS], 0.0, {})
     outcome = Outcome(RECORDS, {})
     for text in (status_text(status), outcome_text(outcome)):
         assert columns(text, "causal loss", "as trained") == LOSSES

@@ -50,7 +50,8 @@ class Call(NamedTuple):
     """What a call is for, static but for the key.
 
     routing: "trained", or one that never looks ahead. slack: with these, a routed layer takes the
-    first slack * capacity * n of a row's n valid positions at most; None, all that ask.
+    first slack * capacity * L positions of a row at most, padding among the L, as a cache has room
+    for; None, all that ask.
     key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
     selected: the positions were selected from their rows by what they hold. The place of one among
     them then says something about other documents of its row, and must not decide anything.

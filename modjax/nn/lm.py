@@ -85,8 +85,8 @@ class Transformer(nnx.Module):
         segment_ids_BL: attention stays within equal ids, 0 is padding (never routed).
         key: PRNG key, needed by random routing only.
         routing: "trained" as in training, or "router", "predictor", "paced" or "threshold", which
-          never look ahead. slack: with these, a routed layer takes the first slack * capacity * n
-          of a row's n positions at most; None, all that ask.
+          never look ahead. slack: with these, a routed layer takes the first slack * capacity * L
+          positions of a row at most, as a cache has room for; None, all that ask.
         Raises InputError for a routing that the model has not learned.
         """
         self.config.check_routing(routing, "routing")

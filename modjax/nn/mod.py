@@ -21,7 +21,7 @@ from modjax.nn.layers import empty
 from modjax.nn.records import Inside
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer, valid_ones
-from modjax.nn.routing import Selection, gather, of_valid, scatter_add, wide
+from modjax.nn.routing import Selection, gather, scatter_add, wide
 from modjax.nn.rows import run_rows
 from modjax.nn.sharding import constrain_stream
 from modjax.spec.mod import cache_slots
@@ -87,13 +87,10 @@ class MoD(RoutedLayer):
         at = at._replace(positions_BL=positions_BL)
         if cache is not None and length == 1 and not call.fresh:
             return self._decode(x, at, call, cache)
-
-        def slots(positions: int) -> int:
-            return cache_slots(self.config.capacity, positions, call.slack)
-
-        most = slots(length) if cache is None else min(cache.slots, length)
+        slots = cache_slots(self.config.capacity, length, call.slack)
+        most = slots if cache is None else min(cache.slots, length)
         spent_B = jnp.zeros(batch, jnp.int32)
-        room_B = of_valid(slots, at.valid_BL, batch, length) if cache is None else None
+        room_B = None
         if cache is not None and not call.fresh:
             spent_B, room_B = cache.taken_B + cache.missed_B, cache.slots - cache.taken_B
 

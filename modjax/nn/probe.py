@@ -19,6 +19,7 @@ from modjax.errors import InputError
 from modjax.nn.lm import Transformer
 from modjax.nn.params import Measured
 from modjax.spec import Layer, ModelSpec
+from modjax.spec.imports import user_code
 
 LENGTH, VOCAB = 32, 40
 TINY = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 32}
@@ -46,7 +47,7 @@ class Leak(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What a layer claims under one routing, and what was seen.
+    """A layer's claim under one routing, and the probe's result.
 
     claims: whether it says that it never looks ahead there. leak: None where none was seen.
     """
@@ -66,7 +67,11 @@ def alone(models: Iterable[ModelSpec]) -> list[ModelSpec]:
     for model in models:
         for segment in model.segments:
             for index, layer in enumerate(segment.parts):
-                before = [p for p in segment.parts[:index] if p.hands_on() & layer.needs()]
+                before, needed = [], layer.needs()
+                for part in reversed(segment.parts[:index]):
+                    if part.hands_on() & needed:
+                        before.insert(0, part)
+                        needed |= part.needs()
                 one = _with_layers(model, (*before, layer))
                 found.setdefault((*map(str, one.layers), str(one.streams)), one)
     return list(found.values())
@@ -75,19 +80,16 @@ def alone(models: Iterable[ModelSpec]) -> list[ModelSpec]:
 def probe(model: ModelSpec, length: int) -> list[Finding]:
     """Edits tokens before the last layer of a model, under every routing that the layer has.
 
-    The model is made tiny, or where it cannot be, keeps its own shape and reads sequences of
+    The model is made tiny, or where it cannot be, keeps its own widths and reads sequences of
     `length` tokens. Raises InputError for a layer that runs in neither.
     """
+    code = "model.layers", str(model.layers[-1]), "cannot run"
     try:
-        return _findings(_with_layers(model, model.layers, head_dim=None, **TINY), LENGTH)
-    except Exception:  # a layer of the user's own may want another shape, and say so in any way
-        try:
-            return _findings(model, length)
-        except Exception as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(
-                "model.layers", str(model.layers[-1]), f"cannot run: {said}"
-            ) from error
+        with user_code(*code):
+            return _findings(_with_layers(model, model.layers, head_dim=None, **TINY), LENGTH)
+    except InputError:  # a layer of the user's own may want another shape, and say so in any way
+        with user_code(*code):
+            return _findings(_with_layers(model, model.layers, vocab_size=VOCAB), length)
 
 
 def broken(finding: Finding) -> InputError | None:
@@ -116,7 +118,7 @@ def _findings(model: ModelSpec, length: int) -> list[Finding]:
 
     graphdef = nnx.split(nnx.eval_shape(make))[0]
     born = jax.jit(lambda: nnx.split(make())[1], compiler_options=QUICK)()
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, length))
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, length))
     leaks: dict[str, Leak | None] = {}  # by program: most routings share one
     findings = []
     for routing in layer.routings():
@@ -125,17 +127,21 @@ def _findings(model: ModelSpec, length: int) -> list[Finding]:
             network = nnx.merge(graphdef, state)
             return network(tokens_BL, key=jax.random.key(0), routing=routing)[0]
 
-        program = jax.jit(run).lower(born, tokens)
+        with jax.default_matmul_precision("highest"):  # TOLERANCE is for float32 products
+            program = jax.jit(run).lower(born, tokens)
         text = program.as_text()
         if text not in leaks:
-            leaks[text] = _leak(born, program.compile(QUICK), tokens, model.vocab_size)
+            leaks[text] = _leak(born, program.compile(QUICK), tokens)
         claims = routing != "trained" or (not layer.rules() and len(layer.routings()) > 1)
         findings.append(Finding(str(layer), routing, claims, leaks[text]))
     return findings
 
 
-def _leak(born: Any, run: Any, tokens_BL: np.ndarray, vocab_size: int) -> Leak | None:
-    """The largest move of an output before the edit, or in the sequence that is not edited."""
+def _leak(born: Any, run: Any, tokens_BL: np.ndarray) -> Leak | None:
+    """Returns the largest move of an output before the edit, or in the other sequence.
+
+    None where all are within TOLERANCE. Long sequences are edited at some positions only.
+    """
     for spread in SPREADS:
         weights = _moved(born, spread)
         before_BLV = np.asarray(run(weights, tokens_BL))
@@ -143,10 +149,11 @@ def _leak(born: Any, run: Any, tokens_BL: np.ndarray, vocab_size: int) -> Leak |
             break
     else:
         raise ValueError("its output is not finite")
-    scale, leaks = np.abs(before_BLV).max(), []
-    for edited in range(1, tokens_BL.shape[1]):
+    scale, leaks, length = np.abs(before_BLV).max(), [], tokens_BL.shape[1]
+    some = np.random.default_rng(0).permutation(np.arange(1, length))[: 2 * LENGTH]
+    for edited in sorted({*some.tolist(), length - 1}):
         edit_BL = tokens_BL.copy()
-        edit_BL[0, edited] = (tokens_BL[0, edited] + 7) % vocab_size
+        edit_BL[0, edited] = (tokens_BL[0, edited] + 7) % VOCAB
         moved_BL = np.abs(np.asarray(run(weights, edit_BL)) - before_BLV).max(axis=2) / scale
         first = int(moved_BL[0, :edited].argmax())
         leaks.append(Leak(edited, first, float(moved_BL[0, first])))
@@ -156,7 +163,7 @@ def _leak(born: Any, run: Any, tokens_BL: np.ndarray, vocab_size: int) -> Leak |
 
 
 def _moved(weights: Any, spread: float) -> Any:
-    """These weights with noise on what training moves."""
+    """Returns the weights with noise added to all trained and measured numbers."""
     rng = np.random.default_rng(0)
 
     def one(leaf: Any) -> Any:

@@ -4,6 +4,7 @@ It refers to nothing outside itself: styles and the script (report.css, report.j
 file) are written into it, and so are the figures, as SVG whose marks show their run on hover.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -235,7 +236,9 @@ def _exceptions(
     known = {*left_out, *(r.run_id for r in records)}
     for run_id in plan.get("runs", []):
         if run_id not in known:
-            failure = _json(run_dir(workdir, run_id) / "failure.json")
+            failure = None
+            with contextlib.suppress(InputError):  # a damaged plan may name what is no run
+                failure = _json(run_dir(workdir, run_id) / "failure.json")
             why = f"given up: {json.dumps(failure)}" if failure else "not finished"
             said.append(f"{run_id} has no result ({why}).")
     return said or ["None: every planned run finished and every fit was accepted."]

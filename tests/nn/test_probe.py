@@ -55,8 +55,8 @@ class MixingModule(nnx.Module):
         return ()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def registered():
+@pytest.fixture(autouse=True)
+def registered(own_layers):
     register(Mixing, MixingModule)
 
 
@@ -115,3 +115,23 @@ def test_equal_layers_are_probed_once_with_what_they_need_before_them():
     routed = MoD(Dense(), router="received")
     models = [model(Dense(), RECEIVED, routed), model(RECEIVED, routed, d_model=48), model(Dense())]
     assert [m.layers for m in alone(models)] == [(Dense(),), (RECEIVED,), (RECEIVED, routed)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Passing(Layer):
+    """Needs what one layer passes on, and passes something else on."""
+
+    needed: str = ""
+    passed: str = ""
+
+    def needs(self):
+        return frozenset({self.needed} - {""})
+
+    def hands_on(self):
+        return frozenset({self.passed} - {""})
+
+
+def test_a_layer_is_probed_behind_all_that_those_before_it_need():
+    first, second, last = Passing("", "a"), Passing("a", "b"), Passing("b")
+    chain = model(first, Dense(), second, last)
+    assert alone([chain])[-1].layers == (first, second, last)

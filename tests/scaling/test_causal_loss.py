@@ -226,5 +226,5 @@ def test_axes_say_which_loss_they_show(with_ec, make_workdir):
         kept = [r for r in with_ec if r.variant in fits.arms]
         assert said in isoflop_figure(kept, fits).get_supylabel()
         assert said in normalised_figure(kept, fits).axes[0].get_ylabel()
-    curves = curves_figure(read_curves(workdir, kept), fits)
+    curves = curves_figure(read_curves(workdir, kept).curves, fits)
     assert "Training loss" in curves.axes[0].get_ylabel()

@@ -156,6 +156,7 @@ def test_workers_that_cannot_start_end_the_sweep_with_their_words(folders):
             load(str(CONFIG), SMALL), workdir=folders[0], data_dir=folders[1], jobs=1,
             command="test", data_fingerprint="f", job="no_such_module",
         )  # fmt: skip
+    assert not folders[0].exists()
 
 
 def test_a_folder_of_another_plan_is_refused_but_a_plan_may_grow(folders):
@@ -201,6 +202,7 @@ def test_a_run_that_is_being_looked_at_still_starts(folders):
         return done and done.record
 
     with contextlib.ExitStack() as looking:
+        (folder / "lock").touch()  # by the session before; whoever looks makes none
         looking.enter_context(runs.lock(folder / "lock", shared=True))
         threading.Timer(0.2, looking.close).start()
         assert run() == spec.run_id

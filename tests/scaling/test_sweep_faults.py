@@ -101,14 +101,6 @@ def test_a_worker_that_aborts_is_named_with_its_last_words(folders, monkeypatch)
     assert not folders[0].exists()
 
 
-def test_a_job_that_cannot_be_imported_is_one_line(folders, monkeypatch):
-    paths = os.environ["PYTHONPATH"].partition(os.pathsep)
-    monkeypatch.setenv("PYTHONPATH", paths[2])  # where there is no stand_in
-    with pytest.raises(InputError, match=r"jax cannot start: ModuleNotFoundError: No module named"):
-        sweep(folders, jobs=1)
-    assert not folders[0].exists()
-
-
 def test_a_machine_that_refuses_is_one_line_before_the_plan_is_claimed(folders):
     (folders[1] / "no_files").touch()
     with pytest.raises(InputError, match=rf"^{folders[0]}: Too many open files$"):

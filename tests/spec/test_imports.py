@@ -23,7 +23,16 @@ from modjax.spec.imports import (
 )
 from modjax.spec.layer import NAMES
 
-pytestmark = pytest.mark.usefixtures("own_layers")
+pytestmark = pytest.mark.usefixtures("own_layers", "interrupts")
+
+
+@pytest.fixture
+def interrupts():
+    """Ctrl-C works as at a terminal: a shell's background job begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 LAYER = """
 import dataclasses

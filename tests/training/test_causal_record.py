@@ -49,7 +49,10 @@ class CentredModule(AttentionModule):
         return out._replace(x=out.x + jnp.mean(x_BLD, axis=1, keepdims=True))
 
 
-modjax.register(Centred, CentredModule)
+@pytest.fixture(autouse=True)
+def registered(own_layers):
+    modjax.register(Centred, CentredModule)
+
 
 KINDS = {
     "dense": ((Dense(),), "trained"),
