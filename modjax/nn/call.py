@@ -52,8 +52,8 @@ class Call(NamedTuple):
     routing: "trained", or one that never looks ahead. slack: with these, a routed layer takes the
     first slack * capacity * n of a row's n valid positions at most; None, all that ask.
     key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
-    selected: the positions were selected from their rows by what they hold. The place of one among
-    them then says something about other documents of its row, and must not decide anything.
+    selected: The positions were selected by content. A position's place in the selection depends on
+    other documents, so no layer may use it.
     """
 
     routing: str = "trained"
