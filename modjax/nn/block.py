@@ -3,16 +3,16 @@
 Legend: B batch, L positions, K selected positions, D model width.
 """
 
-import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from modjax.errors import InputError, require
 from modjax.nn.call import At, Call, number_rows
@@ -23,18 +23,16 @@ from modjax.nn.routing import Selection, check_inputs, gather, gather_pairs, sca
 from modjax.nn.sharding import constrain_stream
 from modjax.spec.mod import MoDConfig
 
-# Training may pass so often before its first update is measured; evaluating and accumulating do.
-PATIENCE = 100
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoutedBlock(Routed):
     """The record of a MoDBlock: that of its router, and what the inner block returned beside x.
 
-    extra: of a tuple all but its first, of a named tuple the same with None there, of a dictionary
-      all but x; None where the block returns x alone. Its arrays are as the block returned them:
-      of the selected positions. A layer's record comes back as `Inside`.
+    extra: For a tuple, all entries but the first. For a named tuple, a copy with x replaced by
+      None. For a dictionary, all entries but x. None where the block returns x alone. The arrays
+      are as the block returned them, those of the selected positions. Records of layers come back
+      as `Inside`: pass them to `observe` too, by the path of their module, as in "inner/moe".
     indices_BK, valid_BK: the selected positions, ascending, and which of the K entries are real;
       None where there is no extra.
     """
@@ -43,14 +41,26 @@ class RoutedBlock(Routed):
     indices_BK: jax.Array | None = None
     valid_BK: jax.Array | None = None
 
-    def loss(self, nll_BL: jax.Array | None = None) -> jax.Array:
-        """Returns what to add to the objective: the router's losses and those of inner records.
+    def loss(
+        self, nll_BL: jax.Array | None = None, totals: Mapping[str, Any] | None = None
+    ) -> jax.Array:
+        """Returns the sum to add to the objective: the router's losses and those of inner records.
 
-        nll_BL: the loss of every position, for records that look at it.
+        nll_BL: the loss of every position, for records that look at it. totals: as `totals` returns
+          them, of the batch that this record is a part of; None, the record's own.
         """
-        nested = _records(self.extra).values()
-        inner = (record.loss(nll_BL) for record in nested)  # type: ignore[arg-type]
-        return super().loss() + sum(inner, jnp.float32(0))
+
+        def inner(path: str, record: Record) -> jax.Array:
+            own = (totals[path],) if totals and path in totals else ()
+            return record.loss(nll_BL, *own)  # type: ignore[arg-type]
+
+        nested = (inner(path, record) for path, record in _records(self.extra).items())
+        return super().loss() + sum(nested, jnp.float32(0))
+
+    def totals(self) -> dict[str, Any]:
+        """Returns the totals of inner records that declare some, by their paths in `extra`."""
+        found = {path: record.totals() for path, record in _records(self.extra).items()}
+        return {path: sums for path, sums in found.items() if sums}
 
     @classmethod
     def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
@@ -96,9 +106,10 @@ class MoDBlock(RoutedLayer):
         routing: str = "trained",
         slots: int | None = None,
     ) -> tuple[jax.Array, RoutedBlock]:
-        """Returns x_BLD and the record of what was routed; add its `loss()` to your objective.
+        """Returns x_BLD and the record of the routing; add its `loss()` to your objective.
 
-        A threshold, where the router or `routing` is one, is measured by `modjax.observe`.
+        A threshold, where the router or `routing` is one, is measured by `modjax.observe`. Without
+        it the threshold stays 0: any `routing` but "trained" warns of that, and training does not.
 
         per_position: pytrees of arrays (B or 1, L, ...) that `inner` takes beside x: positions,
           segment ids, rotary tables. Each is gathered like x. Entries beyond what a row selects
@@ -111,8 +122,9 @@ class MoDBlock(RoutedLayer):
         valid_BL: False marks padding, which is never selected.
         key: for random routing. handed: what a router needs of an earlier layer, by name.
         routing: "trained" selects as in training; "router", "predictor" and "threshold" let each
-          position decide for itself, "paced" by the predictor and what its row has spent. They
-          drop none, or those beyond the first `slots` of a row.
+          position decide for itself, "paced" by the predictor and by how many its row has spent.
+        slots: with these, at most the first so many positions of a row are taken; None drops none.
+          Where `inner` returns anything beside x, pass it: None then computes all L positions.
 
         Raises InputError for an argument of another shape.
         """
@@ -136,6 +148,9 @@ class MoDBlock(RoutedLayer):
             require(shape == x_BKD.shape, "inner", shape, need)
             update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)
             beside: Any = ()
+            for leaf in jax.tree.leaves(extra):
+                need = "must return arrays and numbers beside x, nothing else"
+                require(isinstance(leaf, get_args(ArrayLike)), "inner", leaf, need)
             if extra is not None:
                 selected = selection.indices_BK, selection.valid_BK
                 beside = _Beside(_inside(extra, *selected), *selected)
@@ -145,8 +160,10 @@ class MoDBlock(RoutedLayer):
         none_B = jnp.zeros(batch, jnp.int32)
         call = Call(routing=routing, key=key)
         by_router = self.config.router == "threshold" and routing not in ("predictor", "paced")
-        if by_router or (routing == "threshold" and not self.config.facts.causal):
-            _warn_unmeasured(self.bar(), PATIENCE if routing == "trained" else 0)
+        by_threshold = by_router or (routing == "threshold" and not self.config.facts.causal)
+        # Training programs call no host: jax would keep them out of its compilation cache.
+        if by_threshold and routing != "trained":
+            _warn_unmeasured(self.bar())
         x_BLD, beside, record = self.route(x_BLD, at, call, none_B, None, most, process)
         return x_BLD, RoutedBlock(**vars(record), **(vars(beside) if beside else {}))
 
@@ -181,7 +198,7 @@ def _is_record(node: Any) -> bool:
 
 
 def _inside(extra: Any, indices_BK: jax.Array, valid_BK: jax.Array) -> Any:
-    """Returns the same with every record of it as one of the selected positions."""
+    """Wraps every record in the tree as `Inside` of the selected positions."""
 
     def one(node: Any) -> Any:
         return Inside(node, indices_BK, valid_BK) if _is_record(node) else node
@@ -190,24 +207,20 @@ def _inside(extra: Any, indices_BK: jax.Array, valid_BK: jax.Array) -> Any:
 
 
 def _records(extra: Any) -> dict[str, Record]:
-    """Returns the records in a tree, by their paths in it."""
+    """Returns the records in a tree, by their paths in it; the key "" adds nothing to a path."""
     leaves = jax.tree_util.tree_leaves_with_path(extra, is_leaf=_is_record)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): node
+        jax.tree_util.keystr(path, simple=True, separator="/").rstrip("/"): node
         for path, node in leaves
         if _is_record(node)
     }
 
 
-def _warn_unmeasured(threshold: jax.Array, patience: int) -> None:
-    """Warns, when the program runs, of a threshold that is still the 0 it began as.
-
-    patience: how many runs of the program may pass before.
-    """
-    runs = itertools.count()
+def _warn_unmeasured(threshold: jax.Array) -> None:
+    """Warns, when the program runs, of a threshold that is still the 0 it began as."""
 
     def warn(threshold: jax.Array) -> None:
-        if threshold == 0 and next(runs) >= patience:
+        if threshold == 0:
             warnings.warn(
                 "a MoDBlock selects by a threshold that was never measured: call modjax.observe "
                 "after every update, and use what it returns",

@@ -53,8 +53,8 @@ class Call(NamedTuple):
     first slack * capacity * L positions of a row at most, padding among the L, as a cache has room
     for; None, all that ask.
     key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
-    selected: the positions were selected from their rows by what they hold. The place of one among
-    them then says something about other documents of its row, and must not decide anything.
+    selected: The positions were selected by content. A position's place in the selection depends on
+    other documents, so no layer may use it.
     """
 
     routing: str = "trained"

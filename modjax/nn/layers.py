@@ -52,7 +52,10 @@ def unit_rms(x_BLD: jax.Array, eps: float) -> jax.Array:
 
 
 class Sublayer(nnx.Module):
-    """Adds to the stream what a subclass makes of it, with norms before it, after it, or both."""
+    """Adds to the stream what a subclass makes of it, with norms before it, after it, or both.
+
+    A subclass computes what it adds from `before(x)` alone: `nn.streams` relies on it.
+    """
 
     def __init__(self, norm: str, shape: spec.Shape):
         d, eps = shape.d_model, shape.norm_eps

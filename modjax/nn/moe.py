@@ -128,16 +128,16 @@ class MoE(Sublayer):
             weights_BSK /= jnp.where(total_BS1 > 0, total_BS1, 1.0)  # sigmoids may underflow
         real_BSK = (rows_BSK < spec.experts) & valid_BS[..., None]
         if spec.random_no_ops:
-            real_BSK &= ~self._by_chance(at, rows_BSK.shape, key)
+            real_BSK &= ~self._by_chance(at, key)
         weights_BSK = jnp.where(real_BSK, weights_BSK, 0.0)
         picks = Picks(jnp.where(real_BSK, rows_BSK, spec.experts), spec.scale * weights_BSK)
         return picks, jnp.sum(of_row_BSKR & valid_BS[..., None, None], axis=(1, 2))
 
-    def _by_chance(self, at: At, shape: tuple[int, ...], key: jax.Array | None) -> jax.Array:
+    def _by_chance(self, at: At, key: jax.Array | None) -> jax.Array:
         """Which picks are no-ops at random, alike whether read at once or token by token."""
         if key is None:
             raise ValueError("random no-ops need a PRNG key: model(tokens, key=...)")
-        keys = [jax.random.fold_in(key, pick) for pick in range(shape[2])]
+        keys = [jax.random.fold_in(key, pick) for pick in range(self.spec.top_k)]
         each = [position_noise(key, at.sequences_BL, at.positions_BL) for key in keys]
         noise_BSK = jnp.stack(each, axis=2)
         return jax.scipy.special.ndtr(noise_BSK) >= self.spec.real

@@ -18,6 +18,7 @@ from modjax.nn.routing import gather
 
 # A running mean forgets at this rate; until then it is the plain mean.
 RATE = 0.01
+REMEDY = "set stacked=True for layers under nnx.scan"
 
 
 class Record:
@@ -97,9 +98,8 @@ class Inside(Record):
 def running_mean(old_N: jax.Array, values_BN: jax.Array, updates: jax.Array) -> jax.Array:
     """Returns the means after one more batch of values, of which the finite ones count."""
     fits = values_BN.shape[1:] == old_N.shape
-    require(
-        fits, "measured", old_N.shape, f"must have the shape {values_BN.shape[1:]}: see `observe`"
-    )
+    need = f"has the shape {old_N.shape}, its record {values_BN.shape[1:]}: {REMEDY}"
+    require(fits, "measured", old_N.shape, need)
     rate = jnp.maximum(RATE, 1 / (updates.astype(jnp.float32) + 1))
     known_BN = jnp.isfinite(values_BN)
     total_N = jnp.sum(jnp.where(known_BN, values_BN, 0.0), axis=0)
@@ -178,14 +178,16 @@ def observe(
         try:
             old = {name: leaves[at] for name, at in places.items()}
             new = (jax.vmap(observed) if stacked else observed)(record, old)
+            found = [(name, places[name], value) for name, value in new.items()]
         except KeyError as missing:
             modules = ", ".join(dict.fromkeys(repr(module) for module, _ in paths))
             need = f"has no measured {missing}: must be the path of a module, one of {modules}"
             raise InputError("records", path, need) from missing
-        for name, value in new.items():
-            fits = value.shape == leaves[places[name]].shape
-            require(fits, "stacked", stacked, f"does not fit {path}/{name}: see observe")
-            leaves[places[name]] = value
+        for name, place, value in found:
+            shape, full = jnp.shape(leaves[place]), f"{path}/{name}".lstrip("/")
+            need = f"{full} has the shape {shape}, its record {value.shape}: {REMEDY}"
+            require(value.shape == shape, "stacked", stacked, need)
+            leaves[place] = value
             count += value.size
     return jax.tree.unflatten(structure, leaves), count
 

@@ -19,7 +19,6 @@ from modjax.nn.routed import Routed
 from modjax.nn.routers import ROUTERS, Predictor, Ranking, masked_mean
 from modjax.nn.routing import (
     Selection,
-    gather,
     kth_best,
     of_valid,
     paced,
@@ -154,9 +153,7 @@ class RoutedLayer(nnx.Module):
         wanted_BL = self.router.wants(ranking, at, self.bar())
         if wanted_BL is None:
             selection = select_top_k(rank_BL, scores_BL, self._k(length), at.valid_BL, k_B)
-            rank_BK = gather(rank_BL, selection.indices_BK)
-            kth_B = jnp.min(jnp.where(selection.valid_BK, rank_BK, jnp.inf), axis=1)
-            return selection, None, kth_B
+            return selection, None, selection.kth_B
 
         def room(positions: int) -> int:
             return selected_tokens(self.config.room, positions)

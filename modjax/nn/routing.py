@@ -28,12 +28,15 @@ class Selection(NamedTuple):
     valid_BK: False beyond the positions that the sequence itself selects.
     tied_B: of a top k, whether a position that was left out ranks like the last one taken, to
       within ROUNDING; None for other selections.
+    kth_B: of a top k, the k-th best rank, infinite where a row takes none; None for other
+      selections.
     """
 
     indices_BK: jax.Array
     scores_BK: jax.Array
     valid_BK: jax.Array
     tied_B: Any = None
+    kth_B: Any = None
 
 
 def position_noise(
@@ -122,7 +125,8 @@ def select_top_k(
     """Selects each row's k highest-ranked valid positions, in order of position.
 
     Positions that rank like the k-th best, to within ROUNDING, are taken from the first one on: the
-    last bits of equal inputs, which other devices round otherwise, do not decide.
+    last bits of equal inputs, which other devices round otherwise, do not decide. The band is a
+    share of the largest rank of the row, in absolute value: one outlier widens it.
 
     valid_BL: None, where all are valid and every row selects k; otherwise a row selects k_B <= k.
     """
@@ -131,13 +135,15 @@ def select_top_k(
     if valid_BL is not None:
         ranking_BL = jnp.where(valid_BL, ranking_BL, -jnp.inf)
         count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(valid_BL, axis=1))
-    kth_B1 = kth_best(ranking_BL, k, count_B)[:, None]
+    kth_B = kth_best(ranking_BL, k, count_B)
+    kth_B1 = kth_B[:, None]
     size_BL = jnp.where(jnp.isfinite(ranking_BL), jnp.abs(ranking_BL), 0.0)
     within_B1 = ROUNDING * jnp.max(size_BL, axis=1, keepdims=True)
     alike_BL = jnp.abs(ranking_BL - kth_B1) <= within_B1
     candidates_B = jnp.sum(alike_BL | (ranking_BL > kth_B1), axis=1)
     selection = _best(jnp.where(alike_BL, kth_B1, ranking_BL), scores_BL, k, count_B)
-    return selection._replace(tied_B=candidates_B > (k if count_B is None else count_B))
+    tied_B = candidates_B > (k if count_B is None else count_B)
+    return selection._replace(tied_B=tied_B, kth_B=kth_B)
 
 
 def kth_best(ranking_BL: jax.Array, k: int, k_B: jax.Array | None = None) -> jax.Array:

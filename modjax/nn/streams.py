@@ -18,7 +18,7 @@ from modjax import spec
 from modjax.kernels import product
 from modjax.nn.build import build
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.layers import RMSNorm, empty, unit_rms
+from modjax.nn.layers import RMSNorm, Sublayer, empty, unit_rms
 from modjax.nn.params import make_param, normal_param
 from modjax.nn.routers import linear
 
@@ -105,6 +105,9 @@ class Streams(nnx.Module):
     def __init__(self, spec: spec.Streams, shape: spec.Shape, *, rngs: nnx.Rngs):
         self.active, self.streams = spec.active, shape.streams
         self.inner = build(spec.inner, shape._replace(streams=1), rngs=rngs)
+        # A sublayer behind a norm makes the same change of x and of 2 x. No other layer does: after
+        # a first sublayer, or past a router that reads x itself, the size of x counts.
+        self.direction = isinstance(self.inner, Sublayer) and self.inner.norm is not None
 
     def __call__(self, x_BLSD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         read, mix_BLSJ, write = self.weights(x_BLSD)
@@ -112,7 +115,7 @@ class Streams(nnx.Module):
         if isinstance(read, int):
             u_BLD, base_BLD = x_BLSD[:, :, read], kept_BLSD[:, :, read]
         else:
-            base_BLD = mixed(read[:, :, None], x_BLSD, apart=True)[:, :, 0]
+            base_BLD = mixed(read[:, :, None], x_BLSD, apart=self.direction)[:, :, 0]
             u_BLD = base_BLD.astype(x_BLSD.dtype)
         out = self.inner(u_BLD, at, call.inside(0), cache)
         change_BLD = out.x.astype(jnp.float32) - base_BLD
@@ -224,6 +227,9 @@ def _doubly_stochastic(logits_BLJS: jax.Array) -> jax.Array:
 class Gemma3nAltUp(Streams):
     def __init__(self, spec: spec.Gemma3nAltUp, shape: spec.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
+        self.direction = (
+            False  # `write` reads what is computed, and with it the size of what is read
+        )
         s, d = shape.streams, shape.d_model
         self.norm = RMSNorm(d, eps=shape.norm_eps)
         self.w = normal_param(rngs, (d, s), ("replicated", None), std=1 / math.sqrt(d))
@@ -253,9 +259,9 @@ def _mixing(value: jax.Array) -> nnx.Param:
 def mixed(weights_BLSJ: jax.Array, x_BLJD: jax.Array, *, apart: bool = False) -> jax.Array:
     """Returns sum_j weights_j x_j, in float32: (B, L, S, D). Weights of 1 for B or L are shared.
 
-    apart: positions whose streams are all equal give the weights no gradient. The sum is then the
-    stream times a number, which the norms behind it take away: the gradient is 0 but for rounding,
-    and AdamW would make a step of that noise as large as any other.
+    apart: positions whose streams are all equal give the weights no gradient. This is right only
+    where all that follows reads the direction of the sum. The sum is then the stream times a
+    number, the gradient is 0 but for rounding, and AdamW would make a full step of that noise.
     """
     return _mixed(apart, weights_BLSJ, x_BLJD)
 

@@ -41,7 +41,7 @@ class Evaluation(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What the scores of a run say.
+    """Results of an evaluation.
 
     evaluation: as trained.
     routed: the record's fields causal_*, moe_* and near_ties, as far as there are.

@@ -15,7 +15,7 @@ from flax import nnx
 
 import modjax
 from modjax.errors import InputError
-from modjax.nn import At, Call, Inside, MoDBlock, build, losses, statistics
+from modjax.nn import At, Call, Inside, MoDBlock, build, losses, statistics, totals
 from modjax.spec import MoDConfig, MoE, Shape
 from tests.nn.small import QUICK, WIDTH, Mixer
 from tests.nn.test_records import Reward
@@ -48,6 +48,7 @@ class Returns(nnx.Module):
             "one number": jnp.mean(y_BKD, axis=-1, keepdims=True),
             "too wide": (jnp.concatenate([y_BKD, y_BKD], axis=-1), first_BK),
             "a list of names": ("x", first_BK),
+            "a word": (y_BKD, {"note": "first"}),
         }[self.form]
 
 
@@ -142,7 +143,29 @@ def test_our_experts_in_somebodys_block_keep_their_losses():
     (inner,) = routed.extra[0].values()
     assert isinstance(inner, Inside)
     said = statistics({"routed": jax.tree.map(lambda leaf: leaf[None], routed)})
-    np.testing.assert_allclose(said["routed/0//moe/balance"], balance, rtol=1e-5)
+    np.testing.assert_allclose(said["routed/0/moe/balance"], balance, rtol=1e-5)
+
+
+def test_totals_of_two_halves_make_their_losses_those_of_the_whole():
+    block = MoDBlock(WithExperts(nnx.Rngs(1)), WIDTH, CONFIG, rngs=nnx.Rngs(0))
+    routed = block(X, jnp.arange(L)[None], jnp.ones((1, L), bool))[1]
+    whole = {"routed": jax.tree.map(lambda leaf: leaf[None], routed)}
+    halves = [jax.tree.map(lambda leaf, b=b: leaf[:, b : b + 1], whole) for b in range(B)]
+    nll_BL = jnp.zeros((B, L))
+    sums = jax.tree.map(lambda *parts: sum(parts) / B, *map(totals, halves))
+    assert jax.tree.leaves(sums)
+    shared = [losses(half, nll_BL[:1], sums) for half in halves]
+    np.testing.assert_allclose(np.mean(shared), losses(whole, nll_BL), rtol=1e-5)
+    alone = [losses(half, nll_BL[:1]) for half in halves]
+    assert abs(np.mean(alone) - np.mean(shared)) > 1e-3
+
+
+@pytest.mark.parametrize("routing", ["trained", "predictor"])
+def test_anything_but_arrays_and_numbers_beside_x_is_refused_in_one_line(routing):
+    with pytest.raises(InputError) as caught:
+        returned("a word", routing=routing)
+    said = "inner = 'first': must return arrays and numbers beside x, nothing else"
+    assert str(caught.value) == said
 
 
 @pytest.mark.parametrize(
@@ -248,7 +271,7 @@ def test_layers_under_a_scan_are_measured_with_their_repetitions():
     np.testing.assert_allclose(new["b"]["threshold"][...], expected, rtol=1e-5)
     for rows in (1, B):
         few = jax.tree.map(lambda leaf, rows=rows: leaf[:, :rows], records)
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="set stacked=True for layers under"):
             modjax.observe(nnx.state(blocks), {"": few}, 0)
 
 
@@ -288,7 +311,7 @@ def test_a_threshold_that_was_never_measured_is_said_where_it_selects():
         run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, routing=routing))
         return lambda state: jax.block_until_ready(run(state, INPUTS[0]))
 
-    measured, _ = modjax.observe(state, call("trained")(state)[1], 0)  # the first step says nothing
+    measured, _ = modjax.observe(state, call("trained")(state)[1], 0)
     for run in (call("threshold"), lambda state: nnx.merge(graphdef, state)(X, "threshold")):
         with pytest.warns(UserWarning, match="never measured: call modjax.observe"):
             run(state)
@@ -297,11 +320,8 @@ def test_a_threshold_that_was_never_measured_is_said_where_it_selects():
             warnings.simplefilter("error")
             run(measured)
             jax.effects_barrier()
-    trained = call("trained")
-    with pytest.warns(UserWarning, match="never measured"):
-        for _ in range(101):
-            trained(state)
-        jax.effects_barrier()
+    program = jax.jit(lambda state: nnx.merge(graphdef, state)(INPUTS[0])).lower(state)
+    assert "callback" not in program.as_text()  # jax caches no program that calls the host
 
 
 @pytest.mark.parametrize("router", ["positional", "token_choice"])

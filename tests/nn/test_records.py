@@ -30,6 +30,13 @@ class Reward(Record):
         return {"chance": jnp.mean(jnp.stack(chances))}
 
 
+class Fresh(Reward):
+    """Its measured number does not depend on the old one."""
+
+    def observed(self, measured, updates):
+        return {"best": jnp.max(self.chance_BL)}
+
+
 RNG = np.random.default_rng(0)
 NLL = RNG.random((2, 6)).astype(np.float32)
 CHANCE = RNG.random((3, 2, 6)).astype(np.float32)  # of three repetitions
@@ -64,3 +71,8 @@ def test_what_is_measured_is_kept_where_its_layer_lies():
     assert count == 3
     with pytest.raises(InputError, match="records = '2_z': has no measured 'best'"):
         observe(measured, {"2_z": Reward(CHANCE)}, jnp.int32(0), stacked=True)
+    with pytest.raises(InputError, match="records = 'x': has no measured 'best'"):
+        observe({"x": {"other": 1.0}}, {"x": Fresh(CHANCE)}, 0)
+    said = r"stacked = False: x/best has the shape \(3,\), its record \(\): set stacked=True for"
+    with pytest.raises(InputError, match=said):
+        observe({"x": {"best": jnp.zeros(3)}}, {"x": Fresh(CHANCE)}, 0)

@@ -44,6 +44,8 @@ def test_top_k_equals_a_plain_loop(batch, length, k, dtype, padding):
         )
         assert np.all(np.asarray(got.indices_BK[b])[~kept] >= length)
         assert np.all(np.diff(np.asarray(got.indices_BK[b])) > 0)
+        ranks = np.sort(np.asarray(scores[b], np.float32)[valid[b]])[::-1]
+        assert float(got.kth_B[b]) == (ranks[:k][-1] if len(ranks) else np.inf)
 
 
 def test_scores_a_few_ulps_apart_select_the_same_positions_the_earlier():
@@ -76,6 +78,8 @@ def test_scores_a_few_ulps_apart_select_the_same_positions_the_earlier():
             got = run(shaken)
             np.testing.assert_array_equal(selected_mask(got, length), expected)
             np.testing.assert_array_equal(got.tied_B, tied)
+            descending = -np.sort(np.where(valid, -shaken, np.inf), axis=1)
+            np.testing.assert_array_equal(got.kth_B, descending[np.arange(rows), own - 1])
     assert 0.2 < tied.mean() < 1
 
 
