@@ -303,8 +303,8 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "--other-code",
         {
             "action": "store_true",
-            "help": "go on with, or read, runs that other code or another environment began; their "
-            "records say so",
+            "help": "continue, or read, runs that other code or another environment began; the "
+            "record of a continued run says so",
         },
     ),
     "json": ("--json", {"action": "store_true", "help": "print JSON"}),
