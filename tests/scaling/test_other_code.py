@@ -73,6 +73,14 @@ def test_a_run_keeps_its_own_imports_with_their_path_and_a_dense_one_its_name(co
     assert {s.model.imports for s in specs if s.variant == "mod12"} == {("own/mine.py",)}
 
 
+def test_a_file_that_an_arm_lacks_is_named_with_the_arm(config):
+    config.write_text(
+        OWN_CONFIG.replace("return", "config.sweep.arms.mod12.imports = ['no.py']\n    return")
+    )
+    with pytest.raises(InputError, match=r"^sweep.arms.mod12.imports = 'no.py': no such file: /"):
+        fresh(config)
+
+
 def test_an_edited_layer_is_seen_and_names_the_runs_that_it_concerns(folders, config):
     outcome = sweep(folders, fresh(config))
     assert len(outcome.records) == 6 and outcome.failures == {}
