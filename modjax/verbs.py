@@ -38,18 +38,18 @@ def data_prepare(args: argparse.Namespace) -> None:
 
 
 def data_show(args: argparse.Namespace) -> None:
-    from modjax.data.listing import describe
+    from modjax.data.listing import list_caches
     from modjax.data.manifest import Manifest
     from modjax.tables import data_text
 
-    described = describe(args.data_dir)
-    manifests = [one for one in described if isinstance(one, Manifest)]
-    for unreadable in described:
+    caches = list_caches(args.data_dir)
+    manifests = [one for one in caches if isinstance(one, Manifest)]
+    for unreadable in caches:
         if not isinstance(unreadable, Manifest):
             print(f"modjax: {unreadable}", file=sys.stderr)
     if args.json:
         return print_json([to_dict(manifest) for manifest in manifests])
-    if manifests or not described:
+    if manifests or not caches:
         print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
 
 

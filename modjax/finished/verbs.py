@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modjax.backend import starting, try_first
 from modjax.errors import InputError, require
-from modjax.files import read_file
+from modjax.files import read_file, reason
 from modjax.scaling.run import compilation_cache
 from modjax.spec import RunSpec
 from modjax.verbs import RUNS_FAILED, print_json
@@ -187,8 +187,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         content = read_file(args.prompts, MOST_PROMPTS).decode()
         lines = io.StringIO(content, newline=None).read().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise InputError("--prompts", str(args.prompts), f"cannot be read: {reason}") from error
+        why = reason(error) if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError("--prompts", str(args.prompts), f"cannot be read: {why}") from error
     require(
         all(lines),
         "--prompts",

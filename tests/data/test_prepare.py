@@ -11,7 +11,7 @@ import sentencepiece
 
 from modjax.data.cache import open_cache
 from modjax.data.documents import scan_text, stdlib_documents, stdlib_split
-from modjax.data.listing import describe
+from modjax.data.listing import list_caches
 from modjax.data.prepare import prepare
 from modjax.errors import InputError
 
@@ -70,7 +70,7 @@ def test_bytes_are_shifted_by_three_and_every_document_ends_in_eos(as_bytes, tex
 
 def test_the_manifest_says_what_the_cache_holds(as_bytes, as_pieces):
     assert [as_bytes.name, as_pieces.name] == ["toy-bytes", "toy-sentencepiece-400"]
-    one, other = describe(as_bytes.parent)[:2]
+    one, other = list_caches(as_bytes.parent)[:2]
     assert (one.name, one.vocab, one.vocab_size, one.eos_id) == ("toy", "bytes", 259, 1)
     assert (other.vocab, other.vocab_size, other.eos_id) == ("sentencepiece:400", 400, 1)
     assert one.source == other.source and one.source.startswith("text sha256 ")

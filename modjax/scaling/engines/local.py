@@ -35,7 +35,7 @@ SECONDS_OF_CHECKING = 5.0  # after which one line says what the sweep waits for
 RUNS_OF_A_WORKER = 24
 # A signal that ends the workers may have been sent to this process, too: wait for it.
 SECONDS_TO_RESTART = 0.2
-LOG_LINES = 20
+LOG_LINES, LOG_BYTES = 20, 65_536  # of the end of a log
 
 
 class Stopped(Exception):
@@ -289,7 +289,7 @@ class Session:
     def _give_up(self, spec: RunSpec, why: str) -> None:
         log, tail = self._log(spec), []
         with contextlib.suppress(InputError):
-            tail = read(log, "").decode(errors="replace").splitlines()[-LOG_LINES:]
+            tail = read(log, "", last=LOG_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:]
         failure = {"run_id": spec.run_id, "why": why, "log": tail}
         write_json(log.with_name("failure.json"), failure)
         self.failures[spec.run_id] = why
