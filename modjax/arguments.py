@@ -1,15 +1,16 @@
 """The verbs of the command line, their options, and what `--help` says of them."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, NoReturn
 
 import modjax
 from modjax import verbs
 from modjax.bench import BENCHMARKS
+from modjax.data import verbs as data_verbs
 from modjax.errors import MOST_SAID, one_line
 from modjax.finished import verbs as finished_verbs
+from modjax.options import OPTIONS
 from modjax.spec import ROUTINGS
 
 DESCRIPTION = """\
@@ -83,13 +84,13 @@ def make_parser() -> argparse.ArgumentParser:
         )
         verb.set_defaults(verb=function, called=name)
         for option in options:
-            name_or_flag, keywords = _OPTIONS[option]
+            name_or_flag, keywords = OPTIONS[option]
             verb.add_argument(name_or_flag, **keywords)
         return verb
 
     data = commands.add_parser("data", help="prepare text, or show what is prepared")
-    data_verbs = data.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
-    prepare = add("prepare", verbs.data_prepare, PREPARE, "data_dir", to=data_verbs)
+    inner = data.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    prepare = add("prepare", data_verbs.prepare, PREPARE, "data_dir", to=inner)
     source = prepare.add_mutually_exclusive_group()
     source.add_argument(
         "--text",
@@ -107,11 +108,11 @@ def make_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--force", action="store_true", help="prepare again what is there")
     add(
         "show",
-        verbs.data_show,
+        data_verbs.show,
         "the prepared corpora and their counts",
         "data_dir",
         "json",
-        to=data_verbs,
+        to=inner,
     )
 
     plan = add("plan", verbs.plan, PLAN, "config", "data_dir", "jobs", "json")
@@ -226,86 +227,3 @@ the largest budget."""
 BENCH = """measure a performance figure against its target.
 
 """ + "\n".join(f"  {name:8} {text}" for name, text in BENCHMARKS.items())
-
-
-def _default_data_dir() -> Path:
-    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return Path(os.environ.get("MODJAX_DATA") or os.path.join(base, "modjax"))
-
-
-_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "config": (
-        "--config",
-        {
-            "required": True,
-            "metavar": "FILE.py[:ARGUMENT]",
-            "help": "the experiment; override its values with --config.GROUP.FIELD=VALUE",
-        },
-    ),
-    "workdir": ("--workdir", {"required": True, "type": Path, "help": "where the runs are kept"}),
-    "data_dir": (
-        "--data-dir",
-        {
-            "type": Path,
-            "default": _default_data_dir(),
-            "help": "where token caches are kept, a folder or a bucket such as gs://BUCKET/FOLDER; "
-            "default $MODJAX_DATA, else modjax in the user's data folder ($XDG_DATA_HOME)",
-        },
-    ),
-    "jobs": (
-        "--jobs",
-        {
-            "type": int,
-            "default": 1,
-            "metavar": "N",
-            "help": "worker processes, which share the cores evenly (default 1); small models are "
-            "fastest with one per core, an accelerator takes 1",
-        },
-    ),
-    "loss": (
-        "--loss",
-        {
-            "choices": ("causal", "trained"),
-            "default": "causal",
-            "help": "compare arms by their loss under routing that never looks ahead (causal, the "
-            "default; a dense run's is its loss), or by that of all runs as they were trained",
-        },
-    ),
-    "size": (
-        "--size",
-        {
-            "choices": ("non_embedding", "total", "active"),
-            "default": "non_embedding",
-            "help": "which parameters a model's size counts: active ones are those that a token "
-            "uses (default non_embedding)",
-        },
-    ),
-    "slack": (
-        "--slack",
-        {
-            "type": float,
-            "metavar": "X",
-            "help": "a routed block has room for X times its capacity; the rest passes it by and "
-            "is counted; default: room for all",
-        },
-    ),
-    "imports": (
-        "--imports",
-        {
-            "action": "append",
-            "default": [],
-            "metavar": "FILE.py|MODULE",
-            "help": "import this first, which registers layers of the runs; may be given again. "
-            "What a run's folder names is not imported",
-        },
-    ),
-    "other_code": (
-        "--other-code",
-        {
-            "action": "store_true",
-            "help": "go on with, or read, runs that other code or another environment began; their "
-            "records say so",
-        },
-    ),
-    "json": ("--json", {"action": "store_true", "help": "print JSON"}),
-}

@@ -18,16 +18,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     with output.lasting() as out:
         overrides, rest = _split(given)
-        args = make_parser().parse_args(rest)
+        try:
+            args = make_parser().parse_args(rest)
+        except SystemExit:  # --help and --version print, too
+            if lost := _check_output(out):
+                raise SystemExit(lost) from None
+            raise
         args.overrides = overrides
         args.command = shlex.join(["modjax", *given])
         _be_quiet()
         code = _run(args)
-        out.flush()
-        if out.lost is None or isinstance(out.lost, BrokenPipeError):  # as `| head` does
-            return code
-        said = _fail(f"standard output: {out.lost.strerror}: what was printed is lost")
-        return code if args.called in KEEPING else said
+        lost = _check_output(out)
+        return lost if lost and args.called not in KEEPING else code
+
+
+def _check_output(out: output.Lasting) -> int:
+    """Returns the exit code of output that is lost, and says so, or 0 where none is missed."""
+    out.flush()
+    if out.lost is None or isinstance(out.lost, BrokenPipeError):  # as `| head` does
+        return 0
+    return _fail(f"standard output: {out.lost.strerror}: what was printed is lost")
 
 
 def _run(args: argparse.Namespace) -> int:

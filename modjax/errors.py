@@ -34,7 +34,7 @@ def one_line(text: str, most: int) -> str:
 
 
 def words(error: BaseException) -> str:
-    """Returns what `str` does, or a substitute where that fails."""
+    """Returns `str(error)`, or a substitute where `str` fails."""
     try:
         return str(error)
     except BaseException:  # the class may be the user's
@@ -98,6 +98,13 @@ def require_name(field: str, name: str, most: int = LONGEST_NAME) -> None:
         "of <>:\"/\\|?*, '.', '-' or space in front, '.' or space at the end, and no word that "
         "Windows reserves",
     )
+
+
+def require_plain_name(field: str, name: str) -> None:
+    """Raises InputError unless `name` is as for `require_name`, and needs no quotes in a shell."""
+    accepted = "must be made of letters, digits, '-', '_' and '.'"
+    require(all(c.isalnum() or c in "-_." for c in name), field, name, accepted)
+    require_name(field, name)
 
 
 def require_positive(config: object, prefix: str, *names: str) -> None:

@@ -37,7 +37,8 @@ def outside(error: BaseException, folder: Any = None) -> str | None:
     if isinstance(error, MemoryError) or any(words in describe(error) for words in OUT_OF_MEMORY):
         return f"out of memory: {describe(error)}"
     if isinstance(error, OSError) and (named is not None or error.errno in RESOURCES):
-        return one_line(f"{one_line(str(where), MOST_SHOWN)}: {error.strerror}", MOST_SHOWN * 2)
+        shown = one_line(str(where or "this machine"), MOST_SHOWN)
+        return one_line(f"{shown}: {error.strerror}", MOST_SHOWN * 2)
     return None
 
 

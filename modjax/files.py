@@ -15,6 +15,8 @@ from typing import IO, Any
 from modjax.errors import InputError, SharedFault, words
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# Largest file of JSON that is read, in bytes. The plan of 10,000 runs has about 1 MiB.
+MOST_JSON = 64 * 2**20
 
 
 @contextlib.contextmanager
@@ -25,10 +27,6 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
-
-
-# Largest file of JSON that is read, in bytes. The plan of 10,000 runs has about 1 MiB.
-MOST_JSON = 64 * 2**20
 
 
 class Missing(InputError):
@@ -50,9 +48,9 @@ def read(path: Path, remedy: str, *, last: int | None = None, most: int | None =
             return file.read()
     # A ValueError: the name holds a null byte, or half a character.
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise damaged(path, remedy, _reason(error), Missing) from error
+        raise damaged(path, remedy, reason(error), Missing) from error
     except OSError as error:
-        raise damaged(path, remedy, _reason(error)) from error
+        raise damaged(path, remedy, reason(error)) from error
 
 
 def read_json(path: Path, remedy: str) -> Any:
@@ -74,10 +72,10 @@ def entries(folder: Path) -> list[Path]:
 
 
 def damaged(
-    path: Path, remedy: str, reason: object, error: type[InputError] = InputError
+    path: Path, remedy: str, why: object, error: type[InputError] = InputError
 ) -> InputError:
     """Returns the error for a file that cannot be used."""
-    return error(str(path), "damaged or missing", f"{remedy} ({reason})")
+    return error(str(path), "damaged or missing", f"{remedy} ({why})")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -93,7 +91,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        said = f"{_reason(error)}; nothing was written, and what was there is kept"
+        said = f"{reason(error)}; nothing was written, and what was there is kept"
         raise OSError(error.errno, said, str(path)) from error
     finally:
         with contextlib.suppress(OSError):
@@ -132,8 +130,9 @@ def read_file(path: Path, most: int) -> bytes:
     return content
 
 
-def _reason(error: Exception) -> object:
-    return getattr(error, "strerror", None) or error
+def reason(error: BaseException) -> str:
+    """Returns an error's words; those of an OSError without its number and its file."""
+    return getattr(error, "strerror", None) or words(error)
 
 
 class Home:

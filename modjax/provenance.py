@@ -1,7 +1,7 @@
-"""What a run depends on beyond its spec: source code, packages, jax's settings, devices.
+"""Provenance: source code, packages, settings and devices of a run.
 
 A run's folder keeps it in provenance.json from its start on, and its record at the end. A value
-that has changed when a run goes on, by leave of --other-code, becomes "EARLIER then LATER".
+that has changed when a run goes on, with --other-code, becomes "EARLIER then LATER".
 """
 
 import functools
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.errors import SharedFault, require
+from modjax.files import entries
 from modjax.records import Record, read_provenance, run_dir, write_provenance
 from modjax.spec import ModelSpec, RunSpec
 from modjax.spec.imports import combined, layer_source, own_layers, registered
@@ -21,6 +22,7 @@ from modjax.spec.imports import combined, layer_source, own_layers, registered
 logger = logging.getLogger("modjax")
 # modjax's own code that decides what a run computes.
 COMPUTING = ("data", "kernels", "nn", "spec", "training")
+SOURCES = "[!.]*.py"  # not the hidden links that an editor leaves beside a file
 PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax")
 # Settings of jax that change numbers, as modjax sets them where it owns the process.
 SETTINGS: dict[str, Any] = {
@@ -37,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "jax_use_direct_linearize": True,
 }
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+DEVICE_COUNT = "--xla_force_host_platform_device_count="  # no part of a value, as it is FREE
 CODE = "code of "
 THEN = " then "
 UNRECORDED = "not recorded"
@@ -56,7 +59,7 @@ def fix_settings() -> None:
 def _own_source() -> str:
     """Returns the hash of modjax's code in COMPUTING, as this process first read it."""
     root, digests = Path(__file__).parent, []
-    for path in (path for folder in COMPUTING for path in (root / folder).rglob("*.py")):
+    for path in (path for folder in COMPUTING for path in (root / folder).rglob(SOURCES)):
         content = path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes()
         digests.append(hashlib.sha256(content).hexdigest())
     return combined(digests)
@@ -79,8 +82,13 @@ def require_unchanged(code: Mapping[str, str]) -> None:
 
 def _outside_jax(model: ModelSpec) -> dict[str, str]:
     """Returns what can be known without importing jax."""
-    flags = {name: os.environ.get(name) or "none" for name in FLAGS}
-    return source_code(model) | _versions() | flags
+    return source_code(model) | _versions() | {name: _flags(name) for name in FLAGS}
+
+
+def _flags(name: str) -> str:
+    """Returns the flags in a variable without the number of devices, or "none"."""
+    flags = os.environ.get(name, "").split()
+    return " ".join(flag for flag in flags if not flag.startswith(DEVICE_COUNT)) or "none"
 
 
 @functools.cache
@@ -100,31 +108,43 @@ def provenance(model: ModelSpec, mesh: Any) -> dict[str, str]:
 
 
 def begin(folder: Path, now: dict[str, str], *, write: bool, other_code: bool) -> dict[str, str]:
-    """Returns the provenance of the run in `folder`, which begins or goes on as `now` says.
+    """Returns the provenance of the run in `folder`, updated by `now`.
 
-    write: into its provenance.json. Raises InputError where it was begun otherwise, unless
-    `other_code` is true.
+    write: into its provenance.json. Raises InputError where a recorded value differs, unless
+    `other_code`.
     """
-    earlier = read_provenance(folder)
-    if not earlier and (folder / "checkpoints").is_dir():  # it began before this was kept
+    earlier = _earlier(folder)
+    if not earlier and _has_state(folder):  # it began before this was kept
         earlier = dict.fromkeys(now, UNRECORDED)
     if not other_code:
         _refuse({folder.name: _differing(earlier, now)}, "choose another folder, delete this run")
     found = earlier | now
     for name in earlier.keys() & now.keys():
         kept = earlier[name]
-        found[name] = kept if _last(kept) == now[name] else f"{kept}{THEN}{now[name]}"
+        known = kept.split(THEN) if name in FREE else [_last(kept)]
+        found[name] = kept if now[name] in known else f"{kept}{THEN}{now[name]}"
     if write and found != earlier:
         write_provenance(folder, found)
     return found
 
 
+def _earlier(folder: Path) -> dict[str, str]:
+    """Returns the recorded provenance of a run that has a state; one without begins anew."""
+    return read_provenance(folder) if _has_state(folder) else {}
+
+
+def _has_state(folder: Path) -> bool:
+    """Returns whether the run in `folder` has ended or saved a checkpoint."""
+    saved = any(path.name.isdecimal() for path in entries(folder / "checkpoints"))
+    return saved or (folder / "result.json").exists()
+
+
 def require_same(workdir: Path, specs: Sequence[RunSpec]) -> None:
-    """Raises InputError that names those of a sweep's runs which were begun otherwise than now."""
+    """Raises InputError naming the runs whose recorded provenance differs from this process's."""
     fixed = {name: str(value) for name, value in SETTINGS.items()}
     differing = {}
     for spec in specs:
-        earlier = read_provenance(run_dir(workdir, spec.run_id))
+        earlier = _earlier(run_dir(workdir, spec.run_id))
         differing[spec.run_id] = _differing(earlier, _outside_jax(spec.model) | fixed)
     _refuse(differing, "choose another folder, delete these runs")
 
@@ -154,7 +174,7 @@ def _refuse(differing: Mapping[str, Sequence[str]], remedy: str) -> None:
 
 
 def _differing(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Returns the names of what has changed; of what was not recorded it is not known."""
+    """Returns the names of changed values. Skips values that were not recorded."""
     both = (earlier.keys() & now.keys()).difference(FREE)
     return sorted(name for name in both if _last(earlier[name]) not in (UNRECORDED, now[name]))
 

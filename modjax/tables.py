@@ -21,9 +21,10 @@ from modjax.scaling.sweep import Outcome
 from modjax.scaling.words import span, text_table
 from modjax.spec import RunSpec
 
-LOSS_COLUMNS = ("causal loss", "as trained")
 if TYPE_CHECKING:
     from modjax.nn.probe import Finding
+
+LOSS_COLUMNS = ("causal loss", "as trained")
 
 
 def data_text(manifests: Sequence[Manifest]) -> str:

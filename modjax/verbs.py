@@ -23,36 +23,6 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-def data_prepare(args: argparse.Namespace) -> None:
-    from modjax.data.prepare import prepare
-
-    path = prepare(
-        name=args.name,
-        text_files=args.text,
-        tfds_name=args.tfds,
-        vocab=args.vocab,
-        data_dir=args.data_dir,
-        force=args.force,
-    )
-    print(path)
-
-
-def data_show(args: argparse.Namespace) -> None:
-    from modjax.data.listing import describe
-    from modjax.data.manifest import Manifest
-    from modjax.tables import data_text
-
-    described = describe(args.data_dir)
-    manifests = [one for one in described if isinstance(one, Manifest)]
-    for unreadable in described:
-        if not isinstance(unreadable, Manifest):
-            print(f"modjax: {unreadable}", file=sys.stderr)
-    if args.json:
-        return print_json([to_dict(manifest) for manifest in manifests])
-    if manifests or not described:
-        print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
-
-
 def _load(args: argparse.Namespace) -> Any:
     from modjax.scaling.experiment import load
 

@@ -9,7 +9,7 @@ import tempfile
 
 import pytest
 
-from modjax import verbs
+from modjax import faults, verbs
 from modjax.output import lasting
 from tests.test_cli import CONFIGS, TINY, said
 
@@ -83,6 +83,11 @@ OUTSIDE = {
 }
 
 
+def test_a_machine_without_files_is_named_where_nothing_else_can_be():
+    error = OSError(errno.EMFILE, "Too many open files")
+    assert faults.outside(error) == "this machine: Too many open files"
+
+
 @pytest.mark.parametrize("words", OUTSIDE)
 def test_what_the_machine_refuses_is_one_line_that_names_the_file(words, raising, capsys):
     raising(OUTSIDE[words])
@@ -154,6 +159,10 @@ LOST = "modjax: standard output: No space left on device: what was printed is lo
         (FLOPS, "2>&-", 0, None),
         (FLOPS, ">&- 2>&- <&-", 0, ""),
         (FLOPS, ">/dev/full", 2, LOST),
+        (["--help"], ">/dev/full", 2, LOST),
+        (["sweep", "--help"], ">/dev/full", 2, LOST),
+        (["--version"], ">/dev/full", 2, LOST),
+        (["--version"], "| true; exit ${PIPESTATUS[0]}", 0, ""),
         (FLOPS, "| true; exit ${PIPESTATUS[0]}", 0, ""),
         (PLAN, "2>/dev/full", 2, ""),
         (PLAN, ">&- 2>&-", 2, ""),

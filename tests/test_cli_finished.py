@@ -12,9 +12,10 @@ import shutil
 import jax
 import pytest
 
+from modjax import provenance
 from modjax.cli import main
 from modjax.provenance import SETTINGS
-from modjax.records import read_records, run_dir, write_record
+from modjax.records import read_records, run_dir, write_provenance, write_record
 from modjax.spec import Dense, MoD, to_dict
 from tests.training.tiny import run_spec
 
@@ -276,7 +277,7 @@ def test_a_dense_run_is_refused_because_it_has_no_router(said, where, two_runs, 
 
 
 def test_eval_of_a_folder_evaluates_the_others_and_names_each_that_fails(
-    said, where, two_runs, tmp_path
+    said, where, two_runs, tmp_path, monkeypatch
 ):
     workdir, able, _ = two_runs
     shutil.copytree(workdir, tmp_path / "work")
@@ -285,15 +286,20 @@ def test_eval_of_a_folder_evaluates_the_others_and_names_each_that_fails(
     lost = add_run(tmp_path / "work", record, run_spec(layers=routed, steps=31), steps=31)
     damaged = add_run(tmp_path / "work", record, run_spec(layers=routed, steps=32), steps=32)
     (run_dir(tmp_path / "work", damaged) / "spec.json").write_text("{")
+    edited = add_run(tmp_path / "work", record, run_spec(layers=routed, steps=33), steps=33)
+    write_provenance(run_dir(tmp_path / "work", edited), {"code of Mine": "earlier"})
+    now = provenance.source_code()
+    monkeypatch.setattr(provenance, "source_code", lambda _: now | {"code of Mine": "now"})
     code, out, err = said("eval", f"--workdir={tmp_path / 'work'}", where[1],
                           "--routing=predictor", "--json")  # fmt: skip
     assert code == 3
     assert [values["run_id"] for values in json.loads(out)] == [able]
     lines = sorted(err.splitlines())
-    assert len(lines) == 2
-    for line, name in zip(lines, sorted([lost, damaged]), strict=True):
+    assert len(lines) == 3
+    for line, name in zip(lines, sorted([lost, damaged, edited]), strict=True):
         assert line.startswith(f"modjax: failed: {name}: ")
     assert "checkpoints/31" in err and "spec.json" in err
+    assert f"run = '{edited}': had other values of code of Mine (1 runs)" in err
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"], ids=["missing", "cut", "empty"])

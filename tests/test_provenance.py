@@ -23,7 +23,11 @@ def test_a_run_goes_on_as_it_began_or_by_leave_and_its_provenance_says_so(tmp_pa
     def begin(now, *, other_code=False, write=True):
         return p.begin(tmp_path, now, write=write, other_code=other_code)
 
-    assert begin(NOW) == begin(NOW) == read_provenance(tmp_path) == NOW
+    assert begin(NOW | {"code of Mine": "fails"}) != begin(NOW) == read_provenance(tmp_path) == NOW
+    (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert begin(NOW | {"code of Mine": "fails"}) != begin(NOW), "no state, nothing to go on with"
+    (tmp_path / "checkpoints" / "1").mkdir()
+    assert begin(NOW) == NOW
     other = NOW | {"code of Mine": "cc", "XLA_FLAGS": "--fast"}
     with pytest.raises(InputError) as caught:
         begin(other)
@@ -35,13 +39,14 @@ def test_a_run_goes_on_as_it_began_or_by_leave_and_its_provenance_says_so(tmp_pa
     with pytest.raises(InputError, match="code of Mine"):
         begin(NOW)
     assert begin(other | {"devices": "8"})["devices"] == "1 then 8"
+    assert begin(other | {"devices": "1"})["devices"] == "1 then 8", "each number once"
     kept = read_provenance(tmp_path)
     assert kept["devices"] == "1 then 8"
     assert begin(other | {"devices": "2"}, write=False) != kept == read_provenance(tmp_path)
 
 
 def test_a_run_from_before_goes_on_and_says_what_is_not_known(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     found = p.begin(tmp_path, NOW, write=True, other_code=False)
     assert found == {name: f"not recorded then {value}" for name, value in NOW.items()}
     assert p.begin(tmp_path, NOW, write=True, other_code=False) == found
@@ -72,6 +77,7 @@ def test_the_runs_that_other_code_began_are_named_and_no_others(tmp_path, caplog
     for folder, model in folders.items():
         folder.mkdir(parents=True)
         p.begin(folder, p.source_code(model), write=True, other_code=False)
+        (folder / "checkpoints" / "1").mkdir(parents=True)
     p.require_same(tmp_path, [mine, dense, run_spec(seed=9)])
     p.require_readable(folders)
 
@@ -95,6 +101,14 @@ def test_the_runs_that_other_code_began_are_named_and_no_others(tmp_path, caplog
     assert f"trained with other code of modjax than this: {dense.run_id}" in caplog.text
 
 
+def test_the_number_of_devices_is_no_part_of_the_flags(monkeypatch):
+    mesh = make_mesh(Execution(data=1))  # from here on, XLA reads no flags
+    monkeypatch.setenv("XLA_FLAGS", f"--a=1  {p.DEVICE_COUNT}8 --b")
+    assert p.provenance(MODEL, mesh)["XLA_FLAGS"] == "--a=1 --b"
+    monkeypatch.setenv("XLA_FLAGS", f"{p.DEVICE_COUNT}8")
+    assert p.provenance(MODEL, mesh)["XLA_FLAGS"] == "none"
+
+
 def test_code_that_was_edited_under_a_sweep_is_a_fault_of_all_its_runs():
     code = p.source_code()
     p.require_unchanged(code)
@@ -115,6 +129,7 @@ def test_modjaxs_own_hash_is_of_the_code_that_computes(tmp_path, monkeypatch):
     (tmp_path / "scaling/report.py").write_text("2")
     assert digest() == first
     (tmp_path / "nn/mod.py").write_text("2")
+    (tmp_path / "nn/.#mod.py").symlink_to("somebody@somewhere:1")  # as Emacs locks a file
     second = digest()
     (tmp_path / "nn/mod.py").rename(tmp_path / "nn/moe.py")
     assert len({first, second, digest()}) == 3

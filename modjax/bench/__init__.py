@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modjax.errors import InputError
+from modjax.backend import last_line
+from modjax.errors import InputError, describe
 
 # name -> what it measures; the module of the same name has ROWS and measure().
 BENCHMARKS = {
@@ -63,13 +64,11 @@ def run(name: str, *, json: bool = False) -> None:
 
 
 def _measure(module: Any) -> list[Row]:
-    """The module's rows; whatever ends one benchmark must not lose those of the others."""
+    """Returns the module's rows; whatever ends one benchmark must not lose those of the others."""
     try:
         return module.measure()
     except Exception as error:
-        message = (str(error).strip() or "no message").splitlines()[0]
-        why = f"{type(error).__name__}: {message}"
-        return [dataclasses.replace(row, why=why) for row in module.ROWS]
+        return [dataclasses.replace(row, why=describe(error)) for row in module.ROWS]
 
 
 def progress(text: str) -> None:
@@ -87,8 +86,7 @@ def call(command: Sequence[str], environment: dict[str, str], cwd: Path | None =
     """Runs a command without showing its output. Raises RuntimeError with its last line."""
     done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True)
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip()
-        last = (said or "it said nothing").splitlines()[-1]
+        last = last_line(done.stderr.decode(errors="replace"))
         raise RuntimeError(f"{' '.join(command[:5])} ended with {done.returncode}: {last}")
 
 

@@ -22,8 +22,8 @@ import tensorstore as ts
 
 from modjax.data.manifest import Manifest
 from modjax.data.vocabulary import MOST_MODEL
-from modjax.errors import InputError, SharedFault, require
-from modjax.files import MOST_JSON, read_file
+from modjax.errors import MOST_SHOWN, InputError, SharedFault, one_line, require
+from modjax.files import MOST_JSON, read_file, reason
 from modjax.spec import DataConfig, ModelSpec
 
 # An object store that does not answer is reported in a quarter of a minute, not of an hour.
@@ -126,7 +126,7 @@ def _read(path: Path | str, name: str, most: int) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except STORE_ERRORS as error:
-        why = getattr(error, "strerror", None) or one_line(error)
+        why = one_line(reason(error), MOST_SHOWN)
         raise InputError("data", shown(path), f"{name} cannot be read: {why}") from error
     return bytes(found.value) if found.state == "value" else None
 
@@ -232,11 +232,6 @@ def check_vocab(cache: TokenCache, model: ModelSpec) -> None:
     )
 
 
-def one_line(error: Exception | str) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 240 else f"{text[:100]} ... {text[-130:]}"
-
-
 def parse_manifest(path: Path | str, manifest: bytes) -> Manifest:
     """Returns the manifest of the cache at `path`. Raises InputError where it is damaged."""
     try:
@@ -247,4 +242,5 @@ def parse_manifest(path: Path | str, manifest: bytes) -> Manifest:
 
 def _damaged(path: Path | str, why: str) -> InputError:
     remedy = "if it is damaged, or of another version, make it again with `modjax data prepare "
-    return InputError("data", shown(path), f"cannot be read; {remedy}--force` ({one_line(why)})")
+    accepted = f"cannot be read; {remedy}--force` ({one_line(why, MOST_SHOWN)})"
+    return InputError("data", shown(path), accepted)

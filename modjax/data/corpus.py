@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.data.documents import Scan, scan_text, stdlib_documents
-from modjax.errors import require
+from modjax.errors import require, require_plain_name
 
 CORPORA = ("stdlib", "c4", "lm1b")
 
@@ -42,12 +42,7 @@ def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> 
         require(name not in CORPORA, "--name", name, "is a built-in corpus; choose another name")
     if name is None:
         name = CORPORA[0]
-    require(
-        re.fullmatch(r"\w[\w.-]*", name) is not None,
-        "--name",
-        name,
-        "must be made of letters, digits, '-', '_' and '.'",
-    )
+    require_plain_name("--name", name)
     if files:
         scan = scan_text(files)
         return Corpus(name, f"text sha256 {scan.digest}", tuple(files), scan)

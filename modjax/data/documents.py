@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from modjax.errors import InputError, require
-from modjax.files import open_file
+from modjax.files import open_file, reason
 
 PIECE = 65_536  # characters; plain text is cut into documents of about this size
 LONGEST_LINE = 64 * 2**20  # characters of a line of JSON; it is read as a whole
@@ -88,8 +88,7 @@ def text_documents(files: Sequence[Path]) -> Iterator[Document]:
         except UnicodeDecodeError as error:
             raise InputError("--text", str(path), f"must be UTF-8 text ({error.reason})") from error
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise InputError("--text", str(path), f"cannot be read: {reason}") from error
+            raise InputError("--text", str(path), f"cannot be read: {reason(error)}") from error
 
 
 def _decoded(path: Path, raw: IO[bytes]) -> IO[str]:
@@ -110,8 +109,8 @@ def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", None) or str(error)
-            raise InputError("--text", where, f"is not JSON ({reason})") from error
+            why = getattr(error, "msg", None) or str(error)
+            raise InputError("--text", where, f"is not JSON ({why})") from error
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
             accepted = 'every line must be an object with a string "text"'

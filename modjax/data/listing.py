@@ -6,7 +6,6 @@ from pathlib import Path
 
 from modjax.data.cache import (
     STORE_ERRORS,
-    one_line,
     open_store,
     parse_manifest,
     read_manifest,
@@ -14,28 +13,29 @@ from modjax.data.cache import (
     url,
 )
 from modjax.data.manifest import Manifest
-from modjax.errors import InputError
+from modjax.errors import MOST_SHOWN, InputError, one_line
+from modjax.files import reason
 
 
-def describe(data_dir: Path | str) -> list[Manifest | InputError]:
-    """The manifest of every cache in a folder, by name, or why it cannot be read.
+def list_caches(data_dir: Path | str) -> list[Manifest | InputError]:
+    """Returns the manifest of every cache in a folder, by name, or why it cannot be read.
 
     [] where there is none. Raises InputError where the folder itself cannot be read.
     """
-    described: list[Manifest | InputError] = []
+    caches: list[Manifest | InputError] = []
     for name in _cache_names(data_dir):
         path = Path(data_dir) / name
         try:
             found = read_manifest(path)
             if found is not None:
-                described.append(parse_manifest(path, found))
+                caches.append(parse_manifest(path, found))
         except InputError as error:
-            described.append(error)
-    return described
+            caches.append(error)
+    return caches
 
 
 def _cache_names(data_dir: Path | str) -> list[str]:
-    """The names of the folders that may hold a cache."""
+    """Returns the names of the folders that may hold a cache."""
     try:
         if url(data_dir) is None:
             return sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
@@ -43,7 +43,7 @@ def _cache_names(data_dir: Path | str) -> list[str]:
     except FileNotFoundError:
         return []
     except STORE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise InputError("--data-dir", shown(data_dir), f"cannot be listed: {reason}") from error
+        why = one_line(reason(error), MOST_SHOWN)
+        raise InputError("--data-dir", shown(data_dir), f"cannot be listed: {why}") from error
     found = (re.fullmatch(r"([^./][^/]*)/manifest\.json", key.decode()) for key in keys)
     return sorted(match[1] for match in found if match)

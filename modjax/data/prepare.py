@@ -32,7 +32,7 @@ from modjax.data.vocabulary import (
     train_sentencepiece,
 )
 from modjax.data.writer import Written, has_tokens, read_journal, write_journal, write_split
-from modjax.errors import InputError, require, require_name
+from modjax.errors import InputError, require
 from modjax.files import is_disk_full, read_file, user_cache, write_atomically
 from modjax.spec import DataConfig
 
@@ -65,7 +65,6 @@ def prepare(
     source = corpus.source
     if wanted.model is not None:
         source += f"; {wanted.name} sha256 {sha256(wanted.model)}"
-    require_name("--name", corpus.name)
     final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=wanted.name))
     bucket = url(final)
     there = read_manifest(final) is not None and not force

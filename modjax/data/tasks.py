@@ -20,7 +20,7 @@ import numpy as np
 from modjax.data.documents import Scan, scanned_documents
 from modjax.data.manifest import SPLITS
 from modjax.data.vocabulary import stderr_into
-from modjax.errors import InputError, require
+from modjax.errors import InputError, describe, require
 
 
 @contextlib.contextmanager
@@ -106,8 +106,8 @@ def resolve_tfds(name: str) -> str:
     try:
         info = tfds.builder(name).info
     except Exception as error:  # TFDS raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError("--tfds", name, f"must be a data set that TFDS knows: {reason}") from error
+        accepted = f"must be a data set that TFDS knows: {describe(error)}"
+        raise InputError("--tfds", name, accepted) from error
     features = info.features
     has_text = (
         isinstance(features, tfds.features.FeaturesDict)
@@ -130,8 +130,8 @@ def download(name: str) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             tfds.builder(name).download_and_prepare()
     except Exception as error:  # anything from a lost connection to a missing Beam runner
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError("--tfds", name, f"could not be downloaded: {reason}") from error
+        accepted = f"could not be downloaded: {describe(error)}"
+        raise InputError("--tfds", name, accepted) from error
 
 
 def tfds_source(name: str) -> seqio.DataSource:

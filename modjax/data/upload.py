@@ -6,9 +6,9 @@ from pathlib import Path
 
 import tensorstore as ts
 
-from modjax.data.cache import STORE_ERRORS, kvstore, one_line, open_store
+from modjax.data.cache import STORE_ERRORS, kvstore, open_store
 from modjax.data.manifest import Manifest
-from modjax.errors import InputError
+from modjax.errors import MOST_SHOWN, InputError, one_line, words
 
 MANIFEST = "manifest.json"
 UPLOADED = ".uploaded"  # beside the tokens: the files that were uploaded, one a line
@@ -74,5 +74,5 @@ def _refusals(folder: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except STORE_ERRORS as error:
-        reason = f"cannot be written: {one_line(error)}{remedy}"
-        raise InputError("--data-dir", folder, reason) from error
+        why = one_line(words(error), MOST_SHOWN)
+        raise InputError("--data-dir", folder, f"cannot be written: {why}{remedy}") from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modjax.errors import InputError, require
+from modjax.errors import InputError, require, require_name
 from modjax.files import read_file
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def parse_vocab(vocab: str) -> Vocab:
         "must be bytes, sentencepiece:SIZE or a SentencePiece FILE.model",
     )
     path = Path(vocab)
-    require(path.name.isprintable(), "--vocab", vocab, "must have a name of printable characters")
+    require_name("--vocab", path.name)
     try:
         content = read_file(path, MOST_MODEL)
     except OSError as error:

@@ -178,8 +178,9 @@ def load(run_dir: str | Path, *, imports: Sequence[str] = (), other_code: bool =
     Raises InputError where the folder holds no run, one that has not finished, or a copy under
     another name, and where its final weights are missing.
     """
+    there = os.path.exists(os.path.join(run_dir, "spec.json"))  # False for a null byte, too
+    require(there, "modjax.load", str(run_dir), "no such run")
     folder = Path(os.path.realpath(run_dir))
-    require((folder / "spec.json").exists(), "modjax.load", str(run_dir), "no such run")
     import_all(places(tuple(imports), Path(), "imports"), "imports")
     spec = read_spec(folder, folder.name)
     if not other_code:

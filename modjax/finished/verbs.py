@@ -8,13 +8,12 @@ import io
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modjax.backend import starting, try_first
 from modjax.errors import InputError, require
-from modjax.files import read_file
+from modjax.files import read_file, reason
 from modjax.scaling.run import compilation_cache
 from modjax.spec import RunSpec
 from modjax.verbs import RUNS_FAILED, print_json
@@ -58,10 +57,10 @@ def evaluate(args: argparse.Namespace) -> int:
         specs = able or specs
     for spec in specs:
         spec.model.check_routing(args.routing, "--routing")
-    _check_code(args, specs)
     found = []
     for spec in specs:
         try:
+            _check_code(args, spec)
             run = open_run(spec, workdir=args.workdir, data_dir=args.data_dir)
             found.append(compare(run, args.routing, args.slack))
         except InputError as error:
@@ -78,12 +77,12 @@ def evaluate(args: argparse.Namespace) -> int:
     return RUNS_FAILED if failures else 0
 
 
-def _check_code(args: argparse.Namespace, specs: Sequence[RunSpec]) -> None:
+def _check_code(args: argparse.Namespace, spec: RunSpec) -> None:
     from modjax.provenance import require_readable
     from modjax.records import run_dir
 
     if not args.other_code:
-        require_readable({run_dir(args.workdir, s.run_id): s.model for s in specs})
+        require_readable({run_dir(args.workdir, spec.run_id): spec.model})
 
 
 def _comparison_text(found: "Comparison") -> str:
@@ -144,7 +143,7 @@ def sample(args: argparse.Namespace) -> None:
         args.run,
         f"must name one of the {len(specs)} finished runs, such as {specs[-1].run_id}",
     )
-    _check_code(args, specs)
+    _check_code(args, specs[0])
     run = open_run(specs[0], workdir=args.workdir, data_dir=args.data_dir)
     choose_routing(run, args.routing)
     graphdef, weights = unstack(
@@ -188,8 +187,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         content = read_file(args.prompts, MOST_PROMPTS).decode()
         lines = io.StringIO(content, newline=None).read().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise InputError("--prompts", str(args.prompts), f"cannot be read: {reason}") from error
+        why = reason(error) if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError("--prompts", str(args.prompts), f"cannot be read: {why}") from error
     require(
         all(lines),
         "--prompts",

@@ -83,8 +83,9 @@ def _imported(config_file: str, models: dict[str, Any]) -> dict[str, str]:
     folder, found = Path(config_file.partition(":")[0]).parent, {}
     for group, fields in models.items():
         if isinstance(fields, dict) and "imports" in fields:
-            found |= places(fields["imports"], folder, f"{group}.imports")
-    import_all(found, "model.imports")
+            there = places(fields["imports"], folder, f"{group}.imports")
+            import_all(there, f"{group}.imports")
+            found |= there
     return found
 
 

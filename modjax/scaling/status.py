@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modjax.errors import InputError, require
+from modjax.errors import MOST_NUMBER, InputError, require
 from modjax.files import Missing, read_json
 from modjax.flops import parameters
 from modjax.metrics_file import last_step
@@ -150,8 +150,9 @@ def _read(folder: Path, run_id: str) -> tuple[int, float, dict[str, int]]:
         values = read_json(folder / "spec.json", WRITTEN_AGAIN)
         train = from_dict(TrainConfig, values.get("train"), "train.")
         budget = values.get("budget_flops")
-        require(isinstance(budget, int | float), str(folder), budget, "must be a budget in FLOPs")
-        return train.steps, budget, {}
+        usable = type(budget) in (int, float) and 0 < budget <= MOST_NUMBER
+        require(usable, str(folder), budget, "must be a budget in FLOPs")
+        return train.steps, float(budget), {}
     return spec.train.steps, spec.budget_flops, parameters(spec.model)
 
 

@@ -106,7 +106,7 @@ def sweep(
     started, began = time.time(), time.monotonic()
     specs = experiment.specs if only is None else [only]
     if not other_code:
-        require_same(workdir, experiment.specs)
+        require_same(workdir, specs)
     begun = {s.run_id for s in specs if (run_dir(workdir, s.run_id) / "metrics.jsonl").exists()}
     session = Session(
         specs=specs,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modjax.errors import require, require_name
+from modjax.errors import require, require_plain_name
 
 # Fields that the sweep's rules decide, and that its `model` and `train` groups must leave out.
 SHAPE_FIELDS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff")
@@ -197,7 +197,7 @@ class SweepConfig:
             value = getattr(self, name)
             require(len(set(value)) == len(value), f"sweep.{name}", value, "must all differ")
         for name in self.arms:
-            require_name("sweep.arms", name)
+            require_plain_name("sweep.arms", name)
         for budget in self.budgets:
             require(
                 0 < budget <= MOST_FLOPS,

@@ -120,10 +120,11 @@ def _limited(what: str, interrupts: list[int]) -> Iterator[None]:
 
     def interrupt(signum: int, frame: Any) -> None:
         interrupts.append(signum)
-        raise KeyboardInterrupt
+        before(signum, frame)
 
-    earlier = {signal.SIGALRM: signal.signal(signal.SIGALRM, alarm)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    earlier: dict[int, Any] = {signal.SIGALRM: signal.signal(signal.SIGALRM, alarm)}
+    before: Any = signal.getsignal(signal.SIGINT)
+    if callable(before):
         earlier[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     signal.setitimer(signal.ITIMER_REAL, SECONDS_UNSAID, SECONDS_UNSAID)
     try:
@@ -196,8 +197,11 @@ def source_of(module: ModuleType) -> Source:
 
 
 @functools.cache
-def _source(module: ModuleType, registered: Any) -> Source:
-    """registered: the layer in question. A module that is reloaded registers another object."""
+def _source(module: ModuleType, layer: Any) -> Source:
+    """Returns the Source of a module.
+
+    layer: the class that it registered, so that a reloaded module is read again.
+    """
     top = module.__name__.partition(".")[0]
     waiting, modules, contents = [module.__name__], set(), []
     while waiting:
@@ -218,14 +222,14 @@ def _source(module: ModuleType, registered: Any) -> Source:
 
 
 def _is_installed(file: str) -> bool:
-    """Whether a file belongs to Python, to an installed package, or to modjax."""
+    """Returns whether a file belongs to Python, to an installed package, or to modjax."""
     homes = [sysconfig.get_path("stdlib"), str(Path(__file__).parents[1])]
     within = any(os.path.realpath(file).startswith(os.path.realpath(h) + os.sep) for h in homes)
     return within or bool({"site-packages", "dist-packages"}.intersection(Path(file).parts))
 
 
 def _imports(content: bytes, package: str) -> Iterator[str]:
-    """Names that may be modules which a source imports, wherever in it the statement stands."""
+    """Yields names that may be imported modules."""
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # such as a compiled module

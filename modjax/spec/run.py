@@ -9,7 +9,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from modjax.errors import require, require_name, require_one_of, require_positive
+from modjax.errors import (
+    require,
+    require_name,
+    require_one_of,
+    require_plain_name,
+    require_positive,
+)
 from modjax.spec.fields import canonical, from_dict, to_dict
 from modjax.spec.model import ModelSpec
 
@@ -125,13 +131,7 @@ class RunSpec:
     data: DataConfig
 
     def __post_init__(self):
-        require_name("variant", self.variant)
-        require(
-            all(c.isalnum() or c in "-_." for c in self.variant),
-            "variant",
-            self.variant,
-            "must be made of letters, digits, '-', '_' and '.'",
-        )
+        require_plain_name("variant", self.variant)
         require(self.budget_flops > 0, "budget_flops", self.budget_flops, "must be greater than 0")
 
     @property

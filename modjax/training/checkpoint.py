@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from modjax.errors import require
+from modjax.errors import describe, require
 from modjax.files import MOST_JSON, is_disk_full, read_file, write_atomically
 from modjax.training.state import TrainState
 
@@ -153,7 +153,7 @@ def write_digest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What differs between `folder` and its digest, or None."""
+    """Returns what differs between `folder` and its digest, or None."""
     try:
         digest = json.loads(read_file(folder / DIGEST, MOST_JSON))
         for name, expected in digest.items():
@@ -161,7 +161,7 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} has changed"
         unknown = {str(path.relative_to(folder)) for path in _files(folder)} - digest.keys()
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        return " ".join(str(error).split())
+        return describe(error)
     return f"{DIGEST} leaves out {min(unknown)}" if unknown else None
 
 

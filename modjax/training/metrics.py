@@ -82,7 +82,8 @@ class MetricsWriter:
     def sync(self) -> None:
         """Returns when all lines are on the disk."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with naming(Path(self._file.name)):
+                os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
 

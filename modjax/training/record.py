@@ -10,11 +10,10 @@ from typing import Any
 from modjax.data.cache import TokenCache, epochs
 from modjax.data.manifest import bits_per_byte
 from modjax.flops import forward_flops, parameters, run_flops, total_flops
+from modjax.provenance import PACKAGES
 from modjax.records import NO_ROUTING, Record
 from modjax.spec import RunSpec
 from modjax.training.evaluate import Evaluation
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 @functools.cache
@@ -106,7 +105,9 @@ def make_record(
         median_step_seconds=median_step_seconds,
         device=device,
         eval_batch_size=eval_batch_size,
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        versions={
+            name: importlib.metadata.version(name) for name in (*PACKAGES, "orbax-checkpoint")
+        },
         provenance=provenance,
         **{name: _finite(value) for name, value in (causal | routed).items()},
     )

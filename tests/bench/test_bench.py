@@ -60,7 +60,7 @@ def test_json_holds_every_row_and_a_failure_costs_only_its_own_values(add, capsy
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert set(report) == {"device", "versions", "rows"}
-    why = "ValueError: the first line"
+    why = "ValueError: the first line and a second"
     assert report["rows"] == [
         {"what": "count", "value": None, "unit": "budgets", "target": 2, "better": "higher",
          "why": why},
@@ -80,7 +80,7 @@ def test_the_table_says_what_was_missed_and_what_could_not_be_measured(add, caps
     assert speed.endswith("target <= 1.5: MISSED")
     assert count.endswith("target >= 2: met")
     assert untargeted.endswith("1.000 ratio")
-    assert broken.endswith("not measured: ValueError: the first line")
+    assert broken.endswith("not measured: ValueError: the first line and a second")
 
 
 def test_an_interrupt_is_not_a_failed_benchmark(add):

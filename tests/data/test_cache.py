@@ -16,7 +16,7 @@ from modjax.data.cache import (
     num_windows,
     open_cache,
 )
-from modjax.data.listing import describe
+from modjax.data.listing import list_caches
 from modjax.data.manifest import Manifest, Split, bits_per_byte
 from modjax.errors import InputError
 from modjax.spec import DataConfig, ModelSpec
@@ -152,12 +152,12 @@ def test_bits_per_byte_of_a_uniform_guess_are_its_bits():
 
 
 def test_describe_lists_whole_caches_only(make_cache, tmp_path):
-    assert describe(tmp_path / "nowhere") == []
+    assert list_caches(tmp_path / "nowhere") == []
     make_cache(TRAIN, VALIDATION, name="b")
     make_cache(VALIDATION, VALIDATION, name="a")
     (tmp_path / ".c-bytes.partial").mkdir()
     (tmp_path / ".c-bytes.partial" / "manifest.json").write_text("{")
-    described = describe(tmp_path)
+    described = list_caches(tmp_path)
     assert [manifest.name for manifest in described] == ["a", "b"]
     assert described[1].splits["train"].tokens == 200_000
 

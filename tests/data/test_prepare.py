@@ -11,7 +11,7 @@ import sentencepiece
 
 from modjax.data.cache import open_cache
 from modjax.data.documents import scan_text, stdlib_documents, stdlib_split
-from modjax.data.listing import describe
+from modjax.data.listing import list_caches
 from modjax.data.prepare import prepare
 from modjax.errors import InputError
 
@@ -70,7 +70,7 @@ def test_bytes_are_shifted_by_three_and_every_document_ends_in_eos(as_bytes, tex
 
 def test_the_manifest_says_what_the_cache_holds(as_bytes, as_pieces):
     assert [as_bytes.name, as_pieces.name] == ["toy-bytes", "toy-sentencepiece-400"]
-    one, other = describe(as_bytes.parent)[:2]
+    one, other = list_caches(as_bytes.parent)[:2]
     assert (one.name, one.vocab, one.vocab_size, one.eos_id) == ("toy", "bytes", 259, 1)
     assert (other.vocab, other.vocab_size, other.eos_id) == ("sentencepiece:400", 400, 1)
     assert one.source == other.source and one.source.startswith("text sha256 ")
@@ -196,8 +196,10 @@ def test_any_tfds_data_set_with_a_text_feature_will_do(tensorflow, tmp_path):
     [
         ({"name": "nonesuch"}, "--name = 'nonesuch': unknown corpus; must be one of stdlib, c4"),
         ({"name": "../up", "text_files": ["x"]}, r"--name = '../up': must be made of letters"),
-        ({"name": ""}, "--name = '': must be made of letters"),
-        ({"name": "", "text_files": ["x"]}, "--name = '': must be made of letters"),
+        ({"name": "-x", "text_files": ["x"]}, "--name = '-x': .*without any of .* '-' or space in"),
+        ({"name": "x" * 101, "text_files": ["missing.txt"]}, "--name = 'x*': names a folder"),
+        ({"name": ""}, "--name = '': .*must be 1 to 100 bytes"),
+        ({"name": "", "text_files": ["x"]}, "--name = '': .*must be 1 to 100 bytes"),
         ({"tfds_name": ""}, "--tfds = '': is empty"),
         ({"name": "c4", "text_files": ["x"]}, "--name = 'c4': is a built-in corpus"),
         ({"text_files": ["x"], "tfds_name": "y"}, "--tfds = 'y': cannot be combined"),
@@ -209,7 +211,7 @@ def test_any_tfds_data_set_with_a_text_feature_will_do(tensorflow, tmp_path):
         ({"vocab": "sentencepiece:1000001"}, "must give a number of pieces up to 1,000,000"),
         ({"vocab": "sentencepiece:1" + "0" * 400}, "must give a number of pieces up to 1,000,000"),
         ({"vocab": "sentencepiece:٣"}, "must give a number of pieces"),
-        ({"vocab": "a\n.model"}, r"--vocab = 'a.n.model': .* name of printable characters"),
+        ({"vocab": "a\n.model"}, r"--vocab = 'a.n.model': .* bytes of printable characters"),
         ({"vocab": "missing.model"}, "--vocab = 'missing.model': cannot be read: No such"),
         ({"data_dir": Path("ftp://a/data")}, "= 'ftp://a/data/stdlib-bytes': .* unsupported URL"),
         ({"data_dir": Path(__file__)}, "--data-dir = .*cannot be made"),

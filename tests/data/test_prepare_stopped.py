@@ -13,7 +13,7 @@ import pytest
 
 from modjax.cli import main
 from modjax.data.cache import open_cache
-from modjax.data.listing import describe
+from modjax.data.listing import list_caches
 from modjax.data.prepare import prepare
 from modjax.errors import InputError
 
@@ -57,7 +57,7 @@ def test_killed_and_run_again_it_goes_on_and_ends_in_the_same_cache(big_file, tm
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert tokens_kept() > 0
-    assert describe(data_dir) == []
+    assert list_caches(data_dir) == []
     with pytest.raises(InputError, match="no token cache here"):
         open_cache(data_dir / "big-bytes")
 
@@ -123,14 +123,14 @@ def test_a_cache_is_prepared_into_an_object_store(bucket, tmp_path, monkeypatch,
     bucket.refuse.add("data/text-bytes/manifest.json")
     code, _, err = prepared("b", "--force")
     assert code == 2 and "cannot be written: PERMISSION_DENIED" in err.splitlines()[-1]
-    assert describe("gs://bucket/data") == [a], "what was there is there until the new one is"
+    assert list_caches("gs://bucket/data") == [a], "what was there is there until the new one is"
     bucket.refuse.clear()
     bucket.requests.clear()
     assert prepared("b", "--force")[0] == 0
     assert [name for method, name in bucket.requests if method == "POST"] == [
         "data/text-bytes/.modjax", "data/text-bytes/manifest.json",
     ], "it goes on"  # fmt: skip
-    (manifest,) = describe("gs://bucket/data")
+    (manifest,) = list_caches("gs://bucket/data")
     assert sum(split.documents for split in manifest.splits.values()) == 2
 
 

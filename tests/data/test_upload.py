@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modjax.data.cache import open_cache
-from modjax.data.listing import describe
+from modjax.data.listing import list_caches
 from modjax.data.upload import MANIFEST, TOGETHER, check_writable, upload
 from modjax.errors import InputError
 
@@ -45,8 +45,8 @@ def test_an_uploaded_cache_is_complete_readable_and_its_manifest_came_last(bucke
     assert told[0] == f"uploading: 0 of {len(expected) - 1} files"
     cache = open_cache(URL)
     np.testing.assert_array_equal(cache.read("train", 0, 200_000), TRAIN)
-    assert describe("gs://bucket/data") == [cache.manifest]
-    assert describe("gs://bucket/elsewhere") == []
+    assert list_caches("gs://bucket/data") == [cache.manifest]
+    assert list_caches("gs://bucket/elsewhere") == []
 
 
 def test_what_was_there_before_is_gone_once_the_new_manifest_is_there(bucket, made):

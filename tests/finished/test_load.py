@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -52,10 +53,10 @@ def line_of(capsys, arguments) -> str:
     return err
 
 
-@pytest.mark.parametrize("where", ["/nope", "runs/typo", ""])
+@pytest.mark.parametrize("where", ["/nope", "runs/typo", "", "a\0b"])
 def test_a_typo_in_the_folder_is_no_damage(where, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=rf"^modjax.load = '{where}': no such run$"):
+    with pytest.raises(InputError, match=rf"^modjax.load = {re.escape(repr(where))}: no such run$"):
         modjax.load(where)
 
 

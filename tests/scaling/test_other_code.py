@@ -73,6 +73,14 @@ def test_a_run_keeps_its_own_imports_with_their_path_and_a_dense_one_its_name(co
     assert {s.model.imports for s in specs if s.variant == "mod12"} == {("own/mine.py",)}
 
 
+def test_a_file_that_an_arm_lacks_is_named_with_the_arm(config):
+    config.write_text(
+        OWN_CONFIG.replace("return", "config.sweep.arms.mod12.imports = ['no.py']\n    return")
+    )
+    with pytest.raises(InputError, match=r"^sweep.arms.mod12.imports = 'no.py': no such file: /"):
+        fresh(config)
+
+
 def test_an_edited_layer_is_seen_and_names_the_runs_that_it_concerns(folders, config):
     outcome = sweep(folders, fresh(config))
     assert len(outcome.records) == 6 and outcome.failures == {}
@@ -83,6 +91,7 @@ def test_an_edited_layer_is_seen_and_names_the_runs_that_it_concerns(folders, co
 
     edit(config)
     (folders[0] / "runs" / mine[0] / "result.json").unlink()  # it was killed
+    (folders[0] / "runs" / mine[0] / "checkpoints" / "20").mkdir(parents=True)
     with pytest.raises(InputError) as caught:
         sweep(folders, fresh(config))
     said = str(caught.value)
@@ -90,7 +99,8 @@ def test_an_edited_layer_is_seen_and_names_the_runs_that_it_concerns(folders, co
     assert all(run_id in said for run_id in mine) and "dense" not in said
     experiment = fresh(config)
     with pytest.raises(InputError, match="code of Mine"):
-        sweep(folders, experiment, only=next(s for s in experiment.specs if s.variant == "dense"))
+        sweep(folders, experiment, only=next(s for s in experiment.specs if s.run_id == mine[0]))
+    sweep(folders, experiment, only=next(s for s in experiment.specs if s.variant == "dense"))
     assert not (folders[0] / "runs" / mine[0] / "result.json").exists()
 
     outcome = sweep(folders, fresh(config), other_code=True)
@@ -99,6 +109,19 @@ def test_an_edited_layer_is_seen_and_names_the_runs_that_it_concerns(folders, co
     assert again.startswith(f"{of[mine[0]]['code of Mine']} then ")
     (said,) = provenance.differences(fit_workdir(folders[0])[0].records)
     assert said.startswith("the runs differ in their code of Mine: ") and mine[0] in said
+
+
+def test_a_run_that_never_saved_a_state_begins_anew_with_mended_code(folders, config):
+    mine = next(spec.run_id for spec in fresh(config).specs if spec.variant == "mod12")
+    (folders[1] / "boom").write_text(mine)
+    assert list(sweep(folders, fresh(config)).failures) == [mine]
+    (folders[1] / "boom").unlink()
+    for done in folders[0].glob("runs/mod12*/result.json"):  # of the layer's runs none has ended
+        done.unlink()
+    edit(config)
+    outcome = sweep(folders, fresh(config))
+    assert len(outcome.records) == 6 and outcome.failures == {}
+    assert provenance.differences(outcome.records) == []
 
 
 def test_workers_are_renewed_with_the_code_that_the_sweep_began_with(folders, config, monkeypatch):
@@ -148,6 +171,14 @@ def test_the_folder_of_a_sweep_imports_nothing(folders, config, tmp_path, monkey
     assert found[mine].steps > 0 and found[mine].budget_flops == 5e11
     assert (found[mine].params_total, found[run_ids()[0]].params_total > 0) == (0, True)
     assert mine in status_text(status(folders[0]))
+    spec = folders[0] / "runs" / mine / "spec.json"
+    values = json.loads(spec.read_text())
+    for budget in (10**400, float("nan"), True, 0, "1e12"):
+        spec.write_text(json.dumps(values | {"budget_flops": budget}))
+        said = next(run for run in status(folders[0]).runs if run.run_id == mine)
+        assert said.state == "damaged" and str(spec.parent) in said.why
+        assert mine in status_text(status(folders[0]))
+    spec.write_text(json.dumps(values))
     fit_workdir(folders[0])
     with pytest.raises(InputError) as caught:
         records.read_spec(folders[0] / "runs" / mine)

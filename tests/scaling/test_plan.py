@@ -300,6 +300,7 @@ OUT_OF_SCALE = {
     "sweep.shape.ff_multiple=1e90": "sweep.shape.ff_multiple = 1e+90: must be greater than 0",
     "sweep.budgets=1e24;sweep.optimum.exponent=0.0": "sweep.budgets = 1e+24: too large: arm dense",
     "sweep.flops_per_second=1e-300": "sweep.flops_per_second = 1e-300: must be at least 1",
+    "sweep.arms={'dense':{},'a b':{}}": "sweep.arms = 'a b': must be made of letters, digits, '-'",
     "sweep.arms={'dense':{},'" + LONG + "':{}}": f"sweep.arms = '{LONG}': names a folder: must be",
     "sweep.arms={'dense':{},'m':{'forward_ratio':1e300}}": "sweep.arms.m.forward_ratio = 1e+300: ",
     "sweep.arms={'dense':{},'m':{'forward_ratio':1e-300}}": "sweep.arms.m.forward_ratio = 1e-300",

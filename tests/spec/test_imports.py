@@ -150,6 +150,22 @@ def test_a_real_interrupt_is_no_fault_of_the_import(imported):
         imported(slow="import time\ntime.sleep(20)")
 
 
+def test_an_interrupt_that_the_user_handles_is_no_fault_of_the_import(imported):
+    class Mine(Exception):
+        pass
+
+    def handle(signum, frame):
+        raise Mine
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            imported(slow="import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile 1: pass")
+        assert signal.getsignal(signal.SIGINT) is handle
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_code_that_catches_every_exception_ends_the_process(tmp_path):
     path = tmp_path / "stubborn.py"
     path.write_text(f"import time\n{ENDLESS}".replace("Exception", "BaseException"))

@@ -17,12 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modjax.backend import last_line
 from modjax.errors import InputError
 from modjax.files import Home, read
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.display import Display
-from modjax.scaling.engines.process import Worker, end_all, end_of, share_of_cores, signals
+from modjax.scaling.engines.process import (
+    Refused,
+    Worker,
+    cannot_start,
+    end_all,
+    end_of,
+    share_of_cores,
+    signals,
+)
 from modjax.scaling.numbers import clock
 from modjax.scaling.run import is_running
 from modjax.spec import Execution, RunSpec, to_dict
@@ -35,7 +42,7 @@ SECONDS_OF_CHECKING = 5.0  # after which one line says what the sweep waits for
 RUNS_OF_A_WORKER = 24
 # A signal that ends the workers may have been sent to this process, too: wait for it.
 SECONDS_TO_RESTART = 0.2
-LOG_LINES = 20
+LOG_LINES, LOG_BYTES = 20, 65_536  # of the end of a log
 
 
 class Stopped(Exception):
@@ -45,23 +52,6 @@ class Stopped(Exception):
         super().__init__(signal.Signals(signum).name)
         self.is_interrupt = signum == signal.SIGINT
         self.saved = True
-
-
-class Refused(InputError):
-    """A worker refused its run as bad input, in the worker's own words."""
-
-    def __init__(self, line: str):
-        ValueError.__init__(self, line)
-
-
-def _cannot_start(worker: Worker, how: str) -> Exception:
-    """Returns a fault of modjax where a worker has raised one; else the environment kills it."""
-    if worker.error is not None:
-        fault = RuntimeError(f"workers cannot start: {how}")
-        fault.add_note(worker.last_words)
-        return fault
-    said = f"died {MAX_FAILED_STARTS} times before it had a run: {last_line(worker.last_words)}"
-    return InputError("worker", how, said)
 
 
 @dataclass
@@ -271,7 +261,7 @@ class Session:
         if (was_checker or not was_ready) and not asked_to:
             self.failed_starts += 1
             if self.failed_starts >= MAX_FAILED_STARTS:
-                raise _cannot_start(worker, how)
+                raise cannot_start(worker, how, self.failed_starts)
         if worker.spec is None:
             return
         spec = worker.release()
@@ -289,7 +279,7 @@ class Session:
     def _give_up(self, spec: RunSpec, why: str) -> None:
         log, tail = self._log(spec), []
         with contextlib.suppress(InputError):
-            tail = read(log, "").decode(errors="replace").splitlines()[-LOG_LINES:]
+            tail = read(log, "", last=LOG_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:]
         failure = {"run_id": spec.run_id, "why": why, "log": tail}
         write_json(log.with_name("failure.json"), failure)
         self.failures[spec.run_id] = why

@@ -12,10 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
+from modjax.backend import last_line
+from modjax.errors import InputError
 from modjax.scaling.run import compilation_cache
 from modjax.spec import RunSpec, to_dict
 
 SECONDS_TO_STOP = 90.0
+
+
+class Refused(InputError):
+    """A worker refused its run as bad input, in the worker's own words."""
+
+    def __init__(self, line: str):
+        ValueError.__init__(self, line)
 
 
 @dataclass
@@ -110,6 +119,16 @@ class Worker:
             self.errors.seek(0)
             self.last_words = self.errors.read().decode(errors="replace")[-4000:]
         return code
+
+
+def cannot_start(worker: Worker, how: str, times: int) -> Exception:
+    """Returns RuntimeError where a worker raised, InputError where workers were killed."""
+    if worker.error is not None:
+        fault = RuntimeError(f"workers cannot start: {how}")
+        fault.add_note(worker.last_words)
+        return fault
+    said = f"died {times} times before it had a run: {last_line(worker.last_words)}"
+    return InputError("worker", how, said)
 
 
 def end_of(code: int) -> str:
