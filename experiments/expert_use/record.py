@@ -1,4 +1,4 @@
-"""What README.md says of the kept numbers: see experiments/check.py."""
+"""Tables and claims of README.md, held against the kept numbers; see experiments/check.py."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What README.md says of the kept runs: see experiments/check.py."""
+"""Tables and claims of README.md, held against the kept runs; see experiments/check.py."""
 
 import statistics
 from collections.abc import Iterator

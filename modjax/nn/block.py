@@ -171,7 +171,7 @@ class MoDBlock(RoutedLayer):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Beside(Record):
-    """What RoutedBlock adds to Routed; a Record, so that `route` compiles one size of it."""
+    """Fields that RoutedBlock adds to Routed. A Record, so that `route` compiles one size of it."""
 
     extra: Any
     indices_BK: jax.Array
