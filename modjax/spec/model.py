@@ -180,7 +180,8 @@ def read_streams(streams: Any, field: str = "model.streams") -> Ends | None:
     """Returns the ends of the residual streams, from text or as they are."""
     found = text.read(streams, NAMES, field) if isinstance(streams, str) else (streams,)
     fits = len(found) == 1 and (found[0] is None or isinstance(found[0], Ends))
-    require(fits, field, str(streams), "must be such as Recycled(2), or None")
+    shown = streams if isinstance(streams, int) else str(streams)  # str refuses very long ones
+    require(fits, field, shown, "must be such as Recycled(2), or None")
     return found[0]
 
 
