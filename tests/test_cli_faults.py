@@ -1,4 +1,4 @@
-"""What nobody foresaw, and output that nobody reads: one line, and exit codes that stay true."""
+"""Unforeseen faults are one line, and exit codes stay true where output is lost."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""What a run depends on beyond its spec is kept, and checked when the run goes on or is read."""
+"""A run keeps its provenance, which is checked when the run continues or is read."""
 
 import dataclasses
 import json

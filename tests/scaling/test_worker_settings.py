@@ -1,4 +1,4 @@
-"""What a worker sets, whatever its environment and the user's imports say."""
+"""A worker sets jax's settings, whatever its environment and the user's imports say."""
 
 import json
 import os
