@@ -445,7 +445,7 @@ def test_weight_decay_never_touches_a_coefficient():
         ({"streams": "Recycled(1)"}, "Recycled.streams = 1: must be 2 to 64"),
         ({"streams": "Dense()"}, "model.streams = 'Dense()': must be such as Recycled(2)"),
         ({"streams": "Recycled(2), Full(2)"}, "must be such as Recycled(2)"),
-        ({"streams": 2}, "model.streams = '2': must be such as Recycled(2)"),
+        ({"streams": 2}, "model.streams = 2: must be such as Recycled(2), or None"),
         ({"layers": (Recycled(2),)}, "belongs in model.streams"),
     ],
 )
