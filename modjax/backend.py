@@ -6,11 +6,27 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from modjax.errors import InputError, describe
+from modjax.files import user_cache
 
 TRIAL = "import jax; jax.devices()"
+
+
+def start(imports: Mapping[str, str] | None = None) -> None:
+    """Sets up jax for a process that modjax owns, and imports modules that --imports names.
+
+    Raises InputError where the environment prevents jax, or a module cannot be imported.
+    """
+    from modjax.provenance import fix_settings
+    from modjax.spec.imports import import_all
+
+    os.environ.update(compilation_cache())
+    try_first()
+    import_all(imports or {}, "--imports")
+    with starting():
+        fix_settings()
 
 
 @contextlib.contextmanager
@@ -50,6 +66,19 @@ def last_line(output: str) -> str:
     said, crash, _ = output.strip().partition("Fatal Python error")
     last = said.strip().splitlines() or [crash or "it said nothing"]
     return re.sub(r"^F\d+ .*?\] ", "", last[-1])  # the words of XLA's fatal lines
+
+
+def compilation_cache() -> dict[str, str]:
+    """Environment in which jax keeps every compiled program for the next process.
+
+    JAX_COMPILATION_CACHE_DIR moves the cache from its place in the user's cache folder.
+    """
+    defaults = {
+        "JAX_COMPILATION_CACHE_DIR": str(user_cache("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return {name: os.environ.get(name) or value for name, value in defaults.items()}
 
 
 def _refused(why: str) -> InputError:

@@ -6,14 +6,12 @@ Imports are inside the functions, so that every verb starts as fast as what it n
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from modjax.backend import starting, try_first
+from modjax.backend import start, starting, try_first
 from modjax.errors import InputError, Preempted, describe, require
-from modjax.scaling.run import compilation_cache
 from modjax.spec import RunSpec, to_dict
 
 BAD_INPUT, RUNS_FAILED, FAULT, STOPPED, INTERRUPTED = 2, 3, 70, 75, 130
@@ -69,17 +67,17 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    from modjax.provenance import fix_settings
     from modjax.tables import claims_text
 
     specs = _load(args).specs
-    os.environ.update(compilation_cache())
-    try_first()
+    start()
     with starting():
+        import jax
+
         from modjax.nn.probe import broken
         from modjax.training.check import probed
 
-        fix_settings()
+        jax.devices()
     findings = probed(specs)
     if args.json:
         print_json(
@@ -201,17 +199,13 @@ def train(args: argparse.Namespace) -> int:
 
 def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
     """This process's part of a run that all hosts of a slice do together."""
-    from modjax.provenance import fix_settings
     from modjax.records import run_dir
     from modjax.scaling.run import run
     from modjax.scaling.workdir import claim
 
-    os.environ.update(compilation_cache())
-    try_first()
-    with starting():
-        import jax
+    start()
+    import jax
 
-    fix_settings()
     try:
         jax.distributed.initialize()
     except Exception as error:

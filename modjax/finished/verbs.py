@@ -6,15 +6,13 @@ Imports are inside the functions, so that every verb starts as fast as what it n
 import argparse
 import io
 import math
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modjax.backend import starting, try_first
+from modjax.backend import start, starting
 from modjax.errors import InputError, require
 from modjax.files import read_file, reason
-from modjax.scaling.run import compilation_cache
 from modjax.spec import RunSpec
 from modjax.verbs import RUNS_FAILED, print_json
 
@@ -28,14 +26,9 @@ MOST_PROMPTS = 16 * 2**20  # bytes of a file of prompts
 
 def _prepare(args: argparse.Namespace) -> None:
     """Starts jax and imports the layers from outside, before anything of a run is read."""
-    from modjax.provenance import fix_settings
-    from modjax.spec.imports import import_all, places
+    from modjax.spec.imports import places
 
-    os.environ.update(compilation_cache())
-    try_first()
-    import_all(places(args.imports, Path(), "--imports"), "--imports")
-    with starting():
-        fix_settings()
+    start(places(args.imports, Path(), "--imports"))
 
 
 def evaluate(args: argparse.Namespace) -> int:

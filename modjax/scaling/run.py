@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modjax.files import user_cache
 from modjax.records import Record, read_record, run_dir
 from modjax.spec import Execution, RunSpec
 
@@ -92,16 +91,3 @@ def run(
         )
         (folder / "failure.json").unlink(missing_ok=True)
         return Done(record, here=True)
-
-
-def compilation_cache() -> dict[str, str]:
-    """Environment in which jax keeps every compiled program for the next process.
-
-    JAX_COMPILATION_CACHE_DIR moves the cache from its place in the user's cache folder.
-    """
-    defaults = {
-        "JAX_COMPILATION_CACHE_DIR": str(user_cache("xla")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return {name: os.environ.get(name) or value for name, value in defaults.items()}

@@ -77,13 +77,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("environment", "limit", "words"), REFUSED)
-@pytest.mark.parametrize("verb", ["sweep", "sample"])
+@pytest.mark.parametrize("verb", ["sweep", "check", "sample"])
 def test_an_environment_that_refuses_jax_is_one_line(
     shell, undisturbed, data_dir, tmp_path, environment, limit, words, verb, count
 ):
     command = VERBS["sample"] + f" --workdir={undisturbed}"
     if verb == "sweep":
         command = shlex.join(arguments(tmp_path / "work", data_dir, "--jobs=1"))
+    if verb == "check":
+        command = "check --config=configs/tiny.py"
     (run, *_) = sorted(path.name for path in undisturbed.glob("runs/mod*"))
     done = shell(f"{limit} modjax {command}", RUN=run, **environment)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
-from modjax.backend import last_line
+from modjax.backend import compilation_cache, last_line
 from modjax.errors import InputError
-from modjax.scaling.run import compilation_cache
 from modjax.spec import RunSpec, to_dict
 
 SECONDS_TO_STOP = 90.0
