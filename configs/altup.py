@@ -56,14 +56,15 @@ ARMS = {
     "altup-moe": {"layers": alternating("AltUp", 2, MOE)} | TWO,
 }
 RATES = (0.1, 0.2, 0.4)
+RATED = ("dense", "recycled2", "full2", "simplified4", "static2", "dynamic2", "manifold2")
 OF_VOCABULARY = {arm: ARMS[arm] for arm in ("dense", "recycled2", "full2", "sum2")}
 
 
 def rates() -> dict[str, dict]:
-    """Three arms, each at every rate."""
+    """Seven arms, each at every rate."""
     return {
         f"{arm}-lr{rate}".replace(".", "_"): ARMS[arm] | {"recipe": {"learning_rate": rate}}
-        for arm in ("dense", "recycled2", "full2")
+        for arm in RATED
         for rate in RATES
     }
 

@@ -8,6 +8,7 @@ Legend: B batch, L prompt positions, N new tokens, V vocabulary, W longest stop 
 import dataclasses
 import functools
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from flax import nnx
 
 from modjax.decoding.sampling import PLAIN, Sampling, draw_tokens
 from modjax.errors import require
+from modjax.nn.records import unmeasured
 from modjax.spec import ROUTINGS
 
 PAD = 0
@@ -104,6 +106,12 @@ def generate(
     require(() not in stop, "stop", (), "is empty: give at least one token")
     _require_fits(longest, max_new_tokens, room)
     require(length <= room, "tokens_BL", length, f"is wider than max_length = {room}")
+    if routing == "threshold" and (begun := unmeasured(params)):
+        warnings.warn(
+            f"{begun[0]} selects by a threshold that was never measured: training measures it, and "
+            "in a loop of your own modjax.observe",
+            stacklevel=2,
+        )
     logits_BV, cache, prompt_depths_BL = _read_first(
         model,
         params,

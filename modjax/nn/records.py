@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from modjax.errors import InputError, require
 from modjax.nn.routing import gather
@@ -190,6 +191,16 @@ def observe(
             leaves[place] = value
             count += value.size
     return jax.tree.unflatten(structure, leaves), count
+
+
+def unmeasured(weights: Any) -> list[str]:
+    """Returns the paths of the modules whose threshold is still the 0 that it begins as."""
+    found = []
+    for path, value in jax.tree_util.tree_leaves_with_path(weights):
+        module, name = _module_and_name(path)
+        if name == "threshold" and not isinstance(value, Tracer) and not jnp.any(value):
+            found.append(module)
+    return found
 
 
 def _module_and_name(path: tuple[Any, ...]) -> tuple[str, str]:

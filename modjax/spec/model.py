@@ -168,7 +168,7 @@ class ModelSpec:
         dense model has.
         """
         able = self.rules.intersection(self.routings)
-        return next((r for r in ("predictor", "router", "threshold") if r in able), None)
+        return next((r for r in ("predictor", "router", "threshold", "paced") if r in able), None)
 
     @property
     def causal_as_trained(self) -> bool:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import modjax
 from modjax.decoding.generate import Sampling, draw_tokens, extend, generate, resume
 from modjax.errors import InputError
-from modjax.nn import unstack
+from modjax.nn import Transformer, unstack
 from modjax.spec import Dense, MoD, ModelSpec
 from tests.nn.small import QUICK, key_values, random_model
 
@@ -382,3 +383,18 @@ def test_a_rows_draw_depends_on_its_own_logits_only():
     np.testing.assert_array_equal(mine_B[::2], theirs_B[::2])
     assert np.any(mine_B[1::2] != theirs_B[1::2])
     assert np.any(mine_B != np.asarray(_draw(logits_BV, jax.random.key(6), Sampling())))
+
+
+def test_a_threshold_that_was_never_measured_is_said():
+    graphdef, state = nnx.split(Transformer(ROUTED, rngs=nnx.Rngs(0)))
+    read = functools.partial(
+        generate, graphdef, tokens_BL=PROMPTS_BL[:1], max_new_tokens=0, max_length=MAX_LENGTH
+    )
+    with pytest.warns(UserWarning, match=r"^\S+mod selects by a threshold that was never measured"):
+        read(state, routing="threshold")
+    _, records = nnx.merge(graphdef, state)(PROMPTS_BL, routing="trained")
+    at_paths = {f"stack/blocks/{name}": record for name, record in records.items()}
+    observed, count = modjax.observe(state, at_paths, 0, stacked=True)
+    assert count == 1
+    for weights, routing in ((observed, "threshold"), (state, "predictor")):
+        read(weights, routing=routing)  # warnings are errors
