@@ -41,12 +41,17 @@ KINDS = {
         MoD(block(router="expert_choice", capacity_factor=1.0), capacity=0.5),
     ),
 }  # fmt: skip
-CASES = [(kind, "trained") for kind in KINDS] + [
-    ("MoD by ranks", "predictor"),
-    ("MoD by ranks", "paced"),
+CASES = (
+    ("MoD by ranks", "trained"),
+    ("MoD by rules", "trained"),
     ("MoD by rules", "threshold"),
     ("MoD in MoD", "threshold"),
-]
+    ("experts", "trained"),
+    pytest.param("MoD by ranks", "predictor", marks=pytest.mark.slow),
+    pytest.param("MoD by ranks", "paced", marks=pytest.mark.slow),
+    pytest.param("MoD in MoD", "trained", marks=pytest.mark.slow),
+    pytest.param("staged", "trained", marks=pytest.mark.slow),
+)
 
 
 @pytest.mark.parametrize("kind, routing", CASES)

@@ -36,9 +36,10 @@ def measured_after(layers, accumulation=1):
     "layers, path",
     [
         ((Seq(Attention(), BIASED),), ("0_seq", "parts", "1_moe")),
-        (
+        pytest.param(
             (Dense(), MoD(Seq(Attention(), BIASED), capacity=0.5)),
             ("1_mod", "inner", "parts", "1_moe"),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["plain", "staged"],
@@ -65,7 +66,10 @@ TOKENS = {"router": "token_choice", "balance_weight": 0.5, "z_weight": 0.3, "cap
     [
         (Seq(Attention(), BALANCED),),
         (Dense(), MoD(**TOKENS)),
-        (Dense(), MoD(Seq(Attention(), BALANCED), predictor_weight=1.0, **TOKENS)),
+        pytest.param(
+            (Dense(), MoD(Seq(Attention(), BALANCED), predictor_weight=1.0, **TOKENS)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["experts", "token choice", "staged"],
 )
