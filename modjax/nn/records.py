@@ -178,6 +178,10 @@ def observe(
 
         try:
             old = {name: leaves[at] for name, at in places.items()}
+            if stacked:
+                firsts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((record, old))}
+                need = "needs records and numbers that begin with the same dim, of repetitions"
+                require(len(firsts) == 1, "stacked", stacked, need)
             new = (jax.vmap(observed) if stacked else observed)(record, old)
             found = [(name, places[name], value) for name, value in new.items()]
         except KeyError as missing:

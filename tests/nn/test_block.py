@@ -273,6 +273,9 @@ def test_layers_under_a_scan_are_measured_with_their_repetitions():
         few = jax.tree.map(lambda leaf, rows=rows: leaf[:, :rows], records)
         with pytest.raises(InputError, match="set stacked=True for layers under"):
             modjax.observe(nnx.state(blocks), {"": few}, 0)
+    one = MoDBlock(Mixer(nnx.Rngs(0)), WIDTH, config, rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="numbers that begin with the same dim"):
+        modjax.observe(nnx.state(one), {"": one(X)[1]}, 0, stacked=True)
 
 
 def test_experts_inside_are_measured_by_the_path_that_they_are_given():
