@@ -70,6 +70,8 @@ def _be_quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("absl", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if logging.lastResort is not None:  # orbax would give the root a handler with other words
+        logging.getLogger().addHandler(logging.lastResort)
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -138,6 +138,13 @@ def test_sample_is_fixed_by_the_seed(said, where, spoken):
     assert other["text"] != same["text"]
 
 
+def test_a_warning_is_one_line_whatever_handlers_libraries_add(said, where, spoken, monkeypatch):
+    monkeypatch.setattr(provenance, "_own_source", lambda: "other")
+    code, out, err = said("sample", *where, *PROMPT)
+    assert (code, out) == (0, spoken[0]["prompt"] + spoken[0]["text"] + "\n")
+    assert re.fullmatch(r"modjax: trained with other code of modjax than this: \S+\n", err)
+
+
 def test_sample_ends_before_a_stop(said, where, spoken):
     text = spoken[0]["text"]
     at = next(i for i in range(5, len(text)) if text[i].isascii() and text[i] not in text[:i])
