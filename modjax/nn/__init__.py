@@ -10,6 +10,7 @@ from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, losses, observe, statistics, totals
 from modjax.nn.routed import Routed, decision_counts, decision_quality
+from modjax.nn.within import within
 
 MODULES.update({spec.Attention: layers.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
 MODULES.update({spec.MoD: mod.MoD, spec.MoE: moe.MoE})
@@ -47,4 +48,5 @@ __all__ = [
     "totals",
     "under",
     "unstack",
+    "within",
 ]

@@ -124,7 +124,6 @@ class MoDBlock(RoutedLayer):
         routing: "trained" selects as in training; "router", "predictor" and "threshold" let each
           position decide for itself, "paced" by the predictor and by how many its row has spent.
         slots: with these, at most the first so many positions of a row are taken; None drops none.
-          Where `inner` returns anything beside x, pass it: None then computes all L positions.
 
         Raises InputError for an argument of another shape.
         """
@@ -135,7 +134,7 @@ class MoDBlock(RoutedLayer):
         sequences_BL = number_rows(batch, length)
         at = At(positions_BL, None, valid_BL, {}, dict(handed or {}), sequences_BL)
 
-        def process(selection: Selection) -> tuple[jax.Array, Any]:
+        def process(selection: Selection) -> tuple[jax.Array, Inside | None]:
             x_BKD, per_position = jax.tree.map(
                 lambda leaf: gather(leaf, selection.indices_BK), (x_BLD, inputs[0])
             )
@@ -147,13 +146,11 @@ class MoDBlock(RoutedLayer):
             need = f"must return x with the shape {x_BKD.shape} that it got"
             require(shape == x_BKD.shape, "inner", shape, need)
             update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)
-            beside: Any = ()
             for leaf in jax.tree.leaves(extra):
                 need = "must return arrays and numbers beside x, nothing else"
                 require(isinstance(leaf, get_args(ArrayLike)), "inner", leaf, need)
-            if extra is not None:
-                selected = selection.indices_BK, selection.valid_BK
-                beside = _Beside(_inside(extra, *selected), *selected)
+            selected = selection.indices_BK, selection.valid_BK
+            beside = None if extra is None else Inside(_inside(extra, *selected), *selected)
             return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
 
         most = length if slots is None else min(slots, length)
@@ -164,18 +161,16 @@ class MoDBlock(RoutedLayer):
         # Training programs call no host: jax would keep them out of its compilation cache.
         if by_threshold and routing != "trained":
             _warn_unmeasured(self.bar())
-        x_BLD, beside, record = self.route(x_BLD, at, call, none_B, None, most, process)
-        return x_BLD, RoutedBlock(**vars(record), **(vars(beside) if beside else {}))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Beside(Record):
-    """Fields that RoutedBlock adds to Routed. A Record, so that `route` compiles one size of it."""
-
-    extra: Any
-    indices_BK: jax.Array
-    valid_BK: jax.Array
+        (x_BLD, beside), record = self.route(x_BLD, at, call, none_B, None, most, process)
+        if beside is None:
+            return x_BLD, RoutedBlock(**vars(record))
+        routed = RoutedBlock(
+            **vars(record),
+            extra=beside.record,
+            indices_BK=beside.indices_BK,
+            valid_BK=beside.valid_BK,
+        )
+        return x_BLD, routed
 
 
 def _apart(out: Any, key: str) -> tuple[Any, Any]:

@@ -86,13 +86,6 @@ def written(cache: Any, write: Any, *, fresh: bool) -> Any:
     return cache.written(write, fresh=fresh) if hasattr(cache, "written") else cache
 
 
-def padded(write: Any, length: int) -> Any:
-    """What is to be written, `length` positions wide."""
-    if isinstance(write, dict):
-        return {name: padded(part, length) for name, part in write.items()}
-    return write.padded(length) if hasattr(write, "padded") else write
-
-
 def unwritten(write: Any) -> Any:
     """What is to be written, without caches that hold it: what a branch returns should be small."""
     return jax.tree.map(

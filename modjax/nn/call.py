@@ -74,12 +74,14 @@ class Out(NamedTuple):
 
     records: what the layer reports, by path of its modules; "" is the layer's own.
     handed: what it hands on to later layers.
+    depth_BL: how many selections took each position; 0 where the layer selects none.
     """
 
     x: jax.Array
     write: Any = ()
     records: Mapping[str, Record] = MappingProxyType({})
     handed: Mapping[str, jax.Array] = MappingProxyType({})
+    depth_BL: Any = 0
 
 
 def under(path: str, records: Mapping[str, Record]) -> dict[str, Record]:

@@ -81,9 +81,6 @@ class Routing(Record):
             found["threshold"] = running_mean(measured["threshold"], self.kth_BE, updates)
         return found
 
-    def used(self) -> jax.Array | None:
-        return self.taken_BS > 0 if self.spec.no_ops else None
-
     def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
         """Returns counts of every sequence.
 

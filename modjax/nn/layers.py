@@ -193,7 +193,7 @@ class Seq(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        writes, records = {}, {}
+        writes, records, depth_BL = {}, {}, 0
         handed: dict[str, jax.Array] = {}
         for index, name in enumerate(names(self.spec.parts)):
             part_cache = None if cache is None else cache[name]
@@ -202,7 +202,8 @@ class Seq(nnx.Module):
             x, writes[name] = out.x, out.write
             records |= under(f"parts/{name}", out.records)
             handed = {**handed, **out.handed}
-        return Out(x, () if cache is None else writes, records, handed)
+            depth_BL = depth_BL + out.depth_BL
+        return Out(x, () if cache is None else writes, records, handed, depth_BL)
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
         return {name: empty(p, batch, length, slack, dtype) for name, p in self.parts.items()}

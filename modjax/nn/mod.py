@@ -3,7 +3,6 @@
 Legend: B batch, L positions, K selected positions, S residual streams, D model width.
 """
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,14 @@ from jax.typing import DTypeLike
 
 from modjax import spec
 from modjax.nn.build import build
-from modjax.nn.cache import padded, unwritten, written
-from modjax.nn.call import At, Call, Out, under
+from modjax.nn.cache import unwritten, written
+from modjax.nn.call import At, Call, Out
 from modjax.nn.layers import empty
-from modjax.nn.records import Inside
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer, valid_ones
-from modjax.nn.routing import Selection, gather, scatter_add, wide
+from modjax.nn.routing import Selection, scatter_add, wide
 from modjax.nn.rows import run_rows
-from modjax.nn.sharding import constrain_stream
+from modjax.nn.within import within
 from modjax.spec.mod import cache_slots
 
 
@@ -35,9 +33,6 @@ class MoDWrite:
     inner: Any
     taken_B: jax.Array
     missed_B: jax.Array
-
-    def padded(self, length: int) -> "MoDWrite":
-        return dataclasses.replace(self, inner=padded(self.inner, length))
 
 
 @functools.partial(
@@ -94,32 +89,20 @@ class MoD(RoutedLayer):
         if cache is not None and not call.fresh:
             spent_B, room_B = cache.taken_B + cache.missed_B, cache.slots - cache.taken_B
 
-        def process(selection: Selection) -> tuple[jax.Array, Any]:
-            part, part_at = jax.tree.map(
-                lambda leaf: gather(leaf, selection.indices_BK), (x, at._replace(valid_BL=None))
-            )
-            part = constrain_stream(part)
-            part_at = part_at._replace(valid_BL=selection.valid_BK)
+        def process(selection: Selection) -> Out:
             inner_cache = None if cache is None else cache.inner
-            inner_call = call.inside(0)._replace(selected=True)
-            out = self.inner(part, part_at, inner_call, inner_cache)
+            part, out = within(selection, self.inner, x, at, call, inner_cache)
             update = self.update(selection.scores_BK, part, out.x)
-            write = unwritten(out.write)
-            if cache is not None and call.routing != "trained":
-                write = padded(write, most)  # every compiled size returns one shape
-            records = {
-                name: Inside(record, selection.indices_BK, selection.valid_BK)
-                for name, record in out.records.items()
-            }
-            return scatter_add(x, selection.indices_BK, update), (write, records)
+            x_new = scatter_add(x, selection.indices_BK, update)
+            return Out(x_new, unwritten(out.write), out.records, {}, out.depth_BL)
 
-        x_BLD = one_stream(x)
-        x_new, (write, nested), record = self.route(x_BLD, at, call, spent_B, room_B, most, process)
+        out, record = self.route(one_stream(x), at, call, spent_B, room_B, most, process)
+        write = out.write
         if cache is not None:
             taken_B = jnp.sum(record.selected_BL, axis=1, dtype=jnp.int32)
             missed_B = jnp.sum(record.wanted_BL, axis=1, dtype=jnp.int32) - taken_B
             write = MoDWrite(write, taken_B, missed_B)
-        return Out(x_new, write, {"": record} | under("inner", nested))
+        return out._replace(write=write, records={"": record, **out.records})
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:
         """A cache for sequences of at most `length` positions, or slack * capacity of them."""
@@ -128,8 +111,9 @@ class MoD(RoutedLayer):
         return MoDCache(empty(self.inner, batch, slots, slack, dtype), none_B, none_B, slots)
 
     def _decode(self, x: jax.Array, at: At, call: Call, cache: MoDCache) -> Out:
-        """One position per row. Rows that are not routed are not computed; where none is, the
-        weights of the inner layer are not read. Only what the outermost selection did is reported.
+        """Reads one position per row, of which rows that are not routed are not computed.
+
+        Where none is, the weights of the inner layer are not read. Its records are left out.
         """
         x_BLD = one_stream(x)
         ranking = self.router(x_BLD, at, call.key)
@@ -137,22 +121,25 @@ class MoD(RoutedLayer):
         wanted_BL = valid_ones(self.wanted(x_BLD, ranking, at, call.routing, spent_B), at.valid_BL)
         routed_BL = wanted_BL & (cache.taken_B < cache.slots)[:, None]
         scores_BL = ranking.scores_BL
-        update, write = self._updates(x, at, call, cache.inner, scores_BL, routed_BL)
+        update, write, depth_BL = self._updates(x, at, call, cache.inner, scores_BL, routed_BL)
         missed_B = jnp.sum(wanted_BL & ~routed_BL, axis=1, dtype=jnp.int32)
         taken_B = jnp.sum(routed_BL, axis=1, dtype=jnp.int32)
         none_B = jnp.zeros_like(scores_BL[:, 0])
         record = Routed(scores_BL, routed_BL, wanted_BL, routed_BL, None, None, none_B, none_B, {})
-        return Out(x + update, MoDWrite(write, taken_B, missed_B), {"": record})
+        return Out(x + update, MoDWrite(write, taken_B, missed_B), {"": record}, {}, depth_BL)
 
-    def _updates(self, x, at: At, call: Call, cache, scores_BL, routed_BL) -> tuple[jax.Array, Any]:
-        """What the inner layer adds to the routed rows, 0 elsewhere, and writes."""
+    def _updates(
+        self, x, at: At, call: Call, cache, scores_BL, routed_BL
+    ) -> tuple[jax.Array, Any, jax.Array]:
+        """Returns what the inner layer adds to the routed rows (0 elsewhere), its write, depth."""
 
         def run(part):
             x, at, scores_BL, cache = part
             out = self.inner(x, at, call.inside(0), cache)
             update = self.update(scores_BL, x, out.x)
-            routed = wide(at.valid_BL, x)
-            return jnp.where(routed, update, jnp.zeros_like(x)), unwritten(out.write)
+            depth_BL = jnp.where(at.valid_BL, 1 + out.depth_BL, 0)
+            update = jnp.where(wide(at.valid_BL, x), update, jnp.zeros_like(x))
+            return update, unwritten(out.write), depth_BL
 
         inputs = (x, at._replace(valid_BL=routed_BL), scores_BL, cache)
         return run_rows(run, inputs, routed_BL[:, 0])

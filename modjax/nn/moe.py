@@ -105,7 +105,8 @@ class MoE(Sublayer):
             spec=spec,
             tied_BE=tied_BE,
         )
-        return Out(self.added(x_BSD, z_BSD), (), {"": record})
+        depth_BS = (record.taken_BS > 0).astype(jnp.int32) if self.spec.no_ops else 0
+        return Out(self.added(x_BSD, z_BSD), (), {"": record}, {}, depth_BS)
 
     def _token_choice(
         self, scores_BSR: jax.Array, at: At, valid_BS: jax.Array, key: jax.Array | None

@@ -45,10 +45,6 @@ class Record:
         """New values of what the layer measures, after `updates` earlier ones."""
         return {}
 
-    def used(self) -> jax.Array | None:
-        """Which positions the layer processed, (B, L); None: all."""
-        return None
-
     @classmethod
     def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
         """Scalars for a line of metrics, of all records of this type, stacked over repetitions."""

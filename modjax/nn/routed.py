@@ -46,9 +46,6 @@ class Routed(Record):
         """The sum of the means of its losses, to be added to the objective."""
         return sum((jnp.mean(loss_B) for loss_B in self.losses.values()), jnp.float32(0))
 
-    def used(self) -> jax.Array:
-        return self.selected_BL
-
     def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
         """The threshold, moved towards the batch's mean k-th score."""
         return {"threshold": running_mean(measured["threshold"], self.kth_B[:, None], updates)}

@@ -14,7 +14,6 @@ from flax import nnx
 
 from modjax.nn.call import At, Call
 from modjax.nn.params import measured
-from modjax.nn.records import Record
 from modjax.nn.routed import Routed
 from modjax.nn.routers import ROUTERS, Predictor, Ranking, masked_mean
 from modjax.nn.routing import (
@@ -27,10 +26,10 @@ from modjax.nn.routing import (
     selected_mask,
     wide,
 )
+from modjax.nn.within import widened
 from modjax.spec.mod import MoDConfig, selected_tokens
 
-# Runs selected positions: (new x, whatever else) of a Selection.
-Process = Callable[[Selection], tuple[jax.Array, Any]]
+Process = Callable[[Selection], Any]  # runs selected positions
 
 
 class RoutedLayer(nnx.Module):
@@ -51,11 +50,13 @@ class RoutedLayer(nnx.Module):
         room_B: jax.Array | None,
         most: int,
         process: Process,
-    ) -> tuple[jax.Array, Any, Routed]:
-        """New x, what `process` returned beside it, and the record.
+    ) -> tuple[Any, Routed]:
+        """Returns what `process` returns for the selection, and the record.
 
+        Where `call.routing` never looks ahead, `process` is compiled for a few sizes, and what it
+        returns is as of `most`, see `widened`.
         spent_B: how many earlier positions of each row have asked. room_B: how many can be taken
-        now where `call.routing` never looks ahead; None, `most`, which bounds all rows.
+          now; None, `most`, which bounds all rows.
         """
         batch, length = x_BLD.shape[:2]
         ranking = self.router(x_BLD, at, call.key)
@@ -86,27 +87,24 @@ class RoutedLayer(nnx.Module):
             tied_B=target.tied_B,
         )
         if call.routing == "trained":
-            return (*process(target), record)
+            return process(target), record
         wanted_BL = valid_ones(self.wanted(x_BLD, ranking, at, call.routing, spent_B), at.valid_BL)
         room_B1 = most if room_B is None else room_B[:, None]
         selected_BL = wanted_BL & (jnp.cumsum(wanted_BL, axis=1) <= room_B1)
         record = dataclasses.replace(record, wanted_BL=wanted_BL, selected_BL=selected_BL)
 
-        def with_room_for(room: int) -> Callable[[], tuple[jax.Array, Any]]:
-            return lambda: process(select_first_k(selected_BL, ranking.scores_BL, room))
+        def run(room: int) -> Any:
+            return process(select_first_k(selected_BL, ranking.scores_BL, room))
 
-        # What a nested layer reports has the width of its selection: one size only.
-        reports = jax.tree.leaves(
-            jax.eval_shape(with_room_for(most))[1], is_leaf=lambda node: isinstance(node, Record)
-        )
-        nested = any(isinstance(node, Record) for node in reports)
         # Static shapes, none dropped: of a few compiled sizes, the first that holds every row.
         rooms = _rooms(self._k(length), most)
-        if nested or len(rooms) == 1:
-            return (*with_room_for(most)(), record)
+        if len(rooms) == 1:
+            return run(most), record
+        like = jax.eval_shape(lambda: run(most))
+        sizes = [lambda room=room: widened(run(room), like) for room in rooms]
         most_wanted = jnp.max(jnp.sum(selected_BL, axis=1))
         index = jnp.searchsorted(jnp.array(rooms), most_wanted)
-        return (*jax.lax.switch(index, [with_room_for(room) for room in rooms]), record)
+        return jax.lax.switch(index, sizes), record
 
     def wanted(
         self, x_BLD: jax.Array, ranking: Ranking, at: At, routing: str, spent_B: jax.Array

@@ -7,7 +7,6 @@ selection of packed documents the anchors follow from the documents, see `_every
 Legend: B batch, L positions, J anchors, I = 1 + J: the last one read before, and these.
 """
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +18,14 @@ from jax.typing import DTypeLike
 
 from modjax import spec
 from modjax.nn.build import build
-from modjax.nn.cache import overflow, padded, unwritten, written
-from modjax.nn.call import At, Call, Out, under
+from modjax.nn.cache import overflow, unwritten, written
+from modjax.nn.call import At, Call, Out
 from modjax.nn.layers import empty
 from modjax.nn.params import make_param
-from modjax.nn.records import Inside
-from modjax.nn.routing import gather, select_first_k, wide
+from modjax.nn.routing import gather, scatter_add, select_first_k, wide
 from modjax.nn.rows import run_rows
 from modjax.nn.streams import mixed
+from modjax.nn.within import inside
 
 
 @jax.tree_util.register_dataclass
@@ -46,9 +45,6 @@ class Kept:
     @property
     def overflow_B(self) -> Any:
         return overflow(self.inner)
-
-    def padded(self, length: int) -> "Kept":
-        return dataclasses.replace(self, inner=padded(self.inner, length))
 
     def written(self, write: "Kept", *, fresh: bool = False) -> "Kept":
         read_B, vectors = write.count_B > 0, ((self.held, write.held), (self.news, write.news))
@@ -90,6 +86,11 @@ class Places:
     def pick(self, leaf: jax.Array) -> jax.Array:
         """Returns the anchors of (B or 1, L, ...); 0 beyond the end."""
         return leaf[:, :: self.stride] if self.regular else gather(leaf, self.indices_BJ)
+
+    def put(self, leaf_BJ: jax.Array) -> jax.Array:
+        """Returns numbers of the anchors in their places, 0 elsewhere, (B, L)."""
+        none_BL = jnp.zeros((leaf_BJ.shape[0], self.length), leaf_BJ.dtype)
+        return scatter_add(none_BL, self.indices_BJ, leaf_BJ)
 
     def spread(self, leaf_BI: jax.Array) -> jax.Array:
         """Returns for every position what belongs to its anchor, (B, L, ...)."""
@@ -138,11 +139,13 @@ class Anchored(nnx.Module):
             return self.inner(*inputs[:2], call.inside(0), inputs[2])
 
         if length == 1 and not fresh:  # as MoD, a decode step reports nothing from inside
-            out = run_rows(
-                lambda part: Out((out := run(part)).x, unwritten(out.write), {}, {}),
-                inputs,
-                inputs[1].valid_BL[:, 0],
-            )
+
+            def read(inputs: tuple[jax.Array, At, Any]) -> Out:
+                out, none_BL = run(inputs), jnp.zeros(inputs[0].shape[:2], jnp.int32)
+                depth_BL = none_BL + out.depth_BL
+                return Out(out.x, unwritten(out.write), {}, {}, depth_BL)
+
+            out = run_rows(read, inputs, inputs[1].valid_BL[:, 0])
         else:
             out = run(inputs)
         news_BI = _after(news, out.x - self.predicted(seen_BJ))
@@ -154,16 +157,13 @@ class Anchored(nnx.Module):
             new = jnp.where(wide(own_BL, x), new, x)
         valid_BJ = inputs[1].valid_BL
         valid_BJ = jnp.ones(places.indices_BJ.shape, bool) if valid_BJ is None else valid_BJ
-        records = {
-            name: Inside(record, places.indices_BJ, valid_BJ)
-            for name, record in out.records.items()
-        }
         write: Any = ()
         if cache is not None:
             last_B = jnp.sum(valid_BJ, axis=1, dtype=jnp.int32)
             vectors = _rows(held_BI, last_B), _rows(news_BI, last_B)
             write = Kept(out.write, at.count(batch, length), *vectors)
-        return Out(new, write, under("inner", records))
+        depth_BL = places.put(jnp.where(valid_BJ, out.depth_BL, 0))
+        return Out(new, write, inside(out, places.indices_BJ, valid_BJ), {}, depth_BL)
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Kept:
         """A cache for at most `length` positions of each row."""

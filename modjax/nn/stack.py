@@ -20,7 +20,7 @@ from modjax.nn.build import build
 from modjax.nn.cache import written
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import empty, names
-from modjax.nn.records import Inside, Record
+from modjax.nn.records import Record
 from modjax.nn.sharding import constrain_stream
 
 Repetition = tuple[Any, list[str], int]  # blocks by name, their names in order, which it is
@@ -84,12 +84,9 @@ class Stack(nnx.Module):
         caches: list[Any] = []
         for blocks, places, index in apart:
             mine = cache[len(caches) : len(caches) + len(places)]
-            x, records, new = _run(blocks, places, x, at, call, index, mine)
+            x, _, new, more_BL = _run(blocks, places, x, at, call, index, mine)
             caches += new
-            for record in records.values():
-                used_BL = None if isinstance(record, Inside) else record.used()
-                if used_BL is not None:
-                    depth_BL += used_BL.astype(jnp.int32)
+            depth_BL += more_BL
         return x, tuple(caches), depth_BL
 
     def apart(self) -> list[Repetition]:
@@ -160,9 +157,13 @@ def _run(
     call: Call,
     index: int | jax.Array,
     caches: tuple[Any, ...] | None = None,
-) -> tuple[jax.Array, dict[str, Record], list[Any]]:
-    """One repetition of a segment's pattern: new x, records, and the caches after it."""
+) -> tuple[jax.Array, dict[str, Record], list[Any], Any]:
+    """Runs one repetition of a segment's pattern.
+
+    Returns new x, records, the caches after it, and how many selections took each position.
+    """
     records: dict[str, Record] = {}
+    depth_BL: Any = 0
     handed: dict[str, jax.Array] = {}
     after = []
     for place, name in enumerate(places):
@@ -172,7 +173,8 @@ def _run(
         records |= under(name, out.records)
         handed = {**handed, **out.handed}
         after.append(written(cache, out.write, fresh=call.fresh))
-    return x, records, after
+        depth_BL = depth_BL + out.depth_BL
+    return x, records, after, depth_BL
 
 
 def _keyed(call: Call, index: int | jax.Array, name: str) -> Call:

@@ -121,7 +121,7 @@ class Streams(nnx.Module):
         change_BLD = out.x.astype(jnp.float32) - base_BLD
         new_BLSD = kept_BLSD + mixed(write(out.x)[..., None], change_BLD[:, :, None])
         records = under("inner", out.records)
-        return Out(new_BLSD.astype(x_BLSD.dtype), out.write, records, out.handed)
+        return out._replace(x=new_BLSD.astype(x_BLSD.dtype), records=records)
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
         return empty(self.inner, batch, length, slack, dtype)

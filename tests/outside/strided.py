@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import modjax
-from modjax.nn import At, Call, Inside, Out, Record, build, empty, make_param, under
-from modjax.nn.routing import gather, scatter_add, select_first_k
+from modjax.nn import At, Call, Out, Record, build, empty, make_param, within
+from modjax.nn.routing import scatter_add, select_first_k
 from modjax.spec import Cost, Load, Shape
 
 
@@ -45,9 +45,6 @@ class Strode(Record):
     used_BL: jax.Array
     size_B: jax.Array
 
-    def used(self):
-        return self.used_BL
-
     def loss(self, nll_BL):
         return 0.01 * jnp.mean(self.size_B)  # a small update is cheap to learn from
 
@@ -69,17 +66,11 @@ class StridedModule(nnx.Module):
         used_BL = jnp.broadcast_to(at.positions_BL % stride == stride - 1, (batch, length))
         used_BL = used_BL if at.valid_BL is None else used_BL & at.valid_BL
         picked = select_first_k(used_BL, jnp.zeros((batch, length)), -(-length // stride))
-        part_BKD, part_at = jax.tree.map(
-            lambda leaf: gather(leaf, picked.indices_BK), (x_BLD, at._replace(valid_BL=None))
-        )
-        part_at = part_at._replace(valid_BL=picked.valid_BK)
-        out = self.inner(part_BKD, part_at, call.inside(0), cache)
+        part_BKD, out = within(picked, self.inner, x_BLD, at, call, cache)
         update_BKD = (out.x - part_BKD) * self.gain[...][None, None].astype(x_BLD.dtype)
         own = Strode(used_BL, jnp.mean(jnp.square(update_BKD.astype(jnp.float32)), axis=(1, 2)))
-        nested = {name: Inside(record, picked.indices_BK, picked.valid_BK)
-                  for name, record in out.records.items()}  # fmt: skip
         x_BLD = scatter_add(x_BLD, picked.indices_BK, update_BKD)
-        return Out(x_BLD, out.write, {"": own} | under("inner", nested))
+        return out._replace(x=x_BLD, records={"": own, **out.records})
 
     def empty(self, batch, length, slack, dtype):
         return empty(self.inner, batch, -(-length // self.spec.stride), slack, dtype)
