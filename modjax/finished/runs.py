@@ -16,7 +16,7 @@ from modjax.provenance import require_readable
 from modjax.records import name_left_out, read_record, read_spec, run_dir, scan
 from modjax.spec import Execution, RunSpec
 from modjax.spec.imports import import_all, places
-from modjax.training.checkpoint import find_damage, read_checkpoint
+from modjax.training.checkpoint import find_damage, read_weights
 from modjax.training.evaluate import (
     Evaluation,
     difference,
@@ -26,7 +26,7 @@ from modjax.training.evaluate import (
 )
 from modjax.training.programs import compile_eval_step
 from modjax.training.sharding import make_mesh, put_batch
-from modjax.training.state import Model, abstract_model, abstract_state, joined
+from modjax.training.state import Model, abstract_model, abstract_weights, joined
 
 
 class Finished(NamedTuple):
@@ -106,14 +106,12 @@ def _restore(spec: RunSpec, folder: Path, identity: dict[str, str]) -> tuple[Mod
     model = abstract_model(spec.model, execution)
     try:
         with jax.set_mesh(mesh):
-            state, _ = read_checkpoint(
-                checkpoint, abstract_state(mesh, model, spec.train), identity
-            )
+            weights = read_weights(checkpoint, abstract_weights(mesh, model), identity)
     except Exception as error:  # orbax has many errors for files that vanish while it reads
         if damage := find_damage(checkpoint):
             raise _lost(checkpoint, damage) from error
         raise
-    return model, joined(state.params, state.measured), mesh
+    return model, joined(*weights), mesh
 
 
 def _lost(checkpoint: Path, damage: str) -> InputError:

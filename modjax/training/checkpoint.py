@@ -1,7 +1,8 @@
 """Checkpoints of a run: asynchronous, atomic, bounded in number, verified before they are used.
 
 `Checkpoints` is for the process that trains the run: it deletes what a killed write has left, and
-sets damaged checkpoints aside. Everybody else calls `read_checkpoint`, which changes nothing.
+sets damaged checkpoints aside. Everybody else calls `read_checkpoint` or `read_weights`,
+which change nothing.
 
 checkpoints/<step>/state        the arrays of TrainState, by orbax
 checkpoints/<step>/meta         {"run_id", "data_fingerprint", "seconds"}
@@ -17,6 +18,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -25,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from modjax.errors import describe, require
 from modjax.files import MOST_JSON, is_disk_full, read_file, write_atomically
-from modjax.training.state import TrainState
+from modjax.training.state import TrainState, Weights
 
 logger = logging.getLogger("modjax")
 DIGEST = "digest.json"
@@ -131,19 +133,40 @@ def read_checkpoint(
     Returns the state, laid out as `abstract`, and the seconds it took to get there.
     Raises InputError where `identity` says that it belongs to another run or other data.
     """
+    seconds = _check_identity(folder, identity)
+    return _read(folder, state=ocp.args.StandardRestore(abstract)), seconds  # type: ignore[call-arg]
+
+
+def read_weights(folder: Path, abstract: Weights, identity: dict[str, str]) -> Weights:
+    """Reads parameters and measured numbers only, otherwise as `read_checkpoint`."""
+    _check_identity(folder, identity)
+    args = ocp.args.PyTreeRestore(
+        abstract._asdict(),
+        ocp.checkpoint_utils.construct_restore_args(abstract._asdict()),
+        partial_restore=True,
+    )  # type: ignore[call-arg]
+    return Weights(**_read(folder, state=args))
+
+
+def _check_identity(folder: Path, identity: dict[str, str]) -> dict[str, float]:
+    """Returns the seconds it took to get to a checkpoint of this identity."""
+    meta = _read(folder, meta=ocp.args.JsonRestore())
+    for name, value in identity.items():
+        require(
+            meta[name] == value,
+            str(folder.parent),
+            meta[name],
+            f"a checkpoint of another run: this one has {name} = {value!r}; choose another "
+            "folder, or delete these checkpoints",
+        )
+    return meta["seconds"]
+
+
+def _read(folder: Path, **item: Any) -> Any:
+    """Reads one item of a checkpoint."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        meta = checkpointer.restore(folder.absolute(), args=args)["meta"]
-        for name, value in identity.items():
-            require(
-                meta[name] == value,
-                str(folder.parent),
-                meta[name],
-                f"a checkpoint of another run: this one has {name} = {value!r}; choose another "
-                "folder, or delete these checkpoints",
-            )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # type: ignore[call-arg]
-        return checkpointer.restore(folder.absolute(), args=args)["state"], meta["seconds"]
+        (found,) = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**item)).values()
+        return found
 
 
 def write_digest(folder: Path) -> None:

@@ -20,6 +20,7 @@ from modjax.training.state import (
     TrainState,
     abstract_model,
     abstract_state,
+    abstract_weights,
     joined,
     make_init,
 )
@@ -80,10 +81,9 @@ def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: A
     """A function (weights, batch, index), as make_eval_step's for the run's seed."""
     replicated = NamedSharding(mesh, PartitionSpec())
     seed = jnp.int32(train.seed)
-    state = abstract_state(mesh, model, train)
     batch = abstract_batch(mesh, eval_batch_size(mesh), train.seq_len)
     eval_step = jax.jit(make_eval_step(model.graphdef, train, **routing), out_shardings=replicated)
-    weights = joined(state.params, state.measured)
+    weights = joined(*abstract_weights(mesh, model))
     compiled = eval_step.lower(weights, batch, seed, seed).compile()
     return lambda weights, batch, index: compiled(weights, batch, seed, index)
 

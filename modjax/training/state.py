@@ -36,6 +36,13 @@ class TrainState(NamedTuple):
     loss_steps: jax.Array
 
 
+class Weights(NamedTuple):
+    """The part of a TrainState that a model computes with."""
+
+    params: Any
+    measured: Any
+
+
 class Model(NamedTuple):
     """A model without its arrays.
 
@@ -140,29 +147,36 @@ def make_init(model: Model, train: TrainConfig) -> Callable[[jax.Array], TrainSt
     return init
 
 
-def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
-    """Shapes and shardings of the state; the optimizer's moments lie where their parameters do."""
-    optimizer, mask = make_optimizer(model, train, make_schedule(train)), trainable(model, train)
+def _struct(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def abstract_weights(mesh: Mesh, model: Model) -> Weights:
+    """Returns shapes and shardings of the weights."""
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = param_shardings(mesh, model.params, model.logical_axes)
+    measured = jax.tree.map(lambda leaf: _struct(leaf, replicated), model.measured)
+    return Weights(jax.tree.map(_struct, model.params, shardings), measured)
 
-    def struct(x, sharding=replicated):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    trained, places = (parted(tree, mask)[0] for tree in (model.params, shardings))
+def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
+    """Returns shapes and shardings of the state; moments lie where their parameters do."""
+    optimizer, mask = make_optimizer(model, train, make_schedule(train)), trainable(model, train)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    weights = abstract_weights(mesh, model)
+    trained = parted(weights.params, mask)[0]
+    places = jax.tree.map(lambda leaf: leaf.sharding, trained)
     opt_state = optax.tree_map_params(
         optimizer,
-        struct,
+        _struct,
         jax.eval_shape(optimizer.init, trained),
         places,
-        transform_non_params=struct,
+        transform_non_params=lambda leaf: _struct(leaf, replicated),
     )
     number, count = (
         jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in (jnp.float32, jnp.int32)
     )
-    params = jax.tree.map(struct, model.params, shardings)
-    measured = jax.tree.map(struct, model.measured)
-    return TrainState(params, measured, opt_state, count, count, number, count)  # type: ignore
+    return TrainState(*weights, opt_state, count, count, number, count)  # type: ignore
 
 
 def forget_losses(state: TrainState) -> TrainState:

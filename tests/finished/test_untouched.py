@@ -122,8 +122,8 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_named(folder, monkeypatc
         shutil.rmtree(checkpoint / "state")
         return read(checkpoint, *arguments)
 
-    read = runs.read_checkpoint
-    monkeypatch.setattr(runs, "read_checkpoint", vanish)
+    read = runs.read_weights
+    monkeypatch.setattr(runs, "read_weights", vanish)
     with pytest.raises(InputError, match=r"checkpoints/30 = 'damaged or missing'"):
         load(folder)
 

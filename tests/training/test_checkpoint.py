@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.training.checkpoint import DIGEST, Checkpoints, find_damage
-from modjax.training.state import TrainState
+from modjax.training.checkpoint import DIGEST, Checkpoints, find_damage, read_weights
+from modjax.training.state import TrainState, Weights
 
 IDENTITY = {"run_id": "this", "data_fingerprint": "f"}
 
@@ -62,6 +62,31 @@ def test_the_newest_comes_back_bit_for_bit_and_their_number_is_bounded(folder):
     assert_same(state, 5)
     assert seconds == {"train": 5.0}
     assert sorted(path.name for path in folder.iterdir()) == ["3", "5"]
+
+
+def read_so_far() -> int:
+    """Returns how many bytes this process has read."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what is read")
+def test_weights_are_read_without_the_moments_of_the_optimizer(tmp_path):
+    moments = np.random.default_rng(0).normal(size=(8, 2**18)).astype(np.float32)
+    state = state_at(3)._replace(opt_state={"m": jnp.asarray(moments)})
+    checkpoints = opened(tmp_path)
+    checkpoints.save(3, state, {})
+    checkpoints.close()
+    weights = Weights(state.params, state.measured)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights
+    )
+    before = read_so_far()
+    found = read_weights(tmp_path / "3", abstract, IDENTITY)
+    assert read_so_far() - before < moments.nbytes / 4
+    jax.tree.map(np.testing.assert_array_equal, found, weights)
+    assert jax.tree.leaves(found)[0].sharding == jax.tree.leaves(weights)[0].sharding
+    with pytest.raises(InputError, match="a checkpoint of another run"):
+        read_weights(tmp_path / "3", abstract, IDENTITY | {"run_id": "other"})
 
 
 def test_an_empty_folder_restores_nothing(tmp_path):
