@@ -1,8 +1,6 @@
 """The records of experiments/ say what the runs that they keep say."""
 
-import csv
 import dataclasses
-import json
 import re
 from types import SimpleNamespace
 
@@ -15,8 +13,6 @@ from experiments.compare import causal, difference, keep
 from modjax.errors import InputError
 from modjax.records import read_csv, run_dir, write_record
 from modjax.scaling import fit
-
-DIRTY = json.loads((check.HERE / "dirty.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(autouse=True)
@@ -124,25 +120,8 @@ def test_a_sweep_is_kept_as_a_table(tmp_path):
     assert again == records
 
 
-def test_no_kept_run_comes_from_a_changed_tree_but_those_that_are_listed():
-    found = {}
-    for path in sorted(check.HERE.rglob("*.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row.get("code_version", "").endswith("-dirty"):
-                    place = str(path.relative_to(check.HERE))
-                    found.setdefault((place, row["code_version"]), set()).add(row["run_id"])
-    listed = {
-        (place, f"0.1.0+{of['commit']}-dirty"): set(of["runs"]) for place, of in DIRTY.items()
-    }
-    assert found == listed
-    assert all(of["reason"] for of in DIRTY.values())
-    for path in check.HERE.rglob("*.json"):
-        if path.name != "dirty.json":
-            assert not re.search(r"\+[0-9a-f]+-dirty", path.read_text(encoding="utf-8")), path
-
-
-def test_a_readme_says_that_it_keeps_runs_of_a_changed_tree():
-    for place, of in DIRTY.items():
-        said = check.plain(readme(place.split("/")[0]))
-        assert f"{len(of['runs'])} of the runs" in said and f"{of['commit']}-dirty" in said
+def test_no_kept_run_comes_from_a_tree_with_uncommitted_changes():
+    kept = [path for kind in ("*.csv", "*.json") for path in check.HERE.rglob(kind)]
+    assert len(kept) > 10
+    for path in kept:
+        assert not re.search(r"\+[0-9a-f]+-dirty", path.read_text(encoding="utf-8")), path
