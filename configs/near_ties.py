@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         "sizes": 1,
         "spread": 0.5,
         "seeds": (0, 1),
-        "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.6},
+        "optimum": {"budget": 3e11, "params": 2.6e4, "exponent": 0.6},
         "shape": {"width_multiple": 8, "head_dim": 8, "aspect": 32.0, "layer_multiple": 4},
         "recipe": {"batch_size": 8, "learning_rate": 0.2, "warmup_fraction": 0.05},
         "flops_per_second": 2.5e10,

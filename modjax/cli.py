@@ -1,11 +1,12 @@
 """The command line: parse, call, print. What a verb does lives in the packages."""
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from modjax import output, verbs
 from modjax.arguments import KEEPING, RESUMING, make_parser
@@ -26,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         args.overrides = overrides
         args.command = shlex.join(["modjax", *given])
-        _be_quiet()
-        code = _run(args)
+        with _quiet():
+            code = _run(args)
         lost = _check_output(out)
         return lost if lost and args.called not in KEEPING else code
 
@@ -65,13 +66,20 @@ def _fail(line: str, code: int = verbs.BAD_INPUT) -> int:
     return code
 
 
-def _be_quiet() -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Prints warnings of modjax as they are, and errors only of its libraries."""
     os.environ["MPLBACKEND"] = "agg"  # figures go into files, whatever display the user has
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("absl", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if logging.lastResort is not None:  # orbax would give the root a handler with other words
-        logging.getLogger().addHandler(logging.lastResort)
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda r: r.name.startswith("modjax") or r.levelno >= logging.ERROR)
+    logging.getLogger().addHandler(handler)  # where there is none, orbax adds one of other words
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

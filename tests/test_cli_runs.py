@@ -33,7 +33,8 @@ def test_a_sweep_from_config_to_status_with_real_training(modjax, data_dir, tmp_
         assert record["train_flops"] == pytest.approx(5e9, rel=0.01)
         # Random letters among 27: nothing below log 27 can be learned.
         assert np.log(27) - 0.1 < record["eval_loss"] < np.log(272)
-    assert len(err.splitlines()) == 2, f"one plain line per run, and no noise: {err}"
+    lines = [line for line in err.splitlines() if "checking what the layers claim" not in line]
+    assert len(lines) == 2, f"one plain line per run, and no noise: {err}"  # a slow check says so
 
     plan = json.loads((tmp_path / "work" / "plan.json").read_text())
     assert plan["command"].startswith("modjax sweep --config=")
