@@ -121,7 +121,7 @@ def _findings(model: ModelSpec, length: int) -> list[Finding]:
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, length))
     leaks: dict[str, Leak | None] = {}  # by program: most routings share one
     findings = []
-    for routing in model.routings:
+    for routing in layer.routings():
 
         def run(state: Any, tokens_BL: jax.Array, routing: str = routing) -> jax.Array:
             network = nnx.merge(graphdef, state)

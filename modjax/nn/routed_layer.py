@@ -111,8 +111,7 @@ class RoutedLayer(nnx.Module):
     ) -> jax.Array:
         """Which positions ask to be processed, never looking ahead: (B, L) bool."""
         own_BL = self.router.wants(ranking, at, self.bar())
-        alone = self.config.facts.causal and self.predictor is None
-        if own_BL is not None and (alone or routing not in ("predictor", "paced")):
+        if own_BL is not None and routing not in ("predictor", "paced"):
             return own_BL
         if routing == "router":
             return ranking.scores_BL > 0

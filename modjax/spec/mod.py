@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from modjax.errors import require, require_one_of
-from modjax.spec.layer import ROUTINGS, Cost, Layer, Load, Shape, check_types, named
+from modjax.spec.layer import Cost, Layer, Load, Shape, check_types, named
 from modjax.spec.layers import DENSE
 
 WEIGHTS = ("linear", "sigmoid", "two_sigmoid", "one_plus_tanh")
@@ -142,9 +142,8 @@ class MoD(MoDConfig, Layer):
             )
 
     def routings(self) -> tuple[str, ...]:
-        # A rule of its own that never looks ahead decides whatever the other layers go by.
-        able = {"trained", *self._own()} | (set(ROUTINGS) if self.facts.causal else set())
-        return tuple(r for r in self.routings_of_some() if r in able)
+        inside = self.routings_of_some()
+        return tuple(r for r in inside if r == "trained" or r in self._own())
 
     def rules(self) -> frozenset[str]:
         return super().rules() | self._own()

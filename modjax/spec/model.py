@@ -141,10 +141,9 @@ class ModelSpec:
 
     @property
     def routings(self) -> tuple[str, ...]:
-        """Those of ROUTINGS that every layer can select by, and some layer has a rule for."""
+        """Those of ROUTINGS that every layer can select by."""
         able = [layer.routings() for layer, _ in self.repeated()]
-        known = {"trained", *(self.rules or ROUTINGS)}
-        return tuple(r for r in ROUTINGS if r in known and all(r in each for each in able))
+        return tuple(r for r in ROUTINGS if all(r in each for each in able))
 
     @property
     def rules(self) -> frozenset[str]:
@@ -154,11 +153,8 @@ class ModelSpec:
     def check_routing(self, routing: str, field: str) -> None:
         """Raises InputError where a model of this spec has not learned to select by `routing`."""
         require_one_of(field, routing, ROUTINGS)
-        known = self.rules | {"trained"}
         for layer, _ in self.repeated():
             able = layer.routings()
-            if layer.rules():  # one that has a rule of its own goes with others, not alone
-                able = tuple(r for r in able if r in known)
             require(
                 routing in able,
                 field,

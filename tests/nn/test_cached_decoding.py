@@ -165,16 +165,6 @@ def test_cached_decoding_equals_the_uncached_pass_for_every_router(routing, slac
     assert full >= 2 if slack else full == 0
 
 
-@pytest.mark.parametrize("routing", ["predictor", "paced"])
-def test_routers_with_a_rule_of_their_own_go_with_layers_that_have_learned_another(routing):
-    of_itself = (MoD(Dense(), capacity=0.5, router=name) for name in ("positional", "token_choice"))
-    _, routed = check_both_ways(model_config(Dense(), MOD, *of_itself), routing, None)
-    expected_BL = np.tile(np.arange(LENGTH) % 2 == 1, (len(TOTALS), 1))
-    expected_BL &= np.arange(LENGTH) < np.array(TOTALS)[:, None]
-    np.testing.assert_array_equal(routed[1]["selected_BL"], expected_BL)
-    assert all(0 < layer["selected_BL"].sum() < sum(TOTALS) for layer in routed)
-
-
 def test_every_router_is_decoded_by_every_causal_routing_that_it_supports():
     for router in ROUTERS:
         config = model_of(router)

@@ -317,7 +317,6 @@ BOTH = {"auxiliary_weight": 0.1, "predictor_weight": 0.1}
         ((MoD(**BOTH),), "predictor"),
         ((MoD(router="positional"), MoD(router="token_choice")), "router"),
         ((MoD(router="positional"), MoD(router="threshold")), "threshold"),
-        ((Dense(), MoD(**BOTH), MoD(router="positional"), MoD(router="token_choice")), "predictor"),
         ((RECEIVED, BY_RECEIVED), None),
         ((MoD(auxiliary_weight=0.1), MoD(router="stochastic", auxiliary_weight=0.1)), "threshold"),
         (
