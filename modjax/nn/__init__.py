@@ -3,9 +3,8 @@
 from modjax import spec
 from modjax.nn import layers, mod, moe, sequence, streams
 from modjax.nn.block import MoDBlock, RoutedBlock
-from modjax.nn.build import MODULES, build, register
+from modjax.nn.build import MODULES, LayerModule, build, register
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.layers import empty
 from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, losses, observe, statistics, totals
@@ -28,6 +27,7 @@ __all__ = [
     "Cache",
     "Call",
     "Inside",
+    "LayerModule",
     "MoDBlock",
     "Out",
     "Record",
@@ -37,7 +37,6 @@ __all__ = [
     "build",
     "decision_counts",
     "decision_quality",
-    "empty",
     "losses",
     "make_param",
     "measured",

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from modjax import spec
 from modjax.kernels import Mask, attend, project, project_back, received_attention
-from modjax.nn.build import build
+from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import KVCache, KVWrite
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.params import normal_param, scale_param
@@ -51,7 +51,7 @@ def unit_rms(x_BLD: jax.Array, eps: float) -> jax.Array:
     return x32_BLD * jax.lax.rsqrt(mean_square_BL1 + eps)
 
 
-class Sublayer(nnx.Module):
+class Sublayer(LayerModule):
     """Adds to the stream what a subclass makes of it, with norms before it, after it, or both.
 
     A subclass computes what it adds from `before(x)` alone: `nn.streams` relies on it.
@@ -183,7 +183,7 @@ def mlp(
     return back(h, weights["w_out"])
 
 
-class Seq(nnx.Module):
+class Seq(LayerModule):
     """Layers one after another."""
 
     def __init__(self, spec: spec.Seq, shape: spec.Shape, *, rngs: nnx.Rngs):
@@ -206,13 +206,7 @@ class Seq(nnx.Module):
         return Out(x, () if cache is None else writes, records, handed, depth_BL)
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
-        return {name: empty(p, batch, length, slack, dtype) for name, p in self.parts.items()}
-
-
-def empty(layer: Any, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
-    """An empty cache for at most `length` positions of each row; () for a layer that keeps none."""
-    has = hasattr(layer, "empty")
-    return layer.empty(batch, length, slack, dtype) if has else ()
+        return {name: p.empty(batch, length, slack, dtype) for name, p in self.parts.items()}
 
 
 def names(parts: Iterable[spec.Layer], start: int = 0) -> dict[str, spec.Layer]:

@@ -13,10 +13,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from modjax import spec
-from modjax.nn.build import build
+from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import unwritten, written
 from modjax.nn.call import At, Call, Out
-from modjax.nn.layers import empty
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer, valid_ones
 from modjax.nn.routing import Selection, scatter_add, wide
@@ -65,7 +64,7 @@ class MoDCache:
         )
 
 
-class MoD(RoutedLayer):
+class MoD(RoutedLayer, LayerModule):
     """Routes the k = max(1, round(capacity * n)) best-scored of n valid positions through a layer.
 
     Eq. 1 of arXiv 2404.02258. The inner layer sees the selected positions only, in order, with
@@ -108,7 +107,7 @@ class MoD(RoutedLayer):
         """A cache for sequences of at most `length` positions, or slack * capacity of them."""
         slots = cache_slots(self.config.capacity, length, slack)
         none_B = jnp.zeros(batch, jnp.int32)
-        return MoDCache(empty(self.inner, batch, slots, slack, dtype), none_B, none_B, slots)
+        return MoDCache(self.inner.empty(batch, slots, slack, dtype), none_B, none_B, slots)
 
     def _decode(self, x: jax.Array, at: At, call: Call, cache: MoDCache) -> Out:
         """Reads one position per row, of which rows that are not routed are not computed.

@@ -17,10 +17,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from modjax import spec
-from modjax.nn.build import build
+from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import overflow, unwritten, written
 from modjax.nn.call import At, Call, Out
-from modjax.nn.layers import empty
 from modjax.nn.params import make_param
 from modjax.nn.routing import gather, scatter_add, select_first_k, wide
 from modjax.nn.rows import run_rows
@@ -113,7 +112,7 @@ def _every(stride: int, segments_BL: jax.Array, valid_BL: jax.Array | None) -> j
     return anchor_BL if valid_BL is None else anchor_BL & valid_BL
 
 
-class Anchored(nnx.Module):
+class Anchored(LayerModule):
     """Anchors run through the inner layer; see the specs for what becomes of the others."""
 
     def __init__(self, spec: spec.Anchored, shape: spec.Shape, *, rngs: nnx.Rngs):
@@ -167,7 +166,7 @@ class Anchored(nnx.Module):
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Kept:
         """A cache for at most `length` positions of each row."""
-        inner = empty(self.inner, batch, -(-length // self.stride), slack, dtype)
+        inner = self.inner.empty(batch, -(-length // self.stride), slack, dtype)
         vector = jnp.zeros((batch, *self.width), dtype)
         return Kept(inner, jnp.zeros(batch, jnp.int32), vector, vector)
 

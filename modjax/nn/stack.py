@@ -16,10 +16,10 @@ from jax.typing import DTypeLike
 
 from modjax import spec
 from modjax.kernels import target
-from modjax.nn.build import build
+from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import written
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.layers import empty, names
+from modjax.nn.layers import names
 from modjax.nn.records import Record
 from modjax.nn.sharding import constrain_stream
 
@@ -110,7 +110,7 @@ class Stack(nnx.Module):
     ) -> tuple[Any, ...]:
         """Empty caches of all layers, in order."""
         return tuple(
-            empty(blocks[name], batch, length, slack, dtype)
+            blocks[name].empty(batch, length, slack, dtype)
             for blocks, places, _ in apart
             for name in places
         )
@@ -200,11 +200,10 @@ def _each(blocks: Any, times: int) -> list[tuple[Any, Any]]:
 
 
 def _taken_apart(blocks: Any) -> Any:
-    """The same, where every module that knows how keeps its own parts apart."""
+    """Returns these blocks after every layer in them has split its weights, see `LayerModule`."""
     for _, module in list(nnx.iter_modules(blocks)):
-        take_apart = getattr(module, "take_apart", None)
-        if take_apart is not None:
-            take_apart()
+        if isinstance(module, LayerModule):
+            module.take_apart()
     return blocks
 
 

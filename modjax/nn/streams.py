@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 
 from modjax import spec
 from modjax.kernels import product
-from modjax.nn.build import build
+from modjax.nn.build import LayerModule, build
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.layers import RMSNorm, Sublayer, empty, unit_rms
+from modjax.nn.layers import RMSNorm, Sublayer, unit_rms
 from modjax.nn.params import make_param, normal_param
 from modjax.nn.routers import linear
 
@@ -99,7 +99,7 @@ class Weights(NamedTuple):
     write: Callable[[jax.Array], jax.Array]
 
 
-class Streams(nnx.Module):
+class Streams(LayerModule):
     """The one mechanism; a subclass says what its weights are."""
 
     def __init__(self, spec: spec.Streams, shape: spec.Shape, *, rngs: nnx.Rngs):
@@ -124,7 +124,7 @@ class Streams(nnx.Module):
         return out._replace(x=new_BLSD.astype(x_BLSD.dtype), records=records)
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
-        return empty(self.inner, batch, length, slack, dtype)
+        return self.inner.empty(batch, length, slack, dtype)
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
         raise NotImplementedError

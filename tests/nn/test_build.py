@@ -4,10 +4,11 @@ import dataclasses
 import importlib
 
 import pytest
+from flax import nnx
 
 import modjax
 from modjax.errors import InputError
-from modjax.nn import MODULES, mod
+from modjax.nn import MODULES, Out, mod
 from modjax.spec import MoD
 from modjax.spec.layer import NAMES
 from tests.outside import strided
@@ -25,8 +26,23 @@ def test_no_layer_takes_the_name_or_the_module_of_another():
         with pytest.raises(
             InputError, match=r"modjax.register = '\w+': is a layer of .*\.py already"
         ):
-            modjax.register(spec, object)
+            modjax.register(spec, mod.MoD)
     assert NAMES["MoD"] is MoD and MODULES[MoD] is mod.MoD and MoDLike not in MODULES
+
+
+def test_the_module_of_a_layer_has_the_base_class():
+    @dataclasses.dataclass(frozen=True)
+    class Plain(modjax.Layer):
+        pass
+
+    class PlainModule(nnx.Module):
+        def __call__(self, x, at, call, cache=None):
+            return Out(x)
+
+    for module in (PlainModule, lambda *_, **__: None):
+        with pytest.raises(InputError, match=r"must be a subclass of modjax\.nn\.LayerModule"):
+            modjax.register(Plain, module)
+    assert "Plain" not in NAMES
 
 
 def test_a_module_that_is_imported_again_registers_its_layers_again():

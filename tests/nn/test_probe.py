@@ -7,10 +7,9 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from modjax.errors import InputError
-from modjax.nn import Out, make_param, register
+from modjax.nn import LayerModule, Out, make_param, register
 from modjax.nn.probe import alone, broken, probe
 from modjax.spec import MLP, Attention, Cost, Dense, Layer, MoD, ModelSpec, MoE, Seq
 
@@ -32,7 +31,7 @@ class Mixing(Layer):
         return ("trained",) if self.honest else super().routings()
 
 
-class MixingModule(nnx.Module):
+class MixingModule(LayerModule):
     def __init__(self, spec, shape, *, rngs):
         if spec.width not in (0, shape.d_model):
             raise ZeroDivisionError("a user's own error")
@@ -50,9 +49,6 @@ class MixingModule(nnx.Module):
             mean = jnp.mean(x_BLD.reshape(batch, length // 4, 4, width), axis=2)
             mixed_BLD = jnp.repeat(mean, 4, axis=1)
         return Out(x_BLD + self.gate[...][0] * mixed_BLD)
-
-    def empty(self, *_):
-        return ()
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 import modjax
-from modjax.nn import At, Call, Out, Record, build, empty, make_param, within
+from modjax.nn import At, Call, LayerModule, Out, Record, build, make_param, within
 from modjax.nn.routing import scatter_add, select_first_k
 from modjax.spec import Cost, Load, Shape
 
@@ -54,7 +53,7 @@ class Strode(Record):
         return {"strided/update": jnp.mean(sizes)}
 
 
-class StridedModule(nnx.Module):
+class StridedModule(LayerModule):
     def __init__(self, spec: Strided, shape: Shape, *, rngs):
         self.spec = spec
         self.inner = build(spec.inner, shape, rngs=rngs)
@@ -73,7 +72,7 @@ class StridedModule(nnx.Module):
         return out._replace(x=x_BLD, records={"": own, **out.records})
 
     def empty(self, batch, length, slack, dtype):
-        return empty(self.inner, batch, -(-length // self.spec.stride), slack, dtype)
+        return self.inner.empty(batch, -(-length // self.spec.stride), slack, dtype)
 
 
 modjax.register(Strided, StridedModule)

@@ -52,10 +52,9 @@ LOOKS_AHEAD = """
 import dataclasses
 
 import jax.numpy as jnp
-from flax import nnx
 
 import modjax
-from modjax.nn import Out, make_param
+from modjax.nn import LayerModule, Out, make_param
 from modjax.spec import Cost
 
 
@@ -65,15 +64,12 @@ class RowMean(modjax.Layer):
         yield Cost("mean", params=shape.d_model)
 
 
-class RowMeanModule(nnx.Module):
+class RowMeanModule(LayerModule):
     def __init__(self, spec, shape, *, rngs):
         self.gain = make_param(jnp.zeros(shape.d_model), ("embed",))
 
     def __call__(self, x, at, call, cache=None):
         return Out(x + self.gain[...] * jnp.mean(x, axis=1, keepdims=True))
-
-    def empty(self, *_):
-        return ()
 
 
 modjax.register(RowMean, RowMeanModule)
