@@ -63,7 +63,7 @@ class Call(NamedTuple):
     fresh: bool = False
     selected: bool = False
 
-    def inside(self, index: int) -> "Call":
+    def inside(self, index: int | jax.Array) -> "Call":
         """The call of a layer within another, with a key of its own."""
         key = None if self.key is None else jax.random.fold_in(self.key, index)
         return self._replace(key=key)

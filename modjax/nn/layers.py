@@ -210,8 +210,8 @@ class Seq(LayerModule):
 
 
 def names(parts: Iterable[spec.Layer], start: int = 0) -> dict[str, spec.Layer]:
-    """Layers by their place and label, as in 1_mod: so their modules are named."""
-    return {f"{i}_{part.label}": part for i, part in enumerate(parts, start)}
+    """Returns layers by their place and class, as in 1_mod: so their modules are named."""
+    return {f"{i}_{type(part).__name__.lower()}": part for i, part in enumerate(parts, start)}
 
 
 def depth_scale(shape: spec.Shape) -> float:

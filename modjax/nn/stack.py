@@ -23,7 +23,8 @@ from modjax.nn.layers import names
 from modjax.nn.records import Record
 from modjax.nn.sharding import constrain_stream
 
-Repetition = tuple[Any, list[str], int]  # blocks by name, their names in order, which it is
+Places = dict[str, int]  # the names of a segment's layers, in order, and their places in the model
+Repetition = tuple[Any, Places, int]  # blocks by name, their places, which repetition it is
 
 
 class Stack(nnx.Module):
@@ -131,11 +132,14 @@ class Stack(nnx.Module):
             found += [(name, layer, segment.times or 0) for name, layer in places.items()]
         return found
 
-    def _segments(self) -> list[tuple[Any, list[str], int]]:
-        """Of each segment: its blocks by name, or one such for each repetition; names; times."""
+    def _segments(self) -> list[tuple[Any, Places, int]]:
+        """Returns (blocks by name, places, times) of each segment.
+
+        After `unstack`, blocks is a list with an entry for each repetition.
+        """
         found, start = [], 0
         for number, segment in enumerate(self.segments):
-            places = list(names(segment.parts, start))
+            places = {name: place for place, name in enumerate(names(segment.parts, start), start)}
             start += len(places)
             if isinstance(self.blocks, nnx.List):
                 blocks: Any = list(self.blocks[number])
@@ -151,7 +155,7 @@ def _build(layer: spec.Layer, shape: spec.Shape, rngs: nnx.Rngs) -> nnx.Module:
 
 def _run(
     blocks: Any,
-    places: list[str],
+    places: Places,
     x: jax.Array,
     at: At,
     call: Call,
@@ -166,23 +170,16 @@ def _run(
     depth_BL: Any = 0
     handed: dict[str, jax.Array] = {}
     after = []
-    for place, name in enumerate(places):
-        cache = None if caches is None else caches[place]
-        out: Out = blocks[name](x, at._replace(handed=handed), _keyed(call, index, name), cache)
+    for order, (name, place) in enumerate(places.items()):
+        cache = None if caches is None else caches[order]
+        mine = call.inside(index).inside(place)
+        out: Out = blocks[name](x, at._replace(handed=handed), mine, cache)
         x = constrain_stream(out.x)
         records |= under(name, out.records)
         handed = {**handed, **out.handed}
         after.append(written(cache, out.write, fresh=call.fresh))
         depth_BL = depth_BL + out.depth_BL
     return x, records, after, depth_BL
-
-
-def _keyed(call: Call, index: int | jax.Array, name: str) -> Call:
-    """The call of the layer at a place, in one repetition, with a key of its own."""
-    if call.key is None:
-        return call
-    place = int(name.partition("_")[0])
-    return call._replace(key=jax.random.fold_in(jax.random.fold_in(call.key, index), place))
 
 
 def _each(blocks: Any, times: int) -> list[tuple[Any, Any]]:

@@ -70,7 +70,7 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
     model = without_unused(from_dict(ModelSpec, values["model"], "model."))
     train = from_dict(TrainConfig, values["train"], "train.")
     budget = run_flops(model, train, train.steps)
-    variant = "-".join(layer.label for layer, _ in model.repeated())
+    variant = "-".join(str(layer).partition("(")[0].lower() for layer, _ in model.repeated())
     spec = RunSpec(variant, budget, model, train, data)
     return Experiment(config_file, values, execution, None, [spec], imports)
 

@@ -114,11 +114,6 @@ class Layer:
             handed |= layer.hands_on()
         return found
 
-    @property
-    def label(self) -> str:
-        """One word for it."""
-        return str(self).partition("(")[0].lower()
-
     def __str__(self) -> str:
         return text.write(self)
 

@@ -187,7 +187,7 @@ def test_expert_choice_knows_the_kth_score_of_each_row_that_is_not_all_padding()
 
 def test_thresholds_are_the_plain_mean_at_first_and_then_forget_at_one_in_a_hundred():
     old = np.array([[0.5], [-2.0]], np.float32)
-    blocks = {"1_mod": {"threshold": jnp.asarray(old), "inner": jnp.ones((2, 3))}, "0_dense": {}}
+    blocks = {"1_mod": {"threshold": jnp.asarray(old), "inner": jnp.ones((2, 3))}, "0_seq": {}}
     kth = np.array([[1.0, 2.0, np.inf], [np.inf, np.inf, -np.inf]], np.float32)
     names = [field.name for field in dataclasses.fields(Routed)]
     records = {"1_mod": Routed(**{name: None for name in names} | {"kth_B": jnp.asarray(kth)})}
@@ -197,7 +197,7 @@ def test_thresholds_are_the_plain_mean_at_first_and_then_forget_at_one_in_a_hund
         # No row of the second repetition knows its k-th score.
         expected = [[0.5 + rate * (1.5 - 0.5)], [-2.0]]
         np.testing.assert_allclose(new["1_mod"]["threshold"], expected, rtol=1e-6)
-        assert new["1_mod"]["inner"] is blocks["1_mod"]["inner"] and new["0_dense"] == {}
+        assert new["1_mod"]["inner"] is blocks["1_mod"]["inner"] and new["0_seq"] == {}
 
 
 # Attention received, for A-MoD.

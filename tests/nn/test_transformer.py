@@ -67,14 +67,14 @@ def test_a_pattern_of_twelve_runs_its_blocks_in_order():
     quick = {"xla_backend_optimization_level": "0"}
     forward = jax.jit(lambda p: nnx.merge(graphdef, p)(tokens)[0], compiler_options=quick)
 
-    dense = nnx.split(model.stack.blocks["0_dense"])[0]
+    dense = nnx.split(model.stack.blocks["0_seq"])[0]
     positions = jnp.arange(6)[None]
     ropes = {1e4: rotary_tables(positions, config.shape.head_dim, 1e4, jnp.float32)}
     at = At(positions, None, None, ropes, {})
     one_block = jax.jit(lambda p, x: nnx.merge(dense, p)(x, at, Call()).x)
     x_BLD = params["embedding"][...][tokens]
     for i in range(12):
-        block = params["stack"]["blocks"][f"{i}_dense"]
+        block = params["stack"]["blocks"][f"{i}_seq"]
         x_BLD = one_block(jax.tree.map(lambda leaf: leaf[0], block), x_BLD)
     by_hand = nnx.merge(graphdef, params).final_norm(x_BLD) @ params["w_logits"][...]
     np.testing.assert_allclose(forward(params), by_hand, rtol=1e-3, atol=1e-3)
