@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from modjax.errors import LONGEST_NAME, InputError, require, require_name
 from modjax.files import Missing, damaged, entries, read_json, write_atomically
 from modjax.spec import RunSpec, from_dict, to_dict
+from modjax.spec.run import FORMAT
 from modjax.spec.text import UnknownName
 
 logger = logging.getLogger("modjax")
@@ -144,11 +145,13 @@ def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
     """Returns the spec of the run in this folder.
 
     run_id: the run that the folder is for, where it is known.
-    Imports nothing that the folder names. Raises InputError where the spec cannot be read, or is
-    another run's, and UnknownName where it has a layer that is not registered.
+    Imports nothing that the folder names. Raises InputError where the spec cannot be read, has
+    another format or is another run's, and UnknownName where it has a layer that is not registered.
     """
     path = run_dir / "spec.json"
     values = read_json(path, WRITTEN_AGAIN)
+    if isinstance(values, dict):
+        require_format(path, values.pop("format", 1))
     try:
         spec = from_dict(RunSpec, values)
     except UnknownName as error:
@@ -163,6 +166,20 @@ def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
         raise damaged(path, WRITTEN_AGAIN, error) from error
     _require_own(path, spec.run_id, run_id)
     return spec
+
+
+def write_spec(run_dir: Path, spec: RunSpec) -> None:
+    """Writes spec.json, which says what the run computes."""
+    write_json(run_dir / "spec.json", {"format": FORMAT} | to_dict(spec))
+
+
+def require_format(path: Path, found: Any) -> None:
+    """Raises InputError for a file of runs that another version of modjax has named."""
+    accepted = (
+        f"must be {FORMAT}: runs of another modjax can neither be resumed nor opened; choose "
+        "another workdir (`modjax fit` and `modjax report` still read their results)"
+    )
+    require(found == FORMAT, str(path), f"format {found}", accepted)
 
 
 def read_provenance(run_dir: Path) -> dict[str, str]:

@@ -15,8 +15,8 @@ import pytest
 from modjax import provenance
 from modjax.cli import main
 from modjax.provenance import SETTINGS
-from modjax.records import read_records, run_dir, write_provenance, write_record
-from modjax.spec import Dense, MoD, to_dict
+from modjax.records import read_records, run_dir, write_provenance, write_record, write_spec
+from modjax.spec import Dense, MoD
 from tests.training.tiny import run_spec
 
 
@@ -51,7 +51,7 @@ def add_run(workdir, record, spec, **changes) -> str:
     """Adds a run without a checkpoint, whose record is `record` with `changes`."""
     folder = run_dir(workdir, spec.run_id)
     folder.mkdir()
-    (folder / "spec.json").write_text(json.dumps(to_dict(spec)))
+    write_spec(folder, spec)
     write_record(folder, dataclasses.replace(record, run_id=spec.run_id, **changes))
     return spec.run_id
 

@@ -15,23 +15,32 @@ from typing import Any
 
 from modjax.errors import InputError, require
 from modjax.files import Missing, read_json
-from modjax.records import WRITTEN_AGAIN, read_as, run_dir, write_json
+from modjax.records import (
+    WRITTEN_AGAIN,
+    read_as,
+    require_format,
+    run_dir,
+    write_json,
+    write_spec,
+)
 from modjax.scaling.experiment import Experiment
 from modjax.scaling.run import lock
 from modjax.spec import to_dict
+from modjax.spec.run import FORMAT
 
 logger = logging.getLogger("modjax")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What plan.json holds. runs: their ids; config: the experiment's values as plain data."""
+    """The content of plan.json. runs: their ids; config: the experiment's values as plain data."""
 
     config_file: str
     command: str
     config: dict[str, Any]
     data_fingerprint: str
     runs: tuple[str, ...]
+    format: int = 1
 
 
 def read_plan(workdir: Path) -> Plan | None:
@@ -46,15 +55,16 @@ def read_plan(workdir: Path) -> Plan | None:
 
 
 def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan | None:
-    """The plan that `workdir` holds so far; a plan may grow, but not change or shrink.
+    """Returns the plan that `workdir` holds so far; a plan may grow, but not change or shrink.
 
-    Raises InputError where `workdir` holds runs that are not part of this plan, or that were
-    trained on other data.
+    Raises InputError where `workdir` holds runs of another format, that are not part of this plan,
+    or that were trained on other data.
     """
     there = next(path for path in (workdir, *workdir.parents) if path.exists())
     require(there.is_dir(), "--workdir", str(workdir), f"cannot be made: {there} is a file")
     earlier = read_plan(workdir)
     if earlier is not None:
+        require_format(workdir / "plan.json", earlier.format)
         others = set(earlier.runs) - {spec.run_id for spec in experiment.specs}
         require(
             not others,
@@ -93,13 +103,14 @@ def claim(experiment: Experiment, workdir: Path, command: str, fingerprint: str)
             folder = run_dir(workdir, spec.run_id)
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "spec.json").exists():
-                write_json(folder / "spec.json", to_dict(spec))
+                write_spec(folder, spec)
         plan = Plan(
             experiment.config_file,
             command,
             experiment.config,
             fingerprint,
             tuple(spec.run_id for spec in experiment.specs),
+            FORMAT,
         )
         write_json(workdir / "plan.json", to_dict(plan))
 

@@ -19,6 +19,7 @@ from modjax.errors import (
 from modjax.spec.fields import canonical, from_dict, to_dict
 from modjax.spec.model import ModelSpec
 
+FORMAT = 2  # of names and weights of runs: one of another format can't be resumed or opened
 TRAINED = ("all", "routers")
 ROUTER_ROLES = ("router", "predictor")  # of the parameters that "routers" are
 
@@ -136,10 +137,10 @@ class RunSpec:
 
     @property
     def run_id(self) -> str:
-        """A readable slug and the first 8 hex digits of the hash of the canonical JSON,
-        which leaves defaults out: a new field renames no run, and a default never changes."""
+        """A readable slug and the first 8 hex digits of a hash of the format and the canonical
+        JSON, which leaves defaults out: a new field renames no run, and a default never changes."""
         # Through from_dict, so that 1 and 1.0 in a float field name the same run.
-        values = canonical(from_dict(RunSpec, to_dict(self)))
+        values = {"format": FORMAT} | canonical(from_dict(RunSpec, to_dict(self)))
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         m = self.model

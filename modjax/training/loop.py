@@ -20,8 +20,8 @@ from modjax.data.prefetch import prefetch
 from modjax.errors import Preempted
 from modjax.files import Home, Missing
 from modjax.provenance import begin, provenance
-from modjax.records import Record, read_record, read_spec, write_json, write_record
-from modjax.spec import Execution, RunSpec, TrainConfig, to_dict
+from modjax.records import Record, read_record, read_spec, write_record, write_spec
+from modjax.spec import Execution, RunSpec, TrainConfig
 from modjax.training.check import check as check  # a job has `check` and `train`
 from modjax.training.check import check_run, open_data
 from modjax.training.checkpoint import Checkpoints
@@ -245,7 +245,7 @@ def _claim(run_dir: Path, spec: RunSpec) -> None:
     except Missing:
         if jax.process_index() == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(run_dir / "spec.json", to_dict(spec))
+            write_spec(run_dir, spec)
 
 
 def _steps_per_read(config: TrainConfig) -> int:

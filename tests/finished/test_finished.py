@@ -5,7 +5,6 @@ Legend: B sequences, L positions.
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,8 @@ from flax import nnx
 from modjax.data.batches import eval_batches
 from modjax.errors import InputError
 from modjax.finished.runs import choose, compare, open_run
-from modjax.records import read_records, run_dir, write_record
-from modjax.spec import Dense, to_dict
+from modjax.records import read_records, run_dir, write_record, write_spec
+from modjax.spec import Dense
 from tests.nn.small import QUICK
 
 
@@ -131,7 +130,7 @@ def add_run(workdir, record, spec, **changes):
     """A run without a checkpoint, whose record is `record` with `changes`."""
     folder = run_dir(workdir, spec.run_id)
     folder.mkdir(parents=True)
-    (folder / "spec.json").write_text(json.dumps(to_dict(spec)))
+    write_spec(folder, spec)
     write_record(folder, dataclasses.replace(record, run_id=spec.run_id, **changes))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modjax.flops import forward_flops, parameters, train_flops
-from modjax.records import Record, run_dir
+from modjax.records import Record, run_dir, write_spec
 from modjax.spec import DataConfig, Dense, MoD, ModelSpec, RunSpec, TrainConfig, to_dict
 
 ARMS, BUDGETS, SIZES, SEEDS, LINES = 10, 10, 20, 5, 20
@@ -69,7 +69,7 @@ def build(workdir: Path) -> None:
             )  # fmt: skip
             folder = run_dir(workdir, spec.run_id)
             folder.mkdir(parents=True)
-            (folder / "spec.json").write_text(json.dumps(to_dict(spec), indent=1) + "\n")
+            write_spec(folder, spec)
             (folder / "result.json").write_text(json.dumps(to_dict(record), indent=1) + "\n")
             (folder / "metrics.jsonl").write_text(metrics(record, step_flops, bool(arm), rng))
             names.append(spec.run_id)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modjax.cli import main
-from modjax.records import write_json
+from modjax.records import write_json, write_spec
 from modjax.scaling import report
 from modjax.scaling.experiment import load
 from modjax.spec import to_dict
@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
     for i, spec in enumerate(specs):
         folder = workdir / "runs" / spec.run_id
         folder.mkdir(parents=True)
-        write_json(folder / "spec.json", to_dict(spec))
+        write_spec(folder, spec)
         (folder / "lock").touch()
         line = {"step": spec.train.steps, "loss": 2.0, "loss_steps": spec.train.steps,
                 "train_flops": 1e9}  # fmt: skip

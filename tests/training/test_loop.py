@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.records import read_record, write_json
-from modjax.spec import Execution, to_dict
+from modjax.records import read_record, write_spec
+from modjax.spec import Execution
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.loop import train
 from modjax.training.sharding import make_mesh
@@ -249,7 +249,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_written(
 
 def test_a_folder_of_another_run_is_refused(tiny_data_dir, tmp_path):
     other = run_spec(seed=1)
-    write_json(tmp_path / "spec.json", to_dict(other))
+    write_spec(tmp_path, other)
     message = refusal(run_spec(), ONE_DEVICE, tmp_path, tiny_data_dir)
     assert other.run_id in message and run_spec().run_id in message
 
