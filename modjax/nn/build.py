@@ -32,7 +32,7 @@ class LayerModule(nnx.Module):
 MODULES: dict[type[Layer], Callable[..., nnx.Module]] = {}
 
 
-def register(spec: type[Layer], module: type[LayerModule]) -> None:
+def register(spec: type[Layer], module: type[nnx.Module]) -> None:
     """Adds a layer to modjax: from here on its spec, and its text, can stand wherever one can.
 
     spec: a frozen dataclass, a subclass of modjax.Layer. module: made as module(spec, shape,
@@ -40,7 +40,7 @@ def register(spec: type[Layer], module: type[LayerModule]) -> None:
     its layers again. Raises InputError for another class, and where another layer, such as one of
     modjax's own, has the name.
     """
-    fits = isinstance(module, type) and issubclass(module, LayerModule)
+    fits = not issubclass(spec, Layer) or issubclass(module, LayerModule)
     require(fits, "modjax.register", module, "must be a subclass of modjax.nn.LayerModule")
     add_name(spec, sys._getframe(1).f_globals)
     MODULES[spec] = module

@@ -18,7 +18,7 @@ from modjax.kernels import Mask, attend, project, project_back, received_attenti
 from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import KVCache, KVWrite
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.params import normal_param, scale_param
+from modjax.nn.params import normal_param, read, scale_param
 from modjax.spec.layers import GATED
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -41,7 +41,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        return (unit_rms(x_BLD, self.eps) * self.scale[None, None]).astype(x_BLD.dtype)
+        return (unit_rms(x_BLD, self.eps) * read(self.scale)[None, None]).astype(x_BLD.dtype)
 
 
 def unit_rms(x_BLD: jax.Array, eps: float) -> jax.Array:
@@ -163,7 +163,7 @@ class MLP(Sublayer):
         self.w_out = normal_param(rngs, (d, f), ("embed", "mlp"), std=output_std)
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        weights = {name: getattr(self, name)[...] for name in mlp_weights(self.activation)}
+        weights = {name: read(getattr(self, name), None) for name in mlp_weights(self.activation)}
         y_BLD = mlp(self.before(x_BLD), weights, self.activation, project, project_back)
         return Out(self.added(x_BLD, y_BLD))
 

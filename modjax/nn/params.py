@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 
 class Measured(nnx.Variable):
@@ -23,6 +24,15 @@ def make_param(
     """
     decays = value.ndim >= 2 if decays is None else decays
     return nnx.Param(value, out_sharding=axes, eager_sharding=False, role=role, decays=decays)
+
+
+def read(param: nnx.Variable, dtype: DTypeLike | None = jnp.float32) -> jax.Array:
+    """Returns a parameter in the dtype to compute in: the one way in which a layer reads a weight.
+
+    Trained weights are stored in float32, frozen ones in the model's dtype. dtype: None leaves the
+    cast to a product, which may keep what XLA does not round.
+    """
+    return param[...] if dtype is None else param[...].astype(dtype)
 
 
 def normal_param(

@@ -20,7 +20,7 @@ from modjax import spec
 from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import overflow, unwritten, written
 from modjax.nn.call import At, Call, Out
-from modjax.nn.params import make_param
+from modjax.nn.params import make_param, read
 from modjax.nn.routing import gather, scatter_add, select_first_k, wide
 from modjax.nn.rows import run_rows
 from modjax.nn.streams import mixed
@@ -194,13 +194,13 @@ class SequenceAltUp(Anchored):
         self.scalars = make_param(jnp.array([1.0, 0.0, 1.0]), ("replicated",))  # a1, a2 and b
 
     def predicted(self, seen_BJ: jax.Array) -> jax.Array:
-        return _sum(self.scalars[...][:2], seen_BJ, seen_BJ)
+        return _sum(read(self.scalars)[:2], seen_BJ, seen_BJ)
 
     def corrected(
         self, x: jax.Array, places: Places, held_BI: jax.Array, news_BI: jax.Array
     ) -> jax.Array:
-        changed_BI = _sum(self.scalars[...][1:], held_BI, news_BI)
-        return _sum(self.scalars[...][:1], x) + places.spread(changed_BI)
+        changed_BI = _sum(read(self.scalars)[1:], held_BI, news_BI)
+        return _sum(read(self.scalars)[:1], x) + places.spread(changed_BI)
 
 
 class StrideSkip(Anchored):

@@ -19,7 +19,7 @@ from modjax.kernels import product
 from modjax.nn.build import LayerModule, build
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import RMSNorm, Sublayer, unit_rms
-from modjax.nn.params import make_param, normal_param
+from modjax.nn.params import make_param, normal_param, read
 from modjax.nn.routers import linear
 
 # What a stream is divided by is at least this, as in Gemma 3n.
@@ -66,14 +66,14 @@ class Projected(nnx.Module):
         )
 
     def open(self, x_BLD: jax.Array) -> jax.Array:
-        others = [_sized(product(x_BLD, w_DD), x_BLD) for w_DD in self.w_open[...]]
+        others = [_sized(product(x_BLD, w_DD), x_BLD) for w_DD in read(self.w_open, None)]
         return jnp.stack([x_BLD, *others], axis=2)
 
     def close(self, x_BLSD: jax.Array) -> jax.Array:
         first_BLD = x_BLSD[:, :, 0]
         others = [
             _sized(product(x_BLSD[:, :, s], w_DD), first_BLD)
-            for s, w_DD in enumerate(self.w_close[...], 1)
+            for s, w_DD in enumerate(read(self.w_close, None), 1)
         ]
         return sum(others, first_BLD) / (len(others) + 1)
 
@@ -142,8 +142,8 @@ class AltUp(Streams):
             self.p, self.g = _mixing(jnp.eye(shape.streams)), _mixing(jnp.ones(shape.streams))
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
-        p_11SJ = (self.p[...] if self.learned else jnp.eye(self.streams))[None, None]
-        g_11S = (self.g[...] if self.learned else jnp.ones(self.streams))[None, None]
+        p_11SJ = (read(self.p) if self.learned else jnp.eye(self.streams))[None, None]
+        g_11S = (read(self.g) if self.learned else jnp.ones(self.streams))[None, None]
         return Weights(self.active, p_11SJ, lambda _: g_11S)
 
 
@@ -153,7 +153,7 @@ class SimplifiedAltUp(Streams):
         self.r = _mixing(jnp.full(shape.streams, 1 / shape.streams))
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
-        r_11J, eye_SJ = self.r[...][None, None], jnp.eye(self.streams)
+        r_11J, eye_SJ = read(self.r)[None, None], jnp.eye(self.streams)
         write_11S = self.streams * eye_SJ[self.active][None, None]
         return Weights(r_11J, eye_SJ[None, None], lambda _: write_11S)
 
@@ -171,12 +171,12 @@ class HyperConnection(Streams):
             self.scales = _mixing(jnp.full(2, DYNAMIC_SCALE))
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
-        a_m_BLJ, a_r_BLJS, b_BLS = (w[...][None, None] for w in (self.a_m, self.a_r, self.b))
+        a_m_BLJ, a_r_BLJS, b_BLS = (read(w)[None, None] for w in (self.a_m, self.a_r, self.b))
         if self.dynamic:
             batch, length, streams, width = x_BLSD.shape
             norm_BLD = self.norm(x_BLSD.reshape(batch, length * streams, width))  # L * S of them
-            found = jnp.tanh(linear(norm_BLD, self.w[...])).reshape(batch, length, streams, -1)
-            alpha, beta = self.scales[...]
+            found = jnp.tanh(linear(norm_BLD, read(self.w))).reshape(batch, length, streams, -1)
+            alpha, beta = read(self.scales)
             a_m_BLJ += alpha * found[..., 0]
             b_BLS += beta * found[..., 1]
             a_r_BLJS += alpha * found[..., 2:]
@@ -195,12 +195,12 @@ class ManifoldHyperConnection(Streams):
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
         batch, length, s = x_BLSD.shape[:3]
-        found = linear(unit_rms(x_BLSD.reshape(batch, length, -1), self.eps), self.w[...])
+        found = linear(unit_rms(x_BLSD.reshape(batch, length, -1), self.eps), read(self.w))
         parts = jnp.split(found, (s, 2 * s), axis=2)
-        scaled = [scale * part for scale, part in zip(self.scales[...], parts, strict=True)]
-        read_BLJ = jax.nn.sigmoid(scaled[0] + self.b_read[...][None, None])
-        write_BLS = 2 * jax.nn.sigmoid(scaled[1] + self.b_write[...][None, None])
-        logits_BLJS = scaled[2].reshape(batch, length, s, s) + self.b_mix[...][None, None]
+        scaled = [scale * part for scale, part in zip(read(self.scales), parts, strict=True)]
+        read_BLJ = jax.nn.sigmoid(scaled[0] + read(self.b_read)[None, None])
+        write_BLS = 2 * jax.nn.sigmoid(scaled[1] + read(self.b_write)[None, None])
+        logits_BLJS = scaled[2].reshape(batch, length, s, s) + read(self.b_mix)[None, None]
         mix_BLSJ = _doubly_stochastic(logits_BLJS).swapaxes(2, 3)
         return Weights(read_BLJ, mix_BLSJ, lambda _: write_BLS)
 
@@ -236,19 +236,19 @@ class Gemma3nAltUp(Streams):
         self.p, self.c = _mixing(jnp.zeros((s, s, s))), _mixing(jnp.zeros((s, s)))
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
-        p_MK = self.p[...].reshape(self.streams, -1)
+        p_MK = read(self.p).reshape(self.streams, -1)
         mix_BLK = linear(self._modes(x_BLSD[:, :, self.active]), p_MK)
         mix_BLSJ = mix_BLK.reshape(*mix_BLK.shape[:2], self.streams, -1)
         mix_BLSJ += jnp.eye(self.streams)[None, None]
         read_BLJ = mix_BLSJ[:, :, self.active]
 
         def write(y_BLD: jax.Array) -> jax.Array:
-            return 1 + linear(self._modes(y_BLD), self.c[...])
+            return 1 + linear(self._modes(y_BLD), read(self.c))
 
         return Weights(read_BLJ, mix_BLSJ, write)
 
     def _modes(self, x_BLD: jax.Array) -> jax.Array:
-        return jnp.tanh(linear(self.norm(x_BLD), self.w[...]) / x_BLD.shape[2])
+        return jnp.tanh(linear(self.norm(x_BLD), read(self.w)) / x_BLD.shape[2])
 
 
 def _mixing(value: jax.Array) -> nnx.Param:
