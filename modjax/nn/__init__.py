@@ -9,6 +9,7 @@ from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, losses, observe, statistics, totals
 from modjax.nn.routed import Routed, decision_counts, decision_quality
+from modjax.nn.weights import named_weights, write_weights
 from modjax.nn.within import within
 
 MODULES.update({spec.Attention: layers.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
@@ -40,6 +41,7 @@ __all__ = [
     "losses",
     "make_param",
     "measured",
+    "named_weights",
     "normal_param",
     "observe",
     "register",
@@ -48,4 +50,5 @@ __all__ = [
     "under",
     "unstack",
     "within",
+    "write_weights",
 ]

@@ -160,7 +160,7 @@ class MLP(Sublayer):
         # The long dim last: a lone position does little but read the matrix, and rows of d_ff
         # numbers are read faster than rows of d_model.
         output_std = 1 / math.sqrt(f) / depth_scale(shape)
-        self.w_out = normal_param(rngs, (d, f), ("embed", "mlp"), std=output_std)
+        self.w_out = normal_param(rngs, (d, f), ("embed", "mlp"), std=output_std, transposed=True)
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         weights = {name: read(getattr(self, name), None) for name in mlp_weights(self.activation)}

@@ -52,7 +52,11 @@ class MoE(Sublayer):
             return nnx.Dict(
                 {
                     name: normal_param(
-                        rngs, (*stacked, d, width), axes, std=std.get(name, 1 / math.sqrt(d))
+                        rngs,
+                        (*stacked, d, width),
+                        axes,
+                        std=std.get(name, 1 / math.sqrt(d)),
+                        transposed=name == "w_out",
                     )
                     for name in mlp_weights(spec.activation)
                 }

@@ -1,5 +1,7 @@
 """Parameters: each says itself where it lies, what it is for, and whether it decays."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,14 +18,17 @@ def make_param(
     *,
     role: str = "weight",
     decays: bool | None = None,
+    transposed: bool = False,
 ) -> nnx.Param:
-    """A parameter. axes: the logical axis of every dim, for sharding.
+    """Returns a parameter. axes: the logical axis of every dim, for sharding.
 
     role: what it is for: "weight", "embedding", "norm", "router" or "predictor".
     decays: whether weight decay pulls it to 0; None: where it is a matrix, of two or more dims.
+    transposed: whether a matrix is stored as (out, in), see modjax.nn.weights.
     """
     decays = value.ndim >= 2 if decays is None else decays
-    return nnx.Param(value, out_sharding=axes, eager_sharding=False, role=role, decays=decays)
+    about = {"role": role, "decays": decays, "transposed": transposed}
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False, **about)
 
 
 def read(param: nnx.Variable, dtype: DTypeLike | None = jnp.float32) -> jax.Array:
@@ -41,11 +46,11 @@ def normal_param(
     axes: tuple[str | None, ...],
     *,
     std: float,
-    role: str = "weight",
+    **about: Any,
 ) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2); see make_param."""
+    """Returns a float32 parameter drawn from N(0, std^2). about: as make_param takes it."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return make_param(value, axes, role=role)
+    return make_param(value, axes, **about)
 
 
 def scale_param(width: int) -> nnx.Param:

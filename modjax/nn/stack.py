@@ -125,6 +125,15 @@ class Stack(nnx.Module):
             ]
         )
 
+    def depths(self) -> dict[str, range]:
+        """Returns the depths, from 0, of the layers that are stacked under each name."""
+        found, first = {}, 0
+        for _, places, times in self._segments():
+            after = first + len(places) * times
+            found |= {n: range(first + i, after, len(places)) for i, n in enumerate(places)}
+            first = after
+        return found
+
     def _layers(self) -> list[tuple[str, spec.Layer, int]]:
         found = []
         for segment in self.segments:
