@@ -10,13 +10,12 @@ from jax.sharding import Mesh
 
 from modjax.data.cache import TokenCache, cache_dir, open_cache
 from modjax.errors import InputError, require
-from modjax.files import damaged
 from modjax.nn.routed import Quality, quality
 from modjax.provenance import require_readable
-from modjax.records import name_left_out, read_record, read_spec, run_dir, scan
+from modjax.records import name_left_out, read_spec, run_dir, scan
 from modjax.spec import Execution, RunSpec
 from modjax.spec.imports import import_all, places
-from modjax.training.checkpoint import find_damage, read_weights
+from modjax.training.base import check_base, read_finished
 from modjax.training.evaluate import (
     Evaluation,
     difference,
@@ -26,7 +25,7 @@ from modjax.training.evaluate import (
 )
 from modjax.training.programs import compile_eval_step
 from modjax.training.sharding import make_mesh, put_batch
-from modjax.training.state import Model, abstract_model, abstract_weights, joined
+from modjax.training.state import Model, abstract_model, joined
 
 
 class Finished(NamedTuple):
@@ -91,35 +90,12 @@ def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
 
 def _restore(spec: RunSpec, folder: Path, identity: dict[str, str]) -> tuple[Model, Any, Mesh]:
     """Returns the model of a finished run, the weights after its last step, and their mesh."""
-    record = read_record(folder, spec.run_id)
-    if record is None:
-        accepted = "the run has not finished; its weights can be read when it has a result.json"
-        raise InputError(str(folder), "unfinished", accepted)
-    if record.status != "finished":
-        accepted = f"the run has no final weights: it diverged at step {record.diverged_step}"
-        raise InputError(str(folder), record.status, accepted)
-    checkpoint = folder / "checkpoints" / str(record.steps)
-    if damage := find_damage(checkpoint):
-        raise _lost(checkpoint, damage)
     execution = Execution(data=1, layer_loop="scan")
     mesh = make_mesh(execution)
     model = abstract_model(spec.model, execution)
-    try:
-        with jax.set_mesh(mesh):
-            weights = read_weights(checkpoint, abstract_weights(mesh, model), identity)
-    except Exception as error:  # orbax has many errors for files that vanish while it reads
-        if damage := find_damage(checkpoint):
-            raise _lost(checkpoint, damage) from error
-        raise
-    return model, joined(*weights), mesh
-
-
-def _lost(checkpoint: Path, damage: str) -> InputError:
-    remedy = (
-        "holds the run's final weights, for which no earlier checkpoint can stand: put it back, or "
-        "delete the run's result.json, and the same `modjax sweep` or `train` makes it again"
-    )
-    return damaged(checkpoint, remedy, damage)
+    check_base(spec, model)
+    with jax.set_mesh(mesh):
+        return model, joined(*read_finished(mesh, model, spec, folder, identity)), mesh
 
 
 class Comparison(NamedTuple):

@@ -123,13 +123,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that decides what a run computes; its hash names the run."""
+    """Everything that decides what a run computes; its hash names the run.
+
+    base: the folder of a finished run, whose weights this one starts from; None, the seed's.
+    """
 
     variant: str
     budget_flops: float
     model: ModelSpec
     train: TrainConfig
     data: DataConfig
+    base: str | None = None
 
     def __post_init__(self):
         require_plain_name("variant", self.variant)
@@ -141,6 +145,8 @@ class RunSpec:
         JSON, which leaves defaults out: a new field renames no run, and a default never changes."""
         # Through from_dict, so that 1 and 1.0 in a float field name the same run.
         values = {"format": FORMAT} | canonical(from_dict(RunSpec, to_dict(self)))
+        if self.base is not None:
+            values["base"] = Path(self.base).name  # its run, wherever the folder lies
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         m = self.model

@@ -4,8 +4,9 @@
 sets damaged checkpoints aside. Everybody else calls `read_checkpoint` or `read_weights`,
 which change nothing.
 
-checkpoints/<step>/state        the arrays of TrainState, by orbax
-checkpoints/<step>/meta         {"run_id", "data_fingerprint", "seconds"}
+checkpoints/<step>/state        the arrays of TrainState but frozen parameters, by orbax
+checkpoints/<step>/meta         {"run_id", "data_fingerprint", "seconds"}, and where some are frozen
+                                "base", their fingerprint
 checkpoints/<step>/digest.json  {file: sha256}, written before orbax commits the folder
 checkpoints/damaged-<step>      set aside
 """
@@ -37,7 +38,8 @@ WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 class Checkpoints:
     """The checkpoints of one run, for the process that holds the run's lock.
 
-    identity: "run_id" and "data_fingerprint"; a checkpoint that carries another is refused.
+    identity: "run_id", "data_fingerprint" and where something is frozen "base"; a checkpoint that
+      carries another is refused.
     """
 
     def __init__(self, folder: Path, *, keep: int, identity: dict[str, str]):
@@ -152,13 +154,13 @@ def _check_identity(folder: Path, identity: dict[str, str]) -> dict[str, float]:
     """Returns the seconds it took to get to a checkpoint of this identity."""
     meta = _read(folder, meta=ocp.args.JsonRestore())
     for name, value in identity.items():
-        require(
-            meta[name] == value,
-            str(folder.parent),
-            meta[name],
+        accepted = (
             f"a checkpoint of another run: this one has {name} = {value!r}; choose another "
-            "folder, or delete these checkpoints",
+            "folder, or delete these checkpoints"
         )
+        if name == "base":
+            accepted = f"the frozen weights have changed since, to {value!r}: put the old ones back"
+        require(meta[name] == value, str(folder.parent), meta[name], accepted)
     return meta["seconds"]
 
 

@@ -22,6 +22,7 @@ from modjax.files import Home, Missing
 from modjax.provenance import begin, provenance
 from modjax.records import Record, read_record, read_spec, write_record, write_spec
 from modjax.spec import Execution, RunSpec, TrainConfig
+from modjax.training.base import check_base, frozen_weights, initial_state
 from modjax.training.check import check as check  # a job has `check` and `train`
 from modjax.training.check import check_run, open_data
 from modjax.training.checkpoint import Checkpoints
@@ -34,10 +35,17 @@ from modjax.training.evaluate import (
     validation_batches,
 )
 from modjax.training.metrics import MetricsWriter, last_train_loss
-from modjax.training.programs import compile_programs, init_state, make_models
+from modjax.training.programs import compile_programs, make_models
 from modjax.training.record import make_record, progress_values
 from modjax.training.sharding import make_mesh, put_batch
-from modjax.training.state import abstract_state, forget_losses, joined
+from modjax.training.state import (
+    abstract_state,
+    forget_losses,
+    joined,
+    together,
+    trainable,
+    trained_part,
+)
 
 # Tokens of one read of the cache.
 READ_TOKENS = 32_768
@@ -72,7 +80,9 @@ def train(
     check_run(spec, execution, cache, mesh)
     models = make_models(spec, execution)
     model = models.trained
-    abstract = abstract_state(mesh, model, config)
+    check_base(spec, model)
+    mask = trainable(model, config)
+    abstract = trained_part(abstract_state(mesh, model, config), mask)
     _claim(run_dir, spec)
     now = provenance(spec.model, mesh)
     depends_on = begin(run_dir, now, write=jax.process_index() == 0, other_code=other_code)
@@ -83,13 +93,15 @@ def train(
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(_sigterm())
         stack.enter_context(jax.set_mesh(mesh))
+        frozen, of_base = frozen_weights(mesh, model, spec)
         checkpoints = Checkpoints(
-            run_dir / "checkpoints", keep=execution.keep_checkpoints, identity=identity
+            run_dir / "checkpoints", keep=execution.keep_checkpoints, identity=identity | of_base
         )
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state, clock.seconds = restored
+            state = state._replace(params=together(state.params, frozen))
         start = int(state.step) if restored is not None else 0
         batches = stack.enter_context(
             prefetch(
@@ -107,7 +119,7 @@ def train(
         clock.lap("setup")
         programs = compile_programs(mesh, models, spec)
         if restored is None:
-            state = init_state(mesh, model, config)
+            state = initial_state(mesh, model, spec)
         clock.lap("compile")
 
         pace = Pace(start)
@@ -134,7 +146,7 @@ def train(
             jax.block_until_ready(state)
             clock.lap("train")
             home.check()  # orbax would make it anew
-            checkpoints.save(step, state, clock.seconds)
+            checkpoints.save(step, trained_part(state, mask), clock.seconds)
             clock.lap("checkpoint")
 
         def measure(step: int) -> Measured:

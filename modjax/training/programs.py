@@ -83,7 +83,7 @@ def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: A
     seed = jnp.int32(train.seed)
     batch = abstract_batch(mesh, eval_batch_size(mesh), train.seq_len)
     eval_step = jax.jit(make_eval_step(model.graphdef, train, **routing), out_shardings=replicated)
-    weights = joined(*abstract_weights(mesh, model))
+    weights = joined(*abstract_weights(mesh, model, train))
     compiled = eval_step.lower(weights, batch, seed, seed).compile()
     return lambda weights, batch, index: compiled(weights, batch, seed, index)
 

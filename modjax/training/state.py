@@ -19,7 +19,7 @@ from modjax.training.sharding import param_shardings
 
 
 class TrainState(NamedTuple):
-    """params: nested dict of float32 arrays. measured: what training measures, nested like them.
+    """params: nested dict of arrays, see `stored`. measured: what training measures, nested alike.
     opt_state: of what is trained. step: updates made so far, int32.
 
     diverged_step: the first step whose loss or gradient was not finite, 0 while there is none.
@@ -47,7 +47,8 @@ class Model(NamedTuple):
     """A model without its arrays.
 
     graphdef: `nnx.merge(graphdef, joined(params, measured))` is the model. params, measured:
-    shapes. logical_axes, roles: of every parameter. init: a PRNG key -> (params, measured).
+    float32 shapes. logical_axes, roles: of every parameter. init: a PRNG key -> (params, measured).
+    dtype: the one that the model computes in.
     """
 
     graphdef: Any
@@ -56,6 +57,7 @@ class Model(NamedTuple):
     logical_axes: Any
     roles: Any
     init: Callable[[jax.Array], tuple[Any, Any]]
+    dtype: Any
 
 
 def abstract_model(config: ModelSpec, execution: Execution) -> Model:
@@ -92,6 +94,7 @@ def abstract_model(config: ModelSpec, execution: Execution) -> Model:
         said(lambda data: data["out_sharding"]),
         said(lambda data: Role(data["role"], data["decays"])),
         init,
+        jnp.dtype(config.dtype),
     )
 
 
@@ -111,6 +114,20 @@ def trainable(model: Model, train: TrainConfig) -> Any:
     """Whether each parameter is trained."""
     routers = train.trained == "routers"
     return jax.tree.map(lambda role: not routers or role.name in ROUTER_ROLES, model.roles)
+
+
+def stored(params: Any, model: Model, train: TrainConfig) -> Any:
+    """Returns parameters as a run stores them: trained ones in float32, frozen in model.dtype."""
+    return jax.tree.map(
+        lambda trained, leaf: leaf.astype(jnp.float32 if trained else model.dtype),
+        trainable(model, train),
+        params,
+    )
+
+
+def trained_part(state: Any, mask: Any) -> Any:
+    """Returns a TrainState, or Weights, as a checkpoint holds it: with None for what is frozen."""
+    return state._replace(params=parted(state.params, mask)[0])
 
 
 def parted(tree: Any, mask: Any) -> tuple[Any, Any]:
@@ -142,6 +159,7 @@ def make_init(model: Model, train: TrainConfig) -> Callable[[jax.Array], TrainSt
     def init(seed):
         params, measured = model.init(jax.random.key(seed))
         counters = (jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(0))
+        params = stored(params, model, train)
         return TrainState(params, measured, optimizer.init(parted(params, mask)[0]), *counters)
 
     return init
@@ -151,19 +169,20 @@ def _struct(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def abstract_weights(mesh: Mesh, model: Model) -> Weights:
-    """Returns shapes and shardings of the weights."""
+def abstract_weights(mesh: Mesh, model: Model, train: TrainConfig) -> Weights:
+    """Returns shapes, dtypes and shardings of the weights."""
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = param_shardings(mesh, model.params, model.logical_axes)
+    params = jax.eval_shape(lambda params: stored(params, model, train), model.params)
     measured = jax.tree.map(lambda leaf: _struct(leaf, replicated), model.measured)
-    return Weights(jax.tree.map(_struct, model.params, shardings), measured)
+    return Weights(jax.tree.map(_struct, params, shardings), measured)
 
 
 def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
     """Returns shapes and shardings of the state; moments lie where their parameters do."""
     optimizer, mask = make_optimizer(model, train, make_schedule(train)), trainable(model, train)
     replicated = NamedSharding(mesh, PartitionSpec())
-    weights = abstract_weights(mesh, model)
+    weights = abstract_weights(mesh, model, train)
     trained = parted(weights.params, mask)[0]
     places = jax.tree.map(lambda leaf: leaf.sharding, trained)
     opt_state = optax.tree_map_params(

@@ -116,14 +116,14 @@ def test_an_earlier_checkpoint_does_not_stand_for_the_last_one(
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_read_is_named(folder, monkeypatch):
-    from modjax.finished import runs
+    from modjax.training import base
 
     def vanish(checkpoint, *arguments):
         shutil.rmtree(checkpoint / "state")
         return read(checkpoint, *arguments)
 
-    read = runs.read_weights
-    monkeypatch.setattr(runs, "read_weights", vanish)
+    read = base.read_weights
+    monkeypatch.setattr(base, "read_weights", vanish)
     with pytest.raises(InputError, match=r"checkpoints/30 = 'damaged or missing'"):
         load(folder)
 
