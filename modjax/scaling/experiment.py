@@ -2,11 +2,13 @@
 
 A file has `get_config()`, which returns an ml_collections.ConfigDict with the groups `model`,
 `train`, `data`, `execution` and, where it describes a grid, `sweep`. Fields that have a default
-in modjax/spec/ may be left out and can still be overridden.
+in modjax/spec/ may be left out and can still be overridden. A single run may have a `base`, the
+folder of a finished run whose weights it starts from.
 """
 
 import ast
 import dataclasses
+import os
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +59,7 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
         config = _override(config, override)
     values = config.to_dict()
     for name in values:
-        known = (*GROUPS, "sweep")
+        known = (*GROUPS, "sweep" if "sweep" in values else "base")
         require(name in known, f"config.{name}", "...", f"unknown; known: {', '.join(known)}")
     sweep = from_dict(SweepConfig, values["sweep"], "sweep.") if "sweep" in values else None
     arms = {f"sweep.arms.{name}": arm for name, arm in sweep.arms.items()} if sweep else {}
@@ -71,7 +73,10 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
     train = from_dict(TrainConfig, values["train"], "train.")
     budget = run_flops(model, train, train.steps)
     variant = "-".join(str(layer).partition("(")[0].lower() for layer, _ in model.repeated())
-    spec = RunSpec(variant, budget, model, train, data)
+    base = values["base"]
+    require(isinstance(base, str | None), "config.base", base, "must be a folder, or None")
+    base = None if base is None else os.path.realpath(base)
+    spec = RunSpec(variant, budget, model, train, data, base)
     return Experiment(config_file, values, execution, None, [spec], imports)
 
 
@@ -122,6 +127,8 @@ def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:
         _fill(values, name, cls)
     if "sweep" in values:
         _fill(values, "sweep", SweepConfig)
+    else:
+        values.setdefault("base", None)
     return ml_collections.ConfigDict(values)
 
 

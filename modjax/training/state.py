@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it is created on a mesh."""
+"""The state of training from step to step, and how it is created on a mesh."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -79,7 +79,7 @@ def abstract_model(config: ModelSpec, execution: Execution) -> Model:
     _, params, measured = nnx.split(model, nnx.Param, Measured)
 
     def said(of: Callable[[dict[str, Any]], Any]) -> Any:
-        """Something that every parameter says of itself."""
+        """Returns a fact that every parameter says of itself."""
         found = jax.tree.map(
             lambda param: of(param.get_metadata()),
             params,
@@ -99,19 +99,12 @@ def abstract_model(config: ModelSpec, execution: Execution) -> Model:
 
 
 def joined(params: Any, measured: Any) -> Any:
-    """Parameters and measured numbers as one tree."""
-    if not (isinstance(params, dict) and isinstance(measured, dict)):
-        return params
-    both = {
-        name: joined(params.get(name, {}), part)
-        for name, part in measured.items()
-        if isinstance(part, dict)
-    }
-    return measured | params | both
+    """Returns parameters and measured numbers as one tree."""
+    return nnx.to_pure_dict(nnx.merge_state(nnx.State(params), nnx.State(measured)))
 
 
 def trainable(model: Model, train: TrainConfig) -> Any:
-    """Whether each parameter is trained."""
+    """Returns whether each parameter is trained."""
     routers = train.trained == "routers"
     return jax.tree.map(lambda role: not routers or role.name in ROUTER_ROLES, model.roles)
 
@@ -131,14 +124,14 @@ def trained_part(state: Any, mask: Any) -> Any:
 
 
 def parted(tree: Any, mask: Any) -> tuple[Any, Any]:
-    """A tree's leaves where `mask` is true, and where it is not, with None for the others."""
+    """Returns a tree's leaves where `mask` is true, and the others, with None in the gaps."""
     mine = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree)
     others = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, tree)
     return mine, others
 
 
 def together(mine: Any, others: Any) -> Any:
-    """The tree that `parted` took apart."""
+    """Returns the tree that `parted` took apart."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, mine, others, is_leaf=lambda node: node is None
     )
@@ -147,13 +140,13 @@ def together(mine: Any, others: Any) -> Any:
 def make_optimizer(
     model: Model, train: TrainConfig, schedule: Schedule
 ) -> optax.GradientTransformation:
-    """The optimizer of what is trained, see optimizer.optimizer_for."""
+    """Returns the optimizer of the trained parameters, see optimizer.optimizer_for."""
     roles = parted(model.roles, trainable(model, train))[0]
     return optimizer_for(roles, train, schedule)
 
 
 def make_init(model: Model, train: TrainConfig) -> Callable[[jax.Array], TrainState]:
-    """A pure function from a seed (int32) to the state before the first step."""
+    """Returns a pure function from a seed (int32) to the state before the first step."""
     optimizer, mask = make_optimizer(model, train, make_schedule(train)), trainable(model, train)
 
     def init(seed):
@@ -199,5 +192,5 @@ def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
 
 
 def forget_losses(state: TrainState) -> TrainState:
-    """The state after its mean loss has been logged."""
+    """Returns the state after its mean loss has been logged."""
     return state._replace(loss_sum=np.float32(0), loss_steps=np.int32(0))  # type: ignore[arg-type]

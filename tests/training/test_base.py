@@ -1,7 +1,9 @@
 """A run that starts from another's weights, and the frozen part that its checkpoints leave out."""
 
 import dataclasses
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from modjax.errors import InputError
 from modjax.finished.runs import load
 from modjax.records import read_record, write_record
+from modjax.scaling import experiment
 from modjax.spec import Dense, Execution, MoD
 from modjax.spec.run import ROUTER_ROLES
 from modjax.training.base import fingerprint, initial_state
@@ -152,3 +155,14 @@ def test_a_fingerprint_sees_each_bit_and_each_place():
     others = [one.at[1, 2].set(np.nextafter(np.float32(6), np.float32(7))), one.T.reshape(3, 4),
               one.astype(jnp.bfloat16), one[::-1], one.reshape(4, 3)]  # fmt: skip
     assert len({fingerprint({"a": x}) for x in (one, *others)} | {fingerprint({"b": one})}) == 7
+
+
+def test_a_config_of_a_single_run_names_its_base(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    configs = Path(__file__).parents[2] / "configs"
+    (spec,) = experiment.load(str(configs / "single.py"), ["base=runs/one"]).specs
+    assert spec.base == os.path.realpath("runs/one")
+    assert spec.run_id == dataclasses.replace(spec, base="/elsewhere/one").run_id
+    assert spec.run_id != dataclasses.replace(spec, base=None).run_id
+    with pytest.raises(InputError, match=r"--config\.base = 'runs/one': unknown"):
+        experiment.load(str(configs / "tiny.py"), ["base=runs/one"])
