@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from modjax.errors import InputError
 from modjax.finished.runs import load
@@ -155,6 +156,8 @@ def test_a_fingerprint_sees_each_bit_and_each_place():
     others = [one.at[1, 2].set(np.nextafter(np.float32(6), np.float32(7))), one.T.reshape(3, 4),
               one.astype(jnp.bfloat16), one[::-1], one.reshape(4, 3)]  # fmt: skip
     assert len({fingerprint({"a": x}) for x in (one, *others)} | {fingerprint({"b": one})}) == 7
+    over = NamedSharding(make_mesh(Execution(data=2, fsdp=2)), PartitionSpec(None, "fsdp"))
+    assert fingerprint({"a": jax.device_put(one, over)}) == fingerprint({"a": one})
 
 
 def test_a_config_of_a_single_run_names_its_base(monkeypatch, tmp_path):
