@@ -32,10 +32,11 @@ def normal_param(
     *,
     std: float,
     role: str = "weight",
+    decays: bool | None = None,
 ) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2); see make_param."""
+    """Returns a float32 parameter drawn from N(0, std^2); see make_param."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return make_param(value, axes, role=role)
+    return make_param(value, axes, role=role, decays=decays)
 
 
 def scale_param(width: int) -> nnx.Param:
