@@ -30,7 +30,7 @@ ARMS = {
     },
     "attention12": {
         "layers": "Seq(Attention(received=True), MLP()), "
-        f"MoD(Dense(), router=Received(), rule=TopK(weight="one"), {PREDICTED})",
+        f"MoD(Dense(), router=Received(), rule=TopK('one'), {PREDICTED})",
         "forward_ratio": 0.7,
     },
     "threshold12": {"layers": "Dense(), MoD(Dense(), rule=Threshold())", "forward_ratio": 0.7},

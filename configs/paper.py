@@ -41,7 +41,7 @@ def get_config(budget: str = "all") -> ml_collections.ConfigDict:
             "random50": {"layers": "Dense(), MoD(Dense(), capacity=0.5, rule=Random())"},
             "moe": {"layers": MOE},
             "staged": {"layers": f"{MOE}, MoD({MOE}, capacity=0.125, causal=Predictor())"},
-            "integrated": {"layers": "Seq(Attention(), MoE(experts=4, rule=TokenChoice(no_ops=4)))"},
+            "integrated": {"layers": "Seq(Attention(), MoE(4, TokenChoice(no_ops=4)))"},
         },
         "baseline": "dense",
         "budgets": tuple(BUDGETS.values()) if budget == "all" else (BUDGETS[budget],),

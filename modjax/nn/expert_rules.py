@@ -127,16 +127,16 @@ class ExpertChoice(ExpertRule):
 
     def _taken(self, mine_BLE: jax.Array, scores_BLE: jax.Array) -> Picked:
         own_11E = jnp.arange(self.experts)[None, None]
-        picks = Picks(
-            jnp.where(mine_BLE, own_11E, self.experts), self.spec.scale * scores_BLE
-        )
+        picks = Picks(jnp.where(mine_BLE, own_11E, self.experts), self.spec.scale * scores_BLE)
         return Picked(picks, jnp.sum(mine_BLE, axis=1))
 
 
 class ExpertThreshold(ExpertChoice):
     """Each expert takes the positions that score above its running mean."""
 
-    def __init__(self, spec: spec.ExpertThreshold, shape: spec.Shape, *, experts: int, rngs: nnx.Rngs):
+    def __init__(
+        self, spec: spec.ExpertThreshold, shape: spec.Shape, *, experts: int, rngs: nnx.Rngs
+    ):
         super().__init__(spec, shape, experts=experts, rngs=rngs)
         self.threshold = measured((experts,))
 

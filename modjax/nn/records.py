@@ -188,9 +188,7 @@ def statistics(
     return found
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("found",), meta_fields=("kind",)
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("found",), meta_fields=("kind",))
 @dataclass(frozen=True)
 class Counts:
     """The counts of a layer's record, see `Record.counts`: (B, G). kind: the record's type."""

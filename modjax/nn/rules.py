@@ -137,7 +137,7 @@ class TopK(Weighed):
 
 
 class Random(TopK):
-    """Positions that rank best by noise, which depends on the key, the sequence and the position."""
+    """Positions that rank best by noise of the key, the sequence and the position."""
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         if call.key is None:

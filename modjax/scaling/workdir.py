@@ -18,7 +18,7 @@ from modjax.files import Missing, read_json
 from modjax.records import WRITTEN_AGAIN, read_as, run_dir, write_json
 from modjax.scaling.experiment import Experiment
 from modjax.scaling.run import lock
-from modjax.spec import to_dict
+from modjax.spec import from_dict, to_dict
 
 logger = logging.getLogger("modjax")
 
@@ -40,7 +40,7 @@ def read_plan(workdir: Path) -> Plan | None:
     Raises InputError where it cannot be read.
     """
     try:
-        return read_as(Plan, workdir / "plan.json", WRITTEN_AGAIN)
+        return read_as(lambda values: from_dict(Plan, values), workdir / "plan.json", WRITTEN_AGAIN)
     except Missing:
         return None
 

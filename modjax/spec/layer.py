@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from modjax.errors import require, require_bounded
 from modjax.spec import text
 
+
 class Shape(NamedTuple):
     """The numbers of a model that its layers share."""
 
@@ -126,7 +127,9 @@ def check_types(spec: Any, name: str) -> None:
     for field, kinds, said in _types(type(spec)):
         value = getattr(spec, field)
         whole = float in kinds and type(value) is int
-        fits = whole or type(value) in kinds or isinstance(value, kinds) and isinstance(value, Spec)
+        fits = (
+            whole or type(value) in kinds or (isinstance(value, Spec) and isinstance(value, kinds))
+        )
         require(fits, f"{name}.{field}", value, f"must be {said}")
         require_bounded(f"{name}.{field}", value)
 

@@ -151,6 +151,10 @@ class ModelSpec:
         """Returns the names of the rules that "causal" routing uses."""
         return frozenset().union(*(layer.own_rules() for layer, _ in self.repeated()))
 
+    def used_rules(self, routing: str) -> frozenset[str]:
+        """Returns the names of the rules that some layer uses under a routing."""
+        return self.own_rules() if routing == "causal" else self.rules() & {routing}
+
     @property
     def routings(self) -> tuple[str, ...]:
         """The routings that a call can ask for."""

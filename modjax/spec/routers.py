@@ -84,7 +84,7 @@ class Rule(Spec):
 class Weighed(Rule):
     """Base class of rules that weigh an update by the raw score r of its position.
 
-    weight: "linear" r, "sigmoid", "two_sigmoid" 2 sigmoid(r), "one_plus_tanh" 1 + tanh(r), or "one".
+    weight: "linear" r, "sigmoid", "two_sigmoid" 2 sigmoid(r), "one_plus_tanh" 1 + tanh(r), "one" 1.
     """
 
     weight: str = "linear"
