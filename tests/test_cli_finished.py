@@ -16,7 +16,7 @@ from modjax import provenance
 from modjax.cli import main
 from modjax.provenance import SETTINGS
 from modjax.records import read_records, run_dir, write_provenance, write_record
-from modjax.spec import Dense, MoD, to_dict
+from modjax.spec import Dense, MoD, Predictor, to_dict
 from tests.training.tiny import run_spec
 
 
@@ -289,7 +289,7 @@ def test_eval_of_a_folder_evaluates_the_others_and_names_each_that_fails(
     workdir, able, _ = two_runs
     shutil.copytree(workdir, tmp_path / "work")
     (record,) = (r for r in read_records(workdir) if r.run_id == able)
-    routed = (Dense(), MoD(capacity=0.25, predictor_weight=1.0))
+    routed = (Dense(), MoD(capacity=0.25, causal=Predictor()))
     lost = add_run(tmp_path / "work", record, run_spec(layers=routed, steps=31), steps=31)
     damaged = add_run(tmp_path / "work", record, run_spec(layers=routed, steps=32), steps=32)
     (run_dir(tmp_path / "work", damaged) / "spec.json").write_text("{")

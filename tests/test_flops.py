@@ -22,7 +22,9 @@ from modjax.spec import (
     MLP,
     AltUp,
     Attention,
+    Binary,
     Dense,
+    ExpertChoice,
     Full,
     Gemma3nAltUp,
     HyperConnection,
@@ -30,12 +32,17 @@ from modjax.spec import (
     MoD,
     ModelSpec,
     MoE,
+    Predictor,
     Projected,
+    Received,
     Recycled,
     Seq,
     SequenceAltUp,
     SimplifiedAltUp,
     StrideSkip,
+    Threshold,
+    TokenChoice,
+    TopK,
     TrainConfig,
     selected_tokens,
 )
@@ -76,12 +83,12 @@ def patterns(dense):
 CASES = [
     *((pattern, 8) for pattern in patterns(Dense())),
     *((pattern, 2) for pattern in patterns(Dense("swiglu"))),
-    ((MoD(router="token_choice", predictor_weight=1.0),
-      MoD(router="threshold", predictor_weight=1.0)), 8),
-    ((RECEIVED, MoD(router="received", predictor_weight=1.0)), 8),
+    ((MoD(rule=Binary(), causal=Predictor()),
+      MoD(rule=Threshold(), causal=Predictor())), 8),
+    ((RECEIVED, MoD(router=Received(), rule=TopK(weight="one"), causal=Predictor())), 8),
     ((Seq(Attention(), MoE(4, shared=1, width=1024)),), 8),
-    ((Seq(Attention(), MoE(8, 2, no_ops=4, capacity_factor=1.5, activation="swiglu")),), 8),
-    ((MoD(Seq(Attention(), MoE(4, router="expert_choice")), capacity=0.5),), 8),
+    ((Seq(Attention(), MoE(8, TokenChoice(2, no_ops=4), activation="swiglu")),), 8),
+    ((MoD(Seq(Attention(), MoE(4, ExpertChoice())), capacity=0.5),), 8),
     ((SequenceAltUp(stride=4), StrideSkip(MoD(), stride=2)), 8),
 ]  # fmt: skip
 ON_STREAMS = [
@@ -151,7 +158,7 @@ def test_streams_equal_a_count_by_hand():
 
 
 def test_experts_equal_a_count_by_hand():
-    moe = MoE(4, 2, no_ops=4, width=6, shared=1, capacity_factor=1.5)
+    moe = MoE(4, TokenChoice(2, no_ops=4), width=6, shared=1, capacity_factor=1.5)
     model = ModelSpec(10, 8, 1, 2, 2, 5, Seq(Attention(), moe))
     got = forward_flops(model, 10)
     # 20 picks, half of them of 4 experts: 2.5 each, and room for 4 (3.75 rounded up).
@@ -169,17 +176,17 @@ def test_experts_equal_a_count_by_hand():
 
 
 def test_a_smaller_capacity_is_the_control_of_no_ops_at_the_same_executed_flops():
-    no_ops, reduced = MoE(8, no_ops=8), MoE(8, capacity_factor=1.25 / 2)
+    no_ops, reduced = MoE(8, TokenChoice(no_ops=8)), MoE(8, capacity_factor=1.25 / 2)
     assert no_ops.computed(512) == reduced.computed(512) == 8 * 40
-    assert MoE(8, no_ops=8, random_no_ops=True).computed(512) == 8 * 40
+    assert MoE(8, TokenChoice(no_ops=8, random_no_ops=True)).computed(512) == 8 * 40
     assert MoE(8, capacity_factor=100.0).slots(20) == 20 and MoE(8).slots(1) == 1
     assert MoE(10, capacity_factor=1.1).slots(100) == 11  # not 12 by a last bit
 
 
 def test_routers_and_predictors_of_every_kind_equal_a_count_by_hand():
-    mod = MoD(capacity=0.25, slack=1.5, predictor_weight=1.0)
-    routers = ("received", "token_choice", "threshold")
-    layers = (RECEIVED, *(dataclasses.replace(mod, router=router) for router in routers))
+    mod = MoD(capacity=0.25, causal=Predictor())
+    changes = ({"router": Received()}, {"rule": Binary()}, {"rule": Threshold(slack=1.5)})
+    layers = (RECEIVED, *(dataclasses.replace(mod, **change) for change in changes))
     model = ModelSpec(10, 8, 8, 2, 2, 6, layers)
     got = forward_flops(model, 8)  # 8, 2 and 2 tokens, and 3 where there is room for 1.5 times 2
     assert got["mlp"] == 2 * 2 * (8 + 2 + 2 + 3) * 2 * 8 * 6

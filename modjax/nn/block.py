@@ -169,7 +169,7 @@ class MoDBlock(RoutedLayer):
         if routing != "trained":
             name, rule = self.decider(routing)
             if name == "threshold":
-                _warn_unmeasured(self.rules()[rule].threshold[...])
+                _warn_unmeasured(jax.lax.stop_gradient(self.rules()[rule].threshold[...])[0])
         state = self.start(batch, ())
         (x_BLD, beside), records, _ = self.route(x_BLD, at, call, state, None, bound, process)
         own = {path: record for path, record in records.items() if path}
@@ -222,7 +222,7 @@ def _warn_unmeasured(threshold: jax.Array) -> None:
     """Warns, when the program runs, of a threshold that is still the 0 it began as."""
 
     def warn(threshold: jax.Array) -> None:
-        if not threshold.any():
+        if threshold == 0:
             warnings.warn(
                 "a MoDBlock selects by a threshold that was never measured: call modjax.observe "
                 "after every update, and use what it returns",
@@ -231,6 +231,6 @@ def _warn_unmeasured(threshold: jax.Array) -> None:
 
     if isinstance(threshold, Tracer):
         # The condition spares a program whose threshold is measured the call to the host.
-        jax.lax.cond(~jnp.any(threshold), lambda: jax.debug.callback(warn, threshold), lambda: None)
+        jax.lax.cond(threshold == 0, lambda: jax.debug.callback(warn, threshold), lambda: None)
     else:
         warn(threshold)

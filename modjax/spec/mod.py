@@ -53,7 +53,7 @@ class MoDConfig:
         require(0 < self.capacity <= 1, "MoD.capacity", self.capacity, "must be in (0, 1]")
         require_one_of("MoD.residual", self.residual, RESIDUALS)
         able = self.causal is None or len(self.causal.names()) > 0
-        require(able, "MoD.causal", str(self.causal), "must be a rule that never looks ahead")
+        require(able, "MoD.causal", self.causal, "must be a rule that never looks ahead")
 
     def names(self) -> tuple[str, ...]:
         """Returns the names of its ways to select without the future; the first is its own."""

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import Dense, MoD, ModelSpec
+from modjax.spec import Dense, MoD, ModelSpec, Predictor
 from tests.nn.small import QUICK, behind_a_block, key_values, random_model
 
 VOCAB, LENGTH, PROMPT, SLOTS = 20, 12, 3, 6
-MOD = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+MOD = {"capacity": 0.5, "causal": Predictor()}
 PATTERNS = {
     "predictor": behind_a_block("received", "expert_choice", **MOD),
     "threshold": (MoD(Dense(), **MOD), *behind_a_block("threshold", **MOD)),
-    "router": behind_a_block("positional", "token_choice", **MOD),
+    "causal": behind_a_block("positional", "binary", capacity=0.5),
 }
 
 

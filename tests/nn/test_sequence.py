@@ -24,6 +24,7 @@ from modjax.spec import (
     MoD,
     ModelSpec,
     MoE,
+    Predictor,
     Projected,
     Recycled,
     Repeat,
@@ -32,6 +33,8 @@ from modjax.spec import (
     SimplifiedAltUp,
     StridePool,
     StrideSkip,
+    TokenChoice,
+    TopK,
 )
 from tests.nn.small import QUICK, check_gradients, random_model
 from tests.nn.test_cached_decoding import LENGTHS, TOTALS, both_ways
@@ -158,7 +161,7 @@ def between(layer, **changes):
     return model(ends, Repeat(layer), ends, depth=4, **changes)
 
 
-TAUGHT = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+TAUGHT = {"capacity": 0.5, "rule": TopK(auxiliary=1.0), "causal": Predictor()}
 MODELS = {
     "altup": between(SequenceAltUp(Dense(), stride=3)),
     "skip": between(StrideSkip(Dense(), stride=3)),
@@ -166,7 +169,7 @@ MODELS = {
     "a window": between(SequenceAltUp(Seq(Attention(window=4), MLP()), stride=2)),
     "around MoD": between(SequenceAltUp(MoD(**TAUGHT), stride=2)),
     "pooled around MoD": between(StridePool(MoD(**TAUGHT), stride=2)),
-    "around MoE": between(SequenceAltUp(Seq(Attention(), MoE(4, 2)), stride=2)),
+    "around MoE": between(SequenceAltUp(Seq(Attention(), MoE(4, TokenChoice(2))), stride=2)),
     "within MoD": between(MoD(SequenceAltUp(Dense(), stride=2), **TAUGHT)),
     "pooled within MoD": between(MoD(StridePool(Dense(), stride=2), **TAUGHT)),
     "altup of altup": model(

@@ -13,7 +13,7 @@ from modjax.scaling.cells import cells
 from modjax.scaling.experiment import load
 from modjax.scaling.fit import fit_all
 from modjax.scaling.foretell import CURVATURE, NOISE, foretell
-from modjax.spec import Dense, MoD
+from modjax.spec import Dense, MoD, Random
 from modjax.tables import plan_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -113,7 +113,7 @@ def test_arms_of_one_size_rule_differ_only_in_what_the_config_says():
         assert mod.train == control.train
         assert mod.model.d_model == control.model.d_model
         assert mod.model.layers == (Dense(), MoD(capacity=0.125))
-        assert control.model.layers == (Dense(), MoD(capacity=0.125, router="stochastic"))
+        assert control.model.layers == (Dense(), MoD(capacity=0.125, rule=Random()))
 
 
 def test_the_recipe_follows_its_rules_of_width_and_budget():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from modjax.spec import Execution, MoD
+from modjax.spec import Execution, MoD, Predictor
 from modjax.training import loop
 from tests.training.tiny import (
     initial_state,
@@ -19,7 +19,7 @@ from tests.training.tiny import (
 )
 
 ROUTED = model(layers=(MoD(capacity=0.25),), num_layers=1)
-PREDICTED = dataclasses.replace(ROUTED, layers=(MoD(capacity=0.25, predictor_weight=1.0),))
+PREDICTED = dataclasses.replace(ROUTED, layers=(MoD(capacity=0.25, causal=Predictor()),))
 
 
 def three_steps(config, drop=()):
