@@ -113,7 +113,7 @@ def test_matrix_products_agree_with_what_xla_counts(layers, kv_heads, streams):
 
     def forward(params, tokens):
         logits, records = nnx.merge(graphdef, params)(tokens)
-        return logits, [getattr(record, "predictor_BL", None) for record in records.values()]
+        return logits, [getattr(record, "logits_BL", None) for record in records.values()]
 
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     step = jax.jit(forward).lower(params, tokens)

@@ -230,8 +230,8 @@ def test_a_turn_that_does_not_fit_is_one_line(tokens_BL, lengths_B, message):
         ({"max_length": 11}, "with 8 new ones does not fit the cache of max_length = 11"),
         (
             {"routing": "trained"},
-            "routing = 'trained': must be causal, or the name of a rule; training looks at tokens not "
-            "yet drawn",
+            "routing = 'trained': must be causal, or the name of a rule; training looks at tokens "
+            "not yet drawn",
         ),
         (
             {"routing": "both"},

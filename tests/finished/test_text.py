@@ -162,8 +162,8 @@ def test_tokens_beyond_the_manifest_are_not_drawn():
         ),
         ("a", {"routing": "both"}, "--routing = 'both': must be one of"),
         (
-            "a", {"routing": "router"},
-            r"--routing = 'router': MoD\(Dense\(\), .*\) can select by trained, predictor",
+            "a", {"routing": "auxiliary"},
+            "--routing = 'auxiliary': must be one of trained, causal, paced, predictor, threshold",
         ),
     ],
 )  # fmt: skip

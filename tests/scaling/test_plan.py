@@ -240,16 +240,16 @@ BAD = {
     "model.layers=Dense('tanh')": "model.layers = \"Dense('tanh')\": MLP.activation = 'tanh': must",
     "model.streams=Dense()": "model.streams = 'Dense()': must be such as Recycled(2), or None",
     "model.dtype=float31": "model.dtype = 'float31': must be one of float32, bfloat16",
-    "model.layers=Moe()": "model.layers = 'Moe': unknown; known: AltUp, Attention, Dense, Full",
+    "model.layers=Moe()": "model.layers = 'Moe': unknown; known: AltUp, Attention, Binary, Den",
     "sweep.arms.mod12.layers=MoD(capacity=1.5)":
         "sweep.arms.mod12.layers = 'MoD(capacity=1.5)': MoD.capacity = 1.5: must be in (0, 1]",
     "sweep.arms.mod12.layers=MoD(capacity=0)":
         "sweep.arms.mod12.layers = 'MoD(capacity=0)': MoD.capacity = 0: must be in (0, 1]",
     "sweep.arms.mod12.layers=MoD(router='moe')":
-        "sweep.arms.mod12.layers = \"MoD(router='moe')\": MoD.router = 'moe': must be one",
+        "sweep.arms.mod12.layers = \"MoD(router='moe')\": MoD.router = 'moe': must be of",
     "sweep.arms.mod12.layers=MoD(MoE(experts=4, topk=5))":
         "sweep.arms.mod12.layers = 'MoE(experts=4, topk=5)': MoE.topk = 5: unknown; known here: "
-        "experts, top_k, width",
+        "experts, rule, router, width",
     "sweep.arms.mod12.layers=AltUp(Dense())":
         "sweep.arms.mod12.layers = 'AltUp(Dense())': ",
     "sweep.arms.mod12.layers=Repeat(Dense(), times=7)":

@@ -1,0 +1,70 @@
+"""A router of one's own with context: a causal convolution over the last positions.
+
+Legend: B batch, L positions, W width of the window, D model width, R scores of a position.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import modjax
+from modjax.nn import Out, normal_param
+from modjax.spec import Cost, Load, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours(modjax.Router):
+    """Scores of a position from itself and the width - 1 positions before it."""
+
+    width: int = 3
+
+    def cost(self, shape: Shape, load: Load, outputs: int = 1) -> Iterator[Cost]:
+        numbers = self.width * shape.d_model * outputs
+        yield Cost("router", 2.0 * load.tokens * numbers, numbers, role="router")
+
+    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
+        return (self.width - 1) * shape.d_model
+
+
+class Before(NamedTuple):
+    """The cache: the last width - 1 positions of each row, zeros before the first."""
+
+    x_BWD: jax.Array
+
+    def written(self, write: "Before", *, fresh: bool = False) -> "Before":
+        return write
+
+
+class NeighboursModule(nnx.Module):
+    def __init__(self, spec: Neighbours, shape: Shape, *, outputs: int, rngs):
+        self.width, self.d_model = spec.width, shape.d_model
+        std = (spec.width * shape.d_model) ** -0.5
+        axes = (None, "replicated", None)
+        self.w = normal_param(rngs, (spec.width, shape.d_model, outputs), axes, std=std,
+                              role="router")  # fmt: skip
+
+    def __call__(self, x_BLD, at, call, cache=None) -> Out:
+        batch, length, width = x_BLD.shape
+        x_BLD = x_BLD.astype(jnp.float32)
+        before_BWD = jnp.zeros((batch, self.width - 1, width)) if cache is None else cache.x_BWD
+        wide_BLD = jnp.concatenate([before_BWD, x_BLD], axis=1)
+        scores_BLR = sum(
+            jnp.einsum("BLD,DR->BLR", wide_BLD[:, w : w + length], self.w[...][w])
+            for w in range(self.width)
+        )
+        read_B = jnp.full(batch, length)
+        if at.valid_BL is not None:  # padding comes last
+            read_B = jnp.sum(at.valid_BL, axis=1)
+        places_BW = read_B[:, None] + jnp.arange(self.width - 1)[None]
+        kept_BWD = jax.vmap(lambda x_LD, places_W: x_LD[places_W])(wide_BLD, places_BW)
+        return Out(scores_BLR, () if cache is None else Before(kept_BWD))
+
+    def empty(self, batch, length, slack, dtype):
+        return Before(jnp.zeros((batch, self.width - 1, self.d_model)))
+
+
+modjax.register(Neighbours, NeighboursModule)
