@@ -27,10 +27,14 @@ from modjax.spec.mod import cache_slots
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MoDWrite:
-    """The update of a MoDCache: taken_B and missed_B more positions of each row."""
+    """The update of a MoDCache after read_B positions of each row, 0 for a row that was not run.
+
+    taken_B, missed_B: more positions that are in it, and that were dropped.
+    """
 
     inner: Any
     route: Route
+    read_B: jax.Array
     taken_B: jax.Array
     missed_B: jax.Array
 
@@ -59,9 +63,13 @@ class MoDCache:
         return self.missed_B
 
     def written(self, write: MoDWrite, *, fresh: bool = False) -> "MoDCache":
+        def after(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(wide(write.read_B > 0, old), new, old)
+
+        router = written(self.route.router, write.route.router, fresh=fresh)
         return MoDCache(
             written(self.inner, write.inner, fresh=fresh),
-            Route(written(self.route.router, write.route.router, fresh=fresh), write.route.rules),
+            Route(router, jax.tree.map(after, self.route.rules, write.route.rules)),
             self.taken_B + write.taken_B,
             self.missed_B + write.missed_B,
             self.slots,
@@ -104,7 +112,7 @@ class MoD(RoutedLayer):
             own: Any = records[""]
             taken_B = jnp.sum(own.selected_BL, axis=1, dtype=jnp.int32)
             missed_B = jnp.sum(own.wanted_BL, axis=1, dtype=jnp.int32) - taken_B
-            write = MoDWrite(write, state, taken_B, missed_B)
+            write = MoDWrite(write, state, at.count(batch, length), taken_B, missed_B)
         return out._replace(write=write, records={**records, **out.records})
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:
@@ -128,7 +136,8 @@ class MoD(RoutedLayer):
         )
         missed_B = jnp.sum(wanted_BL & ~routed_BL, axis=1, dtype=jnp.int32)
         taken_B = jnp.sum(routed_BL, axis=1, dtype=jnp.int32)
-        write = MoDWrite(write, Route(scored.write, rules), taken_B, missed_B)
+        route, read_B = Route(scored.write, rules), at.count(*x.shape[:2])
+        write = MoDWrite(write, route, read_B, taken_B, missed_B)
         return Out(x + update, write, {}, {}, depth_BL)
 
     def _updates(

@@ -31,12 +31,18 @@ class Neighbours(modjax.Router):
 
 
 class Before(NamedTuple):
-    """The cache: the last width - 1 positions of each row, zeros before the first."""
+    """The cache: the last width - 1 positions of each row, zeros before the first.
+
+    As an update: the same after read_B more positions. A row that is not run has read none, and the
+    rest of its update may be anything.
+    """
 
     x_BWD: jax.Array
+    read_B: jax.Array
 
     def written(self, write: "Before", *, fresh: bool = False) -> "Before":
-        return write
+        read_B11 = (write.read_B > 0)[:, None, None]
+        return write._replace(x_BWD=jnp.where(read_B11, write.x_BWD, self.x_BWD))
 
 
 class NeighboursModule(nnx.Module):
@@ -56,15 +62,14 @@ class NeighboursModule(nnx.Module):
             jnp.einsum("BLD,DR->BLR", wide_BLD[:, w : w + length], self.w[...][w])
             for w in range(self.width)
         )
-        read_B = jnp.full(batch, length)
-        if at.valid_BL is not None:  # padding comes last
-            read_B = jnp.sum(at.valid_BL, axis=1)
+        read_B = at.count(batch, length)  # padding comes last
         places_BW = read_B[:, None] + jnp.arange(self.width - 1)[None]
         kept_BWD = jax.vmap(lambda x_LD, places_W: x_LD[places_W])(wide_BLD, places_BW)
-        return Out(scores_BLR, () if cache is None else Before(kept_BWD))
+        return Out(scores_BLR, () if cache is None else Before(kept_BWD, read_B))
 
     def empty(self, batch, length, slack, dtype):
-        return Before(jnp.zeros((batch, self.width - 1, self.d_model)))
+        before_BWD = jnp.zeros((batch, self.width - 1, self.d_model))
+        return Before(before_BWD, jnp.zeros(batch, jnp.int32))
 
 
 modjax.register(Neighbours, NeighboursModule)

@@ -37,9 +37,9 @@ class RisingModule(Rule):
 
     def decide(self, name, x_BLD, choice, at, state):
         """Compares the first score with the last one that was read before, `state`."""
-        scores_BL, length = choice.scores_BL, choice.scores_BL.shape[1]
+        scores_BL = choice.scores_BL
         before_BL = jnp.concatenate([state[:, None], scores_BL[:, :-1]], axis=1)
-        read_B = length if at.valid_BL is None else jnp.sum(at.valid_BL, axis=1)
+        read_B = at.count(*scores_BL.shape)
         after_BL = jnp.concatenate([state[:, None], scores_BL], axis=1)
         return scores_BL > before_BL, jax.vmap(lambda s_L, n: s_L[n])(after_BL, read_B)
 

@@ -1,4 +1,4 @@
-"""Routers and rules that no line of modjax knows are planned, counted, trained, decoded, reported."""
+"""Routers and rules from outside are planned, counted, trained, decoded and reported like ours."""
 
 import dataclasses
 import json
@@ -40,16 +40,23 @@ def test_its_text_is_read_back(layer):
     assert model(str(layer)).layers[-1] == layer
 
 
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_cached_decoding_is_the_full_pass(layer):
+PACED = MoD(MoD(capacity=0.5, causal=Predictor()), capacity=0.7, causal=Predictor())
+
+
+@pytest.mark.parametrize(
+    "layer, routing",
+    [*((layer, "causal") for layer in LAYERS.values()), (PACED, "paced")],
+    ids=[*LAYERS, "a pace within a pace"],
+)
+def test_cached_decoding_is_the_full_pass(layer, routing):
     config, key = model(layer), jax.random.key(1)
     graphdef, params = random_model(config, std=0.5, seed=3)
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, LENGTH)))
 
     def both(params):
         network = nnx.merge(graphdef, params)
-        full_BLV, records = network(tokens_BL, key=key, routing="causal")
-        read = network.reader(max_length=LENGTH, routing="causal", key=key)
+        full_BLV, records = network(tokens_BL, key=key, routing=routing)
+        read = network.reader(max_length=LENGTH, routing=routing, key=key)
         # Prompts of 4 and 3 tokens, a turn of 5, and then token by token.
         first_BV, cache, _ = read(tokens_BL[:, :PROMPT], jnp.array([4, 3]), None)
         turn_BL = jnp.stack([tokens_BL[0, 4:9], tokens_BL[1, 3:8]])
@@ -75,8 +82,8 @@ def test_the_flops_of_a_router_are_those_that_xla_counts():
     for name, layer in {"ours": MoD(), "theirs": MoD(router=Neighbours(width=64))}.items():
         config = model(layer, d_model=64)
         graphdef, params = nnx.split(modjax.Transformer(config, rngs=nnx.Rngs(0)))
-        tokens = jnp.zeros((1, 128), jnp.int32)
-        step = jax.jit(lambda p, g=graphdef: nnx.merge(g, p)(tokens)[0]).lower(params)
+        step = jax.jit(lambda p, t, g=graphdef: nnx.merge(g, p)(t)[0])
+        step = step.lower(params, jnp.zeros((1, 128), jnp.int32))
         counted = step.compile().cost_analysis()["flops"]
         found[name] = counted, flops.total_flops(flops.forward_flops(config, 128))
     more = [theirs - ours for ours, theirs in zip(found["ours"], found["theirs"], strict=True)]
@@ -125,9 +132,10 @@ def test_they_train_in_a_sweep_and_are_sampled_and_reported(tiny_data_dir, tmp_p
     }
     more = "".join(f'"{name}": {{"layers": "{layers}"}},\n' for name, layers in arms.items())
     text = CONFIG.replace('"tests.outside.strided",', f"{imports},")
-    start, end = text.index('            "strided"'), text.index('        "baseline"')
+    strided = '            "strided": {"layers": "Dense(), Strided(Dense(), stride=4)"},\n'
+    assert strided in text
     config = tmp_path / "config.py"
-    config.write_text(text[:start] + more + "},\n" + text[end:].replace("},\n", "", 0))
+    config.write_text(text.replace(strided, more))
     where = [f"--workdir={tmp_path / 'work'}", f"--data-dir={tiny_data_dir}"]
     done = run(tmp_path, "sweep", f"--config={config}", *where)
     assert done.returncode == 0, done.stderr
