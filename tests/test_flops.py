@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from modjax.flops import (
+    cache_bytes,
     forward_flops,
     parameters,
     run_flops,
@@ -23,6 +24,7 @@ from modjax.spec import (
     AltUp,
     Attention,
     Binary,
+    Causal,
     Dense,
     ExpertChoice,
     Full,
@@ -44,6 +46,7 @@ from modjax.spec import (
     TokenChoice,
     TopK,
     TrainConfig,
+    Window,
     selected_tokens,
 )
 
@@ -121,6 +124,54 @@ def test_matrix_products_agree_with_what_xla_counts(layers, kv_heads, streams):
     step = step if streams else step.compile(QUICK)
     counted = step.cost_analysis()["flops"]
     assert 2 * total_flops(forward_flops(config, 128)) == pytest.approx(counted, rel=0.02)
+
+
+def windowed(size, layer=lambda attention: Seq(attention, MLP()), **shape):
+    mask = Causal() & Window(size) if size else Causal()
+    values = {"d_model": 4, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "d_ff": 6} | shape
+    return ModelSpec(10, layers=layer(Attention(mask=mask)), **values)
+
+
+def test_a_window_counts_its_own_pairs_and_keys_only():
+    full, window = (forward_flops(windowed(size), 8) for size in (None, 3))
+    pairs = {"scores": 2 * 4, "softmax": 3 * 2, "values": 2 * 4}
+    assert {name: full[name] for name in full if full[name] != window[name]} == {
+        name: 2 * each * 8 * 8 for name, each in pairs.items()
+    }
+    assert {name: window[name] for name in pairs} == {
+        name: 2 * each * 8 * 3 for name, each in pairs.items()
+    }
+    wide = forward_flops(windowed(100), 8)
+    assert wide == full
+    # Two layers of two numbers of 2, for a key and a value, and of 4 bytes each.
+    assert [cache_bytes(windowed(size), 50) for size in (None, 3, 100)] == [
+        2 * 2 * 2 * 4 * kept for kept in (50, 3, 50)
+    ]
+
+    # Of 100 positions, MoD's cache holds 20 at most, and a window shows few of them.
+    def routed(attention):
+        return MoD(Seq(attention, MLP()), capacity=0.2)
+
+    assert [cache_bytes(windowed(size, routed), 100, 1.0) for size in (None, 3)] == [
+        2 * 2 * 2 * 4 * kept for kept in (20, 3)
+    ]
+    assert forward_flops(windowed(3, routed), 100)["values"] == 2 * 2 * 4 * 20 * 3
+
+
+def test_a_window_computes_its_keys_and_those_of_a_chunk_more():
+    found = {}
+    for size in (None, 256):
+        config = windowed(size, d_model=64, num_layers=1, num_heads=1, d_ff=64)
+        model = nnx.eval_shape(lambda config=config: Transformer(config, rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(model)
+        run = jax.jit(lambda params, x, graphdef=graphdef: nnx.merge(graphdef, params)(x)[0])
+        x = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+        found[size] = run.lower(params, x).compile(QUICK).cost_analysis()["flops"]
+    # Chunks of 512 queries see 512 to 2048 keys; of 128, up to 128 + 255. A pair costs two products
+    # of 64 wide, and some elementwise work.
+    chunks = [min(128 * (i + 1), 128 + 255) for i in range(16)]
+    saved = 512 * (512 + 1024 + 1536 + 2048) - 128 * sum(chunks)
+    assert (found[None] - found[256]) / (saved * 4 * 64) == pytest.approx(1.0, abs=0.06)
 
 
 def test_components_of_a_small_model_equal_a_count_by_hand():

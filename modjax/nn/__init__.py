@@ -1,7 +1,7 @@
 """How layers are computed: Flax NNX modules, one for each spec, and pure functions under them."""
 
 from modjax import spec
-from modjax.nn import expert_rules, layers, mod, moe, routers, rules, sequence, streams
+from modjax.nn import attention, expert_rules, layers, mod, moe, routers, rules, sequence, streams
 from modjax.nn.block import MoDBlock, RoutedBlock
 from modjax.nn.build import MODULES, build, register
 from modjax.nn.call import At, Call, Out, under
@@ -12,7 +12,7 @@ from modjax.nn.records import Inside, Record, TokenLoss, losses, observe, statis
 from modjax.nn.routed import Routed, decision_counts, decision_quality
 from modjax.nn.within import within
 
-MODULES.update({spec.Attention: layers.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
+MODULES.update({spec.Attention: attention.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
 MODULES.update({spec.MoD: mod.MoD, spec.MoE: moe.MoE})
 MODULES.update({spec.Linear: routers.Linear, spec.Sinusoids: routers.Sinusoids})
 MODULES.update({spec.Received: routers.Received, spec.TopK: rules.TopK, spec.Random: rules.Random})

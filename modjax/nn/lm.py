@@ -14,10 +14,11 @@ from flax import nnx
 from modjax import spec
 from modjax.errors import require
 from modjax.kernels import product
+from modjax.nn.attention import rotary_tables
 from modjax.nn.build import build
 from modjax.nn.cache import overflow
 from modjax.nn.call import At, Call, number_rows
-from modjax.nn.layers import RMSNorm, rotary_tables
+from modjax.nn.layers import RMSNorm
 from modjax.nn.params import normal_param
 from modjax.nn.records import Record
 from modjax.nn.routing import gather

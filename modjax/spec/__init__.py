@@ -4,6 +4,7 @@ from modjax.spec.experts import ExpertChoice, ExpertRule, ExpertThreshold, Token
 from modjax.spec.fields import canonical, from_dict, to_dict
 from modjax.spec.layer import Cost, Layer, Load, Repeat, Shape, Spec, named
 from modjax.spec.layers import MLP, Attention, Dense, Seq
+from modjax.spec.masks import Bidirectional, Blocks, Causal, Mask, Prefix, Window
 from modjax.spec.mod import MoD, MoDConfig, cache_slots, selected_tokens
 from modjax.spec.model import ModelSpec
 from modjax.spec.moe import MoE
@@ -41,7 +42,10 @@ __all__ = [
     "AltUp",
     "Anchored",
     "Attention",
+    "Bidirectional",
     "Binary",
+    "Blocks",
+    "Causal",
     "Cost",
     "DataConfig",
     "Dense",
@@ -56,12 +60,14 @@ __all__ = [
     "Linear",
     "Load",
     "ManifoldHyperConnection",
+    "Mask",
     "MoD",
     "MoDConfig",
     "MoE",
     "ModelSpec",
     "Positional",
     "Predictor",
+    "Prefix",
     "Projected",
     "Random",
     "Received",
@@ -83,6 +89,7 @@ __all__ = [
     "TokenChoice",
     "TopK",
     "TrainConfig",
+    "Window",
     "cache_slots",
     "canonical",
     "from_dict",

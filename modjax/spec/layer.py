@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What one sequence asks of a layer: positions that it computes, and keys that each may see."""
+    """Positions of one sequence that a layer computes, and positions whose keys attention makes."""
 
     tokens: int
     keys: int

@@ -15,7 +15,20 @@ from flax import nnx
 from modjax.flops import cache_bytes
 from modjax.nn import Routed
 from modjax.nn.cache import overflow
-from modjax.spec import Dense, MoD, ModelSpec, Predictor, TopK, cache_slots
+from modjax.spec import (
+    MLP,
+    Attention,
+    Blocks,
+    Causal,
+    Dense,
+    MoD,
+    ModelSpec,
+    Predictor,
+    Seq,
+    TopK,
+    Window,
+    cache_slots,
+)
 from tests.nn.small import KINDS, QUICK, SCHEMES, behind_a_block, key_values, random_model, taught
 
 MOD = MoD(Dense(), capacity=0.5, rule=TopK(auxiliary=1.0), causal=Predictor())
@@ -170,10 +183,32 @@ def test_long_prompts_overflow_alike_with_grouped_queries_and_capacities_of_thei
     cache, routed = check_both_ways(config, "threshold", 1.0, (9, 2, 5), (12, 12, 7))
     for i, layer, slots in ((1, routed[0], 6), (3, routed[1], 3)):
         (held,) = key_values(cache.layers[i])
-        assert held.k_BGMH.shape == (3, 2, slots, 2)
+        assert held.k_BGWH.shape == (3, 2, slots, 2)
         assert cache.layers[i].overflow_B[0] > 0 or overflows(layer) > 0
     counted = sum(part.nbytes for held in key_values(cache) for part in held[:2])
     assert counted == 3 * cache_bytes(config, LENGTH, 1.0)
+
+
+def test_rings_of_slots_hold_what_a_bounded_mask_shows():
+    """Prompts and turns that are longer than a ring, and shorter; and selections of positions."""
+    window, both, lone = (
+        Seq(Attention(mask=mask, softcap=2.0), MLP())
+        for mask in (
+            Causal() & Window(3),
+            Causal() & Window(5) & Blocks(4),
+            Causal() & Window(1),
+        )
+    )
+    some = {"capacity": 0.7, "causal": Predictor()}
+    config = model_config(
+        window, MoD(window, **some), both, MoD(both, **some), lone, num_heads=4, num_kv_heads=2
+    )
+    cache, routed = check_both_ways(config, "causal", None, (9, 1, 5), (12, 8, 12))
+    assert all(0 < layer["selected_BL"].sum() < sum((12, 8, 12)) for layer in routed)
+    slots = [held.k_BGWH.shape[2] for held in key_values(cache)]
+    assert slots == [3, 3, 4, 4, 1]
+    counted = sum(part.nbytes for held in key_values(cache) for part in held[:2])
+    assert counted == 3 * cache_bytes(config, LENGTH)
 
 
 def test_a_lone_row_through_routed_blocks_only():
@@ -197,8 +232,8 @@ def test_bytes_of_caches_are_counted_without_building_them(slack, slots):
         params,
     )
     held = key_values(cache)
-    assert [each.k_BGMH.shape for each in held] == [(2, 1, m, 6) for m in (100, slots)]
-    assert all(each.v_BGMH.dtype == jnp.bfloat16 for each in held)
+    assert [each.k_BGWH.shape for each in held] == [(2, 1, m, 6) for m in (100, slots)]
+    assert all(each.v_BGWH.dtype == jnp.bfloat16 for each in held)
     assert cache_slots(0.12, 100, slack) == slots
     # Keys and values of 2 bytes, and 6 wide.
     assert cache_bytes(config, 100, slack) == (100 + slots) * 6 * 2 * 2

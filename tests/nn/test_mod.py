@@ -16,7 +16,7 @@ from flax.nnx import bridge
 from modjax import nn
 from modjax.errors import InputError
 from modjax.nn import At, Call, MoDBlock
-from modjax.nn.layers import rotary_tables
+from modjax.nn.attention import rotary_tables
 from modjax.spec import (
     MLP,
     Attention,

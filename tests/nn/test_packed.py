@@ -14,6 +14,7 @@ from modjax.nn import Routed
 from modjax.spec import (
     AltUp,
     Attention,
+    Causal,
     Dense,
     MoD,
     ModelSpec,
@@ -28,6 +29,7 @@ from modjax.spec import (
     StridePool,
     StrideSkip,
     TopK,
+    Window,
 )
 from tests.nn.small import KINDS, QUICK, random_model, taught
 
@@ -117,7 +119,9 @@ STRIDES = (
     SequenceAltUp(Dense(), stride=2),
     StrideSkip(Dense(), stride=3),
     StridePool(SequenceAltUp(Dense(), stride=2), stride=2),
-    SequenceAltUp(Seq(Attention(window=4), MoE(2, capacity_factor=None)), stride=2),
+    SequenceAltUp(
+        Seq(Attention(mask=Causal() & Window(4)), MoE(2, capacity_factor=None)), stride=2
+    ),
 )  # fmt: skip
 SELECTIONS = {
     "strides": {"layers": STRIDES},
@@ -170,7 +174,7 @@ def test_documents_of_a_row_share_its_slots_and_the_first_takes_them_first():
         Dense(), Dense(), MoD(Dense(), capacity=0.3, rule=TAUGHT, causal=Predictor())
     )
     length = SECOND.stop - SECOND.start
-    tokens_1L = np.random.default_rng(5).integers(0, 20, (1, LENGTH))
+    tokens_1L = np.random.default_rng(2).integers(0, 20, (1, LENGTH))
     logits_1LV, (layer,) = reader(config, "predictor", slack=1.0)(tokens_1L, SEGMENTS_L[None])
     wanted_L, selected_L = layer["wanted_BL"][0], layer["selected_BL"][0]
     slots = 4  # ceil(1.0 * 0.3 * 13)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.kernels import Mask, received_attention
+from modjax.kernels import Side, received_attention
 from modjax.nn import At, Call, MoDBlock, TokenLoss, losses, observe
 from modjax.nn import build as build_module
-from modjax.nn.layers import rotary_tables
+from modjax.nn.attention import rotary_tables
 from modjax.nn.routed import Ranked
 from modjax.nn.routing import position_noise
-from modjax.spec import Binary, Dense, MoD, MoDConfig, ModelSpec, Predictor, Shape, TopK
+from modjax.spec import Binary, Causal, Dense, MoD, MoDConfig, ModelSpec, Predictor, Shape, TopK
 from tests.nn.small import QUICK, RECEIVED, SCHEMES, WIDTH, Mixer, build, random_model, scheme
 
 BATCH, LENGTH, K = 3, 16, 4
@@ -227,8 +227,9 @@ def test_received_attention_equals_plain_numpy_across_chunk_borders(monkeypatch,
     q = rng.normal(size=(2, 4, 11, 6)).astype(np.float32)
     k = rng.normal(size=(2, 2, 11, 6)).astype(np.float32)
     segments = rng.integers(0, 2, (2, 11)).cumsum(axis=1) // 2 if segmented else None
-    run = jax.jit(received_attention, compiler_options=QUICK)
-    assert_close(run(q, k, Mask(segments)), plain_received(q, k, segments))
+    side = Side(jnp.arange(11)[None], segments)
+    run = jax.jit(lambda q, k: received_attention(q, k, Causal(), side), compiler_options=QUICK)
+    assert_close(run(q, k), plain_received(q, k, segments))
 
 
 def test_attention_routing_has_no_parameters_and_adds_the_whole_update():
@@ -254,12 +255,14 @@ def test_attention_blocks_rank_by_the_dense_block_before_them_of_their_own_repet
         dense, first = nnx.split(model.stack.blocks["0_seq"])
         block = nnx.merge(dense, jax.tree.map(lambda leaf: leaf[0], first))
         attention = block.parts["0_attention"]
-        rope = rotary_tables(jnp.arange(LENGTH)[None], 4, 10_000.0, jnp.float32)
-        x_BLD = model.embedding[...][tokens]
+        positions = jnp.arange(LENGTH)[None]
+        ropes = {10_000.0: rotary_tables(positions, 4, 10_000.0, jnp.float32)}
+        at = At(positions, None, None, ropes, {})
+        y_BLD = attention.norm(model.embedding[...][tokens])
         found = records["1_mod"], records["1_mod/causal"].logits_BL
-        return *found, attention.heads(attention.norm(x_BLD), rope)
+        return *found, attention.queries(y_BLD, at), attention.keys(y_BLD, at)[0]
 
-    record, odds, (q, k, _) = jax.jit(run, compiler_options=QUICK)(params, tokens)
+    record, odds, q, k = jax.jit(run, compiler_options=QUICK)(params, tokens)
     expected = best_k(plain_received(np.asarray(q), np.asarray(k), None), np.ones((2, 16), bool))
     np.testing.assert_array_equal(record.target_BL[0], expected)
     assert np.any(np.asarray(record.target_BL[1]) != expected)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from modjax.errors import InputError
 from modjax.nn import At, Call, Transformer, build
-from modjax.nn.layers import rotary_tables
+from modjax.nn.attention import rotary_tables
 from modjax.spec import (
     MLP,
     AltUp,
@@ -431,7 +431,7 @@ def test_weight_decay_never_touches_a_coefficient():
             if name in small:
                 seen.add(name)
                 assert not role.decays
-            assert role.decays or name not in ("w_in", "w_qkv")
+            assert role.decays or name not in ("w_in", "w_q")
     assert seen == small
 
 

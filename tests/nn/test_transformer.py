@@ -11,7 +11,7 @@ from flax.nnx import bridge
 
 from modjax import flops
 from modjax.nn import At, Call, MoDBlock, Transformer
-from modjax.nn.layers import rotary_tables
+from modjax.nn.attention import rotary_tables
 from modjax.spec import Dense, MoD, MoDConfig, ModelSpec, Random
 from tests.nn.small import QUICK, build
 

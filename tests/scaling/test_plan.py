@@ -240,7 +240,7 @@ BAD = {
     "model.layers=Dense('tanh')": "model.layers = \"Dense('tanh')\": MLP.activation = 'tanh': must",
     "model.streams=Dense()": "model.streams = 'Dense()': must be such as Recycled(2), or None",
     "model.dtype=float31": "model.dtype = 'float31': must be one of float32, bfloat16",
-    "model.layers=Moe()": "model.layers = 'Moe': unknown; known: AltUp, Attention, Binary, Den",
+    "model.layers=Moe()": "model.layers = 'Moe': unknown; known: AltUp, Attention, Bidirectional",
     "sweep.arms.mod12.layers=MoD(capacity=1.5)":
         "sweep.arms.mod12.layers = 'MoD(capacity=1.5)': MoD.capacity = 1.5: must be in (0, 1]",
     "sweep.arms.mod12.layers=MoD(capacity=0)":

@@ -13,7 +13,7 @@ from flax import nnx
 
 import modjax
 from modjax.data.cache import cache_dir, open_cache
-from modjax.nn.layers import Attention as AttentionModule
+from modjax.nn.attention import Attention as AttentionModule
 from modjax.records import causal_loss, causal_routing, run_dir
 from modjax.scaling.results import as_compared, under
 from modjax.spec import (
