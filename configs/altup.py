@@ -29,7 +29,7 @@ def between(layer: str) -> str:
     return f"Repeat(Dense(), times=1), Repeat({layer}), Repeat(Dense(), times=1)"
 
 
-TAUGHT = "capacity={}, predictor_weight=1.0"
+TAUGHT = "capacity={}, causal=Predictor()"
 MOD12 = f"MoD(Dense(), {TAUGHT.format(0.125)})"
 MOE = "Seq(Attention(), MoE(experts=4))"
 TWO, FOUR = {"streams": "Recycled(2)"}, {"streams": "Recycled(4)"}

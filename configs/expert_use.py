@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
         "num_heads": 6,
         "num_kv_heads": 6,
         "d_ff": 384,
-        "layers": "Seq(Attention(), MoE(experts=4, no_ops=4))",
+        "layers": "Seq(Attention(), MoE(4, TokenChoice(no_ops=4)))",
     }
     config.train = {
         "batch_size": 16,

@@ -8,7 +8,7 @@ Expected  as there: learning pays with half of the positions, and hardly with an
 import ml_collections
 
 # Learned selections get a predictor, which changes nothing else; the others select causally.
-PREDICTED = "predictor_weight=1.0"
+PREDICTED = "causal=Predictor()"
 ARMS = {
     "dense": {"layers": "Dense()"},
     "mod12": {"layers": f"Dense(), MoD(Dense(), {PREDICTED})", "forward_ratio": 0.7},
@@ -16,24 +16,24 @@ ARMS = {
         "layers": f"Dense(), MoD(Dense(), capacity=0.5, {PREDICTED})", "forward_ratio": 0.85,
     },
     "mod12-every": {"layers": f"MoD(Dense(), {PREDICTED})", "forward_ratio": 0.6},
-    "random12": {"layers": "Dense(), MoD(Dense(), router='stochastic')", "forward_ratio": 0.7},
+    "random12": {"layers": "Dense(), MoD(Dense(), rule=Random())", "forward_ratio": 0.7},
     "random50": {
-        "layers": "Dense(), MoD(Dense(), capacity=0.5, router='stochastic')",
+        "layers": "Dense(), MoD(Dense(), capacity=0.5, rule=Random())",
         "forward_ratio": 0.85,
     },
-    "positional12": {"layers": "Dense(), MoD(Dense(), router='positional')", "forward_ratio": 0.7},
+    "positional12": {"layers": "Dense(), MoD(Dense(), rule=Positional())", "forward_ratio": 0.7},
     "learned-position12": {
-        "layers": "Dense(), MoD(Dense(), router='learned_position')", "forward_ratio": 0.7,
+        "layers": "Dense(), MoD(Dense(), router=Sinusoids())", "forward_ratio": 0.7,
     },
     "token-choice12": {
-        "layers": "Dense(), MoD(Dense(), router='token_choice')", "forward_ratio": 0.7,
+        "layers": "Dense(), MoD(Dense(), rule=Binary())", "forward_ratio": 0.7,
     },
     "attention12": {
         "layers": "Seq(Attention(received=True), MLP()), "
-        f"MoD(Dense(), router='received', {PREDICTED})",
+        f"MoD(Dense(), router=Received(), rule=TopK('one'), {PREDICTED})",
         "forward_ratio": 0.7,
     },
-    "threshold12": {"layers": "Dense(), MoD(Dense(), router='threshold')", "forward_ratio": 0.7},
+    "threshold12": {"layers": "Dense(), MoD(Dense(), rule=Threshold())", "forward_ratio": 0.7},
 }  # fmt: skip
 
 

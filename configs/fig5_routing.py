@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
         "num_heads": 6,
         "num_kv_heads": 6,
         "d_ff": 384,
-        "layers": "Dense(), MoD(Dense(), capacity=0.125, predictor_weight=1.0)",
+        "layers": "Dense(), MoD(Dense(), capacity=0.125, causal=Predictor())",
     }
     config.train = {
         "batch_size": 16,

@@ -24,8 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep = {
         "arms": {
             "dense": {"layers": "Dense()"},
-            "predictor": mod(", predictor_weight=1.0"),
-            "auxiliary": mod(", auxiliary_weight=0.01"),
+            "predictor": mod(", causal=Predictor()"),
+            "auxiliary": mod(", rule=TopK(auxiliary=0.01)"),
             "threshold": mod(""),  # nothing is taught; a running mean of the k-th score decides
         },
         "baseline": "dense",

@@ -13,18 +13,21 @@ import ml_collections
 
 # Four experts as the figure draws, as wide as the dense MLP: a token's FLOPs stay the dense ones.
 MOE = "Seq(Attention(), MoE(experts=4))"
-MOD = "capacity=0.125, predictor_weight=1.0"
+MOD = "capacity=0.125, causal=Predictor()"
 ARMS = {
     "dense": {"layers": "Dense()"},
     "moe": {"layers": MOE},
     "staged": {"layers": f"{MOE}, MoD({MOE}, {MOD})", "forward_ratio": 0.7},
-    "integrated": {"layers": "Seq(Attention(), MoE(experts=4, no_ops=4))", "forward_ratio": 0.8},
+    "integrated": {
+        "layers": "Seq(Attention(), MoE(4, TokenChoice(no_ops=4)))",
+        "forward_ratio": 0.8,
+    },
     "reduced": {
         "layers": "Seq(Attention(), MoE(experts=4, capacity_factor=0.625))",
         "forward_ratio": 0.8,
     },
     "random": {
-        "layers": "Seq(Attention(), MoE(experts=4, no_ops=4, random_no_ops=True))",
+        "layers": "Seq(Attention(), MoE(4, TokenChoice(no_ops=4, random_no_ops=True)))",
         "forward_ratio": 0.8,
     },
     "mod12": {"layers": f"Dense(), MoD(Dense(), {MOD})", "forward_ratio": 0.7},

@@ -22,11 +22,11 @@ def get_config() -> ml_collections.ConfigDict:
             "dense": {"layers": "Dense()"},
             "mod12": {
                 # The predictor changes nothing else, and lets the model be sampled from.
-                "layers": "Dense(), MoD(Dense(), capacity=0.125, predictor_weight=1.0)",
+                "layers": "Dense(), MoD(Dense(), capacity=0.125, causal=Predictor())",
                 "forward_ratio": 0.7,  # where its optimum was found to lie at this scale
             },
             "random12": {
-                "layers": "Dense(), MoD(Dense(), capacity=0.125, router='stochastic')",
+                "layers": "Dense(), MoD(Dense(), capacity=0.125, rule=Random())",
                 "forward_ratio": 0.7,
             },
         },

@@ -11,7 +11,7 @@ ARMS = {
     "dense": "Dense()",
     "mod12": "Dense(), MoD(Dense(), capacity=0.125)",
     "token-choice": "Seq(Attention(), MoE(experts=4))",
-    "expert-choice": 'Seq(Attention(), MoE(experts=4, router="expert_choice"))',
+    "expert-choice": "Seq(Attention(), MoE(4, ExpertChoice()))",
 }
 
 

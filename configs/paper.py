@@ -36,12 +36,12 @@ def get_config(budget: str = "all") -> ml_collections.ConfigDict:
     config.sweep = {
         "arms": {
             "dense": {"layers": "Dense()"},
-            "mod12": {"layers": "Dense(), MoD(Dense(), capacity=0.125, predictor_weight=1.0)"},
-            "mod50": {"layers": "Dense(), MoD(Dense(), capacity=0.5, predictor_weight=1.0)"},
-            "random50": {"layers": "Dense(), MoD(Dense(), capacity=0.5, router='stochastic')"},
+            "mod12": {"layers": "Dense(), MoD(Dense(), capacity=0.125, causal=Predictor())"},
+            "mod50": {"layers": "Dense(), MoD(Dense(), capacity=0.5, causal=Predictor())"},
+            "random50": {"layers": "Dense(), MoD(Dense(), capacity=0.5, rule=Random())"},
             "moe": {"layers": MOE},
-            "staged": {"layers": f"{MOE}, MoD({MOE}, capacity=0.125, predictor_weight=1.0)"},
-            "integrated": {"layers": "Seq(Attention(), MoE(experts=4, no_ops=4))"},
+            "staged": {"layers": f"{MOE}, MoD({MOE}, capacity=0.125, causal=Predictor())"},
+            "integrated": {"layers": "Seq(Attention(), MoE(4, TokenChoice(no_ops=4)))"},
         },
         "baseline": "dense",
         "budgets": tuple(BUDGETS.values()) if budget == "all" else (BUDGETS[budget],),

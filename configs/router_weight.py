@@ -21,11 +21,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.sweep = {
         "arms": {
             "linear": mod(""),
-            "sigmoid": mod(", weight='sigmoid'"),
-            "two_sigmoid": mod(", weight='two_sigmoid'"),
-            "one_plus_tanh": mod(", weight='one_plus_tanh'"),
+            "sigmoid": mod(", rule=TopK(weight='sigmoid')"),
+            "two_sigmoid": mod(", rule=TopK(weight='two_sigmoid')"),
+            "one_plus_tanh": mod(", rule=TopK(weight='one_plus_tanh')"),
             "literal": mod(", residual='literal'"),
-            "random": mod(", router='stochastic'"),
+            "random": mod(", rule=Random()"),
         },
         "baseline": "linear",
         "budgets": (3e11,),

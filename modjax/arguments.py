@@ -11,7 +11,6 @@ from modjax.data import verbs as data_verbs
 from modjax.errors import MOST_SAID, one_line
 from modjax.finished import verbs as finished_verbs
 from modjax.options import OPTIONS
-from modjax.spec import ROUTINGS
 
 DESCRIPTION = """\
 isoFLOP sweeps of Mixture-of-Depths and other conditional computation, in JAX.
@@ -27,6 +26,7 @@ Config values are overridden as --config.GROUP.FIELD=VALUE, for example
   modjax plan --config=configs/tiny.py --config.sweep.budgets=1e11,4e11 --config.train.b2=0.99
 
 """
+ROUTING = "causal, by each layer's own rule that never looks ahead, or the name of a rule"
 RESUMES = """\
 The same command again goes on where it was stopped.
 
@@ -150,10 +150,10 @@ def make_parser() -> argparse.ArgumentParser:
     finished = ("workdir", "data_dir", "imports", "other_code", "slack", "json")
     evaluate = add("eval", finished_verbs.evaluate, EVAL, *finished)
     evaluate.add_argument("--run", metavar="RUN_ID", help="one run; else every one with a router")
-    evaluate.add_argument("--routing", required=True, help=", ".join(ROUTINGS))
+    evaluate.add_argument("--routing", required=True, help=f"trained, {ROUTING}")
     sample = add("sample", finished_verbs.sample, SAMPLE, *finished)
     sample.add_argument("--run", metavar="RUN_ID", help="which run; may be left out for one")
-    sample.add_argument("--routing", help=f"{', '.join(ROUTINGS[1:])}; default: any learned")
+    sample.add_argument("--routing", default="causal", help=ROUTING)
     prompt = sample.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line")

@@ -1,8 +1,10 @@
 """FLOPs and parameters of a ModelSpec by component: sums over what its layers say they cost.
 
 A multiply-add is 2 FLOPs; attention is counted without causal halving, though modjax.kernels skips
-most future keys of sequences longer than 128. Components follow Chinchilla (arXiv 2203.15556,
-appendix F) and are kept apart so that any published convention can be applied afterwards.
+most future keys of sequences longer than 128. A window counts its own keys, though up to 127 more
+are computed, or a sixteenth of a sequence longer than 2,048. Components follow Chinchilla
+(arXiv 2203.15556, appendix F) and are kept apart so that any published convention can be applied
+afterwards.
 """
 
 from collections.abc import Iterator, Mapping

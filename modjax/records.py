@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,15 +31,11 @@ class Record:
     Losses are in nats per token, eval_* as trained; `flops` maps a component to forward FLOPs per
     sequence; `train_flops` is spent, `budget_flops` requested. `status` is "finished" or
     "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`.
-    causal_routing: the routing that never looks ahead under which the other causal_* were taken:
+    causal_routing: the rules that never look ahead under which the other causal_* were taken:
       "trained" where training itself never looks ahead, NO_ROUTING where the model has none, None
       in earlier records, which `causal_routing` reads.
-    moe_*: shares of experts' picks in the evaluation as trained, see nn/expert_record.py; None
-      without experts.
-    near_ties: in that evaluation, the selections (a layer's top k of a sequence, or an expert's)
-      that leave out a position that ranks like the last one taken, to within rounding. The earlier
-      one is taken; other devices, or another eval_batch_size, may select otherwise. None without a
-      top k.
+    outcome: numbers of the layers' records in the evaluation, see `outcome` in modjax/nn: as
+      trained, as in "trained/capacity", and under the causal rules, as in "causal/accuracy".
     provenance: see modjax/provenance.py; empty in records from before it was kept.
     """
 
@@ -83,14 +79,29 @@ class Record:
     causal_loss: float | None = None
     causal_difference: float | None = None
     causal_difference_sem: float | None = None
-    causal_accuracy: float | None = None
-    causal_capacity: float | None = None
-    moe_dropped: float | None = None
-    moe_no_op: float | None = None
-    moe_useful: float | None = None
-    near_ties: int | None = None
     eval_batch_size: int | None = None
+    outcome: dict[str, float | None] = dataclasses.field(default_factory=dict)
     provenance: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+# Fields of earlier records -> the name of their number in `outcome`.
+EARLIER = {
+    "causal_accuracy": "causal/accuracy",
+    "causal_capacity": "causal/capacity",
+    "moe_dropped": "trained/moe/dropped",
+    "moe_no_op": "trained/moe/no_op",
+    "moe_useful": "trained/moe/useful",
+    "near_ties": "trained/near_ties",
+}
+
+
+def record_from(values: Any) -> Record:
+    """Returns the record with these fields, which an earlier modjax may have written."""
+    if isinstance(values, dict):
+        outcome = {new: values[old] for old, new in EARLIER.items() if values.get(old) is not None}
+        kept = {name: value for name, value in values.items() if name not in EARLIER}
+        values = {**kept, "outcome": outcome} if outcome else kept
+    return from_dict(Record, values)
 
 
 def causal_routing(record: Record) -> str | None:
@@ -129,14 +140,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_as(cls: type[T], path: Path, remedy: str) -> T:
-    """Returns the frozen config `cls` that a JSON file holds. Raises as `files.read_json`.
+def read_as(make: Callable[[Any], T], path: Path, remedy: str) -> T:
+    """Returns what `make` makes of the values in a JSON file. Raises as `files.read_json`.
 
     remedy: tells the user what to do about a file that cannot be read.
     """
     values = read_json(path, remedy)
     try:
-        return from_dict(cls, values)
+        return make(values)
     except InputError as error:
         raise damaged(path, remedy, error) from error
 
@@ -212,7 +223,7 @@ def read_record(run_dir: Path, run_id: str | None = None) -> Record | None:
     """
     path = run_dir / "result.json"
     try:
-        record = read_as(Record, path, "delete it to run this cell again")
+        record = read_as(record_from, path, "delete it to run this cell again")
     except Missing:
         return None
     _require_own(path, record.run_id, run_id)
@@ -282,7 +293,7 @@ def read_csv(path: Path) -> list[Record]:
     """
     with open(path, newline="", encoding="utf-8") as file:
         return [
-            from_dict(Record, {name: _cell(name, text) for name, text in row.items()})
+            record_from({name: _cell(name, text) for name, text in row.items()})
             for row in csv.DictReader(file)
         ]
 

@@ -12,7 +12,7 @@ import pytest
 from modjax.data.cache import cache_dir
 from modjax.data.manifest import Manifest, Split
 from modjax.data.writer import Written, write_split
-from modjax.spec import DataConfig
+from modjax.spec import DataConfig, Predictor
 from modjax.spec.imports import IMPORTED
 from modjax.spec.layer import NAMES, ORIGINS
 
@@ -59,7 +59,7 @@ def finished_workdir(tiny_data_dir, tmp_path_factory) -> Path:
     from tests.training.tiny import run_spec
 
     workdir = tmp_path_factory.mktemp("finished")
-    spec = run_spec(layers=(Dense(), MoD(capacity=0.25, predictor_weight=1.0)), steps=30)
+    spec = run_spec(layers=(Dense(), MoD(capacity=0.25, causal=Predictor())), steps=30)
     jax.config.update("jax_disable_most_optimizations", True)
     train(spec, Execution(data=1), run_dir=run_dir(workdir, spec.run_id), data_dir=tiny_data_dir)
     jax.config.update("jax_disable_most_optimizations", False)

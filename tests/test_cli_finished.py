@@ -16,7 +16,7 @@ from modjax import provenance
 from modjax.cli import main
 from modjax.provenance import SETTINGS
 from modjax.records import read_records, run_dir, write_provenance, write_record, write_spec
-from modjax.spec import Dense, MoD
+from modjax.spec import Dense, MoD, Predictor
 from tests.training.tiny import run_spec
 
 
@@ -85,7 +85,7 @@ def test_eval_as_json_reports_losses_their_difference_and_every_layer(
     assert gap["loss"] == pytest.approx(values["causal"]["loss"] - values["trained"]["loss"])
 
     assert gap["tokens"] == record.eval_tokens and 0 < gap["sem"] < values["trained"]["sem"]
-    assert layer["capacity"] == pytest.approx(record.causal_capacity)
+    assert layer["capacity"] == pytest.approx(record.outcome["causal/capacity"])
 
 
 def test_eval_as_text_says_the_bound_and_passes_over_runs_that_cannot(said, where, two_runs):
@@ -215,22 +215,21 @@ SAMPLE = ["sample", "--prompt=x"]
     [
         (
             ["eval", "--routing=both"],
-            ["--routing = 'both'", "trained, router, predictor, paced, threshold"],
+            ["--routing = 'both'", "must be one of trained, causal, paced, predictor, threshold"],
         ),
         (
-            ["eval", "--routing=router"],
-            ["--routing = 'router'", "trained, predictor, paced, threshold"],
+            ["eval", "--routing=auxiliary"],
+            ["--routing = 'auxiliary'", "trained, causal, paced, predictor, threshold"],
         ),
         (["eval", "--routing=predictor", "--slack=0"], ["--slack = 0.0", "greater than 0"]),
         (["eval", "--routing=predictor", "--slack=inf"], ["--slack = inf", "greater than 0"]),
         (["eval", "--routing=predictor", "--run=x"], ["--run = 'x'", "must be one of 1 finished"]),
         (["eval"], ["--routing"]),
-        ([*SAMPLE, "--routing=both"], ["--routing = 'both'", "trained, router, predictor"]),
+        ([*SAMPLE, "--routing=both"], ["--routing = 'both'", "trained, causal, paced"]),
         (
             [*SAMPLE, "--routing=trained"],
-            ["--routing = 'trained'", "router, predictor, paced or threshold"],
+            ["--routing = 'trained'", "must be causal, or the name of a rule"],
         ),
-        ([*SAMPLE, "--routing=router"], ["--routing = 'router'", "auxiliary_weight > 0"]),
         ([*SAMPLE, "--temperature=-1"], ["temperature = -1.0", "must be 0 or more"]),
         ([*SAMPLE, "--top-k=-1"], ["top_k = -1", "must be 0"]),
         ([*SAMPLE, "--top-p=0"], ["top_p = 0.0", "must be in (0, 1]"]),
@@ -267,7 +266,7 @@ def test_which_run_must_be_clear_and_able(said, where, two_runs):
     workdir, _, unable = two_runs
     there = [f"--workdir={workdir}", where[1]]
     one_line(said(*SAMPLE, *there), "--run = None", "one of the 2 finished runs", "tiny-")
-    lacks = ["--routing = 'predictor'", "can select by trained, threshold", "predictor_weight"]
+    lacks = ["--routing = 'predictor'", "must be one of trained, causal, threshold"]
     for verb in (SAMPLE, ["eval"]):
         one_line(said(*verb, *there, f"--run={unable}", "--routing=predictor"), *lacks)
     lost = [f"{unable}/checkpoints/30", "'damaged or missing'", "final weights"]
@@ -289,7 +288,7 @@ def test_eval_of_a_folder_evaluates_the_others_and_names_each_that_fails(
     workdir, able, _ = two_runs
     shutil.copytree(workdir, tmp_path / "work")
     (record,) = (r for r in read_records(workdir) if r.run_id == able)
-    routed = (Dense(), MoD(capacity=0.25, predictor_weight=1.0))
+    routed = (Dense(), MoD(capacity=0.25, causal=Predictor()))
     lost = add_run(tmp_path / "work", record, run_spec(layers=routed, steps=31), steps=31)
     damaged = add_run(tmp_path / "work", record, run_spec(layers=routed, steps=32), steps=32)
     (run_dir(tmp_path / "work", damaged) / "spec.json").write_text("{")

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from modjax.flops import (
+    cache_bytes,
     forward_flops,
     parameters,
     run_flops,
@@ -22,7 +23,10 @@ from modjax.spec import (
     MLP,
     AltUp,
     Attention,
+    Binary,
+    Causal,
     Dense,
+    ExpertChoice,
     Full,
     Gemma3nAltUp,
     HyperConnection,
@@ -30,13 +34,19 @@ from modjax.spec import (
     MoD,
     ModelSpec,
     MoE,
+    Predictor,
     Projected,
+    Received,
     Recycled,
     Seq,
     SequenceAltUp,
     SimplifiedAltUp,
     StrideSkip,
+    Threshold,
+    TokenChoice,
+    TopK,
     TrainConfig,
+    Window,
     selected_tokens,
 )
 
@@ -76,12 +86,12 @@ def patterns(dense):
 CASES = [
     *((pattern, 8) for pattern in patterns(Dense())),
     *((pattern, 2) for pattern in patterns(Dense("swiglu"))),
-    ((MoD(router="token_choice", predictor_weight=1.0),
-      MoD(router="threshold", predictor_weight=1.0)), 8),
-    ((RECEIVED, MoD(router="received", predictor_weight=1.0)), 8),
+    ((MoD(rule=Binary(), causal=Predictor()),
+      MoD(rule=Threshold(), causal=Predictor())), 8),
+    ((RECEIVED, MoD(router=Received(), rule=TopK(weight="one"), causal=Predictor())), 8),
     ((Seq(Attention(), MoE(4, shared=1, width=1024)),), 8),
-    ((Seq(Attention(), MoE(8, 2, no_ops=4, capacity_factor=1.5, activation="swiglu")),), 8),
-    ((MoD(Seq(Attention(), MoE(4, router="expert_choice")), capacity=0.5),), 8),
+    ((Seq(Attention(), MoE(8, TokenChoice(2, no_ops=4), activation="swiglu")),), 8),
+    ((MoD(Seq(Attention(), MoE(4, ExpertChoice())), capacity=0.5),), 8),
     ((SequenceAltUp(stride=4), StrideSkip(MoD(), stride=2)), 8),
 ]  # fmt: skip
 ON_STREAMS = [
@@ -106,7 +116,7 @@ def test_matrix_products_agree_with_what_xla_counts(layers, kv_heads, streams):
 
     def forward(params, tokens):
         logits, records = nnx.merge(graphdef, params)(tokens)
-        return logits, [getattr(record, "predictor_BL", None) for record in records.values()]
+        return logits, [getattr(record, "logits_BL", None) for record in records.values()]
 
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     step = jax.jit(forward).lower(params, tokens)
@@ -114,6 +124,54 @@ def test_matrix_products_agree_with_what_xla_counts(layers, kv_heads, streams):
     step = step if streams else step.compile(QUICK)
     counted = step.cost_analysis()["flops"]
     assert 2 * total_flops(forward_flops(config, 128)) == pytest.approx(counted, rel=0.02)
+
+
+def windowed(size, layer=lambda attention: Seq(attention, MLP()), **shape):
+    mask = Causal() & Window(size) if size else Causal()
+    values = {"d_model": 4, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "d_ff": 6} | shape
+    return ModelSpec(10, layers=layer(Attention(mask=mask)), **values)
+
+
+def test_a_window_counts_its_own_pairs_and_keys_only():
+    full, window = (forward_flops(windowed(size), 8) for size in (None, 3))
+    pairs = {"scores": 2 * 4, "softmax": 3 * 2, "values": 2 * 4}
+    assert {name: full[name] for name in full if full[name] != window[name]} == {
+        name: 2 * each * 8 * 8 for name, each in pairs.items()
+    }
+    assert {name: window[name] for name in pairs} == {
+        name: 2 * each * 8 * 3 for name, each in pairs.items()
+    }
+    wide = forward_flops(windowed(100), 8)
+    assert wide == full
+    # Two layers of two numbers of 2, for a key and a value, and of 4 bytes each.
+    assert [cache_bytes(windowed(size), 50) for size in (None, 3, 100)] == [
+        2 * 2 * 2 * 4 * kept for kept in (50, 3, 50)
+    ]
+
+    # Of 100 positions, MoD's cache holds 20 at most, and a window shows few of them.
+    def routed(attention):
+        return MoD(Seq(attention, MLP()), capacity=0.2)
+
+    assert [cache_bytes(windowed(size, routed), 100, 1.0) for size in (None, 3)] == [
+        2 * 2 * 2 * 4 * kept for kept in (20, 3)
+    ]
+    assert forward_flops(windowed(3, routed), 100)["values"] == 2 * 2 * 4 * 20 * 3
+
+
+def test_a_window_computes_its_keys_and_those_of_a_chunk_more():
+    found = {}
+    for size in (None, 256):
+        config = windowed(size, d_model=64, num_layers=1, num_heads=1, d_ff=64)
+        model = nnx.eval_shape(lambda config=config: Transformer(config, rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(model)
+        run = jax.jit(lambda params, x, graphdef=graphdef: nnx.merge(graphdef, params)(x)[0])
+        x = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+        found[size] = run.lower(params, x).compile(QUICK).cost_analysis()["flops"]
+    # Chunks of 512 queries see 512 to 2048 keys; of 128, up to 128 + 255. A pair costs two products
+    # of 64 wide, and some elementwise work.
+    chunks = [min(128 * (i + 1), 128 + 255) for i in range(16)]
+    saved = 512 * (512 + 1024 + 1536 + 2048) - 128 * sum(chunks)
+    assert (found[None] - found[256]) / (saved * 4 * 64) == pytest.approx(1.0, abs=0.06)
 
 
 def test_components_of_a_small_model_equal_a_count_by_hand():
@@ -151,7 +209,7 @@ def test_streams_equal_a_count_by_hand():
 
 
 def test_experts_equal_a_count_by_hand():
-    moe = MoE(4, 2, no_ops=4, width=6, shared=1, capacity_factor=1.5)
+    moe = MoE(4, TokenChoice(2, no_ops=4), width=6, shared=1, capacity_factor=1.5)
     model = ModelSpec(10, 8, 1, 2, 2, 5, Seq(Attention(), moe))
     got = forward_flops(model, 10)
     # 20 picks, half of them of 4 experts: 2.5 each, and room for 4 (3.75 rounded up).
@@ -169,17 +227,17 @@ def test_experts_equal_a_count_by_hand():
 
 
 def test_a_smaller_capacity_is_the_control_of_no_ops_at_the_same_executed_flops():
-    no_ops, reduced = MoE(8, no_ops=8), MoE(8, capacity_factor=1.25 / 2)
+    no_ops, reduced = MoE(8, TokenChoice(no_ops=8)), MoE(8, capacity_factor=1.25 / 2)
     assert no_ops.computed(512) == reduced.computed(512) == 8 * 40
-    assert MoE(8, no_ops=8, random_no_ops=True).computed(512) == 8 * 40
+    assert MoE(8, TokenChoice(no_ops=8, random_no_ops=True)).computed(512) == 8 * 40
     assert MoE(8, capacity_factor=100.0).slots(20) == 20 and MoE(8).slots(1) == 1
     assert MoE(10, capacity_factor=1.1).slots(100) == 11  # not 12 by a last bit
 
 
 def test_routers_and_predictors_of_every_kind_equal_a_count_by_hand():
-    mod = MoD(capacity=0.25, slack=1.5, predictor_weight=1.0)
-    routers = ("received", "token_choice", "threshold")
-    layers = (RECEIVED, *(dataclasses.replace(mod, router=router) for router in routers))
+    mod = MoD(capacity=0.25, causal=Predictor())
+    changes = ({"router": Received()}, {"rule": Binary()}, {"rule": Threshold(slack=1.5)})
+    layers = (RECEIVED, *(dataclasses.replace(mod, **change) for change in changes))
     model = ModelSpec(10, 8, 8, 2, 2, 6, layers)
     got = forward_flops(model, 8)  # 8, 2 and 2 tokens, and 3 where there is room for 1.5 times 2
     assert got["mlp"] == 2 * 2 * (8 + 2 + 2 + 3) * 2 * 8 * 6

@@ -42,7 +42,7 @@ def test_the_routed_block_of_the_readme_runs_and_routes_an_eighth():
     positions = jnp.arange(32)[None]
     y, loss = model(x, positions)
     update = np.asarray(y - x)
-    score = np.asarray(x) @ np.asarray(model.routed.router.w[...])
+    score = np.asarray(x) @ np.asarray(model.routed.router.w[..., 0])
     taken = np.argsort(np.argsort(-score)) < 4
     expected = np.where(taken, score * (2 * np.arange(32) + 1), 0)[..., None]
     np.testing.assert_allclose(update, np.broadcast_to(expected, x.shape), rtol=1e-3, atol=1e-4)
@@ -52,7 +52,7 @@ def test_the_routed_block_of_the_readme_runs_and_routes_an_eighth():
     assert len(named) == 2 and all(hasattr(routed, name) for name in named)
     np.testing.assert_array_equal(routed.selected_BL, taken)
     # The predictor's binary cross-entropy, from its odds of each position's being taken.
-    odds = 1 / (1 + np.exp(-np.asarray(routed.predictor_BL, np.float64)))
+    odds = 1 / (1 + np.exp(-np.asarray(routed.own["causal"].logits_BL, np.float64)))
     np.testing.assert_allclose(loss, -np.log(np.where(taken, odds, 1 - odds)).mean(), rtol=1e-5)
 
 

@@ -17,7 +17,8 @@ FINISHED = Record(
     eval_bits_per_byte=3.0, eval_tokens=65536, seed=0, data_seed=0, data_fingerprint="123",
     code_version="0.1.0+1234567", wall_seconds=1.0, train_seconds=1.0, compile_seconds=0.0,
     eval_seconds=0.5, data_wait_seconds=0.0, median_step_seconds=1e-5, device='1 x "cpu", small',
-    versions={"jax": "0.10.2"}, causal_routing="predictor", causal_loss=2.0, moe_dropped=0.125,
+    versions={"jax": "0.10.2"}, causal_routing="predictor", causal_loss=2.0,
+    outcome={"trained/moe/dropped": 0.125},
 )  # fmt: skip
 DIVERGED = dataclasses.replace(
     FINISHED, status="diverged", diverged_step=3, eval_loss=None, causal_routing=None
@@ -39,8 +40,20 @@ def test_a_table_without_the_newest_columns_is_read(tmp_path):
     with open(table, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([names[:first], row[:first]])
     assert read_csv(table) == [
-        dataclasses.replace(FINISHED, causal_routing=None, causal_loss=None, moe_dropped=None)
+        dataclasses.replace(FINISHED, causal_routing=None, causal_loss=None, outcome={})
     ]
+
+
+def test_an_earlier_table_has_columns_of_its_own_for_an_outcome(tmp_path):
+    table = tmp_path / "runs.csv"
+    write_csv(table, [FINISHED])
+    with open(table, newline="", encoding="utf-8") as file:
+        names, row = csv.reader(file)
+    at, earlier = names.index("outcome"), {"moe_dropped": "0.125", "causal_accuracy": ""}
+    names[at : at + 1], row[at : at + 1] = earlier, earlier.values()
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([names, row])
+    assert read_csv(table) == [FINISHED]
 
 
 @pytest.mark.parametrize(

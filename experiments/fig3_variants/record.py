@@ -76,7 +76,10 @@ def claims() -> Iterator[tuple[str, bool]]:
         ]
         yield f"{arm} by {changes[0]:+.3f} on source code and {changes[1]:+.3f} on English", True
     said = [
-        r.causal_accuracy or 0 for of in TEXTS.values() for r in of if r.variant == "attention12"
+        r.outcome.get("causal/accuracy") or 0
+        for of in TEXTS.values()
+        for r in of
+        if r.variant == "attention12"
     ]
     yield f"accuracy {min(said):.0%} to {max(said):.0%}", max(said) < 0.9
 

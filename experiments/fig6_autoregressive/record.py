@@ -50,7 +50,9 @@ SLACK = slack()
 
 
 def mean(runs: Iterable[Record], field: str) -> float:
-    return statistics.mean(getattr(r, field) or 0 for r in runs)
+    return statistics.mean(
+        (r.outcome.get(field) if "/" in field else getattr(r, field)) or 0 for r in runs
+    )
 
 
 def loss_table(text: str) -> str:
@@ -61,7 +63,7 @@ def loss_table(text: str) -> str:
             yield [
                 r.variant, str(r.d_model), f"{mean(runs, 'eval_loss'):.4f}",
                 *([f"{mean(runs, 'causal_loss'):.4f}", f"{mean(runs, 'causal_difference'):+.4f}",
-                   f"{mean(runs, 'causal_accuracy'):.1%}", f"{mean(runs, 'causal_capacity'):.1%}"]
+                   f"{mean(runs, 'causal/accuracy'):.1%}", f"{mean(runs, 'causal/capacity'):.1%}"]
                   if routed else [""] * 4),
             ]  # fmt: skip
 
@@ -109,7 +111,7 @@ def claims() -> Iterator[tuple[str, bool]]:
         "no size of any arm is worse under causal routing than under top-k",
         max(changes["English"]) <= 0,
     )
-    less = sum(mean(cell, "causal_capacity") < 0.125 for cell in sizes["English"])
+    less = sum(mean(cell, "causal/capacity") < 0.125 for cell in sizes["English"])
     yield f"less capacity used in {less} of 12 rows", len(sizes["English"]) == 12
     worse = [r.causal_difference for r in english if r.causal_difference > 0]
     yield (
@@ -128,7 +130,7 @@ def claims() -> Iterator[tuple[str, bool]]:
     told = sum(abs(r.causal_difference) > 1.96 * r.causal_difference_sem for r in code)
     yield f"{told} of the {len(code)} are told from 0", told > len(code) / 2
     for text, of in runs.items():
-        found = [r.causal_accuracy for r in of]
+        found = [r.outcome["causal/accuracy"] for r in of]
         yield f"{min(found):.0%} to {max(found):.0%} on {text}", min(found) > 0.875
     for text in TEXTS:
         least = [

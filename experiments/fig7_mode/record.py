@@ -26,9 +26,9 @@ def share(value: float | None) -> str:
 COLUMNS = {
     "total": lambda r: f"{r.params_total / 1e3:.0f}k",
     "active": lambda r: f"{r.params_active / 1e3:.0f}k",
-    "dropped": lambda r: share(r.moe_dropped),
-    "no-op": lambda r: share(r.moe_no_op),
-    "useful": lambda r: share(r.moe_useful),
+    "dropped": lambda r: share(r.outcome.get("trained/moe/dropped")),
+    "no-op": lambda r: share(r.outcome.get("trained/moe/no_op")),
+    "useful": lambda r: share(r.outcome.get("trained/moe/useful")),
 }
 OWN = ("integrated - reduced", "staged - moe", "integrated - moe", "moe - dense", "staged - dense",
        "integrated - dense", "mod12 - dense")  # fmt: skip

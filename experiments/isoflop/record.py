@@ -116,7 +116,7 @@ def claims() -> Iterator[tuple[str, bool]]:
         f"({min(changes):+.4f} to {max(changes):+.4f})",
         len(changes) == 10,
     )
-    right = [r.causal_accuracy for r in ROUTED]
+    right = [r.outcome["causal/accuracy"] for r in ROUTED]
     yield (
         f"right at {statistics.mean(right):.1%} of the positions "
         f"({min(right):.1%} to {max(right):.1%})",

@@ -32,7 +32,8 @@ def main(data_dir: str, workdir: str) -> None:
         {
             "arm": record.variant,
             "seed": record.seed,
-            "near_ties": record.near_ties,
+            "near_ties": sum(v for name, v in record.outcome.items() if name.endswith("near_ties"))
+            or None,
             "devices": {str(n): devices[n][run_id].eval_loss for n in DEVICES},
             "batches": in_batches(Path(workdir, "1"), Path(data_dir), run_id),
         }

@@ -20,14 +20,14 @@ from modjax.bench.step import MOD as STEP_MOD
 from modjax.bench.step import ROUNDS, TRAIN, interleaved, jax_step, ratio
 from modjax.decoding.generate import Sampling, State, generate, resume
 from modjax.flops import cache_bytes
-from modjax.nn import Transformer, unstack
-from modjax.spec import Dense, MoD, ModelSpec
+from modjax.nn import Routed, Transformer, unstack
+from modjax.spec import Dense, MoD, ModelSpec, Predictor
 
 CONTEXT, NEW, SLACK = 1024, 64, 1.5
 DENSE = ModelSpec(
     vocab_size=1024, d_model=512, num_layers=12, num_heads=8, num_kv_heads=8, d_ff=2048
 )
-TAUGHT = (Dense(), MoD(Dense(), capacity=0.125, predictor_weight=1.0))
+TAUGHT = (Dense(), MoD(Dense(), capacity=0.125, causal=Predictor()))
 MOD = dataclasses.replace(DENSE, layers=TAUGHT)
 ROWS = (
     Row("decode tokens/s, MoD over dense, batch 1", "ratio", 1.5, "higher"),
@@ -46,7 +46,8 @@ def measure() -> list[Row]:
     models = {"dense": unstack(*stacked), "mod": unstack(*calibrated(split(MOD)))}
     seconds, routed = {}, 0.0
     for batch in (1, 16):
-        states = {name: start(*model, batch) for name, model in models.items()}
+        paces = {"dense": "causal", "mod": "paced"}
+        states = {name: start(*model, batch, paces[name]) for name, model in models.items()}
         steps = {name: functools.partial(draw, *model) for name, model in models.items()}
         if batch == 16:
             depths_BN = draw(*models["mod"], copy(states["mod"]))
@@ -82,7 +83,7 @@ def measure() -> list[Row]:
 def drawn_in_turn(configs: Mapping[str, ModelSpec]) -> dict[str, list[float]]:
     """Seconds in which each model draws NEW tokens at batch 1."""
     models = {name: unstack(*split(config)) for name, config in configs.items()}
-    states = {name: start(*model, 1, "router") for name, model in models.items()}
+    states = {name: start(*model, 1, "causal") for name, model in models.items()}
     steps = {name: functools.partial(draw, *model) for name, model in models.items()}
     inputs = {name: functools.partial(copy, state) for name, state in states.items()}
     seconds = interleaved(steps, inputs=inputs)
@@ -101,15 +102,16 @@ def calibrated(model: tuple[Any, Any]) -> tuple[Any, Any]:
     graphdef, params = model
     tokens_BL = np.random.default_rng(1).integers(0, DENSE.vocab_size, (4, CONTEXT))
     _, records = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens_BL))(params)
-    for name, record in records.items():
-        predictor = params["stack"]["blocks"][name]["predictor"]
+    layers = (name for name, record in records.items() if isinstance(record, Routed))
+    for name in layers:
+        predictor = params["stack"]["blocks"][name]["causal"]
         predictor["w_out"] = jnp.zeros_like(predictor["w_out"])
-        kth_G = jnp.mean(record.kth_B, axis=1)
+        kth_G = jnp.mean(records[f"{name}/rule"].kth_B, axis=1)
         predictor["line"] = jnp.stack([jnp.ones_like(kth_G), -kth_G], axis=1)
     return graphdef, params
 
 
-def start(graphdef: Any, params: Any, batch: int, routing: str = "paced") -> State:
+def start(graphdef: Any, params: Any, batch: int, routing: str) -> State:
     """The state after a prompt that leaves room for NEW tokens in the context."""
     length = CONTEXT - NEW
     tokens_BL = np.random.default_rng(2).integers(0, DENSE.vocab_size, (batch, length))

@@ -15,7 +15,17 @@ from modjax.bench.decode import DENSE as DECODED
 from modjax.bench.decode import drawn_in_turn
 from modjax.bench.step import DENSE, TRAIN, interleaved, jax_step, ratio
 from modjax.flops import train_flops
-from modjax.spec import Attention, Execution, Layer, MoD, ModelSpec, MoE, Seq, TrainConfig
+from modjax.spec import (
+    Attention,
+    Execution,
+    Layer,
+    MoD,
+    ModelSpec,
+    MoE,
+    Seq,
+    TokenChoice,
+    TrainConfig,
+)
 from modjax.training.programs import lower_train_step
 from modjax.training.sharding import make_mesh
 from modjax.training.state import abstract_model
@@ -43,8 +53,8 @@ def model(*layers: Layer) -> ModelSpec:
 MODELS = {
     "dense": DENSE,
     "moe": model(with_experts(TIGHT)),
-    "moe 16": model(with_experts(MoE(16, 2, width=512))),
-    "dropless": model(with_experts(MoE(8, 2, width=512, capacity_factor=None))),
+    "moe 16": model(with_experts(MoE(16, TokenChoice(2), width=512))),
+    "dropless": model(with_experts(MoE(8, TokenChoice(2), width=512, capacity_factor=None))),
     "integrated": model(with_experts(dataclasses.replace(TIGHT, no_ops=8))),
     "staged": model(with_experts(TIGHT), MoD(with_experts(TIGHT), capacity=0.125)),
 }
@@ -83,12 +93,16 @@ def decoding() -> float:
 
 def on_a_slice() -> float:
     """FLOPs that a chip of a slice executes, by its compiler, over its part of the useful ones."""
-    model = ModelSpec(1024, 512, 2, 4, 4, 2048, dtype="bfloat16", layers=with_experts(MoE(8, 2)))
+    model = ModelSpec(
+        1024, 512, 2, 4, 4, 2048, dtype="bfloat16", layers=with_experts(MoE(8, TokenChoice(2)))
+    )
     train = TrainConfig(16, 1024, 1000, 1e-3, 10)
     step = compiled_for_tpu(
         model, train, Execution(data=1, expert=8, layer_loop="unroll"), "v5e:2x4"
     )
-    tight = dataclasses.replace(model, layers=with_experts(MoE(8, 2, capacity_factor=1.0)))
+    tight = dataclasses.replace(
+        model, layers=with_experts(MoE(8, TokenChoice(2), capacity_factor=1.0))
+    )
     useful = train_flops(tight, train.seq_len, train.batch_size)
     return step.cost_analysis()["flops"] * 8 / useful
 

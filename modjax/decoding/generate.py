@@ -20,10 +20,8 @@ from flax import nnx
 from modjax.decoding.sampling import PLAIN, Sampling, draw_tokens
 from modjax.errors import require
 from modjax.nn.records import unmeasured
-from modjax.spec import ROUTINGS
 
 PAD = 0
-CAUSAL = ROUTINGS[1:]  # those that never look ahead
 
 
 @functools.partial(
@@ -68,7 +66,7 @@ def generate(
     tokens_BL: Any,
     *,
     max_new_tokens: int,
-    routing: str | None = None,
+    routing: str = "causal",
     lengths_B: Any = None,
     max_length: int | None = None,
     slack: float | None = None,
@@ -80,8 +78,8 @@ def generate(
 
     model, params: graph definition and parameters, `nnx.split(model)`.
     tokens_BL: prompts; row b has lengths_B[b] tokens and then padding (None: no padding).
-    routing: "router", "predictor", "paced" or "threshold", which never look ahead; None for a model
-      without routed layers.
+    routing: "causal", by which each layer uses its own rule that never looks ahead, or the name of
+      a rule, which those layers use that have it.
     max_length: of prompt and continuation, for which caches have room: more than this call needs
       where `resume` is to go on. slack: see Transformer.reader.
     stop: token sequences that end a row.
@@ -92,13 +90,8 @@ def generate(
     longest, shortest = int(lengths_B.max()), int(lengths_B.min())
     room: int = max_length or longest + max_new_tokens
     require(shortest > 0, "prompt", "", "is empty: give at least one token")
-    routing = CAUSAL[0] if routing is None else routing
-    require(
-        routing in CAUSAL,
-        "routing",
-        routing,
-        f"must be one of {', '.join(CAUSAL)}; what training does looks at tokens not yet drawn",
-    )
+    accepted = "must be causal, or the name of a rule; training looks at tokens not yet drawn"
+    require(routing != "trained", "routing", routing, accepted)
     require(0 <= seed < 2**32, "seed", seed, "must be 0 or more, and below 2**32")
     require(
         slack is None or 0 < slack < math.inf, "slack", slack, "must be greater than 0, or None"
@@ -106,7 +99,9 @@ def generate(
     require(() not in stop, "stop", (), "is empty: give at least one token")
     _require_fits(longest, max_new_tokens, room)
     require(length <= room, "tokens_BL", length, f"is wider than max_length = {room}")
-    if routing == "threshold" and (begun := unmeasured(params)):
+    config = getattr(nnx.merge(model, params), "config", None)
+    by_threshold = config is not None and "threshold" in config.used_rules(routing)
+    if by_threshold and (begun := unmeasured(params)):
         warnings.warn(
             f"{begun[0]} selects by a threshold that was never measured: training measures it, and "
             "in a loop of your own modjax.observe",

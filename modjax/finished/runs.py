@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from modjax.data.cache import TokenCache, cache_dir, open_cache
 from modjax.errors import InputError, require
-from modjax.nn.routed import Quality, quality
 from modjax.provenance import require_readable
 from modjax.records import name_left_out, read_spec, run_dir, scan
 from modjax.spec import Execution, RunSpec
@@ -20,6 +19,7 @@ from modjax.training.evaluate import (
     Evaluation,
     difference,
     evaluate,
+    outcome,
     summarise,
     validation_batches,
 )
@@ -66,7 +66,7 @@ def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> Chosen
             specs.append(read_spec(run_dir(workdir, name), name))
         except InputError as error:
             failures[name] = error
-    kept = [s for s in specs if not routed or s.model.routed() or s.model.rules]
+    kept = [s for s in specs if not routed or s.model.routed() or s.model.rules()]
     if run_id in failures or (failures and not kept):
         raise next(iter(failures.values()))
     if run_id is None or not finished:
@@ -107,7 +107,7 @@ class Comparison(NamedTuple):
     trained: Evaluation
     causal: Evaluation
     difference: Evaluation
-    layers: dict[str, Quality]
+    layers: dict[str, dict[str, float]]
 
 
 def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
@@ -129,7 +129,7 @@ def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
         summarise(scores["trained"]),
         summarise(scores["causal"]),
         difference(scores["causal"], scores["trained"]),
-        quality(scores["causal"].counts, scores["causal"].weight_B),
+        outcome(scores["causal"])[1],
     )
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from modjax.data.cache import shown
 from modjax.data.vocabulary import Codec
-from modjax.decoding.generate import CAUSAL, Generated, Sampling, generate, resume
-from modjax.errors import InputError, require
+from modjax.decoding.generate import Generated, Sampling, generate, resume
+from modjax.errors import require
 from modjax.finished.runs import Finished
 
 # Tokens between two looks at what was drawn.
@@ -56,28 +56,11 @@ def open_codec(run: Finished) -> Codec:
 
 
 def choose_routing(run: Finished, routing: str | None) -> str:
-    """`routing`, or the best causal one that the model has learned.
-
-    Raises InputError for one that it has not learned, or that looks ahead.
-    """
-    config = run.spec.model
-    if routing is None:
-        any_able = next((name for name in CAUSAL if name in config.routings), None)
-        routing = config.causal_routing() or any_able
-    if routing is None:
-        raise InputError(
-            "--routing",
-            None,
-            "this model has not learned to select without the future: train MoD with "
-            "predictor_weight > 0, experts with another router than expert_choice",
-        )
-    require(
-        routing != "trained",
-        "--routing",
-        routing,
-        "looks at tokens that are not drawn yet: router, predictor, paced or threshold",
-    )
-    config.check_routing(routing, "--routing")
+    """Returns `routing`, or "causal". Raises InputError for one that the model does not have."""
+    routing = routing or "causal"
+    accepted = "looks at tokens that are not drawn yet: must be causal, or the name of a rule"
+    require(routing != "trained", "--routing", routing, accepted)
+    run.spec.model.check_routing(routing, "--routing")
     return routing
 
 

@@ -90,9 +90,19 @@ def _comparison_text(found: "Comparison") -> str:
         f"difference {gap.loss:+.4f} +- {gap.sem:.4f} ({gap.loss / found.trained.loss:+.2%}) over "
         f"{count(gap.tokens)} tokens{bound}"
     )
-    rows = [(name, *(f"{value:.1%}" for value in block)) for name, block in found.layers.items()]
-    names = ("layer", "accuracy", "precision", "recall", "capacity", "overflow", "most")
-    return f"{header}\n{text_table(names, rows)}\n"
+    names = list(dict.fromkeys(name for layer in found.layers.values() for name in layer))
+    rows = [
+        (place, *(_cell(layer.get(name)) for name in names))
+        for place, layer in found.layers.items()
+    ]
+    return f"{header}\n{text_table(('layer', *names), rows)}\n"
+
+
+def _cell(value: float | None) -> str:
+    """Returns a share in percent; counts stay as they are."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.1%}"
 
 
 def _check_slack(slack: float | None) -> None:

@@ -1,12 +1,12 @@
 """How the heavy operations are computed: the only folder that knows a platform."""
 
-from modjax.kernels.attention import Mask, attend, received_attention
+from modjax.kernels.attention import Side, attend, received_attention
 from modjax.kernels.grouped import grouped_matmul
 from modjax.kernels.products import product, project, project_back
 from modjax.kernels.target import target
 
 __all__ = [
-    "Mask",
+    "Side",
     "attend",
     "grouped_matmul",
     "product",

@@ -1,7 +1,7 @@
-"""Attention behind one door: `attend`, with what each query may see as data.
+"""Softmax attention of queries over the keys that a mask shows to them.
 
-Legend: B batch, L query positions, M key positions or slots of a cache, N heads, G kv heads,
-R = N/G, Q = R * L, H head width.
+Legend: B batch, L positions, M key positions, N heads, G kv heads, Q query heads of a kv head, H
+head width. B may be 1 in a Side.
 """
 
 import math
@@ -10,26 +10,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Queries are processed in up to four chunks of at least this many positions, each against the
-# keys up to its end: of the future that the mask hides, three quarters are never computed.
-QUERY_CHUNKS, MIN_QUERY_CHUNK = 4, 128
+from modjax.spec.masks import Mask
+
+# Queries are computed in chunks, each against the keys within the mask's reach only: at most so
+# many chunks where the reach has no bound, one, and two, of MIN_QUERY_CHUNK queries or more. Of
+# what a causal mask hides, four chunks leave out three quarters.
+QUERY_CHUNKS, MIN_QUERY_CHUNK = (1, 4, 16), 128
+LEAST = float(jnp.finfo(jnp.float32).min)
 
 
-class Mask(NamedTuple):
-    """What each query may see: keys that do not come after it in the arrays, and of those
+class Side(NamedTuple):
+    """The positions of the queries, or of the keys, in their sequences.
 
-    segments_BL: keys of its own segment (queries and keys are the same positions); None, all.
-    window: keys whose position is less than `window` before its own; None, all.
-    positions_BL, key_positions_BM: those positions, for a window; the keys' where they differ.
-    start_B: for keys in a cache: how many of its slots come before the first query. None: queries
-      and keys are the same positions.
+    segments_BL: a query sees keys of its own segment; None: all are one segment.
+    valid_BL: a key that is not valid is hidden; None: all are valid.
     """
 
+    positions_BL: jax.Array
     segments_BL: jax.Array | None = None
-    window: int | None = None
-    positions_BL: jax.Array | None = None
-    key_positions_BM: jax.Array | None = None
-    start_B: jax.Array | None = None
+    valid_BL: jax.Array | None = None
 
 
 def attend(
@@ -37,96 +36,95 @@ def attend(
     k_BGMH: jax.Array,
     v_BGMH: jax.Array,
     mask: Mask,
+    queries: Side,
+    keys: Side | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Softmax attention, (B, N, L, H), over what `mask` lets each query see, at least itself.
+    """Returns softmax attention, (B, N, L, H); 0 for a query that sees no key.
 
     q (B, N, L, H), k and v (B, G, M, H); N is a multiple of G. Scores and softmax are float32, the
-    products take the inputs' dtype. softcap: c of c tanh(s / c) on the scores s.
+    products take the inputs' dtype.
+    keys: None: those of the queries' own positions, which ascend, invalid ones last.
+    softcap: c of c tanh(s / c) on the scores s; None: no cap.
     """
-    if mask.start_B is not None:
-        return _cached(q_BNLH, k_BGMH, v_BGMH, mask, softcap)
-    chunks = []
-    for start, stop in _query_chunks(q_BNLH.shape[2]):
-        p_BGRLM, total_BGRL1, _ = _probabilities(q_BNLH, k_BGMH, mask, softcap, start, stop)
-        out_BGRLH = jnp.einsum(
-            "BGRLM,BGMH->BGRLH", p_BGRLM.astype(v_BGMH.dtype), v_BGMH[:, :, :stop]
+    parts = []
+    for rows, columns in _chunks(mask, q_BNLH.shape[2], k_BGMH.shape[2], own=keys is None):
+        p_BGQLM, total_BGQL1, _ = _probabilities(
+            q_BNLH, k_BGMH, mask, queries, keys, softcap, rows, columns
         )
-        # Normalising after the product with the values divides H numbers a row, not M.
-        chunks.append((out_BGRLH / total_BGRL1.astype(out_BGRLH.dtype)).astype(q_BNLH.dtype))
-    out_BGRLH = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)
-    return out_BGRLH.reshape(q_BNLH.shape)
+        out_BGQLH = jnp.einsum(
+            "BGQLM,BGMH->BGQLH", p_BGQLM.astype(v_BGMH.dtype), v_BGMH[:, :, columns]
+        )
+        # Normalising after the product with the values divides H numbers a query, not M.
+        parts.append((out_BGQLH / total_BGQL1.astype(out_BGQLH.dtype)).astype(q_BNLH.dtype))
+    out_BGQLH = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
+    return out_BGQLH.reshape(q_BNLH.shape)
 
 
-def received_attention(q_BNLH: jax.Array, k_BGMH: jax.Array, mask: Mask) -> jax.Array:
-    """Attention that each position receives, relative to what uniform attention would give it.
+def received_attention(
+    q_BNLH: jax.Array, k_BGMH: jax.Array, mask: Mask, positions: Side
+) -> jax.Array:
+    """Returns the attention that each position receives, relative to uniform attention.
 
     (B, L) float32: the mean over heads of sum_i a_ij / sum_i (1 / n_i), over the queries i that
-    see position j, of which each sees n_i positions. A-MoD (arXiv 2412.20875) sums the columns of
-    attention that is not causal; here those of early positions are longer, hence the division.
-    No gradient passes.
+    see position j, of which each sees n_i positions; 0 where none sees it. A-MoD (arXiv 2412.20875)
+    sums the columns of attention that is not causal; under a causal mask those of early positions
+    are longer, hence the division. No gradient passes.
     """
     q_BNLH, k_BGMH = jax.lax.stop_gradient((q_BNLH, k_BGMH))
     batch, _, length, _ = q_BNLH.shape
     received_BM = uniform_BM = jnp.zeros((batch, length), jnp.float32)
-    for start, stop in _query_chunks(length):
-        p_BGRLM, total_BGRL1, mask_BLM = _probabilities(q_BNLH, k_BGMH, mask, None, start, stop)
-        column_BM = jnp.mean(jnp.sum(p_BGRLM / total_BGRL1, axis=3), axis=(1, 2))
-        received_BM = received_BM.at[:, :stop].add(column_BM)
-        mask_BLM = mask_BLM.astype(jnp.float32)
-        share_BM = jnp.sum(mask_BLM / jnp.sum(mask_BLM, axis=2, keepdims=True), axis=1)
-        uniform_BM = uniform_BM.at[:, :stop].add(share_BM)
-    return received_BM / uniform_BM
+    for rows, columns in _chunks(mask, length, length, own=True):
+        p_BGQLM, total_BGQL1, seen_BLM = _probabilities(
+            q_BNLH, k_BGMH, mask, positions, None, None, rows, columns
+        )
+        column_BM = jnp.mean(jnp.sum(p_BGQLM / total_BGQL1, axis=3), axis=(1, 2))
+        received_BM = received_BM.at[:, columns].add(column_BM)
+        seen_BLM = seen_BLM.astype(jnp.float32)
+        count_BL1 = jnp.maximum(jnp.sum(seen_BLM, axis=2, keepdims=True), 1)
+        uniform_BM = uniform_BM.at[:, columns].add(jnp.sum(seen_BLM / count_BL1, axis=1))
+    return received_BM / jnp.where(uniform_BM > 0, uniform_BM, 1)
 
 
-def _query_chunks(length: int) -> list[tuple[int, int]]:
-    chunk = max(MIN_QUERY_CHUNK, math.ceil(length / QUERY_CHUNKS))
-    return [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+def _chunks(mask: Mask, queries: int, keys: int, *, own: bool) -> list[tuple[slice, slice]]:
+    """Returns which queries are computed together, and the keys that these may see.
+
+    own: the keys are those of the queries' own positions. Since these ascend, two of them are at
+    least as far apart as their places in the arrays: the reach bounds both.
+    """
+    back, ahead = mask.reach if own else (None, None)
+    most = QUERY_CHUNKS[(back is not None) + (ahead is not None)]
+    size = max(MIN_QUERY_CHUNK if most > 1 else queries, math.ceil(queries / most))
+    found = []
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        first = 0 if back is None else max(0, start - back)
+        last = keys if ahead is None else min(keys, stop + ahead)
+        found.append((slice(start, stop), slice(first, last)))
+    return found
 
 
-def _probabilities(q_BNLH, k_BGMH, mask: Mask, softcap, start, stop):
-    """Attention of queries start:stop before normalisation, its sums, and what they see."""
-    batch, heads, _, head_dim = q_BNLH.shape
-    kv_heads = k_BGMH.shape[1]
-    q_BNLH = q_BNLH[:, :, start:stop] * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
-    q_BGRLH = q_BNLH.reshape(batch, kv_heads, heads // kv_heads, stop - start, head_dim)
-    seen_BLM = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :])[None]
-    if mask.segments_BL is not None:
-        segments_BL = mask.segments_BL
-        same_BLM = segments_BL[:, start:stop, None] == segments_BL[:, None, :stop]
-        seen_BLM = seen_BLM & same_BLM
-    if mask.window is not None and mask.positions_BL is not None:
-        positions_BL = mask.positions_BL
-        away_BLM = positions_BL[:, start:stop, None] - positions_BL[:, None, :stop]
-        seen_BLM = seen_BLM & (away_BLM < mask.window)
-    s_BGRLM = jnp.einsum(
-        "BGRLH,BGMH->BGRLM", q_BGRLH, k_BGMH[:, :, :stop], preferred_element_type=jnp.float32
-    )
-    s_BGRLM = jnp.where(seen_BLM[:, None, None], _capped(s_BGRLM, softcap), -jnp.inf)
-    top_BGRL1 = jax.lax.stop_gradient(jnp.max(s_BGRLM, axis=-1, keepdims=True))
-    p_BGRLM = jnp.exp(s_BGRLM - top_BGRL1)
-    return p_BGRLM, jnp.sum(p_BGRLM, axis=-1, keepdims=True), seen_BLM
-
-
-def _cached(q_BNLH, k_BGMH, v_BGMH, mask: Mask, softcap):
+def _probabilities(
+    q_BNLH, k_BGMH, mask: Mask, queries: Side, keys: Side | None, softcap, rows: slice, columns
+):
+    """Returns attention before its normalisation, its sums, and which keys each query sees."""
+    query = jax.tree.map(lambda leaf: leaf[:, rows], queries)
+    key = jax.tree.map(lambda leaf: leaf[:, columns], queries if keys is None else keys)
+    seen_BLM = mask.seen(query.positions_BL[:, :, None], key.positions_BL[:, None])
+    if query.segments_BL is not None and key.segments_BL is not None:
+        seen_BLM &= query.segments_BL[:, :, None] == key.segments_BL[:, None]
+    if key.valid_BL is not None:
+        seen_BLM &= key.valid_BL[:, None]
+    q_BNLH, k_BGMH = q_BNLH[:, :, rows], k_BGMH[:, :, columns]
     batch, heads, length, head_dim = q_BNLH.shape
-    kv_heads, slots = k_BGMH.shape[1:3]
-    q_BGQH = q_BNLH.reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
-    q_BGQH = q_BGQH * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
-    s_BGQM = jnp.einsum("BGQH,BGMH->BGQM", q_BGQH, k_BGMH, preferred_element_type=jnp.float32)
-    own_BL = mask.start_B[:, None] + jnp.arange(length)[None]  # type: ignore[index]
-    seen_BLM = jnp.arange(slots)[None, None] <= own_BL[..., None]
-    if mask.window is not None and mask.positions_BL is not None:
-        away_BLM = mask.positions_BL[:, :, None] - mask.key_positions_BM[:, None]  # type: ignore[index]
-        seen_BLM = seen_BLM & (away_BLM < mask.window)
-    seen_B1QM = jnp.tile(seen_BLM, (1, heads // kv_heads, 1))[:, None]
-    s_BGQM = jnp.where(seen_B1QM, _capped(s_BGQM, softcap), -jnp.inf)
-    p_BGQM = jnp.exp(s_BGQM - jnp.max(s_BGQM, axis=-1, keepdims=True))
-    total_BGQ1 = jnp.sum(p_BGQM, axis=-1, keepdims=True)
-    out_BGQH = jnp.einsum("BGQM,BGMH->BGQH", p_BGQM.astype(q_BNLH.dtype), v_BGMH)
-    out_BGQH = (out_BGQH / total_BGQ1.astype(out_BGQH.dtype)).astype(q_BNLH.dtype)
-    return out_BGQH.reshape(q_BNLH.shape)
-
-
-def _capped(s_BGQM, softcap: float | None):
-    return s_BGQM if softcap is None else softcap * jnp.tanh(s_BGQM / softcap)
+    kv_heads = k_BGMH.shape[1]
+    q_BNLH = q_BNLH * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
+    q_BGQLH = q_BNLH.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
+    s_BGQLM = jnp.einsum("BGQLH,BGMH->BGQLM", q_BGQLH, k_BGMH, preferred_element_type=jnp.float32)
+    s_BGQLM = s_BGQLM if softcap is None else softcap * jnp.tanh(s_BGQLM / softcap)
+    s_BGQLM = jnp.where(seen_BLM[:, None, None], s_BGQLM, -jnp.inf)
+    # A query that sees no key has a finite maximum and a sum of 1, and so attends to nothing.
+    top_BGQL1 = jax.lax.stop_gradient(jnp.max(s_BGQLM, axis=-1, keepdims=True, initial=LEAST))
+    p_BGQLM = jnp.exp(s_BGQLM - top_BGQL1)
+    total_BGQL1 = jnp.sum(p_BGQLM, axis=-1, keepdims=True)
+    return p_BGQLM, jnp.where(total_BGQL1 > 0, total_BGQL1, 1), seen_BLM

@@ -1,9 +1,9 @@
-"""Products of rows with the matrix of their group, at the cost of the rows there are.
+"""Products of rows with the matrix of their group, an expert, at the cost of the rows present.
 
 `jax.lax.ragged_dot` multiplies every row with every matrix on a CPU, and for the gradient of the
 matrices on a TPU.
 
-Legend: T rows, E groups, D and F widths, R rows of a block.
+Legend: T rows, E experts, D model width, F feed-forward width, Z rows of a block.
 """
 
 import functools
@@ -27,7 +27,7 @@ def grouped_matmul(
     back: bool = False,
     kernel: str | None = None,
 ) -> jax.Array:
-    """x @ w[e] for the rows of each group e, which lie one after another: (T, F).
+    """Returns x @ w[e] for the rows of each group e, which lie one after another, (T, F).
 
     sizes_E: rows of each group, int32; rows after the last group give 0, and get no gradient.
     back: takes x (T, F) and gives x @ w[e].T, (T, D).
@@ -97,20 +97,20 @@ def _summed_by_megablox(kernel, x_TD, y_TF, sizes_E):
 
 
 def _tiled(x_TD, sizes_E):
-    """Whole tiles of rows; those without a group are 0."""
+    """Pads to whole tiles of rows; rows without a group become 0."""
     rows = x_TD.shape[0]
     mine_T1 = (jnp.arange(rows) < jnp.sum(sizes_E))[:, None]
     return jnp.pad(jnp.where(mine_T1, x_TD, 0), ((0, -rows % TILE), (0, 0)))
 
 
 def _all_rows(x_TD, sizes_E):
-    """The sizes, with the rest in the last group: it would be left as it is in memory."""
+    """Adds the rows outside every group to the last; the kernel leaves them uninitialised."""
     rows = x_TD.shape[0] + -x_TD.shape[0] % TILE
     return sizes_E.at[-1].add(rows - jnp.sum(sizes_E))
 
 
 def _by_blocks(x_TD, w_EDF, sizes_E, back):
-    """Block by block of each group: the work follows the sizes, whatever they are."""
+    """Multiplies each group block by block, so that the work follows the sizes."""
     rows, width = x_TD.shape[0], w_EDF.shape[1 if back else 2]
     block, starts_E, _ = _laid_out(rows, sizes_E)
     x_TD = jnp.pad(x_TD, ((0, block), (0, 0)))
@@ -120,9 +120,9 @@ def _by_blocks(x_TD, w_EDF, sizes_E, back):
 
         def one(i, out_TF):
             start = starts_E[e] + i * block
-            x_RD = jax.lax.dynamic_slice_in_dim(x_TD, start, block)
+            x_ZD = jax.lax.dynamic_slice_in_dim(x_TD, start, block)
             # What a block has too many is overwritten by the group that it belongs to.
-            return jax.lax.dynamic_update_slice_in_dim(out_TF, x_RD @ w_DF, start, 0)
+            return jax.lax.dynamic_update_slice_in_dim(out_TF, x_ZD @ w_DF, start, 0)
 
         return jax.lax.fori_loop(0, -(-sizes_E[e] // block), one, out_TF)
 
@@ -131,17 +131,17 @@ def _by_blocks(x_TD, w_EDF, sizes_E, back):
 
 
 def _summed(x_TD, y_TF, sizes_E):
-    """x.T @ y of the rows of each group: (E, D, F)."""
+    """Returns x.T @ y of the rows of each group, (E, D, F)."""
     block, starts_E, ends_E = _laid_out(x_TD.shape[0], sizes_E)
     x_TD, y_TF = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x_TD, y_TF))
 
     def group(_, e):
         def one(i, sum_DF):
             start = starts_E[e] + i * block
-            x_RD, y_RF = (jax.lax.dynamic_slice_in_dim(z, start, block) for z in (x_TD, y_TF))
-            mine_R1 = (start + jnp.arange(block) < ends_E[e])[:, None]
+            x_ZD, y_ZF = (jax.lax.dynamic_slice_in_dim(z, start, block) for z in (x_TD, y_TF))
+            mine_Z1 = (start + jnp.arange(block) < ends_E[e])[:, None]
             product_DF = jnp.matmul(
-                jnp.where(mine_R1, x_RD, 0).T, y_RF, preferred_element_type=jnp.float32
+                jnp.where(mine_Z1, x_ZD, 0).T, y_ZF, preferred_element_type=jnp.float32
             )
             return sum_DF + product_DF
 
@@ -153,17 +153,17 @@ def _summed(x_TD, y_TF, sizes_E):
 
 
 def _axes(x: jax.Array) -> frozenset[Any]:
-    """The mesh axes between whose devices x differs, inside a shard_map."""
+    """Returns the mesh axes between whose devices x differs, inside a shard_map."""
     return jax.typeof(x).manual_axis_type.varying  # type: ignore[attr-defined]
 
 
 def _varying(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
-    """The same, said to differ between the devices of these mesh axes, too."""
+    """Returns x, marked as differing between the devices of these mesh axes as well."""
     more = tuple(axes - _axes(x))
     return jax.lax.pcast(x, more, to="varying") if more else x
 
 
 def _laid_out(rows: int, sizes_E):
-    """Rows of a block, and where each group starts and ends."""
+    """Returns the rows of a block, and where each group starts and ends."""
     ends_E = jnp.cumsum(sizes_E)
     return min(BLOCK.get(target(), BLOCK["cpu"]), rows), ends_E - sizes_E, ends_E

@@ -1,6 +1,7 @@
 """Products of activations with matrices.
 
-Legend: B batch, L positions, D model width, F feed-forward width, T = B * L; P parts of K each.
+Legend: B batch, L positions, D model width, F feed-forward width, T rows, U parts, X
+numbers of a part.
 """
 
 import math
@@ -13,7 +14,7 @@ from modjax.kernels.target import target
 
 
 def product(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """x @ w over the last dim of x, multiplied in x's dtype: (B, L, F).
+    """Returns x @ w over the last dim of x, multiplied in x's dtype, (B, L, F).
 
     The product is taken of two matrices: contracting B and L as two dims in the gradient of w
     makes XLA's CPU backend transpose the activations first, at 1.6 times the cost of the MLP.
@@ -25,27 +26,27 @@ def product(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None = Non
 
 
 def project(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """`product` with a block's matrix; that of a lone position is taken in parts on a CPU.
+    """Returns `product` with a matrix, taken in parts for a lone position on a CPU.
 
-    It does little but read the matrix, and XLA's CPU backend reads one of a megabyte with one core
-    only; a batch of products it shares out.
+    A lone position does little but read the matrix. XLA's CPU backend reads one of a megabyte with
+    one core only, but shares out a batch of products.
     """
     if not _alone(x_BLD):
         return product(x_BLD, w_DF)
-    w_PKF = _parts(w_DF.astype(x_BLD.dtype))
-    y_PF = jnp.einsum(
-        "PK,PKF->PF", x_BLD.reshape(w_PKF.shape[:2]), w_PKF, preferred_element_type=jnp.float32
+    w_UXF = _parts(w_DF.astype(x_BLD.dtype))
+    y_UF = jnp.einsum(
+        "UX,UXF->UF", x_BLD.reshape(w_UXF.shape[:2]), w_UXF, preferred_element_type=jnp.float32
     )
-    return jnp.sum(y_PF, axis=0).astype(x_BLD.dtype)[None, None]
+    return jnp.sum(y_UF, axis=0).astype(x_BLD.dtype)[None, None]
 
 
 def project_back(x_BLF: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """x @ w.T, as `project` takes x @ w: (B, L, D)."""
+    """Returns x @ w.T, as `project` takes x @ w, (B, L, D)."""
     if not _alone(x_BLF):
         return product(x_BLF, w_DF.T)
-    w_PKF = _parts(w_DF.astype(x_BLF.dtype))
-    x_PF = jnp.broadcast_to(x_BLF[0], (w_PKF.shape[0], w_PKF.shape[2]))
-    return jnp.einsum("PF,PKF->PK", x_PF, w_PKF).reshape(1, 1, -1)
+    w_UXF = _parts(w_DF.astype(x_BLF.dtype))
+    x_UF = jnp.broadcast_to(x_BLF[0], (w_UXF.shape[0], w_UXF.shape[2]))
+    return jnp.einsum("UF,UXF->UX", x_UF, w_UXF).reshape(1, 1, -1)
 
 
 def _alone(x_BLD: jax.Array) -> bool:

@@ -4,7 +4,7 @@ import jax
 
 
 def target() -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh that is set, or else of the process.
+    """Returns "cpu", "gpu" or "tpu", of the mesh that is set, or else of the process.
 
     Programs are compiled for TPUs on hosts that have none: there the mesh knows.
     """

@@ -1,19 +1,26 @@
 """How layers are computed: Flax NNX modules, one for each spec, and pure functions under them."""
 
 from modjax import spec
-from modjax.nn import layers, mod, moe, sequence, streams
+from modjax.nn import attention, expert_rules, layers, mod, moe, routers, rules, sequence, streams
 from modjax.nn.block import MoDBlock, RoutedBlock
 from modjax.nn.build import MODULES, LayerModule, build, register
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
-from modjax.nn.records import Inside, Record, losses, observe, statistics, totals
+from modjax.nn.records import Inside, Record, TokenLoss, losses, observe, statistics, totals
 from modjax.nn.routed import Routed, decision_counts, decision_quality
 from modjax.nn.weights import named_weights, write_weights
 from modjax.nn.within import within
 
-MODULES.update({spec.Attention: layers.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
+MODULES.update({spec.Attention: attention.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
 MODULES.update({spec.MoD: mod.MoD, spec.MoE: moe.MoE})
+MODULES.update({spec.Linear: routers.Linear, spec.Sinusoids: routers.Sinusoids})
+MODULES.update({spec.Received: routers.Received, spec.TopK: rules.TopK, spec.Random: rules.Random})
+MODULES.update({spec.Positional: rules.Positional, spec.Threshold: rules.Threshold})
+MODULES.update({spec.Binary: rules.Binary, spec.Predictor: rules.Predictor})
+MODULES.update({spec.TokenChoice: expert_rules.TokenChoice})
+MODULES.update({spec.ExpertChoice: expert_rules.ExpertChoice})
+MODULES.update({spec.ExpertThreshold: expert_rules.ExpertThreshold})
 MODULES.update({spec.Recycled: streams.Recycled, spec.Full: streams.Full})
 MODULES.update({spec.Projected: streams.Projected, spec.AltUp: streams.AltUp})
 MODULES.update({spec.SimplifiedAltUp: streams.SimplifiedAltUp})
@@ -34,6 +41,7 @@ __all__ = [
     "Record",
     "Routed",
     "RoutedBlock",
+    "TokenLoss",
     "Transformer",
     "build",
     "decision_counts",

@@ -3,6 +3,7 @@
 Legend: B batch, L positions, K selected positions, D model width.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,58 +17,66 @@ from jax.typing import ArrayLike
 
 from modjax.errors import InputError, require
 from modjax.nn.call import At, Call, number_rows
-from modjax.nn.records import Inside, Record, statistics
+from modjax.nn.records import Inside, Record, TokenLoss, statistics
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer
 from modjax.nn.routing import Selection, check_inputs, gather, gather_pairs, scatter_add
 from modjax.nn.sharding import constrain_stream
+from modjax.spec import Shape
 from modjax.spec.mod import MoDConfig
+
+NORM_EPS = 1e-6  # of a router that has norms
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoutedBlock(Routed):
-    """The record of a MoDBlock: that of its router, and what the inner block returned beside x.
+    """The record of a MoDBlock, with those of its router and rules, and the inner block's output.
 
-    extra: For a tuple, all entries but the first. For a named tuple, a copy with x replaced by
-      None. For a dictionary, all entries but x. None where the block returns x alone. The arrays
-      are as the block returned them, those of the selected positions. Records of layers come back
-      as `Inside`: pass them to `observe` too, by the path of their module, as in "inner/moe".
+    own: the records of router and rules, by their path in the block.
+    extra: everything that the inner block returned beside x. For a tuple, all entries but the
+      first. For a named tuple, a copy with x replaced by None. For a dictionary, all entries but x.
+      None where the block returns x alone. The arrays are as the block returned them, those of the
+      selected positions. Records of layers come back as `Inside`: pass them to `observe` too, by
+      the path of their module, as in "inner/moe".
     indices_BK, valid_BK: the selected positions, ascending, and which of the K entries are real;
       None where there is no extra.
     """
 
+    own: dict[str, Record]
     extra: Any = None
     indices_BK: jax.Array | None = None
     valid_BK: jax.Array | None = None
 
     def loss(
-        self, nll_BL: jax.Array | None = None, totals: Mapping[str, Any] | None = None
+        self, tokens: TokenLoss | None = None, totals: Mapping[str, Any] | None = None
     ) -> jax.Array:
-        """Returns the sum to add to the objective: the router's losses and those of inner records.
+        """Returns the sum to add to the objective: the losses of the rules and of inner records.
 
-        nll_BL: the loss of every position, for records that look at it. totals: as `totals` returns
+        tokens: the loss of every position, for records that look at it. totals: as `totals` returns
           them, of the batch that this record is a part of; None, the record's own.
         """
-
-        def inner(path: str, record: Record) -> jax.Array:
-            own = (totals[path],) if totals and path in totals else ()
-            return record.loss(nll_BL, *own)  # type: ignore[arg-type]
-
-        nested = (inner(path, record) for path, record in _records(self.extra).items())
-        return super().loss() + sum(nested, jnp.float32(0))
+        totals = totals or {}
+        each = (record.loss(tokens, totals.get(path)) for path, record in self._all().items())
+        return sum(each, jnp.float32(0))
 
     def totals(self) -> dict[str, Any]:
         """Returns the totals of inner records that declare some, by their paths in `extra`."""
-        found = {path: record.totals() for path, record in _records(self.extra).items()}
+        found = {path: record.totals() for path, record in self._all().items()}
         return {path: sums for path, sums in found.items() if sums}
+
+    def parts(self) -> Mapping[str, Record]:
+        return self.own
+
+    def _all(self) -> dict[str, Record]:
+        return {f"own/{path}": record for path, record in self.own.items()} | _records(self.extra)
 
     @classmethod
     def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
         inner = {
             f"{name}/{path}": record
             for name, each in records.items()
-            for path, record in _records(each.extra).items()
+            for path, record in (dict(each.own) | _records(each.extra)).items()
         }
         return super().statistics(records, valid_BL) | statistics(inner, valid_BL)
 
@@ -92,7 +101,8 @@ class MoDBlock(RoutedLayer):
         output: str = "x",
     ):
         self.inner, self.output = inner, output
-        super().__init__(config, d_model, rngs=rngs)
+        shape = Shape(d_model, 1, 1, 1, d_model, 4 * d_model, NORM_EPS)
+        super().__init__(config, shape, rngs=rngs)
 
     def __call__(
         self,
@@ -108,8 +118,8 @@ class MoDBlock(RoutedLayer):
     ) -> tuple[jax.Array, RoutedBlock]:
         """Returns x_BLD and the record of the routing; add its `loss()` to your objective.
 
-        A threshold, where the router or `routing` is one, is measured by `modjax.observe`. Without
-        it the threshold stays 0: any `routing` but "trained" warns of that, and training does not.
+        A threshold that selects is measured by `modjax.observe`. Without it the threshold stays 0:
+        any `routing` but "trained" warns of that, and training does not.
 
         per_position: pytrees of arrays (B or 1, L, ...) that `inner` takes beside x: positions,
           segment ids, rotary tables. Each is gathered like x. Entries beyond what a row selects
@@ -121,8 +131,8 @@ class MoDBlock(RoutedLayer):
         whole: keyword arguments that `inner` gets as they are, like the output of an encoder.
         valid_BL: False marks padding, which is never selected.
         key: for random routing. handed: what a router needs of an earlier layer, by name.
-        routing: "trained" selects as in training; "router", "predictor" and "threshold" let each
-          position decide for itself, "paced" by the predictor and by how many its row has spent.
+        routing: "trained" selects as in training; "causal" by the block's own rule that never looks
+          ahead; a name, such as "threshold", by that rule where the block has it.
         slots: with these, at most the first so many positions of a row are taken; None drops none.
 
         Raises InputError for an argument of another shape.
@@ -153,24 +163,21 @@ class MoDBlock(RoutedLayer):
             beside = None if extra is None else Inside(_inside(extra, *selected), *selected)
             return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
 
-        most = length if slots is None else min(slots, length)
-        none_B = jnp.zeros(batch, jnp.int32)
+        bound = length if slots is None else min(slots, length)
         call = Call(routing=routing, key=key)
-        by_router = self.config.router == "threshold" and routing not in ("predictor", "paced")
-        by_threshold = by_router or (routing == "threshold" and not self.config.facts.causal)
         # Training programs call no host: jax would keep them out of its compilation cache.
-        if by_threshold and routing != "trained":
-            _warn_unmeasured(self.bar())
-        (x_BLD, beside), record = self.route(x_BLD, at, call, none_B, None, most, process)
+        if routing != "trained":
+            name, rule = self.decider(routing)
+            if name == "threshold":
+                _warn_unmeasured(jax.lax.stop_gradient(self.rules()[rule].threshold[...])[0])
+        state = self.start(batch, ())
+        (x_BLD, beside), records, _ = self.route(x_BLD, at, call, state, None, bound, process)
+        own = {path: record for path, record in records.items() if path}
+        routed = RoutedBlock(**vars(records[""]), own=own)
         if beside is None:
-            return x_BLD, RoutedBlock(**vars(record))
-        routed = RoutedBlock(
-            **vars(record),
-            extra=beside.record,
-            indices_BK=beside.indices_BK,
-            valid_BK=beside.valid_BK,
-        )
-        return x_BLD, routed
+            return x_BLD, routed
+        selected = {"indices_BK": beside.indices_BK, "valid_BK": beside.valid_BK}
+        return x_BLD, dataclasses.replace(routed, extra=beside.record, **selected)
 
 
 def _apart(out: Any, key: str) -> tuple[Any, Any]:

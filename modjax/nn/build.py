@@ -1,4 +1,4 @@
-"""Base class of layer modules, and the one table from specs to them, which others may add to."""
+"""Base class of layer modules, and the one table from specs to modules, which others may add to."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from modjax.errors import require
 from modjax.nn.call import At, Call, Out
-from modjax.spec import Layer, Shape
+from modjax.spec import Layer, Shape, Spec
 from modjax.spec.layer import add_name
 
 
@@ -29,16 +29,18 @@ class LayerModule(nnx.Module):
         """Splits weights of which a decode step reads a part only, from now on."""
 
 
-MODULES: dict[type[Layer], Callable[..., nnx.Module]] = {}
+MODULES: dict[type[Spec], Callable[..., nnx.Module]] = {}
 
 
-def register(spec: type[Layer], module: type[nnx.Module]) -> None:
-    """Adds a layer to modjax: from here on its spec, and its text, can stand wherever one can.
+def register(spec: type[Spec], module: type[nnx.Module]) -> None:
+    """Adds a layer, router or rule to modjax: its spec, and its text, can stand wherever ours can.
 
-    spec: a frozen dataclass, a subclass of modjax.Layer. module: made as module(spec, shape,
-    rngs=rngs), a subclass of modjax.nn.LayerModule. A module that is imported again may register
-    its layers again. Raises InputError for another class, and where another layer, such as one of
-    modjax's own, has the name.
+    spec: a frozen dataclass, a subclass of modjax.Layer, Router or Rule.
+    module: made as module(spec, shape, rngs=rngs). That of a layer is a subclass of
+    modjax.nn.LayerModule; that of a router also gets outputs=, the scores that its rule reads of
+    each position; that of a rule gets capacity=.
+    A file that is imported again may register its specs again. Raises InputError for another class,
+    and where another spec, such as one of modjax's own, has the name.
     """
     fits = not issubclass(spec, Layer) or issubclass(module, LayerModule)
     require(fits, "modjax.register", module, "must be a subclass of modjax.nn.LayerModule")
@@ -46,6 +48,6 @@ def register(spec: type[Layer], module: type[nnx.Module]) -> None:
     MODULES[spec] = module
 
 
-def build(layer: Layer, shape: Shape, *, rngs: nnx.Rngs) -> Any:
-    """Returns the module of a spec."""
-    return MODULES[type(layer)](layer, shape, rngs=rngs)
+def build(spec: Spec, shape: Shape, *, rngs: nnx.Rngs, **more: Any) -> Any:
+    """Returns the module of a spec. more: what routers and rules are given beside the shape."""
+    return MODULES[type(spec)](spec, shape, rngs=rngs, **more)

@@ -49,12 +49,13 @@ def number_rows(batch: int, length: int) -> jax.Array:
 class Call(NamedTuple):
     """What a call is for, static but for the key.
 
-    routing: "trained", or one that never looks ahead. slack: with these, a routed layer takes the
-    first slack * capacity * L positions of a row at most, padding among the L, as a cache has room
-    for; None, all that ask.
+    routing: "trained"; "causal", by which each layer uses its own rule that never looks ahead; or
+      the name of such a rule, which those layers use that have it.
+    slack: without the future, a routed layer takes the first slack * capacity * L positions of a
+      row at most, padding among the L, as a cache has slots for; None, all that ask.
     key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
-    selected: The positions were selected by content. A position's place in the selection depends on
-    other documents, so no layer may use it.
+    selected: the positions were selected by content. A position's place in the selection depends on
+      other documents, so no layer may use it.
     """
 
     routing: str = "trained"

@@ -14,10 +14,11 @@ from flax import nnx
 from modjax import spec
 from modjax.errors import require
 from modjax.kernels import product
+from modjax.nn.attention import rotary_tables
 from modjax.nn.build import build
 from modjax.nn.cache import overflow
 from modjax.nn.call import At, Call, number_rows
-from modjax.nn.layers import RMSNorm, rotary_tables
+from modjax.nn.layers import RMSNorm
 from modjax.nn.params import normal_param
 from modjax.nn.records import Record
 from modjax.nn.routing import gather
@@ -84,10 +85,11 @@ class Transformer(nnx.Module):
 
         segment_ids_BL: attention stays within equal ids, 0 is padding (never routed).
         key: PRNG key, needed by random routing only.
-        routing: "trained" as in training, or "router", "predictor", "paced" or "threshold", which
-          never look ahead. slack: with these, a routed layer takes the first slack * capacity * L
-          positions of a row at most, as a cache has room for; None, all that ask.
-        Raises InputError for a routing that the model has not learned.
+        routing: "trained" as in training; "causal", by which each layer uses its own rule that
+          never looks ahead; or the name of a rule, which those layers use that have it.
+        slack: without the future, a routed layer takes the first slack * capacity * L positions of
+          a row at most, as a cache has slots for; None, all that ask.
+        Raises InputError for a routing that the model does not have.
         """
         self.config.check_routing(routing, "routing")
         valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
@@ -116,7 +118,7 @@ class Transformer(nnx.Module):
         looks ahead, a continuation is no honest sample, and only a first text can be read. A routed
         layer's cache has room for slack * capacity * max_length positions of a row.
         The layers are taken apart here, outside any loop.
-        Raises InputError for a routing that the model has not learned.
+        Raises InputError for a routing that the model does not have.
         """
         self.config.check_routing(routing, "routing")
         if routing == "trained":

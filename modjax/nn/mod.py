@@ -16,8 +16,7 @@ from modjax import spec
 from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import unwritten, written
 from modjax.nn.call import At, Call, Out
-from modjax.nn.routed import Routed
-from modjax.nn.routed_layer import RoutedLayer, valid_ones
+from modjax.nn.routed_layer import Route, RoutedLayer
 from modjax.nn.routing import Selection, scatter_add, wide
 from modjax.nn.rows import run_rows
 from modjax.nn.within import within
@@ -27,26 +26,33 @@ from modjax.spec.mod import cache_slots
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MoDWrite:
-    """What is to be written: taken_B and missed_B more positions of each row."""
+    """The update of a MoDCache after read_B positions of each row, 0 for a row that was not run.
+
+    taken_B, missed_B: more positions that are in it, and that were dropped.
+    """
 
     inner: Any
+    route: Route
+    read_B: jax.Array
     taken_B: jax.Array
     missed_B: jax.Array
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("inner", "taken_B", "missed_B"),
+    data_fields=("inner", "route", "taken_B", "missed_B"),
     meta_fields=("slots",),
 )
 @dataclass(frozen=True)
 class MoDCache:
-    """The cache of the inner layer, which has room for `slots` positions of each row.
+    """The cache of the inner layer, with slots for `slots` positions of each row.
 
-    taken_B: those in it. missed_B: those that found no room, and passed the layer by.
+    route: the state of routing. taken_B: positions in the slots. missed_B: positions that were
+    dropped, and passed the layer by.
     """
 
     inner: Any
+    route: Route
     taken_B: jax.Array
     missed_B: jax.Array
     slots: int
@@ -56,8 +62,13 @@ class MoDCache:
         return self.missed_B
 
     def written(self, write: MoDWrite, *, fresh: bool = False) -> "MoDCache":
+        def after(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(wide(write.read_B > 0, old), new, old)
+
+        router = written(self.route.router, write.route.router, fresh=fresh)
         return MoDCache(
             written(self.inner, write.inner, fresh=fresh),
+            Route(router, jax.tree.map(after, self.route.rules, write.route.rules)),
             self.taken_B + write.taken_B,
             self.missed_B + write.missed_B,
             self.slots,
@@ -73,7 +84,7 @@ class MoD(RoutedLayer, LayerModule):
 
     def __init__(self, spec: spec.MoD, shape: spec.Shape, *, rngs: nnx.Rngs):
         self.inner = build(spec.inner, shape, rngs=rngs)
-        super().__init__(spec, shape.d_model, rngs=rngs)
+        super().__init__(spec, shape, rngs=rngs)
 
     def __call__(self, x: jax.Array, at: At, call: Call, cache: MoDCache | None = None) -> Out:
         batch, length = x.shape[:2]
@@ -82,11 +93,9 @@ class MoD(RoutedLayer, LayerModule):
         if cache is not None and length == 1 and not call.fresh:
             return self._decode(x, at, call, cache)
         slots = cache_slots(self.config.capacity, length, call.slack)
-        most = slots if cache is None else min(cache.slots, length)
-        spent_B = jnp.zeros(batch, jnp.int32)
-        room_B = None
-        if cache is not None and not call.fresh:
-            spent_B, room_B = cache.taken_B + cache.missed_B, cache.slots - cache.taken_B
+        bound = slots if cache is None else min(cache.slots, length)
+        state = self.start(batch, ()) if cache is None else cache.route
+        room_B = None if cache is None or call.fresh else cache.slots - cache.taken_B
 
         def process(selection: Selection) -> Out:
             inner_cache = None if cache is None else cache.inner
@@ -95,37 +104,40 @@ class MoD(RoutedLayer, LayerModule):
             x_new = scatter_add(x, selection.indices_BK, update)
             return Out(x_new, unwritten(out.write), out.records, {}, out.depth_BL)
 
-        out, record = self.route(one_stream(x), at, call, spent_B, room_B, most, process)
+        found = self.route(one_stream(x), at, call, state, room_B, bound, process)
+        out, records, state = found
         write = out.write
         if cache is not None:
-            taken_B = jnp.sum(record.selected_BL, axis=1, dtype=jnp.int32)
-            missed_B = jnp.sum(record.wanted_BL, axis=1, dtype=jnp.int32) - taken_B
-            write = MoDWrite(write, taken_B, missed_B)
-        return out._replace(write=write, records={"": record, **out.records})
+            own: Any = records[""]
+            taken_B = jnp.sum(own.selected_BL, axis=1, dtype=jnp.int32)
+            missed_B = jnp.sum(own.wanted_BL, axis=1, dtype=jnp.int32) - taken_B
+            write = MoDWrite(write, state, at.count(batch, length), taken_B, missed_B)
+        return out._replace(write=write, records={**records, **out.records})
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:
-        """A cache for sequences of at most `length` positions, or slack * capacity of them."""
+        """Returns a cache for at most `length` positions of a row, or slack * capacity of them."""
         slots = cache_slots(self.config.capacity, length, slack)
-        none_B = jnp.zeros(batch, jnp.int32)
-        return MoDCache(self.inner.empty(batch, slots, slack, dtype), none_B, none_B, slots)
+        route = self.start(batch, self.router.empty(batch, length, slack, dtype))
+        inner, none_B = self.inner.empty(batch, slots, slack, dtype), jnp.zeros(batch, jnp.int32)
+        return MoDCache(inner, route, none_B, none_B, slots)
 
     def _decode(self, x: jax.Array, at: At, call: Call, cache: MoDCache) -> Out:
-        """Reads one position per row, of which rows that are not routed are not computed.
+        """Reads one position per row, and computes the inner layer for routed rows only.
 
-        Where none is, the weights of the inner layer are not read. Its records are left out.
+        Where no row is routed, the weights of the inner layer are not read. It reports nothing.
         """
         x_BLD = one_stream(x)
-        ranking = self.router(x_BLD, at, call.key)
-        spent_B = cache.taken_B + cache.missed_B
-        wanted_BL = valid_ones(self.wanted(x_BLD, ranking, at, call.routing, spent_B), at.valid_BL)
+        scored, choice = self.score(x_BLD, at, call, cache.route)
+        wanted_BL, rules = self.decide(x_BLD, choice, at, call.routing, cache.route.rules)
         routed_BL = wanted_BL & (cache.taken_B < cache.slots)[:, None]
-        scores_BL = ranking.scores_BL
-        update, write, depth_BL = self._updates(x, at, call, cache.inner, scores_BL, routed_BL)
+        update, write, depth_BL = self._updates(
+            x, at, call, cache.inner, choice.scores_BL, routed_BL
+        )
         missed_B = jnp.sum(wanted_BL & ~routed_BL, axis=1, dtype=jnp.int32)
         taken_B = jnp.sum(routed_BL, axis=1, dtype=jnp.int32)
-        none_B = jnp.zeros_like(scores_BL[:, 0])
-        record = Routed(scores_BL, routed_BL, wanted_BL, routed_BL, None, None, none_B, none_B, {})
-        return Out(x + update, MoDWrite(write, taken_B, missed_B), {"": record}, {}, depth_BL)
+        route, read_B = Route(scored.write, rules), at.count(*x.shape[:2])
+        write = MoDWrite(write, route, read_B, taken_B, missed_B)
+        return Out(x + update, write, {}, {}, depth_BL)
 
     def _updates(
         self, x, at: At, call: Call, cache, scores_BL, routed_BL
@@ -145,5 +157,5 @@ class MoD(RoutedLayer, LayerModule):
 
 
 def one_stream(x: jax.Array) -> jax.Array:
-    """What a router reads: of several residual streams (B, L, S, D) their mean."""
+    """Returns what a router reads: the mean of several residual streams (B, L, S, D)."""
     return x if x.ndim == 3 else jnp.mean(x, axis=2)

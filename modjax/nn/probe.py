@@ -100,7 +100,7 @@ def broken(finding: Finding) -> InputError | None:
         "model.layers",
         finding.layer,
         f"looks ahead under routing {finding.routing!r}, where it claims not to: {finding.leak}; "
-        'the routings() of a layer that looks ahead as trained are ("trained",)',
+        "the looks_ahead() of its spec must say so",
     )
 
 
@@ -121,7 +121,7 @@ def _findings(model: ModelSpec, length: int) -> list[Finding]:
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, length))
     leaks: dict[str, Leak | None] = {}  # by program: most routings share one
     findings = []
-    for routing in layer.routings():
+    for routing in model.routings:
 
         def run(state: Any, tokens_BL: jax.Array, routing: str = routing) -> jax.Array:
             network = nnx.merge(graphdef, state)
@@ -132,7 +132,7 @@ def _findings(model: ModelSpec, length: int) -> list[Finding]:
         text = program.as_text()
         if text not in leaks:
             leaks[text] = _leak(born, program.compile(QUICK), tokens)
-        claims = routing != "trained" or (not layer.rules() and len(layer.routings()) > 1)
+        claims = not layer.looks_ahead("trained" if routing == "trained" else "causal")
         findings.append(Finding(str(layer), routing, claims, leaks[text]))
     return findings
 

@@ -6,12 +6,14 @@ Every array of a record begins with the batch. The stack adds the repetitions of
 Legend: B batch, L positions, K selected positions, G repetitions of a layer.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from modjax.errors import InputError, require
@@ -22,60 +24,99 @@ RATE = 0.01
 REMEDY = "set stacked=True for layers under nnx.scan"
 
 
+class TokenLoss(NamedTuple):
+    """The loss of every position in nats, and its weight in the objective (None: 1), (B, L)."""
+
+    nll_BL: jax.Array
+    weights_BL: jax.Array | None = None
+
+
 class Record:
     """Base class of layer reports. Every method has a neutral default."""
 
-    def loss(self, nll_BL: jax.Array) -> jax.Array:
+    def loss(
+        self, tokens: TokenLoss | None = None, totals: Mapping[str, Any] | None = None
+    ) -> jax.Array:
         """Returns what the layer adds to the objective; it may look at the loss of every position.
 
-        Accumulated batches take the mean of it over their parts. A record that declares `totals`
-        is called with them as a second argument.
+        totals: sums over the whole batch, see `totals`; None, those of this record. Accumulated
+        batches take the mean of the losses of their parts.
         """
         return jnp.float32(0)
 
     def totals(self) -> dict[str, jax.Array]:
         """Returns the sums over the batch that the loss needs, of fixed shapes; {} for none.
 
-        Of an accumulated batch, `loss` gets their mean over the parts, for which an update takes a
+        For an accumulated batch, `loss` gets their mean over the parts, and an update takes a
         forward pass more. No gradient passes.
         """
         return {}
 
-    def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
-        """New values of what the layer measures, after `updates` earlier ones."""
+    def observed(
+        self, measured: Mapping[str, Any], updates: jax.Array, tokens: TokenLoss | None = None
+    ) -> dict[str, Any]:
+        """Returns new values of the numbers that the module measures, after `updates` updates."""
         return {}
 
     @classmethod
     def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
-        """Scalars for a line of metrics, of all records of this type, stacked over repetitions."""
+        """Returns scalars for a line of metrics.
+
+        records: all records of this type by the path of their module, stacked over repetitions.
+        """
         return {}
 
     def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
-        """Per sequence, (B,), what an evaluation is to sum over all of them."""
+        """Returns counts of every sequence, (B,), for `outcome`."""
+        return {}
+
+    @classmethod
+    def outcome(cls, counts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+        """Returns numbers for the result of a run from the `counts` of an evaluation, (B,).
+
+        counts: of all layers with records of this type; also called with one layer alone.
+        """
+        return {}
+
+    def kind(self) -> type["Record"]:
+        """Returns the type that the counts are for."""
+        return type(self)
+
+    def parts(self) -> Mapping[str, "Record"]:
+        """Returns the records of modules inside this record's, by path, that it brings along."""
         return {}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inside(Record):
-    """The record of a layer inside a selection: of positions indices_BK only."""
+    """The record of a layer inside a selection, about positions indices_BK only."""
 
     record: Record
     indices_BK: jax.Array
     valid_BK: jax.Array
 
-    def loss(self, nll_BL: jax.Array | None = None, *totals: Any) -> jax.Array:
-        mine_BK = None if nll_BL is None else gather(nll_BL, self.indices_BK)
-        return self.record.loss(mine_BK, *totals)  # type: ignore[arg-type]
+    def loss(
+        self, tokens: TokenLoss | None = None, totals: Mapping[str, Any] | None = None
+    ) -> jax.Array:
+        return self.record.loss(self._mine(tokens), totals)
 
     def totals(self) -> dict[str, jax.Array]:
         return self.record.totals()
 
-    def observed(self, measured: Mapping[str, Any], updates: jax.Array) -> dict[str, Any]:
-        return self.record.observed(measured, updates)
+    def observed(
+        self, measured: Mapping[str, Any], updates: jax.Array, tokens: TokenLoss | None = None
+    ) -> dict[str, Any]:
+        return self.record.observed(measured, updates, self._mine(tokens))
 
     def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
         return self.record.counts(self.valid_BK & gather(valid_BL, self.indices_BK))
+
+    def kind(self) -> type[Record]:
+        return self.record.kind()
+
+    def _mine(self, tokens: TokenLoss | None) -> TokenLoss | None:
+        return jax.tree.map(lambda leaf: gather(leaf, self.indices_BK), tokens)
 
     @classmethod
     def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
@@ -112,18 +153,18 @@ def totals(records: Mapping[str, Record]) -> dict[str, Any]:
 
 
 def losses(
-    records: Mapping[str, Record], nll_BL: jax.Array, sums: Mapping[str, Any] | None = None
+    records: Mapping[str, Record], tokens: TokenLoss, sums: Mapping[str, Any] | None = None
 ) -> jax.Array:
     """Returns what all layers add to the objective; records are stacked over repetitions.
 
-    sums: as `totals` has them, or their mean over the parts of a batch that these are one of;
+    sums: as `totals` returns them, or their mean over the parts of a batch that these are one of;
       None, those of these records.
     """
     sums = totals(records) if sums is None else sums
 
     def one(name: str, record: Record) -> jax.Array:
         own = (sums[name],) if name in sums else ()
-        return jnp.sum(jax.vmap(lambda r, *own: r.loss(nll_BL, *own))(record, *own))
+        return jnp.sum(jax.vmap(lambda r, *own: r.loss(tokens, *own))(record, *own))
 
     return sum((one(name, record) for name, record in records.items()), jnp.float32(0))
 
@@ -147,8 +188,46 @@ def statistics(
     return found
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("found",), meta_fields=("kind",))
+@dataclass(frozen=True)
+class Counts:
+    """The counts of a layer's record, see `Record.counts`: (B, G). kind: the record's type."""
+
+    found: dict[str, Any]
+    kind: type[Record]
+
+
+def counts(records: Mapping[str, Record], valid_BL: jax.Array) -> dict[str, Counts]:
+    """Returns what each layer's record counts; records are stacked over repetitions."""
+    each = {
+        name: Counts(jax.vmap(lambda r: r.counts(valid_BL), out_axes=1)(record), record.kind())
+        for name, record in records.items()
+    }
+    return {name: counted for name, counted in each.items() if counted.found}
+
+
+def outcomes(found: Mapping[str, Counts]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Returns the numbers of a whole evaluation, and those of each layer, as in 1_mod.0."""
+    by_kind: dict[type[Record], dict[str, Mapping[str, np.ndarray]]] = {}
+    for name, counted in found.items():
+        for g in range(next(iter(counted.found.values())).shape[1]):
+            one = {key: value_BG[:, g] for key, value_BG in counted.found.items()}
+            by_kind.setdefault(counted.kind, {})[f"{name}.{g}"] = one
+    whole: dict[str, float] = {}
+    layers = {}
+    for kind, mine in by_kind.items():
+        whole |= kind.outcome(mine)
+        layers |= {name: kind.outcome({name: one}) for name, one in mine.items()}
+    return whole, layers
+
+
 def observe(
-    measured: Any, records: Mapping[str, Record], updates: int | jax.Array, *, stacked: bool = False
+    measured: Any,
+    records: Mapping[str, Record],
+    updates: int | jax.Array,
+    tokens: TokenLoss | None = None,
+    *,
+    stacked: bool = False,
 ) -> tuple[Any, int]:
     """Returns the measured numbers after one more forward pass, and how many of them were updated.
 
@@ -158,6 +237,7 @@ def observe(
     records: what the layers reported, each by the path of its module, as in "layers/0/routed"; ""
       is the model itself.
     updates: how many updates came before.
+    tokens: the loss of every position, for records that learn from it.
     stacked: whether records and numbers begin with a dim of repetitions, as under nnx.scan.
 
     Raises InputError where a path does not lead to the numbers that its record measures.
@@ -166,11 +246,11 @@ def observe(
     paths = [_module_and_name(path) for path, _ in paths_leaves]
     leaves = [leaf for _, leaf in paths_leaves]
     updates, count = jnp.asarray(updates), 0
-    for path, record in records.items():
+    for path, record in _with_parts(records):
         places = {name: at for at, (module, name) in enumerate(paths) if module == path}
 
         def observed(record: Record, old: Any) -> dict[str, Any]:
-            return record.observed(old, updates)
+            return record.observed(old, updates, tokens)
 
         try:
             old = {name: leaves[at] for name, at in places.items()}
@@ -191,6 +271,12 @@ def observe(
             leaves[place] = value
             count += value.size
     return jax.tree.unflatten(structure, leaves), count
+
+
+def _with_parts(records: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
+    for path, record in records.items():
+        yield path, record
+        yield from ((f"{path}/{name}".lstrip("/"), part) for name, part in record.parts().items())
 
 
 def unmeasured(weights: Any) -> list[str]:

@@ -69,27 +69,30 @@ def evenly_spread(positions_BL: jax.Array, capacity: float) -> jax.Array:
 
 
 def paced(
-    odds_BL: jax.Array, capacity: float, positions_BL: jax.Array, spent_B: jax.Array
+    odds_BL: jax.Array,
+    capacity: float,
+    valid_BL: jax.Array,
+    seen_B: jax.Array,
+    spent_B: jax.Array,
 ) -> jax.Array:
-    """Positions whose log-odds pass a bar that rises as their row runs ahead of its capacity.
+    """Returns positions whose log-odds pass a threshold that follows their row's spending, (B, L).
 
-    A row that has spent n of the t positions before is z = (n - c t) / sqrt(c t + 4) ahead, in
-    standard deviations of a count (the 4 keeps the first positions calm); the bar is
-    z exp(z^2 / 2), below 0 for a row that lags. Causal: (B, L) bool, position by position.
-    Whatever is packed into a row shares its budget, as in training. A row that asks for all may end
-    some 2 sqrt(c t + 4) above its capacity.
-    spent_B: n of each row at the first of these positions.
+    A row that has taken n of the t positions before is z = (n - c t) / sqrt(c t + 4) ahead of its
+    capacity c, in standard deviations of a count; the 4 keeps the first positions calm. The
+    threshold is z exp(z^2 / 2), below 0 for a row that lags. No position depends on a later one.
+    Documents that are packed into a row share its budget, as in training. A row that asks for every
+    position may end some 2 sqrt(c t + 4) above its capacity.
+    seen_B, spent_B: t and n at the first of these positions. valid_BL: False is not counted.
     """
 
-    def choose(spent_B, now):
-        odds_B, position_B = now
-        fair_B = capacity * position_B.astype(jnp.float32)
+    def choose(state, now):
+        (seen_B, spent_B), (odds_B, valid_B) = state, now
+        fair_B = capacity * seen_B.astype(jnp.float32)
         ahead_B = (spent_B.astype(jnp.float32) - fair_B) / jnp.sqrt(fair_B + 4)
-        wanted_B = odds_B > ahead_B * jnp.exp(ahead_B**2 / 2)
-        return spent_B + wanted_B.astype(spent_B.dtype), wanted_B
+        wanted_B = (odds_B > ahead_B * jnp.exp(ahead_B**2 / 2)) & valid_B
+        return (seen_B + valid_B.astype(jnp.int32), spent_B + wanted_B.astype(jnp.int32)), wanted_B
 
-    wanted_LB = jax.lax.scan(choose, spent_B, (odds_BL.T, positions_BL.T))[1]
-    return wanted_LB.T
+    return jax.lax.scan(choose, (seen_B, spent_B), (odds_BL.T, valid_BL.T))[1].T
 
 
 def of_valid(

@@ -28,9 +28,6 @@ RUN_COLUMNS = {
     "layers": "num_layers",
     "total": "params_total",
     "active": "params_active",
-    "dropped": "moe_dropped",
-    "no-op": "moe_no_op",
-    "useful": "moe_useful",
     "learning rate": "learning_rate",
     "seed": "seed",
     "FLOPs spent": "train_flops",
@@ -121,16 +118,19 @@ def no_causal_table(fits: Fits) -> list[str]:
 def run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool) -> str:
     """Returns the table of all runs, with both of their losses.
 
-    Status and bits per byte are those under the loss that arms are compared by. The last columns
-    are the fields of a run's spec that no other table has.
+    Status and bits per byte are those under the loss that arms are compared by. Columns follow for
+    what the layers report of an evaluation, and for the fields of a run's spec that no other table
+    has.
     """
+    outcomes = sorted({name for r in records for name in r.outcome})
     more = [name for name in specs.run_fields if name not in SPEC_COLUMNS]
 
     def cells(r: Record) -> list[object]:
         losses = {"causal_loss": causal_loss(r), "eval_loss": r.eval_loss}
         compared = as_compared(r, fits.loss)
         shown = [losses.get(f, getattr(compared, f)) for f in RUN_COLUMNS.values()]
+        shown += [r.outcome.get(name) for name in outcomes]
         return [*shown, *(specs.by_run.get(r.run_id, {}).get(name) for name in more)]
 
     rows = [f"run:{r.run_id}" for r in records] if marked else None
-    return table([*RUN_COLUMNS, *more], map(cells, records), rows)
+    return table([*RUN_COLUMNS, *outcomes, *more], map(cells, records), rows)

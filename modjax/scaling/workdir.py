@@ -25,7 +25,7 @@ from modjax.records import (
 )
 from modjax.scaling.experiment import Experiment
 from modjax.scaling.run import lock
-from modjax.spec import to_dict
+from modjax.spec import from_dict, to_dict
 from modjax.spec.run import FORMAT
 
 logger = logging.getLogger("modjax")
@@ -49,7 +49,7 @@ def read_plan(workdir: Path) -> Plan | None:
     Raises InputError where it cannot be read.
     """
     try:
-        return read_as(Plan, workdir / "plan.json", WRITTEN_AGAIN)
+        return read_as(lambda values: from_dict(Plan, values), workdir / "plan.json", WRITTEN_AGAIN)
     except Missing:
         return None
 

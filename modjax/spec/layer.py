@@ -15,9 +15,6 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from modjax.errors import require, require_bounded
 from modjax.spec import text
 
-# How a routed layer selects: as training does, or by one of the ways that never look ahead.
-ROUTINGS = ("trained", "router", "predictor", "paced", "threshold")
-
 
 class Shape(NamedTuple):
     """The numbers of a model that its layers share."""
@@ -33,7 +30,7 @@ class Shape(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What one sequence asks of a layer: positions that it computes, and keys that each may see."""
+    """Positions of one sequence that a layer computes, and positions whose keys attention makes."""
 
     tokens: int
     keys: int
@@ -55,11 +52,18 @@ class Cost(NamedTuple):
     role: str = "weight"
 
 
-class Layer:
-    """Base of every spec. `inside` names the specs that it contains; the rest follows from them."""
+class Spec:
+    """Base class of the values that describe a model: each checks its fields and has a text."""
 
     def __post_init__(self):
         check_types(self, type(self).__name__)
+
+    def __str__(self) -> str:
+        return text.write(self)
+
+
+class Layer(Spec):
+    """Base class of layers. `inside` names the layers that it contains; the rest follows."""
 
     def inside(self) -> tuple["Layer", ...]:
         return ()
@@ -75,19 +79,17 @@ class Layer:
     def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
         raise NotImplementedError
 
-    def routings(self) -> tuple[str, ...]:
-        """Those of ROUTINGS that everything in this layer can select by."""
-        able = [layer.routings() for layer in self.inside()]
-        return tuple(r for r in ROUTINGS if all(r in each for each in able))
-
-    def routings_of_some(self) -> tuple[str, ...]:
-        """The same of what is inside, which sees some positions only: a pace counts all of them."""
-        paces = "paced" in Layer.rules(self)
-        return tuple(r for r in Layer.routings(self) if r != "paced" or not paces)
+    def looks_ahead(self, routing: str) -> bool:
+        """Returns whether a position may depend on later ones. routing: "trained" or "causal"."""
+        return any(layer.looks_ahead(routing) for layer in self.inside())
 
     def rules(self) -> frozenset[str]:
-        """Those of ROUTINGS, but "trained", that something in this layer has a rule for."""
+        """Returns the names of the causal rules that a call can ask of something in this layer."""
         return frozenset().union(*(layer.rules() for layer in self.inside()))
+
+    def own_rules(self) -> frozenset[str]:
+        """Returns the names of the rules that "causal" routing uses in this layer."""
+        return frozenset().union(*(layer.own_rules() for layer in self.inside()))
 
     def routed(self) -> int:
         """How many selections lie on a position's way through this layer."""
@@ -114,8 +116,6 @@ class Layer:
             handed |= layer.hands_on()
         return found
 
-    def __str__(self) -> str:
-        return text.write(self)
 
 
 def check_types(spec: Any, name: str) -> None:
@@ -123,7 +123,9 @@ def check_types(spec: Any, name: str) -> None:
     for field, kinds, said in _types(type(spec)):
         value = getattr(spec, field)
         whole = float in kinds and type(value) is int
-        fits = whole or type(value) in kinds or (Layer in kinds and isinstance(value, Layer))
+        fits = (
+            whole or type(value) in kinds or (isinstance(value, Spec) and isinstance(value, kinds))
+        )
         require(fits, f"{name}.{field}", value, f"must be {said}")
         require_bounded(f"{name}.{field}", value)
 

@@ -1,10 +1,11 @@
-"""The plain layers: attention and MLP, each added to the stream, and layers one after another."""
+"""The plain layers: attention and MLP, each added to the stream, and sequences of layers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modjax.errors import require, require_one_of
 from modjax.spec.layer import Cost, Layer, Load, Shape, check_parts, named
+from modjax.spec.masks import CAUSAL, Mask
 
 GATED = ("geglu", "swiglu")
 ACTIVATIONS = ("gelu", "silu", "relu2", *GATED)
@@ -12,7 +13,7 @@ NORMS = ("before", "after", "both")
 
 
 def matrices(activation: str) -> int:
-    """How many an MLP with this activation has."""
+    """Returns the number of matrices of an MLP with this activation."""
     return 3 if activation in GATED else 2
 
 
@@ -23,17 +24,18 @@ def norm_params(norm: str, d_model: int) -> int:
 @named
 @dataclass(frozen=True)
 class Attention(Layer):
-    """Causal self-attention with grouped queries and rotary positions, added to the stream.
+    """Self-attention with grouped queries and rotary positions, added to the stream.
 
-    norm: RMSNorm before or after what is added, or both. rope: the base of the rotary angles.
-    window: each position sees so many positions, itself included; None, all before it.
-    softcap: c of c tanh(s / c) on the scores s (arXiv 2408.00118, section 2); None, no cap.
-    received: hands on the attention that each position received, see `MoD.router`.
+    mask: which keys a query may see, such as Causal() & Window(512).
+    norm: RMSNorm before or after what is added, or both.
+    rope: base of the rotary angles.
+    softcap: c of c tanh(s / c) on the scores s (arXiv 2408.00118, section 2); None: no cap.
+    received: passes the attention that each position received to later layers, see `MoD.router`.
     """
 
     norm: str = "before"
     rope: float = 10_000.0
-    window: int | None = None
+    mask: Mask = CAUSAL
     softcap: float | None = None
     received: bool = False
 
@@ -41,10 +43,8 @@ class Attention(Layer):
         super().__post_init__()
         require_one_of("Attention.norm", self.norm, NORMS)
         require(self.rope > 0, "Attention.rope", self.rope, "must be greater than 0")
-        for name in ("window", "softcap"):
-            value = getattr(self, name)
-            fits = value is None or value > 0
-            require(fits, f"Attention.{name}", value, "must be greater than 0, or None")
+        fits = self.softcap is None or self.softcap > 0
+        require(fits, "Attention.softcap", self.softcap, "must be greater than 0, or None")
 
     def check(self, shape: Shape) -> None:
         super().check(shape)
@@ -63,17 +63,20 @@ class Attention(Layer):
 
     def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
         d, h, heads = shape.d_model, shape.head_dim, shape.num_heads
-        pairs = load.tokens * load.keys * heads
-        w_in, w_out = d * h * (heads + 2 * shape.num_kv_heads), heads * h * d
+        pairs = self.mask.pairs(load.tokens, load.keys) * heads
+        w_q, w_kv = d * heads * h, 2 * d * shape.num_kv_heads * h
         yield Cost("norm", params=norm_params(self.norm, d))
-        yield Cost("qkv", 2.0 * load.tokens * w_in, w_in)
+        yield Cost("qkv", 2.0 * (load.tokens * w_q + load.keys * w_kv), w_q + w_kv)
         yield Cost("scores", 2.0 * pairs * h)
         yield Cost("softmax", 3.0 * pairs)
         yield Cost("values", 2.0 * pairs * h)
-        yield Cost("output", 2.0 * load.tokens * w_out, w_out)
+        yield Cost("output", 2.0 * load.tokens * w_q, w_q)
+
+    def looks_ahead(self, routing: str) -> bool:
+        return not self.mask.causal
 
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
-        return 2 * shape.num_kv_heads * shape.head_dim * length
+        return 2 * shape.num_kv_heads * shape.head_dim * self.mask.kept(length)
 
     def ropes(self) -> frozenset[float]:
         return frozenset({self.rope})

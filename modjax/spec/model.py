@@ -5,7 +5,7 @@ from typing import Any
 
 from modjax.errors import require, require_one_of, require_positive
 from modjax.spec import text
-from modjax.spec.layer import NAMES, ROUTINGS, Layer, Repeat, Shape
+from modjax.spec.layer import NAMES, Layer, Repeat, Shape
 from modjax.spec.streams import Ends
 
 DTYPES = ("float32", "bfloat16")
@@ -139,41 +139,50 @@ class ModelSpec:
         """How many selections lie on a token's way through the model; 0 for a dense one."""
         return sum(times * layer.routed() for layer, times in self.repeated())
 
-    @property
-    def routings(self) -> tuple[str, ...]:
-        """Those of ROUTINGS that every layer can select by."""
-        able = [layer.routings() for layer, _ in self.repeated()]
-        return tuple(r for r in ROUTINGS if all(r in each for each in able))
+    def looks_ahead(self, routing: str) -> bool:
+        """Returns whether some layer looks ahead. routing: "trained" or "causal"."""
+        return any(layer.looks_ahead(routing) for layer, _ in self.repeated())
 
-    @property
     def rules(self) -> frozenset[str]:
-        """The routings that some layer has a rule for: of the others it matters not which it is."""
+        """Returns the names of the causal rules that a call can ask for."""
         return frozenset().union(*(layer.rules() for layer, _ in self.repeated()))
 
-    def check_routing(self, routing: str, field: str) -> None:
-        """Raises InputError where a model of this spec has not learned to select by `routing`."""
-        require_one_of(field, routing, ROUTINGS)
-        for layer, _ in self.repeated():
-            able = layer.routings()
-            require(
-                routing in able,
-                field,
-                routing,
-                f"{layer} can select by {', '.join(able)}; in MoD, predictor_weight > 0 teaches "
-                "more, auxiliary_weight > 0 expert choice only",
-            )
+    def own_rules(self) -> frozenset[str]:
+        """Returns the names of the rules that "causal" routing uses."""
+        return frozenset().union(*(layer.own_rules() for layer, _ in self.repeated()))
 
-    def causal_routing(self) -> str | None:
-        """The best way this model has to select without the future; None where it has none, as a
-        dense model has.
-        """
-        able = self.rules.intersection(self.routings)
-        return next((r for r in ("predictor", "router", "threshold", "paced") if r in able), None)
+    def used_rules(self, routing: str) -> frozenset[str]:
+        """Returns the names of the rules that some layer uses under a routing."""
+        return self.own_rules() if routing == "causal" else self.rules() & {routing}
 
     @property
-    def causal_as_trained(self) -> bool:
-        """Whether it never looks ahead and has nothing to select by, as a dense model."""
-        return not self.rules and len(self.routings) > 1
+    def routings(self) -> tuple[str, ...]:
+        """The routings that a call can ask for."""
+        if self.looks_ahead("causal"):
+            return ("trained",)
+        return ("trained", "causal", *sorted(self.rules()))
+
+    def check_routing(self, routing: str, field: str) -> None:
+        """Raises InputError where a model of this spec cannot select by `routing`."""
+        if routing != "trained":
+            for layer, _ in self.repeated():
+                require(
+                    not layer.looks_ahead("causal"),
+                    field,
+                    routing,
+                    f"{layer} has no rule that never looks ahead: MoD has causal=Predictor(), "
+                    "experts have TokenChoice() and ExpertThreshold()",
+                )
+        require_one_of(field, routing, self.routings)
+
+    def causal_routing(self) -> str | None:
+        """Returns the routing of this model's honest loss.
+
+        "trained" where nothing is selected and nothing looks ahead; None without a causal rule.
+        """
+        if self.looks_ahead("causal"):
+            return None
+        return "causal" if self.own_rules() or self.looks_ahead("trained") else "trained"
 
 
 def read_streams(streams: Any, field: str = "model.streams") -> Ends | None:

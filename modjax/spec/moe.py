@@ -5,53 +5,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modjax.errors import require, require_one_of
-from modjax.spec.layer import ROUTINGS, Cost, Layer, Load, Shape, named
+from modjax.spec.experts import ExpertRule, TokenChoice
+from modjax.spec.layer import Cost, Layer, Load, Shape, named
 from modjax.spec.layers import ACTIVATIONS, NORMS, matrices, norm_params
+from modjax.spec.routers import Linear, Router
 
-ROUTERS = ("token_choice", "expert_choice", "threshold")
-SCORES = ("softmax", "sigmoid")
+LINEAR, TOKEN_CHOICE = Linear(), TokenChoice()
 
 
 @named
 @dataclass(frozen=True)
 class MoE(Layer):
-    """Each position runs through `top_k` of `experts` MLPs, added to the stream.
+    """Each position runs through some of `experts` MLPs, added to the stream.
 
+    router: makes the scores. rule: gives each position its experts by them.
     width: of an expert; None, the model's d_ff. activation, norm: as MLP has them.
-    capacity_factor: of each sequence of S positions, without padding, an expert takes its first
-      C = ceil(capacity_factor top_k S / (experts + no_ops)) at most; the other picks are dropped.
-      Reading without looking ahead drops none. None: nor does training.
-    router: "token_choice" (arXiv 2101.03961, 2202.08906), each position picks its top_k;
-      "expert_choice" (2202.09368), each expert picks its C best, which looks ahead; "threshold"
-      (2603.11535), a position goes to every expert whose score for it passes a running mean of
-      the score that ranks top_k S / experts there.
-    no_ops: rows of the router beside the experts that stand for no expert: what picks one is left
-      as it is (arXiv 2404.02258, section 4.3). random_no_ops: the control, where as many picks
-      become no-ops by chance.
-    scores: of the router, "softmax" over all rows or "sigmoid" of each. A pick's weight is its
-      score times `scale`; `renormalise` divides it by the sum over the position's picks, those of
-      no-ops among them.
+    capacity_factor: of each sequence of L positions, without padding, an expert takes its first
+      C = ceil(capacity_factor top_k L real / experts) at most, where `real` is the share of picks
+      that are of experts; the other picks are dropped. Reading without looking ahead drops none.
+      None: nor does training.
     shared: so many more experts that every position runs through, unweighted.
-    balance_weight, z_weight: of the two losses, for token choice. bias_rate: a bias of each row,
-      for picking only, moves by it against the row's load at every update (2408.15664).
     """
 
     experts: int
-    top_k: int = 1
+    rule: ExpertRule = TOKEN_CHOICE
+    router: Router = LINEAR
     width: int | None = None
     activation: str = "gelu"
     norm: str = "before"
     capacity_factor: float | None = 1.25
-    router: str = "token_choice"
-    no_ops: int = 0
-    random_no_ops: bool = False
-    scores: str = "softmax"
-    renormalise: bool = False
-    scale: float = 1.0
     shared: int = 0
-    balance_weight: float = 0.01
-    z_weight: float = 0.001
-    bias_rate: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,57 +42,40 @@ class MoE(Layer):
         def need(condition: bool, name: str, accepted: str) -> None:
             require(condition, f"MoE.{name}", getattr(self, name), accepted)
 
-        require_one_of("MoE.router", self.router, ROUTERS)
-        require_one_of("MoE.scores", self.scores, SCORES)
         require_one_of("MoE.activation", self.activation, ACTIVATIONS)
         require_one_of("MoE.norm", self.norm, NORMS)
         need(self.experts > 0, "experts", "must be greater than 0")
-        fits = 0 < self.top_k <= self.experts
-        need(fits, "top_k", f"must be between 1 and experts = {self.experts}")
+        k = self.rule.top_k
+        need(k <= self.experts, "experts", f"must be at least top_k = {k}")
         need(self.width is None or self.width > 0, "width", "must be greater than 0, or None")
-        for name in ("no_ops", "shared", "balance_weight", "z_weight", "bias_rate"):
-            need(getattr(self, name) >= 0, name, "must be 0 or more")
-        need(self.scale > 0, "scale", "must be greater than 0")
+        need(self.shared >= 0, "shared", "must be 0 or more")
         factor = self.capacity_factor
         fits = factor is None or factor > 0
         need(fits, "capacity_factor", "must be greater than 0, or None: it leaves no slot")
-        learns = self.top_k > 1 or not self.renormalise
-        need(learns, "renormalise", "must be False at top_k = 1: the router would not learn")
-        need(not self.random_no_ops or self.no_ops > 0, "random_no_ops", "needs no_ops")
-        if self.router != "token_choice":
-            for name, only in (("no_ops", 0), ("bias_rate", 0.0), ("renormalise", False)):
-                fits = getattr(self, name) == only
-                need(fits, name, f"must be {only} where router = {self.router!r}")
-        fits = factor is not None or self.router != "expert_choice"
-        need(fits, "capacity_factor", f"must be a number where router = {self.router!r}")
+        fits = factor is not None or not self.rule.bounded
+        need(fits, "capacity_factor", f"must be a number where rule = {self.rule}")
 
-    @property
-    def rows(self) -> int:
-        """Numbers that the router makes of each position."""
-        return self.experts + (0 if self.random_no_ops else self.no_ops)
-
-    @property
-    def balanced(self) -> bool:
-        """Whether training takes a loss of the router's load or logits."""
-        return self.router == "token_choice" and self.balance_weight + self.z_weight > 0
+    def check(self, shape: Shape) -> None:
+        super().check(shape)
+        self.router.check(shape)
 
     @property
     def real(self) -> float:
         """The share of picks that are of experts, where the load is even."""
-        return self.experts / (self.experts + self.no_ops)
+        return self.rule.real(self.experts)
 
     def slots(self, tokens: int) -> int:
-        """C, the positions of a sequence of `tokens` that an expert takes at most."""
+        """Returns C, the positions of a sequence of `tokens` that an expert takes at most."""
         if self.capacity_factor is None:
             return tokens
-        fair = self.top_k * tokens * self.real / self.experts
+        fair = self.rule.top_k * tokens * self.real / self.experts
         # A share such as 1.1 * 10 should not become 12 by its last bit.
         return min(tokens, max(1, math.ceil(self.capacity_factor * fair - 1e-9)))
 
     def computed(self, tokens: int) -> float:
-        """Positions that the experts compute of a sequence, empty slots among them."""
+        """Returns the positions that the experts compute of a sequence, empty slots among them."""
         if self.capacity_factor is None:
-            return self.top_k * tokens * self.real
+            return self.rule.top_k * tokens * self.real
         return self.experts * self.slots(tokens)
 
     def expert_width(self, shape: Shape) -> int:
@@ -119,18 +85,31 @@ class MoE(Layer):
         d = shape.d_model
         one = matrices(self.activation) * d * self.expert_width(shape)
         yield Cost("norm", params=norm_params(self.norm, d))
-        yield Cost("router", 2.0 * load.tokens * d * self.rows, d * self.rows, role="router")
-        share = self.top_k * self.real / self.experts
+        yield from self.router.cost(shape, load, self.rule.rows(self.experts))
+        share = self.rule.top_k * self.real / self.experts
         computed = self.computed(load.tokens)
         yield Cost("experts", 2.0 * computed * one, one * self.experts, active=share)
         if self.shared:
             yield Cost("mlp", 2.0 * load.tokens * one * self.shared, one * self.shared)
 
-    def routings(self) -> tuple[str, ...]:
-        return ("trained",) if self.router == "expert_choice" else ROUTINGS
+    def looks_ahead(self, routing: str) -> bool:
+        # As trained, a dropped pick depends on how long its sequence is.
+        return routing == "trained" or not self.rule.names() or self.router.looks_ahead(routing)
 
     def rules(self) -> frozenset[str]:
-        return frozenset() if self.router == "expert_choice" else frozenset({"router"})
+        return frozenset(self.rule.names())
+
+    def own_rules(self) -> frozenset[str]:
+        return frozenset(self.rule.names()[:1])
 
     def routed(self) -> int:
-        return 1 if self.no_ops else 0
+        return 1 if self.real < 1 else 0
+
+    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
+        return self.router.cache_numbers(shape, length, slack)
+
+    def ropes(self) -> frozenset[float]:
+        return self.router.ropes()
+
+    def needs(self) -> frozenset[str]:
+        return self.router.needs()

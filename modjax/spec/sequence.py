@@ -47,9 +47,6 @@ class Anchored(Layer):
         """FLOPs beside the inner layer for each number of the stream, and what is learned."""
         return 1 + 1 / self.stride, 0
 
-    def routings(self) -> tuple[str, ...]:
-        return self.routings_of_some()
-
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
         kept = 2 * shape.d_model * shape.streams
         return kept + self.inner.cache_numbers(shape, self.anchors(length), slack)

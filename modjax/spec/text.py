@@ -1,6 +1,7 @@
 """The text form of a spec: its constructor call, written and read without eval."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
@@ -43,7 +44,7 @@ def bounded(text: str, field: str) -> str:
     )
     depth = 0
     for character in text:
-        depth += (character in "([{") - (character in ")]}")
+        depth += (character in "([{&") - (character in ")]}")  # a chain of & nests as well
         require(depth <= MOST_DEPTH, field, text, f"must have at most {MOST_DEPTH} brackets open")
     return text.strip()
 
@@ -78,13 +79,18 @@ def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tupl
                     raise InputError(field, said(node), str(why)) from error
                 except Exception as error:  # a registered spec is the user's code
                     raise InputError(field, said(node), describe(error)) from error
+            case ast.BinOp(op=ast.BitAnd(), left=left, right=right):
+                one, other = value(left), value(right)
+                with contextlib.suppress(Exception):  # a registered spec is the user's code
+                    if dataclasses.is_dataclass(one):
+                        return one & other  # type: ignore[operator]
             case ast.Constant(value=None | bool() | int() | float() | str() as plain):
                 require_bounded(field, plain)
                 return plain
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
                 require_bounded(field, -number)
                 return -number
-        raise InputError(field, said(node), "must be calls such as MoD(Dense())")
+        raise InputError(field, said(node), "must be calls such as MoD(Dense()), or masks with &")
 
     def said(node: ast.expr) -> str:
         return ast.get_source_segment(text, node) or text

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from modjax.data.batches import Batch, eval_batches
 from modjax.data.cache import TokenCache
 from modjax.data.manifest import Manifest, bits_per_byte
-from modjax.nn.expert_record import shares
-from modjax.nn.routed import mean_quality, quality
+from modjax.nn.records import Counts, outcomes
 from modjax.nn.sharding import LOGICAL_TO_MESH, ways
 from modjax.spec import TrainConfig
 
@@ -29,7 +28,7 @@ class Scores(NamedTuple):
 
     loss_B: np.ndarray
     weight_B: np.ndarray
-    counts: dict[str, dict[str, np.ndarray]]
+    counts: dict[str, Counts]
 
 
 class Evaluation(NamedTuple):
@@ -44,12 +43,12 @@ class Measured(NamedTuple):
     """Results of an evaluation.
 
     evaluation: as trained.
-    routed: the record's fields causal_*, moe_* and near_ties, as far as there are.
+    found: the record's fields causal_* and outcome.
     metrics: all that was measured, under its names in metrics.jsonl.
     """
 
     evaluation: Evaluation
-    routed: dict[str, Any]
+    found: dict[str, Any]
     metrics: dict[str, float]
 
 
@@ -98,44 +97,38 @@ def difference(ours: Scores, theirs: Scores) -> Evaluation:
     return summarise(ours._replace(loss_B=ours.loss_B - theirs.loss_B))
 
 
-def near_ties(scores: Scores) -> int | None:
-    """Returns the selections that end in a near tie, over layers and sequences; None without any.
+def outcome(scores: Scores) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Returns the numbers that the layers' records make of an evaluation: of all, and by layer."""
+    kept = scores.weight_B > 0  # the others are padding
+    return outcomes(jax.tree.map(lambda count_BG: count_BG[kept], scores.counts))
 
-    Each top k of a sequence is one selection, or each expert's; see ROUNDING in nn/routing.py.
+
+def measured(scores: dict[str, Scores], manifest: Manifest, causal: str | None) -> Measured:
+    """Returns the results of an evaluation by routing: "trained", and "causal" where it was taken.
+
+    causal: the name of the rules by which "causal" routing selects.
     """
-    kept = scores.weight_B > 0
-    each = [of["near_ties"][kept].sum() for of in scores.counts.values() if "near_ties" in of]
-    return int(sum(each)) if each else None
-
-
-def measured(scores: dict[str, Scores], manifest: Manifest) -> Measured:
-    """Returns what a run's scores say: by routing, "trained" and at most one that is causal."""
     trained = scores["trained"]
     result = summarise(trained)
-    metrics = {
+    metrics: dict[str, float] = {
         "eval_loss": result.loss,
         "eval_loss_sem": result.sem,
         "eval_bits_per_byte": bits_per_byte(manifest, result.loss),
     }
-    dropped = shares(trained.counts, trained.weight_B)
-    routed: dict[str, Any] = {f"moe_{name}": value for name, value in dropped.items()}
-    metrics |= {f"eval_moe/{name}": value for name, value in dropped.items()}
-    ties = near_ties(trained)
-    if ties is not None:
-        routed["near_ties"] = metrics["eval_near_ties"] = ties
-    for routing in scores.keys() - {"trained"}:
-        blocks = quality(scores[routing].counts, scores[routing].weight_B)
-        mean = mean_quality(blocks.values())
-        gap = difference(scores[routing], trained)
-        causal = {
-            "causal_loss": summarise(scores[routing]).loss,
-            "causal_difference": gap.loss,
-            "causal_difference_sem": gap.sem,
-            "causal_accuracy": mean and mean.accuracy,
-            "causal_capacity": mean and mean.capacity,
-        }
-        routed |= {"causal_routing": routing, **causal}
-        metrics |= {f"eval_{name}": value for name, value in causal.items() if value is not None}
-        for block, found in blocks.items():
-            metrics |= {f"eval_{routing}/{k}/{block}": v for k, v in found._asdict().items()}
-    return Measured(result, routed, metrics)
+    found, numbers = {}, {}
+    for routing, one in scores.items():
+        whole, layers = outcome(one)
+        numbers |= {f"{routing}/{name}": value for name, value in whole.items()}
+        if routing != "trained":
+            gap = difference(one, trained)
+            losses = {
+                "causal_loss": summarise(one).loss,
+                "causal_difference": gap.loss,
+                "causal_difference_sem": gap.sem,
+            }
+            found |= {"causal_routing": causal, **losses}
+            metrics |= {f"eval_{name}": value for name, value in losses.items()}
+            for layer, of in layers.items():
+                metrics |= {f"eval_{routing}/{name}/{layer}": value for name, value in of.items()}
+    metrics |= {f"eval_{name}": value for name, value in numbers.items()}
+    return Measured(result, {**found, "outcome": numbers}, metrics)

@@ -36,7 +36,7 @@ from modjax.training.evaluate import (
 )
 from modjax.training.metrics import MetricsWriter, last_train_loss
 from modjax.training.programs import compile_programs, make_models
-from modjax.training.record import make_record, progress_values
+from modjax.training.record import causal_name, make_record, progress_values
 from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import (
     abstract_state,
@@ -88,7 +88,7 @@ def train(
     depends_on = begin(run_dir, now, write=jax.process_index() == 0, other_code=other_code)
     home = Home(run_dir)
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
-    diverged_step, evaluation, routed = 0, None, {}
+    diverged_step, evaluation, found = 0, None, {}
 
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(_sigterm())
@@ -156,7 +156,7 @@ def train(
             for routing, eval_step in programs.eval_steps.items():
                 windows = (put_batch(b, mesh) for b in validation_batches(cache, config, mesh))
                 scores[routing] = evaluate(eval_step, weights, windows)
-            found = measured(scores, cache.manifest)
+            found = measured(scores, cache.manifest, causal_name(spec.model))
             writer.write(step, found.metrics)
             return found
 
@@ -199,10 +199,10 @@ def train(
         clock.lap("train")
         if not diverged_step:
             save(steps)
-            evaluation, routed, _ = measure(steps)
+            evaluation, found, _ = measure(steps)
             clock.lap("eval")
             if not math.isfinite(evaluation.loss):
-                diverged_step, evaluation, routed = steps, None, {}
+                diverged_step, evaluation, found = steps, None, {}
         checkpoints.wait()
         clock.lap("checkpoint")
 
@@ -214,7 +214,7 @@ def train(
         diverged_step=diverged_step,
         train_loss=last_train_loss(run_dir),
         evaluation=evaluation,
-        routed=routed,
+        found=found,
         seconds=clock.seconds,
         median_step_seconds=pace.median() or clock.seconds["train"] / steps,
         device=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",

@@ -30,8 +30,8 @@ from modjax.training.step import make_eval_step, make_train_step
 class Programs(NamedTuple):
     """What a run calls.
 
-    train_step(state, batch) takes `state` over. eval_steps: by routing, "trained" and the best
-    causal one that the model has, functions (weights, batch, index) as make_eval_step's.
+    train_step(state, batch) takes `state` over. eval_steps: by routing, "trained" and, where
+    that may look ahead, "causal": functions (weights, batch, index) as make_eval_step's.
     statistics(records) maps metrics["records"] of a train step to scalars.
     """
 
@@ -68,8 +68,7 @@ def compile_programs(mesh: Mesh, models: Models, spec: RunSpec) -> Programs:
         lowered.out_info[1]["records"],
         compiled.output_shardings[1]["records"],
     )
-    causal = spec.model.causal_routing()
-    routings = ("trained", causal) if causal else ("trained",)
+    routings = dict.fromkeys(("trained", spec.model.causal_routing() or "trained"))
     return Programs(
         lambda state, batch: compiled(state, batch, schedule),
         {name: compile_eval_step(mesh, models.evaluated, train, routing=name) for name in routings},

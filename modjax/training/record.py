@@ -12,7 +12,7 @@ from modjax.data.manifest import bits_per_byte
 from modjax.flops import forward_flops, parameters, run_flops, total_flops
 from modjax.provenance import PACKAGES
 from modjax.records import NO_ROUTING, Record
-from modjax.spec import RunSpec
+from modjax.spec import ModelSpec, RunSpec
 from modjax.training.evaluate import Evaluation
 
 
@@ -46,7 +46,7 @@ def make_record(
     diverged_step: int,
     train_loss: float | None,
     evaluation: Evaluation | None,
-    routed: dict[str, Any],
+    found: dict[str, Any],
     seconds: dict[str, float],
     median_step_seconds: float,
     device: str,
@@ -55,8 +55,8 @@ def make_record(
 ) -> Record:
     """Returns the record of a run that finished, or that diverged at `diverged_step` > 0.
 
-    routed: the causal_*, moe_* and near_ties fields that were measured. A value that is not finite
-      becomes None: the run is finished as it was trained, whatever another routing makes of it.
+    found: the fields causal_* and outcome that were measured. A value that is not finite becomes
+      None: the run is finished as it was trained, whatever another routing makes of it.
     seconds: spent, by activity; see training/clock.py.
     """
     config, model = spec.train, spec.model
@@ -64,10 +64,9 @@ def make_record(
     params = parameters(model)
     steps = diverged_step or config.steps
     progress = progress_values(spec, steps)
-    causal: dict[str, Any] = {"causal_routing": model.causal_routing() or NO_ROUTING}
-    if model.causal_as_trained:
-        loss = evaluation.loss if evaluation else None
-        causal = {"causal_routing": "trained", "causal_loss": loss}
+    causal: dict[str, Any] = {"causal_routing": causal_name(model)}
+    if model.causal_routing() == "trained":
+        causal["causal_loss"] = evaluation.loss if evaluation else None
     return Record(
         run_id=spec.run_id,
         variant=spec.variant,
@@ -109,9 +108,19 @@ def make_record(
             name: importlib.metadata.version(name) for name in (*PACKAGES, "orbax-checkpoint")
         },
         provenance=provenance,
-        **{name: _finite(value) for name, value in (causal | routed).items()},
+        **{name: _finite(value) for name, value in (causal | found).items()},
     )
 
 
+def causal_name(model: ModelSpec) -> str:
+    """Returns the rules by which a model's causal loss is taken, as `Record.causal_routing`."""
+    routing = model.causal_routing()
+    if routing != "causal":
+        return routing or NO_ROUTING
+    return ", ".join(sorted(model.own_rules())) or routing
+
+
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

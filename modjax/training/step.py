@@ -12,7 +12,8 @@ import optax
 from flax import nnx
 
 from modjax.data.batches import Batch
-from modjax.nn import Record, losses, observe, totals
+from modjax.nn import Record, TokenLoss, losses, observe, totals
+from modjax.nn.records import counts
 from modjax.nn.sharding import constrain
 from modjax.spec import TrainConfig
 from modjax.training.optimizer import Schedule, gradient_norm, learning_rate
@@ -68,8 +69,9 @@ def make_train_step(
     def objective(trained, others, batch, key, total_weight, sums=None):
         nll_BL, records = forward(trained, others, batch, key)
         loss = jnp.sum(nll_BL * batch.weights_BL) / total_weight
-        own = losses(records, nll_BL, sums) / train.accumulation
-        return loss + own, (loss, records)
+        tokens = TokenLoss(nll_BL, batch.weights_BL)
+        own = losses(records, tokens, sums) / train.accumulation
+        return loss + own, (loss, records, tokens)
 
     def sums_of(trained, others, batch, key):
         return totals(forward(trained, others, batch, key)[1])
@@ -82,7 +84,7 @@ def make_train_step(
         total_weight = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
         trained, frozen = parted(state.params, mask)
         others = (frozen, state.measured)
-        grads, (loss, records) = gradients(trained, others, batch, key, total_weight)
+        grads, (loss, records, tokens) = gradients(trained, others, batch, key, total_weight)
         grad_norm = gradient_norm(grads, roles)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int counters with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
@@ -90,7 +92,7 @@ def make_train_step(
         measured = state.measured
         if measured:
             old = measured["stack"]["blocks"]
-            blocks, _ = observe(old, records, state.step, stacked=True)
+            blocks, _ = observe(old, records, state.step, tokens, stacked=True)
             measured = {**measured, "stack": {"blocks": blocks}}
         step = state.step + 1
         diverged = (state.diverged_step == 0) & ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
@@ -141,17 +143,18 @@ def _accumulated(gradient: Callable, sums_of: Callable, parts: int) -> Callable:
             sums = jax.tree.map(lambda x_A: jnp.mean(x_A, axis=0), jax.lax.map(part_sums, items))
 
         def add(total, item):
-            grads, (loss, records) = gradient(trained, others, *item, total_weight, sums)
-            return jax.tree.map(jnp.add, total, (grads, loss)), records
+            grads, (loss, *rest) = gradient(trained, others, *item, total_weight, sums)
+            return jax.tree.map(jnp.add, total, (grads, loss)), rest
 
         zero = (jax.tree.map(jnp.zeros_like, trained), jnp.float32(0))
-        (grads, loss), records_AGB = jax.lax.scan(add, zero, items)
+        (grads, loss), (records_AGB, tokens_AB) = jax.lax.scan(add, zero, items)
 
         def one_batch(x_AGB):
             x_GBA = jnp.moveaxis(x_AGB, 0, 2)
             return x_GBA.reshape(x_GBA.shape[0], -1, *x_GBA.shape[3:])
 
-        return grads, (loss, jax.tree.map(one_batch, records_AGB))
+        tokens = jax.tree.map(lambda x_AB: one_batch(x_AB[:, None])[0], tokens_AB)
+        return grads, (loss, jax.tree.map(one_batch, records_AGB), tokens)
 
     return accumulated
 
@@ -172,11 +175,7 @@ def make_eval_step(
         loss_B = jnp.sum(nll_BL * batch.weights_BL, axis=1)
         weight_B = jnp.sum(batch.weights_BL, axis=1)
         valid_BL = batch.segment_ids_BL > 0
-        counts = {
-            name: jax.vmap(lambda r: r.counts(valid_BL), out_axes=1)(record)
-            for name, record in records.items()
-        }
-        return loss_B, weight_B, {name: found for name, found in counts.items() if found}
+        return loss_B, weight_B, counts(records, valid_BL)
 
     return eval_step
 

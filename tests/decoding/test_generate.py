@@ -16,18 +16,18 @@ import modjax
 from modjax.decoding.generate import Sampling, draw_tokens, extend, generate, resume
 from modjax.errors import InputError
 from modjax.nn import Transformer, unstack
-from modjax.spec import Dense, MoD, ModelSpec
+from modjax.spec import Dense, MoD, ModelSpec, Predictor
 from tests.nn.small import QUICK, key_values, random_model
 
 ROUTED = ModelSpec(
     vocab_size=24, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=32,
-    layers=(Dense(), MoD(Dense(), capacity=0.5, predictor_weight=1.0)),
+    layers=(Dense(), MoD(Dense(), capacity=0.5, causal=Predictor())),
 )  # fmt: skip
 MODELS = {
     "predictor": ROUTED,
     "paced": ROUTED,
     "threshold": ROUTED,
-    "router": dataclasses.replace(ROUTED, layers=(Dense(),)),  # dense: any routing will do
+    "causal": dataclasses.replace(ROUTED, layers=(Dense(),)),  # dense: it selects nothing
 }
 PROMPTS_BL = np.array([[3, 9, 4, 17], [5, 0, 0, 0], [11, 2, 6, 0]], np.int32)
 LENGTHS_B = np.array([4, 1, 3], np.int32)
@@ -98,7 +98,7 @@ def test_greedy_generation_equals_full_forward_passes_of_a_growing_sequence(rout
         np.testing.assert_array_equal(found.tokens_BN[b], tokens_BL[b, new])
         np.testing.assert_array_equal(found.depths_BN[b], depth_BL[b, new])
         np.testing.assert_array_equal(found.prompt_depths_BL[b, :length], depth_BL[b, :length])
-    if routing != "router":
+    if routing != "causal":
         assert {0, 1} == set(np.asarray(found.depths_BN).ravel()), "both ways through the block"
 
 
@@ -230,12 +230,12 @@ def test_a_turn_that_does_not_fit_is_one_line(tokens_BL, lengths_B, message):
         ({"max_length": 11}, "with 8 new ones does not fit the cache of max_length = 11"),
         (
             {"routing": "trained"},
-            "routing = 'trained': must be one of router, predictor, paced, threshold; what "
-            "training does looks at tokens not yet drawn",
+            "routing = 'trained': must be causal, or the name of a rule; training looks at tokens "
+            "not yet drawn",
         ),
         (
             {"routing": "both"},
-            "routing = 'both': must be one of router, predictor, paced, threshold",
+            "routing = 'both': must be one of trained, causal, paced, predictor, threshold",
         ),
         ({"max_new_tokens": -1}, "max_new_tokens = -1: must be 0 or more"),
         ({"stop": ((4,), ())}, r"stop = \(\): "),
@@ -390,7 +390,9 @@ def test_a_threshold_that_was_never_measured_is_said():
     read = functools.partial(
         generate, graphdef, tokens_BL=PROMPTS_BL[:1], max_new_tokens=0, max_length=MAX_LENGTH
     )
-    with pytest.warns(UserWarning, match=r"^\S+mod selects by a threshold that was never measured"):
+    with pytest.warns(
+        UserWarning, match=r"^\S+mod/rule selects by a threshold that was never measured"
+    ):
         read(state, routing="threshold")
     _, records = nnx.merge(graphdef, state)(PROMPTS_BL, routing="trained")
     at_paths = {f"stack/blocks/{name}": record for name, record in records.items()}

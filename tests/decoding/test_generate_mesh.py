@@ -11,13 +11,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from modjax.decoding.generate import Sampling, extend, generate, resume
-from modjax.spec import Execution, ModelSpec
+from modjax.spec import Execution, ModelSpec, Predictor
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
 from modjax.training.state import abstract_model, joined
 from tests.nn.small import behind_a_block, key_values, random_model
 
 CUBE = Execution(data=2, fsdp=2, tensor=2)
-LAYERS = behind_a_block("threshold", capacity=0.25, predictor_weight=1.0)
+LAYERS = behind_a_block("threshold", capacity=0.25, causal=Predictor())
 CONFIG = ModelSpec(24, 16, len(LAYERS), 2, 2, 32, layers=LAYERS)
 TOKENS_BL = np.random.default_rng(0).integers(0, 24, (4, 12)).astype(np.int32)
 SEGMENTS_BL = np.repeat([[1, 2, 0]] * 4, [5, 6, 1], axis=1)

@@ -11,12 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import modjax
 from modjax.nn.sharding import LOGICAL_TO_MESH
-from modjax.spec import Dense, Execution, MoD, ModelSpec
+from modjax.spec import Dense, Execution, MoD, ModelSpec, Predictor
 from modjax.training.sharding import make_mesh
 
 SPEC = ModelSpec(
     vocab_size=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, d_ff=64,
-    layers=(MoD(Dense(), capacity=0.5, predictor_weight=1.0),),
+    layers=(MoD(Dense(), capacity=0.5, causal=Predictor()),),
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 64, (16, 10)).astype(np.int32)
 

@@ -59,7 +59,7 @@ def expected(run):
     router["w"] = np.zeros_like(router["w"])
     found["bypassed"] = jax.device_get(forward(weights, jnp.asarray(batch.inputs_BL)))["trained"]
     return {
-        name: (numpy_loss(logits_BLV, batch.targets_BL), records["1_mod"])
+        name: (numpy_loss(logits_BLV, batch.targets_BL), records["1_mod"], records["1_mod/causal"])
         for name, (logits_BLV, records) in found.items()
     }
 
@@ -81,7 +81,7 @@ def test_the_loss_as_trained_is_the_records(finished_workdir, compared):
 
 def test_losses_and_the_paired_error_are_numpys(compared, expected):
     found = compared[None]
-    (trained_BL, _), (causal_BL, _) = expected["trained"], expected["predictor"]
+    (trained_BL, *_), (causal_BL, *_) = expected["trained"], expected["predictor"]
     assert found.trained.loss == pytest.approx(trained_BL.mean(), rel=1e-5)
     assert found.causal.loss == pytest.approx(causal_BL.mean(), rel=1e-5)
     difference_B = (causal_BL - trained_BL).mean(axis=1)
@@ -92,31 +92,31 @@ def test_losses_and_the_paired_error_are_numpys(compared, expected):
 
 
 def test_what_a_layer_decided_is_counted_as_numpy_does(compared, expected):
-    _, record = expected["predictor"]
-    wanted, target = record.predictor_BL[0] > 0, record.target_BL[0]
+    _, record, taught = expected["predictor"]
+    wanted, target = taught.logits_BL[0] > 0, record.target_BL[0]
     assert 0 < wanted.mean() < 1
     (name, found), *others = compared[None].layers.items()
     assert (name, others) == ("1_mod.0", [])
-    assert found.accuracy == pytest.approx((wanted == target).mean())
-    assert found.precision == pytest.approx((wanted & target).sum() / wanted.sum())
-    assert found.recall == pytest.approx((wanted & target).sum() / target.sum())
-    assert found.capacity == pytest.approx(wanted.mean())
-    assert found.most == pytest.approx(wanted.mean(axis=1).max())
-    assert found.overflow == 0
+    assert found["accuracy"] == pytest.approx((wanted == target).mean())
+    assert found["precision"] == pytest.approx((wanted & target).sum() / wanted.sum())
+    assert found["recall"] == pytest.approx((wanted & target).sum() / target.sum())
+    assert found["capacity"] == pytest.approx(wanted.mean())
+    assert found["most"] == pytest.approx(wanted.mean(axis=1).max())
+    assert found["overflow"] == 0
 
 
 def test_without_room_the_layer_is_passed_by_and_the_overflow_is_counted(compared, expected):
     found = compared[1e-9]
-    bypassed_BL, _ = expected["bypassed"]
-    bounded_BL, record = expected["bounded"]
-    wanted = record.predictor_BL[0] > 0
+    bypassed_BL, *_ = expected["bypassed"]
+    bounded_BL, _, taught = expected["bounded"]
+    wanted = taught.logits_BL[0] > 0
     first = wanted & (np.cumsum(wanted, axis=1) == 1)  # there is room for one
     loss = np.where(first, bounded_BL, bypassed_BL).mean()
     assert found.causal.loss == pytest.approx(loss, rel=1e-6)
     assert abs(found.causal.loss - compared[None].causal.loss) > 1e-4
     layer = found.layers["1_mod.0"]
-    assert layer.capacity == pytest.approx(first.mean())
-    assert layer.overflow == pytest.approx((wanted & ~first).mean())
+    assert layer["capacity"] == pytest.approx(first.mean())
+    assert layer["overflow"] == pytest.approx((wanted & ~first).mean())
 
 
 def test_runs_are_chosen_by_name_and_by_having_a_router(finished_workdir):

@@ -20,7 +20,7 @@ from modjax.records import (
 from modjax.spec import imports
 from tests.spec.test_imports import LAYER
 
-LAYERS = "MoD(Mine(), predictor_weight=1.0)"
+LAYERS = "MoD(Mine(), causal=Predictor())"
 pytestmark = pytest.mark.usefixtures("own_layers")
 
 

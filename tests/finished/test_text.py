@@ -3,7 +3,6 @@
 Legend: B batch, L positions, N new tokens, V vocabulary.
 """
 
-import dataclasses
 import re
 import sys
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from modjax.errors import InputError
 from modjax.finished import text as finished_text
 from modjax.finished.text import Sample, choose_routing, coloured, open_codec, sample
 from modjax.nn import Cache
-from modjax.spec import Dense, MoD
+from modjax.spec import Dense, MoD, Predictor, TopK
 from tests.nn.small import behind_a_block
 from tests.training.tiny import run_spec
 
@@ -67,7 +66,7 @@ def script(rows, codec=None, vocab=259):
     for b, row in enumerate(ids):
         tokens_BL[b, : len(row)] = row
     graphdef, params = nnx.split(Script(tokens_BL, vocab))
-    layers = behind_a_block("expert_choice", capacity=0.25, predictor_weight=1.0)
+    layers = behind_a_block("expert_choice", capacity=0.25, causal=Predictor())
     spec = run_spec(layers=layers, vocab_size=300)
     return SimpleNamespace(
         spec=spec, model=SimpleNamespace(graphdef=graphdef), weights=params,
@@ -163,8 +162,8 @@ def test_tokens_beyond_the_manifest_are_not_drawn():
         ),
         ("a", {"routing": "both"}, "--routing = 'both': must be one of"),
         (
-            "a", {"routing": "router"},
-            r"--routing = 'router': MoD\(Dense\(\), .*\) can select by trained, predictor",
+            "a", {"routing": "auxiliary"},
+            "--routing = 'auxiliary': must be one of trained, causal, paced, predictor, threshold",
         ),
     ],
 )  # fmt: skip
@@ -181,14 +180,15 @@ def test_the_best_causal_routing_is_the_default():
     def chosen(*layers, routing=None):
         return choose_routing(SimpleNamespace(spec=run_spec(layers=layers)), routing)
 
-    learned = MoD(Dense(), predictor_weight=1.0, auxiliary_weight=1.0)
-    assert chosen(Dense(), learned) == "predictor"
-    assert chosen(Dense(), learned, routing="router") == "router"
-    assert chosen(Dense(), dataclasses.replace(learned, predictor_weight=0.0)) == "router"
-    assert chosen(Dense(), MoD(Dense())) == "threshold"
-    assert chosen(*behind_a_block("positional")) == "router", "its own rule"
-    assert chosen(Dense()) in ("router", "predictor", "threshold")
-    with pytest.raises(InputError, match=r"has not learned .* predictor_weight > 0"):
+    learned = MoD(Dense(), causal=Predictor(), rule=TopK(auxiliary=1.0))
+    assert chosen(Dense(), learned) == "causal"
+    assert chosen(Dense(), learned, routing="auxiliary") == "auxiliary"
+    assert chosen(Dense()) == "causal"
+    with pytest.raises(InputError, match="--routing = 'paced': must be one of trained, causal, th"):
+        chosen(Dense(), MoD(Dense()), routing="paced")
+    with pytest.raises(InputError, match="'trained': looks at tokens that are not drawn yet"):
+        chosen(Dense(), routing="trained")
+    with pytest.raises(InputError, match="has no rule that never looks ahead: MoD has causal=Pre"):
         chosen(*behind_a_block("received"))
 
 

@@ -20,12 +20,20 @@ from modjax.data.batches import Batch
 from modjax.spec import (
     MLP,
     Attention,
+    Binary,
     Dense,
     Execution,
     Layer,
     MoD,
     ModelSpec,
+    Positional,
+    Predictor,
+    Random,
+    Received,
     Seq,
+    Sinusoids,
+    Threshold,
+    TopK,
     TrainConfig,
 )
 from modjax.training.optimizer import make_schedule
@@ -39,7 +47,14 @@ DENSE = ModelSpec(
     vocab_size=96, d_model=32, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=64
 )  # fmt: skip
 DENSE_LAYER = Dense()
-TAUGHT = MoD(capacity=0.25, predictor_weight=1.0)
+TAUGHT = MoD(capacity=0.25, causal=Predictor())
+CHANGES: dict[str, dict[str, Any]] = {
+    "stochastic": {"rule": Random()},
+    "positional": {"rule": Positional()},
+    "learned_position": {"router": Sinusoids()},
+    "token_choice": {"rule": Binary()},
+    "threshold": {"rule": Threshold()},
+}
 
 
 def routed(layer: Layer, first: Layer = DENSE_LAYER, **changes: Any) -> ModelSpec:
@@ -51,17 +66,17 @@ CASES: dict[str, tuple[ModelSpec, dict[str, Any], dict[str, Any]]] = {
     "dense": (DENSE, {}, {}),
     "mod": (routed(MoD(capacity=0.25)), {}, {}),
     "mod, predictor and auxiliary": (
-        routed(dataclasses.replace(TAUGHT, auxiliary_weight=0.1)), {}, {},
+        routed(dataclasses.replace(TAUGHT, rule=TopK(auxiliary=0.1))), {}, {},
     ),
     "mod, literal, one_plus_tanh": (
-        routed(MoD(capacity=0.25, weight="one_plus_tanh", residual="literal")), {}, {},
+        routed(MoD(capacity=0.25, rule=TopK("one_plus_tanh"), residual="literal")), {}, {},
     ),
     **{
-        router: (routed(dataclasses.replace(TAUGHT, router=router)), {}, {})
-        for router in ("stochastic", "positional", "learned_position", "token_choice", "threshold")
+        name: (routed(dataclasses.replace(TAUGHT, **changes)), {}, {})
+        for name, changes in CHANGES.items()
     },
     "attention": (
-        routed(dataclasses.replace(TAUGHT, router="received"),
+        routed(dataclasses.replace(TAUGHT, router=Received(), rule=TopK("one")),
                Seq(Attention(received=True), MLP())), {}, {},
     ),
     "two capacities": (

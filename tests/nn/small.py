@@ -3,6 +3,7 @@
 Legend: B batch, L positions, D width.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,30 +16,69 @@ from flax import nnx
 
 from modjax.nn import Transformer
 from modjax.nn.cache import KVCache
-from modjax.spec import MLP, Attention, Dense, Layer, MoD, ModelSpec, Seq
+from modjax.spec import (
+    MLP,
+    Attention,
+    Binary,
+    Dense,
+    Layer,
+    MoD,
+    ModelSpec,
+    Positional,
+    Predictor,
+    Random,
+    Received,
+    Seq,
+    Sinusoids,
+    Threshold,
+    TopK,
+)
 
 # Tests run each program once or twice: optimising it costs more than it saves.
 QUICK = {"xla_backend_optimization_level": 0}
 WIDTH = 8
-# By causal routing, every router that knows it: one program tests them all.
-EVERY = (
-    "received", "expert_choice", "stochastic", "positional", "learned_position", "token_choice",
-    "threshold",
-)  # fmt: skip
+# Every way to select, as changes of a MoD.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "received": {"router": Received(), "rule": TopK("one")},
+    "expert_choice": {},
+    "stochastic": {"rule": Random()},
+    "positional": {"rule": Positional()},
+    "learned_position": {"router": Sinusoids()},
+    "binary": {"rule": Binary()},
+    "threshold": {"rule": Threshold()},
+}
+EVERY = tuple(SCHEMES)
+# By causal routing, every way that knows it: one program tests them all. "causal": no predictor.
 KINDS = {
     "predictor": EVERY,
     "paced": EVERY,
-    "threshold": EVERY[1:],
-    "router": ("expert_choice", "positional", "token_choice"),
+    "threshold": ("expert_choice", "stochastic", "learned_position", "threshold"),
+    "auxiliary": ("expert_choice", "learned_position"),
+    "causal": EVERY[1:],
 }
 # A block that hands on the attention that its positions received.
 RECEIVED = Seq(Attention(received=True), MLP())
 
 
-def behind_a_block(*routers: str, **options: Any) -> tuple[Layer, ...]:
-    """A pattern: a block that processes everything, and one behind each of the routers."""
-    first = RECEIVED if "received" in routers else Dense()
-    return (first, *(MoD(Dense(), router=router, **options) for router in routers))
+def scheme(name: str, *, auxiliary: float = 0.0, **options: Any) -> MoD:
+    """A MoD that selects in one of the ways of SCHEMES. auxiliary: for those that have one."""
+    changes = SCHEMES[name]
+    rule = changes.get("rule", TopK())
+    if isinstance(rule, TopK):
+        rule = dataclasses.replace(rule, auxiliary=auxiliary)
+    return MoD(Dense(), **{**changes, "rule": rule, **options})
+
+
+def behind_a_block(*names: str, **options: Any) -> tuple[Layer, ...]:
+    """A pattern: a block that processes everything, and one MoD for each of the ways."""
+    first = RECEIVED if "received" in names else Dense()
+    return (first, *(scheme(name, **options) for name in names))
+
+
+def taught(routing: str, **options: Any) -> tuple[Layer, ...]:
+    """A pattern with every way that a causal routing knows, with all that it has to learn."""
+    causal = None if routing == "causal" else Predictor()
+    return behind_a_block(*KINDS[routing], auxiliary=1.0, causal=causal, **options)
 
 
 def key_values(caches: Any) -> list[KVCache]:

@@ -15,14 +15,25 @@ from flax import nnx
 
 import modjax
 from modjax.errors import InputError
-from modjax.nn import At, Call, Inside, MoDBlock, build, losses, statistics, totals
-from modjax.spec import MoDConfig, MoE, Shape
+from modjax.nn import (
+    At,
+    Call,
+    Inside,
+    MoDBlock,
+    TokenLoss,
+    build,
+    losses,
+    statistics,
+    totals,
+    under,
+)
+from modjax.spec import Binary, MoDConfig, MoE, Positional, Predictor, Shape, Threshold, TokenChoice
 from tests.nn.small import QUICK, WIDTH, Mixer
 from tests.nn.test_records import Reward
 
 B, L, K = 2, 12, 6
 X = np.random.default_rng(0).normal(size=(B, L, WIDTH)).astype(np.float32)
-CONFIG = MoDConfig(capacity=K / L, predictor_weight=1.0)
+CONFIG = MoDConfig(capacity=K / L, causal=Predictor())
 
 
 class Beside(NamedTuple):
@@ -95,9 +106,9 @@ def test_a_record_from_inside_looks_at_the_loss_of_the_selected_positions():
     first = np.stack([X[b, np.flatnonzero(routed.selected_BL[b]), 0] for b in range(B)])
     own = float(returned("x alone")[1].loss())
     expected = own - (first * seen).mean()
-    np.testing.assert_allclose(routed.loss(nll), expected, rtol=1e-5)
+    np.testing.assert_allclose(routed.loss(TokenLoss(nll)), expected, rtol=1e-5)
     stacked = {"routed": jax.tree.map(lambda leaf: leaf[None], routed)}
-    np.testing.assert_allclose(losses(stacked, nll), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses(stacked, TokenLoss(nll)), expected, rtol=1e-5)
     said = statistics(stacked)
     np.testing.assert_allclose(said["routed/0/reward/chance"], first.mean(), rtol=1e-5)
     assert 0 < said["router/capacity"] < 1
@@ -108,7 +119,7 @@ class WithExperts(nnx.Module):
 
     def __init__(self, rngs):
         shape = Shape(WIDTH, 2, 2, 2, 4, 16, 1e-6)
-        self.moe = build(MoE(4, 2, balance_weight=0.3, z_weight=0.2), shape, rngs=rngs)
+        self.moe = build(MoE(4, TokenChoice(2, balance=0.3, z=0.2)), shape, rngs=rngs)
 
     def __call__(self, x_BKD, positions_BK, valid_BK):
         out = self.moe(x_BKD, At(positions_BK, None, valid_BK, {}, {}), Call())
@@ -130,20 +141,21 @@ def test_our_experts_in_somebodys_block_keep_their_losses():
     run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
     grads, routed = run(params)
     taken = X[np.asarray(routed.selected_BL)].astype(np.float64)
-    logits = taken / np.sqrt((taken**2).mean(-1, keepdims=True) + 1e-6) @ block.inner.moe.w[...]
+    logits = (
+        taken / np.sqrt((taken**2).mean(-1, keepdims=True) + 1e-6) @ block.inner.moe.router.w[...]
+    )
     odds = np.exp(logits)
     odds /= odds.sum(-1, keepdims=True)
     picks = np.argsort(-odds, axis=-1)[:, :2]
     share = np.bincount(picks.ravel(), minlength=4) / picks.size
     balance = 4 * (share * odds.mean(0)).sum()
     z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
-    router = np.mean(routed.losses["predictor"])
+    router = np.mean(routed.own["causal"].loss_B)
     np.testing.assert_allclose(routed.loss(), router + 0.3 * balance + 0.2 * z, rtol=1e-5)
-    assert np.abs(grads.inner.moe.w[...]).max() > 1e-3
-    (inner,) = routed.extra[0].values()
-    assert isinstance(inner, Inside)
+    assert np.abs(grads.inner.moe.router.w[...]).max() > 1e-3
+    assert all(isinstance(inner, Inside) for inner in routed.extra[0].values())
     said = statistics({"routed": jax.tree.map(lambda leaf: leaf[None], routed)})
-    np.testing.assert_allclose(said["routed/0/moe/balance"], balance, rtol=1e-5)
+    np.testing.assert_allclose(said["routed/0/rule/moe/balance"], balance, rtol=1e-5)
 
 
 def test_totals_of_two_halves_make_their_losses_those_of_the_whole():
@@ -151,12 +163,13 @@ def test_totals_of_two_halves_make_their_losses_those_of_the_whole():
     routed = block(X, jnp.arange(L)[None], jnp.ones((1, L), bool))[1]
     whole = {"routed": jax.tree.map(lambda leaf: leaf[None], routed)}
     halves = [jax.tree.map(lambda leaf, b=b: leaf[:, b : b + 1], whole) for b in range(B)]
-    nll_BL = jnp.zeros((B, L))
+    tokens = TokenLoss(jnp.zeros((B, L)))
+    few = TokenLoss(tokens.nll_BL[:1])
     sums = jax.tree.map(lambda *parts: sum(parts) / B, *map(totals, halves))
     assert jax.tree.leaves(sums)
-    shared = [losses(half, nll_BL[:1], sums) for half in halves]
-    np.testing.assert_allclose(np.mean(shared), losses(whole, nll_BL), rtol=1e-5)
-    alone = [losses(half, nll_BL[:1]) for half in halves]
+    shared = [losses(half, few, sums) for half in halves]
+    np.testing.assert_allclose(np.mean(shared), losses(whole, tokens), rtol=1e-5)
+    alone = [losses(half, few) for half in halves]
     assert abs(np.mean(alone) - np.mean(shared)) > 1e-3
 
 
@@ -190,7 +203,7 @@ class Two(nnx.Module):
     """Somebody's model: a routed block in a list, and one in a module of its own."""
 
     def __init__(self, rngs):
-        config = MoDConfig(capacity=0.25, router="threshold")
+        config = MoDConfig(capacity=0.25, rule=Threshold())
         make = functools.partial(MoDBlock, d_model=WIDTH, config=config, rngs=rngs)
         self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs), make(Mixer(rngs))])
         self.head = nnx.Dict({"routed": make(Mixer(rngs))})
@@ -227,13 +240,13 @@ def test_a_foreign_loop_measures_every_threshold_and_counts_them():
         scores.append(found)
     for name, block in (("layers/1", model.layers[1]), ("head/routed", model.head["routed"])):
         expected = means_of_third_scores(np.stack([found[name] for found in scores]))
-        np.testing.assert_allclose(block.threshold[...], [expected], rtol=1e-5)
+        np.testing.assert_allclose(block.rule.threshold[...], [expected], rtol=1e-5)
     # After 100 updates the mean begins to forget.
-    before = np.asarray(model.layers[1].threshold[...])
+    before = np.asarray(model.layers[1].rule.threshold[...])
     found, _ = step(model, INPUTS[0], 1000)
     latest = means_of_third_scores(np.asarray(found["layers/1"])[None])
     moved = before + 0.01 * (latest - before)
-    np.testing.assert_allclose(model.layers[1].threshold[...], moved, rtol=1e-5)
+    np.testing.assert_allclose(model.layers[1].rule.threshold[...], moved, rtol=1e-5)
 
 
 def test_one_functional_state_is_measured_like_the_model_itself():
@@ -251,11 +264,11 @@ def test_one_functional_state_is_measured_like_the_model_itself():
             np.sort(np.concatenate([*changed.values()])), expected, rtol=1e-5
         )
     merged = nnx.merge(graphdef, rest, modjax.observe(measured, records, 0)[0])
-    assert merged.layers[1].threshold[...] != 0
+    assert merged.layers[1].rule.threshold[...] != 0
 
 
 def test_layers_under_a_scan_are_measured_with_their_repetitions():
-    config = MoDConfig(capacity=0.25, router="threshold")
+    config = MoDConfig(capacity=0.25, rule=Threshold())
 
     @nnx.vmap
     def make(key):
@@ -268,7 +281,7 @@ def test_layers_under_a_scan_are_measured_with_their_repetitions():
     new, count = modjax.observe({"b": nnx.state(blocks)}, {"b": records}, 0, stacked=True)
     assert count == 3
     expected = [[means_of_third_scores(s[None])] for s in np.asarray(records.scores_BL)]
-    np.testing.assert_allclose(new["b"]["threshold"][...], expected, rtol=1e-5)
+    np.testing.assert_allclose(new["b"]["rule"]["threshold"][...], expected, rtol=1e-5)
     for rows in (1, B):
         few = jax.tree.map(lambda leaf, rows=rows: leaf[:, :rows], records)
         with pytest.raises(InputError, match="set stacked=True for layers under"):
@@ -281,16 +294,17 @@ def test_layers_under_a_scan_are_measured_with_their_repetitions():
 def test_experts_inside_are_measured_by_the_path_that_they_are_given():
     shape = Shape(WIDTH, 2, 2, 2, 4, 16, 1e-6)
     inner = WithExperts(nnx.Rngs(1))
-    inner.moe = build(MoE(4, 2, bias_rate=0.1), shape, rngs=nnx.Rngs(1))
+    inner.moe = build(MoE(4, TokenChoice(2, bias_rate=0.1)), shape, rngs=nnx.Rngs(1))
     block = MoDBlock(inner, WIDTH, CONFIG, rngs=nnx.Rngs(0))
     _, routed = block(X, jnp.arange(L)[None], jnp.ones((1, L), bool))
-    records = {"": routed, "inner/moe": routed.extra[0][""]}
+    records = {"": routed, **under("inner/moe", routed.extra[0])}
     new, count = modjax.observe(nnx.state(block), records, 0)
     assert count == 1 + 4
     load = np.bincount(np.asarray(routed.extra[0][""].record.experts_BSK).ravel(), minlength=4)
-    bias = new["inner"]["moe"]["bias"][...]
+    bias = new["inner"]["moe"]["rule"]["bias"][...]
     np.testing.assert_allclose(bias, 0.1 * np.sign(load.mean() - load), rtol=1e-6)
-    for wrong in ({"inner": routed.extra[0][""]}, {"inner/moe/experts": routed.extra[0][""]}):
+    rule = routed.extra[0]["rule"]
+    for wrong in ({"inner/moe": rule}, {"inner/moe/experts": rule}):
         with pytest.raises(InputError, match="has no measured 'bias'"):
             modjax.observe(nnx.state(block), wrong, 0)
 
@@ -302,8 +316,9 @@ def test_a_wrong_path_is_an_error(path):
     with pytest.raises(InputError) as caught:
         modjax.observe(nnx.state(model), {path: records["layers/1"]}, 0)
     said = str(caught.value)
-    assert said.startswith(f"records = {path!r}: has no measured 'threshold': must be the path of")
-    assert "'layers/1'" in said and "'head/routed'" in said and "\n" not in said
+    rule = f"{path}/rule".lstrip("/")
+    assert said.startswith(f"records = {rule!r}: has no measured 'threshold': must be the path of")
+    assert "'layers/1/rule'" in said and "'head/routed/rule'" in said and "\n" not in said
 
 
 def test_a_threshold_that_was_never_measured_is_said_where_it_selects():
@@ -327,7 +342,7 @@ def test_a_threshold_that_was_never_measured_is_said_where_it_selects():
     assert "callback" not in program.as_text()  # jax caches no program that calls the host
 
 
-@pytest.mark.parametrize("router", ["positional", "token_choice"])
-def test_a_router_with_a_rule_of_its_own_needs_no_threshold(router):
-    block = MoDBlock(Mixer(nnx.Rngs(0)), WIDTH, MoDConfig(router=router), rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("rule", [Positional(), Binary()])
+def test_a_router_with_a_rule_of_its_own_needs_no_threshold(rule):
+    block = MoDBlock(Mixer(nnx.Rngs(0)), WIDTH, MoDConfig(rule=rule), rngs=nnx.Rngs(0))
     assert block(X, routing="threshold")[1].selected_BL.shape == (B, L)  # warnings are errors

@@ -12,15 +12,26 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.errors import InputError
 from modjax.flops import cache_bytes
 from modjax.nn import Routed
 from modjax.nn.cache import overflow
-from modjax.spec import ROUTINGS, Dense, MoD, ModelSpec, cache_slots
-from modjax.spec.mod import ROUTERS
-from tests.nn.small import KINDS, QUICK, behind_a_block, key_values, random_model
+from modjax.spec import (
+    MLP,
+    Attention,
+    Blocks,
+    Causal,
+    Dense,
+    MoD,
+    ModelSpec,
+    Predictor,
+    Seq,
+    TopK,
+    Window,
+    cache_slots,
+)
+from tests.nn.small import KINDS, QUICK, SCHEMES, behind_a_block, key_values, random_model, taught
 
-MOD = MoD(Dense(), capacity=0.5, predictor_weight=1.0, auxiliary_weight=1.0)
+MOD = MoD(Dense(), capacity=0.5, rule=TopK(auxiliary=1.0), causal=Predictor())
 LENGTH = 12
 # Ragged prompts, and a row that ends before the others.
 LENGTHS, TOTALS = (1, 3, 2), (12, 8, 12)
@@ -35,20 +46,13 @@ def model_config(*layers, **changes):
     return ModelSpec(20, num_layers=len(layers), layers=layers, **values)
 
 
-def model_of(*routers, share=0.5):
-    """Each router behind a block that processes everything."""
-    return model_config(
-        *behind_a_block(*routers, capacity=share, predictor_weight=1.0, auxiliary_weight=1.0)
-    )
-
-
 @functools.cache
 def both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS):
     """The uncached call and the cached ones over the same tokens, in one program.
 
     What follows the prompts is decoded token by token, and also read as one turn.
     """
-    graphdef, params = random_model(config, std=0.5, seed=15)
+    graphdef, params = random_model(config, std=0.5, seed=55)
     lengths_B, totals_B = jnp.array(lengths), jnp.array(totals)
     rows_B = jnp.arange(len(lengths))
     rng = np.random.default_rng(1)
@@ -157,7 +161,7 @@ def overflows(layer):
 )
 def test_cached_decoding_equals_the_uncached_pass_for_every_router(routing, slack):
     # Exact caches are compiled for few sizes where the capacity is large.
-    config = model_of(*KINDS[routing], share=0.25 if slack else 0.7)
+    config = model_config(*taught(routing, capacity=0.25 if slack else 0.7))
     _, routed = check_both_ways(config, routing, slack)
     for layer in routed:
         assert 0 < layer["selected_BL"].sum() < sum(TOTALS)
@@ -165,16 +169,12 @@ def test_cached_decoding_equals_the_uncached_pass_for_every_router(routing, slac
     assert full >= 2 if slack else full == 0
 
 
-def test_every_router_is_decoded_by_every_causal_routing_that_it_supports():
-    for router in ROUTERS:
-        config = model_of(router)
-        for routing in ROUTINGS[1:]:
-            try:
-                config.check_routing(routing, "routing")
-            except InputError:
-                assert router not in KINDS[routing]
-            else:
-                assert router in KINDS[routing]
+def test_every_way_to_select_is_decoded_by_every_causal_routing_that_it_has():
+    for name in SCHEMES:
+        for causal in (None, Predictor()):
+            (layer,) = behind_a_block(name, auxiliary=1.0, causal=causal)[1:]
+            for routing in layer.names():
+                assert name in KINDS[routing if routing in KINDS else "causal"]
 
 
 def test_long_prompts_overflow_alike_with_grouped_queries_and_capacities_of_their_own():
@@ -183,15 +183,37 @@ def test_long_prompts_overflow_alike_with_grouped_queries_and_capacities_of_thei
     cache, routed = check_both_ways(config, "threshold", 1.0, (9, 2, 5), (12, 12, 7))
     for i, layer, slots in ((1, routed[0], 6), (3, routed[1], 3)):
         (held,) = key_values(cache.layers[i])
-        assert held.k_BGMH.shape == (3, 2, slots, 2)
+        assert held.k_BGWH.shape == (3, 2, slots, 2)
         assert cache.layers[i].overflow_B[0] > 0 or overflows(layer) > 0
     counted = sum(part.nbytes for held in key_values(cache) for part in held[:2])
     assert counted == 3 * cache_bytes(config, LENGTH, 1.0)
 
 
+def test_rings_of_slots_hold_what_a_bounded_mask_shows():
+    """Prompts and turns that are longer than a ring, and shorter; and selections of positions."""
+    window, both, lone = (
+        Seq(Attention(mask=mask, softcap=2.0), MLP())
+        for mask in (
+            Causal() & Window(3),
+            Causal() & Window(5) & Blocks(4),
+            Causal() & Window(1),
+        )
+    )
+    some = {"capacity": 0.7, "causal": Predictor()}
+    config = model_config(
+        window, MoD(window, **some), both, MoD(both, **some), lone, num_heads=4, num_kv_heads=2
+    )
+    cache, routed = check_both_ways(config, "causal", None, (9, 1, 5), (12, 8, 12))
+    assert all(0 < layer["selected_BL"].sum() < sum((12, 8, 12)) for layer in routed)
+    slots = [held.k_BGWH.shape[2] for held in key_values(cache)]
+    assert slots == [3, 3, 4, 4, 1]
+    counted = sum(part.nbytes for held in key_values(cache) for part in held[:2])
+    assert counted == 3 * cache_bytes(config, LENGTH)
+
+
 def test_a_lone_row_through_routed_blocks_only():
     config = dataclasses.replace(model_config(MOD), num_layers=2)
-    cache, routed = check_both_ways(config, "router", None, (4,), (11,))
+    cache, routed = check_both_ways(config, "auxiliary", None, (4,), (11,))
     assert len(routed) == 2
     counted = sum(part.nbytes for held in key_values(cache) for part in held[:2])
     assert counted == cache_bytes(config, LENGTH)
@@ -205,13 +227,13 @@ def test_bytes_of_caches_are_counted_without_building_them(slack, slots):
     graphdef, params = random_model(config)
     cache = jax.eval_shape(
         lambda params: nnx.merge(graphdef, params).reader(
-            max_length=100, routing="router", slack=slack
+            max_length=100, routing="auxiliary", slack=slack
         )(jnp.zeros((2, 5), int), jnp.array([5, 3]), None)[1],
         params,
     )
     held = key_values(cache)
-    assert [each.k_BGMH.shape for each in held] == [(2, 1, m, 6) for m in (100, slots)]
-    assert all(each.v_BGMH.dtype == jnp.bfloat16 for each in held)
+    assert [each.k_BGWH.shape for each in held] == [(2, 1, m, 6) for m in (100, slots)]
+    assert all(each.v_BGWH.dtype == jnp.bfloat16 for each in held)
     assert cache_slots(0.12, 100, slack) == slots
     # Keys and values of 2 bytes, and 6 wide.
     assert cache_bytes(config, 100, slack) == (100 + slots) * 6 * 2 * 2

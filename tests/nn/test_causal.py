@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 
 from modjax.errors import InputError
-from modjax.spec import Dense, MoD, ModelSpec
-from tests.nn.small import KINDS, QUICK, behind_a_block, key_values, random_model
+from modjax.spec import Dense, MoD, ModelSpec, Predictor
+from tests.nn.small import KINDS, QUICK, behind_a_block, key_values, random_model, taught
 
 LENGTH = 10
 
 
 # One compiled size: rounding, too, is the same for any number of selected positions.
-MOD = {"capacity": 0.7, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+MOD = {"capacity": 0.7, "causal": Predictor()}
 
 
 def config_of(layers):
@@ -40,7 +40,7 @@ def reach(run):
 
 @pytest.mark.parametrize("routing", KINDS)
 def test_an_edit_changes_nothing_before_it_in_the_call_and_in_reading(routing):
-    config = config_of(behind_a_block(*KINDS[routing], **MOD))
+    config = config_of(taught(routing, capacity=0.7))
     graphdef, params = random_model(config, std=0.5, seed=8)
     key = jax.random.key(0)
 
@@ -77,7 +77,7 @@ def test_an_edit_changes_nothing_before_it_in_the_call_and_in_reading(routing):
     [
         ((MoD(Dense(), **MOD),), True),
         (behind_a_block("received", **MOD), True),
-        (behind_a_block("stochastic", "positional", "learned_position", "token_choice",
+        (behind_a_block("stochastic", "positional", "learned_position", "binary",
                         "threshold", **MOD), False),
     ],
 )  # fmt: skip
@@ -97,12 +97,12 @@ def test_the_selection_of_training_looks_ahead_where_positions_compete_by_conten
 @pytest.mark.parametrize(
     "layers, routing, message",
     [
-        (behind_a_block("received"), "threshold",
-         r"MoD\(Dense\(\), router='received'\) can select by trained;"),
-        (behind_a_block("expert_choice"), "router",
-         r"MoD\(Dense\(\)\) can select by trained, threshold;"),
-        (behind_a_block("expert_choice"), "predictor", "predictor_weight > 0 teaches more"),
-        ((Dense(),), "best", "must be one of trained, router, predictor, paced, threshold"),
+        (behind_a_block("received"), "causal",
+         r"MoD\(Dense\(\), router=Received\(\), rule=TopK\(weight='one'\)\) has no rule that "),
+        (behind_a_block("received"), "threshold", "has no rule that never looks ahead: MoD has "),
+        (behind_a_block("expert_choice"), "auxiliary", "must be one of trained, causal, threshold"),
+        (behind_a_block("expert_choice"), "predictor", "must be one of trained, causal, threshold"),
+        ((Dense(),), "best", "must be one of trained, causal$"),
     ],
 )  # fmt: skip
 def test_a_routing_that_was_not_learned_is_refused_wherever_it_is_asked_for(

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import Dense, MoD, ModelSpec
+from modjax.nn import Routed
+from modjax.spec import Dense, MoD, ModelSpec, Positional, Predictor
 from tests.nn.small import QUICK, behind_a_block, key_values, random_model
 
 VOCAB, LENGTH, PROMPT, SLOTS = 20, 12, 3, 6
-MOD = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+MOD = {"capacity": 0.5, "causal": Predictor()}
 PATTERNS = {
     "predictor": behind_a_block("received", "expert_choice", **MOD),
     "threshold": (MoD(Dense(), **MOD), *behind_a_block("threshold", **MOD)),
-    "router": behind_a_block("positional", "token_choice", **MOD),
+    "causal": behind_a_block("positional", "binary", capacity=0.5),
 }
 
 
@@ -43,10 +44,10 @@ def decided_model(config):
             leaf[..., 0, :] = 0
         elif owner == "router":
             leaf *= 0.02
-            leaf[:, 0] = [0, 1] if leaf.ndim == 3 else 1
+            leaf[:, 0] = [0, 1] if leaf.shape[-1] == 2 else 1
         elif name == "threshold":
             leaf[:] = 0
-        elif owner == "predictor":
+        elif owner == "causal":
             leaf *= 0.02
             if name == "w_in":
                 leaf[:, 0, :2] = [2, -2]
@@ -62,7 +63,7 @@ def relative_error(found_BLV, exact_BLV):
 
 
 @pytest.mark.parametrize(
-    "routing", ["predictor", pytest.param("threshold", marks=pytest.mark.slow), "router"]
+    "routing", ["predictor", pytest.param("threshold", marks=pytest.mark.slow), "causal"]
 )
 def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass(routing):
     layers = PATTERNS[routing]
@@ -105,14 +106,18 @@ def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass
     assert relative_error(cached_BSV, called_BLV[:, after]) < rounding / 2
     expected_depth_BL, dropped = np.zeros(tokens_BL.shape, int), 0
     for name, record in records.items():
+        if not isinstance(record, Routed):
+            continue
         wanted_BL = yes_V[tokens_BL]
-        if layers[int(name[0])].router == "positional":  # not under "predictor" here
+        if layers[int(name[0])].rule == Positional():
             wanted_BL = np.broadcast_to(np.arange(LENGTH) % 2 == 1, tokens_BL.shape)
         selected_BL = wanted_BL & (np.cumsum(wanted_BL, axis=1) <= SLOTS)
         for found in (record, exact_records[name]):
             np.testing.assert_array_equal(found.selected_BL[0], selected_BL)
         scores_BL = record.scores_BL
-        assert scores_BL.dtype == record.predictor_BL.dtype == np.float32
+        assert scores_BL.dtype == np.float32
+        if routing == "predictor":
+            assert records[f"{name}/causal"].logits_BL.dtype == np.float32
         assert relative_error(scores_BL, exact_records[name].scores_BL) < 2**-9
         expected_depth_BL += selected_BL
         dropped += np.sum(wanted_BL & ~selected_BL)

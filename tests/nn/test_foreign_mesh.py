@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import modjax
 from modjax.nn.sharding import per_sequence
+from modjax.spec import Binary, TopK
 
 
 class Double(nnx.Module):
@@ -19,11 +20,11 @@ class Double(nnx.Module):
 
 
 @pytest.mark.parametrize("is_set", [True, False])
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
-def test_a_routed_block_adds_no_collective_on_a_mesh_with_other_axes(router, is_set):
+@pytest.mark.parametrize("rule", [TopK(), Binary()])
+def test_a_routed_block_adds_no_collective_on_a_mesh_with_other_axes(rule, is_set):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     rows = NamedSharding(mesh, PartitionSpec(("x", "y")))
-    config = modjax.MoDConfig(capacity=0.25, router=router)
+    config = modjax.MoDConfig(capacity=0.25, rule=rule)
     block = modjax.MoDBlock(Double(), 8, config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (16, 32, 8))
     run = jax.jit(lambda x: block(x)[0], out_shardings=rows)

@@ -18,6 +18,8 @@ from modjax.spec import (
     AltUp,
     Attention,
     Execution,
+    ExpertChoice,
+    ExpertThreshold,
     Full,
     Gemma3nAltUp,
     HyperConnection,
@@ -30,6 +32,7 @@ from modjax.spec import (
     Seq,
     SequenceAltUp,
     StridePool,
+    TokenChoice,
 )
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
 from modjax.training.state import abstract_model, joined
@@ -38,14 +41,15 @@ from tests.training.tiny import QUICK, random_batch
 
 D, F, BATCH, LENGTH = 16, 32, 8, 16
 LAYERS = {
-    "top 2 with drops": Seq(Attention(), MoE(8, 2, capacity_factor=1.0)),
+    "top 2 with drops": Seq(Attention(), MoE(8, TokenChoice(2), capacity_factor=1.0)),
     "shared, sigmoid, no-ops": Seq(
-        Attention(), MoE(8, 2, no_ops=4, scores="sigmoid", shared=1, activation="swiglu")
+        Attention(),
+        MoE(8, TokenChoice(2, no_ops=4, scores="sigmoid"), shared=1, activation="swiglu"),
     ),
-    "dropless": Seq(Attention(), MoE(8, 2, capacity_factor=None)),
-    "expert choice": Seq(Attention(), MoE(8, router="expert_choice")),
-    "threshold": Seq(Attention(), MoE(8, 2, router="threshold")),
-    "staged": MoD(Seq(Attention(), MoE(8, 2)), capacity=0.5),
+    "dropless": Seq(Attention(), MoE(8, TokenChoice(2), capacity_factor=None)),
+    "expert choice": Seq(Attention(), MoE(8, ExpertChoice())),
+    "threshold": Seq(Attention(), MoE(8, ExpertThreshold(2))),
+    "staged": MoD(Seq(Attention(), MoE(8, TokenChoice(2))), capacity=0.5),
 }
 MESHES = {
     "experts": Execution(data=1, expert=8),

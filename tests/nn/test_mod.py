@@ -16,8 +16,19 @@ from flax.nnx import bridge
 from modjax import nn
 from modjax.errors import InputError
 from modjax.nn import At, Call, MoDBlock
-from modjax.nn.layers import rotary_tables
-from modjax.spec import MLP, Attention, Dense, MoD, MoDConfig, ModelSpec, Seq
+from modjax.nn.attention import rotary_tables
+from modjax.spec import (
+    MLP,
+    Attention,
+    Dense,
+    MoD,
+    MoDConfig,
+    ModelSpec,
+    Predictor,
+    Random,
+    Seq,
+    TopK,
+)
 from tests.nn.small import QUICK, WIDTH, Mixer, build
 
 LENGTH = 16
@@ -63,9 +74,9 @@ def plain_mod(w, router, x, ranking, capacity, weight, residual):
      ("two_sigmoid", "delta"), ("one_plus_tanh", "literal")],
 )  # fmt: skip
 def test_block_equals_a_plain_loop_in_values_and_gradients(weight, residual):
-    block = mod_block(capacity=0.3, weight=weight, residual=residual)
+    block = mod_block(capacity=0.3, rule=TopK(weight), residual=residual)
     x = stream(**SMALL)
-    ranking = np.argsort(-(np.asarray(x) @ np.asarray(block.router.w[...])), axis=1)
+    ranking = np.argsort(-(np.asarray(x) @ np.asarray(block.router.w[..., 0])), axis=1)
     graphdef, params = nnx.split(block)
 
     def ours(params, x):
@@ -75,12 +86,12 @@ def test_block_equals_a_plain_loop_in_values_and_gradients(weight, residual):
         out = plain_mod(w, router, x, ranking, 0.3, weight, residual)
         return jnp.sum(jnp.sin(out)), out
 
-    arrays = (block.inner.w[...], block.router.w[...], x)
+    arrays = (block.inner.w[...], block.router.w[..., 0], x)
     grads, expected = jax.jit(jax.grad(plain, (0, 1, 2), has_aux=True))(*arrays)
     np.testing.assert_allclose(block(x)[0], expected, rtol=1e-5, atol=1e-6)
     grad_params, grad_x = jax.jit(jax.grad(ours, (0, 1)))(params, x)
     np.testing.assert_allclose(grad_params["inner"]["w"][...], grads[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(grad_params["router"]["w"][...], grads[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grad_params["router"]["w"][..., 0], grads[1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grad_x, grads[2], rtol=1e-4, atol=1e-5)
 
 
@@ -91,7 +102,7 @@ class Constant(MoDBlock):
     """A block whose router gives every token weight 1 under any reading."""
 
     def __call__(self, x_BLD, *per_position, **kwargs):
-        self.router.w[...] = jnp.zeros(x_BLD.shape[-1]).at[0].set(1.0)
+        self.router.w[...] = jnp.zeros((x_BLD.shape[-1], 1)).at[0].set(1.0)
         return super().__call__(x_BLD.at[..., 0].set(1.0), *per_position, **kwargs)
 
 
@@ -115,7 +126,7 @@ def test_a_block_without_an_update_is_the_identity_bit_for_bit():
 def test_a_router_that_says_zero_leaves_the_stream_alone():
     # Faults: output w * block(x), which rescales the residual.
     block = mod_block(capacity=0.5)
-    block.router.w[...] = jnp.zeros(WIDTH)
+    block.router.w[...] = jnp.zeros((WIDTH, 1))
     x = stream()
     np.testing.assert_array_equal(block(x)[0], x)
 
@@ -166,7 +177,7 @@ def test_the_router_computes_in_float32_under_bfloat16():
     x = stream().astype(jnp.bfloat16)
     y, record = block(x)
     assert y.dtype == jnp.bfloat16 and record.scores_BL.dtype == jnp.float32
-    exact = np.asarray(x.astype(jnp.float32)) @ np.asarray(block.router.w[...])
+    exact = np.asarray(x.astype(jnp.float32)) @ np.asarray(block.router.w[..., 0])
     np.testing.assert_allclose(record.scores_BL, exact, rtol=1e-5, atol=1e-5)
 
 
@@ -209,7 +220,7 @@ def test_selected_tokens_keep_their_original_rotary_positions_and_segments(as_la
         chosen = np.flatnonzero(record.selected_BL[b])
         rope_chosen = rotary_tables(jnp.asarray(chosen)[None], 8, 100.0, jnp.float32)
         f = run(x[b : b + 1, chosen], rope_chosen, segments[b : b + 1, chosen])[0]
-        r = np.asarray(x[b, chosen] @ block.router.w[...])[:, None]
+        r = np.asarray(x[b, chosen] @ block.router.w[..., 0])[:, None]
         expected = np.asarray(x[b, chosen]) + r * np.asarray(f - x[b, chosen])
         np.testing.assert_allclose(y[b, chosen], expected, rtol=1e-4, atol=1e-5)
 
@@ -219,7 +230,7 @@ def test_padding_is_never_selected_and_is_left_as_it_was():
     x = stream()
     valid = jnp.arange(LENGTH)[None] < jnp.array([[3], [LENGTH], [0]])
     # Padding scores highest of all.
-    x = jnp.where(valid[..., None], x, 100 * jnp.sign(block.router.w[...])[None, None])
+    x = jnp.where(valid[..., None], x, 100 * jnp.sign(block.router.w[..., 0])[None, None])
     y, record = block(x, valid_BL=valid)
     # Half of what is there, as Python rounds it: 1.5 to 2.
     np.testing.assert_array_equal(record.selected_BL.sum(axis=1), [2, 8, 0])
@@ -231,13 +242,15 @@ def test_padding_is_never_selected_and_is_left_as_it_was():
 
 @pytest.mark.parametrize(
     "routing, reaches_back",
-    [("trained", True), ("router", False), ("threshold", False), ("predictor", False)],
+    [("trained", True), ("causal", False), ("threshold", False), ("predictor", False)],
 )
 def test_editing_a_token_reaches_back_as_trained_only(routing, reaches_back):
-    block = mod_block(capacity=0.25, predictor_weight=1.0)
-    block.threshold[...] = jnp.array([1e-6])  # of exactly 0, never measured, there is a warning
+    block = mod_block(capacity=0.25, causal=Predictor())
+    block.rule.threshold[...] = jnp.array(
+        [1e-6]
+    )  # of exactly 0, never measured, there is a warning
     x = stream(seed=3, batch=1)
-    favourite = 5.0 * jnp.sign(block.router.w[...])
+    favourite = 5.0 * jnp.sign(block.router.w[..., 0])
     # Row 0 is left alone; row i has another token at edits[i - 1].
     edits = [1, LENGTH // 2, LENGTH - 1]
     rows = jnp.concatenate([x, *(x.at[:, t].set(favourite[None]) for t in edits)])
@@ -291,12 +304,13 @@ def plain_attending(w, router, x, bias, memory, selected, valid):
 
 
 @pytest.mark.parametrize(
-    ("attend", "routing"), [(nnx.dot_product_attention, "router"), (minus_infinity, "trained")]
+    ("attend", "routing"), [(nnx.dot_product_attention, "auxiliary"), (minus_infinity, "trained")]
 )
 def test_masks_biases_and_memory_reach_the_inner_block(attend, routing):
     rngs = nnx.Rngs(0)
     inner = Attending(attend, rngs)
-    block = MoDBlock(inner, WIDTH, MoDConfig(capacity=0.5), rngs=rngs)
+    config = MoDConfig(capacity=0.5, rule=TopK(auxiliary=0.1))
+    block = MoDBlock(inner, WIDTH, config, rngs=rngs)
     x = stream(batch=3, length=8)
     valid = jnp.arange(8)[None] < jnp.array([[8], [2], [0]])  # rows 1 and 2 can't select four
     bias = jax.random.normal(jax.random.key(1), (1, 2, 8, 8))
@@ -322,12 +336,12 @@ def test_masks_biases_and_memory_reach_the_inner_block(attend, routing):
         out = plain_attending(w, router, x, bias, memory, selected, np.asarray(valid))
         return jnp.sum(jnp.sin(out)), out
 
-    arrays = (inner.w[...], block.router.w[...], x, bias, memory)
+    arrays = (inner.w[...], block.router.w[..., 0], x, bias, memory)
     differentiate = jax.grad(plain, (0, 1, 2, 3, 4), has_aux=True)
     grads, expected = jax.jit(differentiate, compiler_options=QUICK)(*arrays)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     got = jax.jit(jax.grad(ours, (0, 1, 2, 3)), compiler_options=QUICK)(params, x, bias, memory)
-    got = (got[0]["inner"]["w"][...], got[0]["router"]["w"][...], *got[1:])
+    got = (got[0]["inner"]["w"][...], got[0]["router"]["w"][..., 0], *got[1:])
     for ours, theirs in zip(got, grads, strict=True):
         assert float(jnp.abs(theirs).max()) > 0
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -357,7 +371,7 @@ def test_a_causal_mask_of_flax_works_in_a_multi_head_attention_of_flax(rows):
         assert len(chosen) == 4
         picked = x[b : b + 1, chosen]
         update = run(picked, mask=jnp.tril(jnp.ones((4, 4)))[None, None]) - picked
-        r = np.asarray(x[b, chosen] @ block.router.w[...])[:, None]
+        r = np.asarray(x[b, chosen] @ block.router.w[..., 0])[:, None]
         np.testing.assert_allclose(y[b, chosen], x[b, chosen] + r * update[0], rtol=1e-4, atol=1e-5)
 
 
@@ -416,12 +430,12 @@ def test_every_routed_layer_has_a_router_of_its_own():
     config = dataclasses.replace(CONFIG, layers=(MoD(Dense()),))
     params = nnx.to_pure_dict(build(config)[1])
     routers = np.asarray(params["stack"]["blocks"]["0_mod"]["router"]["w"])
-    assert routers.shape == (4, 16)
+    assert routers.shape == (4, 16, 1)
     assert len(np.unique(routers.round(6), axis=0)) == 4
 
 
 def test_stochastic_control_draws_other_positions_for_another_key_and_layer():
-    config = dataclasses.replace(CONFIG, layers=(Dense(), MoD(Dense(), router="stochastic")))
+    config = dataclasses.replace(CONFIG, layers=(Dense(), MoD(Dense(), rule=Random())))
     tokens = jnp.ones((2, 32), jnp.int32)
     graphdef, params = build(config)
 

@@ -14,35 +14,51 @@ from flax import nnx
 from modjax.nn import At, Call, build
 from modjax.nn.call import number_rows
 from modjax.nn.records import statistics
-from modjax.spec import MLP, MoD, MoE, Seq, Shape
+from modjax.spec import (
+    MLP,
+    Binary,
+    ExpertChoice,
+    ExpertThreshold,
+    MoD,
+    MoE,
+    Seq,
+    Shape,
+    TokenChoice,
+)
 
 B, S, D, F = 3, 20, 16, 24
 SHAPE = Shape(D, 2, 2, 2, 8, F, 1e-6)
 CASES = {
     "top 1 with drops": MoE(4, capacity_factor=0.75),
-    "top 2": MoE(4, 2),
-    "top 2 of 1.0 with drops": MoE(4, 2, capacity_factor=1.0),
-    "renormalised": MoE(4, 2, renormalise=True, activation="swiglu"),
-    "dropless": MoE(4, 2, capacity_factor=None, width=8),
-    "as DeepSeek": MoE(4, 2, scores="sigmoid", renormalise=True, scale=2.5, shared=1,
-                       bias_rate=0.1, balance_weight=0.0),
-    "no-ops": MoE(4, no_ops=4, capacity_factor=1.0),
-    "no-ops, renormalised": MoE(4, 2, no_ops=2, renormalise=True, norm="both"),
-    "no-ops, dropless": MoE(4, 3, no_ops=4, capacity_factor=None, norm="after"),
-    "expert choice": MoE(4, 2, router="expert_choice", capacity_factor=1.0),
-    "threshold": MoE(4, 2, router="threshold"),
-    "threshold with drops": MoE(4, 2, router="threshold", capacity_factor=0.75),
+    "top 2": MoE(4, TokenChoice(2)),
+    "top 2 of 1.0 with drops": MoE(4, TokenChoice(2), capacity_factor=1.0),
+    "renormalised": MoE(4, TokenChoice(2, renormalise=True), activation="swiglu"),
+    "dropless": MoE(4, TokenChoice(2), capacity_factor=None, width=8),
+    "as DeepSeek": MoE(
+        4, TokenChoice(2, "sigmoid", 2.5, renormalise=True, bias_rate=0.1, balance=0.0), shared=1
+    ),
+    "no-ops": MoE(4, TokenChoice(no_ops=4), capacity_factor=1.0),
+    "no-ops, renormalised": MoE(4, TokenChoice(2, no_ops=2, renormalise=True), norm="both"),
+    "no-ops, dropless": MoE(4, TokenChoice(3, no_ops=4), capacity_factor=None, norm="after"),
+    "expert choice": MoE(4, ExpertChoice(2), capacity_factor=1.0),
+    "threshold": MoE(4, ExpertThreshold(2)),
+    "threshold with drops": MoE(4, ExpertThreshold(2), capacity_factor=0.75),
 }  # fmt: skip
+
+
+def rows_of(spec):
+    return spec.rule.rows(spec.experts)
 
 
 def layer_of(spec, seed=0):
     """The layer, with a bias and thresholds that change what is picked."""
     layer = build(spec, SHAPE, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
-    if layer.bias is not None:
-        layer.bias[...] = jnp.float32(0.3 * rng.standard_normal(spec.rows))
-    if layer.threshold is not None:
-        layer.threshold[...] = jnp.float32([0.2, 0.25, 0.3, 0.35][: spec.experts])
+    rule = layer.rule
+    if getattr(rule, "bias", None) is not None:
+        rule.bias[...] = jnp.float32(0.3 * rng.standard_normal(spec.rule.rows(spec.experts)))
+    if hasattr(rule, "threshold"):
+        rule.threshold[...] = jnp.float32([0.2, 0.25, 0.3, 0.35][: spec.experts])
     return layer
 
 
@@ -50,10 +66,10 @@ def inputs(batch=B, length=S, seed=1):
     return jnp.float32(np.random.default_rng(seed).standard_normal((batch, length, D)))
 
 
-def call(layer, x_BSD, valid_BS=None, routing="trained", key=3):
-    positions, rows = jnp.arange(x_BSD.shape[1])[None], number_rows(*x_BSD.shape[:2])
-    at = At(positions, None, valid_BS, {}, {}, rows)
-    return layer(x_BSD, at, Call(routing, None, jax.random.key(key)))
+def call(layer, x_BLD, valid_BL=None, routing="trained", key=3):
+    positions, rows = jnp.arange(x_BLD.shape[1])[None], number_rows(*x_BLD.shape[:2])
+    at = At(positions, None, valid_BL, {}, {}, rows)
+    return layer(x_BLD, at, Call(routing, None, jax.random.key(key)))
 
 
 ACT = {
@@ -72,56 +88,58 @@ def mlp(y, of, activation):
     return h @ of["w_out"].T
 
 
-def by_loop(spec, params, measured, x_BSD, valid_BS=None, routing="trained"):
+def by_loop(spec, params, measured, x_BLD, valid_BL=None, routing="trained"):
     """The stream after the layer, in float64, and what was dropped; position by position."""
-    out, dropped = np.array(x_BSD, float), 0
-    for b, x_SD in enumerate(np.array(x_BSD, float)):
-        y_SD = normed(x_SD, params["norm"]) if "norm" in params else x_SD
-        logits = y_SD @ params["w"]
+    out, dropped, rule = np.array(x_BLD, float), 0, spec.rule
+    for b, x_LD in enumerate(np.array(x_BLD, float)):
+        y_LD = normed(x_LD, params["norm"]) if "norm" in params else x_LD
+        logits = y_LD @ params["w"]
         e = np.exp(logits - logits.max(1, keepdims=True))
-        scores = 1 / (1 + np.exp(-logits)) if spec.scores == "sigmoid" else e / e.sum(1)[:, None]
-        valid = np.ones(len(x_SD), bool) if valid_BS is None else np.array(valid_BS[b])
-        limit = spec.slots(int(valid.sum())) if routing == "trained" else len(x_SD)
+        scores = 1 / (1 + np.exp(-logits)) if rule.scores == "sigmoid" else e / e.sum(1)[:, None]
+        valid = np.ones(len(x_LD), bool) if valid_BL is None else np.array(valid_BL[b])
+        limit = spec.slots(int(valid.sum())) if routing == "trained" else len(x_LD)
         count = np.zeros(spec.experts, int)
         best = np.argsort(np.where(valid, scores.T, -1), axis=1)[:, ::-1][:, :limit]
-        for s in range(len(x_SD)):
+        for s in range(len(x_LD)):
             if not valid[s]:
                 continue
-            if spec.router == "token_choice":
+            if isinstance(rule, TokenChoice):
                 ranking = scores[s] + measured.get("bias", 0)
-                rows = np.argsort(-ranking)[: spec.top_k]
+                rows = np.argsort(-ranking)[: rule.top_k]
                 picks = [r for r in rows if r < spec.experts]
-            elif spec.router == "threshold":
+            elif isinstance(rule, ExpertThreshold):
                 picks = np.flatnonzero(scores[s] > measured["threshold"])
             else:
                 picks = [r for r in range(spec.experts) if s in best[r]]
             weights = np.array([scores[s, r] for r in picks])
-            if spec.renormalise:  # by all picks, as LongCat's router does: no-ops among them
+            if getattr(
+                rule, "renormalise", False
+            ):  # by all picks, as LongCat's router does: no-ops among them
                 weights = weights / scores[s, rows].sum()
             z = np.zeros(D)
-            for r, weight in zip(picks, spec.scale * weights, strict=True):
+            for r, weight in zip(picks, rule.scale * weights, strict=True):
                 count[r] += 1
                 if count[r] > limit:
                     dropped += 1
                     continue
                 of = {name: w[r] for name, w in params["experts"].items()}
-                z = z + weight * mlp(y_SD[s], of, spec.activation)
+                z = z + weight * mlp(y_LD[s], of, spec.activation)
             if spec.shared:
-                z = z + mlp(y_SD[s], params["shared"], spec.activation)
+                z = z + mlp(y_LD[s], params["shared"], spec.activation)
             out[b, s] += normed(z, params["norm_after"]) if "norm_after" in params else z
     return out, dropped
 
 
 def arrays(layer):
     """Its parameters by name, and what it measures."""
-    params = {"w": layer.w[...], "experts": {n: w[...] for n, w in layer.experts.items()}}
+    params = {"w": layer.router.w[...], "experts": {n: w[...] for n, w in layer.experts.items()}}
     for name in ("norm", "norm_after"):
         if getattr(layer, name) is not None:
             params[name] = getattr(layer, name).scale[...]
     if layer.shared is not None:
         params["shared"] = {name: w[...] for name, w in layer.shared.items()}
-    measured = {n: np.array(getattr(layer, n)[...], float) for n in ("bias", "threshold")
-                if getattr(layer, n) is not None}  # fmt: skip
+    measured = {n: np.array(getattr(layer.rule, n)[...], float) for n in ("bias", "threshold")
+                if getattr(layer.rule, n, None) is not None}  # fmt: skip
     return jax.tree.map(lambda p: np.array(p, float), params), measured
 
 
@@ -129,7 +147,7 @@ def with_arrays(layer, params):
     """The same layer with other parameters, which may be traced."""
     graphdef, state = nnx.split(layer)
     values = nnx.to_pure_dict(state)
-    values["w"] = params["w"]
+    values["router"]["w"] = params["w"]
     for group in ("experts", "shared"):
         if group in params:
             values[group] = params[group]
@@ -139,42 +157,42 @@ def with_arrays(layer, params):
     return nnx.merge(graphdef, values)
 
 
-VALID_BS = jnp.arange(S)[None] < jnp.array([S, 13, 0])[:, None]
+VALID_BL = jnp.arange(S)[None] < jnp.array([S, 13, 0])[:, None]
 
 
-@pytest.mark.parametrize("valid_BS", [None, VALID_BS], ids=["full", "padded"])
+@pytest.mark.parametrize("valid_BL", [None, VALID_BL], ids=["full", "padded"])
 @pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
-def test_equals_a_loop_over_positions(spec, valid_BS):
-    layer, x_BSD = layer_of(spec), inputs()
-    out = call(layer, x_BSD, valid_BS)
-    expected_BSD, dropped = by_loop(spec, *arrays(layer), x_BSD, valid_BS)
-    valid = np.ones((B, S), bool) if valid_BS is None else np.array(valid_BS)
-    np.testing.assert_allclose(out.x[valid], expected_BSD[valid], atol=2e-5)
+def test_equals_a_loop_over_positions(spec, valid_BL):
+    layer, x_BLD = layer_of(spec), inputs()
+    out = call(layer, x_BLD, valid_BL)
+    expected_BLD, dropped = by_loop(spec, *arrays(layer), x_BLD, valid_BL)
+    valid = np.ones((B, S), bool) if valid_BL is None else np.array(valid_BL)
+    np.testing.assert_allclose(out.x[valid], expected_BLD[valid], atol=2e-5)
     record = out.records[""]
-    assert int(jnp.sum(record.asked_BS - record.taken_BS)) == dropped
+    assert int(jnp.sum(record.asked_BL - record.taken_BL)) == dropped
     assert ("drops" in next(n for n, s in CASES.items() if s == spec)) <= (dropped > 0)
 
 
 @pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
 def test_gradients_are_those_of_the_loop(spec):
-    layer, x_BSD = layer_of(spec), inputs()
+    layer, x_BLD = layer_of(spec), inputs()
     params, measured = arrays(layer)
     rng = np.random.default_rng(5)
-    target_BSD = rng.standard_normal(x_BSD.shape)
+    target_BLD = rng.standard_normal(x_BLD.shape)
 
-    def loss(params, x_BSD):
-        return jnp.sum(call(with_arrays(layer, params), x_BSD).x * jnp.float32(target_BSD))
+    def loss(params, x_BLD):
+        return jnp.sum(call(with_arrays(layer, params), x_BLD).x * jnp.float32(target_BLD))
 
     floats = jax.tree.map(jnp.float32, params)
-    grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(floats, x_BSD)
-    leaves, structure = jax.tree.flatten((params, np.array(x_BSD, float)))
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(floats, x_BLD)
+    leaves, structure = jax.tree.flatten((params, np.array(x_BLD, float)))
     for i, grad in enumerate(jax.tree.leaves(grads)):
         way = rng.standard_normal(leaves[i].shape) / np.sqrt(leaves[i].size)
 
         def moved(by, i=i, way=way):
             at = [leaf + by * way if j == i else leaf for j, leaf in enumerate(leaves)]
             params, x = jax.tree.unflatten(structure, at)
-            return np.sum(by_loop(spec, params, measured, x)[0] * target_BSD)
+            return np.sum(by_loop(spec, params, measured, x)[0] * target_BLD)
 
         expected = (moved(1e-6) - moved(-1e-6)) / 2e-6
         np.testing.assert_allclose(np.sum(grad * way), expected, rtol=2e-4, atol=2e-4)
@@ -182,59 +200,58 @@ def test_gradients_are_those_of_the_loop(spec):
 
 @pytest.mark.parametrize("spec", [c for c in CASES.values() if c.router != "expert_choice"])
 def test_without_looking_ahead_no_pick_is_dropped_and_few_positions_are_as_many(spec):
-    layer, x_BSD = layer_of(spec), inputs()
-    many = call(layer, x_BSD, routing="router")
-    expected_BSD, dropped = by_loop(spec, *arrays(layer), x_BSD, routing="router")
-    np.testing.assert_allclose(many.x, expected_BSD, atol=2e-5)
-    assert dropped == 0 and jnp.array_equal(many.records[""].asked_BS, many.records[""].taken_BS)
-    few = call(layer, x_BSD[:, :4], routing="router")  # expert by expert
+    layer, x_BLD = layer_of(spec), inputs()
+    many = call(layer, x_BLD, routing="causal")
+    expected_BLD, dropped = by_loop(spec, *arrays(layer), x_BLD, routing="causal")
+    np.testing.assert_allclose(many.x, expected_BLD, atol=2e-5)
+    assert dropped == 0 and jnp.array_equal(many.records[""].asked_BL, many.records[""].taken_BL)
+    few = call(layer, x_BLD[:, :4], routing="causal")  # expert by expert
     np.testing.assert_allclose(few.x, many.x[:, :4], atol=1e-5)
     layer.take_apart()
-    assert jnp.array_equal(call(layer, x_BSD, routing="router").x, many.x)
-    assert jnp.array_equal(call(layer, x_BSD[:, :4], routing="router").x, few.x)
+    assert jnp.array_equal(call(layer, x_BLD, routing="causal").x, many.x)
+    assert jnp.array_equal(call(layer, x_BLD[:, :4], routing="causal").x, few.x)
 
 
 def test_one_expert_is_the_mlp_and_equal_experts_are_it_too():
-    x_BSD = inputs()
+    x_BLD = inputs()
     dense = build(MLP(), SHAPE, rngs=nnx.Rngs(0))
-    for spec in (MoE(1), MoE(4, 2, renormalise=True, capacity_factor=2.0)):
+    for spec in (MoE(1), MoE(4, TokenChoice(2, renormalise=True), capacity_factor=2.0)):
         layer = layer_of(spec)
         for name in ("w_in", "w_out"):
             layer.experts[name][...] = jnp.stack([getattr(dense, name)[...]] * spec.experts)
-        np.testing.assert_allclose(call(layer, x_BSD).x, call(dense, x_BSD).x, atol=1e-6)
+        np.testing.assert_allclose(call(layer, x_BLD).x, call(dense, x_BLD).x, atol=1e-6)
 
 
 def test_the_order_of_experts_does_not_matter():
-    layer, x_BSD, order = layer_of(CASES["top 2 of 1.0 with drops"]), inputs(), [2, 0, 3, 1]
-    before = call(layer, x_BSD).x
-    layer.w[...] = layer.w[...][:, jnp.array(order)]
+    layer, x_BLD, order = layer_of(CASES["top 2 of 1.0 with drops"]), inputs(), [2, 0, 3, 1]
+    before = call(layer, x_BLD).x
+    layer.router.w[...] = layer.router.w[...][:, jnp.array(order)]
     for w in layer.experts.values():
         w[...] = w[...][jnp.array(order)]
-    np.testing.assert_allclose(call(layer, x_BSD).x, before, atol=1e-6)
+    np.testing.assert_allclose(call(layer, x_BLD).x, before, atol=1e-6)
 
 
 def test_enough_capacity_never_drops_and_is_dropless():
-    spec = MoE(4, 2, capacity_factor=2.0)
-    slots, x_BSD = layer_of(spec), inputs()
+    spec = MoE(4, TokenChoice(2), capacity_factor=2.0)
+    slots, x_BLD = layer_of(spec), inputs()
     groups = layer_of(dataclasses.replace(spec, capacity_factor=None))
-    out = call(slots, x_BSD)
-    np.testing.assert_allclose(out.x, call(groups, x_BSD).x, atol=1e-6)
-    assert jnp.array_equal(out.records[""].asked_BS, out.records[""].taken_BS)
+    out = call(slots, x_BLD)
+    np.testing.assert_allclose(out.x, call(groups, x_BLD).x, atol=1e-6)
+    assert jnp.array_equal(out.records[""].asked_BL, out.records[""].taken_BL)
 
 
 @pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
 def test_every_pick_is_accounted_for(spec):
-    record = call(layer_of(spec), inputs(), VALID_BS).records[""]
-    found = {
-        name: float(v)
-        for name, v in statistics({"a": jax.tree.map(lambda z: z[None], record)}).items()
-    }
+    records = call(layer_of(spec), inputs(), VALID_BL).records
+    record = records[""]
+    stacked = jax.tree.map(lambda z: z[None], {f"a/{name}": one for name, one in records.items()})
+    found = {name: float(v) for name, v in statistics(stacked).items()}
     asked, taken, picks, computed = (
-        np.array(z) for z in (record.asked_BS, record.taken_BS, record.picks_BR, record.computed_B)
+        np.array(z) for z in (record.asked_BL, record.taken_BL, record.picks_B, record.computed_B)
     )
-    assert (taken <= asked).all() and not asked[~np.array(VALID_BS)].any()
-    if spec.router == "token_choice":
-        assert picks.sum() == spec.top_k * np.array(VALID_BS).sum()
+    assert (taken <= asked).all() and not asked[~np.array(VALID_BL)].any()
+    if isinstance(spec.rule, TokenChoice):
+        assert picks.sum() == spec.rule.top_k * np.array(VALID_BL).sum()
     if spec.capacity_factor is not None:
         assert (computed == spec.experts * spec.slots(S)).all()
     np.testing.assert_allclose(
@@ -242,24 +259,26 @@ def test_every_pick_is_accounted_for(spec):
     )
     np.testing.assert_allclose(found["moe/useful"], taken.sum() / computed.sum(), atol=1e-6)
     np.testing.assert_allclose(
-        found["moe/idle"], np.mean(taken[np.array(VALID_BS)] == 0), atol=1e-6
+        found["moe/idle"], np.mean(taken[np.array(VALID_BL)] == 0), atol=1e-6
     )
 
 
 def test_all_no_ops_leave_the_stream_as_it_is_bit_for_bit_with_finite_gradients():
     for spec in (
-        MoE(4, no_ops=4),
-        MoE(4, 2, no_ops=4, renormalise=True, norm="both"),
-        MoE(4, 2, no_ops=4, renormalise=True, capacity_factor=None),
+        MoE(4, TokenChoice(no_ops=4)),
+        MoE(4, TokenChoice(2, no_ops=4, renormalise=True), norm="both"),
+        MoE(4, TokenChoice(2, no_ops=4, renormalise=True), capacity_factor=None),
     ):
-        layer, x_BSD = layer_of(spec), jnp.abs(inputs())
-        layer.w[...] = jnp.tile(jnp.where(jnp.arange(spec.rows) < 4, -9.0, 9.0)[None], (D, 1))
+        layer, x_BLD = layer_of(spec), jnp.abs(inputs())
+        layer.router.w[...] = jnp.tile(
+            jnp.where(jnp.arange(rows_of(spec)) < 4, -9.0, 9.0)[None], (D, 1)
+        )
 
-        def loss(w_DR, x_BSD, layer=layer):
-            return jnp.sum(jnp.sin(call(with_arrays(layer, {"w": w_DR}), x_BSD).x))
+        def loss(w_DR, x_BLD, layer=layer):
+            return jnp.sum(jnp.sin(call(with_arrays(layer, {"w": w_DR}), x_BLD).x))
 
-        assert (np.array(call(layer, x_BSD).x) == np.array(x_BSD)).all()
-        grads = jax.grad(loss, argnums=(0, 1))(layer.w[...], x_BSD)
+        assert (np.array(call(layer, x_BLD).x) == np.array(x_BLD)).all()
+        grads = jax.grad(loss, argnums=(0, 1))(layer.router.w[...], x_BLD)
         assert all(np.isfinite(g).all() for g in grads) and not np.any(grads[0])
 
 
@@ -267,45 +286,50 @@ def test_all_no_ops_leave_the_stream_as_it_is_bit_for_bit_with_finite_gradients(
 @pytest.mark.parametrize("no_ops", [2, 14])
 def test_renormalised_weights_beside_no_ops_still_teach_the_router(scores, no_ops):
     """Divided by the sum over experts alone, one expert weighs 1 and the gradient is nothing."""
-    layer = layer_of(MoE(2, 2, no_ops=no_ops, scores=scores, renormalise=True))
-    x_BSD = inputs()
+    layer = layer_of(MoE(2, TokenChoice(2, no_ops=no_ops, scores=scores, renormalise=True)))
+    x_BLD = inputs()
 
     def loss(w_DR):
-        return jnp.sum(jnp.sin(call(with_arrays(layer, {"w": w_DR}), x_BSD).x))
+        return jnp.sum(jnp.sin(call(with_arrays(layer, {"w": w_DR}), x_BLD).x))
 
-    asked = np.array(call(layer, x_BSD).records[""].asked_BS)
+    asked = np.array(call(layer, x_BLD).records[""].asked_BL)
     assert np.sum(asked == 1) > 4 * np.sum(asked == 2)
-    gradient_DR = jax.jit(jax.grad(loss))(layer.w[...])
+    gradient_DR = jax.jit(jax.grad(loss))(layer.router.w[...])
     assert float(jnp.linalg.norm(gradient_DR)) > 0.1
 
 
 def test_padding_changes_no_other_row_loss_or_count():
     for spec in CASES.values():
-        layer, x_BSD = layer_of(spec), inputs()
-        one = call(layer, x_BSD, VALID_BS)
-        other = call(layer, jnp.where(VALID_BS[..., None], x_BSD, 7.0), VALID_BS)
-        np.testing.assert_array_equal(one.x[np.array(VALID_BS)], other.x[np.array(VALID_BS)])
+        layer, x_BLD = layer_of(spec), inputs()
+        one = call(layer, x_BLD, VALID_BL)
+        other = call(layer, jnp.where(VALID_BL[..., None], x_BLD, 7.0), VALID_BL)
+        np.testing.assert_array_equal(one.x[np.array(VALID_BL)], other.x[np.array(VALID_BL)])
         same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), one.records, other.records)
-        assert all(jax.tree.leaves(same)) and one.records[""].loss() == other.records[""].loss()
+        assert (
+            all(jax.tree.leaves(same))
+            and one.records["rule"].loss() == other.records["rule"].loss()
+        )
 
 
 @pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
 def test_an_edit_changes_nothing_before_it_but_where_experts_choose(spec):
-    layer, x_BSD = layer_of(spec), inputs(4, 24)
+    layer, x_BLD = layer_of(spec), inputs(4, 24)
     changed = 0
     for t in range(4, 24, 3):
-        edited = call(layer, x_BSD.at[:, t].set(9 * x_BSD[:, (t + 5) % 24])).x
-        changed += int(jnp.any(edited[:, :t] != call(layer, x_BSD).x[:, :t]))
+        edited = call(layer, x_BLD.at[:, t].set(9 * x_BLD[:, (t + 5) % 24])).x
+        changed += int(jnp.any(edited[:, :t] != call(layer, x_BLD).x[:, :t]))
     assert (changed > 0) == (spec.router == "expert_choice")
 
 
 def test_choice_major_slots_would_have_leaked():
     """The order of GShard, all first choices before any second one, on the same picks."""
-    layer, x_BSD = layer_of(CASES["top 2 of 1.0 with drops"]), inputs(8, 24)
+    layer, x_BLD = layer_of(CASES["top 2 of 1.0 with drops"]), inputs(8, 24)
     size = layer.spec.slots(24)
 
-    def kept(x_BSD):
-        rows = np.argsort(-np.array(normed(np.array(x_BSD), 1.0) @ layer.w[...]), axis=2)[:, :, :2]
+    def kept(x_BLD):
+        rows = np.argsort(-np.array(normed(np.array(x_BLD), 1.0) @ layer.router.w[...]), axis=2)[
+            :, :, :2
+        ]
         count, found = np.zeros((8, 4), int), np.zeros((8, 24, 2), bool)
         for choice in range(2):
             for b in range(8):
@@ -314,38 +338,52 @@ def test_choice_major_slots_would_have_leaked():
                     found[b, s, choice], count[b, e] = count[b, e] < size, count[b, e] + 1
         return found
 
-    edits = (x_BSD.at[:, t].set(9 * x_BSD[:, (t + 5) % 24]) for t in range(4, 24))
-    assert any((kept(e)[:, :t] != kept(x_BSD)[:, :t]).any() for t, e in enumerate(edits, 4))
+    edits = (x_BLD.at[:, t].set(9 * x_BLD[:, (t + 5) % 24]) for t in range(4, 24))
+    assert any((kept(e)[:, :t] != kept(x_BLD)[:, :t]).any() for t, e in enumerate(edits, 4))
 
 
-@pytest.mark.parametrize("spec", [MoE(4), MoE(4, 2), MoE(4, no_ops=4), MoE(4, scores="sigmoid")])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MoE(4),
+        MoE(4, TokenChoice(2)),
+        MoE(4, TokenChoice(no_ops=4)),
+        MoE(4, TokenChoice(scores="sigmoid")),
+    ],
+)
 def test_the_balance_loss_is_1_at_uniform(spec):
     layer = layer_of(spec)
-    layer.w[...] = jnp.zeros_like(layer.w[...])
-    np.testing.assert_allclose(call(layer, inputs()).records[""].balance(), 1.0, rtol=1e-6)
-    layer.w[...] = 40 * jnp.eye(D)[:, : spec.rows]  # positions that pick the rows in turn, surely
-    x_BSD = jnp.tile(jnp.eye(D)[None, : spec.rows], (B, 5, 1))
-    if spec.top_k == 1 and spec.scores == "softmax":
-        np.testing.assert_allclose(call(layer, x_BSD).records[""].balance(), 1.0, rtol=1e-3)
+    layer.router.w[...] = jnp.zeros_like(layer.router.w[...])
+    np.testing.assert_allclose(
+        call(layer, inputs()).records["rule"].losses()["balance"], 1.0, rtol=1e-6
+    )
+    layer.router.w[...] = (
+        40 * jnp.eye(D)[:, : rows_of(spec)]
+    )  # positions that pick the rows in turn, surely
+    x_BLD = jnp.tile(jnp.eye(D)[None, : rows_of(spec)], (B, 5, 1))
+    if spec.rule.top_k == 1 and spec.rule.scores == "softmax":
+        np.testing.assert_allclose(
+            call(layer, x_BLD).records["rule"].losses()["balance"], 1.0, rtol=1e-3
+        )
 
 
 def test_the_balance_loss_is_the_number_of_rows_at_collapse_in_each_layer_by_itself():
     """Averaged over layers before the product, two opposite collapses would read half as much."""
     layers = [layer_of(MoE(4)) for _ in range(2)]
     for i, layer in enumerate(layers):
-        layer.w[...] = jnp.zeros((D, 4)).at[:, i].set(50.0)
-    records = [call(layer, jnp.ones((B, S, D))).records[""] for layer in layers]
-    found = statistics({"a": jax.tree.map(lambda *z: jnp.stack(z), *records)})
+        layer.router.w[...] = jnp.zeros((D, 4)).at[:, i].set(50.0)
+    records = [call(layer, jnp.ones((B, S, D))).records["rule"] for layer in layers]
+    found = statistics({"a/rule": jax.tree.map(lambda *z: jnp.stack(z), *records)})
     np.testing.assert_allclose(found["moe/balance"], 4.0, rtol=1e-6)
     np.testing.assert_allclose(found["loss/moe_balance"], 2 * 0.01 * 4, rtol=1e-6)
 
 
 def test_losses_against_their_formulas():
-    spec = MoE(4, 2, balance_weight=0.3, z_weight=0.2, capacity_factor=0.5)
-    layer, x_BSD = layer_of(spec), inputs()
-    record = call(layer, x_BSD, VALID_BS).records[""]
-    valid = np.array(VALID_BS)
-    logits_NE = normed(np.array(x_BSD, float)[valid], 1.0) @ np.array(layer.w[...], float)
+    spec = MoE(4, TokenChoice(2, balance=0.3, z=0.2), capacity_factor=0.5)
+    layer, x_BLD = layer_of(spec), inputs()
+    record = call(layer, x_BLD, VALID_BL).records["rule"]
+    valid = np.array(VALID_BL)
+    logits_NE = normed(np.array(x_BLD, float)[valid], 1.0) @ np.array(layer.router.w[...], float)
     p_NE = np.exp(logits_NE) / np.exp(logits_NE).sum(1, keepdims=True)
     picks = np.argsort(-logits_NE, axis=1)[:, :2]
     f_E = np.bincount(picks.ravel(), minlength=4) / picks.size  # before drops
@@ -355,77 +393,77 @@ def test_losses_against_their_formulas():
 
 
 def test_the_router_learns_from_the_stream_at_top_1():
-    layer, x_BSD = layer_of(MoE(4, balance_weight=0.0, z_weight=0.0)), inputs()
+    layer, x_BLD = layer_of(MoE(4, TokenChoice(balance=0.0, z=0.0))), inputs()
 
     def loss(w_DR):
-        return jnp.sum(jnp.sin(call(with_arrays(layer, {"w": w_DR}), x_BSD).x))
+        return jnp.sum(jnp.sin(call(with_arrays(layer, {"w": w_DR}), x_BLD).x))
 
-    assert jnp.linalg.norm(jax.grad(loss)(layer.w[...])) > 0.1
+    assert jnp.linalg.norm(jax.grad(loss)(layer.router.w[...])) > 0.1
 
 
 def test_an_expert_without_positions_gets_no_gradient():
-    layer, x_BSD = layer_of(MoE(4, balance_weight=0.0, z_weight=0.0)), jnp.abs(inputs())
-    layer.w[...] = layer.w[...].at[:, 2].set(-9.0)
+    layer, x_BLD = layer_of(MoE(4, TokenChoice(balance=0.0, z=0.0))), jnp.abs(inputs())
+    layer.router.w[...] = layer.router.w[...].at[:, 2].set(-9.0)
     params = jax.tree.map(jnp.float32, arrays(layer)[0])
-    loss = lambda params: jnp.sum(jnp.sin(call(with_arrays(layer, params), x_BSD).x))  # noqa: E731
+    loss = lambda params: jnp.sum(jnp.sin(call(with_arrays(layer, params), x_BLD).x))  # noqa: E731
     for w_EDF in jax.grad(loss)(params)["experts"].values():
         assert not jnp.any(w_EDF[2]) and jnp.any(w_EDF[1])
 
 
 def test_the_bias_moves_against_the_load_and_is_never_in_the_weight():
-    layer, x_BSD = layer_of(MoE(4, bias_rate=0.1)), inputs()
-    record = call(layer, x_BSD).records[""]
+    layer, x_BLD = layer_of(MoE(4, TokenChoice(bias_rate=0.1))), inputs()
+    record = call(layer, x_BLD).records["rule"]
     load = np.array(record.picks_BR).sum(0)
-    moved = record.observed({"bias": layer.bias[...]}, jnp.int32(3))["bias"]
-    expected = np.array(layer.bias[...]) + 0.1 * np.sign(load.mean() - load)
+    moved = record.observed({"bias": layer.rule.bias[...]}, jnp.int32(3))["bias"]
+    expected = np.array(layer.rule.bias[...]) + 0.1 * np.sign(load.mean() - load)
     np.testing.assert_allclose(moved, expected, rtol=1e-6)
-    before = call(layer, x_BSD).x
-    layer.bias[...] = layer.bias[...] + 5.0  # of all rows alike
-    np.testing.assert_array_equal(call(layer, x_BSD).x, before)
+    before = call(layer, x_BLD).x
+    layer.rule.bias[...] = layer.rule.bias[...] + 5.0  # of all rows alike
+    np.testing.assert_array_equal(call(layer, x_BLD).x, before)
 
 
 def test_thresholds_follow_the_mean_score_that_ranks_each_experts_share():
-    layer, x_BSD = layer_of(MoE(4, 2, router="threshold")), inputs()
-    record = call(layer, x_BSD, VALID_BS).records[""]
-    y = normed(np.array(x_BSD, float), 1.0) @ np.array(layer.w[...], float)
+    layer, x_BLD = layer_of(MoE(4, ExpertThreshold(2))), inputs()
+    record = call(layer, x_BLD, VALID_BL).records["rule"]
+    y = normed(np.array(x_BLD, float), 1.0) @ np.array(layer.router.w[...], float)
     p = np.exp(y) / np.exp(y).sum(-1, keepdims=True)
     # Experts' shares of 20 and 13 positions: 2 * 20 / 4 = 10 and 2 * 13 / 4 = 6.5, rounded to 6.
     kth = [np.sort(p[b][:n], axis=0)[::-1][k - 1] for b, n, k in ((0, S, 10), (1, 13, 6))]
-    old = np.array(layer.threshold[...], float)
-    found = record.observed({"threshold": layer.threshold[...]}, jnp.int32(3))["threshold"]
+    old = np.array(layer.rule.threshold[...], float)
+    found = record.observed({"threshold": layer.rule.threshold[...]}, jnp.int32(3))["threshold"]
     np.testing.assert_allclose(found, old + (np.mean(kth, axis=0) - old) / 4, rtol=1e-5)
 
 
 def test_random_no_ops_are_as_many_and_depend_on_key_row_and_position_alone():
-    spec = MoE(4, no_ops=4, random_no_ops=True, capacity_factor=None)
-    layer, x_BSD = layer_of(spec), inputs(8, 200)
-    out = call(layer, x_BSD)
-    assert abs(float(jnp.mean(out.records[""].asked_BS)) - 0.5) < 0.03
-    other = call(layer, -x_BSD)
-    assert jnp.array_equal(out.records[""].asked_BS, other.records[""].asked_BS)
+    spec = MoE(4, TokenChoice(no_ops=4, random_no_ops=True), capacity_factor=None)
+    layer, x_BLD = layer_of(spec), inputs(8, 200)
+    out = call(layer, x_BLD)
+    assert abs(float(jnp.mean(out.records[""].asked_BL)) - 0.5) < 0.03
+    other = call(layer, -x_BLD)
+    assert jnp.array_equal(out.records[""].asked_BL, other.records[""].asked_BL)
     assert not jnp.array_equal(
-        out.records[""].asked_BS, call(layer, x_BSD, key=4).records[""].asked_BS
+        out.records[""].asked_BL, call(layer, x_BLD, key=4).records[""].asked_BL
     )
 
 
 def test_integrated_with_one_expert_and_one_no_op_is_token_choice_mod_of_the_mlp():
-    layer = layer_of(MoE(1, no_ops=1, capacity_factor=1.0, balance_weight=0.0, z_weight=0.0))
-    mod = build(MoD(Seq(MLP()), capacity=0.5, router="token_choice"), SHAPE, rngs=nnx.Rngs(0))
+    layer = layer_of(MoE(1, TokenChoice(no_ops=1, balance=0.0, z=0.0), capacity_factor=1.0))
+    mod = build(MoD(Seq(MLP()), capacity=0.5, rule=Binary()), SHAPE, rngs=nnx.Rngs(0))
     mlp = mod.inner.parts["0_mlp"]
     for name in ("w_in", "w_out"):
         getattr(mlp, name)[...] = layer.experts[name][...][0]
-    x_BSD = inputs()
+    x_BLD = inputs()
     # MoD's router sees the stream, MoE's its norm: on a stream of norm 1 they are the same.
-    x_BSD = jnp.float32(normed(np.array(x_BSD), 1.0))
-    mod.router.w[...] = layer.w[...][:, ::-1]
-    ours, theirs = call(layer, x_BSD), call(mod, x_BSD)
+    x_BLD = jnp.float32(normed(np.array(x_BLD), 1.0))
+    mod.router.w[...] = layer.router.w[...][:, ::-1]
+    ours, theirs = call(layer, x_BLD), call(mod, x_BLD)
     np.testing.assert_allclose(ours.x, theirs.x, atol=1e-5)
-    taken = np.array(ours.records[""].taken_BS) > 0
+    taken = np.array(ours.records[""].taken_BL) > 0
     assert (taken == np.array(theirs.records[""].selected_BL)).all() and 0 < taken.mean() < 1
 
 
 def test_staged_with_one_expert_is_mod():
-    x_BSD = inputs()
+    x_BLD = inputs()
     staged, plain = (
         build(MoD(Seq(inner), capacity=0.25), SHAPE, rngs=nnx.Rngs(0)) for inner in (MoE(1), MLP())
     )
@@ -433,4 +471,4 @@ def test_staged_with_one_expert_is_mod():
         mlp = getattr(plain.inner.parts["0_mlp"], name)
         staged.inner.parts["0_moe"].experts[name][...] = mlp[...][None]
     staged.router.w[...] = plain.router.w[...]
-    np.testing.assert_allclose(call(staged, x_BSD).x, call(plain, x_BSD).x, atol=1e-6)
+    np.testing.assert_allclose(call(staged, x_BLD).x, call(plain, x_BLD).x, atol=1e-6)

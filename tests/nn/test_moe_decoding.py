@@ -14,17 +14,23 @@ from modjax.spec import (
     AltUp,
     Attention,
     Dense,
+    ExpertChoice,
+    ExpertThreshold,
     MoD,
     MoE,
+    Predictor,
+    Random,
     Recycled,
     Seq,
     SequenceAltUp,
     StridePool,
     StrideSkip,
+    TokenChoice,
+    TopK,
 )
 from tests.nn.test_cached_decoding import LENGTHS, TOTALS, both_ways, model_config
 
-TAUGHT = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+TAUGHT = {"capacity": 0.5, "rule": TopK(auxiliary=1.0), "causal": Predictor()}
 
 
 def block(moe: MoE) -> Seq:
@@ -33,14 +39,17 @@ def block(moe: MoE) -> Seq:
 
 MODELS = {
     "top 1": [block(MoE(4, capacity_factor=0.5))],
-    "top 2": [block(MoE(4, 2, renormalise=True, shared=1)), Dense()],
-    "sigmoid and a bias": [block(MoE(4, 2, scores="sigmoid", bias_rate=0.1))],
-    "dropless": [block(MoE(4, 2, capacity_factor=None))],
-    "threshold": [block(MoE(4, 2, router="threshold"))],
-    "integrated": [block(MoE(4, 2, no_ops=4))],
-    "random no-ops": [block(MoE(4, 2, no_ops=4, random_no_ops=True))],
+    "top 2": [block(MoE(4, TokenChoice(2, renormalise=True), shared=1)), Dense()],
+    "sigmoid and a bias": [block(MoE(4, TokenChoice(2, scores="sigmoid", bias_rate=0.1)))],
+    "dropless": [block(MoE(4, TokenChoice(2), capacity_factor=None))],
+    "threshold": [block(MoE(4, ExpertThreshold(2)))],
+    "integrated": [block(MoE(4, TokenChoice(2, no_ops=4)))],
+    "random no-ops": [block(MoE(4, TokenChoice(2, no_ops=4, random_no_ops=True)))],
     "staged": [Dense(), MoD(block(MoE(4)), **TAUGHT)],
-    "staged around integrated": [MoD(block(MoE(4, no_ops=2)), **TAUGHT), block(MoE(2))],
+    "staged around integrated": [
+        MoD(block(MoE(4, TokenChoice(no_ops=2))), **TAUGHT),
+        block(MoE(2)),
+    ],
 }
 
 
@@ -61,7 +70,7 @@ def check(layers, routing, slack, **changes):
 
 @pytest.mark.parametrize("layers", MODELS.values(), ids=MODELS)
 def test_cached_decoding_equals_the_full_causal_pass(layers):
-    check(layers, "router", None)
+    check(layers, "causal", None)
 
 
 @pytest.mark.parametrize("routing", ["predictor", "paced", "threshold"])
@@ -74,8 +83,9 @@ def test_staged_mode_by_every_routing_with_bounds_that_are_hit_and_not(routing):
         assert (missed > 0) == hit
 
 
-BY_CHANCE = block(MoE(4, 2, no_ops=4, random_no_ops=True))
-DRAWN = MoD(Seq(Attention(), MLP()), router="stochastic", **TAUGHT)
+BY_CHANCE = block(MoE(4, TokenChoice(2, no_ops=4, random_no_ops=True)))
+BY_NOISE = {"capacity": 0.5, "rule": Random(), "causal": Predictor()}
+DRAWN = MoD(Seq(Attention(), MLP()), **BY_NOISE)
 SELECTED = {
     "MoD": [MoD(BY_CHANCE, **TAUGHT)],
     "Sequence-AltUp": [Dense(), SequenceAltUp(BY_CHANCE, stride=2)],
@@ -83,7 +93,7 @@ SELECTED = {
     "strides": [StrideSkip(BY_CHANCE, stride=2), StridePool(DRAWN, stride=2)],
     "MoD and a stride": [MoD(SequenceAltUp(BY_CHANCE, stride=2), **TAUGHT)],
     "a stride and MoD": [SequenceAltUp(MoD(Seq(DRAWN, BY_CHANCE), **TAUGHT), stride=2)],
-    "by chance": [MoD(Seq(BY_CHANCE, DRAWN), router="stochastic", **TAUGHT)],
+    "by chance": [MoD(Seq(BY_CHANCE, DRAWN), **BY_NOISE)],
     "strides of strides": [StridePool(SequenceAltUp(DRAWN, stride=2), stride=2)],
 }
 LONG = [name for name in SELECTED if name not in ("MoD", "Sequence-AltUp")]
@@ -94,7 +104,7 @@ LONG = [name for name in SELECTED if name not in ("MoD", "Sequence-AltUp")]
     "name, routing",
     [
         ("MoD", "predictor"),
-        ("Sequence-AltUp", "router"),
+        ("Sequence-AltUp", "causal"),
         *(pytest.param(name, "predictor", marks=pytest.mark.slow) for name in LONG),
         *(pytest.param(name, "threshold", marks=pytest.mark.slow) for name in LONG),
     ],
@@ -113,23 +123,20 @@ def test_the_best_causal_routing_and_what_has_none():
     def best(*layers):
         return model_config(*layers).causal_routing()
 
-    assert best(Dense()) is None and best(block(MoE(4))) == "router"
-    assert best(*MODELS["staged"]) == "predictor"
-    untaught = MoD(block(MoE(4)))
-    assert best(untaught) == "threshold" and best(untaught, block(MoE(4))) == "threshold"
-    looks_ahead = block(MoE(4, router="expert_choice"))
+    assert best(Dense()) == "trained" == best(Dense(), SequenceAltUp())
+    assert best(block(MoE(4))) == "causal" == best(*MODELS["staged"]) == best(MoD(block(MoE(4))))
+    looks_ahead = block(MoE(4, ExpertChoice()))
     assert best(looks_ahead) is None and best(*MODELS["staged"], looks_ahead) is None
-    assert not model_config(looks_ahead).causal_as_trained
-    assert not model_config(untaught).causal_as_trained
-    assert model_config(Dense(), SequenceAltUp()).causal_as_trained
 
 
 def test_experts_that_choose_are_refused_without_looking_ahead_in_one_line():
-    config = model_config(block(MoE(4, router="expert_choice")))
-    for routing in ("router", "predictor", "paced", "threshold"):
+    config = model_config(block(MoE(4, ExpertChoice())))
+    for routing in ("causal", "predictor", "paced", "threshold"):
         with pytest.raises(InputError) as caught:
             config.check_routing(routing, "--routing")
         assert str(caught.value).startswith(f"--routing = '{routing}': Seq(Attention(), MoE(")
-        assert "can select by trained;" in str(caught.value) and "\n" not in str(caught.value)
+        assert "has no rule that never looks ahead" in str(caught.value) and "\n" not in str(
+            caught.value
+        )
     config.check_routing("trained", "--routing")
-    dataclasses.replace(config, layers=(block(MoE(4)),)).check_routing("router", "--routing")
+    dataclasses.replace(config, layers=(block(MoE(4)),)).check_routing("causal", "--routing")

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from modjax.nn import At, Call, build
-from modjax.spec import MoE, Shape
+from modjax.spec import MoE, Shape, TokenChoice
 
 torch = pytest.importorskip("torch", reason="make test-parity")
 pytest.importorskip("transformers", reason="make test-parity")
@@ -64,11 +64,11 @@ def longcat(config):
 
 
 BLOCKS = {
-    "Mixtral": (mixtral, MoE(E, K, renormalise=True, **GATED)),
-    "OLMoE": (olmoe, MoE(E, K, **GATED)),
-    "Qwen3-MoE": (qwen3, MoE(E, K, renormalise=True, **GATED)),
+    "Mixtral": (mixtral, MoE(E, TokenChoice(K, renormalise=True), **GATED)),
+    "OLMoE": (olmoe, MoE(E, TokenChoice(K), **GATED)),
+    "Qwen3-MoE": (qwen3, MoE(E, TokenChoice(K, renormalise=True), **GATED)),
     "Switch": (switch, MoE(E, capacity_factor=1.0)),
-    "LongCat": (longcat, MoE(E, K, no_ops=3, scale=6.0, **GATED)),
+    "LongCat": (longcat, MoE(E, TokenChoice(K, no_ops=3, scale=6.0), **GATED)),
 }
 
 
@@ -135,7 +135,7 @@ def test_equals_hugging_faces_block(name):
 def test_the_balance_loss_of_mixtral_is_ours_times_k():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    layer = build(MoE(E, K), SHAPE, rngs=nnx.Rngs(0))
+    layer = build(MoE(E, TokenChoice(K)), SHAPE, rngs=nnx.Rngs(0))
     x_BSD = jnp.float32(np.random.default_rng(0).standard_normal((B, S, D)))
     record = layer(x_BSD, At(jnp.arange(S)[None], None, None, {}, {}), Call()).records[""]
     y_BSD = np.array(x_BSD) / np.sqrt(np.mean(np.array(x_BSD) ** 2, axis=-1, keepdims=True))

@@ -14,40 +14,47 @@ from modjax.nn import Routed
 from modjax.spec import (
     AltUp,
     Attention,
+    Causal,
     Dense,
     MoD,
     ModelSpec,
     MoE,
+    Positional,
+    Predictor,
+    Random,
     Recycled,
     Seq,
     SequenceAltUp,
+    Sinusoids,
     StridePool,
     StrideSkip,
+    TopK,
+    Window,
 )
-from tests.nn.small import KINDS, QUICK, behind_a_block, random_model
+from tests.nn.small import KINDS, QUICK, random_model, taught
 
 # Two documents, and padding after them. The second begins where a period of two begins.
+TAUGHT = TopK(auxiliary=1.0)
 FIRST, SECOND, LENGTH = slice(0, 6), slice(6, 11), 13
 SEGMENTS_L = np.repeat([1, 2, 0], [6, 5, 2])
-# Without the routers that rank by the position in the row, which packing changes; but by an even
-# number of positions, so that every second one stays so.
-BY_CONTENT = {
-    routing: tuple(
-        router for router in routers
-        if router != "learned_position" and (router, routing) != ("stochastic", "threshold")
-    )
-    for routing, routers in KINDS.items()
-}  # fmt: skip
 
 
-def config_of(*routers, capacity, more_blocks=0):
-    layers = behind_a_block(*routers, capacity=capacity, predictor_weight=1.0, auxiliary_weight=1.0)
-    layers = tuple(
-        dataclasses.replace(layer, capacity=0.5)
-        if getattr(layer, "router", "") == "positional" else layer for layer in layers
-    )  # fmt: skip
-    layers = layers[:1] * more_blocks + layers
+def config_of(*layers):
     return ModelSpec(20, 8, len(layers), 2, 1, 16, layers=layers)
+
+
+def by_content(routing):
+    """Every way but those that go by the position in the row, which packing changes.
+
+    Positional() stays by an even number of positions, so that every second one stays so.
+    """
+    for layer in taught(routing, capacity=0.7):
+        if isinstance(layer, MoD) and layer.rule == Positional():
+            yield dataclasses.replace(layer, capacity=0.5)
+        elif not isinstance(layer, MoD) or not (
+            layer.router == Sinusoids() or (layer.rule == Random() and layer.causal is None)
+        ):
+            yield layer
 
 
 def reader(config, routing, **options):
@@ -61,6 +68,7 @@ def reader(config, routing, **options):
         return logits_BLV, [
             {mask: getattr(record, mask)[0] for mask in ("wanted_BL", "selected_BL")}
             for record in records.values()
+            if isinstance(record, Routed)
         ]
 
     compiled = jax.jit(read, compiler_options=QUICK)
@@ -72,7 +80,7 @@ def reader(config, routing, **options):
 # Documents of a paced row share its budget, as in training.
 @pytest.mark.parametrize("routing", sorted(KINDS.keys() - {"paced"}))
 def test_packed_documents_are_routed_and_read_as_if_alone(routing):
-    read = reader(config_of(*BY_CONTENT[routing], capacity=0.7), routing)
+    read = reader(config_of(*by_content(routing)), routing)
     packed_L, noise_L, edit_L = np.random.default_rng(0).integers(0, 20, (3, LENGTH))
     edited_L = np.concatenate([edit_L[FIRST], packed_L[SECOND], edit_L[-2:]])
     # What follows a document that begins its row cannot reach it.
@@ -105,13 +113,15 @@ def test_packed_documents_are_routed_and_read_as_if_alone(routing):
     assert any(differ)
 
 
-MOD = {"capacity": 0.4, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+MOD = {"capacity": 0.4, "rule": TAUGHT, "causal": Predictor()}
 DOCUMENTS_L = np.repeat([1, 2, 3, 0], [7, 10, 6, 1])
 STRIDES = (
     SequenceAltUp(Dense(), stride=2),
     StrideSkip(Dense(), stride=3),
     StridePool(SequenceAltUp(Dense(), stride=2), stride=2),
-    SequenceAltUp(Seq(Attention(window=4), MoE(2, capacity_factor=None)), stride=2),
+    SequenceAltUp(
+        Seq(Attention(mask=Causal() & Window(4)), MoE(2, capacity_factor=None)), stride=2
+    ),
 )  # fmt: skip
 SELECTIONS = {
     "strides": {"layers": STRIDES},
@@ -131,7 +141,7 @@ SELECTIONS = {
     },
 }
 BY = [("strides", "trained"), *((name, "threshold") for name in SELECTIONS if name != "strides"),
-      ("MoD around strides", "router"), ("streams", "router")]  # fmt: skip
+      ("MoD around strides", "auxiliary"), ("streams", "auxiliary")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, routing", BY)
@@ -160,9 +170,11 @@ def test_editing_a_document_moves_no_logit_of_those_after_it(name, routing):
 
 
 def test_documents_of_a_row_share_its_slots_and_the_first_takes_them_first():
-    config = config_of("expert_choice", capacity=0.3, more_blocks=1)
+    config = config_of(
+        Dense(), Dense(), MoD(Dense(), capacity=0.3, rule=TAUGHT, causal=Predictor())
+    )
     length = SECOND.stop - SECOND.start
-    tokens_1L = np.random.default_rng(5).integers(0, 20, (1, LENGTH))
+    tokens_1L = np.random.default_rng(2).integers(0, 20, (1, LENGTH))
     logits_1LV, (layer,) = reader(config, "predictor", slack=1.0)(tokens_1L, SEGMENTS_L[None])
     wanted_L, selected_L = layer["wanted_BL"][0], layer["selected_BL"][0]
     slots = 4  # ceil(1.0 * 0.3 * 13)

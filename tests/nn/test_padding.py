@@ -11,34 +11,47 @@ from flax import nnx
 
 from modjax.nn import MoDBlock, losses
 from modjax.nn.routing import of_valid
-from modjax.spec import Attention, Dense, MoD, MoDConfig, ModelSpec, MoE, Seq, selected_tokens
+from modjax.spec import (
+    Attention,
+    Dense,
+    ExpertChoice,
+    ExpertThreshold,
+    MoD,
+    MoDConfig,
+    ModelSpec,
+    MoE,
+    Predictor,
+    Seq,
+    TokenChoice,
+    selected_tokens,
+)
 from tests.nn.small import QUICK, WIDTH, Mixer, behind_a_block, random_model
 
 SHORT, LONG = 10, 32
-LEARNED = {"capacity": 0.25, "predictor_weight": 1.0}
+LEARNED = {"capacity": 0.25, "causal": Predictor()}
 
 
-def block(**options):
-    return Seq(Attention(), MoE(**{"experts": 4, **options}))
+def block(*rule, **options):
+    return Seq(Attention(), MoE(4, *rule, **options))
 
 
 KINDS = {
     "MoD by ranks": behind_a_block(
-        "received", "expert_choice", "stochastic", "learned_position", auxiliary_weight=0.5,
+        "received", "expert_choice", "stochastic", "learned_position", auxiliary=0.5,
         **LEARNED,
     ),
-    "MoD by rules": behind_a_block("positional", "token_choice", "threshold", **LEARNED),
+    "MoD by rules": behind_a_block("positional", "binary", "threshold", **LEARNED),
     "MoD in MoD": (Dense(), MoD(MoD(Dense(), capacity=0.5), capacity=0.4)),
     "experts": (
         block(capacity_factor=0.75),
-        block(top_k=2, no_ops=2, capacity_factor=1.0),
-        block(router="expert_choice", capacity_factor=1.0),
-        block(router="threshold", top_k=2, capacity_factor=0.5),
+        block(TokenChoice(2, no_ops=2), capacity_factor=1.0),
+        block(ExpertChoice(), capacity_factor=1.0),
+        block(ExpertThreshold(2), capacity_factor=0.5),
     ),
     "staged": (
         block(capacity_factor=1.0),
         MoD(block(capacity_factor=0.75), capacity=0.5),
-        MoD(block(router="expert_choice", capacity_factor=1.0), capacity=0.5),
+        MoD(block(ExpertChoice(), capacity_factor=1.0), capacity=0.5),
     ),
 }  # fmt: skip
 CASES = (
@@ -99,7 +112,7 @@ def test_a_block_of_ones_own_takes_its_share_of_the_valid_positions(length):
 
 
 def test_shares_are_rounded_as_python_rounds_them():
-    number = MoE(3, 2, capacity_factor=1.1).slots
+    number = MoE(3, TokenChoice(2), capacity_factor=1.1).slots
     valid = jnp.arange(LONG)[None] < jnp.arange(LONG + 1)[:, None]
     got = of_valid(number, valid, LONG + 1, LONG)
     assert got.tolist() == [0, *(number(n) for n in range(1, LONG + 1))]

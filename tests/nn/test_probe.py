@@ -11,7 +11,21 @@ import pytest
 from modjax.errors import InputError
 from modjax.nn import LayerModule, Out, make_param, register
 from modjax.nn.probe import alone, broken, probe
-from modjax.spec import MLP, Attention, Cost, Dense, Layer, MoD, ModelSpec, MoE, Seq
+from modjax.spec import (
+    MLP,
+    Attention,
+    Cost,
+    Dense,
+    ExpertChoice,
+    Layer,
+    MoD,
+    ModelSpec,
+    MoE,
+    Predictor,
+    Received,
+    Seq,
+    TopK,
+)
 
 RECEIVED = Seq(Attention(received=True), MLP())
 
@@ -27,8 +41,8 @@ class Mixing(Layer):
     def cost(self, shape, load):
         yield Cost("mixing", params=1)
 
-    def routings(self):
-        return ("trained",) if self.honest else super().routings()
+    def looks_ahead(self, routing):
+        return self.honest
 
 
 class MixingModule(LayerModule):
@@ -77,18 +91,25 @@ def leaks(layer, *before):
 )
 def test_a_layer_from_outside_is_seen_to_look_ahead_behind_a_gate_of_zero(layer, expected):
     found = leaks(layer)
-    assert set(found) == {"trained", "router", "predictor", "paced", "threshold"}
+    assert set(found) == {"trained", "causal"}
     assert set(found.values()) == {expected}
 
 
 def test_what_modjax_trains_by_is_seen_and_what_it_claims_holds():
-    expert_choice = MoD(Dense(), capacity=0.5, predictor_weight=1.0)
+    expert_choice = MoD(Dense(), capacity=0.5, causal=Predictor())
     assert leaks(expert_choice) == {
-        "trained": True, "predictor": False, "paced": False, "threshold": False
+        "trained": True, "causal": False, "predictor": False, "paced": False, "threshold": False
     }  # fmt: skip
-    assert leaks(MoE(experts=2, router="expert_choice")) == {"trained": True}
-    received = MoD(MLP(), capacity=0.5, router="received", predictor_weight=1.0)
-    assert leaks(received, RECEIVED) == {"trained": True, "predictor": False, "paced": False}
+    assert leaks(MoE(2, ExpertChoice())) == {"trained": True}
+    received = MoD(
+        MLP(), capacity=0.5, router=Received(), rule=TopK(weight="one"), causal=Predictor()
+    )
+    assert leaks(received, RECEIVED) == {
+        "trained": True,
+        "causal": False,
+        "predictor": False,
+        "paced": False,
+    }
 
 
 def test_only_a_broken_claim_is_an_error_and_names_layer_routing_and_what_moved():
@@ -108,7 +129,7 @@ def test_a_layer_that_wants_its_own_shape_gets_it_and_one_that_runs_in_neither_i
 
 
 def test_equal_layers_are_probed_once_with_what_they_need_before_them():
-    routed = MoD(Dense(), router="received")
+    routed = MoD(Dense(), router=Received(), rule=TopK(weight="one"))
     models = [model(Dense(), RECEIVED, routed), model(RECEIVED, routed, d_model=48), model(Dense())]
     assert [m.layers for m in alone(models)] == [(Dense(),), (RECEIVED,), (RECEIVED, routed)]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.nn import Inside, Record, losses, observe, statistics
+from modjax.nn import Inside, Record, TokenLoss, losses, observe, statistics
 
 
 @jax.tree_util.register_dataclass
@@ -18,10 +18,10 @@ class Reward(Record):
 
     chance_BL: jax.Array
 
-    def loss(self, nll_BL):
-        return -jnp.mean(self.chance_BL * jax.lax.stop_gradient(nll_BL))
+    def loss(self, tokens=None, totals=None):
+        return -jnp.mean(self.chance_BL * jax.lax.stop_gradient(tokens.nll_BL))
 
-    def observed(self, measured, updates):
+    def observed(self, measured, updates, tokens=None):
         return {"best": jnp.maximum(measured["best"], jnp.max(self.chance_BL))}
 
     @classmethod
@@ -33,7 +33,7 @@ class Reward(Record):
 class Fresh(Reward):
     """Its measured number does not depend on the old one."""
 
-    def observed(self, measured, updates):
+    def observed(self, measured, updates, tokens=None):
         return {"best": jnp.max(self.chance_BL)}
 
 
@@ -44,7 +44,7 @@ CHANCE = RNG.random((3, 2, 6)).astype(np.float32)  # of three repetitions
 
 def test_losses_see_the_loss_of_every_position_and_pass_gradients():
     def own(chance):
-        return losses({"0_x": Reward(chance)}, NLL)
+        return losses({"0_x": Reward(chance)}, TokenLoss(NLL))
 
     np.testing.assert_allclose(own(CHANCE), -(CHANCE * NLL).mean(axis=(1, 2)).sum(), rtol=1e-5)
     np.testing.assert_allclose(jax.grad(own)(CHANCE), np.tile(-NLL / 12, (3, 1, 1)), rtol=1e-5)
@@ -56,7 +56,9 @@ def test_inside_a_selection_they_see_the_losses_of_what_was_selected():
     chance = RNG.random((1, 2, 3)).astype(np.float32)
     inside = Inside(Reward(chance), indices[None], valid[None])
     seen = np.where(valid, np.take_along_axis(NLL, np.minimum(indices, 5), axis=1), 0)
-    np.testing.assert_allclose(losses({"x": inside}, NLL), -(chance[0] * seen).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        losses({"x": inside}, TokenLoss(NLL)), -(chance[0] * seen).mean(), rtol=1e-5
+    )
     said = statistics({"0_mod/inner": inside}, jnp.ones((2, 6), bool))
     np.testing.assert_allclose(
         said["0_mod/inner/chance"], np.where(valid, chance[0], 0).mean(), rtol=1e-5

@@ -11,26 +11,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.kernels import Mask, received_attention
-from modjax.nn import At, MoDBlock, Routed, losses, observe
-from modjax.nn.layers import rotary_tables
-from modjax.nn.routers import TokenChoice
+from modjax.kernels import Side, received_attention
+from modjax.nn import At, Call, MoDBlock, TokenLoss, losses, observe
+from modjax.nn import build as build_module
+from modjax.nn.attention import rotary_tables
+from modjax.nn.routed import Ranked
 from modjax.nn.routing import position_noise
-from modjax.spec import Dense, MoD, MoDConfig, ModelSpec
-from tests.nn.small import QUICK, RECEIVED, WIDTH, Mixer, build, random_model
+from modjax.spec import Binary, Causal, Dense, MoD, MoDConfig, ModelSpec, Predictor, Shape, TopK
+from tests.nn.small import QUICK, RECEIVED, SCHEMES, WIDTH, Mixer, build, random_model, scheme
 
 BATCH, LENGTH, K = 3, 16, 4
-CONFIG = MoDConfig(capacity=K / LENGTH, predictor_weight=2.0)
+CONFIG = MoDConfig(capacity=K / LENGTH, causal=Predictor(weight=2.0))
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
 VALID = np.arange(LENGTH) < np.array([[LENGTH], [11], [2]])
 KS = (K, 3, 1)  # a quarter of each row's positions: 16 / 4, 11 / 4 and 2 / 4, but one at least
 
 
-def run_block(router, config=CONFIG, x=X, edit=lambda block: None, **arguments):
-    """The block, its output and its record."""
+def run_block(name, x=X, edit=lambda block: None, config=CONFIG, **arguments):
+    """The block that selects in a way of SCHEMES, its output and its record."""
     rngs = nnx.Rngs(0)
-    config = dataclasses.replace(config, router=router)
+    config = dataclasses.replace(config, **SCHEMES[name])
     block = MoDBlock(Mixer(rngs), WIDTH, config, rngs=rngs)
     edit(block)
     graphdef, params = nnx.split(block)
@@ -88,8 +89,9 @@ def assert_close(ours, theirs):
 
 
 def test_token_choice_equals_numpy_in_output_and_losses():
-    config = dataclasses.replace(CONFIG, balance_weight=3.0, z_weight=0.5)
-    block, y, record = run_block("token_choice", config, valid_BL=VALID)
+    rule = Binary(balance=3.0, z=0.5)
+    block, y, record = run_block("expert_choice", config=MoDConfig(capacity=0.25, rule=rule),
+                                 valid_BL=VALID)  # fmt: skip
     logits = X @ np.asarray(block.router.w[...])
     probability = np.exp(logits[..., 1]) / np.exp(logits).sum(axis=-1)
     wanted = (probability > 0.5) & VALID
@@ -99,27 +101,26 @@ def test_token_choice_equals_numpy_in_output_and_losses():
     np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, probability, selected))
 
-    f, p, c = masked_mean(wanted, VALID), masked_mean(probability, VALID), config.capacity
-    assert_close(record.losses["balance"], 3 * ((1 - f) * (1 - p) / (1 - c) + f * p / c))
+    losses = record.own["rule"].losses
+    f, p, c = masked_mean(wanted, VALID), masked_mean(probability, VALID), 0.25
+    assert_close(losses["balance"], 3 * ((1 - f) * (1 - p) / (1 - c) + f * p / c))
     z = np.square(np.log(np.exp(logits).sum(axis=-1)))
-    assert_close(record.losses["z"], 0.5 * masked_mean(z, VALID))
+    assert_close(losses["z"], 0.5 * masked_mean(z, VALID))
 
 
 def test_balance_loss_is_one_where_choices_and_probabilities_equal_the_capacity():
-    config = MoDConfig(capacity=0.25, balance_weight=1.0)
-    router = TokenChoice(2, config, rngs=nnx.Rngs(0))
-    router.w[...] = jnp.array([[0.0, 1.0], [0.0, 0.0]])
+    at = At(jnp.arange(4)[None], None, None, {}, {})
 
-    def balance(probabilities):
+    def balance(probabilities, capacity=0.25):
+        shape = Shape(2, 1, 1, 1, 2, 2, 1e-6)
+        rule = build_module(Binary(balance=1.0), shape, rngs=nnx.Rngs(0), capacity=capacity)
         odds = jnp.log(jnp.array([probabilities]) / (1 - jnp.array([probabilities])))
-        at = At(jnp.arange(4)[None], None, None, {}, {})
-        return float(router(jnp.stack([odds, odds], -1), at, None).losses["balance"][0])
+        choice = rule.choose(jnp.stack([jnp.zeros_like(odds), odds], -1), at, Call())
+        return float(rule.report(odds, choice, None, at).losses["balance"][0])
 
     assert balance([0.7, 0.1, 0.1, 0.1]) == pytest.approx(1, rel=1e-5)
-    # A schedule starts at capacity 1, where every choice is as balanced as any other.
-    router.config = dataclasses.replace(config, capacity=1.0)
-    assert balance([0.7, 0.1, 0.1, 0.1]) == balance([0.9, 0.9, 0.9, 0.9]) == 1
-    router.config = config
+    # At capacity 1 every choice is as balanced as any other.
+    assert balance([0.7, 0.1, 0.1, 0.1], 1.0) == balance([0.9, 0.9, 0.9, 0.9], 1.0) == 1
     assert balance([0.9, 0.9, 0.9, 0.9]) > balance([0.7, 0.7, 0.1, 0.1]) > 1
 
 
@@ -129,7 +130,7 @@ def test_positional_routing_takes_every_fourth_and_weighs_it_by_the_score():
     selected[:, 3::4] = True
     selected &= VALID
     np.testing.assert_array_equal(record.selected_BL, selected)
-    assert_close(y, plain_block(block, X @ np.asarray(block.router.w[...]), selected))
+    assert_close(y, plain_block(block, X @ np.asarray(block.router.w[..., 0]), selected))
 
 
 def test_learned_positions_are_the_same_in_every_row_and_for_any_content():
@@ -137,7 +138,7 @@ def test_learned_positions_are_the_same_in_every_row_and_for_any_content():
     frequency = 10_000.0 ** (-np.arange(0, WIDTH, 2) / WIDTH)
     angle = np.arange(LENGTH)[:, None] * frequency
     phi = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-    scores = np.tile(phi @ np.asarray(block.router.w[...]), (BATCH, 1))
+    scores = np.tile(phi @ np.asarray(block.router.w[..., 0]), (BATCH, 1))
     assert_close(record.scores_BL, scores)
     selected = best_k(scores, np.ones_like(VALID))
     np.testing.assert_array_equal(record.selected_BL, selected)
@@ -152,16 +153,15 @@ def test_stochastic_routing_takes_the_k_loudest_positions_and_weighs_them_by_the
     rows, positions = np.indices((BATCH, LENGTH))
     selected = best_k(np.asarray(position_noise(key, rows, positions)), VALID)
     np.testing.assert_array_equal(record.selected_BL, selected)
-    assert_close(y, plain_block(block, X @ np.asarray(block.router.w[...]), selected))
+    assert_close(y, plain_block(block, X @ np.asarray(block.router.w[..., 0]), selected))
 
 
 def test_a_threshold_selects_exactly_what_scores_above_it_up_to_its_slack():
     def set_threshold(block):
-        block.threshold[...] = jnp.array([0.5])
+        block.rule.threshold[...] = jnp.array([0.5])
 
-    config = dataclasses.replace(CONFIG, slack=1.5)
-    block, y, record = run_block("threshold", config, edit=set_threshold, valid_BL=VALID)
-    scores = X @ np.asarray(block.router.w[...])
+    block, y, record = run_block("threshold", edit=set_threshold, valid_BL=VALID)
+    scores = X @ np.asarray(block.router.w[..., 0])
     wanted = (scores > 0.5) & VALID
     room = (6, 4, 1)  # 1.5 times a quarter of 16, 11 and 2 positions
     selected = first_k(wanted, room)
@@ -171,32 +171,36 @@ def test_a_threshold_selects_exactly_what_scores_above_it_up_to_its_slack():
     assert_close(y, plain_block(block, scores, selected))
     # What the threshold is to become: the k-th best score.
     for b, k in enumerate(KS):
-        assert record.kth_B[b] == pytest.approx(np.sort(scores[b, VALID[b]])[-k], rel=1e-5)
+        assert record.own["rule"].kth_B[b] == pytest.approx(
+            np.sort(scores[b, VALID[b]])[-k], rel=1e-5
+        )
 
 
 def test_expert_choice_knows_the_kth_score_of_each_row_that_is_not_all_padding():
     valid = VALID.copy()
     valid[2] = False
     block, _, record = run_block("expert_choice", valid_BL=valid)
-    scores = X @ np.asarray(block.router.w[...])
+    scores = X @ np.asarray(block.router.w[..., 0])
     np.testing.assert_array_equal(record.selected_BL, best_k(scores, valid))
     for b in (0, 1):
-        assert record.kth_B[b] == pytest.approx(np.sort(scores[b, valid[b]])[-KS[b]], rel=1e-5)
-    assert not np.isfinite(record.kth_B[2])
+        assert record.own["rule"].kth_B[b] == pytest.approx(
+            np.sort(scores[b, valid[b]])[-KS[b]], rel=1e-5
+        )
+    assert not np.isfinite(record.own["rule"].kth_B[2])
 
 
 def test_thresholds_are_the_plain_mean_at_first_and_then_forget_at_one_in_a_hundred():
     old = np.array([[0.5], [-2.0]], np.float32)
-    blocks = {"1_mod": {"threshold": jnp.asarray(old), "inner": jnp.ones((2, 3))}, "0_seq": {}}
+    rule = {"threshold": jnp.asarray(old)}
+    blocks = {"1_mod": {"rule": rule, "inner": jnp.ones((2, 3))}, "0_seq": {}}
     kth = np.array([[1.0, 2.0, np.inf], [np.inf, np.inf, -np.inf]], np.float32)
-    names = [field.name for field in dataclasses.fields(Routed)]
-    records = {"1_mod": Routed(**{name: None for name in names} | {"kth_B": jnp.asarray(kth)})}
+    records = {"1_mod/rule": Ranked(jnp.asarray(kth), None)}
     for updates, rate in ((0, 1.0), (1, 0.5), (3, 0.25), (99, 0.01), (10_000, 0.01)):
         new, count = observe(blocks, records, jnp.int32(updates), stacked=True)
         assert count == 2
         # No row of the second repetition knows its k-th score.
         expected = [[0.5 + rate * (1.5 - 0.5)], [-2.0]]
-        np.testing.assert_allclose(new["1_mod"]["threshold"], expected, rtol=1e-6)
+        np.testing.assert_allclose(new["1_mod"]["rule"]["threshold"], expected, rtol=1e-6)
         assert new["1_mod"]["inner"] is blocks["1_mod"]["inner"] and new["0_seq"] == {}
 
 
@@ -223,8 +227,9 @@ def test_received_attention_equals_plain_numpy_across_chunk_borders(monkeypatch,
     q = rng.normal(size=(2, 4, 11, 6)).astype(np.float32)
     k = rng.normal(size=(2, 2, 11, 6)).astype(np.float32)
     segments = rng.integers(0, 2, (2, 11)).cumsum(axis=1) // 2 if segmented else None
-    run = jax.jit(received_attention, compiler_options=QUICK)
-    assert_close(run(q, k, Mask(segments)), plain_received(q, k, segments))
+    side = Side(jnp.arange(11)[None], segments)
+    run = jax.jit(lambda q, k: received_attention(q, k, Causal(), side), compiler_options=QUICK)
+    assert_close(run(q, k), plain_received(q, k, segments))
 
 
 def test_attention_routing_has_no_parameters_and_adds_the_whole_update():
@@ -238,7 +243,7 @@ def test_attention_routing_has_no_parameters_and_adds_the_whole_update():
 
 @pytest.mark.parametrize("routing", ["trained", "predictor"])
 def test_attention_blocks_rank_by_the_dense_block_before_them_of_their_own_repetition(routing):
-    routed = MoD(Dense(), router="received", capacity=0.25, predictor_weight=1.0)
+    routed = scheme("received", capacity=0.25, causal=Predictor())
     config = ModelSpec(20, 8, 4, 2, 2, 16, layers=(RECEIVED, routed))
     graphdef, params = random_model(config, std=0.8)
     tokens = np.random.default_rng(2).integers(0, 20, (2, LENGTH))
@@ -250,15 +255,18 @@ def test_attention_blocks_rank_by_the_dense_block_before_them_of_their_own_repet
         dense, first = nnx.split(model.stack.blocks["0_seq"])
         block = nnx.merge(dense, jax.tree.map(lambda leaf: leaf[0], first))
         attention = block.parts["0_attention"]
-        rope = rotary_tables(jnp.arange(LENGTH)[None], 4, 10_000.0, jnp.float32)
-        x_BLD = model.embedding[...][tokens]
-        return records["1_mod"], attention.heads(attention.norm(x_BLD), rope)
+        positions = jnp.arange(LENGTH)[None]
+        ropes = {10_000.0: rotary_tables(positions, 4, 10_000.0, jnp.float32)}
+        at = At(positions, None, None, ropes, {})
+        y_BLD = attention.norm(model.embedding[...][tokens])
+        found = records["1_mod"], records["1_mod/causal"].logits_BL
+        return *found, attention.queries(y_BLD, at), attention.keys(y_BLD, at)[0]
 
-    record, (q, k, _) = jax.jit(run, compiler_options=QUICK)(params, tokens)
+    record, odds, q, k = jax.jit(run, compiler_options=QUICK)(params, tokens)
     expected = best_k(plain_received(np.asarray(q), np.asarray(k), None), np.ones((2, 16), bool))
     np.testing.assert_array_equal(record.target_BL[0], expected)
     assert np.any(np.asarray(record.target_BL[1]) != expected)
-    chosen = record.target_BL if routing == "trained" else np.asarray(record.predictor_BL) > 0
+    chosen = record.target_BL if routing == "trained" else np.asarray(odds) > 0
     np.testing.assert_array_equal(record.selected_BL, chosen)
 
 
@@ -272,19 +280,20 @@ def plain_cross_entropy(logits, target, valid):
 
 def test_both_losses_equal_numpy_with_targets_for_every_row():
     # Faults: auxiliary targets written without the batch offset label row 0 only.
-    config = dataclasses.replace(CONFIG, auxiliary_weight=0.3, predictor_weight=2.0)
-    block, _, record = run_block("expert_choice", config, valid_BL=VALID)
-    scores = X @ np.asarray(block.router.w[...])
+    config = dataclasses.replace(CONFIG, rule=TopK(auxiliary=0.3))
+    block, _, record = run_block("expert_choice", config=config, valid_BL=VALID)
+    scores = X @ np.asarray(block.router.w[..., 0])
     target = best_k(scores, VALID)
     np.testing.assert_array_equal(record.target_BL, target)
     assert target.sum(axis=1).tolist() == [4, 3, 1]
-    predictor = block.predictor
+    predictor = block.causal
     normal = X / np.sqrt(np.mean(X**2, axis=-1, keepdims=True) + 1e-6)
     hidden = normal @ np.asarray(predictor.w_in[...])
     logits = (hidden * sigmoid(hidden)) @ np.asarray(predictor.w_out[...]) + scores
-    assert_close(record.predictor_BL, logits)
-    assert_close(record.losses["predictor"], 2.0 * plain_cross_entropy(logits, target, VALID))
-    assert_close(record.losses["auxiliary"], 0.3 * plain_cross_entropy(scores, target, VALID))
+    taught, auxiliary = record.own["causal"], record.own["rule"].taught
+    assert_close(taught.logits_BL, logits)
+    assert_close(taught.loss_B, 2.0 * plain_cross_entropy(logits, target, VALID))
+    assert_close(auxiliary.loss_B, 0.3 * plain_cross_entropy(scores, target, VALID))
 
 
 def gradients_of_losses(**weights):
@@ -295,7 +304,7 @@ def gradients_of_losses(**weights):
     tokens = np.random.default_rng(2).integers(0, 20, (2, LENGTH))
 
     def own_losses(params):
-        return losses(nnx.merge(graphdef, params)(tokens)[1], jnp.zeros(tokens.shape))
+        return losses(nnx.merge(graphdef, params)(tokens)[1], TokenLoss(jnp.zeros(tokens.shape)))
 
     grads = nnx.to_pure_dict(jax.jit(jax.grad(own_losses), compiler_options=QUICK)(params))
     return {
@@ -305,16 +314,16 @@ def gradients_of_losses(**weights):
 
 
 def test_the_loss_of_a_predictor_has_no_gradient_outside_of_it():
-    found = gradients_of_losses(predictor_weight=1.0)
-    inside = {name for name in found if "/predictor/" in name}
+    found = gradients_of_losses(causal=Predictor())
+    inside = {name for name in found if "/causal/" in name}
     assert len(inside) == 3 and all(found[name] > 0 for name in inside)
     assert {found[name] for name in found.keys() - inside} == {0.0}
 
 
 def test_the_auxiliary_loss_teaches_the_router_and_never_the_threshold():
-    found = gradients_of_losses(auxiliary_weight=1.0)
+    found = gradients_of_losses(rule=TopK(auxiliary=1.0))
     assert found["stack/blocks/1_mod/router/w"] > 0
-    assert found["stack/blocks/1_mod/threshold"] == 0
+    assert found["stack/blocks/1_mod/rule/threshold"] == 0
 
 
 # Causal routing is exact: no wanted token is dropped, up to a bound.
@@ -326,8 +335,8 @@ def with_wanted(wanted):
 
 
 def go_by_the_first_number(block):
-    block.router.w[...] = jnp.zeros(WIDTH).at[0].set(0.7)
-    block.predictor.w_out[...] = jnp.zeros_like(block.predictor.w_out[...])
+    block.router.w[...] = jnp.zeros((WIDTH, 1)).at[0].set(0.7)
+    block.causal.w_out[...] = jnp.zeros_like(block.causal.w_out[...])
 
 
 @pytest.mark.parametrize("slots", [None, 5])

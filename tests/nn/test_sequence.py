@@ -12,11 +12,12 @@ from flax import nnx
 from modjax.errors import InputError
 from modjax.flops import cache_bytes
 from modjax.nn import Call, Transformer, build
-from modjax.nn.layers import rotary_tables
+from modjax.nn.attention import rotary_tables
 from modjax.spec import (
     MLP,
     AltUp,
     Attention,
+    Causal,
     Dense,
     Gemma3nAltUp,
     HyperConnection,
@@ -24,6 +25,7 @@ from modjax.spec import (
     MoD,
     ModelSpec,
     MoE,
+    Predictor,
     Projected,
     Recycled,
     Repeat,
@@ -32,6 +34,9 @@ from modjax.spec import (
     SimplifiedAltUp,
     StridePool,
     StrideSkip,
+    TokenChoice,
+    TopK,
+    Window,
 )
 from tests.nn.small import QUICK, check_gradients, random_model
 from tests.nn.test_cached_decoding import LENGTHS, TOTALS, both_ways
@@ -158,15 +163,15 @@ def between(layer, **changes):
     return model(ends, Repeat(layer), ends, depth=4, **changes)
 
 
-TAUGHT = {"capacity": 0.5, "predictor_weight": 1.0, "auxiliary_weight": 1.0}
+TAUGHT = {"capacity": 0.5, "rule": TopK(auxiliary=1.0), "causal": Predictor()}
 MODELS = {
     "altup": between(SequenceAltUp(Dense(), stride=3)),
     "skip": between(StrideSkip(Dense(), stride=3)),
     "pool": between(StridePool(Dense(), stride=3)),
-    "a window": between(SequenceAltUp(Seq(Attention(window=4), MLP()), stride=2)),
+    "a window": between(SequenceAltUp(Seq(Attention(mask=Causal() & Window(4)), MLP()), stride=2)),
     "around MoD": between(SequenceAltUp(MoD(**TAUGHT), stride=2)),
     "pooled around MoD": between(StridePool(MoD(**TAUGHT), stride=2)),
-    "around MoE": between(SequenceAltUp(Seq(Attention(), MoE(4, 2)), stride=2)),
+    "around MoE": between(SequenceAltUp(Seq(Attention(), MoE(4, TokenChoice(2))), stride=2)),
     "within MoD": between(MoD(SequenceAltUp(Dense(), stride=2), **TAUGHT)),
     "pooled within MoD": between(MoD(StridePool(Dense(), stride=2), **TAUGHT)),
     "altup of altup": model(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from modjax.nn import Routed, statistics
+from modjax.nn.routed import Ranked, Taught
 
 
 def record(**fields):
@@ -25,7 +26,7 @@ def test_statistics_describe_a_routing_counted_by_hand():
     # The last position of the first block asked, and found no room.
     wanted = np.array([[[True, True, False, True]], [[True, False, True, False]]])
     routed = record(
-        scores_BL=scores, selected_BL=selected, wanted_BL=wanted, losses={},
+        scores_BL=scores, selected_BL=selected, wanted_BL=wanted,
         k_B=np.array([[2], [3]]),
     )  # fmt: skip
     records = {"1_mod": jax.tree.map(jnp.asarray, routed)}
@@ -50,40 +51,42 @@ def described():
     rng = np.random.default_rng(0)
     valid_BL = np.arange(8) < np.array([[8], [5], [7]])
 
-    def routed():
+    def routed(name):
         wanted, target = (rng.random((2, 2, 3, 8)) < 0.4) & valid_BL
         scores = rng.normal(size=(2, 3, 8)).astype(np.float32)
-        return record(
+        own = record(
             scores_BL=scores,
-            auxiliary_BL=scores,
-            predictor_BL=rng.normal(size=(2, 3, 8)).astype(np.float32),
             target_BL=target,
             wanted_BL=wanted,
             selected_BL=wanted & (np.cumsum(wanted, axis=2) <= 2),
             k_B=np.full((2, 3), 2),
-            losses={
-                name: rng.random((2, 3)).astype(np.float32) for name in ("auxiliary", "predictor")
-            },
         )
+        auxiliary = Taught(scores, target, rng.random((2, 3)).astype(np.float32), "auxiliary")
+        logits = rng.normal(size=(2, 3, 8)).astype(np.float32)
+        predictor = Taught(logits, target, rng.random((2, 3)).astype(np.float32), "predictor")
+        kth = np.zeros((2, 3), np.float32)
+        return {name: own, f"{name}/rule": Ranked(kth, auxiliary), f"{name}/causal": predictor}
 
-    records = {"1_mod": routed(), "3_mod": routed()}
+    records = routed("1_mod") | routed("3_mod")
     found = statistics(jax.tree.map(jnp.asarray, records), jnp.asarray(valid_BL))
     return records, valid_BL, {name: float(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize(
-    "method, logits", [("predictor", "predictor_BL"), ("auxiliary", "scores_BL")]
-)
-def test_foresight_is_counted_per_block_and_averaged_over_valid_positions(
-    described, method, logits
-):
+def taught(records, method):
+    """The records of a way that is taught, by their layer."""
+    if method == "predictor":
+        return {place: records[f"{place}/causal"] for place in ("1_mod", "3_mod")}
+    return {place: records[f"{place}/rule"].taught for place in ("1_mod", "3_mod")}
+
+
+@pytest.mark.parametrize("method", ["predictor", "auxiliary"])
+def test_predictions_are_counted_per_block_and_averaged_over_valid_positions(described, method):
     records, valid_BL, got = described
     means = {name: [] for name in ("accuracy", "precision", "recall", "capacity")}
     for block in BLOCKS:
         place, repetition = block.split(".")
-        routed = records[place]
-        said = getattr(routed, logits)[int(repetition)][valid_BL] > 0
-        is_so = routed.target_BL[int(repetition)][valid_BL]
+        said = taught(records, method)[place].logits_BL[int(repetition)][valid_BL] > 0
+        is_so = records[place].target_BL[int(repetition)][valid_BL]
         expected = {
             "accuracy": np.mean(said == is_so),
             "precision": np.sum(said & is_so) / np.sum(said),
@@ -100,12 +103,12 @@ def test_foresight_is_counted_per_block_and_averaged_over_valid_positions(
 def test_capacity_and_overflow_are_shares_of_the_valid_positions(described):
     records, valid_BL, got = described
     selected, wanted = (
-        sum(getattr(routed, name).sum() for routed in records.values())
+        sum(getattr(records[place], name).sum() for place in ("1_mod", "3_mod"))
         for name in ("selected_BL", "wanted_BL")
     )
     assert wanted > selected
     assert got["router/capacity"] == pytest.approx(selected / (4 * valid_BL.sum()))
-    taken = np.concatenate([routed.selected_BL.sum(axis=2) for routed in records.values()])
+    taken = np.concatenate([records[p].selected_BL.sum(axis=2) for p in ("1_mod", "3_mod")])
     assert taken.min() < 2
     assert got["router/underload"] == pytest.approx((2 - taken).sum() / (4 * valid_BL.sum()))
     assert got["router/overflow"] == pytest.approx((wanted - selected) / (4 * valid_BL.sum()))
@@ -114,7 +117,7 @@ def test_capacity_and_overflow_are_shares_of_the_valid_positions(described):
 def test_losses_are_summed_over_blocks_of_their_mean_over_rows(described):
     records, _, got = described
     for name in ("auxiliary", "predictor"):
-        expected = sum(routed.losses[name].mean(axis=1).sum() for routed in records.values())
+        expected = sum(one.loss_B.mean(axis=1).sum() for one in taught(records, name).values())
         assert got[f"loss/{name}"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -122,7 +125,8 @@ def test_nothing_is_said_of_methods_that_were_not_taught():
     none = jnp.zeros((1, 2, 4), bool)
     routed = record(
         scores_BL=jnp.zeros((1, 2, 4)), target_BL=none, selected_BL=none, wanted_BL=none,
-        k_B=jnp.ones((1, 2), int), losses={},
+        k_B=jnp.ones((1, 2), int),
     )  # fmt: skip
-    names = statistics({"0_mod": routed}).keys()
+    ranked = Ranked(jnp.zeros((1, 2)), None)
+    names = statistics({"0_mod": routed, "0_mod/rule": ranked}).keys()
     assert not any(name.startswith(("predictor/", "auxiliary/", "loss/")) for name in names)

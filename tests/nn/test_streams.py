@@ -14,7 +14,7 @@ from flax import nnx
 
 from modjax.errors import InputError
 from modjax.nn import At, Call, Transformer, build
-from modjax.nn.layers import rotary_tables
+from modjax.nn.attention import rotary_tables
 from modjax.spec import (
     MLP,
     AltUp,
@@ -33,6 +33,7 @@ from modjax.spec import (
     Seq,
     Shape,
     SimplifiedAltUp,
+    TokenChoice,
 )
 from modjax.training.state import abstract_model
 from tests.nn.small import QUICK, check_gradients
@@ -156,7 +157,7 @@ def test_values_and_gradients_equal_a_loop_over_positions_and_streams(spec, form
 # first), or on its size too. Gemma 3n's write weights read what the inner layer returns.
 READS = {
     "simplified": (SimplifiedAltUp(MLP()), "r", True),
-    "static": (HyperConnection(MoE(2, renormalise=False, norm="both")), "a_m", True),
+    "static": (HyperConnection(MoE(2, TokenChoice(renormalise=False), norm="both")), "a_m", True),
     "mHC": (ManifoldHyperConnection(Attention()), "b_read", True),
     "two sublayers": (SimplifiedAltUp(Dense()), "r", False),
     "one in a Seq, and another": (HyperConnection(Seq(MLP(), MLP())), "a_m", False),
@@ -430,7 +431,7 @@ def test_weight_decay_never_touches_a_coefficient():
             if name in small:
                 seen.add(name)
                 assert not role.decays
-            assert role.decays or name not in ("w_in", "w_qkv")
+            assert role.decays or name not in ("w_in", "w_q")
     assert seen == small
 
 

@@ -11,8 +11,8 @@ from flax.nnx import bridge
 
 from modjax import flops
 from modjax.nn import At, Call, MoDBlock, Transformer
-from modjax.nn.layers import rotary_tables
-from modjax.spec import Dense, MoD, MoDConfig, ModelSpec
+from modjax.nn.attention import rotary_tables
+from modjax.spec import Dense, MoD, MoDConfig, ModelSpec, Random
 from tests.nn.small import QUICK, build
 
 ROUTED = MoD(Dense(), capacity=0.25)
@@ -43,7 +43,7 @@ def assert_same(ours, theirs):
     "layers",
     [
         (Dense(),), (Dense(), ROUTED),
-        (dataclasses.replace(ROUTED, router="stochastic"), Dense()),
+        (dataclasses.replace(ROUTED, rule=Random()), Dense()),
     ],
 )  # fmt: skip
 def test_scan_equals_unrolled_in_values_and_gradients(layers):
@@ -170,7 +170,7 @@ def test_mod_wraps_the_block_of_another_nnx_model():
     x = jax.random.normal(jax.random.key(0), (2, 8, 16))
     y, record = block(x, jnp.arange(8)[None])
     b, i = np.argwhere(record.selected_BL)[3]
-    r = float(x[b, i] @ block.router.w[...])
+    r = float(x[b, i] @ block.router.w[..., 0])
     update = block.inner.linear(x[b, i]) * np.cos(np.float32(i))
     np.testing.assert_allclose(y[b, i], x[b, i] + r * update, rtol=1e-5, atol=1e-6)
 
@@ -186,6 +186,6 @@ def test_mod_works_in_a_linen_model_through_the_bridge():
     x = jax.random.normal(jax.random.key(0), (2, 8, 16))
     # The bridge boxes parameters with their sharding, as linen.with_partitioning does.
     variables = linen.unbox(TheirModel().init(jax.random.key(1), x))
-    assert variables["params"]["routed"]["router"]["w"].shape == (16,)
+    assert variables["params"]["routed"]["router"]["w"].shape == (16, 1)
     grads = jax.grad(lambda v: jnp.sum(jnp.sin(TheirModel().apply(v, x))))(variables)
     assert float(jnp.abs(grads["params"]["routed"]["router"]["w"]).max()) > 0

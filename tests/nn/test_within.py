@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.nn import Inside, routed_layer
-from modjax.spec import Attention, Dense, MoD, ModelSpec, MoE, Seq
+from modjax.nn import Inside, Routed, routed_layer
+from modjax.nn.expert_record import Routing
+from modjax.spec import Attention, Dense, MoD, ModelSpec, MoE, Predictor, Seq, TokenChoice
 from tests.nn.small import QUICK, random_model
 
 B, L = 2, 32
 TOKENS_BL = np.random.default_rng(0).integers(0, 24, (B, L))
-EXPERTS = Seq(Attention(), MoE(4, no_ops=2))
-STAGED = MoD(EXPERTS, capacity=0.25, predictor_weight=1.0)
+EXPERTS = Seq(Attention(), MoE(4, TokenChoice(no_ops=2)))
+STAGED = MoD(EXPERTS, capacity=0.25, causal=Predictor())
 NESTED = MoD(MoD(Dense(), capacity=0.5), capacity=0.5)
 CASES = {"staged": (STAGED, "predictor"), "nested": (NESTED, "threshold")}
 
@@ -54,7 +55,7 @@ def counted(layer, routing):
 def test_nothing_depends_on_the_size_that_was_compiled(layer, routing, monkeypatch):
     logits_BLV, found = counted(layer, routing)
     assert any(0 < count.sum() for of in found.values() for count in of.values())
-    monkeypatch.setattr(routed_layer, "_rooms", lambda k, most: [most])
+    monkeypatch.setattr(routed_layer, "_buckets", lambda k, bound: [bound])
     whole_BLV, expected = counted(layer, routing)
     np.testing.assert_allclose(logits_BLV, whole_BLV, atol=2e-5)
     for name, of in expected.items():
@@ -71,7 +72,9 @@ def test_the_depth_counts_every_selection_also_where_they_nest(layer, routing):
     for record in records.values():
         record = jax.tree.map(lambda leaf: np.asarray(leaf[0]), record)
         inner = record.record if isinstance(record, Inside) else record
-        took = inner.selected_BL if hasattr(inner, "selected_BL") else inner.taken_BS > 0
+        if not isinstance(inner, Routed | Routing):
+            continue
+        took = inner.selected_BL if isinstance(inner, Routed) else inner.taken_BL > 0
         if isinstance(record, Inside):
             rows, places = np.nonzero(took & record.valid_BK)
             np.add.at(expected_BL, (rows, record.indices_BK[rows, places]), 1)
@@ -120,7 +123,7 @@ def branches(jaxpr) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("layer", [STAGED, MoD(Dense(), capacity=0.25, predictor_weight=1.0)])
+@pytest.mark.parametrize("layer", [STAGED, MoD(Dense(), capacity=0.25, causal=Predictor())])
 def test_a_layer_inside_is_computed_for_as_many_positions_as_ask(layer):
     run, params = forward(layer, "predictor")
     (sizes,) = branches(jax.make_jaxpr(run)(params, TOKENS_BL).jaxpr)

@@ -15,7 +15,7 @@ from flax import nnx
 
 import modjax
 from modjax import flops
-from modjax.nn import losses
+from modjax.nn import TokenLoss, losses
 from modjax.spec import Dense, MoD, ModelSpec
 from tests.outside.strided import Strided
 
@@ -35,7 +35,7 @@ def get_config():
     config.sweep = {
         "arms": {
             "dense": {"layers": "Dense()"},
-            "mod": {"layers": "Dense(), MoD(Dense(), capacity=0.25, predictor_weight=1.0)"},
+            "mod": {"layers": "Dense(), MoD(Dense(), capacity=0.25, causal=Predictor())"},
             "strided": {"layers": "Dense(), Strided(Dense(), stride=4)"},
         },
         "baseline": "dense", "budgets": (6e8,), "sizes": 1, "spread": 0.3,
@@ -116,8 +116,8 @@ def test_its_cached_decoding_is_the_full_pass_and_reads_a_turn_at_once():
     spec = model((Dense(), Strided(Dense(), stride=3)))
     network = modjax.Transformer(spec, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 40, (2, 14)).astype(np.int32)
-    full = network(jnp.asarray(tokens), routing="router")[0]
-    read = network.reader(max_length=14, routing="router")
+    full = network(jnp.asarray(tokens), routing="causal")[0]
+    read = network.reader(max_length=14, routing="causal")
     logits, cache, depths = read(tokens[:, :5], jnp.array([5, 4]), None)
     np.testing.assert_array_equal(depths, [[0, 0, 1, 0, 0], [0, 0, 1, 0, 0]])
     turn = np.stack([tokens[0, 5:10], tokens[1, 4:9]])
@@ -137,8 +137,8 @@ def test_inside_mod_its_own_loss_reaches_the_objective_and_its_gain_a_gradient()
     @jax.grad
     def own(params):
         _, records = nnx.merge(graphdef, params)(tokens)
-        assert list(records) == ["0_mod", "0_mod/inner"]
-        return losses({"0_mod/inner": records["0_mod/inner"]}, jnp.zeros((2, 16)))
+        assert list(records) == ["0_mod", "0_mod/rule", "0_mod/inner"]
+        return losses({"0_mod/inner": records["0_mod/inner"]}, TokenLoss(jnp.zeros((2, 16))))
 
     gain = own(params)["stack"]["blocks"]["0_mod"]["inner"]["gain"]
     assert np.abs(np.asarray(gain[...])).max() > 0
@@ -170,7 +170,7 @@ def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
         ["tests.outside.strided"],
     )
     sampled = modjax_("sample", *common, f"--run={runs['strided'].name}", "--prompt=def", "--json",
-                      "--tokens=8", "--routing=router",
+                      "--tokens=8", "--routing=causal",
                       "--imports=tests/outside/strided.py")  # fmt: skip
     assert json.loads(sampled)[0]["routed_blocks"] >= 1
     # It skips by a rule of its own that never looks ahead: its loss is the one to sample by.

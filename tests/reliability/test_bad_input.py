@@ -58,7 +58,7 @@ OVERRIDES = {
         "MoD(capacity=1e999)",
         "MoD(capacity='x')",
         "MoD(slack=None)",
-        "MoD(predictor_weight=1e999)",
+        "MoD(causal=Predictor(weight=1e999))",
         "Attention(rope=1e999)",
         "",
         "3",

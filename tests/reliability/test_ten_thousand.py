@@ -12,7 +12,7 @@ import pytest
 
 from modjax.flops import forward_flops, parameters, train_flops
 from modjax.records import Record, run_dir, write_spec
-from modjax.spec import DataConfig, Dense, MoD, ModelSpec, RunSpec, TrainConfig, to_dict
+from modjax.spec import DataConfig, Dense, MoD, ModelSpec, Predictor, RunSpec, TrainConfig, to_dict
 
 ARMS, BUDGETS, SIZES, SEEDS, LINES = 10, 10, 20, 5, 20
 BATCH, LENGTH = 8, 128
@@ -21,7 +21,7 @@ BATCH, LENGTH = 8, 128
 def model(arm: int, size: int) -> ModelSpec:
     """The first arm is dense; the others are routed, each at a capacity of its own."""
     width = 16 * (size + 2)
-    mod = MoD(capacity=round(0.125 + 0.05 * arm, 3), predictor_weight=1.0)
+    mod = MoD(capacity=round(0.125 + 0.05 * arm, 3), causal=Predictor())
     return ModelSpec(
         vocab_size=272, d_model=width, num_layers=2 * (1 + size // 3), num_heads=width // 16,
         num_kv_heads=width // 16, d_ff=4 * width, layers=(Dense(), mod) if arm else (Dense(),),

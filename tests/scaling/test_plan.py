@@ -13,7 +13,7 @@ from modjax.scaling.cells import cells
 from modjax.scaling.experiment import load
 from modjax.scaling.fit import fit_all
 from modjax.scaling.foretell import CURVATURE, NOISE, foretell
-from modjax.spec import Dense, MoD
+from modjax.spec import Dense, MoD, Random
 from modjax.tables import plan_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -113,7 +113,7 @@ def test_arms_of_one_size_rule_differ_only_in_what_the_config_says():
         assert mod.train == control.train
         assert mod.model.d_model == control.model.d_model
         assert mod.model.layers == (Dense(), MoD(capacity=0.125))
-        assert control.model.layers == (Dense(), MoD(capacity=0.125, router="stochastic"))
+        assert control.model.layers == (Dense(), MoD(capacity=0.125, rule=Random()))
 
 
 def test_the_recipe_follows_its_rules_of_width_and_budget():
@@ -240,16 +240,16 @@ BAD = {
     "model.layers=Dense('tanh')": "model.layers = \"Dense('tanh')\": MLP.activation = 'tanh': must",
     "model.streams=Dense()": "model.streams = 'Dense()': must be such as Recycled(2), or None",
     "model.dtype=float31": "model.dtype = 'float31': must be one of float32, bfloat16",
-    "model.layers=Moe()": "model.layers = 'Moe': unknown; known: AltUp, Attention, Dense, Full",
+    "model.layers=Moe()": "model.layers = 'Moe': unknown; known: AltUp, Attention, Bidirectional",
     "sweep.arms.mod12.layers=MoD(capacity=1.5)":
         "sweep.arms.mod12.layers = 'MoD(capacity=1.5)': MoD.capacity = 1.5: must be in (0, 1]",
     "sweep.arms.mod12.layers=MoD(capacity=0)":
         "sweep.arms.mod12.layers = 'MoD(capacity=0)': MoD.capacity = 0: must be in (0, 1]",
     "sweep.arms.mod12.layers=MoD(router='moe')":
-        "sweep.arms.mod12.layers = \"MoD(router='moe')\": MoD.router = 'moe': must be one",
+        "sweep.arms.mod12.layers = \"MoD(router='moe')\": MoD.router = 'moe': must be of",
     "sweep.arms.mod12.layers=MoD(MoE(experts=4, topk=5))":
         "sweep.arms.mod12.layers = 'MoE(experts=4, topk=5)': MoE.topk = 5: unknown; known here: "
-        "experts, top_k, width",
+        "experts, rule, router, width",
     "sweep.arms.mod12.layers=AltUp(Dense())":
         "sweep.arms.mod12.layers = 'AltUp(Dense())': ",
     "sweep.arms.mod12.layers=Repeat(Dense(), times=7)":

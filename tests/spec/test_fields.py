@@ -8,26 +8,46 @@ from modjax.errors import InputError
 from modjax.spec import (
     MLP,
     Attention,
+    Binary,
+    Blocks,
     DataConfig,
     Dense,
     Execution,
+    ExpertChoice,
     MoD,
     MoDConfig,
     ModelSpec,
     MoE,
+    Positional,
+    Predictor,
+    Random,
+    Received,
     Repeat,
+    Rule,
     RunSpec,
     Seq,
+    Sinusoids,
+    Threshold,
+    TokenChoice,
+    TopK,
     TrainConfig,
+    Window,
     from_dict,
     to_dict,
 )
 
 MODEL = {"vocab_size": 40, "d_model": 16, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2,
          "d_ff": 32}  # fmt: skip
-MOE = {"experts": 4, "top_k": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class NoWay(Rule):
+    """A rule of training alone."""
+
+
 RECEIVED = Seq(Attention(received=True), MLP())
-BY_RECEIVED = MoD(router="received")
+BY_RECEIVED = MoD(router=Received(), rule=TopK("one"))
+PREDICTED = dataclasses.replace(BY_RECEIVED, causal=Predictor(0.1))
 TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "warmup_steps": 1}
 
 
@@ -43,57 +63,78 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
                 ("capacity", "x", "must be of type float"),
                 ("capacity", True, "must be of type float"),
                 ("capacity", float("nan"), "must be finite"),
-                ("slack", None, "must be of type float"),
-                ("router", "moe", "must be one of expert_choice, stochastic"),
-                ("weight", "relu", "must be one of linear"),
-                ("slack", 0.9, "must be 1 or more"),
-                ("auxiliary_weight", -0.1, "must be 0 or"),
-                ("predictor_weight", -0.1, "must be 0 or"),
-                ("balance_weight", -0.1, "must be 0 or"),
-                ("z_weight", -0.1, "must be 0 or"),
+                ("router", "moe", "must be of type Router"),
+                ("rule", None, "must be of type Rule"),
+                ("rule", TokenChoice(), "must be of type Rule"),
+                ("causal", "best", "must be of type Rule or None"),
+                ("causal", NoWay(), "must be a rule that never looks ahead"),
                 ("residual", "x", "must be one of delta"),
             )
         ),
+        (Threshold, {}, "slack", None, "Threshold.slack = None: must be of type float"),
+        (Threshold, {}, "slack", 0.9, "Threshold.slack = 0.9: must be 1 or more"),
+        (Random, {}, "weight", "relu", "Random.weight = 'relu': must be one of linear"),
+        (TopK, {}, "auxiliary", -0.1, "TopK.auxiliary = -0.1: must be 0 or more"),
+        (Predictor, {}, "weight", 0.0, "Predictor.weight = 0.0: must be greater than 0"),
+        (Binary, {}, "balance", -0.1, "Binary.balance = -0.1: must be 0 or more"),
+        (Binary, {}, "z", -0.1, "Binary.z = -0.1: must be 0 or more"),
         (MoD, {}, "inner", "dense", "MoD.inner = 'dense': must be of type Layer"),
         (Attention, {}, "rope", 0.0, "Attention.rope = 0.0: must be greater than 0"),
         (Attention, {}, "norm", "never", "Attention.norm = 'never': must be one of before"),
-        (Attention, {}, "window", 1.5, "Attention.window = 1.5: must be of type int or None"),
-        (Attention, {}, "window", 0, "Attention.window = 0: must be greater than 0, or None"),
+        (Attention, {}, "mask", 8, "Attention.mask = 8: must be of type Mask"),
+        (Window, {"size": 4}, "size", 1.5, "Window.size = 1.5: must be of type int"),
+        (Blocks, {"size": 4}, "size", 0, "Blocks.size = 0: must be greater than 0"),
         (Attention, {}, "softcap", -1.0, "Attention.softcap = -1.0: must be greater than 0"),
         (MLP, {}, "activation", "tanh", "MLP.activation = 'tanh': must be one of gelu"),
         (MLP, {}, "norm", "never", "MLP.norm = 'never': must be one of before"),
         *(
-            (MoE, MOE, name, value, f"MoE.{name} = {value!r}: {says}")
+            (
+                MoE,
+                {"experts": 4, "rule": TokenChoice(2)},
+                name,
+                value,
+                f"MoE.{name} = {value!r}: {says}",
+            )
             for name, value, says in (
                 ("experts", 0, "must be greater than 0"),
                 ("experts", 2.0, "must be of type int"),
-                ("top_k", 0, "must be between 1 and experts = 4"),
-                ("top_k", 5, "must be between 1 and experts = 4"),
+                ("experts", 1, "must be at least top_k = 2"),
                 ("width", 0, "must be greater than 0, or None"),
                 ("capacity_factor", 0.0, "must be greater than 0, or None: it leaves no slot"),
-                ("router", "best", "must be one of token_choice, expert_choice, threshold"),
-                ("scores", "relu", "must be one of softmax, sigmoid"),
+                ("rule", "best", "must be of type ExpertRule"),
+                ("rule", TopK(), "must be of type ExpertRule"),
                 ("activation", "tanh", "must be one of gelu"),
                 ("norm", "never", "must be one of before"),
-                ("no_ops", -1, "must be 0 or more"),
                 ("shared", -1, "must be 0 or more"),
+            )
+        ),
+        *(
+            (TokenChoice, {"top_k": 2}, name, value, f"TokenChoice.{name} = {value!r}: {says}")
+            for name, value, says in (
+                ("top_k", 0, "must be greater than 0"),
+                ("scores", "relu", "must be one of softmax, sigmoid"),
                 ("scale", 0.0, "must be greater than 0"),
-                ("balance_weight", -0.1, "must be 0 or more"),
-                ("z_weight", -0.1, "must be 0 or more"),
+                ("no_ops", -1, "must be 0 or more"),
+                ("balance", -0.1, "must be 0 or more"),
+                ("z", -0.1, "must be 0 or more"),
                 ("bias_rate", -0.1, "must be 0 or more"),
                 ("random_no_ops", True, "needs no_ops"),
             )
         ),
-        *(
-            (MoE, MOE | {name: value}, "router", "expert_choice", f"MoE.{name} = {value!r}: {says}")
-            for name, value, says in (
-                ("no_ops", 2, "must be 0 where router = 'expert_choice'"),
-                ("bias_rate", 0.1, "must be 0.0 where router = 'expert_choice'"),
-                ("renormalise", True, "must be False where router = 'expert_choice'"),
-                ("capacity_factor", None, "must be a number where router = 'expert_choice'"),
-            )
+        (
+            MoE,
+            {"experts": 4, "rule": ExpertChoice()},
+            "capacity_factor",
+            None,
+            "MoE.capacity_factor = None: must be a number where rule = ExpertChoice()",
         ),
-        (MoE, MOE | {"renormalise": True}, "top_k", 1, "MoE.renormalise = True: must be False at"),
+        (
+            TokenChoice,
+            {"top_k": 1},
+            "renormalise",
+            True,
+            "TokenChoice.renormalise = True: must be False at",
+        ),
         (ModelSpec, MODEL, "d_model", 15, "model.d_model = 15: must be a multiple of"),
         (ModelSpec, MODEL, "num_heads", 16, "model.head_dim = 1: must be even"),
         (ModelSpec, MODEL, "head_dim", 3, "model.head_dim = 3: must be even"),
@@ -221,8 +262,8 @@ def test_a_run_is_named_by_its_values_and_survives_json():
 
 
 def test_a_layer_given_as_text_is_the_same_as_the_value():
-    layers = (Dense(), MoD(Dense("swiglu"), capacity=0.5, router="threshold"))
-    text = "Dense(), MoD(Dense('swiglu'), capacity=0.5, router='threshold')"
+    layers = (Dense(), MoD(Dense("swiglu"), capacity=0.5, rule=Threshold()))
+    text = "Dense(), MoD(Dense('swiglu'), capacity=0.5, rule=Threshold())"
     as_text, as_value = (ModelSpec(**MODEL | {"layers": given}) for given in (text, layers))
     assert as_text == as_value and as_text.layers == layers
     assert ", ".join(map(str, layers)) == text
@@ -230,12 +271,18 @@ def test_a_layer_given_as_text_is_the_same_as_the_value():
 
 
 def test_a_whole_number_for_a_float_is_that_float_so_that_equal_layers_have_one_text():
-    assert str(MoD(capacity=1, slack=2)) == str(MoD(capacity=1.0, slack=2.0))
+    assert str(MoD(capacity=1, rule=Threshold(slack=2))) == str(
+        MoD(capacity=1.0, rule=Threshold(slack=2.0))
+    )
     assert MoD(capacity=1) == MoD(capacity=1.0) and Attention(rope=10_000) == Attention()
 
 
 def capacity_and_room(model):
-    return tuple((layer.capacity, layer.room) for layer in model.layers if isinstance(layer, MoD))
+    return tuple(
+        (layer.capacity, layer.rule.room(layer.capacity))
+        for layer in model.layers
+        if isinstance(layer, MoD)
+    )
 
 
 def test_each_layer_of_a_pattern_has_a_capacity_of_its_own():
@@ -246,8 +293,8 @@ def test_each_layer_of_a_pattern_has_a_capacity_of_its_own():
 
 def test_a_threshold_layer_has_room_for_its_slack_and_never_for_more_than_all():
     layers = (
-        MoD(router="threshold", capacity=0.5, slack=1.5),
-        MoD(router="threshold", capacity=0.8, slack=1.5), MoD(capacity=0.5, slack=1.5),
+        MoD(rule=Threshold(slack=1.5), capacity=0.5), MoD(rule=Threshold(), capacity=0.8),
+        MoD(capacity=0.5),
     )  # fmt: skip
     model = ModelSpec(**MODEL | {"layers": layers, "num_layers": 3})
     assert capacity_and_room(model) == ((0.5, 0.75), (0.8, 1.0), (0.5, 0.5))
@@ -257,79 +304,51 @@ def routed(*layers):
     return ModelSpec(**MODEL | {"layers": layers})
 
 
+EXPERTS = Seq(Attention(), MoE(4, ExpertChoice()))
+# Layers, the names of rules that a call may ask for, and the rules that "causal" routing uses.
 WHAT_EACH_CAN = [
-    ((MoD(),), ("trained", "threshold")),
-    ((MoD(auxiliary_weight=0.1),), ("trained", "router", "threshold")),
-    ((MoD(predictor_weight=0.1),), ("trained", "predictor", "paced", "threshold")),
-    # The auxiliary loss teaches expert choice only.
-    ((MoD(router="stochastic", auxiliary_weight=0.1),), ("trained", "threshold")),
-    ((MoD(router="learned_position", predictor_weight=1.0),),
-     ("trained", "predictor", "paced", "threshold")),
-    ((RECEIVED, BY_RECEIVED), ("trained",)),
-    ((RECEIVED, MoD(router="received", predictor_weight=1.0)), ("trained", "predictor", "paced")),
-    # Rules of their own, which need no lesson.
-    ((MoD(router="positional"),), ("trained", "router", "threshold")),
-    ((MoD(router="token_choice"),), ("trained", "router", "threshold")),
-    ((MoD(router="token_choice", predictor_weight=1.0),),
-     ("trained", "router", "predictor", "paced", "threshold")),
-    ((MoD(router="threshold"),), ("trained", "threshold")),
-    ((Seq(MoD(predictor_weight=0.1), MLP()),), ("trained", "predictor", "paced", "threshold")),
-    ((Seq(Attention(), MoE(4, router="expert_choice")),), ("trained",)),
-    # A pace counts positions, of which the inner one sees some only.
-    ((MoD(MoD(predictor_weight=0.1), predictor_weight=0.1),),
-     ("trained", "predictor", "threshold")),
+    ((Dense(),), (), ()),
+    ((MoD(),), ("threshold",), ("threshold",)),
+    ((MoD(rule=TopK(auxiliary=0.1)),), ("auxiliary", "threshold"), ("auxiliary",)),
+    ((MoD(causal=Predictor(0.1)),), ("paced", "predictor", "threshold"), ("predictor",)),
+    ((MoD(rule=Random()),), ("threshold",), ("threshold",)),
+    ((MoD(router=Sinusoids(), causal=Predictor()),),
+     ("paced", "predictor", "threshold"), ("predictor",)),
+    # The scores look ahead: only a rule that does not read them can select.
+    ((RECEIVED, BY_RECEIVED), None, None),
+    ((RECEIVED, PREDICTED), ("paced", "predictor"), ("predictor",)),
+    ((MoD(rule=Positional()),), ("positional",), ("positional",)),
+    ((MoD(rule=Binary()),), ("binary",), ("binary",)),
+    ((MoD(rule=Binary(), causal=Predictor()),), ("binary", "paced", "predictor"), ("predictor",)),
+    ((MoD(rule=Threshold()),), ("threshold",), ("threshold",)),
+    ((Seq(MoD(causal=Predictor(0.1)), MLP()),),
+     ("paced", "predictor", "threshold"), ("predictor",)),
+    # Each layer has a rule of its own: no other layer takes it away.
+    ((MoD(causal=Predictor()), MoD(rule=Positional())),
+     ("paced", "positional", "predictor", "threshold"), ("positional", "predictor")),
+    ((Seq(Attention(), MoE(4)),), ("token_choice",), ("token_choice",)),
+    ((EXPERTS,), None, None),
+    ((MoD(EXPERTS, causal=Predictor()),), None, None),
+    ((MoD(MoD(causal=Predictor()), causal=Predictor()),),
+     ("paced", "predictor", "threshold"), ("predictor",)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layers, can", WHAT_EACH_CAN)
-def test_a_routing_that_a_layer_has_not_learned_is_refused_with_those_it_has(layers, can):
+@pytest.mark.parametrize("layers, names, own", WHAT_EACH_CAN)
+def test_a_model_names_the_rules_that_it_has_and_refuses_others(layers, names, own):
     model = routed(*layers)
-    for routing in ("trained", "router", "predictor", "paced", "threshold"):
-        if routing in can:
+    assert model.causal_routing() == (None if own is None else "causal" if own else "trained")
+    if own is not None:
+        assert tuple(sorted(model.own_rules())) == own
+    for routing in ("trained", "causal", "auxiliary", "predictor", "paced", "threshold", "best"):
+        if routing == "trained" or (names is not None and routing in ("causal", *names)):
             model.check_routing(routing, "routing")
             continue
         with pytest.raises(InputError) as caught:
             model.check_routing(routing, "routing")
         message = str(caught.value)
-        assert message.startswith(f"routing = '{routing}': {layers[-1]} can select by ")
-        assert f"can select by {', '.join(can)};" in message and "\n" not in message
-        assert "predictor_weight" in message and "auxiliary_weight" in message
-
-
-def test_an_unknown_routing_is_refused_with_those_known():
-    for model in (routed(MoD()), ModelSpec(**MODEL)):
-        with pytest.raises(InputError) as caught:
-            model.check_routing("best", "--routing")
-        assert str(caught.value) == (
-            "--routing = 'best': must be one of trained, router, predictor, paced, threshold"
-        )
-
-
-BOTH = {"auxiliary_weight": 0.1, "predictor_weight": 0.1}
-
-
-@pytest.mark.parametrize(
-    "layers, best",
-    [
-        ((Dense(),), None),
-        ((MoD(),), "threshold"),
-        ((MoD(auxiliary_weight=0.1),), "router"),
-        ((MoD(**BOTH),), "predictor"),
-        ((MoD(router="positional"), MoD(router="token_choice")), "router"),
-        ((MoD(router="positional"), MoD(router="threshold")), "threshold"),
-        ((RECEIVED, BY_RECEIVED), None),
-        ((MoD(auxiliary_weight=0.1), MoD(router="stochastic", auxiliary_weight=0.1)), "threshold"),
-        (
-            (RECEIVED, MoD(router="received", auxiliary_weight=0.1), Dense(),
-             MoD(auxiliary_weight=0.1)),
-            None,
-        ),
-        (
-            (RECEIVED, MoD(router="received", predictor_weight=0.1), Dense(),
-             MoD(predictor_weight=0.1)),
-            "predictor",
-        ),
-    ],
-)  # fmt: skip
-def test_the_best_causal_routing_is_one_that_every_layer_has_learned(layers, best):
-    assert routed(*layers).causal_routing() == best
+        assert message.startswith(f"routing = '{routing}': ") and "\n" not in message
+        if names is None:
+            assert f"{layers[-1]} has no rule that never looks ahead" in message
+        else:
+            assert f"must be one of {', '.join(('trained', 'causal', *names))}" in message

@@ -33,15 +33,18 @@ def model(layers, **changes):
 TEXTS = [
     "Dense()",
     "Dense('swiglu')",
-    "Dense(), MoD(Dense(), capacity=0.5, predictor_weight=1.0)",
-    "MoD(MoD(Seq(Attention(window=8, softcap=30.0), MLP('geglu', norm='both')), capacity=0.5))",
-    "Seq(MoD(Attention(rope=1000.0), router='token_choice'), MLP())",
-    "Seq(Attention(received=True), MLP()), MoD(Dense(), router='received')",
+    "Dense(), MoD(Dense(), capacity=0.5, causal=Predictor())",
+    "MoD(MoD(Seq(Attention(softcap=30.0), MLP('geglu', norm='both')), capacity=0.5))",
+    "Seq(MoD(Attention(rope=1000.0), rule=Binary()), MLP())",
+    "Seq(Attention(received=True), MLP()), MoD(Dense(), router=Received(), rule=TopK('one'))",
     "Repeat(Dense(), times=1), Repeat(MoD(Dense())), Repeat(Dense(), Dense(), times=1)",
-    "MoD(Seq(Attention(), MoE(8, 2, no_ops=4, renormalise=True)), capacity=0.25)",
-    "Seq(Attention(), MoE(8, capacity_factor=None, scores='sigmoid', bias_rate=0.001))",
+    "MoD(Seq(Attention(), MoE(8, TokenChoice(2, no_ops=4, renormalise=True))), capacity=0.25)",
+    "Seq(Attention(), MoE(8, TokenChoice(scores='sigmoid', bias_rate=0.1), capacity_factor=None))",
     "Repeat(Dense(), times=1), Repeat(SequenceAltUp(MoD(), stride=2)), Repeat(Dense(), times=1)",
     "StrideSkip(), StridePool(Dense(), stride=8)",
+    "Attention(mask=Causal() & Window(8)), MoD(Attention(mask=Causal() & (Window(8) & Blocks(6))))",
+    "Attention(mask=Prefix(4))",
+    "Attention(mask=Bidirectional())",
 ]
 ON_STREAMS = [
     ("AltUp(Dense()), AltUp(MoD(), active=1, learned=False)", "Recycled(2)"),
@@ -90,11 +93,17 @@ def test_the_text_of_layers_is_read_back_to_the_same_layers(text, streams):
         ("Repeat(Dense(), times=0)", "Repeat.times = 0: must be greater than 0"),
         ("Dense(), Dense(), Dense(), Dense()", "model.num_layers = 6: must be a multiple of the"),
         ("Attention(norm='never')", "Attention.norm = 'never': must be one of before, after, both"),
-        ("Attention(window=0)", "Attention.window = 0: must be greater than 0, or None"),
+        ("Attention(mask=Window(0))", "Window.size = 0: must be greater than 0"),
+        ("Attention(mask=Dense())", "Attention.mask = "),
+        ("Attention(mask=Causal() & Dense())", "'Causal() & Dense()': must be calls such as"),
+        ("Attention(mask=3 & 1)", "'3 & 1': must be calls such as"),
+        ("Causal()", "must be layers, or all of them Repeat(...)"),
         ("MLP('tanh')", "MLP.activation = 'tanh': must be one of gelu"),
-        ("MoD(Dense(), router='best')", "MoD.router = 'best': must be one of expert_choice"),
+        ("MoD(Dense(), router='best')", "MoD.router = 'best': must be of type Router"),
+        ("MoD(Dense(), rule=Linear())", "must be of type Rule"),
+        ("MoD(Dense(), rule=Best())", "model.layers = 'Best': unknown; known: "),
         (
-            "MoD(Dense(), router='received')",
+            "MoD(Dense(), router=Received())",
             "needs a layer before it, in its segment, that hands",
         ),
     ],
@@ -149,3 +158,17 @@ def test_nested_capacities_multiply_in_what_a_token_uses():
 def test_segments_are_values_too():
     assert Repeat(Dense(), times=2) == Repeat(Dense(), times=2) != Repeat(Dense(), times=3)
     assert len({Dense(), Seq(Attention(), MLP()), Dense("swiglu")}) == 2
+
+
+@pytest.mark.parametrize(
+    "mask, routings",
+    [
+        ("Causal()", ("trained", "causal")),
+        ("Window(4) & Causal()", ("trained", "causal")),
+        ("Window(4)", ("trained",)),
+        ("Bidirectional()", ("trained",)),
+        ("Prefix(4)", ("trained",)),
+    ],
+)
+def test_a_mask_that_looks_ahead_is_never_read_as_one_that_does_not(mask, routings):
+    assert model(f"Seq(Attention(mask={mask}), MLP())").routings == routings

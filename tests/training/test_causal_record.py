@@ -13,18 +13,27 @@ from flax import nnx
 
 import modjax
 from modjax.data.cache import cache_dir, open_cache
-from modjax.nn.layers import Attention as AttentionModule
+from modjax.nn.attention import Attention as AttentionModule
 from modjax.records import causal_loss, causal_routing, run_dir
 from modjax.scaling.results import as_compared, under
 from modjax.spec import (
     MLP,
     Attention,
+    Binary,
     Dense,
     Execution,
+    ExpertChoice,
+    ExpertThreshold,
     MoD,
     MoE,
+    Positional,
+    Predictor,
+    Random,
+    Received,
     Seq,
     SequenceAltUp,
+    Threshold,
+    TopK,
 )
 from modjax.training.evaluate import Evaluation, validation_batches
 from modjax.training.loop import train
@@ -39,8 +48,8 @@ from tests.training.tiny import run_spec
 class Centred(Attention):
     """A layer from outside that says that it looks ahead; its costs are those of a dense one."""
 
-    def routings(self):
-        return ("trained",)
+    def looks_ahead(self, routing):
+        return True
 
 
 class CentredModule(AttentionModule):
@@ -58,23 +67,35 @@ KINDS = {
     "dense": ((Dense(),), "trained"),
     "every fourth position": ((SequenceAltUp(Dense(), stride=4),), "trained"),
     "from outside": ((Strided(Dense(), stride=4),), "trained"),
-    "MoD with a predictor": ((Dense(), MoD(capacity=0.25, predictor_weight=1.0)), "predictor"),
-    "MoD with the auxiliary loss": ((MoD(capacity=0.25, auxiliary_weight=0.1),), "router"),
+    "MoD with a predictor": ((Dense(), MoD(capacity=0.25, causal=Predictor())), "predictor"),
+    "MoD with the auxiliary loss": ((MoD(capacity=0.25, rule=TopK(auxiliary=0.1)),), "auxiliary"),
     "MoD without": ((Dense(), MoD(capacity=0.25)), "threshold"),
-    "MoD at random": ((Dense(), MoD(capacity=0.25, router="stochastic")), "threshold"),
-    "MoD by position": ((Dense(), MoD(capacity=0.25, router="positional")), "router"),
-    "token choice": ((Dense(), MoD(capacity=0.25, router="token_choice")), "router"),
-    "a threshold": ((Dense(), MoD(capacity=0.25, router="threshold")), "threshold"),
-    "MoE that drops": ((Seq(Attention(), MoE(4, capacity_factor=0.5)),), "router"),
-    "MoE by thresholds": ((Seq(Attention(), MoE(4, 2, router="threshold")),), "router"),
-    "staged": ((MoD(Seq(Attention(), MoE(4)), capacity=0.5, predictor_weight=1.0),), "predictor"),
-    "expert choice": ((Seq(Attention(), MoE(4, router="expert_choice")),), None),
+    "MoD at random": ((Dense(), MoD(capacity=0.25, rule=Random())), "threshold"),
+    "MoD by position": ((Dense(), MoD(capacity=0.25, rule=Positional())), "positional"),
+    "token choice": ((Dense(), MoD(capacity=0.25, rule=Binary())), "binary"),
+    "a threshold": ((Dense(), MoD(capacity=0.25, rule=Threshold())), "threshold"),
+    "MoE that drops": ((Seq(Attention(), MoE(4, capacity_factor=0.5)),), "token_choice"),
+    "MoE by thresholds": ((Seq(Attention(), MoE(4, ExpertThreshold(2))),), "expert_threshold"),
+    "staged": (
+        (MoD(Seq(Attention(), MoE(4)), capacity=0.5, causal=Predictor()),),
+        "predictor, token_choice",
+    ),
+    "rules of their own": (
+        (MoD(capacity=0.5, causal=Predictor()), MoD(capacity=0.5, rule=Positional())),
+        "positional, predictor",
+    ),
+    "expert choice": ((Seq(Attention(), MoE(4, ExpertChoice())),), None),
     "expert choice within MoD": (
-        (MoD(Seq(Attention(), MoE(4, router="expert_choice")), predictor_weight=1.0),),
+        (MoD(Seq(Attention(), MoE(4, ExpertChoice())), causal=Predictor()),),
         None,
     ),
     "attention received": (
-        (Seq(Attention(received=True), MoD(MLP(), capacity=0.25, router="received")),),
+        (
+            Seq(
+                Attention(received=True),
+                MoD(MLP(), capacity=0.25, router=Received(), rule=TopK(weight="one")),
+            ),
+        ),
         None,
     ),
     "from outside, looking ahead": ((Seq(Centred(), MLP()),), None),
@@ -93,7 +114,7 @@ def test_a_record_says_by_which_routing_its_model_never_looks_ahead(
     record = make_record(
         run_spec(layers=layers), open_cache(cache_dir(tiny_data_dir, TINY_DATA)),
         diverged_step=0 if evaluation else 3, train_loss=2.0, evaluation=evaluation,
-        routed=measured, seconds=seconds, median_step_seconds=0.1, device="cpu",
+        found=measured, seconds=seconds, median_step_seconds=0.1, device="cpu",
         eval_batch_size=8, provenance={},
     )  # fmt: skip
     assert causal_routing(record) == routing

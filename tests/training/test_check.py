@@ -116,10 +116,10 @@ def test_a_causal_loss_that_is_not_finite_leaves_a_record_that_can_be_read(tiny_
     seconds = dict.fromkeys(("setup", "train", "compile", "eval", "data_wait"), 1.0)
     causal = {"causal_routing": "predictor", "causal_loss": float("nan"),
               "causal_difference": float("inf"), "causal_difference_sem": float("nan"),
-              "causal_accuracy": 0.5, "causal_capacity": 0.25}  # fmt: skip
+              "outcome": {"causal/accuracy": 0.5, "causal/most": float("nan")}}  # fmt: skip
     record = make_record(
         spec, open_cache(cache_dir(tiny_data_dir, TINY_DATA)), diverged_step=0, train_loss=2.0,
-        evaluation=Evaluation(2.0, 0.1, 640), routed=causal, seconds=seconds,
+        evaluation=Evaluation(2.0, 0.1, 640), found=causal, seconds=seconds,
         median_step_seconds=0.1, device="cpu", eval_batch_size=8, provenance={"devices": "1"},
     )  # fmt: skip
     folder = tmp_path / "runs" / spec.run_id
@@ -127,7 +127,10 @@ def test_a_causal_loss_that_is_not_finite_leaves_a_record_that_can_be_read(tiny_
     write_record(folder, record)
     found = scan(tmp_path)
     assert found.left_out == {} and found.records == [record]
-    assert record.eval_loss == 2.0 and record.causal_accuracy == 0.5
+    assert record.eval_loss == 2.0 and record.outcome == {
+        "causal/accuracy": 0.5,
+        "causal/most": None,
+    }
     assert record.causal_loss is record.causal_difference is None
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_record(folder, dataclasses.replace(record, eval_loss=float("nan")))

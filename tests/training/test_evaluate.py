@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from modjax.nn import Routed
-from modjax.nn.routed import Quality, mean_quality, quality
+from modjax.nn.expert_record import Routing
+from modjax.nn.records import Counts, counts
 from modjax.spec import Execution
 from modjax.training.evaluate import (
     Scores,
     difference,
     eval_batch_size,
     evaluate,
-    near_ties,
+    outcome,
     summarise,
 )
 from modjax.training.sharding import make_mesh
@@ -74,25 +75,24 @@ def test_decisions_are_judged_per_layer_over_scored_sequences_and_valid_position
     wanted, target = (rng.random((2, 2, 4, 10)) < 0.5) & valid_BL
     selected = wanted & (np.cumsum(wanted, axis=2) <= 3)
     masks = {"wanted_BL": wanted, "selected_BL": selected, "target_BL": target}
-    unread = dict.fromkeys(("scores_BL", "predictor_BL", "auxiliary_BL", "k_B", "kth_B"))
-    record = Routed(
-        **{name: jnp.asarray(mask) for name, mask in masks.items()}, **unread, losses={}
-    )
-    counts = jax.vmap(lambda record: record.counts(jnp.asarray(valid_BL)), out_axes=1)(record)
-    found = quality(jax.device_get({"1_mod": counts}), weight_B)
+    unread = dict.fromkeys(("scores_BL", "k_B", "tied_B"))
+    record = Routed(**{name: jnp.asarray(mask) for name, mask in masks.items()}, **unread)
+    counted = jax.device_get(counts({"1_mod": record}, jnp.asarray(valid_BL)))
+    whole, found = outcome(Scores(weight_B, weight_B, counted))
     assert list(found) == ["1_mod.0", "1_mod.1"]
+    names = ("accuracy", "precision", "recall", "capacity", "overflow", "most")
     expected = []
     for g in range(2):
         want, take, right = (x[g, :3][valid_BL[:3]] for x in (wanted, selected, target))
         most = max(selected[g, b][valid_BL[b]].mean() for b in range(3))
-        expected.append(Quality(
+        expected.append((
             np.mean(want == right), np.sum(want & right) / want.sum(),
             np.sum(want & right) / right.sum(), take.mean(), np.mean(want & ~take), most,
         ))  # fmt: skip
-        assert found[f"1_mod.{g}"] == pytest.approx(expected[g])
-    mean = mean_quality(found.values())
-    assert mean[:-1] == pytest.approx(np.mean(expected, axis=0)[:-1])
-    assert mean.most == pytest.approx(max(layer.most for layer in expected))
+        layer = dict(zip(names, expected[g], strict=True))
+        assert found[f"1_mod.{g}"] == pytest.approx(layer)
+    mean = dict(zip(names, np.mean(expected, axis=0), strict=True))
+    assert whole == pytest.approx(mean | {"most": max(layer[-1] for layer in expected)})
 
 
 @pytest.mark.parametrize("execution, size", [({"data": 1}, 8), ({"data": 8}, 8), ({"data": 3}, 9)])
@@ -101,8 +101,11 @@ def test_runs_of_any_batch_size_are_evaluated_in_the_same_batches(execution, siz
 
 
 def test_near_ties_are_counted_over_layers_and_sequences_that_are_scored():
-    ties = {"near_ties": np.array([[1.0, 0.0], [2.0, 1.0], [9.0, 9.0]])}
-    counts = {"1_mod": ties, "2_moe": {"taken": np.ones((3, 2))}, "3_moe": ties}
+    picks = {name: np.ones((3, 2)) for name in ("picks", "asked", "taken", "computed")}
+    ties = picks | {"near_ties": np.array([[1.0, 0.0], [2.0, 1.0], [9.0, 9.0]])}
+    each = {"1_moe": ties, "2_moe": picks, "3_moe": ties}
+    counted = {name: Counts(of, Routing) for name, of in each.items()}
     scored = np.array([4.0, 4.0, 0.0])
-    assert near_ties(Scores(np.ones(3), scored, counts)) == 8
-    assert near_ties(Scores(np.ones(3), scored, {"2_moe": counts["2_moe"]})) is None
+    assert outcome(Scores(np.ones(3), scored, counted))[0]["moe/near_ties"] == 8
+    without = {"2_moe": counted["2_moe"]}
+    assert "moe/near_ties" not in outcome(Scores(np.ones(3), scored, without))[0]

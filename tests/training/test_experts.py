@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from modjax.records import read_record
-from modjax.spec import Attention, Dense, Execution, MoD, MoE, Seq
+from modjax.spec import (
+    Attention,
+    Binary,
+    Dense,
+    Execution,
+    ExpertThreshold,
+    MoD,
+    MoE,
+    Predictor,
+    Seq,
+    TokenChoice,
+)
 from modjax.training.loop import train
 from modjax.training.optimizer import make_schedule
 from modjax.training.state import abstract_model, make_init
@@ -20,7 +31,7 @@ from tests.training.tiny import (
     train_config,
 )
 
-BIASED = MoE(4, 2, bias_rate=0.125, balance_weight=0.0)
+BIASED = MoE(4, TokenChoice(2, bias_rate=0.125, balance=0.0))
 
 
 def measured_after(layers, accumulation=1):
@@ -35,10 +46,10 @@ def measured_after(layers, accumulation=1):
 @pytest.mark.parametrize(
     "layers, path",
     [
-        ((Seq(Attention(), BIASED),), ("0_seq", "parts", "1_moe")),
+        ((Seq(Attention(), BIASED),), ("0_seq", "parts", "1_moe", "rule")),
         pytest.param(
             (Dense(), MoD(Seq(Attention(), BIASED), capacity=0.5)),
-            ("1_mod", "inner", "parts", "1_moe"),
+            ("1_mod", "inner", "parts", "1_moe", "rule"),
             marks=pytest.mark.slow,
         ),
     ],
@@ -57,8 +68,8 @@ def test_a_bias_moves_by_its_rate_once_per_update_however_the_batch_is_split(lay
 
 
 UNEVEN = np.array([32, 5, 20, 9, 32, 2, 14, 27])  # positions of each row that are no padding
-BALANCED = MoE(4, 2, capacity_factor=1.0, balance_weight=0.5, z_weight=0.3)
-TOKENS = {"router": "token_choice", "balance_weight": 0.5, "z_weight": 0.3, "capacity": 0.5}
+BALANCED = MoE(4, TokenChoice(2, balance=0.5, z=0.3), capacity_factor=1.0)
+TOKENS = {"rule": Binary(0.5, 0.3), "capacity": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +78,7 @@ TOKENS = {"router": "token_choice", "balance_weight": 0.5, "z_weight": 0.3, "cap
         (Seq(Attention(), BALANCED),),
         (Dense(), MoD(**TOKENS)),
         pytest.param(
-            (Dense(), MoD(Seq(Attention(), BALANCED), predictor_weight=1.0, **TOKENS)),
+            (Dense(), MoD(Seq(Attention(), BALANCED), causal=Predictor(), **TOKENS)),
             marks=pytest.mark.slow,
         ),
     ],
@@ -92,7 +103,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole_one(layers):
 
 @pytest.mark.parametrize(("weight", "passes"), [(0.1, 2), (0.0, 1)])
 def test_a_batch_is_read_twice_only_where_a_loss_needs_the_whole_of_it(weight, passes):
-    layers = (Seq(Attention(), MoE(4, balance_weight=weight, z_weight=0.0)),)
+    layers = (Seq(Attention(), MoE(4, TokenChoice(balance=weight, z=0.0))),)
     split, train = abstract_model(model(layers=layers), Execution()), train_config(accumulation=2)
     state = jax.eval_shape(make_init(split, train), np.int32(0))
     arguments = state, random_batch(0, 8, 32), make_schedule(train)
@@ -101,7 +112,7 @@ def test_a_batch_is_read_twice_only_where_a_loss_needs_the_whole_of_it(weight, p
 
 
 def test_thresholds_of_experts_are_measured_from_the_first_update():
-    layers = (Seq(Attention(), MoE(4, 2, router="threshold")),)
+    layers = (Seq(Attention(), MoE(4, ExpertThreshold(2))),)
     old, new, metrics = measured_after(layers)
     (before,), (after,) = jax.tree.leaves(old), jax.tree.leaves(new)
     assert not before.any() and ((0.1 < after) & (after < 0.9)).all()
@@ -111,11 +122,15 @@ def test_thresholds_of_experts_are_measured_from_the_first_update():
 def test_a_run_with_experts_tells_of_its_picks_and_of_its_loss_without_drops(
     tmp_path, tiny_data_dir
 ):
-    layers = (Seq(Attention(), MoE(4, no_ops=4, capacity_factor=1.0)),)
+    layers = (Seq(Attention(), MoE(4, TokenChoice(no_ops=4), capacity_factor=1.0)),)
     spec = run_spec(layers=layers)
     record = train(spec, Execution(data=1), run_dir=tmp_path, data_dir=tiny_data_dir)
-    assert record == read_record(tmp_path) and record.causal_routing == "router"
-    assert 0 < record.moe_no_op < 1 and 0 <= record.moe_dropped < 1 and 0 < record.moe_useful <= 1
+    assert record == read_record(tmp_path) and record.causal_routing == "token_choice"
+    no_op, dropped, useful = (
+        record.outcome[f"trained/moe/{name}"] for name in ("no_op", "dropped", "useful")
+    )
+    assert 0 < no_op < 1 and 0 <= dropped < 1 and 0 < useful <= 1
+    assert record.outcome["causal/moe/dropped"] == 0
     assert record.causal_difference != 0 and abs(record.causal_difference) < 0.5
-    assert record.near_ties is None and record.eval_batch_size == 8
+    assert not any("near_ties" in name for name in record.outcome) and record.eval_batch_size == 8
     assert record.flops["experts"] > 0 and record.params_active < record.params_non_embedding

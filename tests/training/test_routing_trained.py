@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from modjax.spec import Execution, MoD
+from modjax.spec import Execution, MoD, Predictor
 from modjax.training import loop
 from tests.training.tiny import (
     initial_state,
@@ -19,7 +19,7 @@ from tests.training.tiny import (
 )
 
 ROUTED = model(layers=(MoD(capacity=0.25),), num_layers=1)
-PREDICTED = dataclasses.replace(ROUTED, layers=(MoD(capacity=0.25, predictor_weight=1.0),))
+PREDICTED = dataclasses.replace(ROUTED, layers=(MoD(capacity=0.25, causal=Predictor()),))
 
 
 def three_steps(config, drop=()):
@@ -97,11 +97,10 @@ def test_a_run_counts_its_capacity_and_is_evaluated_by_its_predictor(tiny_data_d
     assert record.causal_routing == "predictor"
     assert record.causal_loss == pytest.approx(record.eval_loss + record.causal_difference)
     layer = {
-        name: evaluation[f"eval_predictor/{name}/0_mod.0"]
+        name: evaluation[f"eval_causal/{name}/0_mod.0"]
         for name in ("accuracy", "capacity", "overflow")
     }
     assert layer["overflow"] == 0 and 0 < layer["accuracy"] < 1
-    assert (record.causal_accuracy, record.causal_capacity) == (
-        layer["accuracy"], layer["capacity"],
-    )  # fmt: skip
+    assert {name: record.outcome[f"causal/{name}"] for name in layer} == layer
+    assert evaluation["eval_causal/accuracy"] == layer["accuracy"]
     assert evaluation["eval_causal_loss"] == record.causal_loss

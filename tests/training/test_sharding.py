@@ -22,7 +22,7 @@ from modjax.nn.sharding import (
     partition_spec,
     per_sequence,
 )
-from modjax.spec import Dense, Execution, MoD
+from modjax.spec import Binary, Dense, Execution, MoD, Predictor, Random, TopK
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch, init_state
 from modjax.training.sharding import check_batch, make_mesh, param_shardings, put_batch
@@ -42,8 +42,8 @@ CUBE = Execution(data=2, fsdp=2, tensor=2)
 SWIGLU = Dense("swiglu")
 # Every kind of layer and of parameter.
 EVERYTHING = model(
-    layers=(SWIGLU, *(MoD(SWIGLU, router=router, predictor_weight=1.0)
-                      for router in ("expert_choice", "stochastic", "token_choice"))),
+    layers=(SWIGLU, *(MoD(SWIGLU, rule=rule, causal=Predictor())
+                      for rule in (TopK(), Random(), Binary()))),
     num_layers=4, tie_embeddings=False,
 )  # fmt: skip
 

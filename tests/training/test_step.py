@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import Dense, Execution, MoD
+from modjax.spec import Dense, Execution, MoD, Predictor, Random, TopK
 from modjax.training.state import abstract_model, joined
 from modjax.training.step import make_eval_step
 from tests.training.tiny import (
@@ -19,7 +19,7 @@ from tests.training.tiny import (
 )
 
 # With the losses of routers, which are minimised and not reported.
-ROUTED = model(layers=(Dense(), MoD(capacity=0.25, auxiliary_weight=0.5, predictor_weight=1.0)))
+ROUTED = model(layers=(Dense(), MoD(capacity=0.25, rule=TopK(auxiliary=0.5), causal=Predictor())))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_first_step_that_is_not_finite_is_kept(step):
 
 
 def test_stochastic_routing_draws_anew_every_step_and_the_same_in_a_rerun():
-    config = model(layers=(MoD(capacity=0.25, router="stochastic"),))
+    config = model(layers=(MoD(capacity=0.25, rule=Random()),))
     step = one_device_step(config, train_config())
 
     def selections():

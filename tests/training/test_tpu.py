@@ -6,7 +6,17 @@ import pytest
 
 from modjax.bench.moe import compiled_for_tpu
 from modjax.flops import train_flops
-from modjax.spec import Attention, Dense, Execution, MoD, ModelSpec, MoE, Seq, TrainConfig
+from modjax.spec import (
+    Attention,
+    Dense,
+    Execution,
+    MoD,
+    ModelSpec,
+    MoE,
+    Seq,
+    TokenChoice,
+    TrainConfig,
+)
 from tests.training.test_sharding import count_collectives
 
 # 220M, the size of the paper's Figure 3; the batch of one slice of 16 chips.
@@ -34,7 +44,7 @@ def test_routing_adds_no_collective_and_no_memory_on_a_tpu_slice():
 
 @pytest.mark.slow
 def test_experts_travel_by_all_to_all_on_a_tpu_slice_and_no_expert_moves():
-    moe = MoE(8, 2)
+    moe = MoE(8, TokenChoice(2))
     small = ModelSpec(1024, 512, 2, 4, 4, 2048, Seq(Attention(), moe), dtype="bfloat16")
     train = TrainConfig(16, 1024, 1000, 1e-3, 10)
     pytest.importorskip("libtpu", reason="holds the TPU compiler: pip install 'jax[tpu]'")

@@ -6,14 +6,14 @@ import pytest
 
 from modjax.data.batches import Batch
 from modjax.flops import train_flops
-from modjax.spec import Dense, Execution, MoD, ModelSpec, TrainConfig
+from modjax.spec import Dense, Execution, MoD, ModelSpec, Predictor, TrainConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch, init_state
 from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_state
 from modjax.training.step import make_train_step
 
-LAYERS = (Dense(), MoD(Dense(), capacity=0.25, predictor_weight=1.0))
+LAYERS = (Dense(), MoD(Dense(), capacity=0.25, causal=Predictor()))
 MODEL = ModelSpec(
     vocab_size=260, d_model=64, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=256, layers=LAYERS
 )

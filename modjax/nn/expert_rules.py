@@ -1,0 +1,161 @@
+"""Rules of a mixture of experts: scores of positions in, the experts of each position out.
+
+Legend: B batch, L positions, K picks of a position, R scores of a position, E experts, N = B * E.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from modjax import spec
+from modjax.nn.call import At, Call
+from modjax.nn.expert_record import Load, Thresholds
+from modjax.nn.experts import Picks
+from modjax.nn.params import measured
+from modjax.nn.records import Record
+from modjax.nn.routing import kth_best, of_valid, position_noise, select_top_k, selected_mask
+
+SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+
+
+class Picked(NamedTuple):
+    """picks: the experts of each position. rows_BR: how often each row was picked.
+
+    tied_BE: whether each expert's best positions end in a near tie; None where none chooses.
+    """
+
+    picks: Picks
+    rows_BR: jax.Array
+    tied_BE: jax.Array | None = None
+
+
+class ExpertRule(nnx.Module):
+    """Base class of expert rules."""
+
+    def __init__(self, spec: spec.ExpertRule, shape: spec.Shape, *, experts: int, rngs: nnx.Rngs):
+        self.spec: Any = spec
+        self.experts = experts
+
+    def pick(
+        self,
+        scores_BLR: jax.Array,
+        at: At,
+        valid_BL: jax.Array,
+        slots: Callable[[int], int],
+        call: Call,
+    ) -> Picked:
+        """Returns the experts of each valid position.
+
+        slots: from the positions of a row to C, the most of them that an expert takes in training.
+        """
+        raise NotImplementedError
+
+    def report(
+        self, logits_BLR: jax.Array, scores_BLR: jax.Array, picked: Picked, valid_BL: jax.Array
+    ) -> Record:
+        """Returns the rule's record: its losses, what it measures, its statistics."""
+        return Load(**self._load(logits_BLR, scores_BLR, picked, valid_BL))
+
+    def _load(self, logits_BLR, scores_BLR, picked: Picked, valid_BL) -> dict[str, Any]:
+        probability_BLR = scores_BLR / jnp.sum(scores_BLR, axis=2, keepdims=True)
+        z_BL = jnp.square(jax.nn.logsumexp(logits_BLR, axis=2))
+        return {
+            "picks_BR": picked.rows_BR.astype(jnp.float32),
+            "probability_BR": jnp.sum(jnp.where(valid_BL[..., None], probability_BLR, 0.0), axis=1),
+            "z_B": jnp.sum(jnp.where(valid_BL, z_BL, 0.0), axis=1),
+            "positions_B": jnp.sum(valid_BL, axis=1).astype(jnp.float32),
+        }
+
+
+class TokenChoice(ExpertRule):
+    """Each position picks its best rows."""
+
+    def __init__(self, spec: spec.TokenChoice, shape: spec.Shape, *, experts: int, rngs: nnx.Rngs):
+        super().__init__(spec, shape, experts=experts, rngs=rngs)
+        self.bias = measured((spec.rows(experts),)) if spec.bias_rate else None
+
+    def pick(self, scores_BLR, at, valid_BL, slots, call):
+        ranking_BLR = jax.lax.stop_gradient(scores_BLR)
+        if self.bias is not None:
+            ranking_BLR += self.bias[...][None, None]
+        rows, of_row = [], []  # a top-k of few, one after another, moves nothing between devices
+        for _ in range(self.spec.top_k):
+            rows.append(jnp.argmax(ranking_BLR, axis=2))
+            of_row.append(jax.nn.one_hot(rows[-1], ranking_BLR.shape[2], dtype=bool))
+            ranking_BLR = jnp.where(of_row[-1], -jnp.inf, ranking_BLR)
+        rows_BLK, of_row_BLKR = jnp.stack(rows, axis=2), jnp.stack(of_row, axis=2)
+        weights_BLK = jnp.sum(jnp.where(of_row_BLKR, scores_BLR[:, :, None], 0.0), axis=3)
+        if self.spec.renormalise:
+            # Over no-ops, too: the weight of a single expert would be 1 whatever the router says.
+            total_BL1 = jnp.sum(weights_BLK, axis=2, keepdims=True)
+            weights_BLK /= jnp.where(total_BL1 > 0, total_BL1, 1.0)  # sigmoids may underflow
+        real_BLK = (rows_BLK < self.experts) & valid_BL[..., None]
+        if self.spec.random_no_ops:
+            real_BLK &= ~self._by_chance(at, call.key)
+        weights_BLK = self.spec.scale * jnp.where(real_BLK, weights_BLK, 0.0)
+        picks = Picks(jnp.where(real_BLK, rows_BLK, self.experts), weights_BLK)
+        return Picked(picks, jnp.sum(of_row_BLKR & valid_BL[..., None, None], axis=(1, 2)))
+
+    def report(self, logits_BLR, scores_BLR, picked, valid_BL):
+        load = self._load(logits_BLR, scores_BLR, picked, valid_BL)
+        return Load(**load, balance=self.spec.balance, z=self.spec.z, bias=self.spec.bias_rate)
+
+    def _by_chance(self, at: At, key: jax.Array | None) -> jax.Array:
+        """Returns which picks are no-ops at random, alike at once or token by token."""
+        if key is None:
+            raise ValueError("random no-ops need a PRNG key: model(tokens, key=...)")
+        keys = [jax.random.fold_in(key, pick) for pick in range(self.spec.top_k)]
+        each = [position_noise(key, at.sequences_BL, at.positions_BL) for key in keys]
+        return jax.scipy.special.ndtr(jnp.stack(each, axis=2)) >= self.spec.real(self.experts)
+
+
+class ExpertChoice(ExpertRule):
+    """Each expert picks its best positions of a sequence."""
+
+    def pick(self, scores_BLR, at, valid_BL, slots, call):
+        batch, length, experts = scores_BLR.shape
+        rows_NL = scores_BLR.swapaxes(1, 2).reshape(-1, length)
+        size_B = of_valid(slots, valid_BL, batch, length)
+        valid_NL, size_N = (jnp.repeat(x, experts, axis=0) for x in (valid_BL, size_B))
+        best = select_top_k(rows_NL, rows_NL, slots(length), valid_NL, size_N)
+        mine_BEL = selected_mask(best, length).reshape(batch, experts, length)
+        picked = self._taken(mine_BEL.swapaxes(1, 2) & valid_BL[..., None], scores_BLR)
+        return picked._replace(tied_BE=jnp.reshape(best.tied_B, (batch, experts)))
+
+    def _taken(self, mine_BLE: jax.Array, scores_BLE: jax.Array) -> Picked:
+        own_11E = jnp.arange(self.experts)[None, None]
+        picks = Picks(jnp.where(mine_BLE, own_11E, self.experts), self.spec.scale * scores_BLE)
+        return Picked(picks, jnp.sum(mine_BLE, axis=1))
+
+
+class ExpertThreshold(ExpertChoice):
+    """Each expert takes the positions that score above its running mean."""
+
+    def __init__(
+        self, spec: spec.ExpertThreshold, shape: spec.Shape, *, experts: int, rngs: nnx.Rngs
+    ):
+        super().__init__(spec, shape, experts=experts, rngs=rngs)
+        self.threshold = measured((experts,))
+
+    def pick(self, scores_BLR, at, valid_BL, slots, call):
+        mine_BLE = scores_BLR > jax.lax.stop_gradient(self.threshold[...])[None, None]
+        return self._taken(mine_BLE & valid_BL[..., None], scores_BLR)
+
+    def report(self, logits_BLR, scores_BLR, picked, valid_BL):
+        load = self._load(logits_BLR, scores_BLR, picked, valid_BL)
+        return Thresholds(**load, kth_BE=self._kth(scores_BLR, valid_BL))
+
+    def _kth(self, scores_BLE: jax.Array, valid_BL: jax.Array) -> jax.Array:
+        """Returns the score at which each expert would take its share of a sequence, (B, E)."""
+        batch, length, experts = scores_BLE.shape
+
+        def share(positions: int) -> int:
+            return max(1, round(self.spec.top_k * positions / experts))
+
+        scores_BLE = jnp.where(valid_BL[..., None], jax.lax.stop_gradient(scores_BLE), -jnp.inf)
+        rows_NL = scores_BLE.swapaxes(1, 2).reshape(-1, length)
+        share_N = jnp.repeat(of_valid(share, valid_BL, batch, length), experts)
+        return kth_best(rows_NL, share(length), share_N).reshape(batch, experts)

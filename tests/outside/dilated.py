@@ -1,0 +1,19 @@
+"""A mask of one's own: every `every`-th position, as far as a window reaches."""
+
+from dataclasses import dataclass
+
+from modjax.spec import Mask, named
+
+
+@named
+@dataclass(frozen=True)
+class Dilated(Mask):
+    size: int
+    every: int = 2
+
+    def seen(self, query, key):
+        return (abs(query - key) < self.size) & ((query - key) % self.every == 0)
+
+    @property
+    def reach(self):
+        return self.size - 1, self.size - 1
