@@ -1,7 +1,7 @@
 """What a model and a run are: frozen values, pure Python without jax."""
 
 from modjax.spec.fields import canonical, from_dict, to_dict
-from modjax.spec.layer import ROUTINGS, Cost, Layer, Load, Repeat, Shape, named
+from modjax.spec.layer import ROUTINGS, Cost, Layer, Load, Repeat, Shape, Spec, named
 from modjax.spec.layers import MLP, Attention, Dense, Seq
 from modjax.spec.mod import MoD, MoDConfig, cache_slots, selected_tokens
 from modjax.spec.model import ModelSpec
@@ -50,6 +50,7 @@ __all__ = [
     "SequenceAltUp",
     "Shape",
     "SimplifiedAltUp",
+    "Spec",
     "Streams",
     "StridePool",
     "StrideSkip",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from modjax.errors import InputError, is_bounded, require, require_bounded
-from modjax.spec.layer import Layer, Repeat
+from modjax.spec.layer import Spec
 
 T = TypeVar("T")
 
@@ -28,11 +28,11 @@ def canonical(config: Any) -> dict[str, Any]:
 
 
 def _is_group(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, Layer | Repeat)
+    return dataclasses.is_dataclass(value) and not isinstance(value, Spec)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Layer | Repeat):
+    if isinstance(value, Spec):
         return str(value)
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}

@@ -1,4 +1,4 @@
-"""What every layer's spec has: its costs, its routings, its cache, its text.
+"""What every spec has, its checks and its text; what a layer has, its costs, routings and cache.
 
 A spec is a frozen dataclass that checks itself. It composes by containing other specs.
 """
@@ -55,11 +55,23 @@ class Cost(NamedTuple):
     role: str = "weight"
 
 
-class Layer:
-    """Base of every spec. `inside` names the specs that it contains; the rest follows from them."""
+class Spec:
+    """Base of every value that the text form can write: layers, masks and what else they hold."""
 
     def __post_init__(self):
         check_types(self, type(self).__name__)
+
+    @property
+    def label(self) -> str:
+        """One word for it."""
+        return str(self).partition("(")[0].lower()
+
+    def __str__(self) -> str:
+        return text.write(self)
+
+
+class Layer(Spec):
+    """Base of every layer. `inside` names the layers that it contains; the rest follows from them."""
 
     def inside(self) -> tuple["Layer", ...]:
         return ()
@@ -114,21 +126,14 @@ class Layer:
             handed |= layer.hands_on()
         return found
 
-    @property
-    def label(self) -> str:
-        """One word for it."""
-        return str(self).partition("(")[0].lower()
-
-    def __str__(self) -> str:
-        return text.write(self)
-
 
 def check_types(spec: Any, name: str) -> None:
     """Raises InputError where a field of a dataclass is not what its annotation says."""
     for field, kinds, said in _types(type(spec)):
         value = getattr(spec, field)
         whole = float in kinds and type(value) is int
-        fits = whole or type(value) in kinds or (Layer in kinds and isinstance(value, Layer))
+        specs = tuple(kind for kind in kinds if issubclass(kind, Spec))
+        fits = whole or type(value) in kinds or isinstance(value, specs)
         require(fits, f"{name}.{field}", value, f"must be {said}")
         require_bounded(f"{name}.{field}", value)
 
@@ -152,7 +157,7 @@ def check_parts(name: str, parts: tuple[Any, ...]) -> None:
 
 
 @dataclass(frozen=True, init=False)
-class Repeat:
+class Repeat(Spec):
     """A segment of a model: `parts`, in this order, `times` times over.
 
     One segment of a model may leave `times` open (None), and takes what the depth leaves.
@@ -171,9 +176,6 @@ class Repeat:
             times,
             "must be greater than 0, or left out",
         )
-
-    def __str__(self) -> str:
-        return text.write(self)
 
 
 class Origin(NamedTuple):
