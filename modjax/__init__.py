@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Gemma3nAltUp,
         HyperConnection,
         Layer,
+        Logits,
         ManifoldHyperConnection,
         MoD,
         MoDConfig,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
         SimplifiedAltUp,
         StridePool,
         StrideSkip,
+        Tied,
+        Tokens,
         TrainConfig,
     )
 
@@ -60,6 +63,7 @@ __all__ = [
     "HyperConnection",
     "InputError",
     "Layer",
+    "Logits",
     "ManifoldHyperConnection",
     "MoD",
     "MoDBlock",
@@ -76,6 +80,8 @@ __all__ = [
     "SimplifiedAltUp",
     "StridePool",
     "StrideSkip",
+    "Tied",
+    "Tokens",
     "TrainConfig",
     "Transformer",
     "extend",

@@ -36,6 +36,7 @@ from modjax.spec import (
     SequenceAltUp,
     SimplifiedAltUp,
     StrideSkip,
+    Tied,
     TrainConfig,
     selected_tokens,
 )
@@ -57,7 +58,7 @@ CHINCHILLA = [
 def test_chinchilla_table_a4_is_reproduced_without_embedding_and_logits(
     d, f, heads, layers, published
 ):
-    model = ModelSpec(32_000, d, layers, heads, heads, f, tie_embeddings=True)
+    model = ModelSpec(32_000, d, layers, heads, heads, f, head=Tied())
     # Chinchilla's N also holds its relative-position matrices, d * d a layer (Transformer-XL).
     n = parameters(model)["total"] + layers * d * d
     ratio = train_flops(model, 2048, 1, "chinchilla_table_a4") / (6 * n * 2048)

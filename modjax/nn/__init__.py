@@ -1,10 +1,11 @@
 """How layers are computed: Flax NNX modules, one for each spec, and pure functions under them."""
 
 from modjax import spec
-from modjax.nn import layers, mod, moe, sequence, streams
+from modjax.nn import ends, layers, mod, moe, sequence, streams
 from modjax.nn.block import MoDBlock, RoutedBlock
 from modjax.nn.build import MODULES, build, register
 from modjax.nn.call import At, Call, Out, under
+from modjax.nn.ends import in_chunks
 from modjax.nn.layers import empty
 from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
@@ -12,6 +13,7 @@ from modjax.nn.records import Inside, Record, losses, observe, statistics, total
 from modjax.nn.routed import Routed, decision_counts, decision_quality
 from modjax.nn.within import within
 
+MODULES.update({spec.Tokens: ends.Tokens, spec.Logits: ends.Logits, spec.Tied: ends.Logits})
 MODULES.update({spec.Attention: layers.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
 MODULES.update({spec.MoD: mod.MoD, spec.MoE: moe.MoE})
 MODULES.update({spec.Recycled: streams.Recycled, spec.Full: streams.Full})
@@ -38,6 +40,7 @@ __all__ = [
     "decision_counts",
     "decision_quality",
     "empty",
+    "in_chunks",
     "losses",
     "make_param",
     "measured",

@@ -6,23 +6,24 @@ from typing import Any
 
 from flax import nnx
 
-from modjax.spec import Layer, Shape
+from modjax.spec import Shape, Spec
 from modjax.spec.layer import add_name
 
-MODULES: dict[type[Layer], Callable[..., nnx.Module]] = {}
+MODULES: dict[type[Spec], Callable[..., nnx.Module]] = {}
 
 
-def register(spec: type[Layer], module: Callable[..., nnx.Module]) -> None:
-    """Adds a layer to modjax: from here on its spec, and its text, can stand wherever one can.
+def register(spec: type[Spec], module: Callable[..., nnx.Module]) -> None:
+    """Adds a layer or an end to modjax: its spec, and its text, can stand wherever one can.
 
-    spec: a frozen dataclass, a subclass of modjax.Layer. module: called as module(spec, shape,
-    rngs=rngs), and then as modjax.nn.call says. A module that is imported again may register its
-    layers again. Raises InputError where another layer, such as one of modjax's own, has the name.
+    spec: a frozen dataclass, a subclass of modjax.Layer, or of Embedding, Head or Expansion in
+    modjax.spec. module: called as module(spec, shape, rngs=rngs), and then as modjax.nn.call says,
+    or modjax.nn.ends. A module that is imported again may register its specs again. Raises
+    InputError where another spec, such as one of modjax's own, has the name.
     """
     add_name(spec, sys._getframe(1).f_globals)
     MODULES[spec] = module
 
 
-def build(layer: Layer, shape: Shape, *, rngs: nnx.Rngs) -> Any:
+def build(layer: Spec, shape: Shape, *, rngs: nnx.Rngs) -> Any:
     """Returns the module of a spec."""
     return MODULES[type(layer)](layer, shape, rngs=rngs)

@@ -1,5 +1,6 @@
 """What a model and a run are: frozen values, pure Python without jax."""
 
+from modjax.spec.ends import Embedding, Expansion, Head, Logits, Tied, Tokens
 from modjax.spec.fields import canonical, from_dict, to_dict
 from modjax.spec.layer import ROUTINGS, Cost, Layer, Load, Repeat, Shape, Spec, named
 from modjax.spec.layers import MLP, Attention, Dense, Seq
@@ -31,12 +32,16 @@ __all__ = [
     "Cost",
     "DataConfig",
     "Dense",
+    "Embedding",
     "Execution",
+    "Expansion",
     "Full",
     "Gemma3nAltUp",
+    "Head",
     "HyperConnection",
     "Layer",
     "Load",
+    "Logits",
     "ManifoldHyperConnection",
     "MoD",
     "MoDConfig",
@@ -54,6 +59,8 @@ __all__ = [
     "Streams",
     "StridePool",
     "StrideSkip",
+    "Tied",
+    "Tokens",
     "TrainConfig",
     "cache_slots",
     "canonical",

@@ -22,8 +22,9 @@ def canonical(config: Any) -> dict[str, Any]:
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.default is dataclasses.MISSING or value != field.default:
-            values[field.name] = canonical(value) if _is_group(value) else _plain(value)
+        plain = canonical(value) if _is_group(value) else _plain(value)
+        if field.default is dataclasses.MISSING or plain != _plain(field.default):
+            values[field.name] = plain
     return values
 
 

@@ -20,7 +20,11 @@ ROUTINGS = ("trained", "router", "predictor", "paced", "threshold")
 
 
 class Shape(NamedTuple):
-    """The numbers of a model that its layers share."""
+    """The numbers that a model's parts share.
+
+    streams: how many residual streams the layers see. Only the ends read the rest: vocab_size,
+    width (of a row of the embedding, and of the features), and whether the head is tied to it.
+    """
 
     d_model: int
     num_layers: int
@@ -30,6 +34,9 @@ class Shape(NamedTuple):
     d_ff: int
     norm_eps: float
     streams: int = 1
+    vocab_size: int = 0
+    width: int = 0
+    tied: bool = False
 
 
 class Load(NamedTuple):

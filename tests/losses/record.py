@@ -26,6 +26,7 @@ from modjax.spec import (
     MoD,
     ModelSpec,
     Seq,
+    Tied,
     TrainConfig,
 )
 from modjax.training.optimizer import make_schedule
@@ -69,7 +70,7 @@ CASES: dict[str, tuple[ModelSpec, dict[str, Any], dict[str, Any]]] = {
     ),
     "grouped queries, swiglu, tied": (
         routed(dataclasses.replace(TAUGHT, inner=Dense("swiglu")), Dense("swiglu"),
-               num_kv_heads=2, tie_embeddings=True), {}, {},
+               num_kv_heads=2, head=Tied()), {}, {},
     ),
     "packed documents": (MOD, {"document_mask": True}, {}),
     "accumulation": (MOD, {"accumulation": 2}, {}),

@@ -33,7 +33,7 @@ from modjax.spec import (
 )
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
 from modjax.training.state import abstract_model, joined
-from modjax.training.step import token_losses
+from modjax.training.step import next_token
 from tests.training.tiny import QUICK, random_batch
 
 D, F, BATCH, LENGTH = 16, 32, 8, 16
@@ -74,7 +74,8 @@ ON_STREAMS = {
 def objective(model):
     def run(params, measured, batch):
         merged = nnx.merge(model.graphdef, joined(params, measured))
-        nll_BL, records = token_losses(merged, batch, True, jax.random.key(1))
+        options = {"segment_ids_BL": batch.segment_ids_BL, "key": jax.random.key(1)}
+        nll_BL, records = next_token(merged, batch, **options)
         own = losses(records, nll_BL)
         return jnp.mean(nll_BL) + own, (nll_BL, own, records)
 

@@ -251,7 +251,7 @@ def test_attention_blocks_rank_by_the_dense_block_before_them_of_their_own_repet
         block = nnx.merge(dense, jax.tree.map(lambda leaf: leaf[0], first))
         attention = block.parts["0_attention"]
         rope = rotary_tables(jnp.arange(LENGTH)[None], 4, 10_000.0, jnp.float32)
-        x_BLD = model.embedding[...][tokens]
+        x_BLD = model.embed.table[...][tokens]
         return records["1_mod"], attention.heads(attention.norm(x_BLD), rope)
 
     record, (q, k, _) = jax.jit(run, compiler_options=QUICK)(params, tokens)

@@ -56,7 +56,7 @@ def test_stacked_vectors_are_no_matrices():
         for path, role in jax.tree_util.tree_leaves_with_path(split.roles)
     }
     assert len(roles) == len(jax.tree.leaves(split.params))
-    matrices = {"w_qkv", "w_out", "w_in", "embedding", "w_logits"}
+    matrices = {"w_qkv", "w_out", "w_in", "table", "w_logits"}
     assert matrices < {path.split("/")[-1] for path in roles}
     for path, role in roles.items():
         assert role.decays != any(path.endswith(name) for name in vectors), path

@@ -44,7 +44,7 @@ SWIGLU = Dense("swiglu")
 EVERYTHING = model(
     layers=(SWIGLU, *(MoD(SWIGLU, router=router, predictor_weight=1.0)
                       for router in ("expert_choice", "stochastic", "token_choice"))),
-    num_layers=4, tie_embeddings=False,
+    num_layers=4,
 )  # fmt: skip
 
 

@@ -102,7 +102,9 @@ def test_accumulated_micro_batches_equal_the_full_batch(step):
 def test_the_first_step_that_is_not_finite_is_kept(step):
     state, metrics = step(initial_state(ROUTED), random_batch(0, 8, 32))
     assert int(metrics["diverged_step"]) == 0
-    broken = state.params | {"w_logits": state.params["w_logits"].at[0, 0].set(jnp.inf)}
+    broken = state.params | {
+        "unembed": {"w_logits": state.params["unembed"]["w_logits"].at[0, 0].set(jnp.inf)}
+    }
     state = state._replace(params=broken)
     for _ in range(2):
         state, metrics = step(state, random_batch(0, 8, 32))
