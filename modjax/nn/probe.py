@@ -73,7 +73,7 @@ def alone(models: Iterable[ModelSpec]) -> list[ModelSpec]:
                         before.insert(0, part)
                         needed |= part.needs()
                 one = _with_layers(model, (*before, layer))
-                found.setdefault((*map(str, one.layers), str(one.streams)), one)
+                found.setdefault((*map(str, one.layers), str(one.ends)), one)
     return list(found.values())
 
 

@@ -36,7 +36,7 @@ class Head(End):
 
 @dataclass(frozen=True)
 class Expansion(End):
-    """Base of `ModelSpec.streams`, which makes one residual stream `streams`, and then one again."""
+    """Base of `ModelSpec.streams`, which turns one residual stream into `streams` and back."""
 
     streams: int
 

@@ -102,7 +102,7 @@ def test_dense_model_is_causal_by_perturbation_and_by_gradient():
     graphdef, params = build(DENSE)
     distinct = jnp.arange(24)[None]
     logits_at_9 = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p)(distinct)[0][0, 9].sum()))
-    touched = np.abs(np.asarray(logits_at_9(params)["embedding"][...])).sum(axis=1)
+    touched = np.abs(np.asarray(logits_at_9(params)["embed"]["table"][...])).sum(axis=1)
     np.testing.assert_array_equal(np.flatnonzero(touched), np.arange(10))
 
 
