@@ -14,8 +14,8 @@ from modjax.nn import ends
 from modjax.spec import Dense, ModelSpec
 from modjax.spec.layer import NAMES
 from modjax.training.step import next_token
-from tests.outside.factored import Factored
 from tests.nn.small import random_model
+from tests.outside.factored import Factored
 from tests.outside.test_outside import CONFIG, model, run
 from tests.training.tiny import QUICK, random_batch
 
