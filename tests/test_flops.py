@@ -102,11 +102,11 @@ def test_matrix_products_agree_with_what_xla_counts(layers, kv_heads, streams):
     # Elementwise work is a share of about 1/d of XLA's count: a wide model isolates the products.
     # 128 positions are one query chunk, in which attention skips no future keys.
     config = ModelSpec(1024, 768, 2, 8, kv_heads, 3072, layers, streams=streams)
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), layer_loop="unroll"))
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
 
     def forward(params, tokens):
-        logits, records = nnx.merge(graphdef, params)(tokens)
+        logits, records = nnx.merge(graphdef, params)(tokens, layer_loop="unroll")
         return logits, [getattr(record, "predictor_BL", None) for record in records.values()]
 
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)

@@ -101,9 +101,8 @@ def _restore(spec: RunSpec, folder: Path, identity: dict[str, str]) -> tuple[Mod
     checkpoint = folder / "checkpoints" / str(record.steps)
     if damage := find_damage(checkpoint):
         raise _lost(checkpoint, damage)
-    execution = Execution(data=1, layer_loop="scan")
-    mesh = make_mesh(execution)
-    model = abstract_model(spec.model, execution)
+    mesh = make_mesh(Execution(data=1))
+    model = abstract_model(spec.model)
     try:
         with jax.set_mesh(mesh):
             weights = read_weights(checkpoint, abstract_weights(mesh, model), identity)

@@ -39,21 +39,14 @@ Reader = Callable[[jax.Array, jax.Array, Cache | None], tuple[jax.Array, Cache, 
 
 
 class Transformer(nnx.Module):
-    """Tokens to features, and features to logits. layer_loop, remat: see stack.Stack."""
+    """Tokens to features, and features to logits."""
 
-    def __init__(
-        self,
-        config: spec.ModelSpec,
-        *,
-        rngs: nnx.Rngs,
-        layer_loop: str = "auto",
-        remat: str = "none",
-    ):
+    def __init__(self, config: spec.ModelSpec, *, rngs: nnx.Rngs):
         self.config = config
         streams, shape = config.streams, config.shape
         self.embed = build(config.embed, shape, rngs=rngs)
         self.streams = None if streams is None else build(streams, shape, rngs=rngs)
-        self.stack = Stack(config, rngs=rngs, layer_loop=layer_loop, remat=remat)
+        self.stack = Stack(config, rngs=rngs)
         self.final_norm = RMSNorm(shape.width, eps=config.norm_eps)
         self.unembed = build(config.head, shape, rngs=rngs)
 
@@ -77,6 +70,8 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         routing: str = "trained",
         slack: float | None = None,
+        layer_loop: str = "auto",
+        remat: str = "none",
     ) -> tuple[jax.Array, dict[str, Record]]:
         """Returns what the head reads, (B, L, D), and the records, stacked over repetitions.
 
@@ -85,6 +80,8 @@ class Transformer(nnx.Module):
         routing: "trained" as in training, or "router", "predictor", "paced" or "threshold", which
           never look ahead. slack: with these, a routed layer takes the first slack * capacity * L
           positions of a row at most, as a cache has room for; None, all that ask.
+        layer_loop, remat: how the layers are run, see spec.Execution; it changes no number but by
+          rounding.
         Raises InputError for a routing that the model has not learned.
         """
         self.config.check_routing(routing, "routing")
@@ -93,7 +90,8 @@ class Transformer(nnx.Module):
         sequences_BL = number_rows(*tokens_BL.shape)
         ropes = self._ropes(positions_1L)
         at = At(positions_1L, segment_ids_BL, valid_BL, ropes, {}, sequences_BL)
-        x, records = self.stack(self._open(tokens_BL), at, Call(routing, slack, key))
+        call = Call(routing, slack, key, layer_loop=layer_loop, remat=remat)
+        x, records = self.stack(self._open(tokens_BL), at, call)
         return self._close(x), records
 
     def reader(

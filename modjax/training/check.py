@@ -40,7 +40,7 @@ def check(
         check_run(spec, execution, caches[spec.data], mesh)
     if execution.fsdp * execution.tensor * execution.expert > 1:
         for config in dict.fromkeys(spec.model for spec in specs):
-            model = abstract_model(config, execution)
+            model = abstract_model(config)
             param_shardings(mesh, model.params, model.logical_axes)
     check_claims(specs)
 

@@ -34,10 +34,10 @@ from modjax.training.evaluate import (
     validation_batches,
 )
 from modjax.training.metrics import MetricsWriter, last_train_loss
-from modjax.training.programs import compile_programs, init_state, make_models
+from modjax.training.programs import compile_programs, init_state
 from modjax.training.record import make_record, progress_values
 from modjax.training.sharding import make_mesh, put_batch
-from modjax.training.state import abstract_state, forget_losses, joined
+from modjax.training.state import abstract_model, abstract_state, forget_losses, joined
 
 # Tokens of one read of the cache.
 READ_TOKENS = 32_768
@@ -70,8 +70,7 @@ def train(
     cache = open_data(spec.data, data_dir, fingerprint)
     mesh = make_mesh(execution)
     check_run(spec, execution, cache, mesh)
-    models = make_models(spec, execution)
-    model = models.trained
+    model = abstract_model(spec.model)
     abstract = abstract_state(mesh, model, config)
     _claim(run_dir, spec)
     now = provenance(spec.model, mesh)
@@ -105,7 +104,7 @@ def train(
         )
         stack.callback(writer.close)
         clock.lap("setup")
-        programs = compile_programs(mesh, models, spec)
+        programs = compile_programs(mesh, model, spec, execution)
         if restored is None:
             state = init_state(mesh, model, config)
         clock.lap("compile")

@@ -29,7 +29,7 @@ from modjax.training.state import (
 TRAIN_STREAM, EVAL_STREAM = 1, 2
 
 # objective(model, batch, **options) -> the loss of every position (B, L), and the records. The
-# options are for Transformer.features: segment_ids_BL, key, routing and slack.
+# options are for Transformer.features.
 Objective = Callable[..., tuple[jax.Array, dict[str, Record]]]
 
 
@@ -49,13 +49,14 @@ def _nll(head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, targets_BL: j
 
 
 def make_train_step(
-    model: Model, train: TrainConfig, objective: Objective = next_token
+    model: Model, train: TrainConfig, objective: Objective = next_token, **options: Any
 ) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, dict[str, Any]]]:
     """A pure function (state, batch, schedule) -> (state, metrics); jit it with the state donated.
 
     With the objective's loss of each position, the loss is sum(weight * loss) / sum(weight) over
     the whole batch, however it is accumulated. The layers' own losses are added to what is
     minimised, not to what is reported.
+    options: for Transformer.features, such as layer_loop and remat.
     metrics: loss, the mean over the loss_steps steps since `state.forget_losses`; of this step
     grad_norm (before clipping, without predictors), learning_rate, diverged_step, and `records`,
     what the layers of the forward pass reported. Steps count from 1; randomness is drawn from
@@ -67,7 +68,7 @@ def make_train_step(
     def forward(trained, others, batch, key):
         params, measured = others
         merged = nnx.merge(model.graphdef, joined(together(trained, params), measured))
-        return objective(merged, batch, **_options(train, batch, key))
+        return objective(merged, batch, **_from_batch(train, batch, key), **options)
 
     def minimised(trained, others, batch, key, total_weight, sums=None):
         loss_BL, records = forward(trained, others, batch, key)
@@ -161,18 +162,19 @@ def _accumulated(gradient: Callable, sums_of: Callable, parts: int) -> Callable:
 
 
 def make_eval_step(
-    graphdef: Any, train: TrainConfig, objective: Objective = next_token, **routing: Any
+    graphdef: Any, train: TrainConfig, objective: Objective = next_token, **options: Any
 ) -> Callable[[Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]:
-    """A pure function (weights, batch, seed, index) of an evaluation batch.
+    """Returns a pure function (weights, batch, seed, index) of an evaluation batch.
 
-    weights: parameters and measured numbers, `joined`. Returns the summed loss and the weight of
-    each sequence, (B,), and what each layer's record counts there, (B, G).
+    weights: parameters and measured numbers, `joined`. options: for Transformer.features. It
+    returns the summed loss and the weight of each sequence, (B,), and what each layer's record
+    counts there, (B, G).
     """
 
     def eval_step(weights, batch, seed, index):
         key = stream_key(seed, EVAL_STREAM, index)
         model = nnx.merge(graphdef, weights)
-        loss_BL, records = objective(model, batch, **_options(train, batch, key), **routing)
+        loss_BL, records = objective(model, batch, **_from_batch(train, batch, key), **options)
         loss_B = jnp.sum(loss_BL * batch.weights_BL, axis=1)
         weight_B = jnp.sum(batch.weights_BL, axis=1)
         valid_BL = batch.segment_ids_BL > 0
@@ -185,8 +187,8 @@ def make_eval_step(
     return eval_step
 
 
-def _options(train: TrainConfig, batch: Any, key: jax.Array) -> dict[str, Any]:
-    """Returns how a run calls its model on a batch."""
+def _from_batch(train: TrainConfig, batch: Any, key: jax.Array) -> dict[str, Any]:
+    """Returns the options of a forward pass that differ from batch to batch."""
     return {"segment_ids_BL": batch.segment_ids_BL if train.document_mask else None, "key": key}
 
 

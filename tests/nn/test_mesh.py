@@ -86,7 +86,7 @@ def objective(model):
 def one_device(layer):
     """The model, its arguments, and the loss, records and gradients of one device."""
     config = layer if isinstance(layer, ModelSpec) else spec_of(layer)
-    model = abstract_model(config, Execution())
+    model = abstract_model(config)
     params, measured = jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0))
     measured = jax.tree.map(lambda x: x + 0.1, measured)
     arguments = params, measured, random_batch(0, BATCH, LENGTH, vocab=40)
@@ -131,6 +131,6 @@ def test_slots_travel_to_their_expert_and_back_and_nothing_else_of_theirs_moves(
 
 
 def test_experts_that_the_axis_does_not_divide_are_refused_in_one_line():
-    model = abstract_model(spec_of(Seq(Attention(), MoE(6))), Execution())
+    model = abstract_model(spec_of(Seq(Attention(), MoE(6))))
     with pytest.raises(InputError, match=r"execution.expert = 4: must divide 6, the experts dim"):
         param_shardings(make_mesh(Execution(data=2, expert=4)), model.params, model.logical_axes)

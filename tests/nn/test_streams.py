@@ -20,7 +20,6 @@ from modjax.spec import (
     AltUp,
     Attention,
     Dense,
-    Execution,
     Full,
     Gemma3nAltUp,
     HyperConnection,
@@ -213,10 +212,13 @@ def alternating(kind, inner, streams=2, **options):
 
 
 def logits(config, params=None, **options):
-    built = Transformer(config, rngs=nnx.Rngs(0), **options)
-    graphdef, state = nnx.split(built)
+    graphdef, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(state) if params is None else params
-    return jax.jit(lambda p: nnx.merge(graphdef, p)(TOKENS)[0], compiler_options=QUICK)(params)
+
+    def run(params):
+        return nnx.merge(graphdef, params)(TOKENS, **options)[0]
+
+    return jax.jit(run, compiler_options=QUICK)(params)
 
 
 def params_of(config):
@@ -425,7 +427,7 @@ def test_weight_decay_never_touches_a_coefficient():
     small = {"p", "g", "r", "a_m", "a_r", "b", "c", "scales", "b_read", "b_write", "b_mix"}
     seen = set()
     for config in START.values():
-        roles = abstract_model(config, Execution()).roles
+        roles = abstract_model(config).roles
         for path, role in jax.tree_util.tree_leaves_with_path(roles):
             name = path[-1].key
             if name in small:

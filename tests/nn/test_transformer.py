@@ -20,17 +20,18 @@ CONFIG = ModelSpec(40, 16, 4, 4, 2, 32, layers=(Dense(), ROUTED))
 TOKENS = jax.random.randint(jax.random.key(7), (3, 24), 0, 40)
 
 
-def forward(config, *args, **options):
-    graphdef, params = build(config, **options)
+def forward(config, *args):
+    graphdef, params = build(config)
     run = jax.jit(lambda params, *args: nnx.merge(graphdef, params)(*args), compiler_options=QUICK)
     return run(params, *args)
 
 
 def loss_and_grads(config=CONFIG, **options):
-    graphdef, params = build(config, **options)
+    graphdef, params = build(config)
 
     def loss(params):
-        return jnp.mean(jnp.square(nnx.merge(graphdef, params)(TOKENS, key=jax.random.key(0))[0]))
+        model = nnx.merge(graphdef, params)
+        return jnp.mean(jnp.square(model(TOKENS, key=jax.random.key(0), **options)[0]))
 
     return jax.value_and_grad(loss), params
 

@@ -65,7 +65,7 @@ def to_a_base(base):
 def network(config, seed):
     """A model's graph definition, its weights, and the model."""
     state = initial_state(config, seed)
-    graphdef, weights = abstract_model(config, Execution()).graphdef, state.params
+    graphdef, weights = abstract_model(config).graphdef, state.params
     return graphdef, weights, nnx.merge(graphdef, joined(weights, state.measured))
 
 
@@ -84,7 +84,7 @@ def test_kl_to_a_base_model_is_an_objective_without_a_line_of_the_model(most, mo
     sums_B = jax.jit(evaluated, compiler_options=QUICK)(weights, batch, 0, 0)[0]
     np.testing.assert_allclose(sums_B, np.sum(kl_BL * batch.weights_BL, axis=1), rtol=1e-4)
 
-    split = abstract_model(config, Execution())
+    split = abstract_model(config)
     step = jax.jit(make_train_step(split, train, to_a_base(base)), compiler_options=QUICK)
     state, found = initial_state(config), []
     for _ in range(8):

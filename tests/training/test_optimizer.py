@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from modjax.spec import Dense, Execution, MoD, TrainConfig
+from modjax.spec import Dense, MoD, TrainConfig
 from modjax.training.optimizer import Role, learning_rate, make_schedule, optimizer_for
 from modjax.training.state import abstract_model
 from tests.training.tiny import model
@@ -49,7 +49,7 @@ ROLES = {
 
 
 def test_stacked_vectors_are_no_matrices():
-    split = abstract_model(model(layers=(Dense(), MoD(predictor_weight=1.0))), Execution())
+    split = abstract_model(model(layers=(Dense(), MoD(predictor_weight=1.0))))
     vectors = {"scale", "predictor/line", "predictor/w_out", "router/w"}
     roles = {
         jax.tree_util.keystr(path, simple=True, separator="/"): role

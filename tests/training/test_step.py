@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import Dense, Execution, MoD
+from modjax.spec import Dense, MoD
 from modjax.training.state import abstract_model, joined
 from modjax.training.step import make_eval_step
 from tests.training.tiny import (
@@ -29,7 +29,7 @@ def step():
 
 def test_loss_is_the_weighted_mean_of_numpy_cross_entropy(step):
     state = initial_state(ROUTED)
-    split = abstract_model(ROUTED, Execution())
+    split = abstract_model(ROUTED)
     batch = random_batch(0, 8, 32)
     weights = joined(state.params, state.measured)
     inputs = batch.inputs_BL, batch.segment_ids_BL
