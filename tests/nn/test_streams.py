@@ -450,7 +450,7 @@ def test_weight_decay_never_touches_a_coefficient():
         ({"streams": "Recycled(2), Full(2)"}, "must be such as Recycled(2)"),
         ({"streams": "Logits()"}, "model.streams = 'Logits()': must be such as Recycled(2)"),
         ({"streams": 2}, "model.streams = 2: must be such as Recycled(2), or None"),
-        ({"layers": (Recycled(2),)}, "Recycled(streams=2): must be layers, or all of them Repeat"),
+        ({"layers": (Recycled(2),)}, "(Recycled(streams=2),): must be layers, or all"),
         ({"layers": ("MoD(Recycled(2))",)}, "(streams=2): must be of type Layer"),
     ],
 )
