@@ -1,6 +1,6 @@
 """How the heavy operations are computed: the only folder that knows a platform."""
 
-from modjax.kernels.attention import Mask, attend, capped, received_attention
+from modjax.kernels.attention import Mask, attend, received_attention
 from modjax.kernels.grouped import grouped_matmul
 from modjax.kernels.products import product, project, project_back
 from modjax.kernels.target import target
@@ -8,7 +8,6 @@ from modjax.kernels.target import target
 __all__ = [
     "Mask",
     "attend",
-    "capped",
     "grouped_matmul",
     "product",
     "project",

@@ -102,7 +102,7 @@ def _probabilities(q_BNLH, k_BGMH, mask: Mask, softcap, start, stop):
     s_BGRLM = jnp.einsum(
         "BGRLH,BGMH->BGRLM", q_BGRLH, k_BGMH[:, :, :stop], preferred_element_type=jnp.float32
     )
-    s_BGRLM = jnp.where(seen_BLM[:, None, None], capped(s_BGRLM, softcap), -jnp.inf)
+    s_BGRLM = jnp.where(seen_BLM[:, None, None], _capped(s_BGRLM, softcap), -jnp.inf)
     top_BGRL1 = jax.lax.stop_gradient(jnp.max(s_BGRLM, axis=-1, keepdims=True))
     p_BGRLM = jnp.exp(s_BGRLM - top_BGRL1)
     return p_BGRLM, jnp.sum(p_BGRLM, axis=-1, keepdims=True), seen_BLM
@@ -120,7 +120,7 @@ def _cached(q_BNLH, k_BGMH, v_BGMH, mask: Mask, softcap):
         away_BLM = mask.positions_BL[:, :, None] - mask.key_positions_BM[:, None]  # type: ignore[index]
         seen_BLM = seen_BLM & (away_BLM < mask.window)
     seen_B1QM = jnp.tile(seen_BLM, (1, heads // kv_heads, 1))[:, None]
-    s_BGQM = jnp.where(seen_B1QM, capped(s_BGQM, softcap), -jnp.inf)
+    s_BGQM = jnp.where(seen_B1QM, _capped(s_BGQM, softcap), -jnp.inf)
     p_BGQM = jnp.exp(s_BGQM - jnp.max(s_BGQM, axis=-1, keepdims=True))
     total_BGQ1 = jnp.sum(p_BGQM, axis=-1, keepdims=True)
     out_BGQH = jnp.einsum("BGQM,BGMH->BGQH", p_BGQM.astype(q_BNLH.dtype), v_BGMH)
@@ -128,6 +128,5 @@ def _cached(q_BNLH, k_BGMH, v_BGMH, mask: Mask, softcap):
     return out_BGQH.reshape(q_BNLH.shape)
 
 
-def capped(s: jax.Array, softcap: float | None) -> jax.Array:
-    """Returns c tanh(s / c) for the cap c, and s where it is None."""
-    return s if softcap is None else softcap * jnp.tanh(s / softcap)
+def _capped(s_BGQM, softcap: float | None):
+    return s_BGQM if softcap is None else softcap * jnp.tanh(s_BGQM / softcap)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from modjax import spec
-from modjax.kernels import capped, product
+from modjax.kernels import product
 from modjax.nn.params import normal_param
 from modjax.nn.sharding import batch_shards, constrain, per_device
 
@@ -53,7 +53,8 @@ class Logits(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, embed: Any) -> jax.Array:
         w_DV = self.w_logits[...] if embed is None else embed.table.T
-        return capped(product(x_BLD, w_DV, jnp.float32), self.softcap)
+        z_BLV, cap = product(x_BLD, w_DV, jnp.float32), self.softcap
+        return z_BLV if cap is None else cap * jnp.tanh(z_BLV / cap)
 
 
 class Head(NamedTuple):
