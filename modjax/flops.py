@@ -1,4 +1,4 @@
-"""FLOPs and parameters of a ModelSpec by component: sums over what its layers say they cost.
+"""FLOPs and parameters of a ModelSpec by component: sums over the costs of its parts.
 
 A multiply-add is 2 FLOPs; attention is counted without causal halving, though modjax.kernels skips
 most future keys of sequences longer than 128. A window counts its own keys, though up to 127 more
@@ -37,22 +37,17 @@ def counts(convention: str, component: str) -> bool:
 
 
 def costs(model: ModelSpec, seq_len: int, *, in_order: bool = False) -> Iterator[Cost]:
-    """What one sequence costs, layer by layer of the pattern, multiplied by its repetitions.
+    """Yields the costs of one sequence, part by part; a layer's are multiplied by its repetitions.
 
-    in_order: each of them by itself.
+    in_order: each repetition by itself.
     """
-    d, v = model.width, model.vocab_size
-    table, load = 2.0 * seq_len * d * v, Load(seq_len, seq_len)
-    yield Cost("embedding", table, v * d, role="embedding")
-    if model.streams:
-        yield from model.streams.cost(model.shape, load)
     segments = ((segment.parts, segment.times or 0) for segment in model.segments)
     one_by_one = ((part, 1) for parts, times in segments for part in parts * times)
-    for layer, times in one_by_one if in_order else model.repeated():
-        for cost in layer.cost(model.shape, load):
+    layers = one_by_one if in_order else model.repeated()
+    before, after = (((end, 1) for end in ends) for ends in model.ends)
+    for part, times in (*before, *layers, *after):
+        for cost in part.cost(model.shape, Load(seq_len, seq_len)):
             yield cost._replace(forward=times * cost.forward, params=times * cost.params)
-    yield Cost("norm", params=d)
-    yield Cost("logits", table, 0 if model.tie_embeddings else v * d, role="embedding")
 
 
 def forward_flops(model: ModelSpec, seq_len: int) -> dict[str, float]:
@@ -104,22 +99,23 @@ def six_nd(model: ModelSpec, tokens: float) -> float:
 
 
 def parameters(model: ModelSpec) -> dict[str, int]:
-    """Counts of learned parameters by component, and three sums.
+    """Returns counts of learned parameters by component, and three sums.
 
-    `total` counts each tensor once, `non_embedding` leaves out the embedding and the output
-    projection, `active` is the share of `non_embedding` used per token: a routed layer counts
-    with its capacity.
+    `total` counts each tensor once, `non_embedding` leaves out those of the role "embedding", which
+    are the embedding and the head, `active` is the share of `non_embedding` used per token: a
+    routed layer counts with its capacity.
     """
     found: dict[str, int] = {"embedding": 0, "logits": 0, "norm": 0}
-    active = 0.0
+    active, embedding = 0.0, 0
     for cost in costs(model, 1):
         if cost.params or cost.name in found:
             found[cost.name] = found.get(cost.name, 0) + cost.params
-        if cost.role != "embedding":
+        if cost.role == "embedding":
+            embedding += cost.params
+        else:
             active += cost.params * cost.active
     total = sum(found.values())
-    non_embedding = total - found["embedding"] - found["logits"]
-    return found | {"total": total, "non_embedding": non_embedding, "active": round(active)}
+    return found | {"total": total, "non_embedding": total - embedding, "active": round(active)}
 
 
 def cache_bytes(model: ModelSpec, length: int, slack: float | None = None) -> int:

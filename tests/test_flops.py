@@ -43,6 +43,7 @@ from modjax.spec import (
     SimplifiedAltUp,
     StrideSkip,
     Threshold,
+    Tied,
     TokenChoice,
     TopK,
     TrainConfig,
@@ -67,7 +68,7 @@ CHINCHILLA = [
 def test_chinchilla_table_a4_is_reproduced_without_embedding_and_logits(
     d, f, heads, layers, published
 ):
-    model = ModelSpec(32_000, d, layers, heads, heads, f, tie_embeddings=True)
+    model = ModelSpec(32_000, d, layers, heads, heads, f, head=Tied())
     # Chinchilla's N also holds its relative-position matrices, d * d a layer (Transformer-XL).
     n = parameters(model)["total"] + layers * d * d
     ratio = train_flops(model, 2048, 1, "chinchilla_table_a4") / (6 * n * 2048)
@@ -111,11 +112,11 @@ def test_matrix_products_agree_with_what_xla_counts(layers, kv_heads, streams):
     # Elementwise work is a share of about 1/d of XLA's count: a wide model isolates the products.
     # 128 positions are one query chunk, in which attention skips no future keys.
     config = ModelSpec(1024, 768, 2, 8, kv_heads, 3072, layers, streams=streams)
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), layer_loop="unroll"))
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
 
     def forward(params, tokens):
-        logits, records = nnx.merge(graphdef, params)(tokens)
+        logits, records = nnx.merge(graphdef, params)(tokens, layer_loop="unroll")
         return logits, [getattr(record, "logits_BL", None) for record in records.values()]
 
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)

@@ -116,4 +116,4 @@ def compiled_for_tpu(
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     mesh = make_mesh(execution, devices)
-    return lower_train_step(mesh, abstract_model(config, execution), train).compile()
+    return lower_train_step(mesh, abstract_model(config), train, execution).compile()

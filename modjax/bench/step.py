@@ -88,8 +88,8 @@ def ratio(seconds: dict[str, list[float]], over: str, under: str) -> float:
 
 
 def jax_step(config: ModelSpec, tokens: np.ndarray) -> Step:
-    mesh = make_mesh(Execution(data=1))
-    model = abstract_model(config, Execution())
+    execution = Execution(data=1)
+    mesh, model = make_mesh(execution), abstract_model(config)
     batch = Batch(
         inputs_BL=tokens[:, :-1].astype(np.int32),
         targets_BL=tokens[:, 1:].astype(np.int32),
@@ -98,7 +98,7 @@ def jax_step(config: ModelSpec, tokens: np.ndarray) -> Step:
     )
     with jax.set_mesh(mesh):
         state = init_state(mesh, model, TRAIN)
-        train_step = lower_train_step(mesh, model, TRAIN).compile()
+        train_step = lower_train_step(mesh, model, TRAIN, execution).compile()
         placed, schedule = put_batch(batch, mesh), make_schedule(TRAIN)
 
     def step():

@@ -90,9 +90,8 @@ def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
 
 def _restore(spec: RunSpec, folder: Path, identity: dict[str, str]) -> tuple[Model, Any, Mesh]:
     """Returns the model of a finished run, the weights after its last step, and their mesh."""
-    execution = Execution(data=1, layer_loop="scan")
-    mesh = make_mesh(execution)
-    model = abstract_model(spec.model, execution)
+    mesh = make_mesh(Execution(data=1))
+    model = abstract_model(spec.model)
     check_base(spec, model)
     with jax.set_mesh(mesh):
         return model, joined(*read_finished(mesh, model, spec, folder, identity)), mesh

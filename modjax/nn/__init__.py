@@ -1,10 +1,22 @@
 """How layers are computed: Flax NNX modules, one for each spec, and pure functions under them."""
 
 from modjax import spec
-from modjax.nn import attention, expert_rules, layers, mod, moe, routers, rules, sequence, streams
+from modjax.nn import (
+    attention,
+    ends,
+    expert_rules,
+    layers,
+    mod,
+    moe,
+    routers,
+    rules,
+    sequence,
+    streams,
+)
 from modjax.nn.block import MoDBlock, RoutedBlock
 from modjax.nn.build import MODULES, LayerModule, build, register
 from modjax.nn.call import At, Call, Out, under
+from modjax.nn.ends import in_chunks
 from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, TokenLoss, losses, observe, statistics, totals
@@ -12,6 +24,7 @@ from modjax.nn.routed import Routed, decision_counts, decision_quality
 from modjax.nn.weights import named_weights, write_weights
 from modjax.nn.within import within
 
+MODULES.update({spec.Tokens: ends.Tokens, spec.Logits: ends.Logits, spec.Tied: ends.Logits})
 MODULES.update({spec.Attention: attention.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
 MODULES.update({spec.MoD: mod.MoD, spec.MoE: moe.MoE})
 MODULES.update({spec.Linear: routers.Linear, spec.Sinusoids: routers.Sinusoids})
@@ -46,6 +59,7 @@ __all__ = [
     "build",
     "decision_counts",
     "decision_quality",
+    "in_chunks",
     "losses",
     "make_param",
     "measured",

@@ -33,9 +33,10 @@ MODULES: dict[type[Spec], Callable[..., nnx.Module]] = {}
 
 
 def register(spec: type[Spec], module: type[nnx.Module]) -> None:
-    """Adds a layer, router or rule to modjax: its spec, and its text, can stand wherever ours can.
+    """Adds a layer, router, rule or end to modjax: it can stand wherever ours can, in text too.
 
-    spec: a frozen dataclass, a subclass of modjax.Layer, Router or Rule.
+    spec: a frozen dataclass, a subclass of modjax.Layer, Router or Rule, or of Embedding, Head or
+    Expansion in modjax.spec.
     module: made as module(spec, shape, rngs=rngs). That of a layer is a subclass of
     modjax.nn.LayerModule; that of a router also gets outputs=, the scores that its rule reads of
     each position; that of a rule gets capacity=.

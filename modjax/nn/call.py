@@ -56,6 +56,7 @@ class Call(NamedTuple):
     key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
     selected: the positions were selected by content. A position's place in the selection depends on
       other documents, so no layer may use it.
+    layer_loop, remat: how the stack runs its layers, see spec.Execution.
     """
 
     routing: str = "trained"
@@ -63,6 +64,8 @@ class Call(NamedTuple):
     key: jax.Array | None = None
     fresh: bool = False
     selected: bool = False
+    layer_loop: str = "auto"
+    remat: str = "none"
 
     def inside(self, index: int | jax.Array) -> "Call":
         """The call of a layer within another, with a key of its own."""

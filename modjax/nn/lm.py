@@ -1,9 +1,8 @@
-"""A decoder: a stack of layers between an embedding and logits.
+"""A decoder: a stack of layers between an embedding and a head.
 
 Legend: B batch, L positions, D model width, H head width, V vocabulary, M max_length.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,16 +12,15 @@ from flax import nnx
 
 from modjax import spec
 from modjax.errors import require
-from modjax.kernels import product
 from modjax.nn.attention import rotary_tables
 from modjax.nn.build import build
 from modjax.nn.cache import overflow
 from modjax.nn.call import At, Call, number_rows
+from modjax.nn.ends import Head
 from modjax.nn.layers import RMSNorm
-from modjax.nn.params import normal_param
 from modjax.nn.records import Record
 from modjax.nn.routing import gather
-from modjax.nn.sharding import constrain, constrain_stream
+from modjax.nn.sharding import constrain_stream
 from modjax.nn.stack import Stack
 
 
@@ -42,37 +40,30 @@ Reader = Callable[[jax.Array, jax.Array, Cache | None], tuple[jax.Array, Cache, 
 
 
 class Transformer(nnx.Module):
-    """Tokens to next-token logits. layer_loop, remat: see stack.Stack."""
+    """Tokens to features, and features to logits."""
 
-    def __init__(
-        self,
-        config: spec.ModelSpec,
-        *,
-        rngs: nnx.Rngs,
-        layer_loop: str = "auto",
-        remat: str = "none",
-    ):
+    def __init__(self, config: spec.ModelSpec, *, rngs: nnx.Rngs):
         self.config = config
-        d, v = config.width, config.vocab_size
-        # A tied table also serves as the output projection, whose logits should start near 1.
-        std = 1 / math.sqrt(d)
-        self.embedding = normal_param(
-            rngs,
-            (v, d),
-            ("vocab", "embed"),
-            std=std if config.tie_embeddings else 1.0,
-            role="embedding",
-        )
-        ends, shape = config.streams, config.shape
-        self.streams: Any = None if ends is None else build(ends, shape, rngs=rngs)
-        self.stack = Stack(config, rngs=rngs, layer_loop=layer_loop, remat=remat)
-        self.final_norm = RMSNorm(d, eps=config.norm_eps)
-        if not config.tie_embeddings:
-            self.w_logits = normal_param(
-                rngs, (d, v), ("embed", "vocab"), std=std, role="embedding"
-            )
+        streams, shape = config.streams, config.shape
+        self.embed = build(config.embed, shape, rngs=rngs)
+        self.streams = None if streams is None else build(streams, shape, rngs=rngs)
+        self.stack = Stack(config, rngs=rngs)
+        self.final_norm = RMSNorm(shape.width, eps=config.norm_eps)
+        self.unembed = build(config.head, shape, rngs=rngs)
 
-    def __call__(
+    def __call__(self, *args: Any, **options: Any) -> tuple[jax.Array, dict[str, Record]]:
+        """Returns logits (B, L, V) in float32, and the records. The arguments are those of
+        `features`.
+        """
+        x_BLD, records = self.features(*args, **options)
+        return self.head(x_BLD), records
+
+    @property
+    def head(self) -> Head:
+        """A function from features (B, L, D) to logits (B, L, V) that is also a tree of weights."""
+        return Head(self.unembed, self.embed if self.config.head.tied else None)
+
+    def features(
         self,
         tokens_BL: jax.Array,
         segment_ids_BL: jax.Array | None = None,
@@ -80,8 +71,10 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         routing: str = "trained",
         slack: float | None = None,
+        layer_loop: str = "auto",
+        remat: str = "none",
     ) -> tuple[jax.Array, dict[str, Record]]:
-        """Logits (B, L, V) in float32, and what the layers report, stacked over repetitions.
+        """Returns what the head reads, (B, L, D), and the records, stacked over repetitions.
 
         segment_ids_BL: attention stays within equal ids, 0 is padding (never routed).
         key: PRNG key, needed by random routing only.
@@ -89,6 +82,8 @@ class Transformer(nnx.Module):
           never looks ahead; or the name of a rule, which those layers use that have it.
         slack: without the future, a routed layer takes the first slack * capacity * L positions of
           a row at most, as a cache has slots for; None, all that ask.
+        layer_loop, remat: how the layers are run, see spec.Execution; it changes no number but by
+          rounding.
         Raises InputError for a routing that the model does not have.
         """
         self.config.check_routing(routing, "routing")
@@ -97,8 +92,9 @@ class Transformer(nnx.Module):
         sequences_BL = number_rows(*tokens_BL.shape)
         ropes = self._ropes(positions_1L)
         at = At(positions_1L, segment_ids_BL, valid_BL, ropes, {}, sequences_BL)
-        x_BLD, records = self.stack(self._embed(tokens_BL), at, Call(routing, slack, key))
-        return self._logits(x_BLD), records
+        call = Call(routing, slack, key, layer_loop=layer_loop, remat=remat)
+        x, records = self.stack(self._open(tokens_BL), at, call)
+        return self._close(x), records
 
     def reader(
         self,
@@ -159,13 +155,13 @@ class Transformer(nnx.Module):
             sequences_BL = number_rows(batch, length)
             at = At(positions_BL, None, valid_BL, ropes, {}, sequences_BL)
             call = Call(routing, slack, key, fresh)
-            x_BLD, caches, depths_BL = self.stack.read(
-                apart, self._embed(tokens_BL), at, call, cache.layers
+            x, caches, depths_BL = self.stack.read(
+                apart, self._open(tokens_BL), at, call, cache.layers
             )
             last_B1 = jnp.maximum(lengths_B - 1, 0)[:, None]
-            x_B1D = x_BLD if length == 1 else gather(x_BLD, last_B1)
+            logits_B1V = self.head(self._close(x if length == 1 else gather(x, last_B1)))
             positions_B = cache.positions_B + lengths_B.astype(jnp.int32)
-            return self._logits(x_B1D)[:, 0], Cache(caches, positions_B), depths_BL
+            return logits_B1V[:, 0], Cache(caches, positions_B), depths_BL
 
         return read
 
@@ -175,15 +171,14 @@ class Transformer(nnx.Module):
         bases = {rope for layer, _ in self.config.repeated() for rope in layer.ropes()}
         return {base: rotary_tables(positions_BL, width, base, dtype) for base in sorted(bases)}
 
-    def _embed(self, tokens_BL):
-        table_VD = constrain(self.embedding.astype(jnp.dtype(self.config.dtype)), "vocab", None)
-        x_BLD = table_VD[tokens_BL]
+    def _open(self, tokens_BL: jax.Array) -> jax.Array:
+        """Returns the residual stream, or streams, before the first layer."""
+        x_BLD = self.embed(tokens_BL, jnp.dtype(self.config.dtype))
         return constrain_stream(x_BLD if self.streams is None else self.streams.open(x_BLD))
 
-    def _logits(self, x_BLD):
-        x_BLD = x_BLD if self.streams is None else self.streams.close(x_BLD)
-        w_DV = self.embedding.T if self.config.tie_embeddings else self.w_logits[...]
-        return product(self.final_norm(x_BLD), w_DV, jnp.float32)
+    def _close(self, x: jax.Array) -> jax.Array:
+        """Returns the features, from the residual stream after the last layer."""
+        return self.final_norm(x if self.streams is None else self.streams.close(x))
 
 
 def _looked_up(table_1MH: jax.Array, positions_BL: jax.Array) -> jax.Array:

@@ -73,7 +73,7 @@ def alone(models: Iterable[ModelSpec]) -> list[ModelSpec]:
                         before.insert(0, part)
                         needed |= part.needs()
                 one = _with_layers(model, (*before, layer))
-                found.setdefault((*map(str, one.layers), str(one.streams)), one)
+                found.setdefault((*map(str, one.layers), str(one.ends)), one)
     return list(found.values())
 
 
@@ -114,7 +114,7 @@ def _findings(model: ModelSpec, length: int) -> list[Finding]:
     layer = model.layers[-1]
 
     def make() -> Transformer:
-        return Transformer(model, rngs=nnx.Rngs(0), layer_loop="scan")
+        return Transformer(model, rngs=nnx.Rngs(0))
 
     graphdef = nnx.split(nnx.eval_shape(make))[0]
     born = jax.jit(lambda: nnx.split(make())[1], compiler_options=QUICK)()
@@ -125,7 +125,8 @@ def _findings(model: ModelSpec, length: int) -> list[Finding]:
 
         def run(state: Any, tokens_BL: jax.Array, routing: str = routing) -> jax.Array:
             network = nnx.merge(graphdef, state)
-            return network(tokens_BL, key=jax.random.key(0), routing=routing)[0]
+            options = {"key": jax.random.key(0), "routing": routing, "layer_loop": "scan"}
+            return network(tokens_BL, **options)[0]
 
         with jax.default_matmul_precision("highest"):  # TOLERANCE is for float32 products
             program = jax.jit(run).lower(born, tokens)

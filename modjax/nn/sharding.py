@@ -7,10 +7,11 @@ mesh, or one with other axes, constrains nothing; top-k stays within a shard eve
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     # activations
@@ -71,6 +72,25 @@ def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) ->
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(x_BL)
 
 
+def per_device(function: Callable[..., jax.Array], weights: Any, *arrays: jax.Array) -> jax.Array:
+    """Returns function(weights, *arrays), where each device computes its own rows of the batch.
+
+    weights: a tree that every device needs whole. It is gathered before `function` and its gradient
+    is summed over devices after it: once, even where `function` loops. The axis "tensor" stays the
+    partitioner's.
+    """
+    if batch_shards(arrays[0].shape[0]) == 1:
+        return function(weights, *arrays)
+    rows = partition_spec(("batch",))
+    return jax.shard_map(
+        function,
+        in_specs=(PartitionSpec(), *[rows] * len(arrays)),
+        out_specs=rows,
+        axis_names=set(LOGICAL_TO_MESH["batch"] or ()),
+        check_vma=False,
+    )(weights, *arrays)
+
+
 def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
     """The same under whatever mesh the batch lies on, which is not known here."""
     ranks = x_BL.ndim, jax.eval_shape(function, x_BL).ndim
@@ -105,4 +125,6 @@ def batch_shards(batch: int) -> int:
 
 
 def _is_ours(mesh: AbstractMesh) -> bool:
-    return not mesh.empty and mesh.axis_names == MESH_AXES
+    """Whether arrays lie on a mesh of ours here. In a shard_map each device has its own arrays."""
+    manual = AxisType.Manual in mesh.axis_types
+    return not mesh.empty and mesh.axis_names == MESH_AXES and not manual

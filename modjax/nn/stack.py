@@ -28,15 +28,10 @@ Repetition = tuple[Any, Places, int]  # blocks by name, their places, which repe
 
 
 class Stack(nnx.Module):
-    """layer_loop: "scan", "unroll" or "auto": unrolled for a CPU, where the scan costs more than it
-    saves, scanned elsewhere. remat: "none", "dots" (matrix products are kept) or "full" (each
-    repetition of a pattern is recomputed).
-    """
+    """The layers of a model. A call says how they are run, see spec.Execution."""
 
-    def __init__(self, model: spec.ModelSpec, *, rngs: nnx.Rngs, layer_loop: str, remat: str):
+    def __init__(self, model: spec.ModelSpec, *, rngs: nnx.Rngs):
         self.segments = model.segments
-        self.layer_loop = layer_loop
-        self.remat = remat
         blocks = {}
         for name, layer, times in self._layers():
             stacked = nnx.vmap(
@@ -49,7 +44,7 @@ class Stack(nnx.Module):
 
     def __call__(self, x: jax.Array, at: At, call: Call) -> tuple[jax.Array, dict[str, Record]]:
         """New x, and the records of every place of the patterns, stacked over repetitions."""
-        loop = self.layer_loop
+        loop = call.layer_loop
         scan = loop == "scan" or (loop == "auto" and target() != "cpu")
         records: dict[str, Record] = {}
         for blocks, places, times in self._segments():
@@ -60,9 +55,9 @@ class Stack(nnx.Module):
                 params, index = params_and_index
                 return _run(nnx.merge(graphdef, params), places, x, at, call, index)[:2]
 
-            if self.remat != "none":
+            if call.remat != "none":
                 dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                group = jax.checkpoint(group, policy=dots if self.remat == "dots" else None)
+                group = jax.checkpoint(group, policy=dots if call.remat == "dots" else None)
             if scanned:
                 x, found = jax.lax.scan(group, x, (params, jnp.arange(times)))
             else:

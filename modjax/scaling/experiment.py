@@ -24,7 +24,7 @@ from modjax.files import read_file
 from modjax.flops import run_flops
 from modjax.scaling.plan import plan
 from modjax.scaling.sweep_config import RECIPE_FIELDS, SweepConfig
-from modjax.spec import DataConfig, Execution, ModelSpec, RunSpec, TrainConfig, from_dict
+from modjax.spec import DataConfig, Execution, ModelSpec, RunSpec, Spec, TrainConfig, from_dict
 from modjax.spec.imports import import_all, places, user_code, without_unused
 from modjax.spec.text import bounded
 
@@ -113,12 +113,12 @@ def _read(config_file: str) -> dict[str, Any]:
 
 
 def _as_text(name: str, value: Any) -> Any:
-    """A value with all layers as text, in which plans are kept and overrides are given."""
+    """Returns a value with all specs as text, in which plans are kept and overrides are given."""
     if isinstance(value, dict):
         return {inner: _as_text(inner, item) for inner, item in value.items()}
     if name == "layers":
         return ", ".join(map(str, value if isinstance(value, list | tuple) else [value]))
-    return value
+    return str(value) if isinstance(value, Spec) else value
 
 
 def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:

@@ -25,7 +25,7 @@ from modjax.scaling.sweep_config import (
 )
 from modjax.spec import DataConfig, ModelSpec, Repeat, RunSpec, TrainConfig, from_dict
 from modjax.spec.imports import without_unused
-from modjax.spec.model import read_layers, read_streams
+from modjax.spec.model import ENDS, read_end, read_layers
 
 # What an arm can say beside the model fields in which it differs.
 ARM_FIELDS = ("recipe", "forward_ratio")
@@ -89,7 +89,8 @@ def _require_absent(group: str, values: Mapping, names: Sequence[str], rule: str
 def _check_base(sweep: SweepConfig, model: Mapping[str, Any]) -> None:
     """Raises InputError for a wrong field of the shared model, even where every arm changes it."""
     read_layers(model.get("layers", "Dense()"))
-    read_streams(model.get("streams"))
+    for name in ENDS.keys() & model.keys():
+        read_end(name, model[name])
     # Layers and streams have to fit each other in the arms only; a base may leave the rest to them.
     plain = {"vocab_size": 1, **model, "layers": "MLP()", "streams": None}
     from_dict(ModelSpec, plain | sweep.shape.at(sweep.shape.width_multiple), "model.")

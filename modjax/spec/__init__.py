@@ -1,5 +1,6 @@
 """What a model and a run are: frozen values, pure Python without jax."""
 
+from modjax.spec.ends import Embedding, Expansion, Head, Logits, Tied, Tokens
 from modjax.spec.experts import ExpertChoice, ExpertRule, ExpertThreshold, TokenChoice
 from modjax.spec.fields import canonical, from_dict, to_dict
 from modjax.spec.layer import Cost, Layer, Load, Repeat, Shape, Spec, named
@@ -49,16 +50,20 @@ __all__ = [
     "Cost",
     "DataConfig",
     "Dense",
+    "Embedding",
     "Execution",
+    "Expansion",
     "ExpertChoice",
     "ExpertRule",
     "ExpertThreshold",
     "Full",
     "Gemma3nAltUp",
+    "Head",
     "HyperConnection",
     "Layer",
     "Linear",
     "Load",
+    "Logits",
     "ManifoldHyperConnection",
     "Mask",
     "MoD",
@@ -86,7 +91,9 @@ __all__ = [
     "StridePool",
     "StrideSkip",
     "Threshold",
+    "Tied",
     "TokenChoice",
+    "Tokens",
     "TopK",
     "TrainConfig",
     "Window",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from modjax.errors import InputError, is_bounded, require, require_bounded
-from modjax.spec.layer import Repeat, Spec
+from modjax.spec.layer import Spec
 
 T = TypeVar("T")
 
@@ -22,17 +22,18 @@ def canonical(config: Any) -> dict[str, Any]:
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.default is dataclasses.MISSING or value != field.default:
-            values[field.name] = canonical(value) if _is_group(value) else _plain(value)
+        plain = canonical(value) if _is_group(value) else _plain(value)
+        if field.default is dataclasses.MISSING or plain != _plain(field.default):
+            values[field.name] = plain
     return values
 
 
 def _is_group(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, Spec | Repeat)
+    return dataclasses.is_dataclass(value) and not isinstance(value, Spec)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Spec | Repeat):
+    if isinstance(value, Spec):
         return str(value)
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}

@@ -143,8 +143,8 @@ class Source(NamedTuple):
 
 
 def own_layers(model: Any) -> list[str]:
-    """Returns the names of a ModelSpec's layers that are not modjax's."""
-    used = {type(spec).__name__ for spec in _specs((model.layers, model.streams))}
+    """Returns the names of a ModelSpec's layers and ends that are not modjax's."""
+    used = {type(spec).__name__ for spec in _specs(model)}
     return sorted(used.intersection(registered()))
 
 

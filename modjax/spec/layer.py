@@ -1,4 +1,4 @@
-"""What every layer's spec has: its costs, its routings, its cache, its text.
+"""What every spec has, its checks and its text; what a layer has, its costs, routings and cache.
 
 A spec is a frozen dataclass that checks itself. It composes by containing other specs.
 """
@@ -17,7 +17,11 @@ from modjax.spec import text
 
 
 class Shape(NamedTuple):
-    """The numbers of a model that its layers share."""
+    """The numbers that a model's parts share.
+
+    streams: how many residual streams the layers see. Only the ends read the rest: vocab_size,
+    width (of a row of the embedding, and of the features), and whether the head is tied to it.
+    """
 
     d_model: int
     num_layers: int
@@ -27,6 +31,9 @@ class Shape(NamedTuple):
     d_ff: int
     norm_eps: float
     streams: int = 1
+    vocab_size: int = 0
+    width: int = 0
+    tied: bool = False
 
 
 class Load(NamedTuple):
@@ -117,15 +124,13 @@ class Layer(Spec):
         return found
 
 
-
 def check_types(spec: Any, name: str) -> None:
     """Raises InputError where a field of a dataclass is not what its annotation says."""
     for field, kinds, said in _types(type(spec)):
         value = getattr(spec, field)
         whole = float in kinds and type(value) is int
-        fits = (
-            whole or type(value) in kinds or (isinstance(value, Spec) and isinstance(value, kinds))
-        )
+        specs = tuple(kind for kind in kinds if issubclass(kind, Spec))
+        fits = whole or type(value) in kinds or isinstance(value, specs)
         require(fits, f"{name}.{field}", value, f"must be {said}")
         require_bounded(f"{name}.{field}", value)
 
@@ -149,7 +154,7 @@ def check_parts(name: str, parts: tuple[Any, ...]) -> None:
 
 
 @dataclass(frozen=True, init=False)
-class Repeat:
+class Repeat(Spec):
     """A segment of a model: `parts`, in this order, `times` times over.
 
     One segment of a model may leave `times` open (None), and takes what the depth leaves.
@@ -168,9 +173,6 @@ class Repeat:
             times,
             "must be greater than 0, or left out",
         )
-
-    def __str__(self) -> str:
-        return text.write(self)
 
 
 class Origin(NamedTuple):

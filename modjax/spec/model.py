@@ -5,10 +5,16 @@ from typing import Any
 
 from modjax.errors import require, require_one_of, require_positive
 from modjax.spec import text
+from modjax.spec.ends import Embedding, End, Expansion, FinalNorm, Head
 from modjax.spec.layer import NAMES, Layer, Repeat, Shape
-from modjax.spec.streams import Ends
 
 DTYPES = ("float32", "bfloat16")
+# The fields that hold an end: its type, and how an error names the accepted ones.
+ENDS = {
+    "embed": (Embedding, "Tokens()"),
+    "head": (Head, "Logits() or Tied()"),
+    "streams": (Expansion | None, "Recycled(2), or None"),
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,7 @@ class ModelSpec:
     head_dim: None takes d_model / num_heads.
     imports: files and modules that register layers which are not modjax's. A spec imports none of
       them: whoever trusts them has imported them before the text of `layers` is read.
+    embed, head: the embedding and the head, such as Tied(); may be given as text.
     streams: residual streams in place of one, such as Recycled(2); may be given as text.
     """
 
@@ -31,11 +38,12 @@ class ModelSpec:
     d_ff: int
     layers: Any = "Dense()"
     head_dim: int | None = None
-    tie_embeddings: bool = False
     norm_eps: float = 1e-6
     dtype: str = "float32"
     imports: tuple[str, ...] = ()
     streams: Any = None
+    embed: Any = "Tokens()"
+    head: Any = "Logits()"
 
     def __post_init__(self):
         require_positive(
@@ -63,7 +71,8 @@ class ModelSpec:
         )
         require_one_of("model.dtype", self.dtype, DTYPES)
         object.__setattr__(self, "layers", read_layers(self.layers))
-        object.__setattr__(self, "streams", read_streams(self.streams))
+        for name in ENDS:
+            object.__setattr__(self, name, read_end(name, getattr(self, name)))
         for segment in self.segments:  # raises where the depth does not fit
             handed: frozenset[str] = frozenset()
             for layer in segment.parts:
@@ -79,7 +88,7 @@ class ModelSpec:
 
     @property
     def shape(self) -> Shape:
-        """What the layers share."""
+        """The numbers that the parts share."""
         head_dim = self.head_dim or self.d_model // self.num_heads
         return Shape(
             self.d_model,
@@ -90,12 +99,15 @@ class ModelSpec:
             self.d_ff,
             self.norm_eps,
             self.streams.streams if self.streams else 1,
+            self.vocab_size,
+            self.streams.width(self.d_model) if self.streams else self.d_model,
+            self.head.tied,
         )
 
     @property
-    def width(self) -> int:
-        """Of a row of the embedding, and of what the head reads."""
-        return self.streams.width(self.d_model) if self.streams else self.d_model
+    def ends(self) -> tuple[tuple[End, ...], tuple[End, ...]]:
+        """What stands before the layers, and what stands after them."""
+        return (self.embed, *filter(None, [self.streams])), (FinalNorm(), self.head)
 
     @property
     def segments(self) -> tuple[Repeat, ...]:
@@ -185,12 +197,14 @@ class ModelSpec:
         return "causal" if self.own_rules() or self.looks_ahead("trained") else "trained"
 
 
-def read_streams(streams: Any, field: str = "model.streams") -> Ends | None:
-    """Returns the ends of the residual streams, from text or as they are."""
-    found = text.read(streams, NAMES, field) if isinstance(streams, str) else (streams,)
-    fits = len(found) == 1 and (found[0] is None or isinstance(found[0], Ends))
-    shown = streams if isinstance(streams, int) else str(streams)  # str refuses very long ones
-    require(fits, field, shown, "must be such as Recycled(2), or None")
+def read_end(name: str, value: Any) -> End | None:
+    """Returns the end that a field of ENDS holds, from text or as it is."""
+    kind, accepted = ENDS[name]
+    field = f"model.{name}"
+    found = text.read(value, NAMES, field) if isinstance(value, str) else (value,)
+    shown = value if isinstance(value, int) else str(value)  # str refuses very long ones
+    fits = len(found) == 1 and isinstance(found[0], kind)
+    require(fits, field, shown, f"must be such as {accepted}")
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""S residual streams in place of one: what opens and closes them, and layers that work on them.
+"""S residual streams in place of one: their expansions, and layers that work on them.
 
 Every such layer runs its inner layer on one vector of the model's width, at the cost it had.
 """
@@ -6,36 +6,17 @@ Every such layer runs its inner layer on one vector of the model's width, at the
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from modjax.errors import InputError, require
+from modjax.errors import require
+from modjax.spec.ends import Expansion
 from modjax.spec.layer import Cost, Layer, Load, Shape, named
 from modjax.spec.layers import DENSE
 
-MOST = 64
 SINKHORN_ROUNDS = 20
-
-
-@dataclass(frozen=True)
-class Ends(Layer):
-    """Base of what `ModelSpec.streams` may be: it opens `streams` of them, and closes them."""
-
-    streams: int
-
-    def __post_init__(self):
-        super().__post_init__()
-        fits = 2 <= self.streams <= MOST
-        require(fits, f"{type(self).__name__}.streams", self.streams, f"must be 2 to {MOST}")
-
-    def check(self, shape: Shape) -> None:
-        raise InputError("model.layers", str(self), "is no layer: it belongs in model.streams")
-
-    def width(self, d_model: int) -> int:
-        """Of a row of the embedding, and of what the head reads."""
-        return d_model
 
 
 @named
 @dataclass(frozen=True)
-class Recycled(Ends):
+class Recycled(Expansion):
     """Copies of the embedding; at the end their mean (Recycled-AltUp, arXiv 2301.13310).
 
     The paper sums them, a factor that the final norm takes away.
@@ -47,7 +28,7 @@ class Recycled(Ends):
 
 @named
 @dataclass(frozen=True)
-class Full(Ends):
+class Full(Expansion):
     """An embedding and a head that are `streams` times as wide (AltUp, arXiv 2301.13310)."""
 
     def width(self, d_model: int) -> int:
@@ -59,7 +40,7 @@ class Full(Ends):
 
 @named
 @dataclass(frozen=True)
-class Projected(Ends):
+class Projected(Expansion):
     """As Gemma 3n: all but the first are learned projections of it, to its size; so is their way
     back, before the mean.
     """

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from modjax.errors import InputError, require
 from modjax.files import damaged
 from modjax.records import read_record, read_spec
-from modjax.spec import Execution, RunSpec
+from modjax.spec import RunSpec
 from modjax.training.checkpoint import find_damage, read_weights
 from modjax.training.programs import init_state
 from modjax.training.state import (
@@ -57,7 +57,7 @@ def check_base(spec: RunSpec, model: Model) -> None:
         return
     folder, base = _base(spec)
     _final_checkpoint(base, folder)
-    theirs = abstract_model(base.model, Execution())
+    theirs = abstract_model(base.model)
     other = _shapes(model) ^ _shapes(theirs)
     need = f"must have the weights of this model; other shapes: {min(other, default='')}"
     require(not other, "base", spec.base, need)

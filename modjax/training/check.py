@@ -40,7 +40,7 @@ def check(
         check_run(spec, execution, caches[spec.data], mesh)
     if execution.fsdp * execution.tensor * execution.expert > 1:
         for config in dict.fromkeys(spec.model for spec in specs):
-            model = abstract_model(config, execution)
+            model = abstract_model(config)
             param_shardings(mesh, model.params, model.logical_axes)
     check_claims(specs)
 
@@ -86,7 +86,7 @@ def _cached(model: ModelSpec) -> Path | None:
     """Returns the file that keeps the findings, or None where a layer is from outside."""
     if own_layers(model):
         return None
-    text = f"{', '.join(map(str, model.layers))}; {model.streams}; {source_code(model)}"
+    text = f"{', '.join(map(str, model.layers))}; {model.ends}; {source_code(model)}"
     return user_cache("probes") / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 

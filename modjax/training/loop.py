@@ -35,10 +35,11 @@ from modjax.training.evaluate import (
     validation_batches,
 )
 from modjax.training.metrics import MetricsWriter, last_train_loss
-from modjax.training.programs import compile_programs, make_models
+from modjax.training.programs import compile_programs
 from modjax.training.record import causal_name, make_record, progress_values
 from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import (
+    abstract_model,
     abstract_state,
     forget_losses,
     joined,
@@ -78,8 +79,7 @@ def train(
     cache = open_data(spec.data, data_dir, fingerprint)
     mesh = make_mesh(execution)
     check_run(spec, execution, cache, mesh)
-    models = make_models(spec, execution)
-    model = models.trained
+    model = abstract_model(spec.model)
     check_base(spec, model)
     mask = trainable(model, config)
     abstract = trained_part(abstract_state(mesh, model, config), mask)
@@ -117,7 +117,7 @@ def train(
         )
         stack.callback(writer.close)
         clock.lap("setup")
-        programs = compile_programs(mesh, models, spec)
+        programs = compile_programs(mesh, model, spec, execution)
         if restored is None:
             state = initial_state(mesh, model, spec)
         clock.lap("compile")

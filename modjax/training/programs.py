@@ -1,6 +1,5 @@
 """The compiled programs of a run: compiled ahead, so that their time is known apart."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from modjax.training.sharding import batch_sharding
 from modjax.training.state import (
     Model,
     TrainState,
-    abstract_model,
     abstract_state,
     abstract_weights,
     joined,
@@ -40,28 +38,11 @@ class Programs(NamedTuple):
     statistics: Callable[[Any], dict[str, jax.Array]]
 
 
-class Models(NamedTuple):
-    """The model of a run, as it is trained and as it is evaluated; both share parameters.
-
-    evaluated: with scanned layers, which compile in less time than unrolled ones save in a few
-    evaluations.
-    """
-
-    trained: Model
-    evaluated: Model
-
-
-def make_models(spec: RunSpec, execution: Execution) -> Models:
-    """Call it outside `jax.set_mesh`, see `abstract_model`."""
-    scanned = dataclasses.replace(execution, layer_loop="scan")
-    return Models(abstract_model(spec.model, execution), abstract_model(spec.model, scanned))
-
-
-def compile_programs(mesh: Mesh, models: Models, spec: RunSpec) -> Programs:
+def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, execution: Execution) -> Programs:
     """Compiles what a run needs; call under `jax.set_mesh(mesh)`."""
     train = spec.train
     schedule = make_schedule(train)
-    lowered = lower_train_step(mesh, models.trained, train)
+    lowered = lower_train_step(mesh, model, train, execution)
     compiled = lowered.compile()
     records = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -71,23 +52,27 @@ def compile_programs(mesh: Mesh, models: Models, spec: RunSpec) -> Programs:
     routings = dict.fromkeys(("trained", spec.model.causal_routing() or "trained"))
     return Programs(
         lambda state, batch: compiled(state, batch, schedule),
-        {name: compile_eval_step(mesh, models.evaluated, train, routing=name) for name in routings},
+        {name: compile_eval_step(mesh, model, train, routing=name) for name in routings},
         jax.jit(statistics).lower(records).compile() if records else statistics,
     )
 
 
 def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: Any) -> Callable:
-    """A function (weights, batch, index), as make_eval_step's for the run's seed."""
+    """Returns a function (weights, batch, index), as make_eval_step's for the run's seed.
+
+    Its layers are scanned: that compiles in less time than unrolled ones save in a few evaluations.
+    """
+    options = {"layer_loop": "scan", **routing}
     replicated = NamedSharding(mesh, PartitionSpec())
     seed = jnp.int32(train.seed)
     batch = abstract_batch(mesh, eval_batch_size(mesh), train.seq_len)
-    eval_step = jax.jit(make_eval_step(model.graphdef, train, **routing), out_shardings=replicated)
+    eval_step = jax.jit(make_eval_step(model.graphdef, train, **options), out_shardings=replicated)
     weights = joined(*abstract_weights(mesh, model, train))
     compiled = eval_step.lower(weights, batch, seed, seed).compile()
     return lambda weights, batch, index: compiled(weights, batch, seed, index)
 
 
-def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig) -> Any:
+def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig, execution: Execution) -> Any:
     """The train step (state, batch, schedule), to be compiled.
 
     Outside `jax.set_mesh` it may be for devices that are not there, as of a TPU topology.
@@ -95,7 +80,7 @@ def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig) -> Any:
     # Both make small arrays, on the devices of a mesh that is set.
     state, schedule = abstract_state(mesh, model, train), make_schedule(train)
     step = jax.jit(
-        make_train_step(model, train),
+        make_train_step(model, train, layer_loop=execution.layer_loop, remat=execution.remat),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )

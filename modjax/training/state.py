@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax.nn import Transformer
 from modjax.nn.params import Measured
-from modjax.spec import Execution, ModelSpec, TrainConfig
+from modjax.spec import ModelSpec, TrainConfig
 from modjax.spec.run import ROUTER_ROLES
 from modjax.training.optimizer import Role, Schedule, make_schedule, optimizer_for
 from modjax.training.sharding import param_shardings
@@ -60,16 +60,14 @@ class Model(NamedTuple):
     dtype: Any
 
 
-def abstract_model(config: ModelSpec, execution: Execution) -> Model:
+def abstract_model(config: ModelSpec) -> Model:
     """Splits the model once.
 
     Call it outside `jax.set_mesh`: flax would take the logical axes for mesh axes.
     """
 
     def make(key):
-        return Transformer(
-            config, rngs=nnx.Rngs(key), layer_loop=execution.layer_loop, remat=execution.remat
-        )
+        return Transformer(config, rngs=nnx.Rngs(key))
 
     def init(key):
         _, params, measured = nnx.split(make(key), nnx.Param, Measured)

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from modjax.data.batches import Batch
-from modjax.nn import Record, TokenLoss, losses, observe, totals
+from modjax.nn import Record, TokenLoss, Transformer, in_chunks, losses, observe, totals
 from modjax.nn.records import counts
 from modjax.nn.sharding import constrain
 from modjax.spec import TrainConfig
@@ -29,30 +29,35 @@ from modjax.training.state import (
 
 TRAIN_STREAM, EVAL_STREAM = 1, 2
 
-Records = dict[str, Record]
+# objective(model, batch, **options) -> the loss of every position (B, L), and the records. The
+# options are for Transformer.features.
+Objective = Callable[..., tuple[jax.Array, dict[str, Record]]]
 
 
-def token_losses(
-    model: nnx.Module, batch: Any, document_mask: bool, key: jax.Array, **routing: Any
-) -> tuple[jax.Array, Records]:
-    """Cross-entropy of every position (B, L) in nats, from float32 logits, and the records.
-
-    routing: `routing` and `slack`, as Transformer takes them.
-    """
+def next_token(
+    model: Transformer, batch: Any, **options: Any
+) -> tuple[jax.Array, dict[str, Record]]:
+    """Returns the cross-entropy of every position (B, L) in nats, and the records."""
     inputs_BL = constrain(batch.inputs_BL, "batch", "length")
-    segment_ids_BL = batch.segment_ids_BL if document_mask else None
-    logits_BLV, records = model(inputs_BL, segment_ids_BL, key=key, **routing)  # type: ignore[operator]
-    logits_BLV = constrain(logits_BLV, "batch", "length", "vocab")
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL), records
+    x_BLD, records = model.features(inputs_BL, **options)
+    vocab = model.config.vocab_size
+    return in_chunks(_nll, model.head, x_BLD, batch.targets_BL, numbers=vocab), records
+
+
+def _nll(head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, targets_BL: jax.Array):
+    logits_BLV = constrain(head(x_BLD), "batch", "length", "vocab")
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
 
 
 def make_train_step(
-    model: Model, train: TrainConfig
+    model: Model, train: TrainConfig, objective: Objective = next_token, **options: Any
 ) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, dict[str, Any]]]:
     """A pure function (state, batch, schedule) -> (state, metrics); jit it with the state donated.
 
-    The loss is sum(weight * nll) / sum(weight) over the whole batch, however it is accumulated;
-    the layers' own losses are added to what is minimised, not to what is reported.
+    With the objective's loss of each position, the loss is sum(weight * loss) / sum(weight) over
+    the whole batch, however it is accumulated. The layers' own losses are added to what is
+    minimised, not to what is reported.
+    options: for Transformer.features, such as layer_loop and remat.
     metrics: loss, the mean over the loss_steps steps since `state.forget_losses`; of this step
     grad_norm (before clipping, without predictors), learning_rate, diverged_step, and `records`,
     what the layers of the forward pass reported. Steps count from 1; randomness is drawn from
@@ -64,19 +69,19 @@ def make_train_step(
     def forward(trained, others, batch, key):
         params, measured = others
         merged = nnx.merge(model.graphdef, joined(together(trained, params), measured))
-        return token_losses(merged, batch, train.document_mask, key)
+        return objective(merged, batch, **_from_batch(train, batch, key), **options)
 
-    def objective(trained, others, batch, key, total_weight, sums=None):
-        nll_BL, records = forward(trained, others, batch, key)
-        loss = jnp.sum(nll_BL * batch.weights_BL) / total_weight
-        tokens = TokenLoss(nll_BL, batch.weights_BL)
+    def minimised(trained, others, batch, key, total_weight, sums=None):
+        loss_BL, records = forward(trained, others, batch, key)
+        loss = jnp.sum(loss_BL * batch.weights_BL) / total_weight
+        tokens = TokenLoss(loss_BL, batch.weights_BL)
         own = losses(records, tokens, sums) / train.accumulation
         return loss + own, (loss, records, tokens)
 
     def sums_of(trained, others, batch, key):
         return totals(forward(trained, others, batch, key)[1])
 
-    gradients = _accumulated(jax.grad(objective, has_aux=True), sums_of, train.accumulation)
+    gradients = _accumulated(jax.grad(minimised, has_aux=True), sums_of, train.accumulation)
 
     def train_step(state, batch, schedule):
         optimizer = make_optimizer(model, train, schedule)
@@ -130,7 +135,7 @@ def _accumulated(gradient: Callable, sums_of: Callable, parts: int) -> Callable:
     def accumulated(trained, others, batch, key, total_weight):
         # Strided rows, so that every device keeps the rows that it already has.
         batch_ABL = jax.tree.map(
-            lambda x_BL: x_BL.reshape(-1, parts, x_BL.shape[1]).swapaxes(0, 1), batch
+            lambda x_BL: x_BL.reshape(-1, parts, *x_BL.shape[1:]).swapaxes(0, 1), batch
         )
 
         items = (batch_ABL, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(parts)))
@@ -160,24 +165,30 @@ def _accumulated(gradient: Callable, sums_of: Callable, parts: int) -> Callable:
 
 
 def make_eval_step(
-    graphdef: Any, train: TrainConfig, **routing: Any
+    graphdef: Any, train: TrainConfig, objective: Objective = next_token, **options: Any
 ) -> Callable[[Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]:
-    """A pure function (weights, batch, seed, index) of an evaluation batch.
+    """Returns a pure function (weights, batch, seed, index) of an evaluation batch.
 
-    weights: parameters and measured numbers, `joined`. Returns the summed loss and the weight of
-    each sequence, (B,), and what each layer's record counts there, (B, G).
+    weights: parameters and measured numbers, `joined`. options: for Transformer.features. It
+    returns the summed loss and the weight of each sequence, (B,), and what each layer's record
+    counts there, (B, G).
     """
 
     def eval_step(weights, batch, seed, index):
         key = stream_key(seed, EVAL_STREAM, index)
         model = nnx.merge(graphdef, weights)
-        nll_BL, records = token_losses(model, batch, train.document_mask, key, **routing)
-        loss_B = jnp.sum(nll_BL * batch.weights_BL, axis=1)
+        loss_BL, records = objective(model, batch, **_from_batch(train, batch, key), **options)
+        loss_B = jnp.sum(loss_BL * batch.weights_BL, axis=1)
         weight_B = jnp.sum(batch.weights_BL, axis=1)
         valid_BL = batch.segment_ids_BL > 0
         return loss_B, weight_B, counts(records, valid_BL)
 
     return eval_step
+
+
+def _from_batch(train: TrainConfig, batch: Any, key: jax.Array) -> dict[str, Any]:
+    """Returns the options of a forward pass that differ from batch to batch."""
+    return {"segment_ids_BL": batch.segment_ids_BL if train.document_mask else None, "key": key}
 
 
 def stream_key(seed: jax.Array, stream: int, index: jax.Array) -> jax.Array:

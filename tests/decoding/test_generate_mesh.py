@@ -36,7 +36,7 @@ def quick_compiles():
 @pytest.fixture(scope="module")
 def model():
     """A model as training splits it, and its weights on the host."""
-    return abstract_model(CONFIG, CUBE), nnx.to_pure_dict(random_model(CONFIG, std=0.5, seed=8)[1])
+    return abstract_model(CONFIG), nnx.to_pure_dict(random_model(CONFIG, std=0.5, seed=8)[1])
 
 
 def on_both(model, run):

@@ -33,6 +33,7 @@ from modjax.spec import (
     Seq,
     Sinusoids,
     Threshold,
+    Tied,
     TopK,
     TrainConfig,
 )
@@ -84,7 +85,7 @@ CASES: dict[str, tuple[ModelSpec, dict[str, Any], dict[str, Any]]] = {
     ),
     "grouped queries, swiglu, tied": (
         routed(dataclasses.replace(TAUGHT, inner=Dense("swiglu")), Dense("swiglu"),
-               num_kv_heads=2, tie_embeddings=True), {}, {},
+               num_kv_heads=2, head=Tied()), {}, {},
     ),
     "packed documents": (MOD, {"document_mask": True}, {}),
     "accumulation": (MOD, {"accumulation": 2}, {}),
@@ -115,11 +116,11 @@ def losses(case: str) -> list[list[float]]:
     config, train_changes, execution_changes = CASES[case]
     train = TrainConfig(BATCH, LENGTH, STEPS, 3e-3, 2, **train_changes)
     execution = Execution(**{"data": 1, **execution_changes})
-    mesh, model = make_mesh(execution), abstract_model(config, execution)
+    mesh, model = make_mesh(execution), abstract_model(config)
     found = []
     with jax.set_mesh(mesh):
         state = init_state(mesh, model, train)
-        step = lower_train_step(mesh, model, train).compile()
+        step = lower_train_step(mesh, model, train, execution).compile()
         for number in range(1, STEPS + 1):
             batch = put_batch(batch_of(number), mesh)
             state, metrics = step(forget_losses(state), batch, make_schedule(train))

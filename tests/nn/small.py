@@ -100,12 +100,12 @@ class Mixer(nnx.Module):
 
 
 @functools.cache
-def build(config: ModelSpec, **options: Any) -> tuple[Any, Any]:
+def build(config: ModelSpec) -> tuple[Any, Any]:
     """The graph definition and parameters, born under one jit: eager ops compile one by one."""
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef = nnx.split(model)[0]
     make = jax.jit(
-        lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0), **options))[1],
+        lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0)))[1],
         compiler_options=QUICK,
     )
     return graphdef, make()

@@ -36,7 +36,7 @@ from modjax.spec import (
 )
 from modjax.training.sharding import make_mesh, param_shardings, put_batch
 from modjax.training.state import abstract_model, joined
-from modjax.training.step import token_losses
+from modjax.training.step import next_token
 from tests.training.tiny import QUICK, random_batch
 
 D, F, BATCH, LENGTH = 16, 32, 8, 16
@@ -78,7 +78,8 @@ ON_STREAMS = {
 def objective(model):
     def run(params, measured, batch):
         merged = nnx.merge(model.graphdef, joined(params, measured))
-        nll_BL, records = token_losses(merged, batch, True, jax.random.key(1))
+        options = {"segment_ids_BL": batch.segment_ids_BL, "key": jax.random.key(1)}
+        nll_BL, records = next_token(merged, batch, **options)
         own = losses(records, nll_BL)
         return jnp.mean(nll_BL) + own, (nll_BL, own, records)
 
@@ -89,7 +90,7 @@ def objective(model):
 def one_device(layer):
     """The model, its arguments, and the loss, records and gradients of one device."""
     config = layer if isinstance(layer, ModelSpec) else spec_of(layer)
-    model = abstract_model(config, Execution())
+    model = abstract_model(config)
     params, measured = jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0))
     measured = jax.tree.map(lambda x: x + 0.1, measured)
     arguments = params, measured, random_batch(0, BATCH, LENGTH, vocab=40)
@@ -134,6 +135,6 @@ def test_slots_travel_to_their_expert_and_back_and_nothing_else_of_theirs_moves(
 
 
 def test_experts_that_the_axis_does_not_divide_are_refused_in_one_line():
-    model = abstract_model(spec_of(Seq(Attention(), MoE(6))), Execution())
+    model = abstract_model(spec_of(Seq(Attention(), MoE(6))))
     with pytest.raises(InputError, match=r"execution.expert = 4: must divide 6, the experts dim"):
         param_shardings(make_mesh(Execution(data=2, expert=4)), model.params, model.logical_axes)

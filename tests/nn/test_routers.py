@@ -258,7 +258,7 @@ def test_attention_blocks_rank_by_the_dense_block_before_them_of_their_own_repet
         positions = jnp.arange(LENGTH)[None]
         ropes = {10_000.0: rotary_tables(positions, 4, 10_000.0, jnp.float32)}
         at = At(positions, None, None, ropes, {})
-        y_BLD = attention.norm(model.embedding[...][tokens])
+        y_BLD = attention.norm(model.embed.table[...][tokens])
         found = records["1_mod"], records["1_mod/causal"].logits_BL
         return *found, attention.queries(y_BLD, at), attention.keys(y_BLD, at)[0]
 

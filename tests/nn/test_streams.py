@@ -20,7 +20,6 @@ from modjax.spec import (
     AltUp,
     Attention,
     Dense,
-    Execution,
     Full,
     Gemma3nAltUp,
     HyperConnection,
@@ -33,6 +32,7 @@ from modjax.spec import (
     Seq,
     Shape,
     SimplifiedAltUp,
+    Tied,
     TokenChoice,
 )
 from modjax.training.state import abstract_model
@@ -213,10 +213,13 @@ def alternating(kind, inner, streams=2, **options):
 
 
 def logits(config, params=None, **options):
-    built = Transformer(config, rngs=nnx.Rngs(0), **options)
-    graphdef, state = nnx.split(built)
+    graphdef, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(state) if params is None else params
-    return jax.jit(lambda p: nnx.merge(graphdef, p)(TOKENS)[0], compiler_options=QUICK)(params)
+
+    def run(params):
+        return nnx.merge(graphdef, params)(TOKENS, **options)[0]
+
+    return jax.jit(run, compiler_options=QUICK)(params)
 
 
 def params_of(config):
@@ -234,7 +237,7 @@ def with_inner(config, plain):
         both = zip(*(block["parts"].values() for block in (ours, theirs)), strict=True)
         for connection, part in both:  # one is around each sublayer
             connection["inner"] = part
-    for name in ("embedding", "final_norm", "w_logits"):
+    for name in ("embed", "final_norm", "unembed"):
         params[name] = plain[name]
     return params
 
@@ -336,7 +339,7 @@ def test_a_full_altup_at_the_start_reads_one_residual_against_each_part_of_its_t
     config = model(*alternating(AltUp, Dense()), streams=Full(2))
     graphdef, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(state)
-    tables = np.split(params["embedding"], 2, axis=1)  # (V, D) each
+    tables = np.split(params["embed"]["table"], 2, axis=1)  # (V, D) each
     rows, updates = [table[TOKENS] for table in tables], 0.0
     built = nnx.merge(graphdef, params)
     layers = [build(Dense(), config.shape._replace(streams=1), rngs=nnx.Rngs(0)) for _ in range(4)]
@@ -350,7 +353,7 @@ def test_a_full_altup_at_the_start_reads_one_residual_against_each_part_of_its_t
         updates = updates + layer(x, at, Call()).x - x
     wide = np.concatenate([np.asarray(row + updates) for row in rows], axis=-1)
     normed = rms_norm(wide, np.asarray(params["final_norm"]["scale"]))
-    np.testing.assert_allclose(built(TOKENS)[0], normed @ params["w_logits"], atol=2e-5)
+    np.testing.assert_allclose(built(TOKENS)[0], normed @ params["unembed"]["w_logits"], atol=2e-5)
 
 
 def test_projected_streams_are_as_large_as_the_first_there_and_back():
@@ -398,7 +401,7 @@ def test_what_mod_skips_stays_as_it_is_only_where_the_prediction_is_the_identity
 FORMS_OF_MODELS = {
     **START,
     "full": model(*alternating(AltUp, Dense()), streams=Full(2)),
-    "full and tied": model(*alternating(AltUp, Dense()), streams=Full(2), tie_embeddings=True),
+    "full and tied": model(*alternating(AltUp, Dense()), streams=Full(2), head=Tied()),
     "projected": model(Gemma3nAltUp(Dense()), Gemma3nAltUp(Dense()), streams=Projected(3)),
     "within MoD": model(*(MoD(layer, capacity=0.5) for layer in alternating(AltUp, Dense()))),
 }
@@ -425,7 +428,7 @@ def test_weight_decay_never_touches_a_coefficient():
     small = {"p", "g", "r", "a_m", "a_r", "b", "c", "scales", "b_read", "b_write", "b_mix"}
     seen = set()
     for config in START.values():
-        roles = abstract_model(config, Execution()).roles
+        roles = abstract_model(config).roles
         for path, role in jax.tree_util.tree_leaves_with_path(roles):
             name = path[-1].key
             if name in small:
@@ -446,8 +449,10 @@ def test_weight_decay_never_touches_a_coefficient():
         ({"streams": "Recycled(1)"}, "Recycled.streams = 1: must be 2 to 64"),
         ({"streams": "Dense()"}, "model.streams = 'Dense()': must be such as Recycled(2)"),
         ({"streams": "Recycled(2), Full(2)"}, "must be such as Recycled(2)"),
+        ({"streams": "Logits()"}, "model.streams = 'Logits()': must be such as Recycled(2)"),
         ({"streams": 2}, "model.streams = 2: must be such as Recycled(2), or None"),
-        ({"layers": (Recycled(2),)}, "belongs in model.streams"),
+        ({"layers": (Recycled(2),)}, "(Recycled(streams=2),): must be layers, or all"),
+        ({"layers": ("MoD(Recycled(2))",)}, "(streams=2): must be of type Layer"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(changes, said):

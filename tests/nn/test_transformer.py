@@ -12,7 +12,7 @@ from flax.nnx import bridge
 from modjax import flops
 from modjax.nn import At, Call, MoDBlock, Transformer
 from modjax.nn.attention import rotary_tables
-from modjax.spec import Dense, MoD, MoDConfig, ModelSpec, Random
+from modjax.spec import Dense, Logits, MoD, MoDConfig, ModelSpec, Random, Tied
 from tests.nn.small import QUICK, build
 
 ROUTED = MoD(Dense(), capacity=0.25)
@@ -20,17 +20,18 @@ CONFIG = ModelSpec(40, 16, 4, 4, 2, 32, layers=(Dense(), ROUTED))
 TOKENS = jax.random.randint(jax.random.key(7), (3, 24), 0, 40)
 
 
-def forward(config, *args, **options):
-    graphdef, params = build(config, **options)
+def forward(config, *args):
+    graphdef, params = build(config)
     run = jax.jit(lambda params, *args: nnx.merge(graphdef, params)(*args), compiler_options=QUICK)
     return run(params, *args)
 
 
 def loss_and_grads(config=CONFIG, **options):
-    graphdef, params = build(config, **options)
+    graphdef, params = build(config)
 
     def loss(params):
-        return jnp.mean(jnp.square(nnx.merge(graphdef, params)(TOKENS, key=jax.random.key(0))[0]))
+        model = nnx.merge(graphdef, params)
+        return jnp.mean(jnp.square(model(TOKENS, key=jax.random.key(0), **options)[0]))
 
     return jax.value_and_grad(loss), params
 
@@ -72,11 +73,11 @@ def test_a_pattern_of_twelve_runs_its_blocks_in_order():
     ropes = {1e4: rotary_tables(positions, config.shape.head_dim, 1e4, jnp.float32)}
     at = At(positions, None, None, ropes, {})
     one_block = jax.jit(lambda p, x: nnx.merge(dense, p)(x, at, Call()).x)
-    x_BLD = params["embedding"][...][tokens]
+    x_BLD = params["embed"]["table"][...][tokens]
     for i in range(12):
         block = params["stack"]["blocks"][f"{i}_seq"]
         x_BLD = one_block(jax.tree.map(lambda leaf: leaf[0], block), x_BLD)
-    by_hand = nnx.merge(graphdef, params).final_norm(x_BLD) @ params["w_logits"][...]
+    by_hand = nnx.merge(graphdef, params).final_norm(x_BLD) @ params["unembed"]["w_logits"][...]
     np.testing.assert_allclose(forward(params), by_hand, rtol=1e-3, atol=1e-3)
 
 
@@ -102,7 +103,7 @@ def test_dense_model_is_causal_by_perturbation_and_by_gradient():
     graphdef, params = build(DENSE)
     distinct = jnp.arange(24)[None]
     logits_at_9 = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p)(distinct)[0][0, 9].sum()))
-    touched = np.abs(np.asarray(logits_at_9(params)["embedding"][...])).sum(axis=1)
+    touched = np.abs(np.asarray(logits_at_9(params)["embed"]["table"][...])).sum(axis=1)
     np.testing.assert_array_equal(np.flatnonzero(touched), np.arange(10))
 
 
@@ -124,10 +125,10 @@ def test_padding_does_not_change_the_routing_of_real_tokens():
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "silu", "relu2", "geglu", "swiglu"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_counted_without_building_the_model(mlp, tied):
+@pytest.mark.parametrize("head", [Logits(), Tied()])
+def test_parameters_are_counted_without_building_the_model(mlp, head):
     layers = (Dense(mlp), MoD(Dense(mlp), capacity=0.25))
-    config = dataclasses.replace(CONFIG, layers=layers, tie_embeddings=tied)
+    config = dataclasses.replace(CONFIG, layers=layers, head=head)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
     assert sum(sizes) == flops.parameters(config)["total"]
@@ -146,8 +147,8 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits():
 
 
 def test_logits_start_near_unit_scale_tied_or_not():
-    for tied in (False, True):
-        logits = forward(dataclasses.replace(CONFIG, tie_embeddings=tied), TOKENS)[0]
+    for head in (Logits(), Tied()):
+        logits = forward(dataclasses.replace(CONFIG, head=head), TOKENS)[0]
         assert 0.5 < float(jnp.std(logits)) < 2
 
 

@@ -101,7 +101,7 @@ def test_a_base_that_has_changed_is_refused(base, routers, tiny_data_dir, tmp_pa
     spec_file.write_text(spec_file.read_text().replace(str(folder), str(moved)))
     load(ours)
 
-    split, mesh = abstract_model(spec.model, ONE), make_mesh(ONE)
+    split, mesh = abstract_model(spec.model), make_mesh(ONE)
     last = moved / "checkpoints" / str(spec.train.steps)
     fingerprint_of_data = read_record(moved).data_fingerprint
     identity = {"run_id": spec.run_id, "data_fingerprint": fingerprint_of_data}
@@ -117,7 +117,7 @@ def test_a_base_that_has_changed_is_refused(base, routers, tiny_data_dir, tmp_pa
 
 def test_the_seeds_own_weights_are_made_again(tiny_data_dir, tmp_path):
     folder, spec = trained(tmp_path, tiny_data_dir, trained="routers", seed=3)
-    mesh, model = make_mesh(ONE), abstract_model(spec.model, ONE)
+    mesh, model = make_mesh(ONE), abstract_model(spec.model)
     with jax.set_mesh(mesh):
         drawn = leaves(initial_state(mesh, model, spec).params)
     found = leaves(load(folder).weights)

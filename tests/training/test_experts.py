@@ -104,7 +104,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole_one(layers):
 @pytest.mark.parametrize(("weight", "passes"), [(0.1, 2), (0.0, 1)])
 def test_a_batch_is_read_twice_only_where_a_loss_needs_the_whole_of_it(weight, passes):
     layers = (Seq(Attention(), MoE(4, TokenChoice(balance=weight, z=0.0))),)
-    split, train = abstract_model(model(layers=layers), Execution()), train_config(accumulation=2)
+    split, train = abstract_model(model(layers=layers)), train_config(accumulation=2)
     state = jax.eval_shape(make_init(split, train), np.int32(0))
     arguments = state, random_batch(0, 8, 32), make_schedule(train)
     text = str(jax.make_jaxpr(make_train_step(split, train))(*arguments))

@@ -81,7 +81,7 @@ def metrics_of(run_dir: Path) -> list[dict]:
 
 def final_state(run_dir: Path):
     spec = run_spec(**KILLED)
-    split = abstract_model(spec.model, ONE_DEVICE)
+    split = abstract_model(spec.model)
     identity = {"run_id": spec.run_id, "data_fingerprint": "tiny-1"}
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=2, identity=identity)
     state, _ = checkpoints.restore(abstract_state(make_mesh(ONE_DEVICE), split, spec.train))

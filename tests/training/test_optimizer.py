@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from modjax.spec import Dense, Execution, MoD, Predictor, TrainConfig
+from modjax.spec import Dense, MoD, Predictor, TrainConfig
 from modjax.training.optimizer import Role, learning_rate, make_schedule, optimizer_for
 from modjax.training.state import abstract_model
 from tests.training.tiny import model
@@ -49,14 +49,14 @@ ROLES = {
 
 
 def test_stacked_vectors_are_no_matrices():
-    split = abstract_model(model(layers=(Dense(), MoD(causal=Predictor()))), Execution())
+    split = abstract_model(model(layers=(Dense(), MoD(causal=Predictor()))))
     vectors = {"scale", "predictor/line", "predictor/w_out", "router/w"}
     roles = {
         jax.tree_util.keystr(path, simple=True, separator="/"): role
         for path, role in jax.tree_util.tree_leaves_with_path(split.roles)
     }
     assert len(roles) == len(jax.tree.leaves(split.params))
-    matrices = {"w_q", "w_k", "w_v", "w_out", "w_in", "embedding", "w_logits"}
+    matrices = {"w_q", "w_k", "w_v", "w_out", "w_in", "table", "w_logits"}
     assert matrices < {path.split("/")[-1] for path in roles}
     for path, role in roles.items():
         assert role.decays != any(path.endswith(name) for name in vectors), path

@@ -44,13 +44,13 @@ SWIGLU = Dense("swiglu")
 EVERYTHING = model(
     layers=(SWIGLU, *(MoD(SWIGLU, rule=rule, causal=Predictor())
                       for rule in (TopK(), Random(), Binary()))),
-    num_layers=4, tie_embeddings=False,
+    num_layers=4,
 )  # fmt: skip
 
 
 def partition_specs() -> dict[str, list]:
     """Of every parameter, and of what training measures."""
-    split = abstract_model(EVERYTHING, CUBE)
+    split = abstract_model(EVERYTHING)
     state = abstract_state(make_mesh(CUBE), split, train_config())
     leaves = jax.tree_util.tree_leaves_with_path(joined(state.params, state.measured))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.sharding.spec)
@@ -58,7 +58,7 @@ def partition_specs() -> dict[str, list]:
 
 
 def compile_step(model_config, train, execution):
-    split = abstract_model(model_config, execution)
+    split = abstract_model(model_config)
     mesh = make_mesh(execution)
     state = abstract_state(mesh, split, train)
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -75,7 +75,7 @@ def test_every_parameter_lies_where_the_stored_table_says():
 
 
 def test_moments_lie_where_their_parameters_do():
-    split = abstract_model(EVERYTHING, CUBE)
+    split = abstract_model(EVERYTHING)
     state = abstract_state(make_mesh(CUBE), split, train_config())
     shardings = collections.Counter(leaf.sharding.spec for leaf in jax.tree.leaves(state.params))
     moments = collections.Counter(
@@ -177,7 +177,7 @@ def test_a_batch_that_does_not_fit_the_mesh_is_refused():
 
 
 def test_a_parameter_that_does_not_split_evenly_is_refused():
-    split = abstract_model(model(num_kv_heads=1), CUBE)
+    split = abstract_model(model(num_kv_heads=1))
     with pytest.raises(InputError, match=r"execution.tensor = 2.*kv_heads"):
         param_shardings(make_mesh(CUBE), split.params, split.logical_axes)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import Dense, Execution, MoD, Predictor, Random, TopK
+from modjax.spec import Dense, MoD, Predictor, Random, TopK
 from modjax.training.state import abstract_model, joined
 from modjax.training.step import make_eval_step
 from tests.training.tiny import (
@@ -29,7 +29,7 @@ def step():
 
 def test_loss_is_the_weighted_mean_of_numpy_cross_entropy(step):
     state = initial_state(ROUTED)
-    split = abstract_model(ROUTED, Execution())
+    split = abstract_model(ROUTED)
     batch = random_batch(0, 8, 32)
     weights = joined(state.params, state.measured)
     inputs = batch.inputs_BL, batch.segment_ids_BL
@@ -102,7 +102,9 @@ def test_accumulated_micro_batches_equal_the_full_batch(step):
 def test_the_first_step_that_is_not_finite_is_kept(step):
     state, metrics = step(initial_state(ROUTED), random_batch(0, 8, 32))
     assert int(metrics["diverged_step"]) == 0
-    broken = state.params | {"w_logits": state.params["w_logits"].at[0, 0].set(jnp.inf)}
+    broken = state.params | {
+        "unembed": {"w_logits": state.params["unembed"]["w_logits"].at[0, 0].set(jnp.inf)}
+    }
     state = state._replace(params=broken)
     for _ in range(2):
         state, metrics = step(state, random_batch(0, 8, 32))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax.data.batches import Batch
-from modjax.spec import Dense, Execution, MoD, ModelSpec, RunSpec, TrainConfig
+from modjax.spec import Dense, MoD, ModelSpec, RunSpec, TrainConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.state import TrainState, abstract_model, make_init
 from modjax.training.step import make_train_step
@@ -59,14 +59,14 @@ QUICK = {"xla_backend_optimization_level": "0"}
 
 def one_device_step(model_config: ModelSpec, train: TrainConfig) -> Any:
     """A jitted train step without a mesh."""
-    split = abstract_model(model_config, Execution())
+    split = abstract_model(model_config)
     step = jax.jit(make_train_step(split, train), donate_argnums=0, compiler_options=QUICK)
     return lambda state, batch: step(state, batch, make_schedule(train))
 
 
 @functools.cache
 def _initial_state(model_config: ModelSpec, seed: int) -> TrainState:
-    split = abstract_model(model_config, Execution())
+    split = abstract_model(model_config)
     init = make_init(split, TRAIN)
     return jax.jit(init, compiler_options=QUICK)(np.int32(seed))
 
