@@ -17,7 +17,7 @@ from modjax.kernels import Side, attend, project, received_attention
 from modjax.nn.cache import KVCache, KVWrite
 from modjax.nn.call import At, Call, Out
 from modjax.nn.layers import Sublayer, depth_scale
-from modjax.nn.params import make_param, normal_param
+from modjax.nn.params import make_param, normal_param, read
 
 MANY = 2**31  # positions: more than any row has
 
@@ -63,12 +63,12 @@ class Attention(Sublayer):
 
     def queries(self, y_BLD: jax.Array, at: At) -> jax.Array:
         """Returns rotated queries, (B, N, L, H)."""
-        return rotate(_heads(y_BLD, self.w_q[...]), at.ropes[self.spec.rope])
+        return rotate(_heads(y_BLD, read(self.w_q, None)), at.ropes[self.spec.rope])
 
     def keys(self, source_BMD: jax.Array, at: At) -> tuple[jax.Array, jax.Array]:
         """Returns rotated keys and values, each (B, G, M, H). at: of the source."""
-        k_BGMH = rotate(_heads(source_BMD, self.w_k[...]), at.ropes[self.spec.rope])
-        return k_BGMH, _heads(source_BMD, self.w_v[...])
+        k_BGMH = rotate(_heads(source_BMD, read(self.w_k, None)), at.ropes[self.spec.rope])
+        return k_BGMH, _heads(source_BMD, read(self.w_v, None))
 
     def attend(
         self,
@@ -86,7 +86,7 @@ class Attention(Sublayer):
         out_BNLH = attend(q_BNLH, k_BGMH, v_BGMH, mask, side(at), keys, softcap)
         batch, heads, length, head_dim = out_BNLH.shape
         out_BLD = out_BNLH.transpose(0, 2, 1, 3).reshape(batch, length, heads * head_dim)
-        return project(out_BLD, self.w_out[...].reshape(heads * head_dim, -1))
+        return project(out_BLD, read(self.w_out, None).reshape(heads * head_dim, -1))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> KVCache:
         """Returns a cache for at most `length` positions of each row."""

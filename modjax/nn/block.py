@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from modjax.errors import InputError, require
 from modjax.nn.call import At, Call, number_rows
+from modjax.nn.params import read
 from modjax.nn.records import Inside, Record, TokenLoss, statistics
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer
@@ -169,7 +170,7 @@ class MoDBlock(RoutedLayer):
         if routing != "trained":
             name, rule = self.decider(routing)
             if name == "threshold":
-                _warn_unmeasured(jax.lax.stop_gradient(self.rules()[rule].threshold[...])[0])
+                _warn_unmeasured(jax.lax.stop_gradient(read(self.rules()[rule].threshold))[0])
         state = self.start(batch, ())
         (x_BLD, beside), records, _ = self.route(x_BLD, at, call, state, None, bound, process)
         own = {path: record for path, record in records.items() if path}

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from modjax import spec
 from modjax.kernels import product
-from modjax.nn.params import normal_param
+from modjax.nn.params import normal_param, read
 from modjax.nn.sharding import batch_shards, constrain, per_device
 
 # The most float32 numbers of logits that a device makes at once: half a gigabyte.
@@ -36,7 +36,7 @@ class Tokens(nnx.Module):
         )
 
     def __call__(self, tokens_BL: jax.Array, dtype: DTypeLike) -> jax.Array:
-        x_BLD = constrain(self.table.astype(dtype), "vocab", None)[tokens_BL]
+        x_BLD = constrain(read(self.table, dtype), "vocab", None)[tokens_BL]
         return x_BLD if self.scale is None else x_BLD * jnp.asarray(self.scale, dtype)
 
 
@@ -52,7 +52,7 @@ class Logits(nnx.Module):
             )
 
     def __call__(self, x_BLD: jax.Array, embed: Any) -> jax.Array:
-        w_DV = self.w_logits[...] if embed is None else embed.table.T
+        w_DV = read(self.w_logits, None) if embed is None else read(embed.table, None).T
         z_BLV, cap = product(x_BLD, w_DV, jnp.float32), self.softcap
         return z_BLV if cap is None else cap * jnp.tanh(z_BLV / cap)
 

@@ -14,7 +14,7 @@ from modjax import spec
 from modjax.nn.call import At, Call
 from modjax.nn.expert_record import Load, Thresholds
 from modjax.nn.experts import Picks
-from modjax.nn.params import measured
+from modjax.nn.params import measured, read
 from modjax.nn.records import Record
 from modjax.nn.routing import kth_best, of_valid, position_noise, select_top_k, selected_mask
 
@@ -80,7 +80,7 @@ class TokenChoice(ExpertRule):
     def pick(self, scores_BLR, at, valid_BL, slots, call):
         ranking_BLR = jax.lax.stop_gradient(scores_BLR)
         if self.bias is not None:
-            ranking_BLR += self.bias[...][None, None]
+            ranking_BLR += read(self.bias)[None, None]
         rows, of_row = [], []  # a top-k of few, one after another, moves nothing between devices
         for _ in range(self.spec.top_k):
             rows.append(jnp.argmax(ranking_BLR, axis=2))
@@ -141,7 +141,7 @@ class ExpertThreshold(ExpertChoice):
         self.threshold = measured((experts,))
 
     def pick(self, scores_BLR, at, valid_BL, slots, call):
-        mine_BLE = scores_BLR > jax.lax.stop_gradient(self.threshold[...])[None, None]
+        mine_BLE = scores_BLR > jax.lax.stop_gradient(read(self.threshold))[None, None]
         return self._taken(mine_BLE & valid_BL[..., None], scores_BLR)
 
     def report(self, logits_BLR, scores_BLR, picked, valid_BL):

@@ -20,7 +20,7 @@ from modjax.nn.expert_record import Routing
 from modjax.nn.expert_rules import SCORES
 from modjax.nn.experts import MATRIX_AXES, in_groups, in_slots, one_by_one, slots_of, taken
 from modjax.nn.layers import Sublayer, depth_scale, mlp, mlp_weights
-from modjax.nn.params import normal_param
+from modjax.nn.params import normal_param, read
 from modjax.nn.routing import of_valid
 
 # So few positions are computed expert by expert: they do little but read the experts' weights.
@@ -79,7 +79,7 @@ class MoE(Sublayer):
         else:
             z_BLD = in_groups(y_BLD, picks, self._stacked(), spec.activation)
         if self.shared is not None:
-            weights = {name: w[...] for name, w in self.shared.items()}
+            weights = {name: read(w, None) for name, w in self.shared.items()}
             z_BLD = z_BLD + mlp(y_BLD, weights, spec.activation, project, project_back)
         own = Routing(
             asked_BL=asked_BL,
@@ -106,11 +106,11 @@ class MoE(Sublayer):
 
     def _each(self) -> list[dict[str, jax.Array]]:
         if isinstance(self.experts, nnx.List):
-            return [{name: w[...] for name, w in one.items()} for one in self.experts]
-        stacked = {name: w[...] for name, w in self.experts.items()}
+            return [{name: read(w, None) for name, w in one.items()} for one in self.experts]
+        stacked = {name: read(w, None) for name, w in self.experts.items()}
         return [{name: w[e] for name, w in stacked.items()} for e in range(self.spec.experts)]
 
     def _stacked(self) -> dict[str, jax.Array]:
         if isinstance(self.experts, nnx.List):
             return jax.tree.map(lambda *each: jnp.stack(each), *self._each())
-        return {name: w[...] for name, w in self.experts.items()}
+        return {name: read(w, None) for name, w in self.experts.items()}

@@ -12,7 +12,7 @@ from flax import nnx
 from modjax import spec
 from modjax.nn.build import LayerModule
 from modjax.nn.call import At, Call, Out
-from modjax.nn.params import normal_param
+from modjax.nn.params import normal_param, read
 
 
 class Linear(LayerModule):
@@ -31,7 +31,7 @@ class Linear(LayerModule):
         )
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
-        return Out(linear(x_BLD, self.w[...]))
+        return Out(linear(x_BLD, read(self.w)))
 
 
 class Sinusoids(Linear):

@@ -15,7 +15,7 @@ from flax import nnx
 from modjax import spec
 from modjax.kernels import project
 from modjax.nn.call import At, Call
-from modjax.nn.params import make_param, measured, normal_param
+from modjax.nn.params import make_param, measured, normal_param, read
 from modjax.nn.records import Record
 from modjax.nn.routed import Balanced, Ranked, Taught, cross_entropy, masked_mean
 from modjax.nn.routing import Selection, evenly_spread, kth_best, paced, position_noise
@@ -113,7 +113,7 @@ class TopK(Weighed):
 
     def passed(self, choice: Choice) -> jax.Array:
         """Returns which positions rank above the threshold."""
-        return choice.ranking_BL > jax.lax.stop_gradient(self.threshold[...])[0]
+        return choice.ranking_BL > jax.lax.stop_gradient(read(self.threshold))[0]
 
     def decide(self, name, x_BLD, choice, at, state):
         return choice.scores_BL > 0 if name == "auxiliary" else self.passed(choice), state
@@ -241,7 +241,9 @@ class Predictor(Rule):
         x_BLD, scores_BL = jax.lax.stop_gradient((x_BLD, scores_BL))
         x32_BLD = x_BLD.astype(jnp.float32)
         scale_BL1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True) + 1e-6)
-        h_BLF = jax.nn.silu(project((x32_BLD * scale_BL1).astype(x_BLD.dtype), self.w_in[...]))
-        logits_BL = jnp.einsum("BLF,F->BL", h_BLF.astype(jnp.float32), self.w_out[...])
-        slope, offset = self.line[...]
+        h_BLF = jax.nn.silu(
+            project((x32_BLD * scale_BL1).astype(x_BLD.dtype), read(self.w_in, None))
+        )
+        logits_BL = jnp.einsum("BLF,F->BL", h_BLF.astype(jnp.float32), read(self.w_out))
+        slope, offset = read(self.line)
         return logits_BL + slope * scores_BL + offset
