@@ -172,19 +172,17 @@ def losses(
 def statistics(
     records: Mapping[str, Record], valid_BL: jax.Array | None = None
 ) -> dict[str, jax.Array]:
-    """Scalars that describe one forward pass, over its valid positions; {} where nothing reports.
+    """Returns scalars that describe one forward pass, as each type of record says; {} for none.
 
-    Each type of record says what they are.
+    valid_BL: positions that count; None, all.
     """
+    if valid_BL is None and records:
+        shapes = (jnp.shape(leaf)[1:3] for leaf in jax.tree.leaves(list(records.values())))
+        valid_BL = jnp.ones(next(shape for shape in shapes if len(shape) == 2), bool)
     found: dict[str, jax.Array] = {}
     for kind in dict.fromkeys(map(type, records.values())):
         mine = {name: record for name, record in records.items() if type(record) is kind}
-        if valid_BL is None:
-            batch, length = jax.tree.leaves(next(iter(mine.values())))[0].shape[1:3]
-            valid = jnp.ones((batch, length), bool)
-        else:
-            valid = valid_BL
-        found |= kind.statistics(mine, valid)
+        found |= kind.statistics(mine, valid_BL)  # type: ignore[arg-type]
     return found
 
 

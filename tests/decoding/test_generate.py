@@ -150,7 +150,7 @@ def test_resuming_equals_not_stopping_to_the_bit_also_from_the_disk(tmp_path):
         caches = [key_values(each.state.cache) for each in (second, whole)]
         assert len(caches[0]) == 2
         for ours, theirs in zip(*caches, strict=True):
-            np.testing.assert_array_equal(ours.k_BGMH, theirs.k_BGMH)
+            np.testing.assert_array_equal(ours.k_BGWH, theirs.k_BGWH)
 
 
 def test_a_model_with_its_layers_apart_draws_the_same_and_copies_no_weights():
@@ -233,10 +233,6 @@ def test_a_turn_that_does_not_fit_is_one_line(tokens_BL, lengths_B, message):
             "routing = 'trained': must be causal, or the name of a rule; training looks at tokens "
             "not yet drawn",
         ),
-        (
-            {"routing": "both"},
-            "routing = 'both': must be one of trained, causal, paced, predictor, threshold",
-        ),
         ({"max_new_tokens": -1}, "max_new_tokens = -1: must be 0 or more"),
         ({"stop": ((4,), ())}, r"stop = \(\): "),
         ({"tokens_BL": np.zeros(4, int)}, r"tokens_BL = \(4,\): must have the shape \(B, L\)"),
@@ -253,6 +249,11 @@ def test_bad_input_is_one_line_before_anything_is_compiled(options, message):
     with pytest.raises(InputError, match=message) as caught:
         generate(None, None, **arguments)  # no model: whatever uses one fails otherwise
     assert "\n" not in str(caught.value)
+
+
+def test_a_routing_that_the_model_has_not_is_one_line():
+    with pytest.raises(InputError, match="'both': must be one of trained, causal, paced, predic"):
+        generate(*model_of(ROUTED), PROMPTS_BL, max_new_tokens=1, routing="both")
 
 
 def test_nothing_more_to_draw_or_to_read_leaves_a_state_as_it_is():

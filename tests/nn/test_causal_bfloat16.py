@@ -95,8 +95,8 @@ def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass
     for cache in caches:
         assert len(key_values(cache)) == len(layers)
         for held in key_values(cache):
-            assert held.k_BGMH.dtype == held.v_BGMH.dtype == jnp.bfloat16
-            assert np.all(np.isfinite(np.float32(held.k_BGMH) + np.float32(held.v_BGMH)))
+            assert held.k_BGWH.dtype == held.v_BGWH.dtype == jnp.bfloat16
+            assert np.all(np.isfinite(np.float32(held.k_BGWH) + np.float32(held.v_BGWH)))
     assert called_BLV.dtype == cached_BSV.dtype == np.float32
     # The passes round to 8 bits some 8 times a layer, each time by 2^-9 at most.
     rounding = 8 * 2**-9

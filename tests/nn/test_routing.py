@@ -103,14 +103,19 @@ def test_pacing_equals_a_plain_loop_and_may_be_done_in_parts(capacity, length, s
             ahead = (counts[b] - fair) / (fair + 4) ** 0.5
             expected[b, i] = odds[b, i] > ahead * np.exp(ahead**2 / 2)
             counts[b] += expected[b, i]
-    positions = jnp.broadcast_to(first + jnp.arange(length), odds.shape)
-    start = jnp.full(4, spent)
-    whole = paced(jnp.asarray(odds), capacity, positions, start)
+    seen, start = jnp.full(4, first), jnp.full(4, spent)
+    all_BL = jnp.ones(odds.shape, bool)
+    whole = paced(jnp.asarray(odds), capacity, all_BL, seen, start)
     np.testing.assert_array_equal(whole, expected)
     assert length == 1 or not np.array_equal(expected, odds > 0)
     half = length // 2
-    early = paced(odds[:, :half], capacity, positions[:, :half], start)
-    late = paced(odds[:, half:], capacity, positions[:, half:], start + early.sum(axis=1))
+    early = paced(odds[:, :half], capacity, all_BL[:, :half], seen, start)
+    spent_B = start + early.sum(axis=1)
+    late = paced(odds[:, half:], capacity, all_BL[:, half:], seen + half, spent_B)
+    # Positions that do not count change nothing of those that do.
+    wide, counted = np.repeat(odds, 2, axis=1), np.tile([True, False], length)
+    sparse = paced(jnp.asarray(wide), capacity, jnp.tile(counted, (4, 1)), seen, start)
+    np.testing.assert_array_equal(sparse, np.repeat(expected, 2, axis=1) & counted)
     np.testing.assert_array_equal(np.concatenate([early, late], axis=1), expected)
 
 
@@ -121,8 +126,8 @@ def test_a_paced_row_keeps_near_its_capacity_though_it_asks_for_all(length, most
     odds[1] += 16
     odds[2] -= 8
     odds[3, length // 2 :] += 16
-    positions = jnp.broadcast_to(jnp.arange(length), odds.shape)
-    selected = np.asarray(paced(jnp.asarray(odds), 0.125, positions, jnp.zeros(4, int)))
+    all_BL, none_B = jnp.ones(odds.shape, bool), jnp.zeros(4, jnp.int32)
+    selected = np.asarray(paced(jnp.asarray(odds), 0.125, all_BL, none_B, none_B))
     asked, spent = (odds > 0).mean(axis=1) / 0.125, selected.mean(axis=1) / 0.125
     assert asked[1] > 5 and asked[2] < 0.1
     assert np.all(spent < most) and spent[2] > asked[2]

@@ -195,7 +195,7 @@ MODELS = {
 BY = [
     (name, routing)
     for name, config in MODELS.items()
-    for routing in (("predictor", "threshold") if config.routed() else ("predictor",))
+    for routing in (("causal", "threshold") if config.routed() else ("causal",))
 ]
 
 
@@ -251,7 +251,7 @@ def test_a_cache_holds_a_quarter_of_the_positions_and_two_vectors():
     dense, quarter = model(Dense()), model(SequenceAltUp(Dense(), stride=4))
     counted = cache_bytes(quarter, 64)
     assert counted == cache_bytes(dense, 16) + 3 * 4 * 2 * 8
-    reader = Transformer(quarter, rngs=nnx.Rngs(0)).reader(max_length=64, routing="predictor")
+    reader = Transformer(quarter, rngs=nnx.Rngs(0)).reader(max_length=64, routing="causal")
     _, cache, _ = jax.eval_shape(reader, jnp.zeros((1, 5), int), jnp.array([5]), None)
     held = sum(leaf.size for leaf in jax.tree.leaves(cache.layers) if leaf.ndim > 1)
     assert 4 * held == counted
@@ -262,7 +262,6 @@ def test_what_does_not_fit_is_refused_in_one_line():
         with pytest.raises(InputError) as caught:
             kind(Dense(), stride=0)
         assert str(caught.value) == f"{kind.__name__}.stride = 0: must be greater than 0"
-    with pytest.raises(InputError) as caught:
-        MODELS["around MoD"].check_routing("paced", "--routing")
-    assert "can select by trained, router, predictor, threshold;" in str(caught.value)
-    MODELS["altup"].check_routing("paced", "--routing")
+    MODELS["around MoD"].check_routing("paced", "--routing")
+    with pytest.raises(InputError, match="'paced': must be one of trained, causal$"):
+        MODELS["altup"].check_routing("paced", "--routing")

@@ -15,6 +15,7 @@ from modjax.spec import (
     MLP,
     AltUp,
     Attention,
+    Causal,
     Dense,
     MoD,
     ModelSpec,
@@ -23,6 +24,8 @@ from modjax.spec import (
     Repeat,
     Seq,
     SequenceAltUp,
+    TokenChoice,
+    Window,
 )
 from tests.nn.small import random_model
 
@@ -49,7 +52,10 @@ CAPPED = Seq(Attention(softcap=20.0, rope=500.0), MLP("silu"))
     [
         ((Dense(),), (CAPPED,)),
         ((Dense(), MoD(Dense())), (Dense("silu"), MoD(CAPPED, capacity=0.5))),
-        ((Seq(Attention(), MoE(4)),), (Seq(Attention(window=8), MoE(4, top_k=2)),)),
+        (
+            (Seq(Attention(), MoE(4)),),
+            (Seq(Attention(mask=Causal() & Window(8)), MoE(4, TokenChoice(2))),),
+        ),
         ((SequenceAltUp(Dense()),), (SequenceAltUp(CAPPED, stride=2),)),
         ((Repeat(Dense(), times=2), Repeat(Attention(), times=1)),
          (Repeat(CAPPED, times=2), Repeat(Attention(norm="after"), times=1))),

@@ -52,7 +52,7 @@ def test_its_cached_decoding_is_the_full_pass():
 
     def run(params):
         network = nnx.merge(graphdef, params)
-        read = network.reader(max_length=9, routing="router")
+        read = network.reader(max_length=9, routing="causal")
         logits, cache, _ = read(tokens[:, :5], jnp.array([5, 5]), None)
         found = [logits]
         for step in range(5, 9):

@@ -15,7 +15,7 @@ from modjax.errors import InputError
 from modjax.finished.runs import load
 from modjax.records import read_record, write_record
 from modjax.scaling import experiment
-from modjax.spec import Dense, Execution, MoD
+from modjax.spec import Dense, Execution, MoD, Predictor
 from modjax.spec.run import ROUTER_ROLES
 from modjax.training.base import fingerprint, initial_state
 from modjax.training.checkpoint import Checkpoints, read_checkpoint
@@ -26,7 +26,7 @@ from tests.training.tiny import run_spec
 
 pytestmark = pytest.mark.slow
 ONE = Execution(data=1)
-LAYERS = (Dense(), MoD(Dense(), capacity=0.25, predictor_weight=1.0))
+LAYERS = (Dense(), MoD(Dense(), capacity=0.25, causal=Predictor()))
 FIELDS = {"layers": LAYERS, "dtype": "bfloat16", "steps": 3, "eval_sequences": 8}
 
 

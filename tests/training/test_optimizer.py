@@ -50,7 +50,7 @@ ROLES = {
 
 def test_stacked_vectors_are_no_matrices():
     split = abstract_model(model(layers=(Dense(), MoD(causal=Predictor()))))
-    vectors = {"scale", "predictor/line", "predictor/w_out", "router/w"}
+    vectors = {"scale", "causal/line", "causal/w_out", "router/w"}
     roles = {
         jax.tree_util.keystr(path, simple=True, separator="/"): role
         for path, role in jax.tree_util.tree_leaves_with_path(split.roles)

@@ -48,18 +48,18 @@ def predicted():
 
 def test_training_a_predictor_changes_nothing_else(predicted):
     before, after, metrics = predicted
-    _, without, plain = three_steps(ROUTED, drop=["predictor"])
+    _, without, plain = three_steps(ROUTED, drop=["causal"])
     for ours, theirs in zip(metrics, plain, strict=True):
         assert ours["grad_norm"] > 0.05, "clipping is active"
         for name in ("loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
     with_predictor = jax.tree.map(lambda leaf: leaf, (after.params, after.measured))  # copied
-    trained = with_predictor[0]["stack"]["blocks"]["0_mod"].pop("predictor")
+    trained = with_predictor[0]["stack"]["blocks"]["0_mod"].pop("causal")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         with_predictor, (without.params, without.measured),
     )  # fmt: skip
-    for name, value in before.params["stack"]["blocks"]["0_mod"]["predictor"].items():
+    for name, value in before.params["stack"]["blocks"]["0_mod"]["causal"].items():
         assert np.all(value != trained[name])
 
 
@@ -67,7 +67,7 @@ def test_a_threshold_is_the_mean_of_the_kth_scores_so_far(predicted):
     _, after, metrics = predicted
     kth = [np.sort(found["records"]["0_mod"].scores_BL[0], axis=1)[:, -8] for found in metrics]
     for found, expected in zip(metrics, kth, strict=True):
-        np.testing.assert_allclose(found["records"]["0_mod"].kth_B[0], expected, rtol=1e-6)
+        np.testing.assert_allclose(found["records"]["0_mod/rule"].kth_B[0], expected, rtol=1e-6)
     threshold = after.measured["stack"]["blocks"]["0_mod"]["threshold"]
     np.testing.assert_allclose(threshold, [[np.mean(kth)]], rtol=1e-5)
 

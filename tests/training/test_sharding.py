@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from modjax.errors import InputError
+from modjax.nn import Routed
 from modjax.nn.sharding import (
     LOGICAL_TO_MESH,
     MESH_AXES,
@@ -106,7 +107,9 @@ def test_2x2x2_gives_the_loss_and_gradients_of_one_device(accumulation):
     ):
         np.testing.assert_allclose(ours, reference, atol=1e-5)
     assert expected["records"]
-    for name, record in expected["records"].items():
+    routed = {name: r for name, r in expected["records"].items() if isinstance(r, Routed)}
+    assert routed
+    for name, record in routed.items():
         np.testing.assert_array_equal(metrics["records"][name].selected_BL, record.selected_BL)
 
 

@@ -52,10 +52,10 @@ def test_only_routers_and_predictors_change_and_have_moments():
             state, _ = step(state, put_batch(batch_of(seed), mesh), make_schedule(train))
     after = paths(state.params)
     changed = {path for path in before if before[path].tobytes() != after[path].tobytes()}
-    routers = {path for path in before if "/router/" in path or "/predictor/" in path}
+    routers = {path for path in before if "/router/" in path or "/causal/" in path}
     assert changed == routers and len(routers) == 4
     moments = {p for p in paths(state.opt_state) if "blocks" in p or "embed" in p}
-    assert all("/router/" in path or "/predictor/" in path for path in moments)
+    assert all("/router/" in path or "/causal/" in path for path in moments)
 
 
 def test_frozen_parameters_cost_no_weight_gradient():
