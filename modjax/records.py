@@ -80,7 +80,7 @@ class Record:
     causal_difference: float | None = None
     causal_difference_sem: float | None = None
     eval_batch_size: int | None = None
-    outcome: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    outcome: dict[str, int | float | None] = dataclasses.field(default_factory=dict)
     provenance: dict[str, str] = dataclasses.field(default_factory=dict)
 
 

@@ -52,7 +52,7 @@ def both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS):
 
     What follows the prompts is decoded token by token, and also read as one turn.
     """
-    graphdef, params = random_model(config, std=0.5, seed=55)
+    graphdef, params = random_model(config, std=0.5, seed=33)
     lengths_B, totals_B = jnp.array(lengths), jnp.array(totals)
     rows_B = jnp.arange(len(lengths))
     rng = np.random.default_rng(1)

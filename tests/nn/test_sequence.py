@@ -263,5 +263,5 @@ def test_what_does_not_fit_is_refused_in_one_line():
             kind(Dense(), stride=0)
         assert str(caught.value) == f"{kind.__name__}.stride = 0: must be greater than 0"
     MODELS["around MoD"].check_routing("paced", "--routing")
-    with pytest.raises(InputError, match="'paced': must be one of trained, causal$"):
+    with pytest.raises(InputError, match=r"'paced': must be one of trained, causal$"):
         MODELS["altup"].check_routing("paced", "--routing")

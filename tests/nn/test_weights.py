@@ -24,6 +24,7 @@ from modjax.spec import (
     Repeat,
     Seq,
     SequenceAltUp,
+    Tied,
     TokenChoice,
     Window,
 )
@@ -76,7 +77,7 @@ def test_a_layer_is_named_by_its_place_and_its_class():
 MODELS = {
     "dense": model(Dense("swiglu"), Dense("swiglu")),
     "segments, tied": model(
-        Repeat(Dense(), MoD(MLP()), times=2), Repeat(Attention(), times=1), tie_embeddings=True
+        Repeat(Dense(), MoD(MLP()), times=2), Repeat(Attention(), times=1), head=Tied()
     ),
     "experts": model(Dense(), MoD(Seq(Attention(), MoE(3, shared=1)))),
     "streams": model(AltUp(Dense(), active=0), AltUp(Dense(), active=1), streams=Recycled(2)),
