@@ -161,7 +161,7 @@ def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
     """
     path = run_dir / "spec.json"
     values = read_json(path, WRITTEN_AGAIN)
-    if isinstance(values, dict):
+    if isinstance(values, dict) and values:
         require_format(path, values.pop("format", 1))
     try:
         spec = from_dict(RunSpec, values)

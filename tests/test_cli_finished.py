@@ -81,7 +81,8 @@ def test_eval_as_json_reports_losses_their_difference_and_every_layer(
     assert values["run_id"] == record.run_id
     assert values["trained"]["loss"] == pytest.approx(record.eval_loss, rel=1e-6)
     gap, layer = values["difference"], values["layers"]["1_mod.0"]
-    assert set(layer) == {"accuracy", "precision", "recall", "capacity", "overflow", "most"}
+    names = {"accuracy", "precision", "recall", "capacity", "overflow", "most", "near_ties"}
+    assert set(layer) == names
     assert gap["loss"] == pytest.approx(values["causal"]["loss"] - values["trained"]["loss"])
 
     assert gap["tokens"] == record.eval_tokens and 0 < gap["sem"] < values["trained"]["sem"]
@@ -102,7 +103,7 @@ def test_eval_as_text_says_the_bound_and_passes_over_runs_that_cannot(said, wher
     assert float(difference) == pytest.approx(float(causal) - float(trained), abs=1.5e-4)
     assert float(sem) > 0
     assert losses.endswith("room for 0.1 times the capacity")
-    names = "layer accuracy precision recall capacity overflow most"
+    names = "layer accuracy precision recall capacity overflow most near_ties"
     assert header.split() == names.split()
     values = dict(zip(header.split(), row.split(), strict=True))
     assert values["layer"] == "1_mod.0"

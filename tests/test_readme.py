@@ -74,7 +74,7 @@ def test_the_layer_of_the_readme_is_the_one_that_is_tested():
 def test_the_layers_of_the_readme_are_read():
     section = README.read_text().split("## Layers are values")[1].split("A layer of your own")[0]
     lines = re.findall(r"^    (.*)$", section, re.MULTILINE)
-    assert len(lines) == 8
+    assert len(lines) == 9
     for line in lines:
         named = re.search(r'model.streams = "(.*)"', line)
         streams = named and named.group(1)
@@ -91,7 +91,7 @@ def test_a_finished_run_opens_in_the_lines_of_the_readme(finished_workdir):
     namespace = {}
     exec(code.replace("work/tiny/runs/RUN_ID", str(folder)), namespace)
     assert namespace["logits_BLV"].shape == (1, 3, namespace["run"].spec.model.vocab_size)
-    assert list(namespace["records"]) == ["1_mod"]
+    assert set(namespace["records"]) == {"1_mod", "1_mod/causal", "1_mod/rule"}
 
 
 def test_the_sampling_example_of_the_readme_continues_two_prompts():

@@ -55,7 +55,7 @@ MODELS = {
     "moe": model(with_experts(TIGHT)),
     "moe 16": model(with_experts(MoE(16, TokenChoice(2), width=512))),
     "dropless": model(with_experts(MoE(8, TokenChoice(2), width=512, capacity_factor=None))),
-    "integrated": model(with_experts(dataclasses.replace(TIGHT, no_ops=8))),
+    "integrated": model(with_experts(dataclasses.replace(TIGHT, rule=TokenChoice(no_ops=8)))),
     "staged": model(with_experts(TIGHT), MoD(with_experts(TIGHT), capacity=0.125)),
 }
 

@@ -15,7 +15,7 @@ from flax import nnx
 import modjax
 from modjax.decoding.generate import Sampling, draw_tokens, extend, generate, resume
 from modjax.errors import InputError
-from modjax.nn import Transformer, unstack
+from modjax.nn import Routed, Transformer, unstack
 from modjax.spec import Dense, MoD, ModelSpec, Predictor
 from tests.nn.small import QUICK, key_values, random_model
 
@@ -59,7 +59,7 @@ def forward(routing):
         valid_BL = jnp.arange(MAX_LENGTH)[None] < lengths_B[:, None]
         model = nnx.merge(graphdef, params)
         logits_BLV, records = model(tokens_BL, valid_BL.astype(jnp.int32), routing=routing)
-        selected = [record.selected_BL for record in records.values()]
+        selected = [r.selected_BL for r in records.values() if isinstance(r, Routed)]
         depth_BL = sum((jnp.sum(x, axis=0) for x in selected), jnp.zeros(tokens_BL.shape, int))
         return logits_BLV, depth_BL
 

@@ -68,7 +68,7 @@ def test_a_threshold_is_the_mean_of_the_kth_scores_so_far(predicted):
     kth = [np.sort(found["records"]["0_mod"].scores_BL[0], axis=1)[:, -8] for found in metrics]
     for found, expected in zip(metrics, kth, strict=True):
         np.testing.assert_allclose(found["records"]["0_mod/rule"].kth_B[0], expected, rtol=1e-6)
-    threshold = after.measured["stack"]["blocks"]["0_mod"]["threshold"]
+    threshold = after.measured["stack"]["blocks"]["0_mod"]["rule"]["threshold"]
     np.testing.assert_allclose(threshold, [[np.mean(kth)]], rtol=1e-5)
 
 
