@@ -49,12 +49,15 @@ def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, execution: Executi
         lowered.out_info[1]["records"],
         compiled.output_shardings[1]["records"],
     )
-    every_BL = np.ones((train.batch_size, train.seq_len), bool)
+
+    def described(records: Any) -> dict[str, jax.Array]:
+        return statistics(records, jnp.ones((train.batch_size, train.seq_len), bool))
+
     routings = dict.fromkeys(("trained", spec.model.causal_routing() or "trained"))
     return Programs(
         lambda state, batch: compiled(state, batch, schedule),
         {name: compile_eval_step(mesh, model, train, routing=name) for name in routings},
-        jax.jit(lambda r: statistics(r, every_BL)).lower(records).compile() if records else dict,
+        jax.jit(described).lower(records).compile() if records else dict,
     )
 
 

@@ -36,7 +36,7 @@ def decided_model(config):
     def decide(path, leaf):
         names = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         *_, owner, name = ("", *names.split("/"))
-        if name == "embedding":
+        if name == "table":
             leaf[:, 0] = np.where(yes_V, 0.75, -0.75)
         elif name == "w_out" and owner == "0_attention":
             leaf[..., 0] = 0
