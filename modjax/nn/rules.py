@@ -31,7 +31,7 @@ WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Choice(NamedTuple):
-    """What a rule makes of the scores, for training.
+    """A rule's use of the scores in training.
 
     ranking_BL: orders the positions. scores_BL: the raw scores that weigh the updates.
     wanted_BL: the positions that ask to be processed, of which the first are; None: the k that rank
@@ -46,9 +46,9 @@ class Choice(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What training selected.
+    """The selection of training.
 
-    target_BL: the selection as a mask. k: positions that the capacity stands for; k_B: of each row
+    target_BL: the same as a mask. k: positions that the capacity stands for; k_B: of each row
     without its padding.
     """
 
@@ -104,8 +104,8 @@ class Weighed(Rule):
         return WEIGHTS[self.spec.weight](scores_BK)
 
 
-class TopK(Weighed):
-    """The k best positions; also a threshold, the running mean of the k-th best score."""
+class KthBest(Weighed):
+    """Base class of rules with a threshold: the running mean of the k-th best rank."""
 
     def __init__(self, spec: spec.Rule, shape: spec.Shape, *, capacity: float, rngs: nnx.Rngs):
         super().__init__(spec, shape, capacity=capacity, rngs=rngs)
@@ -116,7 +116,7 @@ class TopK(Weighed):
         return choice.ranking_BL > jax.lax.stop_gradient(read(self.threshold))[0]
 
     def decide(self, name, x_BLD, choice, at, state):
-        return choice.scores_BL > 0 if name == "auxiliary" else self.passed(choice), state
+        return self.passed(choice), state
 
     def report(self, x_BLD, choice, chosen, at):
         kth_B = chosen.selection.kth_B
@@ -128,7 +128,19 @@ class TopK(Weighed):
         return Ranked(kth_B, self.taught(choice, chosen, at))
 
     def taught(self, choice: Choice, chosen: Chosen, at: At) -> Taught | None:
-        """Returns the record of the auxiliary loss, None without one."""
+        """Returns the record of scores that learn to select by themselves, None without any."""
+        return None
+
+
+class TopK(KthBest):
+    """The k best positions; with an auxiliary loss also those whose score is above 0."""
+
+    def decide(self, name, x_BLD, choice, at, state):
+        if name == "auxiliary":
+            return choice.scores_BL > 0, state
+        return super().decide(name, x_BLD, choice, at, state)
+
+    def taught(self, choice: Choice, chosen: Chosen, at: At) -> Taught | None:
         if not self.spec.auxiliary:
             return None
         loss_B = cross_entropy(choice.scores_BL, chosen.target_BL, at.valid_BL)
@@ -136,7 +148,7 @@ class TopK(Weighed):
         return Taught(choice.scores_BL, chosen.target_BL, loss_B, "auxiliary")
 
 
-class Random(TopK):
+class Random(KthBest):
     """Positions that rank best by noise of the key, the sequence and the position."""
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
@@ -145,13 +157,12 @@ class Random(TopK):
         noise_BL = position_noise(call.key, at.sequences_BL, at.positions_BL)
         return super().choose(scores_BLR, at, call)._replace(ranking_BL=noise_BL)
 
-    def taught(self, choice: Choice, chosen: Chosen, at: At) -> None:
-        return None
 
+class Threshold(KthBest):
+    """Positions above the threshold, in training too."""
 
-class Threshold(Random):
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
-        choice = Weighed.choose(self, scores_BLR, at, call)
+        choice = super().choose(scores_BLR, at, call)
         return choice._replace(wanted_BL=self.passed(choice))
 
 
