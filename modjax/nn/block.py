@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from modjax.errors import InputError, require
 from modjax.nn.call import At, Call, number_rows
 from modjax.nn.params import read
-from modjax.nn.records import Inside, Record, TokenLoss, statistics
+from modjax.nn.records import Inside, Record, TokenLoss, inside, is_record, statistics
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer
 from modjax.nn.routing import Selection, check_inputs, gather, gather_pairs, scatter_add
@@ -161,7 +161,7 @@ class MoDBlock(RoutedLayer):
                 need = "must return arrays and numbers beside x, nothing else"
                 require(isinstance(leaf, get_args(ArrayLike)), "inner", leaf, need)
             selected = selection.indices_BK, selection.valid_BK
-            beside = None if extra is None else Inside(_inside(extra, *selected), *selected)
+            beside = None if extra is None else Inside(inside(extra, *selected), *selected)
             return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
 
         bound = length if slots is None else min(slots, length)
@@ -196,26 +196,13 @@ def _apart(out: Any, key: str) -> tuple[Any, Any]:
     return out[0], tuple(out[1:]) or None
 
 
-def _is_record(node: Any) -> bool:
-    return isinstance(node, Record)
-
-
-def _inside(extra: Any, indices_BK: jax.Array, valid_BK: jax.Array) -> Any:
-    """Wraps every record in the tree as `Inside` of the selected positions."""
-
-    def one(node: Any) -> Any:
-        return Inside(node, indices_BK, valid_BK) if _is_record(node) else node
-
-    return jax.tree.map(one, extra, is_leaf=_is_record)
-
-
 def _records(extra: Any) -> dict[str, Record]:
     """Returns the records in a tree, by their paths in it; the key "" adds nothing to a path."""
-    leaves = jax.tree_util.tree_leaves_with_path(extra, is_leaf=_is_record)
+    leaves = jax.tree_util.tree_leaves_with_path(extra, is_leaf=is_record)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/").rstrip("/"): node
         for path, node in leaves
-        if _is_record(node)
+        if is_record(node)
     }
 
 

@@ -1,4 +1,4 @@
-"""What layers keep of earlier positions: caches that mirror the layers, and their updates.
+"""Caches of earlier positions, which mirror the layers, and their updates.
 
 A layer never changes a cache. It returns an update, which the stack applies, once. Attention that
 reads its own update returns the updated cache with it: applying it twice would make XLA copy the

@@ -133,6 +133,19 @@ class Inside(Record):
         return found
 
 
+def inside(tree: Any, indices_BK: jax.Array, valid_BK: jax.Array) -> Any:
+    """Returns a tree in which every record is wrapped as `Inside` of the selected positions."""
+
+    def one(node: Any) -> Any:
+        return Inside(node, indices_BK, valid_BK) if is_record(node) else node
+
+    return jax.tree.map(one, tree, is_leaf=is_record)
+
+
+def is_record(node: Any) -> bool:
+    return isinstance(node, Record)
+
+
 def running_mean(old_N: jax.Array, values_BN: jax.Array, updates: jax.Array) -> jax.Array:
     """Returns the means after one more batch of values, of which the finite ones count."""
     fits = values_BN.shape[1:] == old_N.shape

@@ -19,12 +19,12 @@ from jax.typing import DTypeLike
 from modjax import spec
 from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import overflow, unwritten, written
-from modjax.nn.call import At, Call, Out
+from modjax.nn.call import At, Call, Out, under
 from modjax.nn.params import make_param, read
+from modjax.nn.records import inside
 from modjax.nn.routing import gather, scatter_add, select_first_k, wide
 from modjax.nn.rows import run_rows
 from modjax.nn.streams import mixed
-from modjax.nn.within import inside
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +162,8 @@ class Anchored(LayerModule):
             vectors = _rows(held_BI, last_B), _rows(news_BI, last_B)
             write = Kept(out.write, at.count(batch, length), *vectors)
         depth_BL = places.put(jnp.where(valid_BJ, out.depth_BL, 0))
-        return Out(new, write, inside(out, places.indices_BJ, valid_BJ), {}, depth_BL)
+        records = under("inner", inside(dict(out.records), places.indices_BJ, valid_BJ))
+        return Out(new, write, records, {}, depth_BL)
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Kept:
         """A cache for at most `length` positions of each row."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.records import Inside
+from modjax.nn.records import Inside, inside
 from modjax.nn.routing import Selection, gather, scatter_add
 from modjax.nn.sharding import constrain_stream
 
@@ -31,15 +31,9 @@ def within(
     taken_BK = jnp.where(selection.valid_BK, 1 + out.depth_BL, 0)
     none_BL = jnp.zeros(x.shape[:2], taken_BK.dtype)
     return part, out._replace(
-        records=inside(out, selection.indices_BK, selection.valid_BK),
+        records=under("inner", inside(dict(out.records), selection.indices_BK, selection.valid_BK)),
         depth_BL=scatter_add(none_BL, selection.indices_BK, taken_BK),
     )
-
-
-def inside(out: Out, indices_BK: jax.Array, valid_BK: jax.Array) -> dict[str, Inside]:
-    """Returns the records of an inner layer that ran on these positions, under "inner"."""
-    records = {name: Inside(record, indices_BK, valid_BK) for name, record in out.records.items()}
-    return under("inner", records)  # type: ignore[return-value]
 
 
 def widened(tree: Any, like: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What every spec has, its checks and its text; what a layer has, its costs, routings and cache.
+"""Base classes of specs: checks and text of all; costs, routings and caches of layers.
 
 A spec is a frozen dataclass that checks itself. It composes by containing other specs.
 """

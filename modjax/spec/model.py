@@ -106,7 +106,7 @@ class ModelSpec:
 
     @property
     def ends(self) -> tuple[tuple[End, ...], tuple[End, ...]]:
-        """What stands before the layers, and what stands after them."""
+        """The parts before and after the layers, in order."""
         return (self.embed, *filter(None, [self.streams])), (FinalNorm(), self.head)
 
     @property
