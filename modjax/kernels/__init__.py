@@ -4,14 +4,3 @@ from modjax.kernels.attention import Side, attend, received_attention
 from modjax.kernels.grouped import grouped_matmul
 from modjax.kernels.products import product, project, project_back
 from modjax.kernels.target import target
-
-__all__ = [
-    "Side",
-    "attend",
-    "grouped_matmul",
-    "product",
-    "project",
-    "project_back",
-    "received_attention",
-    "target",
-]

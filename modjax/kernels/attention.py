@@ -1,7 +1,7 @@
 """Softmax attention of queries over the keys that a mask shows to them.
 
-Legend: B batch, L positions, M key positions, N heads, G kv heads, Q query heads of a kv head, H
-head width. B may be 1 in a Side.
+Legend: B batch, L positions, M key positions, N heads, G kv heads, Q query heads of a kv head,
+T = Q * L rows or those two dims, H head width. B may be 1 in a Side.
 """
 
 import math
@@ -119,8 +119,11 @@ def _probabilities(
     batch, heads, length, head_dim = q_BNLH.shape
     kv_heads = k_BGMH.shape[1]
     q_BNLH = q_BNLH * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
-    q_BGQLH = q_BNLH.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
-    s_BGQLM = jnp.einsum("BGQLH,BGMH->BGQLM", q_BGQLH, k_BGMH, preferred_element_type=jnp.float32)
+    # Of a cache with two dims of queries, XLA's CPU backend would transpose all keys at every step.
+    rows = (heads // kv_heads, length) if keys is None else (-1,)
+    q_BGTH = q_BNLH.reshape(batch, kv_heads, *rows, head_dim)
+    s_BGTM = jnp.einsum("BG...H,BGMH->BG...M", q_BGTH, k_BGMH, preferred_element_type=jnp.float32)
+    s_BGQLM = s_BGTM.reshape(batch, kv_heads, heads // kv_heads, length, -1)
     s_BGQLM = s_BGQLM if softcap is None else softcap * jnp.tanh(s_BGQLM / softcap)
     s_BGQLM = jnp.where(seen_BLM[:, None, None], s_BGQLM, -jnp.inf)
     # A query that sees no key has a finite maximum and a sum of 1, and so attends to nothing.

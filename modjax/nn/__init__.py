@@ -42,35 +42,3 @@ MODULES.update({spec.ManifoldHyperConnection: streams.ManifoldHyperConnection})
 MODULES.update({spec.Gemma3nAltUp: streams.Gemma3nAltUp})
 MODULES.update({spec.SequenceAltUp: sequence.SequenceAltUp})
 MODULES.update({spec.StrideSkip: sequence.StrideSkip, spec.StridePool: sequence.StridePool})
-
-__all__ = [
-    "At",
-    "Cache",
-    "Call",
-    "Inside",
-    "LayerModule",
-    "MoDBlock",
-    "Out",
-    "Record",
-    "Routed",
-    "RoutedBlock",
-    "TokenLoss",
-    "Transformer",
-    "build",
-    "decision_counts",
-    "decision_quality",
-    "in_chunks",
-    "losses",
-    "make_param",
-    "measured",
-    "named_weights",
-    "normal_param",
-    "observe",
-    "register",
-    "statistics",
-    "totals",
-    "under",
-    "unstack",
-    "within",
-    "write_weights",
-]

@@ -17,6 +17,7 @@ from modjax.kernels import project, project_back
 from modjax.nn.build import LayerModule, build
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.params import normal_param, read, scale_param
+from modjax.nn.sharding import constrain_stream
 from modjax.spec.layers import GATED
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -114,20 +115,32 @@ class Seq(LayerModule):
         )
 
     def __call__(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        writes, records, depth_BL = {}, {}, 0
-        handed: dict[str, jax.Array] = {}
-        for index, name in enumerate(names(self.spec.parts)):
-            part_cache = None if cache is None else cache[name]
-            here = at._replace(handed={**at.handed, **handed})
-            out = self.parts[name](x, here, call.inside(index), part_cache)
-            x, writes[name] = out.x, out.write
-            records |= under(f"parts/{name}", out.records)
-            handed = {**handed, **out.handed}
-            depth_BL = depth_BL + out.depth_BL
-        return Out(x, () if cache is None else writes, records, handed, depth_BL)
+        out = in_order(
+            {name: self.parts[name] for name in names(self.spec.parts)}, x, at, call, cache
+        )
+        return out._replace(records=under("parts", out.records))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
         return {name: p.empty(batch, length, slack, dtype) for name, p in self.parts.items()}
+
+
+def in_order(
+    layers: Mapping[str, Any], x: jax.Array, at: At, call: Call, cache: Any, first: int = 0
+) -> Out:
+    """Returns the output of layers that run one after another; records and writes by their names.
+
+    cache: by the same names; None for none. first: the place of the first layer, for its key.
+    """
+    writes, records, depth_BL = {}, {}, 0
+    handed: dict[str, jax.Array] = {}
+    for index, (name, layer) in enumerate(layers.items(), first):
+        here = at._replace(handed={**at.handed, **handed})
+        out = layer(x, here, call.inside(index), None if cache is None else cache[name])
+        x, writes[name] = constrain_stream(out.x), out.write
+        records |= under(name, out.records)
+        handed |= out.handed
+        depth_BL = depth_BL + out.depth_BL
+    return Out(x, () if cache is None else writes, records, handed, depth_BL)
 
 
 def names(parts: Iterable[spec.Layer], start: int = 0) -> dict[str, spec.Layer]:

@@ -1,6 +1,6 @@
 """A decoder: a stack of layers between an embedding and a head.
 
-Legend: B batch, L positions, D model width, H head width, V vocabulary, M max_length.
+Legend: B batch, L positions, D model width, H head width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -129,7 +129,7 @@ class Transformer(nnx.Module):
             require(slack is None or slack >= 1, "slack", slack, "must be 1 or more as trained")
         apart = self.stack.apart()
         # Looked up: XLA's CPU backend would compute the cosines in every layer.
-        ropes_1MH = self._ropes(jnp.arange(max_length)[None])
+        tables = self._ropes(jnp.arange(max_length)[None])
         dtype = jnp.dtype(self.config.dtype)
 
         def read(tokens_BL, lengths_B, cache):
@@ -140,17 +140,10 @@ class Transformer(nnx.Module):
                 empty = self.stack.empty(apart, batch, max_length, slack, dtype)
                 cache = Cache(empty, jnp.zeros(batch, jnp.int32))
                 positions_BL = offsets_1L
-                ropes = {
-                    base: (cos[:, :length], sin[:, :length])
-                    for base, (cos, sin) in ropes_1MH.items()
-                }
             else:
                 require(routing != "trained", "routing", routing, "looks at tokens not yet drawn")
                 positions_BL = cache.positions_B[:, None] + offsets_1L
-                ropes = {
-                    base: (_looked_up(cos, positions_BL), _looked_up(sin, positions_BL))
-                    for base, (cos, sin) in ropes_1MH.items()
-                }
+            ropes = jax.tree.map(lambda t: t[0].at[positions_BL].get(mode="clip"), tables)
             valid_BL = offsets_1L < lengths_B[:, None]
             sequences_BL = number_rows(batch, length)
             at = At(positions_BL, None, valid_BL, ropes, {}, sequences_BL)
@@ -179,10 +172,6 @@ class Transformer(nnx.Module):
     def _close(self, x: jax.Array) -> jax.Array:
         """Returns the features, from the residual stream after the last layer."""
         return self.final_norm(x if self.streams is None else self.streams.close(x))
-
-
-def _looked_up(table_1MH: jax.Array, positions_BL: jax.Array) -> jax.Array:
-    return table_1MH[0].at[positions_BL].get(mode="clip")
 
 
 def unstack(model: Any, params: Any) -> tuple[Any, Any]:
