@@ -4,7 +4,7 @@ An embedding is called as embed(tokens_BL, dtype) -> x_BLD. A head's module is c
 unembed(x_BLD, embed) -> logits (B, L, V) in float32, where `embed` is the embedding of a head that
 is tied and None for all others. `Transformer.head` is the two together.
 
-Legend: B batch, L positions, D width of the features, V vocabulary.
+Legend: B batch, L positions, D model width, V vocabulary.
 """
 
 import math

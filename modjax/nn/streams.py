@@ -1,7 +1,7 @@
 """Residual streams: their ends, and layers that read one vector from them and write to all.
 
-Legend: B batch, L positions (either may be 1 in a weight), S streams, J those that are summed over,
-K = S * J, M = S modes, D model width.
+Legend: B batch, L positions, S residual streams, D model width. B and L may be 1 in a weight. A
+product sums over the last of two S.
 """
 
 import functools
@@ -95,7 +95,7 @@ class Weights(NamedTuple):
     """
 
     read: int | jax.Array
-    mix_BLSJ: jax.Array
+    mix_BLSS: jax.Array
     write: Callable[[jax.Array], jax.Array]
 
 
@@ -110,8 +110,8 @@ class Streams(LayerModule):
         self.direction = isinstance(self.inner, Sublayer) and self.inner.norm is not None
 
     def __call__(self, x_BLSD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        read, mix_BLSJ, write = self.weights(x_BLSD)
-        kept_BLSD = self.keep(mix_BLSJ, x_BLSD)
+        read, mix_BLSS, write = self.weights(x_BLSD)
+        kept_BLSD = self.keep(mix_BLSS, x_BLSD)
         if isinstance(read, int):
             u_BLD, base_BLD = x_BLSD[:, :, read], kept_BLSD[:, :, read]
         else:
@@ -129,9 +129,9 @@ class Streams(LayerModule):
     def weights(self, x_BLSD: jax.Array) -> Weights:
         raise NotImplementedError
 
-    def keep(self, mix_BLSJ: jax.Array, x_BLSD: jax.Array) -> jax.Array:
+    def keep(self, mix_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
         """Returns the streams before their correction, float32."""
-        return mixed(mix_BLSJ, x_BLSD)
+        return mixed(mix_BLSS, x_BLSD)
 
 
 class AltUp(Streams):
@@ -142,9 +142,9 @@ class AltUp(Streams):
             self.p, self.g = _mixing(jnp.eye(shape.streams)), _mixing(jnp.ones(shape.streams))
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
-        p_11SJ = (read(self.p) if self.learned else jnp.eye(self.streams))[None, None]
+        p_11SS = (read(self.p) if self.learned else jnp.eye(self.streams))[None, None]
         g_11S = (read(self.g) if self.learned else jnp.ones(self.streams))[None, None]
-        return Weights(self.active, p_11SJ, lambda _: g_11S)
+        return Weights(self.active, p_11SS, lambda _: g_11S)
 
 
 class SimplifiedAltUp(Streams):
@@ -153,9 +153,9 @@ class SimplifiedAltUp(Streams):
         self.r = _mixing(jnp.full(shape.streams, 1 / shape.streams))
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
-        r_11J, eye_SJ = read(self.r)[None, None], jnp.eye(self.streams)
-        write_11S = self.streams * eye_SJ[self.active][None, None]
-        return Weights(r_11J, eye_SJ[None, None], lambda _: write_11S)
+        r_11S, eye_SS = read(self.r)[None, None], jnp.eye(self.streams)
+        write_11S = self.streams * eye_SS[self.active][None, None]
+        return Weights(r_11S, eye_SS[None, None], lambda _: write_11S)
 
 
 class HyperConnection(Streams):
@@ -171,16 +171,16 @@ class HyperConnection(Streams):
             self.scales = _mixing(jnp.full(2, DYNAMIC_SCALE))
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
-        a_m_BLJ, a_r_BLJS, b_BLS = (read(w)[None, None] for w in (self.a_m, self.a_r, self.b))
+        a_m_BLS, a_r_BLSS, b_BLS = (read(w)[None, None] for w in (self.a_m, self.a_r, self.b))
         if self.dynamic:
             batch, length, streams, width = x_BLSD.shape
             norm_BLD = self.norm(x_BLSD.reshape(batch, length * streams, width))  # L * S of them
             found = jnp.tanh(linear(norm_BLD, read(self.w))).reshape(batch, length, streams, -1)
             alpha, beta = read(self.scales)
-            a_m_BLJ += alpha * found[..., 0]
+            a_m_BLS += alpha * found[..., 0]
             b_BLS += beta * found[..., 1]
-            a_r_BLJS += alpha * found[..., 2:]
-        return Weights(a_m_BLJ, a_r_BLJS.swapaxes(2, 3), lambda _: b_BLS)
+            a_r_BLSS += alpha * found[..., 2:]
+        return Weights(a_m_BLS, a_r_BLSS.swapaxes(2, 3), lambda _: b_BLS)
 
 
 class ManifoldHyperConnection(Streams):
@@ -198,54 +198,52 @@ class ManifoldHyperConnection(Streams):
         found = linear(unit_rms(x_BLSD.reshape(batch, length, -1), self.eps), read(self.w))
         parts = jnp.split(found, (s, 2 * s), axis=2)
         scaled = [scale * part for scale, part in zip(read(self.scales), parts, strict=True)]
-        read_BLJ = jax.nn.sigmoid(scaled[0] + read(self.b_read)[None, None])
+        read_BLS = jax.nn.sigmoid(scaled[0] + read(self.b_read)[None, None])
         write_BLS = 2 * jax.nn.sigmoid(scaled[1] + read(self.b_write)[None, None])
-        logits_BLJS = scaled[2].reshape(batch, length, s, s) + read(self.b_mix)[None, None]
-        mix_BLSJ = _doubly_stochastic(logits_BLJS).swapaxes(2, 3)
-        return Weights(read_BLJ, mix_BLSJ, lambda _: write_BLS)
+        logits_BLSS = scaled[2].reshape(batch, length, s, s) + read(self.b_mix)[None, None]
+        mix_BLSS = _doubly_stochastic(logits_BLSS).swapaxes(2, 3)
+        return Weights(read_BLS, mix_BLSS, lambda _: write_BLS)
 
-    def keep(self, mix_BLSJ: jax.Array, x_BLSD: jax.Array) -> jax.Array:
+    def keep(self, mix_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
         # Each stream's weights sum to 1. Written by differences, equal streams stay equal to the
         # last bit, and their mix has a gradient of exactly 0 in place of rounding noise.
         x_BLSD = x_BLSD.astype(jnp.float32)
         first_BL1D = x_BLSD[:, :, :1]
-        return first_BL1D + mixed(mix_BLSJ[..., 1:], x_BLSD[:, :, 1:] - first_BL1D)
+        return first_BL1D + mixed(mix_BLSS[..., 1:], x_BLSD[:, :, 1:] - first_BL1D)
 
 
-def _doubly_stochastic(logits_BLJS: jax.Array) -> jax.Array:
+def _doubly_stochastic(logits_BLSS: jax.Array) -> jax.Array:
     """exp(logits), its rows and columns made to sum to 1 in turn (Sinkhorn and Knopp)."""
 
-    def one_round(_: int, m_BLJS: jax.Array) -> jax.Array:
+    def one_round(_: int, m_BLSS: jax.Array) -> jax.Array:
         for axis in (3, 2):
-            m_BLJS = m_BLJS / jnp.sum(m_BLJS, axis=axis, keepdims=True)
-        return m_BLJS
+            m_BLSS = m_BLSS / jnp.sum(m_BLSS, axis=axis, keepdims=True)
+        return m_BLSS
 
-    positive_BLJS = jax.nn.softmax(logits_BLJS, axis=3) + LEAST_SHARE
-    return jax.lax.fori_loop(0, spec.SINKHORN_ROUNDS, one_round, positive_BLJS)
+    positive_BLSS = jax.nn.softmax(logits_BLSS, axis=3) + LEAST_SHARE
+    return jax.lax.fori_loop(0, spec.SINKHORN_ROUNDS, one_round, positive_BLSS)
 
 
 class Gemma3nAltUp(Streams):
     def __init__(self, spec: spec.Gemma3nAltUp, shape: spec.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
-        self.direction = (
-            False  # `write` reads what is computed, and with it the size of what is read
-        )
+        self.direction = False  # the weights of writing follow the size of what was read
         s, d = shape.streams, shape.d_model
         self.norm = RMSNorm(d, eps=shape.norm_eps)
         self.w = normal_param(rngs, (d, s), ("replicated", None), std=1 / math.sqrt(d))
         self.p, self.c = _mixing(jnp.zeros((s, s, s))), _mixing(jnp.zeros((s, s)))
 
     def weights(self, x_BLSD: jax.Array) -> Weights:
-        p_MK = read(self.p).reshape(self.streams, -1)
-        mix_BLK = linear(self._modes(x_BLSD[:, :, self.active]), p_MK)
-        mix_BLSJ = mix_BLK.reshape(*mix_BLK.shape[:2], self.streams, -1)
-        mix_BLSJ += jnp.eye(self.streams)[None, None]
-        read_BLJ = mix_BLSJ[:, :, self.active]
+        flat = read(self.p).reshape(self.streams, -1)
+        mix = linear(self._modes(x_BLSD[:, :, self.active]), flat)
+        mix_BLSS = mix.reshape(*x_BLSD.shape[:2], self.streams, -1)
+        mix_BLSS += jnp.eye(self.streams)[None, None]
+        read_BLS = mix_BLSS[:, :, self.active]
 
         def write(y_BLD: jax.Array) -> jax.Array:
             return 1 + linear(self._modes(y_BLD), read(self.c))
 
-        return Weights(read_BLJ, mix_BLSJ, write)
+        return Weights(read_BLS, mix_BLSS, write)
 
     def _modes(self, x_BLD: jax.Array) -> jax.Array:
         return jnp.tanh(linear(self.norm(x_BLD), read(self.w)) / x_BLD.shape[2])
@@ -256,20 +254,20 @@ def _mixing(value: jax.Array) -> nnx.Param:
     return make_param(value, ("replicated",) * value.ndim, decays=False)
 
 
-def mixed(weights_BLSJ: jax.Array, x_BLJD: jax.Array, *, apart: bool = False) -> jax.Array:
+def mixed(weights_BLSS: jax.Array, x_BLSD: jax.Array, *, apart: bool = False) -> jax.Array:
     """Returns sum_j weights_j x_j, in float32: (B, L, S, D). Weights of 1 for B or L are shared.
 
     apart: positions whose streams are all equal give the weights no gradient. This is right only
     where all that follows reads the direction of the sum. The sum is then the stream times a
     number, the gradient is 0 but for rounding, and AdamW would make a full step of that noise.
     """
-    return _mixed(apart, weights_BLSJ, x_BLJD)
+    return _mixed(apart, weights_BLSS, x_BLSD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(apart: bool, weights_BLSJ: jax.Array, x_BLJD: jax.Array) -> jax.Array:
-    x32_BLJD = x_BLJD.astype(jnp.float32)
-    each = [weights_BLSJ[..., j, None] * x32_BLJD[:, :, j, None] for j in range(x_BLJD.shape[2])]
+def _mixed(apart: bool, weights_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
+    x32_BLSD = x_BLSD.astype(jnp.float32)
+    each = [weights_BLSS[..., j, None] * x32_BLSD[:, :, j, None] for j in range(x_BLSD.shape[2])]
     return functools.reduce(jnp.add, each)
 
 
@@ -277,22 +275,22 @@ def _mixed_back(apart: bool, inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax
     """Products of streams position by position, and only then their sum over positions: XLA's CPU
     backend takes 2 to 6 times as long for the sum over positions and width at once.
     """
-    weights_BLSJ, x_BLJD = inputs
-    x32_BLJD = x_BLJD.astype(jnp.float32)
+    weights_BLSS, x_BLSD = inputs
+    x32_BLSD = x_BLSD.astype(jnp.float32)
     exact = jax.lax.Precision.HIGHEST  # they sum over many positions
-    products_BLSJ = jnp.einsum("BLSD,BLJD->BLSJ", grad_BLSD, x32_BLJD, precision=exact)
+    products_BLSS = jnp.einsum("BLSD,BLJD->BLSJ", grad_BLSD, x32_BLSD, precision=exact)
     if apart:
-        apart_BL = jnp.any(x_BLJD != x_BLJD[:, :, :1], axis=(2, 3))
-        products_BLSJ = jnp.where(apart_BL[:, :, None, None], products_BLSJ, 0.0)
-    products_BLSJ = jax.lax.optimization_barrier(products_BLSJ)
-    shared = tuple(dim for dim in (0, 1) if weights_BLSJ.shape[dim] == 1)
-    grad_of_weights = jnp.sum(products_BLSJ, axis=shared, keepdims=True)
-    grad_of_x: Any = _mixed(False, weights_BLSJ.swapaxes(2, 3), grad_BLSD)
-    return grad_of_weights, grad_of_x.astype(x_BLJD.dtype)
+        apart_BL = jnp.any(x_BLSD != x_BLSD[:, :, :1], axis=(2, 3))
+        products_BLSS = jnp.where(apart_BL[:, :, None, None], products_BLSS, 0.0)
+    products_BLSS = jax.lax.optimization_barrier(products_BLSS)
+    shared = tuple(dim for dim in (0, 1) if weights_BLSS.shape[dim] == 1)
+    grad_of_weights = jnp.sum(products_BLSS, axis=shared, keepdims=True)
+    grad_of_x: Any = _mixed(False, weights_BLSS.swapaxes(2, 3), grad_BLSD)
+    return grad_of_weights, grad_of_x.astype(x_BLSD.dtype)
 
 
-def _mixed_ahead(apart: bool, weights_BLSJ: jax.Array, x_BLJD: jax.Array) -> Any:
-    return _mixed(apart, weights_BLSJ, x_BLJD), (weights_BLSJ, x_BLJD)
+def _mixed_ahead(apart: bool, weights_BLSS: jax.Array, x_BLSD: jax.Array) -> Any:
+    return _mixed(apart, weights_BLSS, x_BLSD), (weights_BLSS, x_BLSD)
 
 
 _mixed.defvjp(_mixed_ahead, _mixed_back)
