@@ -1,4 +1,4 @@
-"""The base of what is added to the stream, MLPs, and layers one after another.
+"""Base class of sublayers, MLPs, and sequences of layers.
 
 Legend: B batch, L positions, D model width, F feed-forward width.
 """
@@ -44,14 +44,14 @@ class RMSNorm(nnx.Module):
 
 
 def unit_rms(x_BLD: jax.Array, eps: float) -> jax.Array:
-    """x over the root of its mean square, in float32."""
+    """Returns x divided by its root mean square, in float32."""
     x32_BLD = x_BLD.astype(jnp.float32)
     mean_square_BL1 = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
     return x32_BLD * jax.lax.rsqrt(mean_square_BL1 + eps)
 
 
 class Sublayer(LayerModule):
-    """Adds to the stream what a subclass makes of it, with norms before it, after it, or both.
+    """Base class of layers that add to the stream, with a norm before, after, or both.
 
     A subclass computes what it adds from `before(x)` alone: `nn.streams` relies on it.
     """
@@ -91,14 +91,14 @@ class MLP(Sublayer):
 
 
 def mlp_weights(activation: str) -> tuple[str, ...]:
-    """The names of the matrices of an MLP, each (D, F)."""
+    """Returns the names of the matrices of an MLP, each (D, F)."""
     return ("w_in", "w_gate", "w_out") if activation in GATED else ("w_in", "w_out")
 
 
 def mlp(
     x: jax.Array, weights: Mapping[str, Any], activation: str, product: Product, back: Product
 ) -> jax.Array:
-    """What an MLP with these weights adds. product, back: of x with a matrix and its transpose."""
+    """Returns the output of an MLP. product, back: multiply by a matrix and by its transpose."""
     act = ACTIVATIONS[activation]
     h = product(x, weights["w_in"])
     h = act(product(x, weights["w_gate"])) * h if "w_gate" in weights else act(h)
@@ -149,5 +149,5 @@ def names(parts: Iterable[spec.Layer], start: int = 0) -> dict[str, spec.Layer]:
 
 
 def depth_scale(shape: spec.Shape) -> float:
-    """GPT-2's rule: the 2 * num_layers additions to the stream start with total variance 1."""
+    """Returns GPT-2's scale: all 2 * num_layers additions together start with variance 1."""
     return math.sqrt(2 * shape.num_layers)

@@ -25,14 +25,14 @@ from modjax.nn.stack import Stack
 
 
 class Cache(NamedTuple):
-    """What decoding keeps: layer by layer, and the position of each row's next token."""
+    """The state of decoding: a cache of every layer, and the position of each row's next token."""
 
     layers: tuple[Any, ...]
     positions_B: jax.Array
 
     @property
     def overflow_B(self) -> jax.Array:
-        """Positions that found no slot until now, summed over the layers."""
+        """Positions of each row that were dropped, summed over the layers."""
         return sum(map(overflow, self.layers), jnp.zeros_like(self.positions_B))
 
 
@@ -40,7 +40,7 @@ Reader = Callable[[jax.Array, jax.Array, Cache | None], tuple[jax.Array, Cache, 
 
 
 class Transformer(nnx.Module):
-    """Tokens to features, and features to logits."""
+    """A decoder: features from tokens, and logits from features."""
 
     def __init__(self, config: spec.ModelSpec, *, rngs: nnx.Rngs):
         self.config = config
@@ -104,7 +104,7 @@ class Transformer(nnx.Module):
         slack: float | None = None,
         key: jax.Array | None = None,
     ) -> Reader:
-        """A function (tokens_BL, lengths_B, cache) -> (logits_BV, cache, depths_BL).
+        """Returns a function (tokens_BL, lengths_B, cache) -> (logits_BV, cache, depths_BL).
 
         Row b reads its first lengths_B[b] >= 0 tokens, after those in its cache, which is None for
         none yet. logits_BV: after the last of them. depths_BL: how many selections took each
@@ -159,7 +159,7 @@ class Transformer(nnx.Module):
         return read
 
     def _ropes(self, positions_BL: jax.Array) -> dict[float, tuple[jax.Array, jax.Array]]:
-        """The rotary tables that the layers ask for."""
+        """Returns the rotary tables that the layers read, by their bases."""
         dtype, width = jnp.dtype(self.config.dtype), self.config.shape.head_dim
         bases = {rope for layer, _ in self.config.repeated() for rope in layer.ropes()}
         return {base: rotary_tables(positions_BL, width, base, dtype) for base in sorted(bases)}
@@ -175,10 +175,10 @@ class Transformer(nnx.Module):
 
 
 def unstack(model: Any, params: Any) -> tuple[Any, Any]:
-    """Graph definition and parameters of the same Transformer with its layers kept apart.
+    """Returns graph definition and parameters of the same Transformer with unstacked layers.
 
-    Decoding reads them so; from stacked layers every call of `generate`, `resume` and `extend`
-    copies them first. Computes what the stacked model does, its layers unrolled.
+    Decoding reads unstacked layers: every call of `generate`, `resume` and `extend` copies stacked
+    ones first. The model computes the same.
     """
     apart = nnx.merge(model, params)
     apart.stack.unstack()

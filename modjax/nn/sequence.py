@@ -1,10 +1,10 @@
-"""Layers that only every k-th position of what reaches them runs through.
+"""Layers that process every k-th position only, the anchors.
 
-In training the anchors of a whole row are known: slices and repetitions, no gathers. Where n
-positions of a row were read before, the (-n mod k)-th of the new ones is the next anchor. Within a
-selection of packed documents the anchors follow from the documents, see `_every`.
+In training the anchors of a row are every k-th position from the first: they are sliced, not
+gathered. After n earlier positions of a row, the next anchor is the (-n mod k)-th new position.
+Within a selection of packed documents the anchors follow from the documents, see `_every`.
 
-Legend: B batch, L positions, J anchors, I = 1 + J: the last one read before, and these.
+Legend: B batch, L positions, J anchors, I = 1 + J, the last anchor read before and these.
 """
 
 import functools
@@ -30,10 +30,11 @@ from modjax.nn.streams import mixed
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Kept:
-    """The inner layer's cache, how many positions of each row were read, and two vectors (B, ...).
+    """The cache of anchors, and its own update, which has the same fields for the new positions.
 
-    held: what the last anchor saw, or the sum of what is still to be pooled. news: what the inner
-    layer changed in the last anchor. As what is to be written: the same of the new positions.
+    inner: of the inner layer. count_B: positions read of each row.
+    held: the input of the last anchor, or the sum of positions that are not pooled yet, (B, ...).
+    news: the change that the inner layer made to the last anchor, (B, ...).
     """
 
     inner: Any
@@ -55,11 +56,11 @@ class Kept:
 
 
 class Places:
-    """Where the anchors lie among L positions.
+    """The places of the anchors among L positions.
 
-    indices_BJ: their places, ascending, some beyond the end. anchor_BL: which positions they are.
-    number_BL: how many of them lie up to each position.
-    first_B: the first anchor of each row, None for 0. selected: see `Call`.
+    first_B: the first anchor of each row; None, 0. selected: see `Call`.
+    indices_BJ: the anchors, ascending; some lie beyond the end. anchor_BL: the same as a mask.
+    number_BL: the number of anchors up to each position.
     """
 
     def __init__(
@@ -87,12 +88,12 @@ class Places:
         return leaf[:, :: self.stride] if self.regular else gather(leaf, self.indices_BJ)
 
     def put(self, leaf_BJ: jax.Array) -> jax.Array:
-        """Returns numbers of the anchors in their places, 0 elsewhere, (B, L)."""
+        """Returns numbers of the anchors at their positions, 0 elsewhere, (B, L)."""
         none_BL = jnp.zeros((leaf_BJ.shape[0], self.length), leaf_BJ.dtype)
         return scatter_add(none_BL, self.indices_BJ, leaf_BJ)
 
     def spread(self, leaf_BI: jax.Array) -> jax.Array:
-        """Returns for every position what belongs to its anchor, (B, L, ...)."""
+        """Returns the entry of every position's anchor, (B, L, ...)."""
         if self.regular:
             return jnp.repeat(leaf_BI[:, 1:], self.stride, axis=1)[:, : self.length]
         return _rows(leaf_BI, self.number_BL)
@@ -101,8 +102,8 @@ class Places:
 def _every(stride: int, segments_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
     """Returns the anchors of a selection of packed documents, (B, L); see spec.Anchored.
 
-    How many positions of a document were selected must not move the anchors of the next, and a row
-    has ceil(L / stride) of them at most: only one document may begin with an anchor.
+    The anchors of a document must not depend on how many positions of the one before were selected.
+    A row has at most ceil(L / stride) anchors, so only one document may begin with an anchor.
     """
     places_1L = jnp.arange(segments_BL.shape[1])[None]
     begins_BL = segments_BL != jnp.roll(segments_BL, 1, axis=1)
@@ -113,7 +114,7 @@ def _every(stride: int, segments_BL: jax.Array, valid_BL: jax.Array | None) -> j
 
 
 class Anchored(LayerModule):
-    """Anchors run through the inner layer; see the specs for what becomes of the others."""
+    """Base class: anchors run through the inner layer; a subclass says how the others follow."""
 
     def __init__(self, spec: spec.Anchored, shape: spec.Shape, *, rngs: nnx.Rngs):
         self.stride = spec.stride
@@ -166,7 +167,6 @@ class Anchored(LayerModule):
         return Out(new, write, records, {}, depth_BL)
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Kept:
-        """A cache for at most `length` positions of each row."""
         inner = self.inner.empty(batch, -(-length // self.stride), slack, dtype)
         vector = jnp.zeros((batch, *self.width), dtype)
         return Kept(inner, jnp.zeros(batch, jnp.int32), vector, vector)
@@ -174,18 +174,18 @@ class Anchored(LayerModule):
     def see(
         self, x: jax.Array, at: At, places: Places, held: jax.Array, read_B: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What the inner layer reads at the anchors, and what is held after each, (B, I, ...)."""
+        """Returns the input of the inner layer, and `Kept.held` after each anchor, (B, I, ...)."""
         seen_BJ = places.pick(x)
         return seen_BJ, _after(held, seen_BJ)
 
     def predicted(self, seen_BJ: jax.Array) -> jax.Array:
-        """What anchors that saw this are before their correction."""
+        """Returns the predicted anchors, before their correction."""
         return seen_BJ
 
     def corrected(
         self, x: jax.Array, places: Places, held_BI: jax.Array, news_BI: jax.Array
     ) -> jax.Array:
-        """New x, of what is held and of what changed at the anchors."""
+        """Returns the new x from `Kept.held` and `Kept.news` of all anchors."""
         return x + places.spread(news_BI)
 
 
@@ -238,7 +238,7 @@ class StridePool(Anchored):
 
 
 def _sum(weights: jax.Array, *each: jax.Array) -> jax.Array:
-    """Weighted by a few numbers, in float32."""
+    """Returns a weighted sum, computed in float32."""
 
     def weighted(weight: jax.Array, x: jax.Array) -> jax.Array:
         flat = x.reshape(*x.shape[:2], 1, -1)
@@ -249,10 +249,10 @@ def _sum(weights: jax.Array, *each: jax.Array) -> jax.Array:
 
 
 def _after(first: jax.Array, others: jax.Array) -> jax.Array:
-    """(B, I, ...) of (B, ...) and (B, J, ...)."""
+    """Returns (B, ...) and (B, J, ...) as one, (B, I, ...)."""
     return jnp.concatenate([first[:, None], others], axis=1)
 
 
 def _rows(leaf_BI: jax.Array, index_B: jax.Array) -> jax.Array:
-    """Of every row of leaf what stands at its index, or at each of its indices."""
+    """Returns each row's entry at its index, or its entries at its indices."""
     return jax.vmap(lambda leaf_I, i: leaf_I[i])(leaf_BI, index_B)

@@ -33,12 +33,12 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 
 def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
-    """The mesh axes of a tensor whose dims have these logical axes."""
+    """Returns the mesh axes of a tensor whose dims have these logical axes."""
     return PartitionSpec(*(LOGICAL_TO_MESH[name] for name in logical_axes))
 
 
 def ways(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
-    """Into how many parts the mesh splits a dim that lies on `axis` of LOGICAL_TO_MESH."""
+    """Returns the number of parts into which the mesh splits a dim on these axes."""
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     return math.prod(mesh.shape[name] for name in names)
 
@@ -58,10 +58,10 @@ def constrain_stream(x: jax.Array) -> jax.Array:
 
 
 def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
-    """function(x_BL), of any rank, where each row of it depends on the same row of x_BL only.
+    """Returns function(x_BL), of any rank, each row of which depends on that row of x_BL only.
 
-    Every device runs it on its own rows: some operations, like top-k, the partitioner would
-    otherwise run on the gathered batch, as it does where the rows do not come out even.
+    Every device runs it on its own rows. The partitioner would gather the batch for some
+    operations, such as top-k; it still does where the rows do not split evenly.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not _is_ours(mesh):
@@ -92,7 +92,7 @@ def per_device(function: Callable[..., jax.Array], weights: Any, *arrays: jax.Ar
 
 
 def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
-    """The same under whatever mesh the batch lies on, which is not known here."""
+    """Returns the same where the mesh that holds the batch is not known."""
     ranks = x_BL.ndim, jax.eval_shape(function, x_BL).ndim
     others = [
         [f"{side}{dim}" for dim in range(rank - 1)] for side, rank in zip("io", ranks, strict=True)
@@ -118,13 +118,13 @@ def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> 
 
 
 def batch_shards(batch: int) -> int:
-    """Into how many equal parts the mesh splits a batch; 1 where it does not."""
+    """Returns the number of equal parts into which the mesh splits a batch; 1 for none."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = ways(mesh, LOGICAL_TO_MESH["batch"]) if _is_ours(mesh) else 1
     return parts if batch % parts == 0 else 1
 
 
 def _is_ours(mesh: AbstractMesh) -> bool:
-    """Whether arrays lie on a mesh of ours here. In a shard_map each device has its own arrays."""
+    """Returns whether arrays lie on a mesh of modjax here; in a shard_map they do not."""
     manual = AxisType.Manual in mesh.axis_types
     return not mesh.empty and mesh.axis_names == MESH_AXES and not manual

@@ -1,4 +1,4 @@
-"""Residual streams: their ends, and layers that read one vector from them and write to all.
+"""Residual streams: their expansions, and layers that read one vector from them and write to all.
 
 Legend: B batch, L positions, S residual streams, D model width. B and L may be 1 in a weight. A
 product sums over the last of two S.
@@ -22,7 +22,7 @@ from modjax.nn.layers import RMSNorm, Sublayer, unit_rms
 from modjax.nn.params import make_param, normal_param, read
 from modjax.nn.routers import linear
 
-# What a stream is divided by is at least this, as in Gemma 3n.
+# The least mean square that a stream is divided by, as in Gemma 3n.
 LEAST_SQUARE = 1e-5
 DYNAMIC_SCALE = 0.01  # of hyper-connections at the start
 LEAST_SHARE = 1e-6  # so that no column is 0, as DeepSeek V4
@@ -30,7 +30,7 @@ NEAR = 0.9  # what a stream keeps of itself in mHC at the start
 
 
 class Recycled(nnx.Module):
-    """Copies, and their mean."""
+    """Copies of the stream; their mean at the end."""
 
     def __init__(self, spec: spec.Recycled, shape: spec.Shape, *, rngs: nnx.Rngs):
         self.streams = spec.streams
@@ -43,7 +43,7 @@ class Recycled(nnx.Module):
 
 
 class Full(nnx.Module):
-    """Parts of a wide embedding, and of what a wide head reads."""
+    """Parts of a wide embedding; one wide vector of features at the end."""
 
     def __init__(self, spec: spec.Full, shape: spec.Shape, *, rngs: nnx.Rngs):
         self.streams = spec.streams
@@ -79,7 +79,7 @@ class Projected(nnx.Module):
 
 
 def _sized(x_BLD: jax.Array, like_BLD: jax.Array) -> jax.Array:
-    """x, as large in the root mean square of each position as `like`."""
+    """Returns x with the root mean square of `like` at each position."""
     mine, wanted = (
         jnp.mean(jnp.square(v.astype(jnp.float32)), axis=-1, keepdims=True)
         for v in (x_BLD, like_BLD)
@@ -89,9 +89,10 @@ def _sized(x_BLD: jax.Array, like_BLD: jax.Array) -> jax.Array:
 
 
 class Weights(NamedTuple):
-    """The weights of one layer, float32, (B, L, ...) or of 1 for all; see spec.Streams.
+    """The weights of one layer in float32, see spec.Streams.
 
-    read: the number of a stream, or weights of all. write: makes them from what was computed.
+    read: the index of a stream, or weights of all, (B, L, S).
+    write: a function from the inner layer's output to the weights of writing, (B, L, S).
     """
 
     read: int | jax.Array
@@ -100,7 +101,7 @@ class Weights(NamedTuple):
 
 
 class Streams(LayerModule):
-    """The one mechanism; a subclass says what its weights are."""
+    """Base class of layers on several streams. A subclass computes the weights."""
 
     def __init__(self, spec: spec.Streams, shape: spec.Shape, *, rngs: nnx.Rngs):
         self.active, self.streams = spec.active, shape.streams
@@ -213,7 +214,7 @@ class ManifoldHyperConnection(Streams):
 
 
 def _doubly_stochastic(logits_BLSS: jax.Array) -> jax.Array:
-    """exp(logits), its rows and columns made to sum to 1 in turn (Sinkhorn and Knopp)."""
+    """Returns exp(logits) with rows and columns scaled to sum to 1 in turn (Sinkhorn and Knopp)."""
 
     def one_round(_: int, m_BLSS: jax.Array) -> jax.Array:
         for axis in (3, 2):
@@ -250,7 +251,7 @@ class Gemma3nAltUp(Streams):
 
 
 def _mixing(value: jax.Array) -> nnx.Param:
-    """A weight of streams: a few numbers, which no decay pulls from where they begin."""
+    """Returns a parameter of a few numbers without weight decay."""
     return make_param(value, ("replicated",) * value.ndim, decays=False)
 
 
@@ -272,8 +273,9 @@ def _mixed(apart: bool, weights_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array
 
 
 def _mixed_back(apart: bool, inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax.Array) -> Any:
-    """Products of streams position by position, and only then their sum over positions: XLA's CPU
-    backend takes 2 to 6 times as long for the sum over positions and width at once.
+    """Multiplies position by position and sums over positions afterwards.
+
+    XLA's CPU backend takes 2 to 6 times as long for the sum over positions and width at once.
     """
     weights_BLSS, x_BLSD = inputs
     x32_BLSD = x_BLSD.astype(jnp.float32)
