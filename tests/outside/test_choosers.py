@@ -151,7 +151,7 @@ def test_they_train_in_a_sweep_and_are_sampled_and_reported(tiny_data_dir, tmp_p
     assert 0 < result["outcome"]["trained/sampled/chance"] < 1
     line = json.loads((runs["sampled"] / "metrics.jsonl").read_text().splitlines()[0])
     assert 0 < line["sampled/chance"] < 1
-    report = run(tmp_path, "report", f"--workdir={tmp_path / 'work'}", "--loss=causal", *ours)
+    report = run(tmp_path, "report", f"--workdir={tmp_path / 'work'}", "--loss=causal")
     assert report.returncode == 0, report.stderr
     page = (tmp_path / "work/report.html").read_text()
     assert "trained/sampled/chance" in page and "Neighbours()" in page
