@@ -3,47 +3,36 @@
 A multiply-add is 2 FLOPs; attention is counted without causal halving, though modjax.kernels skips
 most future keys of sequences longer than 128. A window counts its own keys, though up to 127 more
 are computed, or a sixteenth of a sequence longer than 2,048. Components follow Chinchilla
-(arXiv 2203.15556, appendix F) and are kept apart so that any published convention can be applied
+(arXiv 2203.15556, appendix F) and are listed apart, so that any published convention can be applied
 afterwards.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from modjax.spec import Cost, Load, ModelSpec, TrainConfig
 from modjax.spec.run import ROUTER_ROLES
 
-# What no matrix unit does.
-NOT_MULTIPLIED = ("embedding", "softmax")
 CHINCHILLA = ("embedding", "qkv", "scores", "softmax", "values", "output", "mlp", "logits")
 # Every dense component is listed, even where a model has none of it.
-COMPONENTS: tuple[str, ...] = (*CHINCHILLA, "router", "predictor")
-# The components that each convention counts; None: all, but those of NOT_MULTIPLIED for "matmul",
-# what the hardware multiplies: budgets are spent in it.
-CONVENTIONS: dict[str, tuple[str, ...] | None] = {
-    "matmul": None,
-    "all": None,
+COMPONENTS = (*CHINCHILLA, "router", "predictor")
+# Each convention says whether it counts a component.
+CONVENTIONS: dict[str, Callable[[str], bool]] = {
+    "matmul": lambda component: component not in ("embedding", "softmax"),  # what budgets count
+    "all": lambda component: True,
     # Appendix F as printed, and what its Table A4 turns out to count.
-    "chinchilla": (*CHINCHILLA, "experts"),
-    "chinchilla_table_a4": ("qkv", "scores", "softmax", "values", "output", "mlp", "experts"),
+    "chinchilla": (*CHINCHILLA, "experts").__contains__,
+    "chinchilla_table_a4": (*CHINCHILLA[1:-1], "experts").__contains__,
 }
-
-
-def counts(convention: str, component: str) -> bool:
-    """Whether the convention counts the component."""
-    named = CONVENTIONS[convention]
-    if named is None:
-        return convention == "all" or component not in NOT_MULTIPLIED
-    return component in named
 
 
 def costs(model: ModelSpec, seq_len: int, *, in_order: bool = False) -> Iterator[Cost]:
     """Yields the costs of one sequence, part by part; a layer's are multiplied by its repetitions.
 
-    in_order: each repetition by itself.
+    in_order: yields each repetition by itself.
     """
-    segments = ((segment.parts, segment.times or 0) for segment in model.segments)
-    one_by_one = ((part, 1) for parts, times in segments for part in parts * times)
-    layers = one_by_one if in_order else model.repeated()
+    layers = model.repeated()
+    if in_order:
+        layers = [(part, 1) for s in model.segments for part in s.parts * (s.times or 0)]
     before, after = (((end, 1) for end in ends) for ends in model.ends)
     for part, times in (*before, *layers, *after):
         for cost in part.cost(model.shape, Load(seq_len, seq_len)):
@@ -51,7 +40,7 @@ def costs(model: ModelSpec, seq_len: int, *, in_order: bool = False) -> Iterator
 
 
 def forward_flops(model: ModelSpec, seq_len: int) -> dict[str, float]:
-    """Forward FLOPs of one sequence of `seq_len` tokens by component."""
+    """Returns the forward FLOPs of one sequence of `seq_len` tokens by component."""
     flops = {name: 0.0 for name in COMPONENTS}
     for cost in costs(model, seq_len):
         if cost.forward or cost.name in flops:
@@ -60,21 +49,17 @@ def forward_flops(model: ModelSpec, seq_len: int) -> dict[str, float]:
 
 
 def total_flops(components: Mapping[str, float], convention: str = "matmul") -> float:
-    """Sum of the components that `convention` counts."""
-    return sum(flops for name, flops in components.items() if counts(convention, name))
+    """Returns the sum of the components that `convention` counts."""
+    return sum(flops for name, flops in components.items() if CONVENTIONS[convention](name))
 
 
 def train_flops(
-    model: ModelSpec,
-    seq_len: int,
-    sequences: int,
-    convention: str = "matmul",
-    trained: str = "all",
+    model: ModelSpec, seq_len: int, sequences: int, convention: str = "matmul", trained: str = "all"
 ) -> float:
-    """Training FLOPs of `sequences` sequences.
+    """Returns the training FLOPs of `sequences` sequences.
 
-    A backward pass costs two forward ones, gradients of activations and of parameters. What is
-    frozen saves the second; before the first layer that has something to train, both.
+    A backward pass costs two forward ones, gradients of activations and of parameters. A frozen
+    layer saves the second; before the first layer that has something to train, both.
     """
     found, begun = 0.0, trained == "all"
     for cost in costs(model, seq_len, in_order=trained != "all"):  # only the frozen depend on it
@@ -82,19 +67,19 @@ def train_flops(
         backward = cost.backward if mine else cost.backward - (cost.params > 0)
         if mine and not begun and cost.params:
             begun, backward = True, 1.0  # nothing before it wants its input's gradient
-        if counts(convention, cost.name):
+        if CONVENTIONS[convention](cost.name):
             found += cost.forward * (1 + backward * begun)
     return found * sequences
 
 
 def run_flops(model: ModelSpec, train: TrainConfig, steps: int) -> float:
-    """Training FLOPs of a run's first `steps` updates, in the convention that spends budgets."""
+    """Returns the training FLOPs of a run's first `steps` updates, as budgets count them."""
     per_step = train_flops(model, train.seq_len, train.batch_size, trained=train.trained)
     return steps * per_step
 
 
 def six_nd(model: ModelSpec, tokens: float) -> float:
-    """6 N D with N the non-embedding parameters (Kaplan et al., arXiv 2001.08361)."""
+    """Returns 6 N D with N the non-embedding parameters (Kaplan et al., arXiv 2001.08361)."""
     return 6.0 * parameters(model)["non_embedding"] * tokens
 
 
@@ -119,23 +104,20 @@ def parameters(model: ModelSpec) -> dict[str, int]:
 
 
 def cache_bytes(model: ModelSpec, length: int, slack: float | None = None) -> int:
-    """Bytes of the caches of one sequence of at most `length` tokens."""
-    numbers = sum(
-        times * layer.cache_numbers(model.shape, length, slack) for layer, times in model.repeated()
-    )
-    return numbers * _bytes(model)
+    """Returns the bytes of the caches of one sequence of at most `length` tokens."""
+    each = ((layer.cache_numbers(model.shape, length, slack), n) for layer, n in model.repeated())
+    return _bytes(model, sum(numbers * times for numbers, times in each))
 
 
 def stream_bytes(model: ModelSpec, tokens: int) -> int:
-    """Bytes of the residual streams, all of them, that so many tokens leave between the layers.
+    """Returns the bytes that the residual streams of `tokens` tokens take between all layers.
 
-    The least that a backward pass keeps; with Execution.remat "full" little else.
+    A backward pass keeps at least these; with Execution.remat "full" little else.
     """
     shape = model.shape
-    numbers = tokens * shape.d_model * shape.streams * shape.num_layers
-    return numbers * _bytes(model)
+    return _bytes(model, tokens * shape.d_model * shape.streams * shape.num_layers)
 
 
-def _bytes(model: ModelSpec) -> int:
-    """Of a number of its activations."""
-    return 2 if model.dtype == "bfloat16" else 4
+def _bytes(model: ModelSpec, numbers: int) -> int:
+    """Returns the bytes of as many activations."""
+    return numbers * (2 if model.dtype == "bfloat16" else 4)
