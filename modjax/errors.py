@@ -64,11 +64,6 @@ def require(condition: bool, field: str, value: object, accepted: str) -> None:
         raise InputError(field, value, accepted)
 
 
-def require_one_of(field: str, value: str, accepted: tuple[str, ...]) -> None:
-    """Raises `InputError` unless `value` is one of `accepted`."""
-    require(value in accepted, field, value, f"must be one of {', '.join(accepted)}")
-
-
 def is_bounded(number: float) -> bool:
     """Whether a number can be computed with: an integer of 64 bits, or a float of some size."""
     return abs(number) <= (MOST_NUMBER if isinstance(number, float) else MOST_INTEGER)
@@ -90,14 +85,12 @@ def require_name(field: str, name: str, most: int = LONGEST_NAME) -> None:
         and name[-1] not in ". "
         and not _RESERVED.fullmatch(name)
     )
-    require(
-        usable,
-        field,
-        name,
+    accepted = (
         f"names a folder: must be 1 to {most} bytes of printable characters, without any "
         "of <>:\"/\\|?*, '.', '-' or space in front, '.' or space at the end, and no word that "
-        "Windows reserves",
+        "Windows reserves"
     )
+    require(usable, field, name, accepted)
 
 
 def require_plain_name(field: str, name: str) -> None:
@@ -105,10 +98,3 @@ def require_plain_name(field: str, name: str) -> None:
     accepted = "must be made of letters, digits, '-', '_' and '.'"
     require(all(c.isalnum() or c in "-_." for c in name), field, name, accepted)
     require_name(field, name)
-
-
-def require_positive(config: object, prefix: str, *names: str) -> None:
-    """Raises `InputError` unless these fields of `config` are greater than 0."""
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{prefix}.{name}", value, "must be greater than 0")

@@ -100,7 +100,7 @@ def generate(
     _require_fits(longest, max_new_tokens, room)
     require(length <= room, "tokens_BL", length, f"is wider than max_length = {room}")
     config = getattr(nnx.merge(model, params), "config", None)
-    by_threshold = config is not None and "threshold" in config.used_rules(routing)
+    by_threshold = config is not None and "threshold" in config.rules(routing)
     if by_threshold and (begun := unmeasured(params)):
         warnings.warn(
             f"{begun[0]} selects by a threshold that was never measured: training measures it, and "

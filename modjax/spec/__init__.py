@@ -1,14 +1,13 @@
 """What a model and a run are: frozen values, pure Python without jax."""
 
 from modjax.spec.ends import Embedding, Expansion, Head, Logits, Tied, Tokens
-from modjax.spec.experts import ExpertChoice, ExpertRule, ExpertThreshold, TokenChoice
-from modjax.spec.fields import canonical, from_dict, to_dict
-from modjax.spec.layer import Cost, Layer, Load, Repeat, Shape, Spec, named
+from modjax.spec.fields import Spec, canonical, from_dict, to_dict
+from modjax.spec.layer import Cost, Layer, Load, Repeat, Router, Shape, named
 from modjax.spec.layers import MLP, Attention, Dense, Seq
 from modjax.spec.masks import Bidirectional, Blocks, Causal, Mask, Prefix, Window
 from modjax.spec.mod import MoD, MoDConfig, cache_slots, selected_tokens
 from modjax.spec.model import ModelSpec
-from modjax.spec.moe import MoE
+from modjax.spec.moe import ExpertChoice, ExpertRule, ExpertThreshold, MoE, TokenChoice
 from modjax.spec.routers import (
     Binary,
     Linear,
@@ -16,7 +15,6 @@ from modjax.spec.routers import (
     Predictor,
     Random,
     Received,
-    Router,
     Rule,
     Sinusoids,
     Threshold,
@@ -36,71 +34,3 @@ from modjax.spec.streams import (
     SimplifiedAltUp,
     Streams,
 )
-
-__all__ = [
-    "MLP",
-    "SINKHORN_ROUNDS",
-    "AltUp",
-    "Anchored",
-    "Attention",
-    "Bidirectional",
-    "Binary",
-    "Blocks",
-    "Causal",
-    "Cost",
-    "DataConfig",
-    "Dense",
-    "Embedding",
-    "Execution",
-    "Expansion",
-    "ExpertChoice",
-    "ExpertRule",
-    "ExpertThreshold",
-    "Full",
-    "Gemma3nAltUp",
-    "Head",
-    "HyperConnection",
-    "Layer",
-    "Linear",
-    "Load",
-    "Logits",
-    "ManifoldHyperConnection",
-    "Mask",
-    "MoD",
-    "MoDConfig",
-    "MoE",
-    "ModelSpec",
-    "Positional",
-    "Predictor",
-    "Prefix",
-    "Projected",
-    "Random",
-    "Received",
-    "Recycled",
-    "Repeat",
-    "Router",
-    "Rule",
-    "RunSpec",
-    "Seq",
-    "SequenceAltUp",
-    "Shape",
-    "SimplifiedAltUp",
-    "Sinusoids",
-    "Spec",
-    "Streams",
-    "StridePool",
-    "StrideSkip",
-    "Threshold",
-    "Tied",
-    "TokenChoice",
-    "Tokens",
-    "TopK",
-    "TrainConfig",
-    "Window",
-    "cache_slots",
-    "canonical",
-    "from_dict",
-    "named",
-    "selected_tokens",
-    "to_dict",
-]

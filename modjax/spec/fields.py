@@ -1,35 +1,129 @@
-"""Frozen configs from nested mappings and back, checked by name and type."""
+"""The fields of specs and configs: what they accept, their text, and their plain form."""
 
 import dataclasses
 import functools
 import types
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from modjax.errors import InputError, is_bounded, require, require_bounded
-from modjax.spec.layer import Spec
+from modjax.errors import MOST_NUMBER, InputError, is_bounded, require, require_bounded
 
 T = TypeVar("T")
 
 
+class Accepts(NamedTuple):
+    """A condition on a field, as a part of its annotation. A None that its type allows passes."""
+
+    said: str
+    fits: Callable[[Any], bool]
+
+
+Positive = Annotated[T, Accepts("must be greater than 0", lambda value: value > 0)]
+NotNegative = Annotated[T, Accepts("must be 0 or more", lambda value: value >= 0)]
+
+
+def one_of(*names: str) -> Accepts:
+    return Accepts(f"must be one of {', '.join(names)}", lambda value: value in names)
+
+
+class _Field(NamedTuple):
+    """A field. hint: its annotation without conditions. kinds: the types of a union, or the one."""
+
+    hint: Any
+    kinds: tuple[Any, ...]
+    conditions: tuple[Accepts, ...]
+    default: Any
+    needed: bool
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, _Field]:
+    hints, annotations, fields = get_type_hints(cls), get_type_hints(cls, include_extras=True), {}
+    for f in dataclasses.fields(cls):
+        hint, metadata = hints[f.name], getattr(annotations[f.name], "__metadata__", ())
+        kinds = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+        conditions = tuple(item for item in metadata if isinstance(item, Accepts))
+        needed = f.default is f.default_factory is dataclasses.MISSING
+        fields[f.name] = _Field(hint, kinds, conditions, f.default, needed)
+    return fields
+
+
+class Spec:
+    """Base class of the values that describe a model: each checks its fields and has a text."""
+
+    def __post_init__(self):
+        check(self, type(self).__name__, typed=True)
+
+    def __str__(self) -> str:
+        """Returns a call that makes the spec, such as `MoD(Dense(), capacity=0.5)`.
+
+        The field `parts` or `inner` comes first and without a name. Defaults are left out.
+        """
+        first, others = [], []
+        for name, field in _fields(type(self)).items():
+            value = _number(getattr(self, name), field.kinds)
+            if name in ("parts", "inner"):
+                first += map(_text, value if isinstance(value, tuple) else [value])
+            elif value != field.default:
+                others.append(f"{name}={_text(value)}")
+        return f"{type(self).__name__}({', '.join(first + others)})"
+
+
+def _text(value: Any) -> str:
+    return str(value) if dataclasses.is_dataclass(value) else repr(value)
+
+
+def check(config: Any, name: str, *, typed: bool = False) -> None:
+    """Raises InputError where a field of a dataclass is not what its annotation says.
+
+    name: of the dataclass, in errors. typed: checks types as well, which from_dict does otherwise.
+    """
+    for field, (_, kinds, conditions, *_) in _fields(type(config)).items():
+        value, where = getattr(config, field), f"{name}.{field}"
+        if typed:
+            specs = kinds if isinstance(value, Spec) else ()  # of which a subclass fits
+            whole = float in kinds and type(value) is int
+            if not (type(value) in kinds or isinstance(value, specs) or whole):
+                names = ("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+                raise InputError(where, value, f"must be of type {' or '.join(names)}")
+            require_bounded(where, value)
+        optional = types.NoneType in kinds
+        for said, fits in conditions:
+            accepted = said + ", or None" * optional
+            require((optional and value is None) or fits(value), where, value, accepted)
+
+
+def parts(config: Any) -> Iterator[Spec]:
+    """Yields the specs in the fields of a dataclass, in order."""
+    for name in _fields(type(config)):
+        value = getattr(config, name)
+        held = value if isinstance(value, tuple) else (value,)
+        yield from (part for part in held if isinstance(part, Spec))
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """A frozen config as nested plain dicts, ready for JSON."""
+    """Returns a frozen config as nested plain dicts, ready for JSON."""
     return {name: _plain(getattr(config, name)) for name in _fields(type(config))}
 
 
 def canonical(config: Any) -> dict[str, Any]:
-    """As to_dict, without the fields that have their default: a new field changes no old form."""
+    """Returns to_dict without defaults: a new field changes no old form.
+
+    Raises InputError for a value of another type than its field has.
+    """
+    # Through from_dict, so that 1 and 1.0 in a float field have one form.
+    return _changed(from_dict(type(config), to_dict(config)))
+
+
+def _changed(config: Any) -> dict[str, Any]:
     values = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        plain = canonical(value) if _is_group(value) else _plain(value)
-        if field.default is dataclasses.MISSING or plain != _plain(field.default):
-            values[field.name] = plain
+    for name, field in _fields(type(config)).items():
+        value = getattr(config, name)
+        group = dataclasses.is_dataclass(value) and not isinstance(value, Spec)
+        plain = _changed(value) if group else _plain(value)
+        if plain != _plain(field.default):
+            values[name] = plain
     return values
-
-
-def _is_group(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, Spec)
 
 
 def _plain(value: Any) -> Any:
@@ -42,24 +136,11 @@ def _plain(value: Any) -> Any:
     return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 
-class _Field(NamedTuple):
-    """A field's type; the JSON types that fit it without conversion; whether it has no default."""
-
-    hint: Any
-    fitting: frozenset[type]
-    needed: bool
-
-
-@functools.cache
-def _fields(cls: type) -> dict[str, _Field]:
-    hints, fields = get_type_hints(cls), {}
-    for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        fitting = frozenset({bool, int, float, str, types.NoneType}.intersection(kinds))
-        needed = f.default is f.default_factory is dataclasses.MISSING
-        fields[f.name] = _Field(hint, fitting, needed)
-    return fields
+def _number(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """Returns a whole number as the float or integer that a field has; anything else as it is."""
+    if float in kinds:
+        return float(value) if type(value) is int and abs(value) <= MOST_NUMBER else value
+    return int(value) if int in kinds and isinstance(value, float) and value.is_integer() else value
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -75,19 +156,16 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         if name not in fields:
             known = f"unknown; known here: {', '.join(fields)}"
             raise InputError(f"{path}{name}", value, known)
-        hint, fitting, _ = fields[name]
-        fits = type(value) in fitting and (not isinstance(value, int | float) or is_bounded(value))
-        built[name] = value if fits else _convert(hint, value, f"{path}{name}")
-    missing = [name for name, field in fields.items() if field.needed and name not in built]
-    if missing:
-        raise InputError(f"{path}{missing[0]}", None, "missing, and has no default")
+        fits = type(value) in fields[name].kinds
+        fits = fits and (not isinstance(value, int | float) or is_bounded(value))
+        built[name] = value if fits else _convert(fields[name].hint, value, f"{path}{name}")
+    for name, field in fields.items():
+        given = name in built or not field.needed
+        require(given, f"{path}{name}", None, "missing, and has no default")
     return cls(**built)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if hint is Any:  # the config itself knows what it takes
-        require_bounded(where, value)
-        return value
     if dataclasses.is_dataclass(hint):
         built = isinstance(value, hint)  # type: ignore[arg-type]
         return value if built else from_dict(hint, value, f"{where}.")  # type: ignore[arg-type]
@@ -98,14 +176,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         require(isinstance(value, Mapping), where, value, "must be a group of fields")
         inner = get_args(hint)[1]
         return {name: _convert(inner, item, f"{where}.{name}") for name, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        require(abs(value) <= 10**100, where, value, "must be at most 1e100")
-        value = float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    accepted = hint if isinstance(hint, type | types.UnionType) else object
-    ok = isinstance(value, accepted) and not (isinstance(value, bool) and hint is not bool)
-    name = getattr(hint, "__name__", str(hint))
-    require(ok, where, value, f"must be of type {name}")
+    value = _number(value, (hint,))
+    huge = hint is float and type(value) is int
+    if hint is not Any and not huge:  # a config knows what it takes for Any
+        accepted = hint if isinstance(hint, type | types.UnionType) else object
+        ok = isinstance(value, accepted) and not (isinstance(value, bool) and hint is not bool)
+        name = getattr(hint, "__name__", str(hint))
+        require(ok, where, value, f"must be of type {name}")
     require_bounded(where, value)
     return value

@@ -19,11 +19,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from modjax.errors import InputError, describe, require
+from modjax.spec.fields import parts
 from modjax.spec.layer import NAMES, ORIGINS
 
 SECONDS_UNSAID = 10.0  # before a line says what is being waited for
 SECONDS_AT_MOST = 300.0
-BAD_INPUT = 2  # the exit code where even an exception does not end the user's code
 
 IMPORTED: dict[str, ModuleType] = {}  # by the name that a config or --imports gives
 
@@ -112,7 +112,7 @@ def _limited(what: str, interrupts: list[int]) -> Iterator[None]:
         late = time.monotonic() - began - SECONDS_AT_MOST
         if late > 2 * SECONDS_UNSAID:  # it catches everything
             say("does not end by an exception: modjax ends")
-            os._exit(BAD_INPUT)
+            os._exit(2)  # bad input
         if late >= 0:
             raise TooLong
         if alarms == 1:
@@ -136,7 +136,7 @@ def _limited(what: str, interrupts: list[int]) -> Iterator[None]:
 
 
 class Source(NamedTuple):
-    """The modules that a module imports, itself included, and the hash of their source."""
+    """A module, the user's own modules that it imports, and the hash of all their files."""
 
     modules: frozenset[str]
     digest: str
@@ -153,26 +153,16 @@ def registered() -> list[str]:
     return [name for name, origin in ORIGINS.items() if not origin.module.startswith("modjax.")]
 
 
-def _specs(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple):
-        for item in value:
-            yield from _specs(item)
-    elif dataclasses.is_dataclass(value):
-        yield value
-        for field in dataclasses.fields(value):
-            yield from _specs(getattr(value, field.name))
+def _specs(config: Any) -> Iterator[Any]:
+    for part in parts(config):
+        yield part
+        yield from _specs(part)
 
 
 def without_unused(model: Any) -> Any:
-    """Returns a ModelSpec without the imports that none of its layers needs."""
-    imports = _needed(model)
-    return model if imports == model.imports else dataclasses.replace(model, imports=imports)
+    """Returns a ModelSpec with only those imports that register a layer of it.
 
-
-def _needed(model: Any) -> tuple[str, ...]:
-    """Returns those imports of a ModelSpec that register a layer of it.
-
-    Returns all where it cannot be told, such as for a module that imports others by a variable.
+    It keeps all where that cannot be told, as for a module that imports others by a variable.
     """
     layers = own_layers(model)
     by_import = {
@@ -180,37 +170,29 @@ def _needed(model: Any) -> tuple[str, ...]:
         for name in model.imports
         if (module := IMPORTED.get(name)) is not None
     }
-    if set().union(*by_import.values()) != set(layers):
-        return model.imports
-    return tuple(name for name, found in by_import.items() if found)
+    needed = tuple(name for name, found in by_import.items() if found)
+    if needed == model.imports or set().union(*by_import.values()) != set(layers):
+        return model
+    return dataclasses.replace(model, imports=needed)
 
 
 def layer_source(name: str) -> str:
     """Returns the hash of the source that registers a layer, as this process first read it."""
     module = sys.modules.get(ORIGINS[name].module)
-    return _source(module, NAMES[name]).digest if module is not None else ""
-
-
-def source_of(module: ModuleType) -> Source:
-    """Returns what a module consists of: its files, and what they import of the user's own."""
-    return _source(module, None)
+    return source_of(module, NAMES[name]).digest if module is not None else ""
 
 
 @functools.cache
-def _source(module: ModuleType, layer: Any) -> Source:
-    """Returns the Source of a module.
-
-    layer: the class that it registered, so that a reloaded module is read again.
-    """
+def source_of(module: ModuleType, layer: Any = None) -> Source:
+    """Returns the Source of a module, read once for each class `layer` that it registered."""
     top = module.__name__.partition(".")[0]
     waiting, modules, contents = [module.__name__], set(), []
     while waiting:
         name = waiting.pop()
         found = sys.modules.get(name)
         file = getattr(found, "__file__", None)
-        if name in modules or found is None:
-            continue
-        if name.partition(".")[0] != top and (not file or _is_installed(file)):
+        foreign = name.partition(".")[0] != top and (not file or _is_installed(file))
+        if name in modules or found is None or foreign:
             continue
         modules.add(name)
         waiting.append(name.rpartition(".")[0])

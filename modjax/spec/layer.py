@@ -1,182 +1,22 @@
-"""Base classes of specs: checks and text of all; costs, routings and caches of layers.
+"""Base classes of layers and routers, segments of layers, and the names that the text form knows.
 
 A spec is a frozen dataclass that checks itself. It composes by containing other specs.
 """
 
-import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
-from modjax.errors import require, require_bounded
-from modjax.spec import text
+from modjax.errors import require
+from modjax.spec.fields import Spec, parts
 
-
-class Shape(NamedTuple):
-    """The numbers that a model's parts share.
-
-    streams: how many residual streams the layers see. Only the ends read the rest: vocab_size,
-    width (of a row of the embedding, and of the features), and whether the head is tied to it.
-    """
-
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    norm_eps: float
-    streams: int = 1
-    vocab_size: int = 0
-    width: int = 0
-    tied: bool = False
-
-
-class Load(NamedTuple):
-    """Positions of one sequence that a layer computes, and positions whose keys attention makes."""
-
-    tokens: int
-    keys: int
-
-
-class Cost(NamedTuple):
-    """One component of a layer, for one sequence.
-
-    forward: FLOPs. backward: in multiples of them; 1 for what passes no gradient on to its input.
-    params: learned numbers. active: the share of them that a token uses.
-    role: as nn.layers.normal_param has it, for what is trained.
-    """
-
-    name: str
-    forward: float = 0.0
-    params: int = 0
-    active: float = 1.0
-    backward: float = 2.0
-    role: str = "weight"
-
-
-class Spec:
-    """Base class of the values that describe a model: each checks its fields and has a text."""
-
-    def __post_init__(self):
-        check_types(self, type(self).__name__)
-
-    def __str__(self) -> str:
-        return text.write(self)
-
-
-class Layer(Spec):
-    """Base class of layers. `inside` names the layers that it contains; the rest follows."""
-
-    def inside(self) -> tuple["Layer", ...]:
-        return ()
-
-    def check(self, shape: Shape) -> None:
-        """Raises InputError where the layer cannot have this shape."""
-        fits = shape.streams == 1 or len(self.inside()) > 0
-        accepted = "works on one residual stream: with model.streams it needs AltUp around it"
-        require(fits, "model.layers", str(self), accepted)
-        for layer in self.inside():
-            layer.check(shape)
-
-    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
-        raise NotImplementedError
-
-    def looks_ahead(self, routing: str) -> bool:
-        """Returns whether a position may depend on later ones. routing: "trained" or "causal"."""
-        return any(layer.looks_ahead(routing) for layer in self.inside())
-
-    def rules(self) -> frozenset[str]:
-        """Returns the names of the causal rules that a call can ask of something in this layer."""
-        return frozenset().union(*(layer.rules() for layer in self.inside()))
-
-    def own_rules(self) -> frozenset[str]:
-        """Returns the names of the rules that "causal" routing uses in this layer."""
-        return frozenset().union(*(layer.own_rules() for layer in self.inside()))
-
-    def routed(self) -> int:
-        """How many selections lie on a position's way through this layer."""
-        return sum(layer.routed() for layer in self.inside())
-
-    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
-        """Numbers that the caches of a sequence of at most `length` tokens hold."""
-        return sum(layer.cache_numbers(shape, length, slack) for layer in self.inside())
-
-    def ropes(self) -> frozenset[float]:
-        """Bases of the rotary tables that it looks at."""
-        return frozenset().union(*(layer.ropes() for layer in self.inside()))
-
-    def hands_on(self) -> frozenset[str]:
-        """Names of what the layer hands on to those after it."""
-        return frozenset().union(*(layer.hands_on() for layer in self.inside()))
-
-    def needs(self) -> frozenset[str]:
-        """Names of what an earlier layer must have handed on."""
-        found: frozenset[str] = frozenset()
-        handed: frozenset[str] = frozenset()
-        for layer in self.inside():
-            found |= layer.needs() - handed
-            handed |= layer.hands_on()
-        return found
-
-
-def check_types(spec: Any, name: str) -> None:
-    """Raises InputError where a field of a dataclass is not what its annotation says."""
-    for field, kinds, said in _types(type(spec)):
-        value = getattr(spec, field)
-        whole = float in kinds and type(value) is int
-        specs = tuple(kind for kind in kinds if issubclass(kind, Spec))
-        fits = whole or type(value) in kinds or isinstance(value, specs)
-        require(fits, f"{name}.{field}", value, f"must be {said}")
-        require_bounded(f"{name}.{field}", value)
-
-
-@functools.cache
-def _types(cls: type) -> list[tuple[str, tuple[type, ...], str]]:
-    """Of each field its name, the types that it may have, and how to say so."""
-    hints, found = get_type_hints(cls), []
-    for field in dataclasses.fields(cls):
-        kinds = get_args(hints[field.name]) or (hints[field.name],)
-        said = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
-        found.append((field.name, kinds, f"of type {said}"))
-    return found
-
-
-def check_parts(name: str, parts: tuple[Any, ...]) -> None:
-    """Raises InputError unless they are layers, at least one."""
-    require(len(parts) > 0, name, parts, "must contain a layer")
-    for part in parts:
-        require(isinstance(part, Layer), name, part, "must contain layers")
-
-
-@dataclass(frozen=True, init=False)
-class Repeat(Spec):
-    """A segment of a model: `parts`, in this order, `times` times over.
-
-    One segment of a model may leave `times` open (None), and takes what the depth leaves.
-    """
-
-    parts: tuple[Layer, ...]
-    times: int | None = None
-
-    def __init__(self, *parts: Layer, times: int | None = None):
-        object.__setattr__(self, "parts", parts)
-        object.__setattr__(self, "times", times)
-        check_parts("Repeat", parts)
-        require(
-            times is None or (type(times) is int and times > 0),
-            "Repeat.times",
-            times,
-            "must be greater than 0, or left out",
-        )
+C = TypeVar("C", bound=type)
 
 
 class Origin(NamedTuple):
-    """Where a name was given: the module, and the file that it was read from ("" in a notebook)."""
+    """The module that gave a name, and the file that it was read from ("" in a notebook)."""
 
     module: str
     file: str
@@ -208,4 +48,153 @@ def named(function: Any) -> Any:
     return function
 
 
-named(Repeat)
+@dataclass_transform(frozen_default=True)
+def spec(cls: C) -> C:
+    """Decorates a spec of modjax: makes it a frozen dataclass that the text form knows."""
+    made = dataclass(frozen=True)(cls)
+    add_name(made, sys._getframe(1).f_globals)
+    return made
+
+
+class Shape(NamedTuple):
+    """The numbers that a model's parts share.
+
+    streams: residual streams that the layers see. Only the ends read the rest. width: of the
+    embedding and of the features that the head reads. tied: the head reads the embedding's table.
+    """
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    norm_eps: float
+    streams: int = 1
+    vocab_size: int = 0
+    width: int = 0
+    tied: bool = False
+
+
+class Load(NamedTuple):
+    """Positions of one sequence that a layer computes, and positions whose keys attention makes."""
+
+    tokens: int
+    keys: int
+
+
+class Cost(NamedTuple):
+    """One component of a layer, for one sequence.
+
+    forward: FLOPs. backward: in multiples of them; 1 for what passes no gradient on to its input.
+    params: learned numbers. active: the share of them that a token uses.
+    role: the role of its parameters, see nn/params.py.
+    """
+
+    name: str
+    forward: float = 0.0
+    params: int = 0
+    active: float = 1.0
+    backward: float = 2.0
+    role: str = "weight"
+
+
+Costs = Iterator[Cost]
+
+
+class Layer(Spec):
+    """Base class of layers. A layer defines `cost`; the layers inside decide all that it omits."""
+
+    def inside(self) -> tuple["Layer", ...]:
+        """Returns the layers in its fields, a router included, in order."""
+        return tuple(part for part in parts(self) if isinstance(part, Layer))
+
+    def walk(self) -> Iterator["Layer"]:
+        """Yields the layer and all layers inside it, at any depth."""
+        yield self
+        for layer in self.inside():
+            yield from layer.walk()
+
+    def check(self, shape: Shape) -> None:
+        """Raises InputError where the layer cannot have this shape."""
+        around = any(not isinstance(layer, Router) for layer in self.inside())
+        accepted = "works on one residual stream: with model.streams it needs AltUp around it"
+        require(shape.streams == 1 or around, "model.layers", str(self), accepted)
+        for layer in self.inside():
+            layer.check(shape)
+
+    def cost(self, shape: Shape, load: Load) -> Costs:
+        raise NotImplementedError
+
+    def looks_ahead(self, routing: str) -> bool:
+        """Returns whether a position may depend on later ones. routing: "trained" or "causal"."""
+        return any(layer.looks_ahead(routing) for layer in self.inside())
+
+    def names(self) -> tuple[str, ...]:
+        """Returns the names of its own ways to select without the future, see Rule.names."""
+        return ()
+
+    def routed(self) -> int:
+        """Returns how many selections a position passes on its way through this layer."""
+        return sum(layer.routed() for layer in self.inside())
+
+    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
+        """Returns the size of the caches of a sequence of at most `length` tokens."""
+        return sum(layer.cache_numbers(shape, length, slack) for layer in self.inside())
+
+    def ropes(self) -> frozenset[float]:
+        """Returns the bases of the rotary tables that the layer reads."""
+        return frozenset().union(*(layer.ropes() for layer in self.inside()))
+
+    def hands_on(self) -> frozenset[str]:
+        """Returns the names of values that the layer passes to later layers."""
+        return frozenset().union(*(layer.hands_on() for layer in self.inside()))
+
+    def needs(self) -> frozenset[str]:
+        """Returns the names of values that earlier layers must pass to this one."""
+        found: frozenset[str] = frozenset()
+        handed: frozenset[str] = frozenset()
+        for layer in self.inside():
+            found |= layer.needs() - handed
+            handed |= layer.hands_on()
+        return found
+
+
+class Router(Layer):
+    """Base class of routers: layers that make some scores of every position."""
+
+    def check(self, shape: Shape) -> None:
+        super().check(shape._replace(streams=1))
+
+    def cost(self, shape: Shape, load: Load, outputs: int = 1) -> Costs:
+        """Yields the costs of a router that makes `outputs` scores of each position."""
+        numbers = shape.d_model * outputs
+        yield Cost("router", 2.0 * load.tokens * numbers, numbers, role="router")
+
+    def hands_on(self) -> frozenset[str]:
+        return frozenset()  # of a router, only the scores are used
+
+
+def check_parts(name: str, parts: tuple[Any, ...]) -> None:
+    """Raises InputError unless they are layers, at least one."""
+    require(len(parts) > 0, name, parts, "must contain a layer")
+    for part in parts:
+        require(isinstance(part, Layer), name, part, "must contain layers")
+
+
+@spec
+class Repeat(Spec):
+    """A segment of a model: `parts`, in this order, `times` times over.
+
+    One segment of a model may leave `times` open (None), and takes what the depth leaves.
+    """
+
+    parts: tuple[Layer, ...]
+    times: int | None = None
+
+    def __init__(self, *parts: Layer, times: int | None = None):
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "times", times)
+        check_parts("Repeat", parts)
+        fits = times is None or (type(times) is int and times > 0)
+        require(fits, "Repeat.times", times, "must be greater than 0, or left out")

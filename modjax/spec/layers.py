@@ -1,15 +1,15 @@
 """The plain layers: attention and MLP, each added to the stream, and sequences of layers."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Annotated
 
-from modjax.errors import require, require_one_of
-from modjax.spec.layer import Cost, Layer, Load, Shape, check_parts, named
+from modjax.errors import require
+from modjax.spec.fields import Positive, one_of
+from modjax.spec.layer import Cost, Costs, Layer, Load, Shape, check_parts, named, spec
 from modjax.spec.masks import CAUSAL, Mask
 
 GATED = ("geglu", "swiglu")
-ACTIVATIONS = ("gelu", "silu", "relu2", *GATED)
-NORMS = ("before", "after", "both")
+Activation = Annotated[str, one_of("gelu", "silu", "relu2", *GATED)]
+Norm = Annotated[str, one_of("before", "after", "both")]
 
 
 def matrices(activation: str) -> int:
@@ -21,8 +21,7 @@ def norm_params(norm: str, d_model: int) -> int:
     return d_model * (2 if norm == "both" else 1)
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Attention(Layer):
     """Self-attention with grouped queries and rotary positions, added to the stream.
 
@@ -33,35 +32,21 @@ class Attention(Layer):
     received: passes the attention that each position received to later layers, see `MoD.router`.
     """
 
-    norm: str = "before"
-    rope: float = 10_000.0
+    norm: Norm = "before"
+    rope: Positive[float] = 10_000.0
     mask: Mask = CAUSAL
-    softcap: float | None = None
+    softcap: Positive[float | None] = None
     received: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_one_of("Attention.norm", self.norm, NORMS)
-        require(self.rope > 0, "Attention.rope", self.rope, "must be greater than 0")
-        fits = self.softcap is None or self.softcap > 0
-        require(fits, "Attention.softcap", self.softcap, "must be greater than 0, or None")
 
     def check(self, shape: Shape) -> None:
         super().check(shape)
-        require(
-            shape.head_dim % 2 == 0,
-            "model.head_dim",
-            shape.head_dim,
-            "must be even, for rotary positions (where it is left out: d_model / num_heads)",
-        )
-        require(
-            shape.num_heads % shape.num_kv_heads == 0,
-            "model.num_kv_heads",
-            shape.num_kv_heads,
-            f"must divide model.num_heads = {shape.num_heads}",
-        )
+        even, heads, groups = shape.head_dim % 2 == 0, shape.num_heads, shape.num_kv_heads
+        accepted = "must be even, for rotary positions (where it is left out: d_model / num_heads)"
+        require(even, "model.head_dim", shape.head_dim, accepted)
+        accepted = f"must divide model.num_heads = {heads}"
+        require(heads % groups == 0, "model.num_kv_heads", groups, accepted)
 
-    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+    def cost(self, shape: Shape, load: Load) -> Costs:
         d, h, heads = shape.d_model, shape.head_dim, shape.num_heads
         pairs = self.mask.pairs(load.tokens, load.keys) * heads
         w_q, w_kv = d * heads * h, 2 * d * shape.num_kv_heads * h
@@ -85,30 +70,23 @@ class Attention(Layer):
         return frozenset({"received"} if self.received else ())
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class MLP(Layer):
     """Two matrices around `activation`, or three where its name ends in "glu", added to the stream.
 
     norm: RMSNorm before or after what is added, or both.
     """
 
-    activation: str = "gelu"
-    norm: str = "before"
+    activation: Activation = "gelu"
+    norm: Norm = "before"
 
-    def __post_init__(self):
-        super().__post_init__()
-        require_one_of("MLP.activation", self.activation, ACTIVATIONS)
-        require_one_of("MLP.norm", self.norm, NORMS)
-
-    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+    def cost(self, shape: Shape, load: Load) -> Costs:
         params = matrices(self.activation) * shape.d_model * shape.d_ff
         yield Cost("norm", params=norm_params(self.norm, shape.d_model))
         yield Cost("mlp", 2.0 * load.tokens * params, params)
 
 
-@named
-@dataclass(frozen=True, init=False)
+@spec
 class Seq(Layer):
     """Layers one after another, as one layer."""
 
@@ -118,10 +96,7 @@ class Seq(Layer):
         object.__setattr__(self, "parts", parts)
         check_parts("Seq", parts)
 
-    def inside(self) -> tuple[Layer, ...]:
-        return self.parts
-
-    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+    def cost(self, shape: Shape, load: Load) -> Costs:
         for part in self.parts:
             yield from part.cost(shape, load)
 

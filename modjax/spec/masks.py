@@ -4,34 +4,26 @@ A mask knows nothing of documents and padding: whoever uses it hides those as we
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from modjax.errors import require_positive
-from modjax.spec.layer import Spec, named
+from modjax.spec.fields import Positive, Spec
+from modjax.spec.layer import spec
 
 Reach = tuple[int | None, int | None]
 
 
 class Mask(Spec):
-    """Base of every mask. `seen` and `reach` define one; the rest follows from them.
+    """Base class of masks, defined by `seen` and `reach`. `a & b` shows what both show.
 
-    `a & b` shows what both show.
+    reach: how many positions a query may see back and ahead at most, None for no bound. Keys beyond
+      are neither computed nor cached.
     """
 
+    reach: ClassVar[Reach] = None, None
+
     def seen(self, query: Any, key: Any) -> Any:
-        """Returns whether each query may see each key, given arrays of positions that broadcast.
-
-        Uses operators only, so that it works on arrays of NumPy and of JAX.
-        """
+        """Returns whether queries may see keys, given positions, arrays of NumPy or JAX."""
         raise NotImplementedError
-
-    @property
-    def reach(self) -> Reach:
-        """How many positions a query may see back and ahead at most; None where nothing bounds it.
-
-        Keys beyond it are neither computed nor cached.
-        """
-        return None, None
 
     @property
     def causal(self) -> bool:
@@ -39,10 +31,7 @@ class Mask(Spec):
         return self.reach[1] == 0
 
     def pairs(self, tokens: int, keys: int) -> int:
-        """Returns the pairs that `tokens` queries and `keys` keys count as in FLOPs.
-
-        Every query counts alike, so a causal mask counts the keys that it hides.
-        """
+        """Returns the pairs that FLOPs count: for every query alike, so that hidden keys count."""
         back, ahead = self.reach
         if back is None or ahead is None:
             return tokens * keys
@@ -88,24 +77,20 @@ class Both(Mask):
         return f"{self.one} & {self.other}"
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Causal(Mask):
     """Shows the query's own position and those before it."""
 
+    reach = None, 0
+
     def seen(self, query: Any, key: Any) -> Any:
         return key <= query
-
-    @property
-    def reach(self) -> Reach:
-        return None, 0
 
 
 CAUSAL = Causal()
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Bidirectional(Mask):
     """Shows every position."""
 
@@ -115,13 +100,9 @@ class Bidirectional(Mask):
 
 @dataclass(frozen=True)
 class Sized(Mask):
-    """Base of masks that a number of positions defines."""
+    """Base class of masks that a number of positions defines."""
 
-    size: int
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_positive(self, type(self).__name__, "size")
+    size: Positive[int]
 
     @property
     def reach(self) -> Reach:
@@ -131,8 +112,7 @@ class Sized(Mask):
         return f"{type(self).__name__}({self.size})"
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Window(Sized):
     """Shows the query's own position and the `size` - 1 next to it on either side."""
 
@@ -140,8 +120,7 @@ class Window(Sized):
         return abs(query - key) < self.size
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Blocks(Sized):
     """Shows the query's own block of `size` positions: a block-diagonal mask."""
 
@@ -149,13 +128,9 @@ class Blocks(Sized):
         return query // self.size == key // self.size
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Prefix(Sized):
-    """Shows the first `size` positions to all, and later ones as Causal() does.
-
-    `Causal() & Prefix(8)` is no prefix any more: it shows what Causal() shows.
-    """
+    """Shows what Causal() shows, and the first `size` positions to all; without `Causal() &`."""
 
     def seen(self, query: Any, key: Any) -> Any:
         return (key <= query) | (key < self.size)

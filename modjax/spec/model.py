@@ -1,14 +1,14 @@
 """A decoder's spec: a shape, its layers, an embedding and a head."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from modjax.errors import require, require_one_of, require_positive
+from modjax.errors import require
 from modjax.spec import text
 from modjax.spec.ends import Embedding, End, Expansion, FinalNorm, Head
+from modjax.spec.fields import Positive, check, one_of
 from modjax.spec.layer import NAMES, Layer, Repeat, Shape
 
-DTYPES = ("float32", "bfloat16")
 # The fields that hold an end: its type, and how an error names the accepted ones.
 ENDS = {
     "embed": (Embedding, "Tokens()"),
@@ -24,52 +24,31 @@ class ModelSpec:
     layers: a pattern that repeats over the depth, such as (Dense(), MoD(Dense())), or segments
       `Repeat(..., times=...)`, of which one may leave `times` open. May be given as text.
     head_dim: None takes d_model / num_heads.
-    imports: files and modules that register layers which are not modjax's. A spec imports none of
-      them: whoever trusts them has imported them before the text of `layers` is read.
-    embed, head: the embedding and the head, such as Tied(); may be given as text.
-    streams: residual streams in place of one, such as Recycled(2); may be given as text.
+    imports: files and modules that register layers which are not modjax's. A spec does not import
+      them: whoever trusts them does so before the text of `layers` is read.
+    streams, embed, head: the ends, such as Recycled(2) and Tied(). May be given as text.
     """
 
-    vocab_size: int
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    d_ff: int
+    vocab_size: Positive[int]
+    d_model: Positive[int]
+    num_layers: Positive[int]
+    num_heads: Positive[int]
+    num_kv_heads: Positive[int]
+    d_ff: Positive[int]
     layers: Any = "Dense()"
-    head_dim: int | None = None
-    norm_eps: float = 1e-6
-    dtype: str = "float32"
+    head_dim: Positive[int | None] = None
+    norm_eps: Positive[float] = 1e-6
+    dtype: Annotated[str, one_of("float32", "bfloat16")] = "float32"
     imports: tuple[str, ...] = ()
     streams: Any = None
     embed: Any = "Tokens()"
     head: Any = "Logits()"
 
     def __post_init__(self):
-        require_positive(
-            self,
-            "model",
-            "vocab_size",
-            "d_model",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "d_ff",
-            "norm_eps",
-        )
-        require(
-            self.head_dim is not None or self.d_model % self.num_heads == 0,
-            "model.d_model",
-            self.d_model,
-            f"must be a multiple of model.num_heads = {self.num_heads}",
-        )
-        require(
-            self.head_dim is None or self.head_dim > 0,
-            "model.head_dim",
-            self.head_dim,
-            "must be greater than 0, or None",
-        )
-        require_one_of("model.dtype", self.dtype, DTYPES)
+        check(self, "model")
+        fits = self.head_dim is not None or self.d_model % self.num_heads == 0
+        accepted = f"must be a multiple of model.num_heads = {self.num_heads}"
+        require(fits, "model.d_model", self.d_model, accepted)
         object.__setattr__(self, "layers", read_layers(self.layers))
         for name in ENDS:
             object.__setattr__(self, name, read_end(name, getattr(self, name)))
@@ -77,32 +56,18 @@ class ModelSpec:
             handed: frozenset[str] = frozenset()
             for layer in segment.parts:
                 layer.check(self.shape)
-                lacking = layer.needs() - handed
-                require(
-                    not lacking,
-                    "model.layers",
-                    str(layer),
-                    f"needs a layer before it, in its segment, that hands on {', '.join(lacking)}",
-                )
+                lacking = ", ".join(layer.needs() - handed)
+                accepted = f"needs a layer before it, in its segment, that hands on {lacking}"
+                require(not lacking, "model.layers", str(layer), accepted)
                 handed |= layer.hands_on()
 
     @property
     def shape(self) -> Shape:
-        """The numbers that the parts share."""
-        head_dim = self.head_dim or self.d_model // self.num_heads
-        return Shape(
-            self.d_model,
-            self.num_layers,
-            self.num_heads,
-            self.num_kv_heads,
-            head_dim,
-            self.d_ff,
-            self.norm_eps,
-            self.streams.streams if self.streams else 1,
-            self.vocab_size,
-            self.streams.width(self.d_model) if self.streams else self.d_model,
-            self.head.tied,
-        )
+        streams, d_model = self.streams, self.d_model
+        heads = self.num_heads, self.num_kv_heads, self.head_dim or d_model // self.num_heads
+        width = streams.width(d_model) if streams else d_model
+        ends = streams.streams if streams else 1, self.vocab_size, width, self.head.tied
+        return Shape(d_model, self.num_layers, *heads, self.d_ff, self.norm_eps, *ends)
 
     @property
     def ends(self) -> tuple[tuple[End, ...], tuple[End, ...]]:
@@ -112,60 +77,42 @@ class ModelSpec:
     @property
     def segments(self) -> tuple[Repeat, ...]:
         """The layers as segments, of which none is open."""
-        open_segment = () if any(isinstance(p, Repeat) for p in self.layers) else self.layers
-        segments = (Repeat(*open_segment),) if open_segment else self.layers
-        fixed = sum(len(s.parts) * s.times for s in segments if s.times is not None)
-        still_open = [s for s in segments if s.times is None]
-        left = self.num_layers - fixed
-        require(
-            len(still_open) <= 1,
-            "model.layers",
-            ", ".join(map(str, self.layers)),
-            "must leave `times` open in one segment at most",
-        )
+        depth, given = self.num_layers, self.layers
+        segments = given if isinstance(given[0], Repeat) else (Repeat(*given),)
+        fixed = sum(len(s.parts) * s.times for s in segments if s.times)
+        still_open = [len(s.parts) for s in segments if s.times is None]
+        accepted = "must leave `times` open in one segment at most"
+        require(len(still_open) <= 1, "model.layers", ", ".join(map(str, given)), accepted)
         if not still_open:
-            require(
-                left == 0,
-                "model.num_layers",
-                self.num_layers,
-                f"must be {fixed}, the sum of its segments",
-            )
+            accepted = f"must be {fixed}, the sum of its segments"
+            require(depth == fixed, "model.num_layers", depth, accepted)
             return segments
-        (segment,) = still_open
-        length = len(segment.parts)
-        require(
-            left > 0 and left % length == 0,
-            "model.num_layers",
-            self.num_layers,
-            f"must be a multiple of the pattern's length, {length}"
-            if fixed == 0
-            else f"must be {fixed} and a multiple of {length}, the open segment's length",
-        )
+        length, left = still_open[0], depth - fixed
+        accepted = f"must be a multiple of the pattern's length, {length}"
+        if fixed:
+            accepted = f"must be {fixed} and a multiple of {length}, the open segment's length"
+        require(left > 0 and left % length == 0, "model.num_layers", depth, accepted)
         return tuple(s if s.times else Repeat(*s.parts, times=left // length) for s in segments)
 
     def repeated(self) -> list[tuple[Layer, int]]:
-        """Every layer of the segments' patterns, and how often it comes."""
+        """Returns every layer of the segments' patterns, with the number of its repetitions."""
         return [(part, s.times) for s in self.segments for part in s.parts if s.times]
 
     def routed(self) -> int:
-        """How many selections lie on a token's way through the model; 0 for a dense one."""
+        """Returns how many selections a token passes on its way through the model."""
         return sum(times * layer.routed() for layer, times in self.repeated())
 
     def looks_ahead(self, routing: str) -> bool:
         """Returns whether some layer looks ahead. routing: "trained" or "causal"."""
         return any(layer.looks_ahead(routing) for layer, _ in self.repeated())
 
-    def rules(self) -> frozenset[str]:
-        """Returns the names of the causal rules that a call can ask for."""
-        return frozenset().union(*(layer.rules() for layer, _ in self.repeated()))
-
-    def own_rules(self) -> frozenset[str]:
-        """Returns the names of the rules that "causal" routing uses."""
-        return frozenset().union(*(layer.own_rules() for layer, _ in self.repeated()))
-
-    def used_rules(self, routing: str) -> frozenset[str]:
-        """Returns the names of the rules that some layer uses under a routing."""
-        return self.own_rules() if routing == "causal" else self.rules() & {routing}
+    def rules(self, routing: str | None = None) -> frozenset[str]:
+        """Returns the names of the causal rules that `routing` uses; None: that a call can name."""
+        each = [part.names() for layer, _ in self.repeated() for part in layer.walk()]
+        if routing == "causal":
+            return frozenset(names[0] for names in each if names)
+        known = frozenset(name for names in each for name in names)
+        return known if routing is None else known & {routing}
 
     @property
     def routings(self) -> tuple[str, ...]:
@@ -176,16 +123,13 @@ class ModelSpec:
 
     def check_routing(self, routing: str, field: str) -> None:
         """Raises InputError where a model of this spec cannot select by `routing`."""
-        if routing != "trained":
-            for layer, _ in self.repeated():
-                require(
-                    not layer.looks_ahead("causal"),
-                    field,
-                    routing,
-                    f"{layer} has no rule that never looks ahead: MoD has causal=Predictor(), "
-                    "experts have TokenChoice() and ExpertThreshold()",
-                )
-        require_one_of(field, routing, self.routings)
+        for layer, _ in self.repeated():
+            fits = routing == "trained" or not layer.looks_ahead("causal")
+            accepted = f"{layer} has no rule that never looks ahead: MoD has causal=Predictor(), "
+            accepted += "experts have TokenChoice() and ExpertThreshold()"
+            require(fits, field, routing, accepted)
+        accepted = f"must be one of {', '.join(self.routings)}"
+        require(routing in self.routings, field, routing, accepted)
 
     def causal_routing(self) -> str | None:
         """Returns the routing of this model's honest loss.
@@ -194,28 +138,27 @@ class ModelSpec:
         """
         if self.looks_ahead("causal"):
             return None
-        return "causal" if self.own_rules() or self.looks_ahead("trained") else "trained"
+        return "causal" if self.rules("causal") or self.looks_ahead("trained") else "trained"
 
 
 def read_end(name: str, value: Any) -> End | None:
     """Returns the end that a field of ENDS holds, from text or as it is."""
-    kind, accepted = ENDS[name]
-    field = f"model.{name}"
-    found = text.read(value, NAMES, field) if isinstance(value, str) else (value,)
+    (kind, accepted), found = ENDS[name], _read(value, f"model.{name}")
     shown = value if isinstance(value, int) else str(value)  # str refuses very long ones
     fits = len(found) == 1 and isinstance(found[0], kind)
-    require(fits, field, shown, f"must be such as {accepted}")
+    require(fits, f"model.{name}", shown, f"must be such as {accepted}")
     return found[0]
 
 
 def read_layers(layers: Any, field: str = "model.layers") -> tuple[Any, ...]:
-    """Returns layers and segments from such, or from text. Raises InputError for anything else."""
-    given = [layers] if isinstance(layers, str) or not isinstance(layers, list | tuple) else layers
-    found: list[Any] = []
-    for item in given:
-        found += text.read(item, NAMES, field) if isinstance(item, str) else [item]
+    """Returns layers or segments, given or as text. Raises InputError for anything else."""
+    given = layers if isinstance(layers, list | tuple) else [layers]
+    found = tuple(spec for item in given for spec in _read(item, field))
     require(len(found) > 0, field, layers, "must name a layer")
-    mixed = len({isinstance(item, Repeat) for item in found}) > 1
-    fits = all(isinstance(item, Layer | Repeat) for item in found) and not mixed
+    fits = any(all(isinstance(spec, kind) for spec in found) for kind in (Layer, Repeat))
     require(fits, field, layers, "must be layers, or all of them Repeat(...)")
-    return tuple(found)
+    return found
+
+
+def _read(value: Any, field: str) -> tuple[Any, ...]:
+    return text.read(value, NAMES, field) if isinstance(value, str) else (value,)

@@ -1,20 +1,103 @@
-"""Mixture of experts in an MLP's place; with no-op experts it is integrated MoDE."""
+"""Mixture of experts in an MLP's place, and the rules that select experts by a router's scores.
+
+With no-op experts it is integrated MoDE.
+"""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from modjax.errors import require, require_one_of
-from modjax.spec.experts import ExpertRule, TokenChoice
-from modjax.spec.layer import Cost, Layer, Load, Shape, named
-from modjax.spec.layers import ACTIVATIONS, NORMS, matrices, norm_params
-from modjax.spec.routers import Linear, Router
+from modjax.errors import require
+from modjax.spec.fields import NotNegative, Positive, Spec, one_of
+from modjax.spec.layer import Cost, Costs, Layer, Load, Router, Shape, spec
+from modjax.spec.layers import Activation, Norm, matrices, norm_params
+from modjax.spec.routers import Linear
+
+
+@dataclass(frozen=True)
+class ExpertRule(Spec):
+    """Base class of rules that give each position some of the experts.
+
+    top_k: experts of a position, on average.
+    scores: "softmax" over all rows of the router, or "sigmoid" of each. The weight of an expert is
+      its score times `scale`.
+    bounded: an expert always has a number of slots, so that MoE needs a capacity_factor.
+    ways: as Rule has them.
+    """
+
+    bounded = False
+    ways: ClassVar[tuple[str, ...]] = ()
+    top_k: Positive[int] = 1
+    scores: Annotated[str, one_of("softmax", "sigmoid")] = "softmax"
+    scale: Positive[float] = 1.0
+
+    def names(self) -> tuple[str, ...]:
+        return self.ways
+
+    def rows(self, experts: int) -> int:
+        """Returns how many scores of each position the rule reads."""
+        return experts
+
+    def real(self, experts: int) -> float:
+        """Returns the share of choices that are of experts, where the load is even."""
+        return 1.0
+
+
+@spec
+class TokenChoice(ExpertRule):
+    """Each position picks its top_k best rows (arXiv 2101.03961, 2202.08906).
+
+    renormalise: divides a weight by the sum over the position's picks, no-ops among them.
+    no_ops: rows beside the experts, which leave a position as it is (arXiv 2404.02258, section
+      4.3). random_no_ops: the control, where as many picks become no-ops by chance.
+    balance, z: weights of the two losses. bias_rate: a bias of each row, for picking only, moves by
+      it against the row's load at every update (2408.15664).
+    """
+
+    ways = ("token_choice",)
+    renormalise: bool = False
+    no_ops: NotNegative[int] = 0
+    random_no_ops: bool = False
+    balance: NotNegative[float] = 0.01
+    z: NotNegative[float] = 0.001
+    bias_rate: NotNegative[float] = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        learns = self.top_k > 1 or not self.renormalise
+        accepted = "must be False at top_k = 1: the router would not learn"
+        require(learns, "TokenChoice.renormalise", self.renormalise, accepted)
+        fits = not self.random_no_ops or self.no_ops > 0
+        require(fits, "TokenChoice.random_no_ops", self.random_no_ops, "needs no_ops")
+
+    def rows(self, experts: int) -> int:
+        return experts + (0 if self.random_no_ops else self.no_ops)
+
+    def real(self, experts: int) -> float:
+        return experts / (experts + self.no_ops)
+
+
+@spec
+class ExpertChoice(ExpertRule):
+    """Each expert picks its best positions of a sequence (arXiv 2202.09368), which looks ahead."""
+
+    bounded = True
+
+
+@spec
+class ExpertThreshold(ExpertRule):
+    """Each expert takes the positions that score above a threshold (arXiv 2603.11535).
+
+    The threshold is a running mean of the score that an expert's fair share of positions reaches.
+    """
+
+    ways = ("expert_threshold",)
+
 
 LINEAR, TOKEN_CHOICE = Linear(), TokenChoice()
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class MoE(Layer):
     """Each position runs through some of `experts` MLPs, added to the stream.
 
@@ -22,42 +105,28 @@ class MoE(Layer):
     width: of an expert; None, the model's d_ff. activation, norm: as MLP has them.
     capacity_factor: of each sequence of L positions, without padding, an expert takes its first
       C = ceil(capacity_factor top_k L real / experts) at most, where `real` is the share of picks
-      that are of experts; the other picks are dropped. Reading without looking ahead drops none.
-      None: nor does training.
-    shared: so many more experts that every position runs through, unweighted.
+      that are of experts. Training drops the other picks; None drops none.
+    shared: further experts that every position runs through, unweighted.
     """
 
-    experts: int
+    experts: Positive[int]
     rule: ExpertRule = TOKEN_CHOICE
     router: Router = LINEAR
-    width: int | None = None
-    activation: str = "gelu"
-    norm: str = "before"
+    width: Positive[int | None] = None
+    activation: Activation = "gelu"
+    norm: Norm = "before"
     capacity_factor: float | None = 1.25
-    shared: int = 0
+    shared: NotNegative[int] = 0
 
     def __post_init__(self):
         super().__post_init__()
-
-        def need(condition: bool, name: str, accepted: str) -> None:
-            require(condition, f"MoE.{name}", getattr(self, name), accepted)
-
-        require_one_of("MoE.activation", self.activation, ACTIVATIONS)
-        require_one_of("MoE.norm", self.norm, NORMS)
-        need(self.experts > 0, "experts", "must be greater than 0")
-        k = self.rule.top_k
-        need(k <= self.experts, "experts", f"must be at least top_k = {k}")
-        need(self.width is None or self.width > 0, "width", "must be greater than 0, or None")
-        need(self.shared >= 0, "shared", "must be 0 or more")
-        factor = self.capacity_factor
-        fits = factor is None or factor > 0
-        need(fits, "capacity_factor", "must be greater than 0, or None: it leaves no slot")
-        fits = factor is not None or not self.rule.bounded
-        need(fits, "capacity_factor", f"must be a number where rule = {self.rule}")
-
-    def check(self, shape: Shape) -> None:
-        super().check(shape)
-        self.router.check(shape)
+        k, factor = self.rule.top_k, self.capacity_factor
+        require(k <= self.experts, "MoE.experts", self.experts, f"must be at least top_k = {k}")
+        if factor is None:
+            fits, accepted = not self.rule.bounded, f"must be a number where rule = {self.rule}"
+        else:
+            fits, accepted = factor > 0, "must be greater than 0, or None: it leaves no slot"
+        require(fits, "MoE.capacity_factor", factor, accepted)
 
     @property
     def real(self) -> float:
@@ -81,7 +150,7 @@ class MoE(Layer):
     def expert_width(self, shape: Shape) -> int:
         return self.width or shape.d_ff
 
-    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+    def cost(self, shape: Shape, load: Load) -> Costs:
         d = shape.d_model
         one = matrices(self.activation) * d * self.expert_width(shape)
         yield Cost("norm", params=norm_params(self.norm, d))
@@ -96,20 +165,8 @@ class MoE(Layer):
         # As trained, a dropped pick depends on how long its sequence is.
         return routing == "trained" or not self.rule.names() or self.router.looks_ahead(routing)
 
-    def rules(self) -> frozenset[str]:
-        return frozenset(self.rule.names())
-
-    def own_rules(self) -> frozenset[str]:
-        return frozenset(self.rule.names()[:1])
+    def names(self) -> tuple[str, ...]:
+        return self.rule.names()
 
     def routed(self) -> int:
         return 1 if self.real < 1 else 0
-
-    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
-        return self.router.cache_numbers(shape, length, slack)
-
-    def ropes(self) -> frozenset[float]:
-        return self.router.ropes()
-
-    def needs(self) -> frozenset[str]:
-        return self.router.needs()

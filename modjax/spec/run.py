@@ -1,93 +1,61 @@
-"""What a run computes, and how it is executed.
-
-A `RunSpec` says what is computed and is hashed into the run's name; an `Execution` says how
-(mesh, layer loop, rematerialisation, logging) and never changes that name.
-"""
+"""What a run computes, which names it by its hash, and how it is executed, which does not."""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from modjax.errors import (
-    require,
-    require_name,
-    require_one_of,
-    require_plain_name,
-    require_positive,
-)
-from modjax.spec.fields import canonical, from_dict, to_dict
+from modjax.errors import require, require_name, require_plain_name
+from modjax.spec.fields import Accepts, NotNegative, Positive, canonical, check, one_of
 from modjax.spec.model import ModelSpec
 
 FORMAT = 2  # of names and weights of runs: one of another format can't be resumed or opened
-TRAINED = ("all", "routers")
 ROUTER_ROLES = ("router", "predictor")  # of the parameters that "routers" are
+
+Share = Annotated[float, Accepts("must be in [0, 1]", lambda share: 0 <= share <= 1)]
+Decay = Annotated[float, Accepts("must be in [0, 1)", lambda decay: 0 <= decay < 1)]
+Seed = Annotated[NotNegative[int], Accepts("must be below 2**31", lambda seed: seed < 2**31)]
+Rest = Annotated[int, Accepts("must be 0 (the rest) or more", lambda size: size >= 0)]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: batch, schedule, optimizer and evaluation.
 
-    batch_size counts sequences per optimizer step; `accumulation` splits it into that many
-    forward-backward passes; where experts are balanced by a loss, a forward pass over all of them
-    goes before, which is not counted as FLOPs. The schedule is linear warm-up, then a cosine that
-    reaches `final_learning_rate_fraction` at exactly the last step. `trained`: "all" parameters, or
-    the "routers" with their predictors alone, where all else stays as it is, bit for bit.
+    batch_size: sequences of an optimizer step. accumulation: forward-backward passes of a step.
+      Where a loss balances experts, one more forward pass goes before, not counted as FLOPs.
+    The schedule is linear warm-up, then a cosine that reaches `final_learning_rate_fraction` at
+    exactly the last step.
+    trained: "all" parameters, or the "routers" and predictors; the rest stays bit for bit.
     """
 
-    batch_size: int
-    seq_len: int
-    steps: int
-    learning_rate: float
+    batch_size: Positive[int]
+    seq_len: Positive[int]
+    steps: Positive[int]
+    learning_rate: Positive[float]
     warmup_steps: int
-    final_learning_rate_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    accumulation: int = 1
+    final_learning_rate_fraction: Share = 0.1
+    b1: Decay = 0.9
+    b2: Decay = 0.98
+    eps: Positive[float] = 1e-8
+    weight_decay: NotNegative[float] = 0.1
+    clip_norm: Positive[float] = 1.0
+    accumulation: Positive[int] = 1
     document_mask: bool = False
-    eval_sequences: int = 256
-    eval_every: int = 0
-    trained: str = "all"
-    seed: int = 0
+    eval_sequences: Positive[int] = 256
+    eval_every: NotNegative[int] = 0
+    trained: Annotated[str, one_of("all", "routers")] = "all"
+    seed: Seed = 0
 
     def __post_init__(self):
-        require_positive(
-            self,
-            "train",
-            "batch_size",
-            "seq_len",
-            "steps",
-            "learning_rate",
-            "clip_norm",
-            "accumulation",
-            "eval_sequences",
-            "eps",
-        )
-        require(
-            0 <= self.warmup_steps <= self.steps,
-            "train.warmup_steps",
-            self.warmup_steps,
-            f"must be between 0 and train.steps = {self.steps}",
-        )
-        require(
-            self.batch_size % self.accumulation == 0,
-            "train.accumulation",
-            self.accumulation,
-            f"must divide train.batch_size = {self.batch_size}",
-        )
-        floor = self.final_learning_rate_fraction
-        require(0 <= floor <= 1, "train.final_learning_rate_fraction", floor, "must be in [0, 1]")
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"train.{name}", value, "must be in [0, 1)")
-        for name in ("weight_decay", "eval_every", "seed"):
-            value = getattr(self, name)
-            require(value >= 0, f"train.{name}", value, "must be 0 or more")
-        require_one_of("train.trained", self.trained, TRAINED)
-        require(self.seed < 2**31, "train.seed", self.seed, "must be below 2**31")
+        check(self, "train")
+        fits = 0 <= self.warmup_steps <= self.steps
+        accepted = f"must be between 0 and train.steps = {self.steps}"
+        require(fits, "train.warmup_steps", self.warmup_steps, accepted)
+        fits = self.batch_size % self.accumulation == 0
+        accepted = f"must divide train.batch_size = {self.batch_size}"
+        require(fits, "train.accumulation", self.accumulation, accepted)
 
     @property
     def tokens(self) -> int:
@@ -106,14 +74,13 @@ class DataConfig:
 
     name: str = "stdlib"
     vocab: str = "bytes"
-    seed: int = 0
-    max_epochs: float = 1.0
+    seed: NotNegative[int] = 0
+    max_epochs: Positive[float] = 1.0
 
     def __post_init__(self):
         require_name("data.name", self.name)
         require_name("data.vocab", self.vocabulary)
-        require_positive(self, "data", "max_epochs")
-        require(self.seed >= 0, "data.seed", self.seed, "must be 0 or more")
+        check(self, "data")
 
     @property
     def vocabulary(self) -> str:
@@ -123,7 +90,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that decides what a run computes; its hash names the run.
+    """Everything that decides what a run computes.
 
     base: the folder of a finished run, whose weights this one starts from; None, the seed's.
     """
@@ -141,10 +108,8 @@ class RunSpec:
 
     @property
     def run_id(self) -> str:
-        """A readable slug and the first 8 hex digits of a hash of the format and the canonical
-        JSON, which leaves defaults out: a new field renames no run, and a default never changes."""
-        # Through from_dict, so that 1 and 1.0 in a float field name the same run.
-        values = {"format": FORMAT} | canonical(from_dict(RunSpec, to_dict(self)))
+        """A readable slug, and 8 hex digits of a hash of the format and the canonical form."""
+        values = {"format": FORMAT} | canonical(self)
         if self.base is not None:
             values["base"] = Path(self.base).name  # its run, wherever the folder lies
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -164,28 +129,16 @@ class Execution:
     data, fsdp, tensor, expert: sizes of the mesh axes; `data` = 0 takes the remaining devices.
     """
 
-    layer_loop: str = "auto"
-    remat: str = "none"
-    data: int = 0
-    fsdp: int = 1
-    tensor: int = 1
-    expert: int = 1
-    log_every: int = 10
-    checkpoint_seconds: float = 300.0
-    keep_checkpoints: int = 2
+    layer_loop: Annotated[str, one_of("auto", "scan", "unroll")] = "auto"
+    remat: Annotated[str, one_of("none", "dots", "full")] = "none"
+    data: Rest = 0
+    fsdp: Positive[int] = 1
+    tensor: Positive[int] = 1
+    expert: Positive[int] = 1
+    log_every: Positive[int] = 10
+    checkpoint_seconds: Positive[float] = 300.0
+    keep_checkpoints: Positive[int] = 2
     tensorboard: bool = False
 
     def __post_init__(self):
-        require_one_of("execution.layer_loop", self.layer_loop, ("auto", "scan", "unroll"))
-        require_one_of("execution.remat", self.remat, ("none", "dots", "full"))
-        require(self.data >= 0, "execution.data", self.data, "must be 0 (the rest) or more")
-        require_positive(
-            self,
-            "execution",
-            "fsdp",
-            "tensor",
-            "expert",
-            "log_every",
-            "checkpoint_seconds",
-            "keep_checkpoints",
-        )
+        check(self, "execution")

@@ -1,81 +1,69 @@
-"""S residual streams in place of one: their expansions, and layers that work on them.
+"""S residual streams in place of one: expansions of the embedding, and layers on the streams."""
 
-Every such layer runs its inner layer on one vector of the model's width, at the cost it had.
-"""
-
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modjax.errors import require
 from modjax.spec.ends import Expansion
-from modjax.spec.layer import Cost, Layer, Load, Shape, named
+from modjax.spec.layer import Cost, Costs, Layer, Load, Shape, spec
 from modjax.spec.layers import DENSE
 
 SINKHORN_ROUNDS = 20
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Recycled(Expansion):
-    """Copies of the embedding; at the end their mean (Recycled-AltUp, arXiv 2301.13310).
+    """Copies of the embedding, and the mean of all streams (Recycled-AltUp, arXiv 2301.13310).
 
-    The paper sums them, a factor that the final norm takes away.
+    The paper takes their sum: the final norm removes the factor.
     """
 
-    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+    def cost(self, shape: Shape, load: Load) -> Costs:
         yield Cost("streams", load.tokens * self.streams * shape.d_model)
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Full(Expansion):
     """An embedding and a head that are `streams` times as wide (AltUp, arXiv 2301.13310)."""
 
     def width(self, d_model: int) -> int:
         return self.streams * d_model
 
-    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+    def cost(self, shape: Shape, load: Load) -> Costs:
         yield Cost("streams")
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Projected(Expansion):
-    """As Gemma 3n: all but the first are learned projections of it, to its size; so is their way
-    back, before the mean.
+    """Learned projections, as in Gemma 3n, for all streams but the first, there and back.
+
+    The first stream is the embedding. At the end, the mean of all streams is taken.
     """
 
-    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+    def cost(self, shape: Shape, load: Load) -> Costs:
         numbers = 2 * (self.streams - 1) * shape.d_model**2
         yield Cost("streams", 2.0 * load.tokens * numbers, numbers)
 
 
 @dataclass(frozen=True)
 class Streams(Layer):
-    """Base of the layers on S residual streams, all settings of one mechanism.
+    """Base class of layers on S residual streams, around a layer on one of the model's width.
 
     With u = sum_j read_j x_j and y = inner(u), stream i becomes
-    sum_j mix_ij x_j + write_i (y - sum_j base_j x_j).
-
-    active: the stream that it is about. Where streams begin as copies, all start as the model of
-    the inner layers alone.
+    sum_j mix_ij x_j + write_i (y - sum_j base_j x_j). active: the stream that it computes.
+    Where streams begin as copies, it starts as the inner layer alone.
     """
 
     inner: Layer = DENSE
     active: int = 0
 
-    def inside(self) -> tuple[Layer, ...]:
-        return (self.inner,)
-
     def check(self, shape: Shape) -> None:
-        need = "model.streams, such as Recycled(2), around the model's layers"
-        require(shape.streams > 1, "model.layers", str(self), f"needs {need}")
-        fits = 0 <= self.active < shape.streams
-        name = f"{type(self).__name__}.active"
+        accepted = "needs model.streams, such as Recycled(2), around the model's layers"
+        require(shape.streams > 1, "model.layers", str(self), accepted)
+        name, fits = f"{type(self).__name__}.active", 0 <= self.active < shape.streams
         require(fits, name, self.active, f"must be 0 to {shape.streams - 1}")
         self.inner.check(shape._replace(streams=1))
 
-    def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
+    def cost(self, shape: Shape, load: Load) -> Costs:
         yield from self.inner.cost(shape._replace(streams=1), load)
         s, d = shape.streams, shape.d_model
         flops, params = self.weights(s, d)
@@ -83,22 +71,20 @@ class Streams(Layer):
         yield Cost("streams", load.tokens * flops, params)
 
     def weights(self, s: int, d: int) -> tuple[float, int]:
-        """FLOPs per position of making the weights and of reading, and how many are learned."""
+        """Returns FLOPs per position of making the weights and of reading, and parameters."""
         raise NotImplementedError
 
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
         return self.inner.cache_numbers(shape._replace(streams=1), length, slack)
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class AltUp(Streams):
     """Alternating Updates (arXiv 2301.13310): predict all streams, compute one, correct all.
 
     p (S, S) and g (S): read stream j = active; mix = p, base = p_j, write = g. Layers that take the
-    streams in turn alternate; layers of one `active` are the paper's "same". Around MoD, positions
-    that it skips are predicted all the same: they stay as they are only for p = I. Within MoD, they
-    pass with all of their streams.
+    streams in turn alternate; layers of one `active` are the paper's "same". Around MoD, skipped
+    positions are predicted too, and change unless p = I; within MoD, they pass with all streams.
     learned: False keeps p = I and g = 1, the sum of the updates in every stream.
     """
 
@@ -108,20 +94,18 @@ class AltUp(Streams):
         return 0.0, s * s + s if self.learned else 0
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class SimplifiedAltUp(Streams):
     """Reads a learned sum of the streams, and adds its update, S times, to one of them.
 
-    r (S): read = base = r, mix = I, write = S e_active. r starts at 1 / S.
+    r (S), 1 / S at first: read = base = r, mix = I, write = S e_active.
     """
 
     def weights(self, s: int, d: int) -> tuple[float, int]:
         return 2.0 * s * d, s
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class HyperConnection(Streams):
     """Hyper-connections (arXiv 2409.19606), meant around one sublayer.
 
@@ -138,14 +122,13 @@ class HyperConnection(Streams):
         return flops + s * (4.0 * d + 2 * d * (s + 2)), params + d * (s + 2) + d + 2
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class ManifoldHyperConnection(Streams):
     """Hyper-connections of positive weights and a doubly stochastic mix (mHC, arXiv 2512.24880).
 
-    Of norm(all x) W three parts v, each with its own a and b: read = base = sigmoid(a v + b), write
-    = 2 sigmoid(a v + b), mix = (exp(a v + b), made doubly stochastic) transposed. W starts at 0;
-    mix at 0.9 of each stream in itself, read at 0.9 of the active one.
+    norm(all x) W has three parts v, each with its own a and b: read = base = sigmoid(a v + b),
+    write = 2 sigmoid(a v + b), mix = (exp(a v + b), made doubly stochastic) transposed. W starts at
+    0, mix at 0.9 of each stream in itself, read at 0.9 of the active one.
     """
 
     def weights(self, s: int, d: int) -> tuple[float, int]:
@@ -153,8 +136,7 @@ class ManifoldHyperConnection(Streams):
         return (2.0 * made + 6) * s * d + 4.0 * SINKHORN_ROUNDS * s * s, (s * d + 1) * made + 3
 
 
-@named
-@dataclass(frozen=True)
+@spec
 class Gemma3nAltUp(Streams):
     """AltUp as Gemma 3n has it: coefficients of each position, and the predicted stream is read.
 

@@ -1,11 +1,11 @@
-"""The text form of a spec: its constructor call, written and read without eval."""
+"""The text of a spec, its constructor call, read without eval."""
 
 import ast
 import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from modjax.errors import InputError, describe, require, require_bounded
 
@@ -13,35 +13,10 @@ from modjax.errors import InputError, describe, require, require_bounded
 MOST_CHARACTERS, MOST_DEPTH = 10_000, 50
 
 
-def write(spec: Any) -> str:
-    """`MoD(Dense(), capacity=0.5)`: fields that have their default are left out.
-
-    What a spec contains, its field `parts` or `inner`, comes first and without a name.
-    """
-    first, named = [], []
-    for field in dataclasses.fields(spec):
-        value = getattr(spec, field.name)
-        if field.name in ("parts", "inner"):
-            first += map(_one, value if isinstance(value, tuple) else [value])
-        elif value != field.default:
-            if type(value) is int and float in (get_args(field.type) or (field.type,)):
-                value = float(value)  # equal specs have one text
-            named.append(f"{field.name}={_one(value)}")
-    return f"{type(spec).__name__}({', '.join(first + named)})"
-
-
-def _one(value: Any) -> str:
-    return str(value) if dataclasses.is_dataclass(value) else repr(value)
-
-
 def bounded(text: str, field: str) -> str:
     """Returns `text` for Python's parser. Raises InputError where it is too long or too deep."""
-    require(
-        len(text) <= MOST_CHARACTERS,
-        field,
-        text,
-        f"must have at most {MOST_CHARACTERS} characters",
-    )
+    short = len(text) <= MOST_CHARACTERS
+    require(short, field, text, f"must have at most {MOST_CHARACTERS} characters")
     depth = 0
     for character in text:
         depth += (character in "([{&") - (character in ")]}")  # a chain of & nests as well

@@ -117,7 +117,7 @@ def causal_name(model: ModelSpec) -> str:
     routing = model.causal_routing()
     if routing != "causal":
         return routing or NO_ROUTING
-    return ", ".join(sorted(model.own_rules())) or routing
+    return ", ".join(sorted(model.rules("causal"))) or routing
 
 
 def _finite(value: Any) -> Any:

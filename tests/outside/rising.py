@@ -14,10 +14,7 @@ from modjax.nn.rules import Choice, Rule
 
 @dataclasses.dataclass(frozen=True)
 class Rising(modjax.Rule):
-    causal = True
-
-    def names(self) -> tuple[str, ...]:
-        return ("rising",)
+    causal, ways = True, ("rising",)
 
     def room(self, capacity: float) -> float:
         return 1.0  # all may rise

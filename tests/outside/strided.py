@@ -20,9 +20,6 @@ class Strided(modjax.Layer):
     inner: modjax.Layer
     stride: int = 4
 
-    def inside(self) -> tuple[modjax.Layer, ...]:
-        return (self.inner,)
-
     def cost(self, shape: Shape, load: Load) -> Iterator[Cost]:
         k = -(-load.tokens // self.stride)
         for cost in self.inner.cost(shape, Load(k, k)):

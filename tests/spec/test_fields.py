@@ -339,7 +339,7 @@ def test_a_model_names_the_rules_that_it_has_and_refuses_others(layers, names, o
     model = routed(*layers)
     assert model.causal_routing() == (None if own is None else "causal" if own else "trained")
     if own is not None:
-        assert tuple(sorted(model.own_rules())) == own
+        assert tuple(sorted(model.rules("causal"))) == own
     for routing in ("trained", "causal", "auxiliary", "predictor", "paced", "threshold", "best"):
         if routing == "trained" or (names is not None and routing in ("causal", *names)):
             model.check_routing(routing, "routing")
