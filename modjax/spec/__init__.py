@@ -1,4 +1,4 @@
-"""What a model and a run are: frozen values, pure Python without jax."""
+"""Specs of models and runs: frozen values in pure Python, without jax."""
 
 from modjax.spec.ends import Embedding, Expansion, Head, Logits, Tied, Tokens
 from modjax.spec.fields import Spec, canonical, from_dict, to_dict

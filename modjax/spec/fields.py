@@ -93,12 +93,14 @@ def check(config: Any, name: str, *, typed: bool = False) -> None:
             require((optional and value is None) or fits(value), where, value, accepted)
 
 
-def parts(config: Any) -> Iterator[Spec]:
-    """Yields the specs in the fields of a dataclass, in order."""
+def parts(config: Any, *, deep: bool = False) -> Iterator[Spec]:
+    """Yields the specs in the fields of a dataclass, in order. deep: also those inside them."""
     for name in _fields(type(config)):
         value = getattr(config, name)
-        held = value if isinstance(value, tuple) else (value,)
-        yield from (part for part in held if isinstance(part, Spec))
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Spec):
+                yield part
+                yield from parts(part, deep=True) if deep else ()
 
 
 def to_dict(config: Any) -> dict[str, Any]:

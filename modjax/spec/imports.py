@@ -144,19 +144,13 @@ class Source(NamedTuple):
 
 def own_layers(model: Any) -> list[str]:
     """Returns the names of a ModelSpec's layers and ends that are not modjax's."""
-    used = {type(spec).__name__ for spec in _specs(model)}
+    used = {type(spec).__name__ for spec in parts(model, deep=True)}
     return sorted(used.intersection(registered()))
 
 
 def registered() -> list[str]:
     """Returns the names of all layers from outside modjax."""
     return [name for name, origin in ORIGINS.items() if not origin.module.startswith("modjax.")]
-
-
-def _specs(config: Any) -> Iterator[Any]:
-    for part in parts(config):
-        yield part
-        yield from _specs(part)
 
 
 def without_unused(model: Any) -> Any:

@@ -25,7 +25,7 @@ def cache_slots(capacity: float, length: int, slack: float | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MoDConfig:
-    """How a routed layer selects positions and adds its update (arXiv 2404.02258, Eq. 1).
+    """The selection of a routed layer, and the weight of its update (arXiv 2404.02258, Eq. 1).
 
     capacity: share of each sequence's positions, without padding, that are processed, in (0, 1].
     router: scores the positions. rule: selects by the scores in training.

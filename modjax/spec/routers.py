@@ -75,7 +75,7 @@ class Weighed(Rule):
 
 @spec
 class TopK(Weighed):
-    """The k best positions of a sequence, which looks ahead.
+    """Selects the k best positions of a sequence, which looks ahead.
 
     Without the future, positions that score above a running mean of the k-th best ("threshold").
     auxiliary: the weight of a loss that teaches scores to be above 0 where a position is taken
@@ -90,7 +90,7 @@ class TopK(Weighed):
 
 @spec
 class Random(Weighed):
-    """The paper's control: k positions at random in training, weighed by the score."""
+    """The paper's control: selects k positions at random in training; the score weighs them."""
 
     ways = ("threshold",)
 
@@ -104,7 +104,7 @@ class Positional(Weighed):
 
 @spec
 class Threshold(Weighed):
-    """As TopK without the future, in training too (after arXiv 2603.11535).
+    """Selects in training as TopK does without the future (after arXiv 2603.11535).
 
     slack: training has slots for slack * capacity of the positions.
     """

@@ -1,4 +1,4 @@
-"""What a run computes, which names it by its hash, and how it is executed, which does not."""
+"""Specs of a run, whose hash names it, and of its execution, which changes no name."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which token cache, and which order of it.
+    """The token cache of a run, and the order in which it is read.
 
     name: the corpus ("stdlib", "text" files prepared under a name, "c4", "lm1b", ...).
     vocab: "bytes", "sentencepiece:SIZE", or the "FILE.model" that the corpus was prepared with.
@@ -121,7 +121,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Execution:
-    """How runs are executed: nothing here changes what is computed or a run's name.
+    """Settings that change neither what is computed nor a run's name.
 
     layer_loop: "scan", "unroll", or "auto": unrolled on CPU, where the scan costs more than it
       saves, scanned elsewhere.

@@ -1,6 +1,7 @@
 """Specs refuse what cannot be used, in one line that names the field, the value and the rule."""
 
 import dataclasses
+from typing import Annotated
 
 import pytest
 
@@ -14,6 +15,7 @@ from modjax.spec import (
     Dense,
     Execution,
     ExpertChoice,
+    Mask,
     MoD,
     MoDConfig,
     ModelSpec,
@@ -35,6 +37,7 @@ from modjax.spec import (
     from_dict,
     to_dict,
 )
+from modjax.spec.fields import Accepts, Positive
 
 MODEL = {"vocab_size": 40, "d_model": 16, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2,
          "d_ff": 32}  # fmt: skip
@@ -242,6 +245,30 @@ def test_a_field_of_names_and_values_must_be_one():
     assert from_dict(Named, {"flops": {}, "seed": None}).seed is None
     with pytest.raises(InputError, match=r"seed = '3': must be of type int \| None"):
         from_dict(Named, {"flops": {}, "seed": "3"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Comb(Mask):
+    """A spec from outside, whose annotations say what it accepts."""
+
+    size: Positive[int]
+    every: Annotated[float | None, Accepts("must be whole", lambda n: n == int(n))] = None
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ((0,), "Comb.size = 0: must be greater than 0"),
+        ((None,), "Comb.size = None: must be of type int"),
+        ((3, 0.5), "Comb.every = 0.5: must be whole, or None"),
+        ((3, "x"), "Comb.every = 'x': must be of type float or None"),
+    ],
+)
+def test_an_annotation_says_what_a_field_accepts(values, says):
+    assert str(Comb(3, 2)) == "Comb(size=3, every=2.0)" and Comb(3).every is None
+    with pytest.raises(InputError) as caught:
+        Comb(*values)
+    assert str(caught.value) == says
 
 
 def test_a_missing_value_without_default_is_named():
