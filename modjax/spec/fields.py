@@ -105,7 +105,7 @@ def parts(config: Any, *, deep: bool = False) -> Iterator[Spec]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns a frozen config as nested plain dicts, ready for JSON."""
-    return {name: _plain(getattr(config, name)) for name in _fields(type(config))}
+    return _plain(config)
 
 
 def canonical(config: Any) -> dict[str, Any]:
@@ -114,28 +114,21 @@ def canonical(config: Any) -> dict[str, Any]:
     Raises InputError for a value of another type than its field has.
     """
     # Through from_dict, so that 1 and 1.0 in a float field have one form.
-    return _changed(from_dict(type(config), to_dict(config)))
+    return _plain(from_dict(type(config), to_dict(config)), defaults=False)
 
 
-def _changed(config: Any) -> dict[str, Any]:
-    values = {}
-    for name, field in _fields(type(config)).items():
-        value = getattr(config, name)
-        group = dataclasses.is_dataclass(value) and not isinstance(value, Spec)
-        plain = _changed(value) if group else _plain(value)
-        if plain != _plain(field.default):
-            values[name] = plain
-    return values
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: Any, *, defaults: bool = True) -> Any:
     if isinstance(value, Spec):
         return str(value)
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_plain(item) for item in value)
-    return to_dict(value) if dataclasses.is_dataclass(value) else value
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = _fields(type(value))  # type: ignore[arg-type]
+    plain = {name: _plain(getattr(value, name), defaults=defaults) for name in fields}
+    return {n: item for n, item in plain.items() if defaults or item != _plain(fields[n].default)}
 
 
 def _number(value: Any, kinds: tuple[Any, ...]) -> Any:

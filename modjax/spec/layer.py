@@ -109,12 +109,6 @@ class Layer(Spec):
         """Returns the layers in its fields, a router included, in order."""
         return tuple(part for part in parts(self) if isinstance(part, Layer))
 
-    def walk(self) -> Iterator["Layer"]:
-        """Yields the layer and all layers inside it, at any depth."""
-        yield self
-        for layer in self.inside():
-            yield from layer.walk()
-
     def check(self, shape: Shape) -> None:
         """Raises InputError where the layer cannot have this shape."""
         around = any(not isinstance(layer, Router) for layer in self.inside())

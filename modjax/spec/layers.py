@@ -5,7 +5,7 @@ from typing import Annotated
 from modjax.errors import require
 from modjax.spec.fields import Positive, one_of
 from modjax.spec.layer import Cost, Costs, Layer, Load, Shape, check_parts, named, spec
-from modjax.spec.masks import CAUSAL, Mask
+from modjax.spec.masks import Causal, Mask
 
 GATED = ("geglu", "swiglu")
 Activation = Annotated[str, one_of("gelu", "silu", "relu2", *GATED)]
@@ -34,7 +34,7 @@ class Attention(Layer):
 
     norm: Norm = "before"
     rope: Positive[float] = 10_000.0
-    mask: Mask = CAUSAL
+    mask: Mask = Causal()
     softcap: Positive[float | None] = None
     received: bool = False
 

@@ -87,9 +87,6 @@ class Causal(Mask):
         return key <= query
 
 
-CAUSAL = Causal()
-
-
 @spec
 class Bidirectional(Mask):
     """Shows every position."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from modjax.errors import require
 from modjax.spec import text
 from modjax.spec.ends import Embedding, End, Expansion, FinalNorm, Head
-from modjax.spec.fields import Positive, check, one_of
+from modjax.spec.fields import Positive, check, one_of, parts
 from modjax.spec.layer import NAMES, Layer, Repeat, Shape
 
 # The fields that hold an end: its type, and how an error names the accepted ones.
@@ -108,7 +108,7 @@ class ModelSpec:
 
     def rules(self, routing: str | None = None) -> frozenset[str]:
         """Returns the names of the causal rules that `routing` uses; None: that a call can name."""
-        each = [part.names() for layer, _ in self.repeated() for part in layer.walk()]
+        each = [part.names() for part in parts(self, deep=True) if isinstance(part, Layer)]
         if routing == "causal":
             return frozenset(names[0] for names in each if names)
         known = frozenset(name for names in each for name in names)

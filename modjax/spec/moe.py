@@ -94,9 +94,6 @@ class ExpertThreshold(ExpertRule):
     ways = ("expert_threshold",)
 
 
-LINEAR, TOKEN_CHOICE = Linear(), TokenChoice()
-
-
 @spec
 class MoE(Layer):
     """Each position runs through some of `experts` MLPs, added to the stream.
@@ -110,8 +107,8 @@ class MoE(Layer):
     """
 
     experts: Positive[int]
-    rule: ExpertRule = TOKEN_CHOICE
-    router: Router = LINEAR
+    rule: ExpertRule = TokenChoice()
+    router: Router = Linear()
     width: Positive[int | None] = None
     activation: Activation = "gelu"
     norm: Norm = "before"
