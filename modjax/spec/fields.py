@@ -161,9 +161,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        built = isinstance(value, hint)  # type: ignore[arg-type]
-        return value if built else from_dict(hint, value, f"{where}.")  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
+        return from_dict(hint, value, f"{where}.")  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
         require(isinstance(value, list | tuple), where, value, "must be a list")
         return tuple(_convert(get_args(hint)[0], item, where) for item in value)

@@ -56,7 +56,7 @@ class ModelSpec:
             handed: frozenset[str] = frozenset()
             for layer in segment.parts:
                 layer.check(self.shape)
-                lacking = ", ".join(layer.needs() - handed)
+                lacking = ", ".join(sorted(layer.needs() - handed))
                 accepted = f"needs a layer before it, in its segment, that hands on {lacking}"
                 require(not lacking, "model.layers", str(layer), accepted)
                 handed |= layer.hands_on()
