@@ -58,7 +58,8 @@ class Attention(Layer):
         yield Cost("output", 2.0 * load.tokens * w_q, w_q)
 
     def looks_ahead(self, routing: str) -> bool:
-        return not self.mask.causal
+        _, ahead = self.mask.reach
+        return ahead != 0
 
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
         return 2 * shape.num_kv_heads * shape.head_dim * self.mask.kept(length)

@@ -25,11 +25,6 @@ class Mask(Spec):
         """Returns whether queries may see keys, given positions, arrays of NumPy or JAX."""
         raise NotImplementedError
 
-    @property
-    def causal(self) -> bool:
-        """Whether no query sees a later key."""
-        return self.reach[1] == 0
-
     def pairs(self, tokens: int, keys: int) -> int:
         """Returns the pairs that FLOPs count: for every query alike, so that hidden keys count."""
         back, ahead = self.reach

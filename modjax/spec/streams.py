@@ -34,9 +34,9 @@ class Full(Expansion):
 
 @spec
 class Projected(Expansion):
-    """Learned projections, as in Gemma 3n, for all streams but the first, there and back.
+    """The embedding and learned projections of it; back by others, and their mean (Gemma 3n).
 
-    The first stream is the embedding. At the end, the mean of all streams is taken.
+    Each projection is scaled to the size of the first stream.
     """
 
     def cost(self, shape: Shape, load: Load) -> Costs:
