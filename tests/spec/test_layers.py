@@ -11,9 +11,12 @@ from modjax.spec import (
     Attention,
     DataConfig,
     Dense,
+    Layer,
     MoD,
     ModelSpec,
+    MoE,
     Repeat,
+    Router,
     RunSpec,
     Seq,
     TrainConfig,
@@ -153,6 +156,34 @@ def test_nested_capacities_multiply_in_what_a_token_uses():
     block = parameters(model((Dense(),)))["non_embedding"] - 16
     # The inner router is seen by half of the tokens, the outer one by all.
     assert found["active"] == round(block / 4 + 6 * 16 / 2 + 6 * 16 + 16)
+
+
+LOOKING = Attention(rope=5.0, received=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Looking(Router):
+    """A router from outside with attention in it."""
+
+    inner: Layer = LOOKING
+
+
+@pytest.mark.parametrize(
+    "layer, ropes, numbers",
+    [(MoD(router=Looking()), {5.0, 10_000.0}, 640), (MoE(4, router=Looking()), {5.0}, 320)],
+)
+def test_what_a_router_contains_belongs_to_the_layer_around_it(layer, ropes, numbers):
+    shape = model("Dense()").shape
+    assert layer.ropes() == ropes
+    assert layer.cache_numbers(shape, 10, None) == numbers  # 2 * 2 heads * 8 * 10, each attention
+    assert layer.hands_on() == frozenset(), "only the scores leave a router"
+    with pytest.raises(InputError, match=r"model\.head_dim = 7: must be even"):
+        layer.check(shape._replace(head_dim=7))
+
+
+def test_experts_work_on_one_stream_though_they_contain_a_router():
+    with pytest.raises(InputError, match=r"'MoE\(experts=4\)': works on one residual stream"):
+        model("MoE(4)", streams="Recycled(2)")
 
 
 def test_segments_are_values_too():
