@@ -21,7 +21,7 @@ from modjax.training.base import fingerprint, initial_state
 from modjax.training.checkpoint import Checkpoints, read_checkpoint
 from modjax.training.loop import train
 from modjax.training.sharding import make_mesh
-from modjax.training.state import abstract_model, abstract_state
+from modjax.training.state import abstract_model, abstract_state, joined
 from tests.training.tiny import run_spec
 
 pytestmark = pytest.mark.slow
@@ -117,9 +117,10 @@ def test_a_base_that_has_changed_is_refused(base, routers, tiny_data_dir, tmp_pa
 
 def test_the_seeds_own_weights_are_made_again(tiny_data_dir, tmp_path):
     folder, spec = trained(tmp_path, tiny_data_dir, trained="routers", seed=3)
-    mesh, model = make_mesh(ONE), abstract_model(spec.model)
+    mesh, model = make_mesh(ONE), abstract_model(spec.model, "routers")
     with jax.set_mesh(mesh):
-        drawn = leaves(initial_state(mesh, model, spec).params)
+        state = initial_state(mesh, model, spec)
+        drawn = leaves(joined(state.params, state.frozen))
     found = leaves(load(folder).weights)
     for path, weight in drawn.items():
         assert np.array_equal(found[path], weight) is not is_router(path)
