@@ -77,10 +77,10 @@ def train(
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(_sigterm())
         stack.enter_context(jax.set_mesh(mesh))
-        state, frozen = None, {}
+        state: Any = None
         if model.weights.frozen:  # no checkpoint holds them
             state = initial_state(mesh, model, spec)
-            frozen = state.frozen
+        frozen = state.frozen if state else {}
         folder, keep = run_dir / "checkpoints", execution.keep_checkpoints
         checkpoints = Checkpoints(folder, keep=keep, identity=identity | identity_of(frozen))
         stack.callback(checkpoints.close)
@@ -149,7 +149,7 @@ def train(
             waited = batches.waited_seconds
             batch = next(batches)
             # Otherwise the device had work left, and did not wait.
-            if state.step.is_ready():  # type: ignore[attr-defined]
+            if state.step.is_ready():
                 clock.seconds["data_wait"] += batches.waited_seconds - waited
             state, metrics = programs.train_step(state, batch)
             records = metrics.pop("records")

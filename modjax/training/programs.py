@@ -101,4 +101,5 @@ def init_state(mesh: Mesh, model: Model, train: TrainConfig, weights: Any = None
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Batch:
     shape, sharding = (batch_size, seq_len), batch_sharding(mesh)
     dtypes = (np.int32, np.int32, np.int32, np.float32)
-    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
+    arrays: Any = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes]
+    return Batch(*arrays)

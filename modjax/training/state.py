@@ -130,7 +130,7 @@ def make_init(model: Model, train: TrainConfig) -> Callable[..., TrainState]:
                 found = found[key.key]
             return found.astype(leaf.dtype)
 
-        parts = jax.tree_util.tree_map_with_path(one, model.weights)
+        parts: Any = jax.tree_util.tree_map_with_path(one, model.weights)
         counters = (jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(0))
         return TrainState(*parts, optimizer.init(parts.params), *counters)
 
@@ -149,7 +149,7 @@ def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
         transform_non_params=lambda leaf: struct(leaf, replicated),
     )
     dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32)
-    counters = (jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in dtypes)
+    counters: Any = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in dtypes]
     return TrainState(*weights, opt_state, *counters)
 
 
