@@ -125,9 +125,12 @@ def train(
             home.check()  # orbax would make it anew
             checkpoints.save(step, state, clock.seconds)
             clock.lap("checkpoint")
+            pace.restart(step)
 
         def measure(step: int) -> dict[str, Any]:
             """Evaluates the state, writes its metrics, and returns the fields of the record."""
+            jax.block_until_ready(state)
+            clock.lap("train")
             weights, scores = joined(state.params, state.frozen, state.measured), {}
             for routing, eval_step in programs.eval_steps.items():
                 windows = validation_batches(cache, config, mesh)
@@ -135,16 +138,14 @@ def train(
             found, metrics = measured(scores, cache.manifest)
             writer.write(step, metrics)
             clock.lap("eval")
+            pace.restart(step)
             return found
 
         for step in range(start + 1, steps + 1):
             if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0:
                 if diverged_step := log():
                     break
-                jax.block_until_ready(state)
-                clock.lap("train")
                 measure(step - 1)
-                pace.restart(step - 1)
 
             waited = batches.waited_seconds
             batch = next(batches)
@@ -165,7 +166,6 @@ def train(
                 if diverged_step := log():
                     break
                 save(step)
-                pace.restart(step)
                 saved_at = time.monotonic()
             if stop:
                 checkpoints.wait()

@@ -130,8 +130,8 @@ def make_init(model: Model, train: TrainConfig) -> Callable[..., TrainState]:
                 found = found[key.key]
             return found.astype(leaf.dtype)
 
-        parts: Any = jax.tree_util.tree_map_with_path(one, model.weights)
-        counters = (jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(0))
+        parts: Weights = jax.tree_util.tree_map_with_path(one, model.weights)
+        counters: Any = [jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(0)]
         return TrainState(*parts, optimizer.init(parts.params), *counters)
 
     return init
