@@ -65,13 +65,13 @@ def read_finished(
     checkpoint = _final_checkpoint(spec, folder)
     _require_whole(checkpoint)
     frozen = initial_state(mesh, model, spec).frozen if model.weights.frozen else {}
-    abstract = abstract_weights(mesh, model)._replace(frozen={})
+    abstract = abstract_weights(mesh, model)
     try:
         weights, _ = read_checkpoint(checkpoint, abstract, identity | identity_of(frozen))
     except Exception:  # orbax has many errors for files that vanish while it reads
         _require_whole(checkpoint)
         raise
-    return model, joined(weights.params, frozen, weights.measured)
+    return model, joined(*weights._replace(frozen=frozen))
 
 
 def identity_of(frozen: Any) -> dict[str, str]:
