@@ -43,7 +43,7 @@ def look(run: Finished) -> tuple[np.ndarray, np.ndarray]:
         (routing,) = records.values()
         return routing.experts_BSK[..., 0]
 
-    batches = list(validation_batches(run.cache, run.spec.train))
+    batches = list(validation_batches(run.cache, run.spec.train, run.mesh))
     experts_ANL = np.concatenate([forward(run.weights, b.inputs_BL) for b in batches], axis=1)
     return experts_ANL, np.concatenate([b.inputs_BL for b in batches])
 

@@ -47,7 +47,7 @@ def look(run: Finished, routing: str) -> dict[str, np.ndarray]:
         return routed.selected_BL, routed.scores_BL, loss_BL, entropy_BL
 
     parts = []
-    for batch in validation_batches(run.cache, run.spec.train):
+    for batch in validation_batches(run.cache, run.spec.train, run.mesh):
         found = forward(run.weights, batch.inputs_BL, batch.targets_BL)
         parts.append([*(np.asarray(x) for x in found), batch.inputs_BL])
     names = ("selected_ANL", "scores_ANL", "loss_NL", "entropy_NL", "tokens_NL")

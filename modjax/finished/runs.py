@@ -14,7 +14,7 @@ from modjax.provenance import require_readable
 from modjax.records import name_left_out, read_spec, run_dir, scan
 from modjax.spec import Execution, RunSpec
 from modjax.spec.imports import import_all, places
-from modjax.training.base import check_base, read_finished
+from modjax.training.base import read_finished
 from modjax.training.evaluate import (
     Evaluation,
     difference,
@@ -24,8 +24,8 @@ from modjax.training.evaluate import (
     validation_batches,
 )
 from modjax.training.programs import compile_eval_step
-from modjax.training.sharding import make_mesh, put_batch
-from modjax.training.state import Model, abstract_model, joined
+from modjax.training.sharding import make_mesh
+from modjax.training.state import Model
 
 
 class Finished(NamedTuple):
@@ -91,10 +91,8 @@ def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
 def _restore(spec: RunSpec, folder: Path, identity: dict[str, str]) -> tuple[Model, Any, Mesh]:
     """Returns the model of a finished run, the weights after its last step, and their mesh."""
     mesh = make_mesh(Execution(data=1))
-    model = abstract_model(spec.model)
-    check_base(spec, model)
     with jax.set_mesh(mesh):
-        return model, joined(*read_finished(mesh, model, spec, folder, identity)), mesh
+        return *read_finished(mesh, spec, folder, identity), mesh
 
 
 class Comparison(NamedTuple):
@@ -111,24 +109,21 @@ class Comparison(NamedTuple):
 
 def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
     """Evaluates a run on its validation windows as trained, and under `routing` and `slack`."""
-    scores = {}
-    for name, arguments in {
-        "trained": {"routing": "trained"},
-        "causal": {"routing": routing, "slack": slack},
-    }.items():
-        with jax.set_mesh(run.mesh):
-            step = compile_eval_step(run.mesh, run.model, run.spec.train, **arguments)
-            windows = validation_batches(run.cache, run.spec.train, run.mesh)
-            batches = (put_batch(batch, run.mesh) for batch in windows)
-            scores[name] = evaluate(step, run.weights, batches)
+    train, scores = run.spec.train, []
+    with jax.set_mesh(run.mesh):
+        for arguments in ({"routing": "trained"}, {"routing": routing, "slack": slack}):
+            step = compile_eval_step(run.mesh, run.model, train, **arguments)
+            windows = validation_batches(run.cache, train, run.mesh)
+            scores.append(evaluate(step, run.weights, windows))
+    trained, causal = scores
     return Comparison(
         run.spec.run_id,
         routing,
         slack,
-        summarise(scores["trained"]),
-        summarise(scores["causal"]),
-        difference(scores["causal"], scores["trained"]),
-        outcome(scores["causal"])[1],
+        summarise(trained),
+        summarise(causal),
+        difference(causal, trained),
+        outcome(causal)[1],
     )
 
 

@@ -1,4 +1,4 @@
-"""Parameters: each says itself where it lies, what it is for, and whether it decays."""
+"""Parameters, which carry their logical axes, their role and whether they decay."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def make_param(
 ) -> nnx.Param:
     """Returns a parameter. axes: the logical axis of every dim, for sharding.
 
-    role: what it is for: "weight", "embedding", "norm", "router" or "predictor".
-    decays: whether weight decay pulls it to 0; None: where it is a matrix, of two or more dims.
+    role: "weight", "embedding", "norm", "router" or "predictor".
+    decays: whether weight decay pulls it to 0; None: where it has two or more dims.
     transposed: whether a matrix is stored as (out, in), see modjax.nn.weights.
     """
     decays = value.ndim >= 2 if decays is None else decays
@@ -32,7 +32,7 @@ def make_param(
 
 
 def read(param: nnx.Variable, dtype: DTypeLike | None = jnp.float32) -> jax.Array:
-    """Returns a parameter in the dtype to compute in: the one way in which a layer reads a weight.
+    """Returns a parameter in the dtype to compute in. Layers read their weights by this alone.
 
     Trained weights are stored in float32, frozen ones in the model's dtype. dtype: None leaves the
     cast to a product, which may keep what XLA does not round.
@@ -54,11 +54,11 @@ def normal_param(
 
 
 def scale_param(width: int) -> nnx.Param:
-    """The scale of a norm: ones."""
+    """Returns the scale of a norm: ones."""
     return make_param(jnp.ones((width,), jnp.float32), ("replicated",), role="norm")
 
 
 def measured(shape: tuple[int, ...]) -> Measured:
-    """A measured number, 0 at first, on every device."""
+    """Returns numbers to measure, 0 at first, on every device."""
     axes = ("replicated",) * len(shape)
     return Measured(jnp.zeros(shape), out_sharding=axes, eager_sharding=False)

@@ -1,6 +1,6 @@
 """The weights that a run starts from: those of its seed, or of a finished run.
 
-A checkpoint leaves out the frozen ones. Whoever reads it makes them anew, and a fingerprint tells
+A checkpoint leaves out the frozen ones. Its reader makes them again, and a fingerprint tells
 whether they are still the same.
 """
 
@@ -17,20 +17,9 @@ from modjax.errors import InputError, require
 from modjax.files import damaged
 from modjax.records import read_record, read_spec
 from modjax.spec import RunSpec
-from modjax.training.checkpoint import find_damage, read_weights
+from modjax.training.checkpoint import find_damage, read_checkpoint
 from modjax.training.programs import init_state
-from modjax.training.state import (
-    Model,
-    TrainState,
-    Weights,
-    abstract_model,
-    abstract_weights,
-    parted,
-    stored,
-    together,
-    trainable,
-    trained_part,
-)
+from modjax.training.state import Model, TrainState, abstract_model, abstract_weights, joined
 
 
 def initial_state(mesh: Mesh, model: Model, spec: RunSpec) -> TrainState:
@@ -38,21 +27,15 @@ def initial_state(mesh: Mesh, model: Model, spec: RunSpec) -> TrainState:
 
     Raises InputError where `spec.base` is no finished run with the same weights.
     """
-    state = init_state(mesh, model, spec.train)
-    if spec.base is None:
-        return state
-    folder, base = _base(spec)
-    weights = read_finished(mesh, model, base, folder, {"run_id": base.run_id})
-    return state._replace(
-        params=stored(weights.params, model, spec.train), measured=weights.measured
-    )
+    weights = None
+    if spec.base is not None:
+        folder, base = _base(spec)
+        _, weights = read_finished(mesh, base, folder, {"run_id": base.run_id})
+    return init_state(mesh, model, spec.train, weights)
 
 
 def check_base(spec: RunSpec, model: Model) -> None:
-    """Raises InputError where `spec.base` is no finished run with weights of the same shapes.
-
-    Call it outside `jax.set_mesh`, see `abstract_model`.
-    """
+    """Raises InputError where `spec.base` is no finished run with weights of the same shapes."""
     if spec.base is None:
         return
     folder, base = _base(spec)
@@ -65,42 +48,42 @@ def check_base(spec: RunSpec, model: Model) -> None:
 
 
 def _shapes(model: Model) -> set[tuple[str, tuple[int, ...]]]:
-    leaves = jax.tree_util.tree_leaves_with_path((model.params, model.measured))
+    leaves = jax.tree_util.tree_leaves_with_path(joined(*model.weights))
     return {(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves}
 
 
-def frozen_weights(mesh: Mesh, model: Model, spec: RunSpec) -> tuple[Any, dict[str, str]]:
-    """Returns the frozen parameters, with None for the trained ones, and their identity.
-
-    The identity belongs into the meta data of a checkpoint; it is {} where all are trained.
-    """
-    mask = trainable(model, spec.train)
-    if all(jax.tree.leaves(mask)):
-        return parted(model.params, mask)[1], {}
-    frozen = parted(initial_state(mesh, model, spec).params, mask)[1]
-    return frozen, {"base": fingerprint(frozen)}
-
-
 def read_finished(
-    mesh: Mesh, model: Model, spec: RunSpec, folder: Path, identity: dict[str, str]
-) -> Weights:
-    """Returns the weights of a finished run after its last step, the frozen ones among them.
+    mesh: Mesh, spec: RunSpec, folder: Path, identity: dict[str, str]
+) -> tuple[Model, Any]:
+    """Returns the model of a finished run and its weights after the last step, one nested dict.
 
-    Raises InputError where the run has not finished, and where its weights, or those that it
-    started from, are missing or have changed.
+    Call it under `jax.set_mesh(mesh)`. Raises InputError where the run has not finished, and where
+    its weights, or those that it started from, are missing or have changed.
     """
+    model = abstract_model(spec.model, spec.train.trained)
+    check_base(spec, model)
     checkpoint = _final_checkpoint(spec, folder)
-    if damage := find_damage(checkpoint):
-        raise _lost(checkpoint, damage)
-    frozen, of_base = frozen_weights(mesh, model, spec)
-    abstract = trained_part(abstract_weights(mesh, model, spec.train), trainable(model, spec.train))
+    _require_whole(checkpoint)
+    frozen = initial_state(mesh, model, spec).frozen if model.weights.frozen else {}
+    abstract = abstract_weights(mesh, model)
     try:
-        weights = read_weights(checkpoint, abstract, identity | of_base)
-    except Exception as error:  # orbax has many errors for files that vanish while it reads
-        if damage := find_damage(checkpoint):
-            raise _lost(checkpoint, damage) from error
+        weights, _ = read_checkpoint(checkpoint, abstract, identity | identity_of(frozen))
+    except Exception:  # orbax has many errors for files that vanish while it reads
+        _require_whole(checkpoint)
         raise
-    return weights._replace(params=together(weights.params, frozen))
+    return model, joined(*weights._replace(frozen=frozen))
+
+
+def identity_of(frozen: Any) -> dict[str, str]:
+    """Returns what the meta data of a checkpoint says of the frozen parameters; {} for none."""
+    return {"base": fingerprint(frozen)} if frozen else {}
+
+
+def fingerprint(params: Any) -> str:
+    """Returns a digest of parameters, the same however they lie on devices."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    said = [(jax.tree_util.keystr(p), x.shape, str(x.dtype), int(_digits(x))) for p, x in leaves]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 @jax.jit
@@ -113,13 +96,6 @@ def _digits(leaf: jax.Array) -> jax.Array:
         bits = (bits ^ places) * jnp.uint32(factor)
         bits ^= bits >> jnp.uint32(15)
     return jnp.sum(bits, dtype=jnp.uint32)
-
-
-def fingerprint(params: Any) -> str:
-    """Returns a digest of parameters, the same however they lie on devices."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    said = [(jax.tree_util.keystr(p), x.shape, str(x.dtype), int(_digits(x))) for p, x in leaves]
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 def _base(spec: RunSpec) -> tuple[Path, RunSpec]:
@@ -136,15 +112,16 @@ def _final_checkpoint(spec: RunSpec, folder: Path) -> Path:
     if record is None:
         accepted = "the run has not finished; its weights can be read when it has a result.json"
         raise InputError(str(folder), "unfinished", accepted)
-    if record.status != "finished":
-        accepted = f"the run has no final weights: it diverged at step {record.diverged_step}"
-        raise InputError(str(folder), record.status, accepted)
+    accepted = f"the run has no final weights: it diverged at step {record.diverged_step}"
+    require(record.status == "finished", str(folder), record.status, accepted)
     return folder / "checkpoints" / str(record.steps)
 
 
-def _lost(checkpoint: Path, damage: str) -> InputError:
+def _require_whole(checkpoint: Path) -> None:
+    """Raises InputError where a final checkpoint is damaged or missing."""
     remedy = (
         "holds the run's final weights, for which no earlier checkpoint can stand: put it back, or "
         "delete the run's result.json, and the same `modjax sweep` or `train` makes it again"
     )
-    return damaged(checkpoint, remedy, damage)
+    if damage := find_damage(checkpoint):
+        raise damaged(checkpoint, remedy, damage)

@@ -1,14 +1,11 @@
-"""Where the time of a run went."""
+"""Wall time of a run, by activity and per step."""
 
 import statistics
 import time
 
 
 class Clock:
-    """Seconds by what they were spent on, over all restarts of a run.
-
-    `data_wait` is part of `train`; all others add up to the wall time.
-    """
+    """Seconds by activity, over all restarts. All but `data_wait`, a part of `train`, add up."""
 
     def __init__(self):
         names = ("setup", "compile", "train", "eval", "checkpoint", "data_wait")

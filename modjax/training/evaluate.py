@@ -1,4 +1,4 @@
-"""Loss on a fixed set of validation windows, and what the layers counted there.
+"""Loss on a fixed set of validation windows, and the layers' counts there.
 
 Legend: B sequences, G repetitions of a layer.
 """
@@ -17,6 +17,7 @@ from modjax.data.manifest import Manifest, bits_per_byte
 from modjax.nn.records import Counts, outcomes
 from modjax.nn.sharding import LOGICAL_TO_MESH, ways
 from modjax.spec import TrainConfig
+from modjax.training.sharding import put_batch
 
 # Sequences of one pass, whatever the run's own batch: how many are computed at once decides how
 # sums are rounded, and that decides near ties.
@@ -24,7 +25,7 @@ EVAL_BATCH = 8
 
 
 class Scores(NamedTuple):
-    """Per sequence: summed loss in nats, tokens scored, and what each layer's record counts."""
+    """Per sequence: summed loss in nats, tokens scored, and the counts of each layer's record."""
 
     loss_B: np.ndarray
     weight_B: np.ndarray
@@ -39,19 +40,6 @@ class Evaluation(NamedTuple):
     tokens: int
 
 
-class Measured(NamedTuple):
-    """Results of an evaluation.
-
-    evaluation: as trained.
-    found: the record's fields causal_* and outcome.
-    metrics: all that was measured, under its names in metrics.jsonl.
-    """
-
-    evaluation: Evaluation
-    found: dict[str, Any]
-    metrics: dict[str, float]
-
-
 def eval_batch_size(mesh: Mesh) -> int:
     """Returns EVAL_BATCH, or the next number of sequences that splits evenly over the mesh."""
     parts = ways(mesh, LOGICAL_TO_MESH["batch"])
@@ -59,26 +47,24 @@ def eval_batch_size(mesh: Mesh) -> int:
 
 
 def validation_batches(cache: TokenCache, train: TrainConfig, mesh: Mesh) -> Iterator[Batch]:
-    """Yields the windows of a run's evaluation. Raises InputError where the split is too small."""
-    return eval_batches(
-        cache,
-        seq_len=train.seq_len,
-        batch_size=eval_batch_size(mesh),
-        sequences=train.eval_sequences,
-    )
+    """Returns the windows of a run's evaluation on the devices of `mesh`.
+
+    Raises InputError, before the first one, where the validation split is too small.
+    """
+    size, sequences = eval_batch_size(mesh), train.eval_sequences
+    batches = eval_batches(cache, seq_len=train.seq_len, batch_size=size, sequences=sequences)
+    return (put_batch(batch, mesh) for batch in batches)
 
 
 def evaluate(eval_step: Callable, weights: Any, batches: Iterable[Any]) -> Scores:
     """Runs `eval_step` (see programs.compile_eval_step) over batches that are on the device."""
     # Every batch is dispatched before the first result is fetched.
     results = [eval_step(weights, batch, jnp.int32(i)) for i, batch in enumerate(batches)]
-    return Scores(
-        *jax.tree.map(lambda *parts: np.concatenate([np.float64(part) for part in parts]), *results)
-    )
+    return Scores(*jax.tree.map(lambda *parts: np.concatenate(parts, dtype=np.float64), *results))
 
 
 def summarise(scores: Scores) -> Evaluation:
-    """Mean and standard error from each sequence's summed loss and weight.
+    """Returns mean and standard error from each sequence's summed loss and weight.
 
     The mean is the ratio R = sum(loss) / sum(weight); its standard error is the linearised one
     of a ratio, sqrt(n / (n - 1) * sum((loss - R weight)^2)) / sum(weight) (Cochran 1977,
@@ -93,42 +79,39 @@ def summarise(scores: Scores) -> Evaluation:
 
 
 def difference(ours: Scores, theirs: Scores) -> Evaluation:
-    """Our loss less theirs on the same sequences; paired, so its error is that of differences."""
+    """Returns our loss less theirs on the same sequences, with the error of paired differences."""
     return summarise(ours._replace(loss_B=ours.loss_B - theirs.loss_B))
 
 
 def outcome(scores: Scores) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Returns the numbers that the layers' records make of an evaluation: of all, and by layer."""
+    """Returns the numbers of the layers' records in an evaluation: of all, and of each layer."""
     kept = scores.weight_B > 0  # the others are padding
     return outcomes(jax.tree.map(lambda count_BG: count_BG[kept], scores.counts))
 
 
-def measured(scores: dict[str, Scores], manifest: Manifest, causal: str | None) -> Measured:
-    """Returns the results of an evaluation by routing: "trained", and "causal" where it was taken.
+def measured(
+    scores: dict[str, Scores], manifest: Manifest
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Returns the fields of a run's record that an evaluation decides, and its line of metrics.
 
-    causal: the name of the rules by which "causal" routing selects.
+    scores: by routing, "trained" and, where it was taken, "causal".
     """
     trained = scores["trained"]
-    result = summarise(trained)
-    metrics: dict[str, float] = {
-        "eval_loss": result.loss,
-        "eval_loss_sem": result.sem,
-        "eval_bits_per_byte": bits_per_byte(manifest, result.loss),
-    }
-    found, numbers = {}, {}
+    loss, sem, tokens = summarise(trained)
+    bits = bits_per_byte(manifest, loss)
+    found: dict[str, Any] = {"eval_loss": loss, "eval_loss_sem": sem, "eval_bits_per_byte": bits}
+    metrics, numbers = dict(found), {}
     for routing, one in scores.items():
         whole, layers = outcome(one)
         numbers |= {f"{routing}/{name}": value for name, value in whole.items()}
-        if routing != "trained":
-            gap = difference(one, trained)
-            losses = {
-                "causal_loss": summarise(one).loss,
-                "causal_difference": gap.loss,
-                "causal_difference_sem": gap.sem,
-            }
-            found |= {"causal_routing": causal, **losses}
-            metrics |= {f"eval_{name}": value for name, value in losses.items()}
-            for layer, of in layers.items():
-                metrics |= {f"eval_{routing}/{name}/{layer}": value for name, value in of.items()}
+        if routing == "trained":
+            continue
+        gap = difference(one, trained)
+        gaps = {"causal_difference": gap.loss, "causal_difference_sem": gap.sem}
+        losses = {"causal_loss": summarise(one).loss, **gaps}
+        found |= losses
+        metrics |= {f"eval_{name}": value for name, value in losses.items()}
+        for layer, of in layers.items():
+            metrics |= {f"eval_{routing}/{name}/{layer}": value for name, value in of.items()}
     metrics |= {f"eval_{name}": value for name, value in numbers.items()}
-    return Measured(result, {**found, "outcome": numbers}, metrics)
+    return {**found, "eval_tokens": tokens, "outcome": numbers}, metrics

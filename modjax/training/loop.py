@@ -21,32 +21,18 @@ from modjax.errors import Preempted
 from modjax.files import Home, Missing
 from modjax.provenance import begin, provenance
 from modjax.records import Record, read_record, read_spec, write_record, write_spec
-from modjax.spec import Execution, RunSpec, TrainConfig
-from modjax.training.base import check_base, frozen_weights, initial_state
+from modjax.spec import Execution, RunSpec
+from modjax.training.base import check_base, identity_of, initial_state
 from modjax.training.check import check as check  # a job has `check` and `train`
 from modjax.training.check import check_run, open_data
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.clock import Clock, Pace
-from modjax.training.evaluate import (
-    Measured,
-    eval_batch_size,
-    evaluate,
-    measured,
-    validation_batches,
-)
+from modjax.training.evaluate import eval_batch_size, evaluate, measured, validation_batches
 from modjax.training.metrics import MetricsWriter, last_train_loss
 from modjax.training.programs import compile_programs
-from modjax.training.record import causal_name, make_record, progress_values
+from modjax.training.record import make_record, progress_values
 from modjax.training.sharding import make_mesh, put_batch
-from modjax.training.state import (
-    abstract_model,
-    abstract_state,
-    forget_losses,
-    joined,
-    together,
-    trainable,
-    trained_part,
-)
+from modjax.training.state import abstract_model, abstract_state, forget_losses, joined
 
 # Tokens of one read of the cache.
 READ_TOKENS = 32_768
@@ -71,54 +57,46 @@ def train(
     before anything expensive starts, SharedFault where the data or the folder is replaced
     meanwhile, and Preempted after SIGTERM.
     """
-    record = read_record(run_dir, spec.run_id)
-    if record is not None:
+    if record := read_record(run_dir, spec.run_id):
         return record
     clock = Clock()
     config, steps = spec.train, spec.train.steps
     cache = open_data(spec.data, data_dir, fingerprint)
     mesh = make_mesh(execution)
     check_run(spec, execution, cache, mesh)
-    model = abstract_model(spec.model)
+    model = abstract_model(spec.model, config.trained)
     check_base(spec, model)
-    mask = trainable(model, config)
-    abstract = trained_part(abstract_state(mesh, model, config), mask)
+    abstract = abstract_state(mesh, model, config)
     _claim(run_dir, spec)
     now = provenance(spec.model, mesh)
     depends_on = begin(run_dir, now, write=jax.process_index() == 0, other_code=other_code)
     home = Home(run_dir)
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
-    diverged_step, evaluation, found = 0, None, {}
+    start, unlogged, diverged_step, found = 0, 0, 0, {}
 
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(_sigterm())
         stack.enter_context(jax.set_mesh(mesh))
-        frozen, of_base = frozen_weights(mesh, model, spec)
-        checkpoints = Checkpoints(
-            run_dir / "checkpoints", keep=execution.keep_checkpoints, identity=identity | of_base
-        )
+        state: Any = None
+        if model.weights.frozen:  # no checkpoint holds them
+            state = initial_state(mesh, model, spec)
+        frozen = state.frozen if state else {}
+        folder, keep = run_dir / "checkpoints", execution.keep_checkpoints
+        checkpoints = Checkpoints(folder, keep=keep, identity=identity | identity_of(frozen))
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(abstract)
         if restored is not None:
-            state, clock.seconds = restored
-            state = state._replace(params=together(state.params, frozen))
-        start = int(state.step) if restored is not None else 0
-        batches = stack.enter_context(
-            prefetch(
-                _batch_maker(cache, spec, mesh), start, steps, depth=2 * _steps_per_read(config)
-            )
-        )
+            state, clock.seconds = restored[0]._replace(frozen=frozen), restored[1]
+            start, unlogged = int(state.step), int(state.loss_steps)
+        batches = stack.enter_context(_batches(cache, spec, mesh, start))
+        board = execution.tensorboard
         writer = MetricsWriter(
-            run_dir,
-            start_step=start,
-            unlogged=int(state.loss_steps) if restored is not None else 0,
-            tensorboard=execution.tensorboard,
-            progress=progress,
+            run_dir, start_step=start, unlogged=unlogged, tensorboard=board, progress=progress
         )
         stack.callback(writer.close)
         clock.lap("setup")
         programs = compile_programs(mesh, model, spec, execution)
-        if restored is None:
+        if state is None:
             state = initial_state(mesh, model, spec)
         clock.lap("compile")
 
@@ -131,9 +109,8 @@ def train(
             nonlocal pending
             if pending is None:
                 return 0
-            step, metrics = pending
+            (step, metrics), pending = pending, None
             values = jax.device_get(metrics)
-            pending = None
             pace.reached(step)
             diverged = int(values.pop("diverged_step"))
             values["loss_steps"] = int(values["loss_steps"])
@@ -146,34 +123,34 @@ def train(
             jax.block_until_ready(state)
             clock.lap("train")
             home.check()  # orbax would make it anew
-            checkpoints.save(step, trained_part(state, mask), clock.seconds)
+            checkpoints.save(step, state, clock.seconds)
             clock.lap("checkpoint")
+            pace.restart(step)
 
-        def measure(step: int) -> Measured:
-            """Evaluates the state, and writes what was found to the metrics."""
-            weights = joined(state.params, state.measured)
-            scores = {}
+        def measure(step: int) -> dict[str, Any]:
+            """Evaluates the state, writes its metrics, and returns the fields of the record."""
+            jax.block_until_ready(state)
+            clock.lap("train")
+            weights, scores = joined(state.params, state.frozen, state.measured), {}
             for routing, eval_step in programs.eval_steps.items():
-                windows = (put_batch(b, mesh) for b in validation_batches(cache, config, mesh))
+                windows = validation_batches(cache, config, mesh)
                 scores[routing] = evaluate(eval_step, weights, windows)
-            found = measured(scores, cache.manifest, causal_name(spec.model))
-            writer.write(step, found.metrics)
+            found, metrics = measured(scores, cache.manifest)
+            writer.write(step, metrics)
+            clock.lap("eval")
+            pace.restart(step)
             return found
 
         for step in range(start + 1, steps + 1):
             if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0:
                 if diverged_step := log():
                     break
-                jax.block_until_ready(state)
-                clock.lap("train")
                 measure(step - 1)
-                clock.lap("eval")
-                pace.restart(step - 1)
 
             waited = batches.waited_seconds
             batch = next(batches)
             # Otherwise the device had work left, and did not wait.
-            if state.step.is_ready():  # type: ignore[attr-defined]
+            if state.step.is_ready():
                 clock.seconds["data_wait"] += batches.waited_seconds - waited
             state, metrics = programs.train_step(state, batch)
             records = metrics.pop("records")
@@ -189,7 +166,6 @@ def train(
                 if diverged_step := log():
                     break
                 save(step)
-                pace.restart(step)
                 saved_at = time.monotonic()
             if stop:
                 checkpoints.wait()
@@ -199,10 +175,9 @@ def train(
         clock.lap("train")
         if not diverged_step:
             save(steps)
-            evaluation, found, _ = measure(steps)
-            clock.lap("eval")
-            if not math.isfinite(evaluation.loss):
-                diverged_step, evaluation, found = steps, None, {}
+            found = measure(steps)
+            if not math.isfinite(found["eval_loss"]):
+                diverged_step, found = steps, {}
         checkpoints.wait()
         clock.lap("checkpoint")
 
@@ -213,7 +188,6 @@ def train(
         cache,
         diverged_step=diverged_step,
         train_loss=last_train_loss(run_dir),
-        evaluation=evaluation,
         found=found,
         seconds=clock.seconds,
         median_step_seconds=pace.median() or clock.seconds["train"] / steps,
@@ -228,7 +202,7 @@ def train(
 
 @contextlib.contextmanager
 def _sigterm() -> Iterator[Callable[[int], bool]]:
-    """A function of the step that says whether to stop: once SIGTERM has arrived, everywhere."""
+    """Yields a function of the step: whether to stop, on all processes, since SIGTERM arrived."""
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
     elif threading.current_thread() is not threading.main_thread():
@@ -243,7 +217,7 @@ def _sigterm() -> Iterator[Callable[[int], bool]]:
 
 
 def _due(saved_at: float, execution: Execution, step: int) -> bool:
-    """Whether to save now. Several processes agree on it, which they afford on logged steps."""
+    """Returns whether to save now. Several processes agree on it, on logged steps only."""
     late = time.monotonic() - saved_at > execution.checkpoint_seconds
     if jax.process_count() == 1:
         return late
@@ -260,25 +234,18 @@ def _claim(run_dir: Path, spec: RunSpec) -> None:
             write_spec(run_dir, spec)
 
 
-def _steps_per_read(config: TrainConfig) -> int:
-    """Small batches are read several at a time: a read costs about 1 ms, however small."""
-    return max(1, READ_TOKENS // (config.batch_size * config.seq_len))
-
-
-def _batch_maker(cache: TokenCache, spec: RunSpec, mesh: Mesh) -> Callable[[int], Batch]:
-    """A function of the step that returns its batch on the devices."""
+def _batches(cache: TokenCache, spec: RunSpec, mesh: Mesh, start: int) -> prefetch[Batch]:
+    """Returns the batches of the steps after `start` on the devices, made ahead of need."""
     config = spec.train
-    steps_per_read = _steps_per_read(config)
+    # Small batches are read several at a time: a read costs about 1 ms, however small.
+    steps_per_read = max(1, READ_TOKENS // (config.batch_size * config.seq_len))
+    size = steps_per_read * config.batch_size
 
     @functools.lru_cache(maxsize=1)
     def read(index: int) -> Batch:
         # The order of windows does not depend on how many are taken at once.
         return train_batch(
-            cache,
-            seq_len=config.seq_len,
-            seed=spec.data.seed,
-            step=index,
-            batch_size=steps_per_read * config.batch_size,
+            cache, seq_len=config.seq_len, batch_size=size, seed=spec.data.seed, step=index
         )
 
     def make(step: int) -> Batch:
@@ -286,4 +253,4 @@ def _batch_maker(cache: TokenCache, spec: RunSpec, mesh: Mesh) -> Callable[[int]
         rows = slice(offset * config.batch_size, (offset + 1) * config.batch_size)
         return put_batch(Batch(*(x[rows] for x in read(index))), mesh)
 
-    return make
+    return prefetch(make, start, config.steps, depth=2 * steps_per_read)

@@ -1,6 +1,6 @@
 """Metrics of a run: JSON lines always, TensorBoard when asked.
 
-Lines hold nothing that depends on the clock, so a resumed run writes the same bytes.
+No line depends on the clock, so a resumed run writes the same bytes.
 """
 
 import importlib.util
@@ -24,11 +24,10 @@ logger = logging.getLogger("modjax")
 class MetricsWriter:
     """Appends lines to `run_dir`/metrics.jsonl, after dropping those that a resumed run repeats.
 
-    A damaged line is left out with a warning, and the lines after it are kept. Lines that are lost
-    cannot be made again without their training steps: a warning names the steps.
+    Warns of damaged lines, which it leaves out, and of the steps whose lines are lost.
 
-    start_step: the step of the restored state. Of that step its training line stays and its
-    evaluation does not, because a state is saved before it is evaluated.
+    start_step: the step of the restored state. Its training line stays and its evaluation does not,
+      because a state is saved before it is evaluated.
     unlogged: how many of the steps up to `start_step` the next training line will cover.
     progress: called with every line.
     """
@@ -47,22 +46,23 @@ class MetricsWriter:
         if jax.process_index() > 0:
             return  # one process writes for all
         if tensorboard:
-            self._board = _summary_writer(run_dir, start_step)
-        path = run_dir / "metrics.jsonl"
-        lines = read_metrics(run_dir)
-        kept = [line for line in lines if _stays(line.values, start_step)]
-        last = max((n for n, line in enumerate(lines, 1) if line.values is not None), default=0)
-        for number, line in enumerate(lines[:last], 1):  # what a kill leaves comes after it
+            require_tensorboard()
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        path, lines = run_dir / "metrics.jsonl", read_metrics(run_dir)
+        while lines and lines[-1].values is None:
+            lines.pop()  # left by a kill
+        for number, line in enumerate(lines, 1):
             if line.values is None:
                 logger.warning("modjax: %s: line %d is damaged: left out", path, number)
+        kept = [line for line in lines if line.values and _stays(line.values, start_step)]
         if lost := lost_steps(kept, start_step - unlogged):
-            logger.warning(
+            said = (
                 "modjax: %s: has lost its lines of steps %s: the run goes on from step %d, and its "
-                "learning curve lacks them",
-                path,
-                lost,
-                start_step,
+                "learning curve lacks them"
             )
+            logger.warning(said, path, lost, start_step)
         write_atomically(path, b"".join(line.text + b"\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")
 
@@ -100,15 +100,13 @@ def last_train_loss(run_dir: Path) -> float | None:
     return next((values["loss"] for values in lines if values and "loss" in values), None)
 
 
-def _stays(values: dict[str, Any] | None, start_step: int) -> bool:
-    if values is None:
-        return False
+def _stays(values: dict[str, Any], start_step: int) -> bool:
     step = values["step"]
     return step < start_step or (step == start_step and "eval_loss" not in values)
 
 
 def _json_number(value: Any) -> int | float | None:
-    """Arrays by the 7 digits that a float32 holds."""
+    """Returns a number, with the 7 digits of a float32 where it is an array; None for NaN, inf."""
     if not math.isfinite(value):
         return None
     return value if isinstance(value, int | float) else float(f"{float(value):.7g}")
@@ -116,16 +114,6 @@ def _json_number(value: Any) -> int | float | None:
 
 def require_tensorboard() -> None:
     """Raises InputError where tensorboardX is not installed."""
-    require(
-        importlib.util.find_spec("tensorboardX") is not None,
-        "execution.tensorboard",
-        True,
-        "needs tensorboardX: pip install -e '.[tensorboard]'",
-    )
-
-
-def _summary_writer(run_dir: Path, start_step: int) -> Any:
-    require_tensorboard()
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+    there = importlib.util.find_spec("tensorboardX") is not None
+    need = "needs tensorboardX: pip install -e '.[tensorboard]'"
+    require(there, "execution.tensorboard", True, need)

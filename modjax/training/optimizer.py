@@ -1,6 +1,6 @@
 """AdamW with linear warm-up, a cosine that ends at the last step, and clipping."""
 
-from dataclasses import dataclass
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ def make_schedule(train: TrainConfig) -> Schedule:
 
 
 def learning_rate(schedule: Schedule, updates: jax.Array) -> jax.Array:
-    """The learning rate of the update that follows `updates` earlier ones.
+    """Returns the learning rate of the update that follows `updates` earlier ones.
 
     With t = updates + 1 counted from 1, W warm-up steps, T steps, peak p and floor f: p t / W up
     to t = W, then p (f + (1 - f) (1 + cos(pi (t - W) / (T - W))) / 2) (arXiv 1608.03983, Eq. 5),
@@ -45,40 +45,26 @@ def learning_rate(schedule: Schedule, updates: jax.Array) -> jax.Array:
     return schedule.learning_rate * jnp.where(t <= warmup, ramp, cosine)
 
 
-@dataclass(frozen=True)
-class Role:
-    """What a parameter says of itself, see modjax.nn.params."""
-
-    name: str
-    decays: bool
-
-
 def optimizer_for(
-    roles: Any, train: TrainConfig, schedule: Schedule
+    roles: Any, decays: Any, train: TrainConfig, schedule: Schedule
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (arXiv 1711.05101), of parameters with these roles.
+    """Returns clipping by global norm, then AdamW (arXiv 1711.05101), of some parameters.
 
+    roles, decays: what each parameter is for and whether it decays, see modjax.nn.params.
     Predictors are clipped apart, so that training one changes nothing else.
     """
-    predictors = jax.tree.map(lambda role: role.name == "predictor", roles)
-    others = jax.tree.map(lambda mine: not mine, predictors)
+    rate: Any = functools.partial(learning_rate, schedule)
+    clip = optax.clip_by_global_norm(train.clip_norm)
+    groups = jax.tree.map(lambda role: role if role == "predictor" else "other", roles)
     return optax.chain(
-        optax.masked(optax.clip_by_global_norm(train.clip_norm), others),
-        optax.masked(optax.clip_by_global_norm(train.clip_norm), predictors),
+        optax.partition({"predictor": clip, "other": clip}, groups),
         optax.adamw(
-            lambda updates: learning_rate(schedule, jnp.asarray(updates)),
-            b1=train.b1,
-            b2=train.b2,
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            mask=jax.tree.map(lambda role: role.decays, roles),
+            rate, train.b1, train.b2, train.eps, weight_decay=train.weight_decay, mask=decays
         ),
     )
 
 
 def gradient_norm(grads: Any, roles: Any) -> jax.Array:
-    """Global norm of the gradient without the predictors' part."""
-    kept = jax.tree.map(
-        lambda role, grad: jnp.zeros_like(grad) if role.name == "predictor" else grad, roles, grads
-    )
-    return optax.tree.norm(kept)
+    """Returns the global norm of the gradient without the predictors' part."""
+    pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(roles), strict=True)
+    return optax.tree.norm([grad for grad, role in pairs if role != "predictor"])

@@ -21,15 +21,17 @@ from modjax.training.state import (
     abstract_weights,
     joined,
     make_init,
+    struct,
 )
 from modjax.training.step import make_eval_step, make_train_step
 
 
 class Programs(NamedTuple):
-    """What a run calls.
+    """The compiled functions of a run.
 
-    train_step(state, batch) takes `state` over. eval_steps: by routing, "trained" and, where
-    that may look ahead, "causal": functions (weights, batch, index) as make_eval_step's.
+    train_step(state, batch) donates `state`.
+    eval_steps: see compile_eval_step; by routing, "trained" and, where that may look ahead,
+      "causal".
     statistics(records) maps metrics["records"] of a train step to scalars.
     """
 
@@ -40,15 +42,11 @@ class Programs(NamedTuple):
 
 def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, execution: Execution) -> Programs:
     """Compiles what a run needs; call under `jax.set_mesh(mesh)`."""
-    train = spec.train
-    schedule = make_schedule(train)
+    train, schedule = spec.train, make_schedule(spec.train)
     lowered = lower_train_step(mesh, model, train, execution)
     compiled = lowered.compile()
-    records = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        lowered.out_info[1]["records"],
-        compiled.output_shardings[1]["records"],
-    )
+    shapes, shardings = lowered.out_info[1]["records"], compiled.output_shardings[1]["records"]
+    records = jax.tree.map(struct, shapes, shardings)
 
     def described(records: Any) -> dict[str, jax.Array]:
         return statistics(records, jnp.ones((train.batch_size, train.seq_len), bool))
@@ -66,18 +64,16 @@ def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: A
 
     Its layers are scanned: that compiles in less time than unrolled ones save in a few evaluations.
     """
-    options = {"layer_loop": "scan", **routing}
-    replicated = NamedSharding(mesh, PartitionSpec())
-    seed = jnp.int32(train.seed)
+    step = make_eval_step(model.graphdef, train, layer_loop="scan", **routing)
+    seed, weights = jnp.int32(train.seed), joined(*abstract_weights(mesh, model))
     batch = abstract_batch(mesh, eval_batch_size(mesh), train.seq_len)
-    eval_step = jax.jit(make_eval_step(model.graphdef, train, **options), out_shardings=replicated)
-    weights = joined(*abstract_weights(mesh, model, train))
-    compiled = eval_step.lower(weights, batch, seed, seed).compile()
+    jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    compiled = jitted.lower(weights, batch, seed, seed).compile()
     return lambda weights, batch, index: compiled(weights, batch, seed, index)
 
 
 def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig, execution: Execution) -> Any:
-    """The train step (state, batch, schedule), to be compiled.
+    """Returns the train step (state, batch, schedule), to be compiled.
 
     Outside `jax.set_mesh` it may be for devices that are not there, as of a TPU topology.
     """
@@ -92,19 +88,18 @@ def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig, execution: Ex
         return step.lower(state, abstract_batch(mesh, train.batch_size, train.seq_len), schedule)
 
 
-def init_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
-    """The state before the first step, born sharded; a function of the seed alone."""
+def init_state(mesh: Mesh, model: Model, train: TrainConfig, weights: Any = None) -> TrainState:
+    """Returns the state before the first step, born sharded; see make_init for its weights."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(mesh, model, train))
     init = jax.jit(make_init(model, train), out_shardings=shardings)
-    seed = jnp.int32(train.seed)
+    arguments = jnp.int32(train.seed), weights
     # It runs once: on CPU, optimising it costs more time than it saves.
     level = "0" if mesh.devices.flat[0].platform == "cpu" else "3"
-    compiled = init.lower(seed).compile({"xla_backend_optimization_level": level})
-    return compiled(seed)
+    return init.lower(*arguments).compile({"xla_backend_optimization_level": level})(*arguments)
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Batch:
-    def struct(dtype) -> Any:
-        return jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=batch_sharding(mesh))
-
-    return Batch(struct(np.int32), struct(np.int32), struct(np.int32), struct(np.float32))
+    shape, sharding = (batch_size, seq_len), batch_sharding(mesh)
+    dtypes = (np.int32, np.int32, np.int32, np.float32)
+    arrays: Any = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes]
+    return Batch(*arrays)

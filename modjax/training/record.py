@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from modjax.data.cache import TokenCache, epochs
-from modjax.data.manifest import bits_per_byte
 from modjax.flops import forward_flops, parameters, run_flops, total_flops
 from modjax.provenance import PACKAGES
 from modjax.records import NO_ROUTING, Record
-from modjax.spec import ModelSpec, RunSpec
-from modjax.training.evaluate import Evaluation
+from modjax.spec import RunSpec
 
 
 @functools.cache
 def code_version() -> str:
-    """The version, and in a clone the commit: "0.1.0", "0.1.0+1a2b3c4" or "0.1.0+1a2b3c4-dirty"."""
+    """Returns the version, in a clone with the commit: "0.1.0+1a2b3c4", "0.1.0+1a2b3c4-dirty"."""
     root, version = Path(__file__).parents[2], importlib.metadata.version("modjax")
     if not (root / ".git").exists():
         return version
@@ -31,12 +29,9 @@ def code_version() -> str:
 
 
 def progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:
-    """How far a run has come after `step` updates."""
-    config, sequences = spec.train, step * spec.train.batch_size
-    return {
-        "tokens": sequences * config.seq_len,
-        "train_flops": run_flops(spec.model, config, step),
-    }
+    """Returns what a run has read and spent after `step` updates."""
+    tokens = step * spec.train.batch_size * spec.train.seq_len
+    return {"tokens": tokens, "train_flops": run_flops(spec.model, spec.train, step)}
 
 
 def make_record(
@@ -44,80 +39,58 @@ def make_record(
     cache: TokenCache,
     *,
     diverged_step: int,
-    train_loss: float | None,
-    evaluation: Evaluation | None,
-    found: dict[str, Any],
     seconds: dict[str, float],
-    median_step_seconds: float,
-    device: str,
-    eval_batch_size: int,
-    provenance: dict[str, str],
+    found: dict[str, Any],
+    **fields: Any,
 ) -> Record:
     """Returns the record of a run that finished, or that diverged at `diverged_step` > 0.
 
-    found: the fields causal_* and outcome that were measured. A value that is not finite becomes
-      None: the run is finished as it was trained, whatever another routing makes of it.
     seconds: spent, by activity; see training/clock.py.
+    found: the fields that the last evaluation decides, see evaluate.measured; {} where it diverged.
+      A value that is not finite becomes None: the run is finished as it was trained, whatever
+      another routing makes of it.
+    fields: those that are stored as they are: train_loss, median_step_seconds, device,
+      eval_batch_size, provenance.
     """
     config, model = spec.train, spec.model
-    components = forward_flops(model, config.seq_len)
-    params = parameters(model)
+    components, params = forward_flops(model, config.seq_len), parameters(model)
     steps = diverged_step or config.steps
-    progress = progress_values(spec, steps)
-    causal: dict[str, Any] = {"causal_routing": causal_name(model)}
-    if model.causal_routing() == "trained":
-        causal["causal_loss"] = evaluation.loss if evaluation else None
+    routing, rules = model.causal_routing(), ", ".join(sorted(model.rules("causal")))
+    results: dict[str, Any] = {
+        **dict.fromkeys(("eval_loss", "eval_loss_sem", "eval_bits_per_byte")),
+        "eval_tokens": 0,
+        "causal_routing": rules if rules and routing == "causal" else routing or NO_ROUTING,
+        "causal_loss": found.get("eval_loss") if routing == "trained" else None,
+    }
     return Record(
         run_id=spec.run_id,
         variant=spec.variant,
         status="diverged" if diverged_step else "finished",
         diverged_step=diverged_step or None,
         budget_flops=spec.budget_flops,
-        train_flops=progress["train_flops"],
         forward_flops_per_token=total_flops(components) / config.seq_len,
         flops=components,
-        params_total=params["total"],
-        params_non_embedding=params["non_embedding"],
-        params_active=params["active"],
         d_model=model.d_model,
         num_layers=model.num_layers,
-        tokens=int(progress["tokens"]),
         epochs=epochs(cache, config.seq_len, steps * config.batch_size),
         steps=steps,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
         learning_rate=config.learning_rate,
-        train_loss=train_loss,
-        eval_loss=evaluation.loss if evaluation else None,
-        eval_loss_sem=_finite(evaluation.sem) if evaluation else None,
-        eval_bits_per_byte=bits_per_byte(cache.manifest, evaluation.loss) if evaluation else None,
-        eval_tokens=evaluation.tokens if evaluation else 0,
         seed=config.seed,
         data_seed=spec.data.seed,
         data_fingerprint=cache.manifest.fingerprint,
         code_version=code_version(),
         wall_seconds=sum(seconds.values()) - seconds["data_wait"],
-        train_seconds=seconds["train"],
-        compile_seconds=seconds["compile"],
-        eval_seconds=seconds["eval"],
-        data_wait_seconds=seconds["data_wait"],
-        median_step_seconds=median_step_seconds,
-        device=device,
-        eval_batch_size=eval_batch_size,
         versions={
             name: importlib.metadata.version(name) for name in (*PACKAGES, "orbax-checkpoint")
         },
-        provenance=provenance,
-        **{name: _finite(value) for name, value in (causal | found).items()},
+        **progress_values(spec, steps),  # type: ignore[arg-type]
+        **{f"params_{name}": params[name] for name in ("total", "non_embedding", "active")},
+        **{f"{name}_seconds": seconds[name] for name in ("train", "compile", "eval", "data_wait")},
+        **{name: _finite(value) for name, value in (results | found).items()},
+        **fields,
     )
-
-
-def causal_name(model: ModelSpec) -> str:
-    """Returns the rules by which a model's causal loss is taken, as `Record.causal_routing`."""
-    routing = model.causal_routing()
-    if routing != "causal":
-        return routing or NO_ROUTING
-    return ", ".join(sorted(model.rules("causal"))) or routing
 
 
 def _finite(value: Any) -> Any:

@@ -16,7 +16,7 @@ from modjax.spec import Execution, TrainConfig
 
 
 def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes of MESH_AXES; `execution.data` = 0 takes the devices that remain.
+    """Returns a mesh with the axes of MESH_AXES; `execution.data` = 0 takes all other devices.
 
     Raises InputError where the sizes do not fit the number of devices.
     """
@@ -24,32 +24,24 @@ def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mes
         with starting():
             devices = jax.devices()
     inner = execution.fsdp * execution.tensor * execution.expert
-    require(
-        len(devices) % inner == 0,
-        "execution.fsdp * tensor * expert",
-        inner,
-        f"must divide the number of devices, {len(devices)}",
-    )
-    data = execution.data or len(devices) // inner
-    require(
-        data * inner <= len(devices),
-        "execution.data",
-        data,
-        f"needs {data * inner} devices with fsdp * tensor * expert = {inner}; there are "
-        f"{len(devices)}",
-    )
-    sizes = (data, execution.fsdp, execution.tensor, execution.expert)
+    count, sizes = len(devices), "fsdp * tensor * expert"
+    need = f"must divide the number of devices, {count}"
+    require(count % inner == 0, f"execution.{sizes}", inner, need)
+    data = execution.data or count // inner
+    need = f"needs {data * inner} devices with {sizes} = {inner}; there are {count}"
+    require(data * inner <= count, "execution.data", data, need)
+    shape = (data, execution.fsdp, execution.tensor, execution.expert)
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices[: data * inner])
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[: data * inner])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every (B, L) array of a batch."""
+    """Returns the sharding of the (B, L) arrays of a batch."""
     return NamedSharding(mesh, partition_spec(("batch", "length")))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays (B, L), the same on every process, as global arrays sharded over the batch."""
+    """Returns host arrays (B, L), equal on all processes, as global arrays on the mesh."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -58,30 +50,12 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     )
 
 
-def param_shardings(mesh: Mesh, params: Any, logical_axes: Any) -> Any:
-    """The sharding of every parameter. Raises InputError where a dim can't be split evenly."""
-
-    def one(path, param, axes):
-        for size, logical, axis in zip(param.shape, axes, partition_spec(axes), strict=True):
-            parts = ways(mesh, axis)
-            require(
-                size % parts == 0,
-                f"execution.{axis}",
-                parts,
-                f"must divide {size}, the {logical} dimension of {jax.tree_util.keystr(path)}",
-            )
-        return NamedSharding(mesh, partition_spec(axes))
-
-    return jax.tree_util.tree_map_with_path(one, params, logical_axes)
-
-
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
     """Raises InputError unless each forward pass splits evenly over the mesh."""
     parts = ways(mesh, LOGICAL_TO_MESH["batch"])
-    require(
-        train.batch_size % (parts * train.accumulation) == 0,
-        "train.batch_size",
-        train.batch_size,
-        f"must be a multiple of {parts * train.accumulation}, the mesh's data * fsdp * expert = "
-        f"{parts} times train.accumulation = {train.accumulation}",
+    unit = parts * train.accumulation
+    need = (
+        f"must be a multiple of {unit}, the mesh's data * fsdp * expert = {parts} times "
+        f"train.accumulation = {train.accumulation}"
     )
+    require(train.batch_size % unit == 0, "train.batch_size", train.batch_size, need)

@@ -10,24 +10,40 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from modjax.errors import require
 from modjax.nn import Transformer
 from modjax.nn.params import Measured
+from modjax.nn.sharding import partition_spec, ways
 from modjax.spec import ModelSpec, TrainConfig
 from modjax.spec.run import ROUTER_ROLES
-from modjax.training.optimizer import Role, Schedule, make_schedule, optimizer_for
-from modjax.training.sharding import param_shardings
+from modjax.training.optimizer import make_schedule, optimizer_for
 
 
-class TrainState(NamedTuple):
-    """params: nested dict of arrays, see `stored`. measured: what training measures, nested alike.
-    opt_state: of what is trained. step: updates made so far, int32.
+class Weights(NamedTuple):
+    """The weights of a model in three parts, nested dicts of arrays.
 
-    diverged_step: the first step whose loss or gradient was not finite, 0 while there is none.
-    loss_sum, loss_steps: of the losses since the last line of metrics, so that a line can tell
-      their mean without the host waiting for each.
+    params: trained parameters, float32.
+    frozen: all other parameters, in the dtype that the model computes in.
+    measured: numbers that training measures.
     """
 
     params: Any
+    frozen: Any
+    measured: Any
+
+
+class TrainState(NamedTuple):
+    """The state between two steps.
+
+    params, frozen, measured: as in Weights. opt_state: of params.
+    step: updates made so far, int32.
+    diverged_step: the first step whose loss or gradient was not finite, 0 while there is none.
+    loss_sum, loss_steps: sum and number of the losses since the last line of metrics, so that a
+      line can tell their mean without the host waiting for each.
+    """
+
+    params: Any
+    frozen: Any
     measured: Any
     opt_state: Any
     step: jax.Array
@@ -36,157 +52,110 @@ class TrainState(NamedTuple):
     loss_steps: jax.Array
 
 
-class Weights(NamedTuple):
-    """The part of a TrainState that a model computes with."""
-
-    params: Any
-    measured: Any
-
-
 class Model(NamedTuple):
-    """A model without its arrays.
+    """A model without its arrays: `nnx.merge(graphdef, *weights)` is the model.
 
-    graphdef: `nnx.merge(graphdef, joined(params, measured))` is the model. params, measured:
-    float32 shapes. logical_axes, roles: of every parameter. init: a PRNG key -> (params, measured).
-    dtype: the one that the model computes in.
+    weights: shape and dtype of each weight, as a run stores it. axes: the logical axes of its dims.
+    roles, decays: of each trained parameter, see modjax.nn.params.
     """
 
+    config: ModelSpec
     graphdef: Any
-    params: Any
-    measured: Any
-    logical_axes: Any
+    weights: Weights
+    axes: Weights
     roles: Any
-    init: Callable[[jax.Array], tuple[Any, Any]]
-    dtype: Any
+    decays: Any
 
 
-def abstract_model(config: ModelSpec) -> Model:
-    """Splits the model once.
+def abstract_model(config: ModelSpec, trained: str = "all") -> Model:
+    """Returns the parts of a model. trained: what is trained, see TrainConfig.trained."""
 
-    Call it outside `jax.set_mesh`: flax would take the logical axes for mesh axes.
-    """
+    def is_trained(path: Any, variable: nnx.Variable) -> bool:
+        everything = trained == "all" and isinstance(variable, nnx.Param)
+        return everything or variable.get_metadata("role", None) in ROUTER_ROLES
 
-    def make(key):
-        return Transformer(config, rngs=nnx.Rngs(key))
+    def parts() -> tuple[Any, ...]:
+        module = Transformer(config, rngs=nnx.Rngs(0))
+        return nnx.split(module, is_trained, nnx.Param, Measured)
 
-    def init(key):
-        _, params, measured = nnx.split(make(key), nnx.Param, Measured)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(measured)
+    def about(name: str, state: Any) -> Any:
+        return nnx.to_pure_dict(state, lambda variable: variable.get_metadata(name))
 
-    model = nnx.eval_shape(make, jax.random.key(0))
-    _, params, measured = nnx.split(model, nnx.Param, Measured)
-
-    def said(of: Callable[[dict[str, Any]], Any]) -> Any:
-        """Returns a fact that every parameter says of itself."""
-        found = jax.tree.map(
-            lambda param: of(param.get_metadata()),
-            params,
-            is_leaf=lambda node: isinstance(node, nnx.Param),
+    def shapes(state: Any, dtype: Any) -> Any:
+        return nnx.to_pure_dict(
+            state, lambda variable: jax.ShapeDtypeStruct(variable.shape, dtype or variable.dtype)
         )
-        return nnx.to_pure_dict(found)
 
-    return Model(
-        nnx.split(model)[0],
-        nnx.to_pure_dict(params),
-        nnx.to_pure_dict(measured),
-        said(lambda data: data["out_sharding"]),
-        said(lambda data: Role(data["role"], data["decays"])),
-        init,
-        jnp.dtype(config.dtype),
-    )
+    graphdef, *states = jax.eval_shape(parts)
+    weights = Weights(*map(shapes, states, (jnp.float32, jnp.dtype(config.dtype), None)))
+    axes = Weights(*(about("out_sharding", state) for state in states))
+    roles, decays = about("role", states[0]), about("decays", states[0])
+    return Model(config, graphdef, weights, axes, roles, decays)
 
 
-def joined(params: Any, measured: Any) -> Any:
-    """Returns parameters and measured numbers as one tree."""
-    return nnx.to_pure_dict(nnx.merge_state(nnx.State(params), nnx.State(measured)))
+def joined(*parts: Any) -> Any:
+    """Returns the nested dict of a model's weights from its parts, see Weights."""
+    return nnx.to_pure_dict(nnx.merge_state(*parts))
 
 
-def trainable(model: Model, train: TrainConfig) -> Any:
-    """Returns whether each parameter is trained."""
-    routers = train.trained == "routers"
-    return jax.tree.map(lambda role: not routers or role.name in ROUTER_ROLES, model.roles)
+def abstract_weights(mesh: Mesh, model: Model) -> Weights:
+    """Returns shapes, dtypes and shardings. Raises InputError for a dim that splits unevenly."""
+
+    def one(path: Any, leaf: Any, axes: Any) -> jax.ShapeDtypeStruct:
+        spec = partition_spec(axes)
+        for size, logical, axis in zip(leaf.shape, axes, spec, strict=True):
+            parts, name = ways(mesh, axis), jax.tree_util.keystr(path[1:])
+            need = f"must divide {size}, the {logical} dimension of {name}"
+            require(size % parts == 0, f"execution.{axis}", parts, need)
+        return struct(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(one, model.weights, model.axes)
 
 
-def stored(params: Any, model: Model, train: TrainConfig) -> Any:
-    """Returns parameters as a run stores them: trained ones in float32, frozen in model.dtype."""
-    return jax.tree.map(
-        lambda trained, leaf: leaf.astype(jnp.float32 if trained else model.dtype),
-        trainable(model, train),
-        params,
-    )
+def make_init(model: Model, train: TrainConfig) -> Callable[..., TrainState]:
+    """Returns a pure function (seed, weights=None) that makes the state before the first step.
 
+    seed: int32. weights: a nested dict of weights to start from; None, those that the seed draws.
+    """
+    optimizer = optimizer_for(model.roles, model.decays, train, make_schedule(train))
 
-def trained_part(state: Any, mask: Any) -> Any:
-    """Returns a TrainState, or Weights, as a checkpoint holds it: with None for what is frozen."""
-    return state._replace(params=parted(state.params, mask)[0])
+    def init(seed: Any, weights: Any = None) -> TrainState:
+        if weights is None:
+            module = Transformer(model.config, rngs=nnx.Rngs(jax.random.key(seed)))
+            weights = nnx.to_pure_dict(nnx.state(module))
 
+        def one(path: Any, leaf: Any) -> jax.Array:
+            found = weights
+            for key in path[1:]:  # the first names the part of Weights
+                found = found[key.key]
+            return found.astype(leaf.dtype)
 
-def parted(tree: Any, mask: Any) -> tuple[Any, Any]:
-    """Returns a tree's leaves where `mask` is true, and the others, with None in the gaps."""
-    mine = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree)
-    others = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, tree)
-    return mine, others
-
-
-def together(mine: Any, others: Any) -> Any:
-    """Returns the tree that `parted` took apart."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, mine, others, is_leaf=lambda node: node is None
-    )
-
-
-def make_optimizer(
-    model: Model, train: TrainConfig, schedule: Schedule
-) -> optax.GradientTransformation:
-    """Returns the optimizer of the trained parameters, see optimizer.optimizer_for."""
-    roles = parted(model.roles, trainable(model, train))[0]
-    return optimizer_for(roles, train, schedule)
-
-
-def make_init(model: Model, train: TrainConfig) -> Callable[[jax.Array], TrainState]:
-    """Returns a pure function from a seed (int32) to the state before the first step."""
-    optimizer, mask = make_optimizer(model, train, make_schedule(train)), trainable(model, train)
-
-    def init(seed):
-        params, measured = model.init(jax.random.key(seed))
-        counters = (jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(0))
-        params = stored(params, model, train)
-        return TrainState(params, measured, optimizer.init(parted(params, mask)[0]), *counters)
+        parts: Weights = jax.tree_util.tree_map_with_path(one, model.weights)
+        counters: Any = [jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(0)]
+        return TrainState(*parts, optimizer.init(parts.params), *counters)
 
     return init
 
 
-def _struct(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def abstract_weights(mesh: Mesh, model: Model, train: TrainConfig) -> Weights:
-    """Returns shapes, dtypes and shardings of the weights."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = param_shardings(mesh, model.params, model.logical_axes)
-    params = jax.eval_shape(lambda params: stored(params, model, train), model.params)
-    measured = jax.tree.map(lambda leaf: _struct(leaf, replicated), model.measured)
-    return Weights(jax.tree.map(_struct, params, shardings), measured)
-
-
 def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
     """Returns shapes and shardings of the state; moments lie where their parameters do."""
-    optimizer, mask = make_optimizer(model, train, make_schedule(train)), trainable(model, train)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    weights = abstract_weights(mesh, model, train)
-    trained = parted(weights.params, mask)[0]
-    places = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    optimizer = optimizer_for(model.roles, model.decays, train, make_schedule(train))
+    weights, replicated = abstract_weights(mesh, model), NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
         optimizer,
-        _struct,
-        jax.eval_shape(optimizer.init, trained),
-        places,
-        transform_non_params=lambda leaf: _struct(leaf, replicated),
+        lambda leaf, param: struct(leaf, param.sharding),
+        jax.eval_shape(optimizer.init, weights.params),
+        weights.params,
+        transform_non_params=lambda leaf: struct(leaf, replicated),
     )
-    number, count = (
-        jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in (jnp.float32, jnp.int32)
-    )
-    return TrainState(*weights, opt_state, count, count, number, count)  # type: ignore
+    dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32)
+    counters: Any = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in dtypes]
+    return TrainState(*weights, opt_state, *counters)
+
+
+def struct(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """Returns shape, dtype and sharding of an array to come."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def forget_losses(state: TrainState) -> TrainState:

@@ -16,16 +16,8 @@ from modjax.nn import Record, TokenLoss, Transformer, in_chunks, losses, observe
 from modjax.nn.records import counts
 from modjax.nn.sharding import constrain
 from modjax.spec import TrainConfig
-from modjax.training.optimizer import Schedule, gradient_norm, learning_rate
-from modjax.training.state import (
-    Model,
-    TrainState,
-    joined,
-    make_optimizer,
-    parted,
-    together,
-    trainable,
-)
+from modjax.training.optimizer import Schedule, gradient_norm, learning_rate, optimizer_for
+from modjax.training.state import Model, TrainState
 
 TRAIN_STREAM, EVAL_STREAM = 1, 2
 
@@ -52,48 +44,43 @@ def _nll(head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, targets_BL: j
 def make_train_step(
     model: Model, train: TrainConfig, objective: Objective = next_token, **options: Any
 ) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, dict[str, Any]]]:
-    """A pure function (state, batch, schedule) -> (state, metrics); jit it with the state donated.
+    """Returns a pure function (state, batch, schedule) -> (state, metrics), to donate `state` to.
 
     With the objective's loss of each position, the loss is sum(weight * loss) / sum(weight) over
     the whole batch, however it is accumulated. The layers' own losses are added to what is
-    minimised, not to what is reported.
+    minimised, not to what is reported. Steps count from 1; randomness is drawn from (seed, step).
+
     options: for Transformer.features, such as layer_loop and remat.
     metrics: loss, the mean over the loss_steps steps since `state.forget_losses`; of this step
-    grad_norm (before clipping, without predictors), learning_rate, diverged_step, and `records`,
-    what the layers of the forward pass reported. Steps count from 1; randomness is drawn from
-    (seed, step).
+      grad_norm (before clipping, without predictors), learning_rate, diverged_step, and `records`,
+      the layers' reports from the forward pass.
     """
-    mask = trainable(model, train)
-    roles = parted(model.roles, mask)[0]
-
-    def forward(trained, others, batch, key):
-        params, measured = others
-        merged = nnx.merge(model.graphdef, joined(together(trained, params), measured))
-        return objective(merged, batch, **_from_batch(train, batch, key), **options)
-
-    def minimised(trained, others, batch, key, total_weight, sums=None):
-        loss_BL, records = forward(trained, others, batch, key)
-        loss = jnp.sum(loss_BL * batch.weights_BL) / total_weight
-        tokens = TokenLoss(loss_BL, batch.weights_BL)
-        own = losses(records, tokens, sums) / train.accumulation
-        return loss + own, (loss, records, tokens)
-
-    def sums_of(trained, others, batch, key):
-        return totals(forward(trained, others, batch, key)[1])
-
-    gradients = _accumulated(jax.grad(minimised, has_aux=True), sums_of, train.accumulation)
 
     def train_step(state, batch, schedule):
-        optimizer = make_optimizer(model, train, schedule)
-        key = stream_key(schedule.seed, TRAIN_STREAM, state.step)
         total_weight = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
-        trained, frozen = parted(state.params, mask)
-        others = (frozen, state.measured)
-        grads, (loss, records, tokens) = gradients(trained, others, batch, key, total_weight)
-        grad_norm = gradient_norm(grads, roles)
+
+        def forward(params, batch, key):
+            merged = nnx.merge(model.graphdef, params, state.frozen, state.measured)
+            return objective(merged, batch, **_from_batch(train, batch, key), **options)
+
+        def minimised(params, batch, key, sums=None):
+            loss_BL, records = forward(params, batch, key)
+            loss = jnp.sum(loss_BL * batch.weights_BL) / total_weight
+            tokens = TokenLoss(loss_BL, batch.weights_BL)
+            own = losses(records, tokens, sums) / train.accumulation
+            return loss + own, (loss, records, tokens)
+
+        grads, (loss, records, tokens) = _accumulated(
+            jax.grad(minimised, has_aux=True),
+            lambda item: totals(forward(state.params, *item)[1]),
+            state.params,
+            (batch, stream_key(schedule.seed, TRAIN_STREAM, state.step)),
+            train.accumulation,
+        )
+        optimizer = optimizer_for(model.roles, model.decays, train, schedule)
+        grad_norm = gradient_norm(grads, model.roles)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int counters with floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = together(optax.apply_updates(trained, updates), frozen)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         measured = state.measured
         if measured:
             old = measured["stack"]["blocks"]
@@ -101,8 +88,8 @@ def make_train_step(
             measured = {**measured, "stack": {"blocks": blocks}}
         step = state.step + 1
         diverged = (state.diverged_step == 0) & ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
-        new_state = TrainState(
-            params=params,
+        new_state = state._replace(
+            params=optax.apply_updates(state.params, updates),
             measured=measured,
             opt_state=opt_state,
             step=step,
@@ -123,45 +110,39 @@ def make_train_step(
     return train_step
 
 
-def _accumulated(gradient: Callable, sums_of: Callable, parts: int) -> Callable:
-    """Returns the gradient over a batch in `parts` micro-batches, one after another.
+def _accumulated(
+    gradient: Callable, sums_of: Callable, params: Any, item: tuple[Batch, jax.Array], parts: int
+) -> Any:
+    """Returns gradient(params, *item), computed in `parts` micro-batches, one after another.
 
-    sums_of: what the layers' losses need of the whole batch. Where some loss needs it, a forward
-    pass over all parts goes before.
+    item: a batch and its key. sums_of(item): sums over the whole batch that the layers' losses
+      need. Where some loss needs one, a forward pass over all parts goes before.
     """
     if parts == 1:
-        return gradient
+        return gradient(params, *item)
+    batch, key = item
+    # Strided rows, so that every device keeps the rows that it already has.
+    batch_ABL = jax.tree.map(
+        lambda x_BL: x_BL.reshape(-1, parts, *x_BL.shape[1:]).swapaxes(0, 1), batch
+    )
+    items = (batch_ABL, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(parts)))
+    sums: Any = {}
+    if jax.eval_shape(sums_of, jax.tree.map(lambda x: x[0], items)):
+        sums = jax.tree.map(lambda x_A: jnp.mean(x_A, axis=0), jax.lax.map(sums_of, items))
 
-    def accumulated(trained, others, batch, key, total_weight):
-        # Strided rows, so that every device keeps the rows that it already has.
-        batch_ABL = jax.tree.map(
-            lambda x_BL: x_BL.reshape(-1, parts, *x_BL.shape[1:]).swapaxes(0, 1), batch
-        )
+    def add(total, item):
+        grads, (loss, *rest) = gradient(params, *item, sums)
+        return jax.tree.map(jnp.add, total, (grads, loss)), rest
 
-        items = (batch_ABL, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(parts)))
+    zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+    (grads, loss), (records_AGB, tokens_AB) = jax.lax.scan(add, zero, items)
 
-        def part_sums(item):
-            return sums_of(trained, others, *item)
+    def one_batch(x_AGB):
+        x_GBA = jnp.moveaxis(x_AGB, 0, 2)
+        return x_GBA.reshape(x_GBA.shape[0], -1, *x_GBA.shape[3:])
 
-        sums: Any = {}
-        if jax.eval_shape(part_sums, jax.tree.map(lambda x: x[0], items)):
-            sums = jax.tree.map(lambda x_A: jnp.mean(x_A, axis=0), jax.lax.map(part_sums, items))
-
-        def add(total, item):
-            grads, (loss, *rest) = gradient(trained, others, *item, total_weight, sums)
-            return jax.tree.map(jnp.add, total, (grads, loss)), rest
-
-        zero = (jax.tree.map(jnp.zeros_like, trained), jnp.float32(0))
-        (grads, loss), (records_AGB, tokens_AB) = jax.lax.scan(add, zero, items)
-
-        def one_batch(x_AGB):
-            x_GBA = jnp.moveaxis(x_AGB, 0, 2)
-            return x_GBA.reshape(x_GBA.shape[0], -1, *x_GBA.shape[3:])
-
-        tokens = jax.tree.map(lambda x_AB: one_batch(x_AB[:, None])[0], tokens_AB)
-        return grads, (loss, jax.tree.map(one_batch, records_AGB), tokens)
-
-    return accumulated
+    tokens = jax.tree.map(lambda x_AB: one_batch(x_AB[:, None])[0], tokens_AB)
+    return grads, (loss, jax.tree.map(one_batch, records_AGB), tokens)
 
 
 def make_eval_step(
@@ -169,9 +150,8 @@ def make_eval_step(
 ) -> Callable[[Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]:
     """Returns a pure function (weights, batch, seed, index) of an evaluation batch.
 
-    weights: parameters and measured numbers, `joined`. options: for Transformer.features. It
-    returns the summed loss and the weight of each sequence, (B,), and what each layer's record
-    counts there, (B, G).
+    It returns the summed loss and the weight of each sequence, (B,), and the counts of each layer's
+    record, (B, G). weights: one nested dict. options: for Transformer.features.
     """
 
     def eval_step(weights, batch, seed, index):
@@ -180,8 +160,7 @@ def make_eval_step(
         loss_BL, records = objective(model, batch, **_from_batch(train, batch, key), **options)
         loss_B = jnp.sum(loss_BL * batch.weights_BL, axis=1)
         weight_B = jnp.sum(batch.weights_BL, axis=1)
-        valid_BL = batch.segment_ids_BL > 0
-        return loss_B, weight_B, counts(records, valid_BL)
+        return loss_B, weight_B, counts(records, batch.segment_ids_BL > 0)
 
     return eval_step
 
@@ -192,5 +171,5 @@ def _from_batch(train: TrainConfig, batch: Any, key: jax.Array) -> dict[str, Any
 
 
 def stream_key(seed: jax.Array, stream: int, index: jax.Array) -> jax.Array:
-    """The key of one step, or evaluation batch, of one seed."""
+    """Returns the key of a step, or of an evaluation batch."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from modjax.decoding.generate import Sampling, extend, generate, resume
 from modjax.nn import Routed
 from modjax.spec import Execution, ModelSpec, Predictor
-from modjax.training.sharding import make_mesh, param_shardings, put_batch
-from modjax.training.state import abstract_model, joined
+from modjax.training.sharding import make_mesh, put_batch
+from modjax.training.state import abstract_model, abstract_weights, joined
 from tests.nn.small import behind_a_block, key_values, random_model
 
 CUBE = Execution(data=2, fsdp=2, tensor=2)
@@ -45,9 +44,8 @@ def on_both(model, run):
     abstract, weights = model
     expected = jax.device_get(run(abstract.graphdef, weights, jnp.asarray))
     mesh = make_mesh(CUBE)
-    params = param_shardings(mesh, abstract.params, abstract.logical_axes)
-    measured = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), abstract.measured)
-    placed = jax.device_put(weights, joined(params, measured))
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(mesh, abstract))
+    placed = jax.device_put(weights, joined(*places))
     with jax.set_mesh(mesh):
         found = run(abstract.graphdef, placed, lambda batch: put_batch(batch, mesh))
     return found, expected

@@ -122,8 +122,8 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_named(folder, monkeypatc
         shutil.rmtree(checkpoint / "state")
         return read(checkpoint, *arguments)
 
-    read = base.read_weights
-    monkeypatch.setattr(base, "read_weights", vanish)
+    read = base.read_checkpoint
+    monkeypatch.setattr(base, "read_checkpoint", vanish)
     with pytest.raises(InputError, match=r"checkpoints/30 = 'damaged or missing'"):
         load(folder)
 

@@ -34,10 +34,10 @@ from modjax.spec import (
     StridePool,
     TokenChoice,
 )
-from modjax.training.sharding import make_mesh, param_shardings, put_batch
-from modjax.training.state import abstract_model, joined
+from modjax.training.sharding import make_mesh, put_batch
+from modjax.training.state import abstract_model, abstract_weights, joined, make_init
 from modjax.training.step import next_token
-from tests.training.tiny import QUICK, random_batch
+from tests.training.tiny import QUICK, random_batch, train_config
 
 D, F, BATCH, LENGTH = 16, 32, 8, 16
 LAYERS = {
@@ -91,16 +91,17 @@ def one_device(layer):
     """The model, its arguments, and the loss, records and gradients of one device."""
     config = layer if isinstance(layer, ModelSpec) else spec_of(layer)
     model = abstract_model(config)
-    params, measured = jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0))
-    measured = jax.tree.map(lambda x: x + 0.1, measured)
-    arguments = params, measured, random_batch(0, BATCH, LENGTH, vocab=40)
+    state = jax.jit(make_init(model, train_config()), compiler_options=QUICK)(jnp.int32(0))
+    measured = jax.tree.map(lambda x: x + 0.1, state.measured)
+    arguments = state.params, measured, random_batch(0, BATCH, LENGTH, vocab=40)
     return model, arguments, objective(model)(*arguments)
 
 
 def eight_devices(layer, execution):
     model, (params, measured, batch), _ = one_device(layer)
     mesh = make_mesh(execution)
-    placed = jax.device_put(params, param_shardings(mesh, model.params, model.logical_axes))
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_weights(mesh, model))
+    placed = jax.device_put(params, places.params)
     with jax.set_mesh(mesh):
         arguments = (placed, measured, put_batch(batch, mesh))
         compiled = objective(model).lower(*arguments).compile()
@@ -137,4 +138,4 @@ def test_slots_travel_to_their_expert_and_back_and_nothing_else_of_theirs_moves(
 def test_experts_that_the_axis_does_not_divide_are_refused_in_one_line():
     model = abstract_model(spec_of(Seq(Attention(), MoE(6))))
     with pytest.raises(InputError, match=r"execution.expert = 4: must divide 6, the experts dim"):
-        param_shardings(make_mesh(Execution(data=2, expert=4)), model.params, model.logical_axes)
+        abstract_weights(make_mesh(Execution(data=2, expert=4)), model)

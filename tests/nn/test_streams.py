@@ -428,13 +428,13 @@ def test_weight_decay_never_touches_a_coefficient():
     small = {"p", "g", "r", "a_m", "a_r", "b", "c", "scales", "b_read", "b_write", "b_mix"}
     seen = set()
     for config in START.values():
-        roles = abstract_model(config).roles
-        for path, role in jax.tree_util.tree_leaves_with_path(roles):
+        decays = abstract_model(config).decays
+        for path, decay in jax.tree_util.tree_leaves_with_path(decays):
             name = path[-1].key
             if name in small:
                 seen.add(name)
-                assert not role.decays
-            assert role.decays or name not in ("w_in", "w_q")
+                assert not decay
+            assert decay or name not in ("w_in", "w_q")
     assert seen == small
 
 

@@ -16,12 +16,11 @@ from modjax.finished.runs import load
 from modjax.records import read_record, write_record
 from modjax.scaling import experiment
 from modjax.spec import Dense, Execution, MoD, Predictor
-from modjax.spec.run import ROUTER_ROLES
 from modjax.training.base import fingerprint, initial_state
 from modjax.training.checkpoint import Checkpoints, read_checkpoint
 from modjax.training.loop import train
 from modjax.training.sharding import make_mesh
-from modjax.training.state import abstract_model, abstract_state
+from modjax.training.state import abstract_model, abstract_state, joined
 from tests.training.tiny import run_spec
 
 pytestmark = pytest.mark.slow
@@ -56,7 +55,7 @@ def leaves(weights):
 
 
 def is_router(path):
-    return any(f"/{role}/" in path for role in ROUTER_ROLES)
+    return "/router/" in path or "/causal/" in path
 
 
 def test_the_frozen_weights_are_the_bases_in_the_dtype_of_the_model(base, routers):
@@ -108,7 +107,7 @@ def test_a_base_that_has_changed_is_refused(base, routers, tiny_data_dir, tmp_pa
     state, seconds = read_checkpoint(last, abstract_state(mesh, split, spec.train), identity)
     shutil.rmtree(last)
     checkpoints = Checkpoints(moved / "checkpoints", keep=1, identity=identity)
-    params = {**state.params, "embedding": state.params["embedding"] * 1.01}
+    params = {**state.params, "embed": {"table": state.params["embed"]["table"] * 1.01}}
     checkpoints.save(spec.train.steps, state._replace(params=params), seconds)
     checkpoints.close()
     with pytest.raises(InputError, match="the frozen weights have changed since"):
@@ -117,9 +116,10 @@ def test_a_base_that_has_changed_is_refused(base, routers, tiny_data_dir, tmp_pa
 
 def test_the_seeds_own_weights_are_made_again(tiny_data_dir, tmp_path):
     folder, spec = trained(tmp_path, tiny_data_dir, trained="routers", seed=3)
-    mesh, model = make_mesh(ONE), abstract_model(spec.model)
+    mesh, model = make_mesh(ONE), abstract_model(spec.model, "routers")
     with jax.set_mesh(mesh):
-        drawn = leaves(initial_state(mesh, model, spec).params)
+        state = initial_state(mesh, model, spec)
+        drawn = leaves(joined(state.params, state.frozen))
     found = leaves(load(folder).weights)
     for path, weight in drawn.items():
         assert np.array_equal(found[path], weight) is not is_router(path)
@@ -131,7 +131,7 @@ def test_the_seeds_own_weights_are_made_again(tiny_data_dir, tmp_path):
         ("missing", "base = '.*': must be the folder of a finished run"),
         ("unfinished", "the run has not finished"),
         ("diverged", "the run has no final weights"),
-        ("shape", "base = '.*': must have the weights of this model; other shapes: .*predictor"),
+        ("shape", "base = '.*': must have the weights of this model; other shapes: .*causal"),
     ],
 )
 def test_a_base_that_cannot_be_used_is_refused_before_anything_starts(

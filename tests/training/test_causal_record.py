@@ -35,9 +35,10 @@ from modjax.spec import (
     Threshold,
     TopK,
 )
-from modjax.training.evaluate import Evaluation, validation_batches
+from modjax.training.evaluate import validation_batches
 from modjax.training.loop import train
 from modjax.training.record import make_record
+from modjax.training.sharding import make_mesh
 from modjax.training.step import EVAL_STREAM, stream_key
 from tests.conftest import TINY_DATA
 from tests.outside.strided import Strided
@@ -103,7 +104,9 @@ KINDS = {
 DROPS_OR_SELECTS = {"MoD with a predictor", "MoD without", "MoE that drops", "MoD at random"}
 
 
-@pytest.mark.parametrize("evaluation", [Evaluation(2.5, 0.1, 640), None], ids=["done", "diverged"])
+@pytest.mark.parametrize(
+    "evaluation", [{"eval_loss": 2.5, "eval_loss_sem": 0.1}, {}], ids=["done", "diverged"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_says_by_which_routing_its_model_never_looks_ahead(
     kind, evaluation, tiny_data_dir
@@ -113,8 +116,8 @@ def test_a_record_says_by_which_routing_its_model_never_looks_ahead(
     seconds = dict.fromkeys(("setup", "train", "compile", "eval", "data_wait"), 1.0)
     record = make_record(
         run_spec(layers=layers), open_cache(cache_dir(tiny_data_dir, TINY_DATA)),
-        diverged_step=0 if evaluation else 3, train_loss=2.0, evaluation=evaluation,
-        found=measured, seconds=seconds, median_step_seconds=0.1, device="cpu",
+        diverged_step=0 if evaluation else 3, train_loss=2.0,
+        found=evaluation | measured, seconds=seconds, median_step_seconds=0.1, device="cpu",
         eval_batch_size=8, provenance={},
     )  # fmt: skip
     assert causal_routing(record) == routing
@@ -142,10 +145,11 @@ def test_a_causal_loss_is_that_of_a_model_from_which_the_future_is_hidden(
     record = train(spec, Execution(data=1), run_dir=folder, data_dir=tiny_data_dir)
     found = modjax.load(folder)
     cache = open_cache(cache_dir(tiny_data_dir, TINY_DATA))
-    (batch,) = validation_batches(cache, spec.train)
+    (batch,) = validation_batches(cache, spec.train, make_mesh(Execution(data=1)))
     key = stream_key(jnp.int32(spec.train.seed), EVAL_STREAM, jnp.int32(0))
     noise_BL = np.random.default_rng(0).integers(3, 250, batch.inputs_BL.shape, dtype=np.int32)
     length = noise_BL.shape[1]
+    called = "trained" if routing in ("trained", None) else "causal"
 
     @jax.jit
     def hidden(weights):
@@ -154,7 +158,7 @@ def test_a_causal_loss_is_that_of_a_model_from_which_the_future_is_hidden(
         def at(t):
             known_L = jnp.arange(length) <= t
             tokens_BL = jnp.where(known_L[None], batch.inputs_BL, noise_BL)
-            return model(tokens_BL, key=key, routing=routing or "trained")[0][:, t]
+            return model(tokens_BL, key=key, routing=called)[0][:, t]
 
         return jax.lax.map(at, jnp.arange(length))
 

@@ -11,7 +11,6 @@ from modjax.nn.probe import Finding, Leak
 from modjax.records import read_record, scan, write_record
 from modjax.spec import Dense, Execution
 from modjax.training.check import check
-from modjax.training.evaluate import Evaluation
 from modjax.training.loop import train
 from modjax.training.record import make_record
 from tests.conftest import TINY_DATA
@@ -114,23 +113,28 @@ def test_a_run_whose_folder_is_moved_says_so_makes_no_new_one_and_goes_on_when_i
 def test_a_causal_loss_that_is_not_finite_leaves_a_record_that_can_be_read(tiny_data_dir, tmp_path):
     spec = run_spec()
     seconds = dict.fromkeys(("setup", "train", "compile", "eval", "data_wait"), 1.0)
-    causal = {"causal_routing": "predictor", "causal_loss": float("nan"),
+    found = {"eval_loss": 2.0, "eval_loss_sem": float("inf"), "causal_loss": float("nan"),
               "causal_difference": float("inf"), "causal_difference_sem": float("nan"),
               "outcome": {"causal/accuracy": 0.5, "causal/most": float("nan")}}  # fmt: skip
     record = make_record(
         spec, open_cache(cache_dir(tiny_data_dir, TINY_DATA)), diverged_step=0, train_loss=2.0,
-        evaluation=Evaluation(2.0, 0.1, 640), found=causal, seconds=seconds,
+        found=found, seconds=seconds,
         median_step_seconds=0.1, device="cpu", eval_batch_size=8, provenance={"devices": "1"},
     )  # fmt: skip
     folder = tmp_path / "runs" / spec.run_id
     folder.mkdir(parents=True)
     write_record(folder, record)
-    found = scan(tmp_path)
-    assert found.left_out == {} and found.records == [record]
-    assert record.eval_loss == 2.0 and record.outcome == {
-        "causal/accuracy": 0.5,
-        "causal/most": None,
-    }
+    scanned = scan(tmp_path)
+    assert scanned.left_out == {} and scanned.records == [record]
+    assert (
+        record.eval_loss == 2.0
+        and record.eval_loss_sem is None
+        and record.outcome
+        == {
+            "causal/accuracy": 0.5,
+            "causal/most": None,
+        }
+    )
     assert record.causal_loss is record.causal_difference is None
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_record(folder, dataclasses.replace(record, eval_loss=float("nan")))

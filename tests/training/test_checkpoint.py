@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.training.checkpoint import DIGEST, Checkpoints, find_damage, read_weights
+from modjax.training.checkpoint import DIGEST, Checkpoints, find_damage, read_checkpoint
 from modjax.training.state import TrainState, Weights
 
 IDENTITY = {"run_id": "this", "data_fingerprint": "f"}
@@ -22,7 +22,7 @@ def state_at(step: int) -> TrainState:
     params = {"w": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)}
     measured = {"threshold": params["w"][0] * 3}
     moments = {"m": params["w"] * 2}
-    return TrainState(params, measured, moments, jnp.int32(step), jnp.int32(0), jnp.float32(0),
+    return TrainState(params, {}, measured, moments, jnp.int32(step), jnp.int32(0), jnp.float32(0),
                       jnp.int32(0))  # fmt: skip
 
 
@@ -76,17 +76,17 @@ def test_weights_are_read_without_the_moments_of_the_optimizer(tmp_path):
     checkpoints = opened(tmp_path)
     checkpoints.save(3, state, {})
     checkpoints.close()
-    weights = Weights(state.params, state.measured)
+    weights = Weights(state.params, {}, state.measured)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights
     )
     before = read_so_far()
-    found = read_weights(tmp_path / "3", abstract, IDENTITY)
+    found, _ = read_checkpoint(tmp_path / "3", abstract, IDENTITY)
     assert read_so_far() - before < moments.nbytes / 4
     jax.tree.map(np.testing.assert_array_equal, found, weights)
     assert jax.tree.leaves(found)[0].sharding == jax.tree.leaves(weights)[0].sharding
     with pytest.raises(InputError, match="a checkpoint of another run"):
-        read_weights(tmp_path / "3", abstract, IDENTITY | {"run_id": "other"})
+        read_checkpoint(tmp_path / "3", abstract, IDENTITY | {"run_id": "other"})
 
 
 def test_an_empty_folder_restores_nothing(tmp_path):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from modjax.spec import Dense, MoD, Predictor, TrainConfig
-from modjax.training.optimizer import Role, learning_rate, make_schedule, optimizer_for
+from modjax.training.optimizer import learning_rate, make_schedule, optimizer_for
 from modjax.training.state import abstract_model
 from tests.training.tiny import model
 
@@ -39,32 +39,28 @@ def test_every_step_has_the_rate_of_a_cosine_that_ends_at_the_last_step(warmup, 
     assert all(rate > 0 for rate in ours[:-1])
 
 
-ROLES = {
-    "embedding": Role("embedding", decays=True),
-    "w": Role("weight", decays=True),
-    "heads": Role("weight", decays=True),
-    "scale": Role("norm", decays=False),
-    "final": Role("norm", decays=False),
-}
+ROLES = {"embedding": "embedding", "w": "weight", "heads": "weight", "scale": "norm",
+         "final": "norm"}  # fmt: skip
+DECAYS = {"embedding": True, "w": True, "heads": True, "scale": False, "final": False}
 
 
 def test_stacked_vectors_are_no_matrices():
     split = abstract_model(model(layers=(Dense(), MoD(causal=Predictor()))))
     vectors = {"scale", "causal/line", "causal/w_out", "router/w"}
-    roles = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): role
-        for path, role in jax.tree_util.tree_leaves_with_path(split.roles)
+    decays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): decays
+        for path, decays in jax.tree_util.tree_leaves_with_path(split.decays)
     }
-    assert len(roles) == len(jax.tree.leaves(split.params))
+    assert len(decays) == len(jax.tree.leaves(split.weights.params))
     matrices = {"w_q", "w_k", "w_v", "w_out", "w_in", "table", "w_logits"}
-    assert matrices < {path.split("/")[-1] for path in roles}
-    for path, role in roles.items():
-        assert role.decays != any(path.endswith(name) for name in vectors), path
+    assert matrices < {path.split("/")[-1] for path in decays}
+    for path, decay in decays.items():
+        assert decay != any(path.endswith(name) for name in vectors), path
 
 
 def test_updates_equal_numpy_adamw_with_clipping_and_decay_on_matrices_only():
     train = config(steps=6, warmup_steps=2, weight_decay=0.3, clip_norm=0.7, b1=0.8, b2=0.95)
-    optimizer = optimizer_for(ROLES, train, make_schedule(train))
+    optimizer = optimizer_for(ROLES, DECAYS, train, make_schedule(train))
     rng = np.random.default_rng(0)
     shapes = {
         "embedding": (5, 4),

@@ -26,8 +26,8 @@ from modjax.nn.sharding import (
 from modjax.spec import Binary, Dense, Execution, MoD, Predictor, Random, TopK
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch, init_state
-from modjax.training.sharding import check_batch, make_mesh, param_shardings, put_batch
-from modjax.training.state import abstract_model, abstract_state, joined
+from modjax.training.sharding import check_batch, make_mesh, put_batch
+from modjax.training.state import abstract_model, abstract_state, abstract_weights, joined
 from modjax.training.step import make_train_step
 from tests.training.tiny import (
     QUICK,
@@ -182,7 +182,7 @@ def test_a_batch_that_does_not_fit_the_mesh_is_refused():
 def test_a_parameter_that_does_not_split_evenly_is_refused():
     split = abstract_model(model(num_kv_heads=1))
     with pytest.raises(InputError, match=r"execution.tensor = 2.*kv_heads"):
-        param_shardings(make_mesh(CUBE), split.params, split.logical_axes)
+        abstract_weights(make_mesh(CUBE), split)
 
 
 def test_every_logical_axis_maps_to_axes_of_the_mesh():

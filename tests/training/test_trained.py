@@ -10,7 +10,7 @@ from modjax.spec import Dense, Execution, MoD, ModelSpec, Predictor, TrainConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch, init_state
 from modjax.training.sharding import make_mesh, put_batch
-from modjax.training.state import abstract_model, abstract_state
+from modjax.training.state import abstract_model, abstract_state, joined
 from modjax.training.step import make_train_step
 
 LAYERS = (Dense(), MoD(Dense(), capacity=0.25, causal=Predictor()))
@@ -23,7 +23,7 @@ def compiled(trained):
     train = TrainConfig(8, 64, 10, 1e-2, 0, weight_decay=0.5, trained=trained)
     mesh, model = (
         make_mesh(Execution(data=1)),
-        abstract_model(MODEL),
+        abstract_model(MODEL, trained),
     )
     with jax.set_mesh(mesh):
         state = abstract_state(mesh, model, train)
@@ -47,10 +47,10 @@ def test_only_routers_and_predictors_change_and_have_moments():
     mesh, model, train, step = compiled("routers")
     with jax.set_mesh(mesh):
         state = init_state(mesh, model, train)
-        before = paths(state.params)
+        before = paths(joined(state.params, state.frozen))
         for seed in range(3):
             state, _ = step(state, put_batch(batch_of(seed), mesh), make_schedule(train))
-    after = paths(state.params)
+    after = paths(joined(state.params, state.frozen))
     changed = {path for path in before if before[path].tobytes() != after[path].tobytes()}
     routers = {path for path in before if "/router/" in path or "/causal/" in path}
     assert changed == routers and len(routers) == 4
