@@ -120,8 +120,8 @@ def _probabilities(
     kv_heads = k_BGMH.shape[1]
     q_BNLH = q_BNLH * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
     # Of a cache with two dims of queries, XLA's CPU backend would transpose all keys at every step.
-    rows = (heads // kv_heads, length) if keys is None else (-1,)
-    q_BGTH = q_BNLH.reshape(batch, kv_heads, *rows, head_dim)
+    dims = (heads // kv_heads, length) if keys is None else (-1,)
+    q_BGTH = q_BNLH.reshape(batch, kv_heads, *dims, head_dim)
     s_BGTM = jnp.einsum("BG...H,BGMH->BG...M", q_BGTH, k_BGMH, preferred_element_type=jnp.float32)
     s_BGQLM = s_BGTM.reshape(batch, kv_heads, heads // kv_heads, length, -1)
     s_BGQLM = s_BGQLM if softcap is None else softcap * jnp.tanh(s_BGQLM / softcap)

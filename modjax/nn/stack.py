@@ -157,7 +157,7 @@ class Stack(nnx.Module):
         apart = iter(self.blocks) if isinstance(self.blocks, nnx.List) else None
         for segment in self.segments:
             if apart is None:
-                blocks = nnx.Dict({name: self.blocks[name] for name in segment.layers})
+                blocks = nnx.Dict({n: self.blocks[n] for n in segment.layers})  # type: ignore[index]
                 yield segment, *nnx.split(blocks)
             else:
                 each = [nnx.split(next(apart)) for _ in range(segment.times)]
