@@ -8,7 +8,6 @@ from modjax.nn import (
     layers,
     mod,
     moe,
-    routers,
     rules,
     sequence,
     streams,
@@ -20,15 +19,15 @@ from modjax.nn.ends import in_chunks
 from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, TokenLoss, losses, observe, statistics, totals
-from modjax.nn.routed import Routed, decision_counts, decision_quality
+from modjax.nn.routed import Routed
 from modjax.nn.weights import named_weights, write_weights
 from modjax.nn.within import within
 
 MODULES.update({spec.Tokens: ends.Tokens, spec.Logits: ends.Logits, spec.Tied: ends.Logits})
 MODULES.update({spec.Attention: attention.Attention, spec.MLP: layers.MLP, spec.Seq: layers.Seq})
 MODULES.update({spec.MoD: mod.MoD, spec.MoE: moe.MoE})
-MODULES.update({spec.Linear: routers.Linear, spec.Sinusoids: routers.Sinusoids})
-MODULES.update({spec.Received: routers.Received, spec.TopK: rules.TopK, spec.Random: rules.Random})
+MODULES.update({spec.Linear: rules.Linear, spec.Sinusoids: rules.Sinusoids})
+MODULES.update({spec.Received: rules.Received, spec.TopK: rules.TopK, spec.Random: rules.Random})
 MODULES.update({spec.Positional: rules.Positional, spec.Threshold: rules.Threshold})
 MODULES.update({spec.Binary: rules.Binary, spec.Predictor: rules.Predictor})
 MODULES.update({spec.TokenChoice: expert_rules.TokenChoice})

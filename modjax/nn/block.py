@@ -3,11 +3,10 @@
 Legend: B batch, L positions, K selected positions, D model width.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self, get_args
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,10 @@ from jax.typing import ArrayLike
 from modjax.errors import InputError, require
 from modjax.nn.call import At, Call, number_rows
 from modjax.nn.params import read
-from modjax.nn.records import Inside, Record, TokenLoss, inside, is_record, statistics
+from modjax.nn.records import Inside, Record, inside, is_record, statistics
 from modjax.nn.routed import Routed
 from modjax.nn.routed_layer import RoutedLayer
-from modjax.nn.routing import Selection, check_inputs, gather, gather_pairs, scatter_add
+from modjax.nn.routing import Selection, gather, scatter_add
 from modjax.nn.sharding import constrain_stream
 from modjax.spec import Shape
 from modjax.spec.mod import MoDConfig
@@ -35,11 +34,11 @@ class RoutedBlock(Routed):
     """The record of a MoDBlock, with those of its router and rules, and the inner block's output.
 
     own: the records of router and rules, by their path in the block.
-    extra: everything that the inner block returned beside x. For a tuple, all entries but the
-      first. For a named tuple, a copy with x replaced by None. For a dictionary, all entries but x.
-      None where the block returns x alone. The arrays are as the block returned them, those of the
-      selected positions. Records of layers come back as `Inside`: pass them to `observe` too, by
-      the path of their module, as in "inner/moe".
+    extra: everything that the inner block returned beside x, None for nothing: of a tuple all
+      entries but the first, of a named tuple a copy with x replaced by None, of a dictionary all
+      entries but x. The arrays are as the block returned them, for the selected positions. Records
+      of layers come back as `Inside`: pass them to `observe` too, by the path of their module, as
+      in "inner/moe".
     indices_BK, valid_BK: the selected positions, ascending, and which of the K entries are real;
       None where there is no extra.
     """
@@ -49,10 +48,8 @@ class RoutedBlock(Routed):
     indices_BK: jax.Array | None = None
     valid_BK: jax.Array | None = None
 
-    def loss(
-        self, tokens: TokenLoss | None = None, totals: Mapping[str, Any] | None = None
-    ) -> jax.Array:
-        """Returns the sum to add to the objective: the losses of the rules and of inner records.
+    def loss(self, tokens=None, totals=None):
+        """Returns what to add to the objective: the losses of the rules and of inner records.
 
         tokens: the loss of every position, for records that look at it. totals: as `totals` returns
           them, of the batch that this record is a part of; None, the record's own.
@@ -61,25 +58,31 @@ class RoutedBlock(Routed):
         each = (record.loss(tokens, totals.get(path)) for path, record in self._all().items())
         return sum(each, jnp.float32(0))
 
-    def totals(self) -> dict[str, Any]:
-        """Returns the totals of inner records that declare some, by their paths in `extra`."""
+    def totals(self):
+        """Returns the totals of the records within that have some, by their paths."""
         found = {path: record.totals() for path, record in self._all().items()}
         return {path: sums for path, sums in found.items() if sums}
 
-    def parts(self) -> Mapping[str, Record]:
-        return self.own
-
-    def _all(self) -> dict[str, Record]:
-        return {f"own/{path}": record for path, record in self.own.items()} | _records(self.extra)
+    def parts(self):
+        return {"": self} | self.own
 
     @classmethod
-    def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
+    def statistics(cls, records, valid_BL):
         inner = {
-            f"{name}/{path}": record
-            for name, each in records.items()
-            for path, record in (dict(each.own) | _records(each.extra)).items()
+            f"{name}/{path.partition('/')[2]}": one
+            for name, record in records.items()
+            for path, one in record._all().items()
         }
         return super().statistics(records, valid_BL) | statistics(inner, valid_BL)
+
+    def _all(self) -> dict[str, Record]:
+        """Returns the records in `own` and `extra` by their paths; a key "" adds nothing to one."""
+        tree = {"own": self.own, "extra": self.extra}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/").rstrip("/"): node
+            for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_record)
+            if is_record(node)
+        }
 
 
 class MoDBlock(RoutedLayer):
@@ -87,7 +90,7 @@ class MoDBlock(RoutedLayer):
 
     `inner` maps (x_BKD, *per_position, **pairwise, **whole) to x_BKD, to a tuple that begins with
     it, or to a dictionary that has it under `output`. It sees the selected positions only, in
-    order, with what belongs to them. The record returns what else it made of them.
+    order, with their context. The record returns its other outputs.
 
     output: the key of x where `inner` returns a dictionary.
     """
@@ -139,46 +142,43 @@ class MoDBlock(RoutedLayer):
         Raises InputError for an argument of another shape.
         """
         batch, length = x_BLD.shape[:2]
-        inputs = per_position, dict(pairwise or {})
-        check_inputs(*inputs, batch, length)
+        _check_inputs(per_position, pairwise or {}, batch, length)
         positions_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
         sequences_BL = number_rows(batch, length)
         at = At(positions_BL, None, valid_BL, {}, dict(handed or {}), sequences_BL)
-
-        def process(selection: Selection) -> tuple[jax.Array, Inside | None]:
-            x_BKD, per_position = jax.tree.map(
-                lambda leaf: gather(leaf, selection.indices_BK), (x_BLD, inputs[0])
-            )
-            pairwise = jax.tree.map(lambda leaf: gather_pairs(leaf, selection), inputs[1])
-            x_BKD = constrain_stream(x_BKD)
-            out = self.inner(x_BKD, *per_position, **pairwise, **(whole or {}))  # type: ignore[operator]
-            y_BKD, extra = _apart(out, self.output)
-            shape = getattr(y_BKD, "shape", type(y_BKD))
-            need = f"must return x with the shape {x_BKD.shape} that it got"
-            require(shape == x_BKD.shape, "inner", shape, need)
-            update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)
-            for leaf in jax.tree.leaves(extra):
-                need = "must return arrays and numbers beside x, nothing else"
-                require(isinstance(leaf, get_args(ArrayLike)), "inner", leaf, need)
-            selected = selection.indices_BK, selection.valid_BK
-            beside = None if extra is None else Inside(inside(extra, *selected), *selected)
-            return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
-
-        bound = length if slots is None else min(slots, length)
         call = Call(routing=routing, key=key)
+        bound = length if slots is None else min(slots, length)
         # Training programs call no host: jax would keep them out of its compilation cache.
         if routing != "trained":
             name, rule = self.decider(routing)
             if name == "threshold":
                 _warn_unmeasured(jax.lax.stop_gradient(read(self.rules()[rule].threshold))[0])
-        state = self.start(batch, ())
-        (x_BLD, beside), records, _ = self.route(x_BLD, at, call, state, None, bound, process)
-        own = {path: record for path, record in records.items() if path}
-        routed = RoutedBlock(**vars(records[""]), own=own)
+        selection, records, _ = self.route(x_BLD, at, call, self.start(batch), bound)
+        own: Any = records.pop("")
+
+        def process(selection: Selection) -> tuple[jax.Array, Inside | None]:
+            selected = selection.indices_BK, selection.valid_BK
+            x_BKD, *others = gather((x_BLD, *per_position), selection.indices_BK)
+            pairs = jax.tree.map(lambda leaf: _gather_pairs(leaf, selection), dict(pairwise or {}))
+            x_BKD = constrain_stream(x_BKD)
+            out = self.inner(x_BKD, *others, **pairs, **(whole or {}))  # type: ignore[operator]
+            y_BKD, extra = _apart(out, self.output)
+            shape = getattr(y_BKD, "shape", type(y_BKD))
+            need = f"must return x with the shape {x_BKD.shape} that it got"
+            require(shape == x_BKD.shape, "inner", shape, need)
+            for leaf in jax.tree.leaves(extra):
+                need = "must return arrays and numbers beside x, nothing else"
+                require(isinstance(leaf, get_args(ArrayLike)), "inner", leaf, need)
+            update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)
+            beside = None if extra is None else Inside(inside(extra, *selected), *selected)
+            return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
+
+        x_BLD, beside = self.run(process, selection, own, bound)
+        routed = RoutedBlock(**vars(own), own=records)
         if beside is None:
             return x_BLD, routed
         selected = {"indices_BK": beside.indices_BK, "valid_BK": beside.valid_BK}
-        return x_BLD, dataclasses.replace(routed, extra=beside.record, **selected)
+        return x_BLD, replace(routed, extra=beside.record, **selected)
 
 
 def _apart(out: Any, key: str) -> tuple[Any, Any]:
@@ -196,14 +196,39 @@ def _apart(out: Any, key: str) -> tuple[Any, Any]:
     return out[0], tuple(out[1:]) or None
 
 
-def _records(extra: Any) -> dict[str, Record]:
-    """Returns the records in a tree, by their paths in it; the key "" adds nothing to a path."""
-    leaves = jax.tree_util.tree_leaves_with_path(extra, is_leaf=is_record)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/").rstrip("/"): node
-        for path, node in leaves
-        if is_record(node)
-    }
+def _check_inputs(
+    per_position: tuple[Any, ...], pairwise: Mapping[str, Any], batch: int, length: int
+) -> None:
+    """Raises InputError for a leaf that lacks the dims that are gathered."""
+
+    def check(field: str, tree: Any, dims: slice, gathered: tuple[int, ...], need: str) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            shape, name = jnp.shape(leaf), f"{field}{jax.tree_util.keystr(path)}"
+            fits = shape[:1] in ((1,), (batch,)) and shape[dims] == gathered
+            require(fits, name, shape, f"must have the shape ({batch} or 1, {need}")
+
+    need = "to be gathered like x; what has another goes into `pairwise` or `whole`"
+    check("per_position", per_position, slice(1, 2), (length,), f"{length}, ...) {need}")
+    need = "what is not to be gathered goes into `whole`"
+    pairs = f"heads or 1, {length}, {length}); {need}"
+    check("pairwise", pairwise, slice(2, None), (length, length), pairs)
+
+
+def _gather_pairs(x_BHLM: jax.Array, selection: Selection) -> jax.Array:
+    """Returns entries of (B or 1, H, L, L) between selected positions, (B, H, K, K).
+
+    One that is not valid sees itself only, so that no softmax is over nothing, and is not seen.
+    """
+
+    def one(x_HLM: jax.Array, indices_K: jax.Array) -> jax.Array:
+        pairs = x_HLM.at[:, indices_K[:, None], indices_K[None]]
+        return pairs.get(mode="fill", fill_value=0)
+
+    shared, indices_BK = x_BHLM.shape[0] == 1, selection.indices_BK
+    x_BHKM = jax.vmap(one, (None if shared else 0, 0))(x_BHLM[0] if shared else x_BHLM, indices_BK)
+    itself_1KM = jnp.eye(selection.valid_BK.shape[1], dtype=bool)[None]
+    alone_BKM = itself_1KM & ~selection.valid_BK[:, :, None]
+    return jnp.where(alone_BKM[:, None], jnp.ones((), x_BHKM.dtype), x_BHKM)
 
 
 def _warn_unmeasured(threshold: jax.Array) -> None:

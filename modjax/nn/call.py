@@ -35,7 +35,7 @@ class At(NamedTuple):
     sequences_BL: jax.Array | None = None
 
     def count(self, batch: int, length: int) -> jax.Array:
-        """How many of `length` positions of each row are no padding, (B,)."""
+        """Returns how many of `length` positions of each row are no padding, (B,)."""
         if self.valid_BL is None:
             return jnp.full(batch, length, jnp.int32)
         return jnp.sum(self.valid_BL, axis=1, dtype=jnp.int32)
@@ -47,12 +47,12 @@ def number_rows(batch: int, length: int) -> jax.Array:
 
 
 class Call(NamedTuple):
-    """What a call is for, static but for the key.
+    """The purpose of a call, static but for the key.
 
     routing: "trained"; "causal", by which each layer uses its own rule that never looks ahead; or
       the name of such a rule, which those layers use that have it.
-    slack: without the future, a routed layer takes the first slack * capacity * L positions of a
-      row at most, padding among the L, as a cache has slots for; None, all that ask.
+    slack: without the future, a routed layer processes at most the first slack * capacity * L
+      requested positions of a row, padding among the L, as a cache has slots for; None, all.
     key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
     selected: the positions were selected by content. A position's place in the selection depends on
       other documents, so no layer may use it.
@@ -68,16 +68,17 @@ class Call(NamedTuple):
     remat: str = "none"
 
     def inside(self, index: int | jax.Array) -> "Call":
-        """The call of a layer within another, with a key of its own."""
+        """Returns the call of a layer within another, with a key of its own."""
         key = None if self.key is None else jax.random.fold_in(self.key, index)
         return self._replace(key=key)
 
 
 class Out(NamedTuple):
-    """x (B, L, ...). write: what is to be written into the cache, () without one.
+    """The output of a layer.
 
+    x: (B, L, ...). write: the update of the cache, () without one.
     records: what the layer reports, by path of its modules; "" is the layer's own.
-    handed: what it hands on to later layers.
+    handed: arrays that are passed to later layers, by name.
     depth_BL: how many selections took each position; 0 where the layer selects none.
     """
 
@@ -89,5 +90,5 @@ class Out(NamedTuple):
 
 
 def under(path: str, records: Mapping[str, Record]) -> dict[str, Record]:
-    """Records of a layer that lies at `path` in another."""
+    """Returns the records of a layer that lies at `path` in another."""
     return {f"{path}/{name}" if name else path: record for name, record in records.items()}

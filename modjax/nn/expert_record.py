@@ -3,16 +3,14 @@
 Legend: B batch, L positions, K picks of a position, R scores of a position, E experts, A layers.
 """
 
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from modjax.nn.records import Record, TokenLoss, running_mean
+from modjax.nn.records import Record, running_mean
 
 PARTS = 4  # of a sequence, in which dropped picks are reported
 
@@ -20,14 +18,13 @@ PARTS = 4  # of a sequence, in which dropped picks are reported
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing(Record):
-    """The picks of the valid positions of each sequence, and those of them that were computed.
+    """The picks of each sequence, of its valid positions.
 
-    asked_BL, taken_BL: picks of experts of each position, and those that were computed.
+    asked_BL, taken_BL: picks of experts, and those that were computed.
     valid_BL: positions that count. experts_BLK: the experts that each picked, E for none.
-    picks_B: picks of the router, no-ops among them.
-    computed_B: positions that the experts computed, empty slots among them.
-    tied_BE: whether an expert's best positions end within rounding of one left out, see Selection;
-      None where no expert chooses.
+    picks_B: picks of the router, including no-ops.
+    computed_B: positions that the experts computed, including empty slots.
+    tied_BE: whether an expert's best positions end in a near tie; None where no expert chooses.
     """
 
     asked_BL: jax.Array
@@ -38,33 +35,28 @@ class Routing(Record):
     computed_B: jax.Array
     tied_BE: jax.Array | None = None
 
-    def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
-        """Returns counts of every sequence.
-
-        picks: of the router. asked: picks of experts. taken: picks computed. computed: positions
-        that the experts computed. near_ties: experts whose choice ends in a near tie.
-        """
+    def counts(self, valid_BL):
+        """Returns counts of every sequence; near_ties: experts whose choice ends in a near tie."""
         counts = {
             "picks": self.picks_B,
-            "asked": jnp.sum(self.asked_BL, axis=1).astype(jnp.float32),
-            "taken": jnp.sum(self.taken_BL, axis=1).astype(jnp.float32),
+            "asked": jnp.sum(self.asked_BL, axis=1),
+            "taken": jnp.sum(self.taken_BL, axis=1),
             "computed": self.computed_B,
         }
-        if self.tied_BE is not None:
-            counts["near_ties"] = jnp.sum(self.tied_BE, axis=1).astype(jnp.float32)
-        return counts
+        ties = {} if self.tied_BE is None else {"near_ties": jnp.sum(self.tied_BE, axis=1)}
+        return counts | ties
 
     @classmethod
-    def outcome(cls, counts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+    def outcome(cls, counts):
         """Returns moe/dropped, no_op and useful, see `statistics`, and the sum of near ties."""
         names = ("picks", "asked", "taken", "computed")
-        total = {name: sum(of[name].sum() for of in counts.values()) for name in names}
+        found = _shares(*(sum(of[name].sum() for of in counts.values()) for name in names))
         ties = [of["near_ties"].sum() for of in counts.values() if "near_ties" in of]
-        found: dict[str, float] = {name: float(value) for name, value in _shares(total).items()}
-        return found | ({"moe/near_ties": int(sum(ties))} if ties else {})
+        shares = {name: float(value) for name, value in found.items()}
+        return shares | ({"moe/near_ties": int(sum(ties))} if ties else {})
 
     @classmethod
-    def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
+    def statistics(cls, records, valid_BL):
         """Returns scalars of one forward pass.
 
         moe/dropped: share of the experts' picks that found no slot; moe/dropped/N of 4: in that
@@ -72,37 +64,28 @@ class Routing(Record):
         moe/useful: of the positions that the experts computed, the share that was picked.
         moe/idle: share of positions that no expert computed.
         """
-        each = [jax.vmap(lambda record: record._scalars())(record) for record in records.values()]
-        total = jax.tree.map(lambda *of_A: jnp.sum(jnp.concatenate(of_A), axis=0), *each)
-        dropped_P = _share(total["asked_P"] - total["taken_P"], total["asked_P"])
-        return {
-            **_shares(total),
-            **{f"moe/dropped/{p + 1} of {PARTS}": dropped_P[p] for p in range(PARTS)},
-            "moe/idle": _share(total["idle"], total["positions"]),
-        }
-
-    def _scalars(self) -> dict[str, jax.Array]:
-        counts = {name: jnp.sum(count_B) for name, count_B in self.counts(self.valid_BL).items()}
-        counts.pop("near_ties", None)
-        return counts | {
-            "asked_P": _in_parts(self.asked_BL),
-            "taken_P": _in_parts(self.taken_BL),
-            "idle": jnp.sum(self.valid_BL & (self.taken_BL == 0)).astype(jnp.float32),
-            "positions": jnp.sum(self.valid_BL).astype(jnp.float32),
-        }
+        asked_ABL, taken_ABL, valid_ABL, picks_AB, computed_AB = (
+            jnp.concatenate([getattr(record, name) for record in records.values()])
+            for name in ("asked_BL", "taken_BL", "valid_BL", "picks_B", "computed_B")
+        )
+        found = _shares(*map(jnp.sum, (picks_AB, asked_ABL, taken_ABL, computed_AB)))
+        parts = (jnp.array_split(count_ABL, PARTS, axis=2) for count_ABL in (asked_ABL, taken_ABL))
+        for part, (asked, taken) in enumerate(zip(*parts, strict=True), 1):
+            dropped = _share(jnp.sum(asked - taken), jnp.sum(asked))
+            found[f"moe/dropped/{part} of {PARTS}"] = dropped
+        idle_ABL = valid_ABL & (taken_ABL == 0)
+        return found | {"moe/idle": _share(jnp.sum(idle_ABL), jnp.sum(valid_ABL))}
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("picks_BR", "probability_BR", "z_B", "positions_B"),
-    meta_fields=("balance", "z", "bias"),
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Load(Record):
     """How evenly the rows of a router are used.
 
     picks_BR: picks of each row, before any is dropped. probability_BR: sums of the probabilities.
     z_B: sums of logsumexp(logits)^2. positions_B: valid positions.
+    kth_BE: the score at which each expert would take its share, infinite where none does; None
+      without thresholds.
     balance, z: weights of the two losses. bias: the rate of a bias that is moved against the load.
     """
 
@@ -110,9 +93,10 @@ class Load(Record):
     probability_BR: jax.Array
     z_B: jax.Array
     positions_B: jax.Array
-    balance: float = 0.0
-    z: float = 0.0
-    bias: float = 0.0
+    kth_BE: jax.Array | None = None
+    balance: float = field(default=0.0, metadata={"static": True})
+    z: float = field(default=0.0, metadata={"static": True})
+    bias: float = field(default=0.0, metadata={"static": True})
 
     def losses(self, totals: Mapping[str, jax.Array] | None = None) -> dict[str, jax.Array]:
         """Returns the losses without their weights.
@@ -130,28 +114,28 @@ class Load(Record):
         balance = picks_R.shape[0] * jnp.sum(share_R * mean_R)
         return {"balance": balance, "z": jnp.sum(self.z_B) / totals["positions"]}
 
-    def loss(
-        self, tokens: TokenLoss | None = None, totals: Mapping[str, Any] | None = None
-    ) -> jax.Array:
+    def loss(self, tokens=None, totals=None):
         if self.balance + self.z == 0:
             return jnp.float32(0)
         found = self.losses(totals)
         return self.balance * found["balance"] + self.z * found["z"]
 
-    def totals(self) -> dict[str, jax.Array]:
+    def totals(self):
         return self._sums() if self.balance + self.z > 0 else {}
 
-    def observed(
-        self, measured: Mapping[str, Any], updates: jax.Array, tokens: TokenLoss | None = None
-    ) -> dict[str, Any]:
-        """Returns the bias, moved against the load (arXiv 2408.15664)."""
-        if not self.bias:
-            return {}
-        load_R = jnp.sum(self.picks_BR, axis=0)
-        return {"bias": measured["bias"] + self.bias * jnp.sign(jnp.mean(load_R) - load_R)}
+    def observed(self, measured, updates, tokens=None):
+        """Returns the bias, moved against the load (arXiv 2408.15664), or the thresholds."""
+        found = {}
+        if self.bias:
+            load_R = jnp.sum(self.picks_BR, axis=0)
+            moved_R = self.bias * jnp.sign(jnp.mean(load_R) - load_R)
+            found["bias"] = measured["bias"] + moved_R
+        if self.kth_BE is not None:
+            found["threshold"] = running_mean(measured["threshold"], self.kth_BE, updates)
+        return found
 
     @classmethod
-    def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
+    def statistics(cls, records, valid_BL):
         """Returns scalars of one forward pass.
 
         moe/balance, moe/most_load: the balance loss without its weight, and the largest load of a
@@ -181,35 +165,14 @@ class Load(Record):
         return {"picks_R": picks_R, "positions": jnp.maximum(jnp.sum(self.positions_B), 1e-9)}
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("picks_BR", "probability_BR", "z_B", "positions_B", "kth_BE"),
-    meta_fields=("balance", "z", "bias"),
-)
-@dataclass(frozen=True, kw_only=True)
-class Thresholds(Load):
-    """kth_BE: the score at which each expert would take its share, infinite where none does."""
-
-    kth_BE: jax.Array
-
-    def observed(
-        self, measured: Mapping[str, Any], updates: jax.Array, tokens: TokenLoss | None = None
-    ) -> dict[str, Any]:
-        return {"threshold": running_mean(measured["threshold"], self.kth_BE, updates)}
-
-
-def _in_parts(count_BL: jax.Array) -> jax.Array:
-    parts = jnp.array_split(jnp.sum(count_BL, axis=0), PARTS)
-    return jnp.stack([jnp.sum(part) for part in parts]).astype(jnp.float32)
-
-
 def _share(part: Any, whole: Any) -> Any:
     return part / whole.clip(1)
 
 
-def _shares(total: Mapping[str, Any]) -> dict[str, Any]:
+def _shares(picks: Any, asked: Any, taken: Any, computed: Any) -> dict[str, Any]:
+    """Returns shares of totals, see Routing.counts."""
     return {
-        "moe/dropped": _share(total["asked"] - total["taken"], total["asked"]),
-        "moe/no_op": _share(total["picks"] - total["asked"], total["picks"]),
-        "moe/useful": _share(total["taken"], total["computed"]),
+        "moe/dropped": _share(asked - taken, asked),
+        "moe/no_op": _share(picks - asked, picks),
+        "moe/useful": _share(taken, computed),
     }

@@ -4,7 +4,8 @@ Legend: B batch, L positions, K picks of a position, R scores of a position, E e
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +13,12 @@ from flax import nnx
 
 from modjax import spec
 from modjax.nn.call import At, Call
-from modjax.nn.expert_record import Load, Thresholds
+from modjax.nn.expert_record import Load
 from modjax.nn.experts import Picks
 from modjax.nn.params import measured, read
-from modjax.nn.records import Record
-from modjax.nn.routing import kth_best, of_valid, position_noise, select_top_k, selected_mask
+from modjax.nn.routing import Selection, of_valid, position_noise, select_top_k, selected_mask
 
 SCORES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
-
-
-class Picked(NamedTuple):
-    """picks: the experts of each position. rows_BR: how often each row was picked.
-
-    tied_BE: whether each expert's best positions end in a near tie; None where none chooses.
-    """
-
-    picks: Picks
-    rows_BR: jax.Array
-    tied_BE: jax.Array | None = None
 
 
 class ExpertRule(nnx.Module):
@@ -46,7 +35,7 @@ class ExpertRule(nnx.Module):
         valid_BL: jax.Array,
         slots: Callable[[int], int],
         call: Call,
-    ) -> Picked:
+    ) -> Picks:
         """Returns the experts of each valid position.
 
         slots: from the positions of a row to C, the most of them that an expert takes in training.
@@ -54,20 +43,17 @@ class ExpertRule(nnx.Module):
         raise NotImplementedError
 
     def report(
-        self, logits_BLR: jax.Array, scores_BLR: jax.Array, picked: Picked, valid_BL: jax.Array
-    ) -> Record:
+        self, logits_BLR: jax.Array, scores_BLR: jax.Array, picks: Picks, valid_BL: jax.Array
+    ) -> Load:
         """Returns the rule's record: its losses, what it measures, its statistics."""
-        return Load(**self._load(logits_BLR, scores_BLR, picked, valid_BL))
-
-    def _load(self, logits_BLR, scores_BLR, picked: Picked, valid_BL) -> dict[str, Any]:
         probability_BLR = scores_BLR / jnp.sum(scores_BLR, axis=2, keepdims=True)
         z_BL = jnp.square(jax.nn.logsumexp(logits_BLR, axis=2))
-        return {
-            "picks_BR": picked.rows_BR.astype(jnp.float32),
-            "probability_BR": jnp.sum(jnp.where(valid_BL[..., None], probability_BLR, 0.0), axis=1),
-            "z_B": jnp.sum(jnp.where(valid_BL, z_BL, 0.0), axis=1),
-            "positions_B": jnp.sum(valid_BL, axis=1).astype(jnp.float32),
-        }
+        return Load(
+            picks_BR=picks.rows_BR.astype(jnp.float32),
+            probability_BR=jnp.sum(jnp.where(valid_BL[..., None], probability_BLR, 0.0), axis=1),
+            z_B=jnp.sum(jnp.where(valid_BL, z_BL, 0.0), axis=1),
+            positions_B=jnp.sum(valid_BL, axis=1).astype(jnp.float32),
+        )
 
 
 class TokenChoice(ExpertRule):
@@ -96,12 +82,12 @@ class TokenChoice(ExpertRule):
         if self.spec.random_no_ops:
             real_BLK &= ~self._by_chance(at, call.key)
         weights_BLK = self.spec.scale * jnp.where(real_BLK, weights_BLK, 0.0)
-        picks = Picks(jnp.where(real_BLK, rows_BLK, self.experts), weights_BLK)
-        return Picked(picks, jnp.sum(of_row_BLKR & valid_BL[..., None, None], axis=(1, 2)))
+        picked_BR = jnp.sum(of_row_BLKR & valid_BL[..., None, None], axis=(1, 2))
+        return Picks(jnp.where(real_BLK, rows_BLK, self.experts), weights_BLK, picked_BR)
 
-    def report(self, logits_BLR, scores_BLR, picked, valid_BL):
-        load = self._load(logits_BLR, scores_BLR, picked, valid_BL)
-        return Load(**load, balance=self.spec.balance, z=self.spec.z, bias=self.spec.bias_rate)
+    def report(self, logits_BLR, scores_BLR, picks, valid_BL):
+        load, spec = super().report(logits_BLR, scores_BLR, picks, valid_BL), self.spec
+        return replace(load, balance=spec.balance, z=spec.z, bias=spec.bias_rate)
 
     def _by_chance(self, at: At, key: jax.Array | None) -> jax.Array:
         """Returns which picks are no-ops at random, alike at once or token by token."""
@@ -117,26 +103,20 @@ class ExpertChoice(ExpertRule):
 
     def pick(self, scores_BLR, at, valid_BL, slots, call):
         batch, length, experts = scores_BLR.shape
-        rows_NL = scores_BLR.swapaxes(1, 2).reshape(-1, length)
-        size_B = of_valid(slots, valid_BL, batch, length)
-        valid_NL, size_N = (jnp.repeat(x, experts, axis=0) for x in (valid_BL, size_B))
-        best = select_top_k(rows_NL, rows_NL, slots(length), valid_NL, size_N)
+        best = _best(scores_BLR, valid_BL, slots)
         mine_BEL = selected_mask(best, length).reshape(batch, experts, length)
-        picked = self._taken(mine_BEL.swapaxes(1, 2) & valid_BL[..., None], scores_BLR)
-        return picked._replace(tied_BE=jnp.reshape(best.tied_B, (batch, experts)))
+        tied_BE = jnp.reshape(best.tied_B, (batch, experts))
+        return self._taken(mine_BEL.swapaxes(1, 2) & valid_BL[..., None], scores_BLR, tied_BE)
 
-    def _taken(self, mine_BLE: jax.Array, scores_BLE: jax.Array) -> Picked:
-        own_11E = jnp.arange(self.experts)[None, None]
-        picks = Picks(jnp.where(mine_BLE, own_11E, self.experts), self.spec.scale * scores_BLE)
-        return Picked(picks, jnp.sum(mine_BLE, axis=1))
+    def _taken(self, mine_BLE: jax.Array, scores_BLE: jax.Array, tied_BE: Any = None) -> Picks:
+        own_BLE = jnp.where(mine_BLE, jnp.arange(self.experts)[None, None], self.experts)
+        return Picks(own_BLE, self.spec.scale * scores_BLE, jnp.sum(mine_BLE, axis=1), tied_BE)
 
 
 class ExpertThreshold(ExpertChoice):
     """Each expert takes the positions that score above its running mean."""
 
-    def __init__(
-        self, spec: spec.ExpertThreshold, shape: spec.Shape, *, experts: int, rngs: nnx.Rngs
-    ):
+    def __init__(self, spec: spec.ExpertRule, shape: spec.Shape, *, experts: int, rngs: nnx.Rngs):
         super().__init__(spec, shape, experts=experts, rngs=rngs)
         self.threshold = measured((experts,))
 
@@ -144,18 +124,19 @@ class ExpertThreshold(ExpertChoice):
         mine_BLE = scores_BLR > jax.lax.stop_gradient(read(self.threshold))[None, None]
         return self._taken(mine_BLE & valid_BL[..., None], scores_BLR)
 
-    def report(self, logits_BLR, scores_BLR, picked, valid_BL):
-        load = self._load(logits_BLR, scores_BLR, picked, valid_BL)
-        return Thresholds(**load, kth_BE=self._kth(scores_BLR, valid_BL))
-
-    def _kth(self, scores_BLE: jax.Array, valid_BL: jax.Array) -> jax.Array:
-        """Returns the score at which each expert would take its share of a sequence, (B, E)."""
-        batch, length, experts = scores_BLE.shape
-
+    def report(self, logits_BLR, scores_BLR, picks, valid_BL):
         def share(positions: int) -> int:
-            return max(1, round(self.spec.top_k * positions / experts))
+            return max(1, round(self.spec.top_k * positions / self.experts))
 
-        scores_BLE = jnp.where(valid_BL[..., None], jax.lax.stop_gradient(scores_BLE), -jnp.inf)
-        rows_NL = scores_BLE.swapaxes(1, 2).reshape(-1, length)
-        share_N = jnp.repeat(of_valid(share, valid_BL, batch, length), experts)
-        return kth_best(rows_NL, share(length), share_N).reshape(batch, experts)
+        load = super().report(logits_BLR, scores_BLR, picks, valid_BL)
+        kth_N = _best(scores_BLR, valid_BL, share).kth_B
+        return replace(load, kth_BE=kth_N.reshape(-1, self.experts))
+
+
+def _best(scores_BLE: jax.Array, valid_BL: jax.Array, share: Callable[[int], int]) -> Selection:
+    """Returns each expert's share(n) best of the n valid positions of each sequence, for N rows."""
+    batch, length, experts = scores_BLE.shape
+    rows_NL = scores_BLE.swapaxes(1, 2).reshape(-1, length)
+    size_B = of_valid(share, valid_BL, batch, length)
+    valid_NL, size_N = (jnp.repeat(x, experts, axis=0) for x in (valid_BL, size_B))
+    return select_top_k(rows_NL, rows_NL, share(length), valid_NL, size_N)

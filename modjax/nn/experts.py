@@ -24,42 +24,44 @@ MATRIX_AXES = ("experts", "embed", "mlp")
 
 
 class Picks(NamedTuple):
-    """The experts of each position, (B, L, K), E where a pick is of none; and their weights."""
+    """Picks of each position.
+
+    experts_BLK: E where a pick is of none. weights_BLK: their weights.
+    rows_BR: how often each row of the router was picked.
+    tied_BE: whether each expert's best positions end in a near tie; None where none chooses.
+    """
 
     experts_BLK: jax.Array
     weights_BLK: jax.Array
+    rows_BR: jax.Array
+    tied_BE: jax.Array | None = None
 
 
 class Slots(NamedTuple):
-    """The positions that each expert takes, (B, E, C), L where a slot is empty; and weights."""
+    """The positions that each expert takes.
+
+    tokens_BEC: L where a slot is empty. weights_BEC: their weights.
+    taken_BL: how many experts take each position.
+    """
 
     tokens_BEC: jax.Array
     weights_BEC: jax.Array
+    taken_BL: jax.Array
 
 
-def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array | None = None) -> Slots:
-    """Returns each expert's first `size` positions: a position never displaces one before it.
-
-    size_B: each row's own number, at most `size`.
-    """
+def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
+    """Returns each expert's first size_B <= size positions: none displaces one before it."""
     mine_BLKE = jax.nn.one_hot(picks.experts_BLK, experts, dtype=bool)
     weights_BLE = jnp.sum(jnp.where(mine_BLKE, picks.weights_BLK[..., None], 0.0), axis=2)
-    count_BEL = jnp.cumsum(jnp.any(mine_BLKE, axis=2), axis=1, dtype=jnp.int32).swapaxes(1, 2)
+    mine_BEL = jnp.any(mine_BLKE, axis=2).swapaxes(1, 2)
+    count_BEL = jnp.cumsum(mine_BEL, axis=2, dtype=jnp.int32)
     find = functools.partial(jnp.searchsorted, v=jnp.arange(1, size + 1))
-    tokens_BEC = jax.vmap(jax.vmap(find))(count_BEL)
-    if size_B is not None:
-        filled_B1C = jnp.arange(size)[None, None] < size_B[:, None, None]
-        tokens_BEC = jnp.where(filled_B1C, tokens_BEC, count_BEL.shape[2])
+    filled_B1C = jnp.arange(size)[None, None] < size_B[:, None, None]
+    tokens_BEC = jnp.where(filled_B1C, jax.vmap(jax.vmap(find))(count_BEL), mine_BEL.shape[2])
     weight_at = jax.vmap(jax.vmap(lambda w_L, t_C: w_L.at[t_C].get(mode="fill", fill_value=0)))
-    return Slots(tokens_BEC, weight_at(weights_BLE.swapaxes(1, 2), tokens_BEC))
-
-
-def taken(slots: Slots, length: int) -> jax.Array:
-    """Returns how many experts took each position, (B, L) int32."""
-    batch = slots.tokens_BEC.shape[0]
-    flat_BN = slots.tokens_BEC.reshape(batch, -1)
-    add = jax.vmap(lambda t_N: jnp.zeros(length, jnp.int32).at[t_N].add(1, mode="drop"))
-    return add(flat_BN)
+    weights_BEC = weight_at(weights_BLE.swapaxes(1, 2), tokens_BEC)
+    taken_BL = jnp.sum(mine_BEL & (count_BEL <= size_B[:, None, None]), axis=1)
+    return Slots(tokens_BEC, weights_BEC, taken_BL)
 
 
 def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str) -> jax.Array:
@@ -77,13 +79,9 @@ def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str
         x_END = x_TD.at[row_EN].get(mode="fill", fill_value=0)
         if experts_lie_apart:
             x_END = jax.lax.all_to_all(x_END, "expert", 0, 1, tiled=True)
-        y_END = mlp(
-            x_END,
-            matrices,
-            activation,
-            lambda x_END, w_EDF: jnp.einsum("END,EDF->ENF", x_END, w_EDF),
-            lambda x_ENF, w_EDF: jnp.einsum("ENF,EDF->END", x_ENF, w_EDF),
-        )
+        product = functools.partial(jnp.einsum, "END,EDF->ENF")
+        back = functools.partial(jnp.einsum, "ENF,EDF->END")
+        y_END = mlp(x_END, matrices, activation, product, back)
         if experts_lie_apart:
             y_END = jax.lax.all_to_all(y_END, "expert", 1, 0, tiled=True)
         y_END = y_END * weight_EN[..., None].astype(y_END.dtype)
@@ -102,13 +100,9 @@ def in_groups(x_BLD: jax.Array, picks: Picks, matrices: Matrices, activation: st
         order_P = jnp.argsort(expert_P, stable=True)
         row_P = order_P // picks.experts_BLK.shape[-1]
         sizes_E = jnp.sum(jax.nn.one_hot(expert_P, experts, dtype=jnp.int32), axis=0)
-        y_PD = mlp(
-            x_TD[row_P],
-            matrices,
-            activation,
-            lambda x_PD, w_EDF: grouped_matmul(x_PD, w_EDF, sizes_E),
-            lambda x_PF, w_EDF: grouped_matmul(x_PF, w_EDF, sizes_E, back=True),
-        )
+        product = functools.partial(grouped_matmul, sizes_E=sizes_E)
+        back = functools.partial(product, back=True)
+        y_PD = mlp(x_TD[row_P], matrices, activation, product, back)
         y_PD = y_PD * weight_P[order_P, None].astype(y_PD.dtype)
         return jnp.zeros_like(x_TD).at[row_P].add(y_PD).reshape(x_BLD.shape)
 
@@ -118,7 +112,7 @@ def in_groups(x_BLD: jax.Array, picks: Picks, matrices: Matrices, activation: st
 def one_by_one(
     x_BLD: jax.Array, picks: Picks, experts: Sequence[Matrices], activation: str
 ) -> jax.Array:
-    """The same of few positions: reads the weights of the experts that are picked, no others."""
+    """Returns what `in_groups` does; it reads the weights of the experts that are picked only."""
     y_BLD = jnp.zeros_like(x_BLD)
     for e, matrices in enumerate(experts):
         mine_BLK = picks.experts_BLK == e
@@ -135,9 +129,9 @@ def one_by_one(
 def _on_each_device(
     local: Callable, x_BLD: jax.Array, routed: Any, matrices: Matrices, *, to_experts: bool
 ) -> jax.Array:
-    """local(x, routed, matrices, whether experts lie apart) of each device's rows.
+    """Returns local(x, routed, matrices, whether experts lie apart), run on each device's rows.
 
-    Matrices come to the rows, but for the experts' dim where rows go to_experts.
+    Matrices are gathered to the rows, except over experts where the rows go to_experts.
     """
     matrices = {name: w_EDF.astype(x_BLD.dtype) for name, w_EDF in matrices.items()}
     mesh = jax.sharding.get_abstract_mesh()
@@ -158,8 +152,5 @@ def _on_each_device(
         return y_BLD if axes[2] is None else jax.lax.psum(y_BLD, axes[2])
 
     return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(rows, rows, PartitionSpec(*axes)),
-        out_specs=rows,
+        on_device, mesh=mesh, in_specs=(rows, rows, PartitionSpec(*axes)), out_specs=rows
     )(x_BLD, routed, matrices)

@@ -18,7 +18,7 @@ from modjax.nn.build import build
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.expert_record import Routing
 from modjax.nn.expert_rules import SCORES
-from modjax.nn.experts import MATRIX_AXES, in_groups, in_slots, one_by_one, slots_of, taken
+from modjax.nn.experts import MATRIX_AXES, in_groups, in_slots, one_by_one, slots_of
 from modjax.nn.layers import Sublayer, depth_scale, mlp, mlp_weights
 from modjax.nn.params import normal_param, read
 from modjax.nn.routing import of_valid
@@ -34,28 +34,19 @@ class MoE(Sublayer):
         super().__init__(spec.norm, shape)
         self.spec = spec
         d, f, e = shape.d_model, spec.expert_width(shape), spec.experts
-        rows = spec.rule.rows(e)
-        self.router = build(spec.router, shape, rngs=rngs, outputs=rows)
-        std = {"w_out": 1 / math.sqrt(f) / depth_scale(shape)}
+        self.router = build(spec.router, shape, rngs=rngs, outputs=spec.rule.rows(e))
+        stds = dict.fromkeys(mlp_weights(spec.activation), 1 / math.sqrt(d))
+        stds["w_out"] = 1 / math.sqrt(f) / depth_scale(shape)
 
-        def matrices(*stacked: int) -> nnx.Dict:
-            axes = MATRIX_AXES[-2 - len(stacked) :]
-            width = f if stacked else f * spec.shared
-            return nnx.Dict(
-                {
-                    name: normal_param(
-                        rngs,
-                        (*stacked, d, width),
-                        axes,
-                        std=std.get(name, 1 / math.sqrt(d)),
-                        transposed=name == "w_out",
-                    )
-                    for name in mlp_weights(spec.activation)
-                }
-            )
+        def matrices(*shape: int) -> nnx.Dict:
+            found, axes = {}, MATRIX_AXES[-len(shape) :]
+            for name, std in stds.items():
+                back = name == "w_out"
+                found[name] = normal_param(rngs, shape, axes, std=std, transposed=back)
+            return nnx.Dict(found)
 
-        self.experts: Any = matrices(e)  # or a list of each one's, see take_apart
-        self.shared = matrices() if spec.shared else None
+        self.experts: Any = matrices(e, d, f)  # or a list of each one's, see take_apart
+        self.shared = matrices(d, f * spec.shared) if spec.shared else None
         self.rule: Any = build(spec.rule, shape, rngs=rngs, experts=e)
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
@@ -64,14 +55,13 @@ class MoE(Sublayer):
         y_BLD = self.before(x_BLD)
         scored = self.router(y_BLD, at, call, cache or None)
         scores_BLR = SCORES[spec.rule.scores](scored.x)
-        picked = self.rule.pick(scores_BLR, at, valid_BL, spec.slots, call)
-        picks = picked.picks
+        picks = self.rule.pick(scores_BLR, at, valid_BL, spec.slots, call)
         asked_BL = taken_BL = jnp.sum(picks.experts_BLK < spec.experts, axis=2)
         computed_B = jnp.sum(asked_BL, axis=1)
         if call.routing == "trained" and spec.capacity_factor is not None:
             size_B = of_valid(spec.slots, at.valid_BL, batch, length)
             slots = slots_of(picks, spec.experts, spec.slots(length), size_B)
-            taken_BL = taken(slots, length)
+            taken_BL = slots.taken_BL
             computed_B = jnp.full(batch, spec.computed(length))
             z_BLD = in_slots(y_BLD, slots, self._stacked(), spec.activation)
         elif batch * length <= FEW:
@@ -81,16 +71,11 @@ class MoE(Sublayer):
         if self.shared is not None:
             weights = {name: read(w, None) for name, w in self.shared.items()}
             z_BLD = z_BLD + mlp(y_BLD, weights, spec.activation, project, project_back)
+        picks_B = jnp.sum(picks.rows_BR, axis=1)
         own = Routing(
-            asked_BL=asked_BL,
-            taken_BL=taken_BL,
-            valid_BL=valid_BL,
-            experts_BLK=picks.experts_BLK,
-            picks_B=jnp.sum(picked.rows_BR, axis=1).astype(jnp.float32),
-            computed_B=computed_B.astype(jnp.float32),
-            tied_BE=picked.tied_BE,
+            asked_BL, taken_BL, valid_BL, picks.experts_BLK, picks_B, computed_B, picks.tied_BE
         )
-        rule = self.rule.report(scored.x, scores_BLR, picked, valid_BL)
+        rule = self.rule.report(scored.x, scores_BLR, picks, valid_BL)
         records = {"": own, "rule": rule, **under("router", scored.records)}
         depth_BL = (taken_BL > 0).astype(jnp.int32) if spec.real < 1 else 0
         return Out(self.added(x_BLD, z_BLD), scored.write, records, {}, depth_BL)
@@ -99,7 +84,7 @@ class MoE(Sublayer):
         return self.router.empty(batch, length, slack, dtype)
 
     def take_apart(self) -> None:
-        """Keeps the experts apart from now on, so that a step reads those that it uses only."""
+        """Splits the experts from now on, so that a step reads those that it uses only."""
         if not isinstance(self.experts, nnx.List):
             each = [{name: nnx.Param(w) for name, w in one.items()} for one in self._each()]
             self.experts = nnx.List([nnx.Dict(one) for one in each])

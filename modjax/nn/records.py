@@ -6,9 +6,8 @@ Every array of a record begins with the batch. The stack adds the repetitions of
 Legend: B batch, L positions, K selected positions, G repetitions of a layer.
 """
 
-import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -78,59 +77,47 @@ class Record:
         """
         return {}
 
-    def kind(self) -> type["Record"]:
-        """Returns the type that the counts are for."""
-        return type(self)
-
     def parts(self) -> Mapping[str, "Record"]:
-        """Returns the records of modules inside this record's, by path, that it brings along."""
-        return {}
+        """Returns this record as "", and those that it contains, by the path of their module."""
+        return {"": self}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inside(Record):
-    """The record of a layer inside a selection, about positions indices_BK only."""
+    """The record of a layer that ran on the positions indices_BK only."""
 
     record: Record
     indices_BK: jax.Array
     valid_BK: jax.Array
 
-    def loss(
-        self, tokens: TokenLoss | None = None, totals: Mapping[str, Any] | None = None
-    ) -> jax.Array:
-        return self.record.loss(self._mine(tokens), totals)
+    def loss(self, tokens=None, totals=None):
+        return self.record.loss(gather(tokens, self.indices_BK), totals)
 
-    def totals(self) -> dict[str, jax.Array]:
+    def totals(self):
         return self.record.totals()
 
-    def observed(
-        self, measured: Mapping[str, Any], updates: jax.Array, tokens: TokenLoss | None = None
-    ) -> dict[str, Any]:
-        return self.record.observed(measured, updates, self._mine(tokens))
+    def observed(self, measured, updates, tokens=None):
+        return self.record.observed(measured, updates, gather(tokens, self.indices_BK))
 
-    def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
-        return self.record.counts(self.valid_BK & gather(valid_BL, self.indices_BK))
-
-    def kind(self) -> type[Record]:
-        return self.record.kind()
-
-    def _mine(self, tokens: TokenLoss | None) -> TokenLoss | None:
-        return jax.tree.map(lambda leaf: gather(leaf, self.indices_BK), tokens)
+    def counts(self, valid_BL):
+        return self.record.counts(self._valid(valid_BL))
 
     @classmethod
-    def statistics(cls, records: Mapping[str, Self], valid_BL: jax.Array) -> dict[str, jax.Array]:
+    def statistics(cls, records, valid_BL):
         found = {}
         for name, inside in records.items():
 
             def one(inside: Inside, name: str = name) -> dict[str, jax.Array]:
-                valid_BK = inside.valid_BK & gather(valid_BL, inside.indices_BK)
                 stacked = jax.tree.map(lambda leaf: leaf[None], inside.record)
-                return type(inside.record).statistics({name: stacked}, valid_BK)
+                return statistics({name: stacked}, inside._valid(valid_BL))
 
             means = jax.tree.map(jnp.mean, jax.vmap(one)(inside))
             found |= {f"{name}/{key}": mean for key, mean in means.items()}
         return found
+
+    def _valid(self, valid_BL: jax.Array) -> jax.Array:
+        return self.valid_BK & gather(valid_BL, self.indices_BK)
 
 
 def inside(tree: Any, indices_BK: jax.Array, valid_BK: jax.Array) -> Any:
@@ -147,7 +134,7 @@ def is_record(node: Any) -> bool:
 
 
 def running_mean(old_N: jax.Array, values_BN: jax.Array, updates: jax.Array) -> jax.Array:
-    """Returns the means after one more batch of values, of which the finite ones count."""
+    """Returns running means after one more batch; values that are not finite do not count."""
     fits = values_BN.shape[1:] == old_N.shape
     need = f"has the shape {old_N.shape}, its record {values_BN.shape[1:]}: {REMEDY}"
     require(fits, "measured", old_N.shape, need)
@@ -160,7 +147,7 @@ def running_mean(old_N: jax.Array, values_BN: jax.Array, updates: jax.Array) -> 
 
 
 def totals(records: Mapping[str, Record]) -> dict[str, Any]:
-    """Returns the totals of the records that declare some, by their names."""
+    """Returns the totals of records that have some, by name."""
     found = {name: jax.vmap(lambda r: r.totals())(record) for name, record in records.items()}
     return {name: jax.lax.stop_gradient(sums) for name, sums in found.items() if sums}
 
@@ -199,22 +186,24 @@ def statistics(
     return found
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("found",), meta_fields=("kind",))
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counts:
     """The counts of a layer's record, see `Record.counts`: (B, G). kind: the record's type."""
 
     found: dict[str, Any]
-    kind: type[Record]
+    kind: type[Record] = field(metadata={"static": True})
 
 
 def counts(records: Mapping[str, Record], valid_BL: jax.Array) -> dict[str, Counts]:
-    """Returns what each layer's record counts; records are stacked over repetitions."""
-    each = {
-        name: Counts(jax.vmap(lambda r: r.counts(valid_BL), out_axes=1)(record), record.kind())
-        for name, record in records.items()
-    }
-    return {name: counted for name, counted in each.items() if counted.found}
+    """Returns the counts of each layer's record; records are stacked over repetitions."""
+    each = {}
+    for name, record in records.items():
+        found = jax.vmap(lambda r: r.counts(valid_BL), out_axes=1)(record)
+        while isinstance(record, Inside):
+            record = record.record
+        each |= {name: Counts(found, type(record))} if found else {}
+    return each
 
 
 def outcomes(found: Mapping[str, Counts]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
@@ -225,7 +214,7 @@ def outcomes(found: Mapping[str, Counts]) -> tuple[dict[str, float], dict[str, d
             one = {key: value_BG[:, g] for key, value_BG in counted.found.items()}
             by_kind.setdefault(counted.kind, {})[f"{name}.{g}"] = one
     whole: dict[str, float] = {}
-    layers = {}
+    layers: dict[str, dict[str, float]] = {}
     for kind, mine in by_kind.items():
         whole |= kind.outcome(mine)
         layers |= {name: kind.outcome({name: one}) for name, one in mine.items()}
@@ -254,25 +243,33 @@ def observe(
     Raises InputError where a path does not lead to the numbers that its record measures.
     """
     paths_leaves, structure = jax.tree_util.tree_flatten_with_path(measured)
-    paths = [_module_and_name(path) for path, _ in paths_leaves]
     leaves = [leaf for _, leaf in paths_leaves]
+    places: dict[str, dict[str, int]] = {}
+    for place, (path, _) in enumerate(paths_leaves):
+        module, name = _module_and_name(path)
+        places.setdefault(module, {})[name] = place
     updates, count = jnp.asarray(updates), 0
-    for path, record in _with_parts(records):
-        places = {name: at for at, (module, name) in enumerate(paths) if module == path}
 
-        def observed(record: Record, old: Any) -> dict[str, Any]:
-            return record.observed(old, updates, tokens)
+    def observed(record: Record, old: Any) -> dict[str, Any]:
+        return record.observed(old, updates, tokens)
 
+    every = {
+        f"{path}/{name}".strip("/"): part
+        for path, record in records.items()
+        for name, part in record.parts().items()
+    }
+    for path, record in every.items():
+        mine = places.get(path, {})
+        old = {name: leaves[place] for name, place in mine.items()}
+        if stacked:
+            firsts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((record, old))}
+            need = "needs records and numbers that begin with the same dim, of repetitions"
+            require(len(firsts) == 1, "stacked", stacked, need)
         try:
-            old = {name: leaves[at] for name, at in places.items()}
-            if stacked:
-                firsts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((record, old))}
-                need = "needs records and numbers that begin with the same dim, of repetitions"
-                require(len(firsts) == 1, "stacked", stacked, need)
             new = (jax.vmap(observed) if stacked else observed)(record, old)
-            found = [(name, places[name], value) for name, value in new.items()]
+            found = [(name, mine[name], value) for name, value in new.items()]
         except KeyError as missing:
-            modules = ", ".join(dict.fromkeys(repr(module) for module, _ in paths))
+            modules = ", ".join(map(repr, places))
             need = f"has no measured {missing}: must be the path of a module, one of {modules}"
             raise InputError("records", path, need) from missing
         for name, place, value in found:
@@ -282,12 +279,6 @@ def observe(
             leaves[place] = value
             count += value.size
     return jax.tree.unflatten(structure, leaves), count
-
-
-def _with_parts(records: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
-    for path, record in records.items():
-        yield path, record
-        yield from ((f"{path}/{name}".lstrip("/"), part) for name, part in record.parts().items())
 
 
 def unmeasured(weights: Any) -> list[str]:

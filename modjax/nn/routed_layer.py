@@ -3,6 +3,7 @@
 Legend: B batch, L positions, K selected positions, D model width.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,18 +15,11 @@ from flax import nnx
 from modjax import spec
 from modjax.errors import require
 from modjax.nn.build import build
-from modjax.nn.call import At, Call, Out, under
+from modjax.nn.call import At, Call, under
 from modjax.nn.records import Record
 from modjax.nn.routed import Routed
-from modjax.nn.routing import (
-    Selection,
-    of_valid,
-    select_first_k,
-    select_top_k,
-    selected_mask,
-    wide,
-)
-from modjax.nn.rules import Choice, Chosen
+from modjax.nn.routing import Selection, of_valid, select_first_k, select_top_k, selected_mask, wide
+from modjax.nn.rules import Choice
 from modjax.nn.within import widened
 from modjax.spec.mod import MoDConfig, selected_tokens
 
@@ -35,7 +29,7 @@ Process = Callable[[Selection], Any]  # runs selected positions
 class Route(NamedTuple):
     """The state of routing after some positions of each row, or at their end.
 
-    router: the router's cache, or what is to be written there. rules: the state of each rule.
+    router: the router's cache, or its update. rules: the state of each rule.
     """
 
     router: Any
@@ -60,90 +54,69 @@ class RoutedLayer(nnx.Module):
         """Returns the rules by their attribute."""
         return {"rule": self.rule} | ({} if self.causal is None else {"causal": self.causal})
 
-    def start(self, batch: int, router: Any) -> Route:
+    def start(self, batch: int, router: Any = ()) -> Route:
         """Returns the state before the first position. router: its empty cache."""
         return Route(router, {name: rule.start(batch) for name, rule in self.rules().items()})
 
     def route(
-        self,
-        x_BLD: jax.Array,
-        at: At,
-        call: Call,
-        state: Route,
-        room_B: jax.Array | None,
-        bound: int,
-        process: Process,
-    ) -> tuple[Any, dict[str, Record], Route]:
-        """Returns the result of `process` for the selection, the records, and the new state.
+        self, x_BLD: jax.Array, at: At, call: Call, state: Route, limit: jax.Array | int
+    ) -> tuple[Selection | None, dict[str, Record], Route]:
+        """Routes positions by the scores of the router.
 
-        Where `call.routing` never looks ahead, `process` is compiled for a few sizes, and its
-        result has the shapes of the largest, see `widened`.
-        room_B: how many positions can be taken now; None, `bound`, which holds for all rows.
+        Returns the selection of training, None where `call.routing` is another; the records, of
+        which "" has the positions that are selected; and the state after these positions.
+        limit: without the future, the first so many requested positions of a row are selected; of
+          all rows, or (B, 1).
         """
-        batch, length = x_BLD.shape[:2]
-        scored, choice = self.score(x_BLD, at, call, state)
-        k_B = of_valid(self._k, at.valid_BL, batch, length)
+        scored = self.router(x_BLD, at, call, state.router or None)
+        choice, rules = self.rule.choose(scored.x, at, call), state.rules
+        if choice.wanted_BL is not None:
+            choice = choice._replace(wanted_BL=_valid(choice.wanted_BL, at))
+        k_B = of_valid(self._k, at.valid_BL, *x_BLD.shape[:2])
         selection = self._as_trained(choice, at, k_B)
-        target_BL = selected_mask(selection, length)
-        chosen = Chosen(selection, target_BL, self._k(length), k_B)
-        wanted_BL = selected_BL = target_BL
+        target_BL = wanted_BL = selected_BL = selected_mask(selection, x_BLD.shape[1])
         if call.routing != "trained":
-            wanted_BL, rules = self.decide(x_BLD, choice, at, call.routing, state.rules)
-            state = state._replace(rules=rules)
-            limit_B1 = bound if room_B is None else room_B[:, None]
-            selected_BL = wanted_BL & (jnp.cumsum(wanted_BL, axis=1) <= limit_B1)
+            name, mine = self.decider(call.routing)
+            seen = self._seen_by(mine, choice)
+            wanted_BL, after = self.rules()[mine].decide(name, x_BLD, seen, at, rules[mine])
+            wanted_BL, rules = _valid(wanted_BL, at), {**rules, mine: after}
+            selected_BL = wanted_BL & (jnp.cumsum(wanted_BL, axis=1) <= limit)
         elif choice.wanted_BL is not None:
-            wanted_BL = valid_ones(choice.wanted_BL, at.valid_BL)
+            wanted_BL = choice.wanted_BL
         tied_B = selection.tied_B
         own = Routed(choice.scores_BL, target_BL, wanted_BL, selected_BL, k_B, tied_B)
         records: dict[str, Record] = {"": own, **under("router", scored.records)}
         for name, rule in self.rules().items():
-            record = rule.report(x_BLD, self.seen_by(name, choice), chosen, at)
+            record = rule.report(x_BLD, self._seen_by(name, choice), selection, at)
             records |= {} if record is None else {name: record}
-        state = state._replace(router=scored.write)
-        if call.routing == "trained":
-            return process(selection), records, state
+        trained = selection if call.routing == "trained" else None
+        return trained, records, Route(scored.write, rules)
+
+    def run(self, process: Process, selection: Selection | None, own: Routed, bound: int) -> Any:
+        """Returns the result of `process` for the selection of training, or for those of `own`.
+
+        Their number varies, and shapes are static: `process` is compiled for a few sizes, of which
+        the first that holds every row is run. Its result has the shapes of the largest, `bound`.
+        """
+        if selection is not None:
+            return process(selection)
 
         def run(size: int) -> Any:
-            return process(select_first_k(selected_BL, choice.scores_BL, size))
+            return process(select_first_k(own.selected_BL, own.scores_BL, size))
 
-        # Static shapes, none dropped: the first of a few compiled sizes that holds every row.
-        buckets = _buckets(self._k(length), bound)
+        buckets = _buckets(self._k(own.scores_BL.shape[1]), bound)
         if len(buckets) == 1:
-            return run(bound), records, state
+            return run(bound)
         like = jax.eval_shape(lambda: run(bound))
         branches = [lambda size=size: widened(run(size), like) for size in buckets]
-        largest = jnp.max(jnp.sum(selected_BL, axis=1))
-        index = jnp.searchsorted(jnp.array(buckets), largest)
-        return jax.lax.switch(index, branches), records, state
-
-    def score(self, x_BLD: jax.Array, at: At, call: Call, state: Route) -> tuple[Out, Choice]:
-        """Returns the router's output, and what the rule makes of the scores for training."""
-        scored = self.router(x_BLD, at, call, state.router or None)
-        return scored, self.rule.choose(scored.x, at, call)
-
-    def seen_by(self, name: str, choice: Choice) -> Choice:
-        """Returns the choice as a rule may see it: ones for scores that look ahead."""
-        if name == "rule" or not self.config.router.looks_ahead("causal"):
-            return choice
-        ones_BL = jnp.ones_like(choice.scores_BL)
-        return Choice(ones_BL, ones_BL, None, jnp.ones_like(choice.scores_BLR))
-
-    def decide(
-        self, x_BLD: jax.Array, choice: Choice, at: At, routing: str, state: dict[str, Any]
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the positions that ask to be processed without the future, and the rules' state.
-
-        routing: the name of one of the layer's ways; any other stands for the layer's own.
-        """
-        name, mine = self.decider(routing)
-        wanted_BL, after = self.rules()[mine].decide(
-            name, x_BLD, self.seen_by(mine, choice), at, state[mine]
-        )
-        return valid_ones(wanted_BL, at.valid_BL), {**state, mine: after}
+        largest = jnp.max(jnp.sum(own.selected_BL, axis=1))
+        return jax.lax.switch(jnp.searchsorted(jnp.array(buckets), largest), branches)
 
     def decider(self, routing: str) -> tuple[str, str]:
-        """Returns the name of the way to select under a routing, and the rule that has it."""
+        """Returns the name of the way to select under a routing, and the rule that has it.
+
+        A routing that is no name of this layer stands for the layer's own.
+        """
         names = self.config.names()
         need = "its router looks ahead: give it a rule that does not, such as causal=Predictor()"
         require(len(names) > 0, "routing", routing, need)
@@ -157,28 +130,31 @@ class RoutedLayer(nnx.Module):
         y_BKD = y_BKD.astype(x_BKD.dtype)
         return weight * (y_BKD - x_BKD if self.config.residual == "delta" else y_BKD)
 
+    def _seen_by(self, name: str, choice: Choice) -> Choice:
+        """Returns the choice as a rule may see it: ones for scores that look ahead."""
+        if name == "rule" or not self.config.router.looks_ahead("causal"):
+            return choice
+        ones_BL = jnp.ones_like(choice.scores_BL)
+        return Choice(ones_BL, ones_BL, None, jnp.ones_like(choice.scores_BLR))
+
     def _k(self, positions: int) -> int:
-        """Returns how many of a row's valid positions the capacity stands for."""
+        """Returns the capacity in positions of a row that has so many valid ones."""
         return selected_tokens(self.config.capacity, positions)
 
     def _as_trained(self, choice: Choice, at: At, k_B: jax.Array) -> Selection:
         """Returns the selection of training."""
-        batch, length = choice.scores_BL.shape
+        scores_BL, (batch, length) = choice.scores_BL, choice.scores_BL.shape
+        best = select_top_k(choice.ranking_BL, scores_BL, self._k(length), at.valid_BL, k_B)
         if choice.wanted_BL is None:
-            ranking_BL = jax.lax.stop_gradient(choice.ranking_BL)
-            return select_top_k(ranking_BL, choice.scores_BL, self._k(length), at.valid_BL, k_B)
-
-        def slots(positions: int) -> int:
-            return selected_tokens(self.config.rule.room(self.config.capacity), positions)
-
+            return best
+        slots = functools.partial(selected_tokens, self.config.rule.room(self.config.capacity))
         slots_B = of_valid(slots, at.valid_BL, batch, length)
-        wanted_BL = valid_ones(choice.wanted_BL, at.valid_BL)
-        return select_first_k(wanted_BL, choice.scores_BL, slots(length), slots_B)
+        first = select_first_k(choice.wanted_BL, scores_BL, slots(length), slots_B)
+        return first._replace(kth_B=best.kth_B)
 
 
-def valid_ones(wanted_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
-    """Returns the wanted positions that are not padding."""
-    return wanted_BL if valid_BL is None else wanted_BL & valid_BL
+def _valid(wanted_BL: jax.Array, at: At) -> jax.Array:
+    return wanted_BL if at.valid_BL is None else wanted_BL & at.valid_BL
 
 
 def _buckets(k: int, bound: int) -> list[int]:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.errors import require
 from modjax.nn.sharding import per_sequence
 
 # Ranks that differ by less than this share of their row's largest are alike: on other devices, or
@@ -28,8 +27,7 @@ class Selection(NamedTuple):
     valid_BK: False beyond the positions that the sequence itself selects.
     tied_B: of a top k, whether a position that was left out ranks like the last one taken, to
       within ROUNDING; None for other selections.
-    kth_B: of a top k, the k-th best rank, infinite where a row takes none; None for other
-      selections.
+    kth_B: the k-th best rank, infinite where k is 0; None for selections without ranks.
     """
 
     indices_BK: jax.Array
@@ -58,22 +56,18 @@ def position_noise(
 
 
 def evenly_spread(positions_BL: jax.Array, capacity: float) -> jax.Array:
-    """The fixed pattern: the positions p at which floor((p + 1) capacity) passes a whole number.
+    """Returns the positions p at which floor((p + 1) capacity) passes a whole number.
 
-    At a capacity of 1 / n the last of every n positions.
+    At a capacity of 1 / n those are the last of every n positions.
     """
+    positions_BL = positions_BL.astype(jnp.float32)
     # The small number keeps n * (1 / n) from falling short of 1 in float32.
-    before_BL = jnp.floor(positions_BL.astype(jnp.float32) * capacity + 1e-3)
-    after_BL = jnp.floor((positions_BL.astype(jnp.float32) + 1) * capacity + 1e-3)
+    before_BL, after_BL = (jnp.floor((positions_BL + n) * capacity + 1e-3) for n in (0, 1))
     return after_BL > before_BL
 
 
 def paced(
-    odds_BL: jax.Array,
-    capacity: float,
-    valid_BL: jax.Array,
-    seen_B: jax.Array,
-    spent_B: jax.Array,
+    odds_BL: jax.Array, capacity: float, valid_BL: jax.Array, seen_B: jax.Array, spent_B: jax.Array
 ) -> jax.Array:
     """Returns positions whose log-odds pass a threshold that follows their row's spending, (B, L).
 
@@ -138,7 +132,11 @@ def select_top_k(
     if valid_BL is not None:
         ranking_BL = jnp.where(valid_BL, ranking_BL, -jnp.inf)
         count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(valid_BL, axis=1))
-    kth_B = kth_best(ranking_BL, k, count_B)
+    best_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[0], ranking_BL)
+    kth_B = best_BK[:, -1]
+    if count_B is not None:
+        counted_BK = jnp.arange(k)[None] < count_B[:, None]
+        kth_B = jnp.min(jnp.where(counted_BK, best_BK, jnp.inf), axis=1)
     kth_B1 = kth_B[:, None]
     size_BL = jnp.where(jnp.isfinite(ranking_BL), jnp.abs(ranking_BL), 0.0)
     within_B1 = ROUNDING * jnp.max(size_BL, axis=1, keepdims=True)
@@ -149,90 +147,34 @@ def select_top_k(
     return selection._replace(tied_B=tied_B, kth_B=kth_B)
 
 
-def kth_best(ranking_BL: jax.Array, k: int, k_B: jax.Array | None = None) -> jax.Array:
-    """Returns each row's k-th best rank, or its k_B-th, (B,); infinite where k_B is 0."""
-    best_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[0], ranking_BL)
-    if k_B is None:
-        return best_BK[:, -1]
-    return jnp.min(jnp.where(jnp.arange(k)[None] < k_B[:, None], best_BK, jnp.inf), axis=1)
-
-
 def _best(
     ranking_BL: jax.Array, scores_BL: jax.Array, k: int, count_B: jax.Array | None
 ) -> Selection:
     """Selects each row's count_B <= k best ranks, None for k; of equal ones the earlier."""
     indices_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[1], ranking_BL)
-    if count_B is None:
-        indices_BK = jnp.sort(indices_BK, axis=1)
-        return Selection(
-            indices_BK, gather(scores_BL, indices_BK), jnp.ones(indices_BK.shape, bool)
-        )
-    length = ranking_BL.shape[1]
-    taken_BK = jnp.arange(k)[None] < count_B[:, None]  # the best come first
-    indices_BK = jnp.sort(jnp.where(taken_BK, indices_BK, length), axis=1)
-    # Distinct indices beyond the end keep "sorted and unique" true for the scatter.
-    beyond_K = length + jnp.arange(k, dtype=indices_BK.dtype)
-    indices_BK = jnp.where(taken_BK, indices_BK, beyond_K[None])
-    return Selection(indices_BK, gather(scores_BL, indices_BK), taken_BK)
+    valid_BK = jnp.ones(indices_BK.shape, bool)
+    if count_B is not None:
+        valid_BK = jnp.arange(k)[None] < count_B[:, None]  # the best come first
+        # Distinct indices beyond the end keep "sorted and unique" true for the scatter.
+        beyond_K = ranking_BL.shape[1] + jnp.arange(k, dtype=indices_BK.dtype)
+        indices_BK = jnp.where(valid_BK, indices_BK, beyond_K[None])
+    indices_BK = jnp.sort(indices_BK, axis=1)
+    return Selection(indices_BK, gather(scores_BL, indices_BK), valid_BK)
 
 
-def gather(x_BL: jax.Array, indices_BK: jax.Array) -> jax.Array:
-    """Rows of (B or 1, L, ...) at each sequence's indices: (B, K, ...); 0 beyond the end."""
+def gather(tree: Any, indices_BK: jax.Array) -> Any:
+    """Returns rows of arrays (B or 1, L, ...) at their indices, (B, K, ...); 0 beyond the end."""
 
     def one(x_L, indices_K):
         return x_L.at[indices_K].get(
             mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
         )
 
-    if x_BL.shape[0] == 1:
-        return jax.vmap(one, in_axes=(None, 0))(x_BL[0], indices_BK)
-    return jax.vmap(one)(x_BL, indices_BK)
+    def rows(x_BL):
+        shared = x_BL.shape[0] == 1
+        return jax.vmap(one, (None if shared else 0, 0))(x_BL[0] if shared else x_BL, indices_BK)
 
-
-def gather_pairs(x_BHLM: jax.Array, selection: Selection) -> jax.Array:
-    """Entries of (B or 1, H, L, L) between selected positions: (B, H, K, K).
-
-    One that is not valid sees itself only, so that no softmax is over nothing, and is not seen.
-    """
-
-    def one(x_HLM, indices_K):
-        pairs = x_HLM.at[:, indices_K[:, None], indices_K[None]]
-        return pairs.get(mode="fill", fill_value=0)
-
-    if x_BHLM.shape[0] == 1:
-        x_BHKM = jax.vmap(one, in_axes=(None, 0))(x_BHLM[0], selection.indices_BK)
-    else:
-        x_BHKM = jax.vmap(one)(x_BHLM, selection.indices_BK)
-    itself_1KM = jnp.eye(selection.valid_BK.shape[1], dtype=bool)[None]
-    alone_BKM = itself_1KM & ~selection.valid_BK[:, :, None]
-    return jnp.where(alone_BKM[:, None], jnp.ones((), x_BHKM.dtype), x_BHKM)
-
-
-def check_inputs(
-    per_position: tuple[Any, ...], pairwise: dict[str, Any], batch: int, length: int
-) -> None:
-    """Raises InputError for a leaf that has not the dims that are to be gathered."""
-    path_leaves = jax.tree_util.tree_leaves_with_path
-    for path, leaf in path_leaves(per_position):
-        shape = jnp.shape(leaf)
-        fits = len(shape) > 1 and shape[0] in (1, batch) and shape[1] == length
-        require(
-            fits,
-            f"per_position{jax.tree_util.keystr(path)}",
-            shape,
-            f"must have the shape ({batch} or 1, {length}, ...) to be gathered like x; what "
-            "has another goes into `pairwise` or `whole`",
-        )
-    for path, leaf in path_leaves(pairwise):
-        shape = jnp.shape(leaf)
-        fits = len(shape) == 4 and shape[0] in (1, batch) and shape[2:] == (length, length)
-        require(
-            fits,
-            f"pairwise{jax.tree_util.keystr(path)}",
-            shape,
-            f"must have the shape ({batch} or 1, heads or 1, {length}, {length}); what is not "
-            "to be gathered goes into `whole`",
-        )
+    return jax.tree.map(rows, tree)
 
 
 def scatter_add(x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array) -> jax.Array:
@@ -247,12 +189,11 @@ def scatter_add(x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array) 
 
 
 def wide(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """A mask or weight (B, ...), with dims of 1 for those that `like` has beyond it."""
+    """Returns a mask or weight (B, ...) with dims of 1 for the further dims of `like`."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
 def selected_mask(selection: Selection, length: int) -> jax.Array:
-    """Which of the L positions were selected, (B, L) bool."""
-    batch = selection.indices_BK.shape[0]
-    zeros_BL = jnp.zeros((batch, length), jnp.int32)
+    """Returns the selected positions as a mask, (B, L) bool."""
+    zeros_BL = jnp.zeros((len(selection.indices_BK), length), jnp.int32)
     return scatter_add(zeros_BL, selection.indices_BK, selection.valid_BK.astype(jnp.int32)) > 0

@@ -1,4 +1,4 @@
-"""Rules: scores of positions in, a selection out, in training and without the future.
+"""Routers score positions, in float32; rules turn scores into a selection.
 
 Legend: B batch, L positions, K selected positions, R scores of a position, D model width,
 F hidden width of a predictor.
@@ -6,6 +6,7 @@ F hidden width of a predictor.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,12 @@ from flax import nnx
 
 from modjax import spec
 from modjax.kernels import project
-from modjax.nn.call import At, Call
+from modjax.nn.build import LayerModule
+from modjax.nn.call import At, Call, Out
 from modjax.nn.params import make_param, measured, normal_param, read
 from modjax.nn.records import Record
-from modjax.nn.routed import Balanced, Ranked, Taught, cross_entropy, masked_mean
-from modjax.nn.routing import Selection, evenly_spread, kth_best, paced, position_noise
+from modjax.nn.routed import Learnt
+from modjax.nn.routing import Selection, evenly_spread, paced, position_noise, selected_mask
 from modjax.spec.routers import predictor_width
 
 WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -30,12 +32,51 @@ WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+class Linear(LayerModule):
+    """Scores r = x w (arXiv 2404.02258, Eq. 1)."""
+
+    def __init__(self, spec: spec.Router, shape: spec.Shape, *, outputs: int, rngs: nnx.Rngs):
+        size, std = (shape.d_model, outputs), 1 / math.sqrt(shape.d_model)
+        # A lone score is a direction, whose length no decay should pull at.
+        about = {"role": "router", "decays": outputs > 1}
+        self.w = normal_param(rngs, size, ("replicated", None), std=std, **about)
+
+    def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
+        return Out(linear(x_BLD, read(self.w)))
+
+
+class Sinusoids(Linear):
+    """Scores r = phi(p) w, with phi the encoding of arXiv 1706.03762, section 3.5."""
+
+    def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
+        width = x_BLD.shape[-1]
+        frequency_D = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+        angle_BLD = at.positions_BL[..., None].astype(jnp.float32) * frequency_D[None, None]
+        phi_BLD = jnp.concatenate([jnp.sin(angle_BLD), jnp.cos(angle_BLD)], axis=-1)[..., :width]
+        return super().__call__(phi_BLD, at, call)
+
+
+class Received(LayerModule):
+    """Scores that an earlier attention layer passed on (A-MoD, arXiv 2412.20875).
+
+    With a cache no layer passes them on, and none is needed: they are 1.
+    """
+
+    def __init__(self, spec: spec.Received, shape: spec.Shape, *, outputs: int, rngs: nnx.Rngs):
+        self.outputs = outputs
+
+    def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
+        ones_BL = jnp.ones(x_BLD.shape[:2], jnp.float32)
+        received_BL = at.handed.get("received", ones_BL)
+        return Out(jnp.repeat(received_BL[..., None], self.outputs, axis=2))
+
+
 class Choice(NamedTuple):
     """A rule's use of the scores in training.
 
     ranking_BL: orders the positions. scores_BL: the raw scores that weigh the updates.
-    wanted_BL: the positions that ask to be processed, of which the first are; None: the k that rank
-      best are processed.
+    wanted_BL: the positions that are requested, of which the first are processed; None: the k that
+      rank best are processed.
     scores_BLR: the scores as the router made them.
     """
 
@@ -45,23 +86,10 @@ class Choice(NamedTuple):
     scores_BLR: jax.Array
 
 
-class Chosen(NamedTuple):
-    """The selection of training.
-
-    target_BL: the same as a mask. k: positions that the capacity stands for; k_B: of each row
-    without its padding.
-    """
-
-    selection: Selection
-    target_BL: jax.Array
-    k: int
-    k_B: jax.Array
-
-
 class Rule(nnx.Module):
     """Base class of rules; a rule implements what it is used for.
 
-    `MoD.rule` needs `choose` and `weigh`; whatever `names` of its spec says needs `decide`.
+    `MoD.rule` needs `choose` and `weigh`; whatever `names` of its spec returns needs `decide`.
     """
 
     def __init__(self, spec: spec.Rule, shape: spec.Shape, *, capacity: float, rngs: nnx.Rngs):
@@ -79,19 +107,26 @@ class Rule(nnx.Module):
     def decide(
         self, name: str, x_BLD: jax.Array, choice: Choice, at: At, state: Any
     ) -> tuple[jax.Array, Any]:
-        """Returns the positions that ask to be processed, (B, L), and the state after them.
+        """Returns the positions that are requested, (B, L), and the state after them.
 
-        name: one of the spec's names. No position may depend on a later one; `choice` may be read
-        position by position.
+        By default those that training requests. No position may depend on a later one; `choice`
+        may be read position by position. name: one of the spec's names.
         """
-        raise NotImplementedError
+        if choice.wanted_BL is None:
+            raise NotImplementedError
+        return choice.wanted_BL, state
 
     def start(self, batch: int) -> Any:
         """Returns the state of `decide` before the first position of each row."""
         return ()
 
-    def report(self, x_BLD: jax.Array, choice: Choice, chosen: Chosen, at: At) -> Record | None:
-        """Returns the rule's record: its losses, what it measures, its statistics."""
+    def report(
+        self, x_BLD: jax.Array, choice: Choice, selection: Selection, at: At
+    ) -> Record | None:
+        """Returns the rule's record: its losses, what it measures, its statistics.
+
+        selection: that of training.
+        """
         return None
 
 
@@ -118,18 +153,8 @@ class KthBest(Weighed):
     def decide(self, name, x_BLD, choice, at, state):
         return self.passed(choice), state
 
-    def report(self, x_BLD, choice, chosen, at):
-        kth_B = chosen.selection.kth_B
-        if kth_B is None:  # training has a rule of its own
-            rank_BL = jax.lax.stop_gradient(choice.ranking_BL)
-            if at.valid_BL is not None:
-                rank_BL = jnp.where(at.valid_BL, rank_BL, -jnp.inf)
-            kth_B = kth_best(rank_BL, chosen.k, chosen.k_B)
-        return Ranked(kth_B, self.taught(choice, chosen, at))
-
-    def taught(self, choice: Choice, chosen: Chosen, at: At) -> Taught | None:
-        """Returns the record of scores that learn to select by themselves, None without any."""
-        return None
+    def report(self, x_BLD, choice, selection, at):
+        return Learnt({}, kth_B=selection.kth_B)
 
 
 class TopK(KthBest):
@@ -140,12 +165,11 @@ class TopK(KthBest):
             return choice.scores_BL > 0, state
         return super().decide(name, x_BLD, choice, at, state)
 
-    def taught(self, choice: Choice, chosen: Chosen, at: At) -> Taught | None:
-        if not self.spec.auxiliary:
-            return None
-        loss_B = cross_entropy(choice.scores_BL, chosen.target_BL, at.valid_BL)
-        loss_B = self.spec.auxiliary * loss_B
-        return Taught(choice.scores_BL, chosen.target_BL, loss_B, "auxiliary")
+    def report(self, x_BLD, choice, selection, at):
+        taught, weight = Learnt({}), self.spec.auxiliary
+        if weight:
+            taught = learn("auxiliary", weight, choice.scores_BL, selection, at)
+        return replace(taught, kth_B=selection.kth_B)
 
 
 class Random(KthBest):
@@ -171,9 +195,6 @@ class Positional(Weighed):
         wanted_BL = evenly_spread(at.positions_BL, self.capacity)
         return super().choose(scores_BLR, at, call)._replace(wanted_BL=wanted_BL)
 
-    def decide(self, name, x_BLD, choice, at, state):
-        return choice.wanted_BL, state
-
 
 class Binary(Rule):
     """Each position takes the likelier of two paths; the probability weighs its update.
@@ -190,10 +211,7 @@ class Binary(Rule):
     def weigh(self, scores_BK: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(scores_BK)
 
-    def decide(self, name, x_BLD, choice, at, state):
-        return choice.wanted_BL, state
-
-    def report(self, x_BLD, choice, chosen, at):
+    def report(self, x_BLD, choice, selection, at):
         share_B = masked_mean((choice.scores_BL > 0).astype(jnp.float32), at.valid_BL)
         probability_B = masked_mean(jax.nn.sigmoid(choice.scores_BL), at.valid_BL)
         balance_B, c = jnp.ones_like(share_B), self.capacity  # at 1 there is nothing to balance
@@ -201,14 +219,7 @@ class Binary(Rule):
             skipped_B = (1 - share_B) * (1 - probability_B) / (1 - c)
             balance_B = skipped_B + share_B * probability_B / c
         z_B = masked_mean(jnp.square(jax.nn.logsumexp(choice.scores_BLR, axis=-1)), at.valid_BL)
-        return Balanced({"balance": self.spec.balance * balance_B, "z": self.spec.z * z_B})
-
-
-class Pace(NamedTuple):
-    """How many positions of each row a paced rule has seen, and how many it has asked for."""
-
-    seen_B: jax.Array
-    spent_B: jax.Array
+        return Learnt({"balance": self.spec.balance * balance_B, "z": self.spec.z * z_B})
 
 
 class Predictor(Rule):
@@ -221,40 +232,62 @@ class Predictor(Rule):
     def __init__(self, spec: spec.Predictor, shape: spec.Shape, *, capacity: float, rngs: nnx.Rngs):
         super().__init__(spec, shape, capacity=capacity, rngs=rngs)
         d, hidden = shape.d_model, predictor_width(shape.d_model)
-        axes = ("replicated", None)
-        self.w_in = normal_param(rngs, (d, hidden), axes, std=1 / math.sqrt(d), role="predictor")
-        self.w_out = normal_param(
-            rngs, (hidden,), ("replicated",), std=1 / math.sqrt(hidden), role="predictor"
-        )
+
+        def weight(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+            return normal_param(rngs, shape, axes, std=1 / math.sqrt(shape[0]), role="predictor")
+
+        self.w_in = weight((d, hidden), ("replicated", None))
+        self.w_out = weight((hidden,), ("replicated",))
         # Slope and offset of the line in the router's score.
         self.line = make_param(jnp.array([1.0, 0.0]), ("replicated",), role="predictor")
 
     def decide(self, name, x_BLD, choice, at, state):
+        """Decides; the state is the numbers of positions read and requested, each (B,)."""
         odds_BL = self.odds(x_BLD, choice.scores_BL)
         valid_BL = jnp.ones(odds_BL.shape, bool) if at.valid_BL is None else at.valid_BL
         wanted_BL = odds_BL > 0
         if name == "paced":
-            wanted_BL = paced(odds_BL, self.capacity, valid_BL, state.seen_B, state.spent_B)
+            wanted_BL = paced(odds_BL, self.capacity, valid_BL, *state)
         more = (jnp.sum(mask, axis=1, dtype=jnp.int32) for mask in (valid_BL, wanted_BL & valid_BL))
-        return wanted_BL, Pace(*map(jnp.add, state, more))
+        return wanted_BL, tuple(map(jnp.add, state, more))
 
-    def start(self, batch: int) -> Pace:
-        none_B = jnp.zeros(batch, jnp.int32)
-        return Pace(none_B, none_B)
+    def start(self, batch: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
 
-    def report(self, x_BLD, choice, chosen, at):
+    def report(self, x_BLD, choice, selection, at):
         odds_BL = self.odds(x_BLD, choice.scores_BL)
-        loss_B = self.spec.weight * cross_entropy(odds_BL, chosen.target_BL, at.valid_BL)
-        return Taught(odds_BL, chosen.target_BL, loss_B, "predictor")
+        return learn("predictor", self.spec.weight, odds_BL, selection, at)
 
     def odds(self, x_BLD: jax.Array, scores_BL: jax.Array) -> jax.Array:
         """Returns logits (B, L), float32; positive where the position should be processed."""
         x_BLD, scores_BL = jax.lax.stop_gradient((x_BLD, scores_BL))
         x32_BLD = x_BLD.astype(jnp.float32)
         scale_BL1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True) + 1e-6)
-        h_BLF = jax.nn.silu(
-            project((x32_BLD * scale_BL1).astype(x_BLD.dtype), read(self.w_in, None))
-        )
+        normed_BLD = (x32_BLD * scale_BL1).astype(x_BLD.dtype)
+        h_BLF = jax.nn.silu(project(normed_BLD, read(self.w_in, None)))
         logits_BL = jnp.einsum("BLF,F->BL", h_BLF.astype(jnp.float32), read(self.w_out))
         slope, offset = read(self.line)
         return logits_BL + slope * scores_BL + offset
+
+
+def learn(name: str, weight: float, logits_BL: jax.Array, selection: Selection, at: At) -> Learnt:
+    """Returns the record of logits that learn by cross-entropy to be above 0 where selected."""
+    target_BL = selected_mask(selection, logits_BL.shape[1])
+    sign_BL = jnp.where(target_BL, 1.0, -1.0)
+    loss_B = weight * masked_mean(jax.nn.softplus(-sign_BL * logits_BL), at.valid_BL)
+    return Learnt({name: loss_B}, logits_BL, target_BL)
+
+
+def masked_mean(x_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
+    """Returns the mean over each row's valid positions, (B,); 0 where there is none."""
+    if valid_BL is None:
+        return jnp.mean(x_BL, axis=1)
+    total_B = jnp.sum(jnp.where(valid_BL, x_BL, 0.0), axis=1)
+    return total_B / jnp.maximum(jnp.sum(valid_BL, axis=1), 1).astype(jnp.float32)
+
+
+def linear(x_BLD: jax.Array, w_DR: jax.Array) -> jax.Array:
+    """Returns x w in float32, (B, L, R)."""
+    # Full float32: accelerators would multiply in bfloat16, and ties would be common.
+    precision = jax.lax.Precision.HIGHEST
+    return jnp.einsum("BLD,DR->BLR", x_BLD.astype(jnp.float32), w_DR, precision=precision)

@@ -23,8 +23,8 @@ from modjax.nn.call import At, Call, Out, under
 from modjax.nn.params import make_param, read
 from modjax.nn.records import inside
 from modjax.nn.routing import gather, scatter_add, select_first_k, wide
-from modjax.nn.rows import run_rows
 from modjax.nn.streams import mixed
+from modjax.nn.within import run_rows
 
 
 @jax.tree_util.register_dataclass

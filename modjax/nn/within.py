@@ -1,18 +1,21 @@
-"""Work on a selection of positions.
+"""Work on a part of a batch: on selected positions of each row, or on some rows.
 
-Legend: B batch, L positions, K selected positions.
+Legend: B batch, L positions, K selected positions; P shards of the batch with R rows each, S of
+them run.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.records import Inside, inside
 from modjax.nn.routing import Selection, gather, scatter_add
-from modjax.nn.sharding import constrain_stream
+from modjax.nn.sharding import batch_shards, constrain_stream
 
 
 def within(
@@ -23,9 +26,7 @@ def within(
     Returns what the layer reads, (B, K, ...), and its output: x (B, K, ...), which `scatter_add`
     puts in place; records, as of positions inside a selection; depth_BL, with this selection.
     """
-    part, part_at = jax.tree.map(
-        lambda leaf: gather(leaf, selection.indices_BK), (x, at._replace(valid_BL=None))
-    )
+    part, part_at = gather((x, at._replace(valid_BL=None)), selection.indices_BK)
     part, part_at = constrain_stream(part), part_at._replace(valid_BL=selection.valid_BK)
     out = layer(part, part_at, call.inside(0)._replace(selected=True), cache)
     taken_BK = jnp.where(selection.valid_BK, 1 + out.depth_BL, 0)
@@ -44,21 +45,49 @@ def widened(tree: Any, like: Any) -> Any:
 
     def one(node: Any, like: Any) -> Any:
         if not isinstance(node, Inside):
-            return _padded(node, like.shape)
-        more = jnp.arange(like.indices_BK.shape[-1], dtype=node.indices_BK.dtype)
-        known = node.indices_BK.shape[-1]
-        beyond = jnp.iinfo(more.dtype).max - len(more)
-        indices_BK = _padded(node.indices_BK, like.indices_BK.shape)
-        return Inside(
-            widened(node.record, like.record),
-            jnp.where(more < known, indices_BK, beyond + more),
-            _padded(node.valid_BK, like.valid_BK.shape),
-        )
+            more = [(0, m - n) for n, m in zip(jnp.shape(node), like.shape, strict=True)]
+            return jnp.pad(node, more) if more else jnp.asarray(node)
+        record, indices_BK, valid_BK = map(widened, vars(node).values(), vars(like).values())
+        place_K = jnp.arange(valid_BK.shape[-1], dtype=indices_BK.dtype)
+        beyond_K = jnp.iinfo(place_K.dtype).max - len(place_K) + place_K
+        known_K = place_K < node.valid_BK.shape[-1]
+        return Inside(record, jnp.where(known_K, indices_BK, beyond_K), valid_BK)
 
     return jax.tree.map(one, tree, like, is_leaf=lambda node: isinstance(node, Inside))
 
 
-def _padded(x: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    x = jnp.asarray(x)
-    more = [(0, new - old) for old, new in zip(x.shape, shape, strict=True)]
-    return jnp.pad(x, more) if any(after for _, after in more) else x
+def run_rows(function: Callable[[Any], Any], inputs: Any, asked_B: jax.Array) -> Any:
+    """Returns function(inputs), of arrays (B, ...), in the rows that ask for it, or zeros.
+
+    The others are not computed: of a few compiled numbers of rows, the first that holds those that
+    ask is run; where none asks, nothing is. Rows move within a shard of the batch, never between
+    two.
+    """
+    shards = batch_shards(asked_B.shape[0])
+    asked_PR = asked_B.reshape(shards, -1)
+    rows = asked_PR.shape[1]
+    order_PR = jnp.argsort(~asked_PR, axis=1, stable=True)
+    sizes = [0, *(2**i for i in range(math.ceil(math.log2(rows)))), rows]
+    none = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, inputs))
+
+    def parts(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(shards, -1, *leaf.shape[1:])
+
+    def run(size: int) -> Any:
+        if size in (0, rows):
+            return function(inputs) if size else none
+        order_PS = order_PR[:, :size]
+
+        def take(leaf: jax.Array) -> jax.Array:
+            taken = jax.vmap(lambda part_R, order_S: part_R[order_S])(parts(leaf), order_PS)
+            return taken.reshape(shards * size, *leaf.shape[1:])
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            each = jax.vmap(lambda old_R, new_S, order_S: old_R.at[order_S].set(new_S))
+            return each(parts(old), parts(new), order_PS).reshape(old.shape)
+
+        return jax.tree.map(put, none, function(jax.tree.map(take, inputs)))
+
+    most = jnp.max(jnp.sum(asked_PR, axis=1))
+    branches = [functools.partial(run, size) for size in sizes]
+    return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), most), branches)

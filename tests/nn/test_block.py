@@ -150,7 +150,7 @@ def test_our_experts_in_somebodys_block_keep_their_losses():
     share = np.bincount(picks.ravel(), minlength=4) / picks.size
     balance = 4 * (share * odds.mean(0)).sum()
     z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
-    router = np.mean(routed.own["causal"].loss_B)
+    router = np.mean(routed.own["causal"].losses["predictor"])
     np.testing.assert_allclose(routed.loss(), router + 0.3 * balance + 0.2 * z, rtol=1e-5)
     assert np.abs(grads.inner.moe.router.w[...]).max() > 1e-3
     assert all(isinstance(inner, Inside) for inner in routed.extra[0].values())

@@ -15,7 +15,7 @@ from modjax.kernels import Side, received_attention
 from modjax.nn import At, Call, MoDBlock, TokenLoss, losses, observe
 from modjax.nn import build as build_module
 from modjax.nn.attention import rotary_tables
-from modjax.nn.routed import Ranked
+from modjax.nn.routed import Learnt
 from modjax.nn.routing import position_noise
 from modjax.spec import Binary, Causal, Dense, MoD, MoDConfig, ModelSpec, Predictor, Shape, TopK
 from tests.nn.small import QUICK, RECEIVED, SCHEMES, WIDTH, Mixer, build, random_model, scheme
@@ -194,7 +194,7 @@ def test_thresholds_are_the_plain_mean_at_first_and_then_forget_at_one_in_a_hund
     rule = {"threshold": jnp.asarray(old)}
     blocks = {"1_mod": {"rule": rule, "inner": jnp.ones((2, 3))}, "0_seq": {}}
     kth = np.array([[1.0, 2.0, np.inf], [np.inf, np.inf, -np.inf]], np.float32)
-    records = {"1_mod/rule": Ranked(jnp.asarray(kth), None)}
+    records = {"1_mod/rule": Learnt({}, kth_B=jnp.asarray(kth))}
     for updates, rate in ((0, 1.0), (1, 0.5), (3, 0.25), (99, 0.01), (10_000, 0.01)):
         new, count = observe(blocks, records, jnp.int32(updates), stacked=True)
         assert count == 2
@@ -290,10 +290,10 @@ def test_both_losses_equal_numpy_with_targets_for_every_row():
     normal = X / np.sqrt(np.mean(X**2, axis=-1, keepdims=True) + 1e-6)
     hidden = normal @ np.asarray(predictor.w_in[...])
     logits = (hidden * sigmoid(hidden)) @ np.asarray(predictor.w_out[...]) + scores
-    taught, auxiliary = record.own["causal"], record.own["rule"].taught
+    taught, own = record.own["causal"], record.own["rule"].losses
     assert_close(taught.logits_BL, logits)
-    assert_close(taught.loss_B, 2.0 * plain_cross_entropy(logits, target, VALID))
-    assert_close(auxiliary.loss_B, 0.3 * plain_cross_entropy(scores, target, VALID))
+    assert_close(taught.losses["predictor"], 2.0 * plain_cross_entropy(logits, target, VALID))
+    assert_close(own["auxiliary"], 0.3 * plain_cross_entropy(scores, target, VALID))
 
 
 def gradients_of_losses(**weights):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modjax.nn import Routed, statistics
-from modjax.nn.routed import Ranked, Taught
+from modjax.nn.routed import Learnt
 
 
 def record(**fields):
@@ -61,11 +61,12 @@ def described():
             selected_BL=wanted & (np.cumsum(wanted, axis=2) <= 2),
             k_B=np.full((2, 3), 2),
         )
-        auxiliary = Taught(scores, target, rng.random((2, 3)).astype(np.float32), "auxiliary")
-        logits = rng.normal(size=(2, 3, 8)).astype(np.float32)
-        predictor = Taught(logits, target, rng.random((2, 3)).astype(np.float32), "predictor")
+        losses = rng.random((2, 2, 3)).astype(np.float32)
         kth = np.zeros((2, 3), np.float32)
-        return {name: own, f"{name}/rule": Ranked(kth, auxiliary), f"{name}/causal": predictor}
+        auxiliary = Learnt({"auxiliary": losses[0]}, scores, target, kth)
+        logits = rng.normal(size=(2, 3, 8)).astype(np.float32)
+        predictor = Learnt({"predictor": losses[1]}, logits, target)
+        return {name: own, f"{name}/rule": auxiliary, f"{name}/causal": predictor}
 
     records = routed("1_mod") | routed("3_mod")
     found = statistics(jax.tree.map(jnp.asarray, records), jnp.asarray(valid_BL))
@@ -74,9 +75,8 @@ def described():
 
 def taught(records, method):
     """The records of a way that is taught, by their layer."""
-    if method == "predictor":
-        return {place: records[f"{place}/causal"] for place in ("1_mod", "3_mod")}
-    return {place: records[f"{place}/rule"].taught for place in ("1_mod", "3_mod")}
+    rule = {"predictor": "causal", "auxiliary": "rule"}[method]
+    return {place: records[f"{place}/{rule}"] for place in ("1_mod", "3_mod")}
 
 
 @pytest.mark.parametrize("method", ["predictor", "auxiliary"])
@@ -117,7 +117,8 @@ def test_capacity_and_overflow_are_shares_of_the_valid_positions(described):
 def test_losses_are_summed_over_blocks_of_their_mean_over_rows(described):
     records, _, got = described
     for name in ("auxiliary", "predictor"):
-        expected = sum(one.loss_B.mean(axis=1).sum() for one in taught(records, name).values())
+        each = [one.losses[name] for one in taught(records, name).values()]
+        expected = sum(loss_GB.mean(axis=1).sum() for loss_GB in each)
         assert got[f"loss/{name}"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -127,6 +128,6 @@ def test_nothing_is_said_of_methods_that_were_not_taught():
         scores_BL=jnp.zeros((1, 2, 4)), target_BL=none, selected_BL=none, wanted_BL=none,
         k_B=jnp.ones((1, 2), int),
     )  # fmt: skip
-    ranked = Ranked(jnp.zeros((1, 2)), None)
+    ranked = Learnt({}, kth_B=jnp.zeros((1, 2)))
     names = statistics({"0_mod": routed, "0_mod/rule": ranked}).keys()
     assert not any(name.startswith(("predictor/", "auxiliary/", "loss/")) for name in names)

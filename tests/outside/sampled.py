@@ -83,10 +83,7 @@ class SampledModule(Rule):
     def weigh(self, scores_BK):
         return jnp.ones_like(scores_BK)
 
-    def decide(self, name, x_BLD, choice, at, state):
-        return choice.wanted_BL, state
-
-    def report(self, x_BLD, choice, chosen, at):
+    def report(self, x_BLD, choice, selection, at):
         sign_BL = jnp.where(choice.wanted_BL, 1.0, -1.0)
         baseline_B = jnp.broadcast_to(
             jax.lax.stop_gradient(self.baseline[...]), choice.scores_BL.shape[:1]
