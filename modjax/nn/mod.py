@@ -16,7 +16,7 @@ from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import unwritten, written
 from modjax.nn.call import At, Call, Out
 from modjax.nn.routed import Routed
-from modjax.nn.routed_layer import Route, RoutedLayer
+from modjax.nn.routed_layer import RoutedLayer
 from modjax.nn.routing import Selection, scatter_add, wide
 from modjax.nn.within import run_rows, within
 from modjax.spec.mod import cache_slots
@@ -27,14 +27,14 @@ from modjax.spec.mod import cache_slots
 class MoDCache:
     """The cache of the inner layer, with slots for `slots` positions of each row.
 
-    route: the state of routing. read_B, taken_B, overflow_B: positions that were read, that are in
-    the slots, and that were dropped.
+    state: of the router and the rules. read_B, taken_B, overflow_B: positions that were read, that
+    are in the slots, and that were dropped.
     As an update: the same for new positions. A row that was not run has read none, and the rest of
     its update may be anything.
     """
 
     inner: Any
-    route: Route
+    state: dict[str, Any]
     read_B: jax.Array
     taken_B: jax.Array
     overflow_B: jax.Array
@@ -44,10 +44,11 @@ class MoDCache:
         def after(old: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.where(wide(write.read_B > 0, old), new, old)
 
-        router = written(self.route.router, write.route.router, fresh=fresh)
+        rules = ({**part.state, "router": ()} for part in (self, write))
+        router = written(self.state["router"], write.state["router"], fresh=fresh)
         return MoDCache(
             written(self.inner, write.inner, fresh=fresh),
-            Route(router, jax.tree.map(after, self.route.rules, write.route.rules)),
+            {**jax.tree.map(after, *rules), "router": router},
             self.read_B + write.read_B,
             self.taken_B + write.taken_B,
             self.overflow_B + write.overflow_B,
@@ -74,7 +75,7 @@ class MoD(RoutedLayer, LayerModule):
             state, inner_cache = self.start(batch), None
         else:
             bound, limit = min(cache.slots, length), cache.slots - cache.taken_B[:, None]
-            state, inner_cache = cache.route, cache.inner
+            state, inner_cache = cache.state, cache.inner
         x_BLD = x if x.ndim == 3 else jnp.mean(x, axis=2)  # routers read the mean of the streams
         selection, records, state = self.route(x_BLD, at, call, state, limit)
         own: Any = records[""]
@@ -100,9 +101,9 @@ class MoD(RoutedLayer, LayerModule):
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:
         """Returns a cache for at most `length` positions of a row, or slack * capacity of them."""
         slots = cache_slots(self.config.capacity, length, slack)
-        route = self.start(batch, self.router.empty(batch, length, slack, dtype))
+        state = self.start(batch, self.router.empty(batch, length, slack, dtype))
         inner, none_B = self.inner.empty(batch, slots, slack, dtype), jnp.zeros(batch, jnp.int32)
-        return MoDCache(inner, route, none_B, none_B, none_B, slots)
+        return MoDCache(inner, state, none_B, none_B, none_B, slots)
 
     def _decode(self, x: jax.Array, at: At, call: Call, cache: Any, own: Routed) -> Out:
         """Runs the inner layer on one position of each row that is selected.

@@ -6,7 +6,7 @@ Legend: B batch, L positions, K selected positions, D model width.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,6 @@ from modjax.nn.within import widened
 from modjax.spec.mod import MoDConfig, selected_tokens
 
 Process = Callable[[Selection], Any]  # runs selected positions
-
-
-class Route(NamedTuple):
-    """The state of routing after some positions of each row, or at their end.
-
-    router: the router's cache, or its update. rules: the state of each rule.
-    """
-
-    router: Any
-    rules: dict[str, Any]
 
 
 class RoutedLayer(nnx.Module):
@@ -54,22 +44,23 @@ class RoutedLayer(nnx.Module):
         """Returns the rules by their attribute."""
         return {"rule": self.rule} | ({} if self.causal is None else {"causal": self.causal})
 
-    def start(self, batch: int, router: Any = ()) -> Route:
-        """Returns the state before the first position. router: its empty cache."""
-        return Route(router, {name: rule.start(batch) for name, rule in self.rules().items()})
+    def start(self, batch: int, router: Any = ()) -> dict[str, Any]:
+        """Returns the state before the first position, with the router's empty cache."""
+        return {"router": router} | {n: rule.start(batch) for n, rule in self.rules().items()}
 
     def route(
-        self, x_BLD: jax.Array, at: At, call: Call, state: Route, limit: jax.Array | int
-    ) -> tuple[Selection | None, dict[str, Record], Route]:
+        self, x_BLD: jax.Array, at: At, call: Call, state: dict[str, Any], limit: jax.Array | int
+    ) -> tuple[Selection | None, dict[str, Record], dict[str, Any]]:
         """Routes positions by the scores of the router.
 
         Returns the selection of training, None where `call.routing` is another; the records, of
-        which "" has the positions that are selected; and the state after these positions.
+        which "" has the positions that are selected; and the state after these positions, with the
+        update of the router's cache.
         limit: without the future, the first so many requested positions of a row are selected; of
           all rows, or (B, 1).
         """
-        scored = self.router(x_BLD, at, call, state.router or None)
-        choice, rules = self.rule.choose(scored.x, at, call), state.rules
+        scored = self.router(x_BLD, at, call, state["router"] or None)
+        choice = self.rule.choose(scored.x, at, call)
         if choice.wanted_BL is not None:
             choice = choice._replace(wanted_BL=_valid(choice.wanted_BL, at))
         k_B = of_valid(self._k, at.valid_BL, *x_BLD.shape[:2])
@@ -78,8 +69,8 @@ class RoutedLayer(nnx.Module):
         if call.routing != "trained":
             name, mine = self.decider(call.routing)
             seen = self._seen_by(mine, choice)
-            wanted_BL, after = self.rules()[mine].decide(name, x_BLD, seen, at, rules[mine])
-            wanted_BL, rules = _valid(wanted_BL, at), {**rules, mine: after}
+            wanted_BL, after = self.rules()[mine].decide(name, x_BLD, seen, at, state[mine])
+            wanted_BL, state = _valid(wanted_BL, at), {**state, mine: after}
             selected_BL = wanted_BL & (jnp.cumsum(wanted_BL, axis=1) <= limit)
         elif choice.wanted_BL is not None:
             wanted_BL = choice.wanted_BL
@@ -90,7 +81,7 @@ class RoutedLayer(nnx.Module):
             record = rule.report(x_BLD, self._seen_by(name, choice), selection, at)
             records |= {} if record is None else {name: record}
         trained = selection if call.routing == "trained" else None
-        return trained, records, Route(scored.write, rules)
+        return trained, records, {**state, "router": scored.write}
 
     def run(self, process: Process, selection: Selection | None, own: Routed, bound: int) -> Any:
         """Returns the result of `process` for the selection of training, or for those of `own`.
