@@ -380,6 +380,15 @@ def test_the_balance_loss_is_the_number_of_rows_at_collapse_in_each_layer_by_its
     np.testing.assert_allclose(found["loss/moe_balance"], 2 * 0.01 * 4, rtol=1e-6)
 
 
+def test_the_load_is_averaged_over_layers_with_other_rules_too():
+    rules = (TokenChoice(), ExpertThreshold())
+    records = [call(layer_of(MoE(4, rule)), inputs()).records["rule"] for rule in rules]
+    stacked = {f"{i}/rule": jax.tree.map(lambda z: z[None], r) for i, r in enumerate(records)}
+    each = [float(record.losses()["balance"]) for record in records]
+    assert abs(each[0] - each[1]) > 1e-3
+    np.testing.assert_allclose(statistics(stacked)["moe/balance"], np.mean(each), rtol=1e-6)
+
+
 def test_losses_against_their_formulas():
     spec = MoE(4, TokenChoice(2, balance=0.3, z=0.2), capacity_factor=0.5)
     layer, x_BLD = layer_of(spec), inputs()
