@@ -89,7 +89,7 @@ class Choice(NamedTuple):
 class Rule(nnx.Module):
     """Base class of rules; a rule implements what it is used for.
 
-    `MoD.rule` needs `choose` and `weigh`; whatever `names` of its spec returns needs `decide`.
+    `MoD.rule` needs `choose` and `weigh`; each of its `ways` needs `decide`, or its default.
     """
 
     def __init__(self, spec: spec.Rule, shape: spec.Shape, *, capacity: float, rngs: nnx.Rngs):
