@@ -192,8 +192,11 @@ class Threshold(KthBest):
 
 class Positional(Weighed):
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
-        wanted_BL = evenly_spread(at.positions_BL, self.capacity)
-        return super().choose(scores_BLR, at, call)._replace(wanted_BL=wanted_BL)
+        choice = super().choose(scores_BLR, at, call)
+        return choice._replace(wanted_BL=evenly_spread(at.positions_BL, self.capacity))
+
+    def decide(self, name, x_BLD, choice, at, state):  # beside any rule of training
+        return evenly_spread(at.positions_BL, self.capacity), state
 
 
 class Binary(Rule):

@@ -42,8 +42,10 @@ class MoDConfig:
 
     def __post_init__(self):
         check(self, "MoD", typed=True)
-        able = self.causal is None or len(self.causal.names()) > 0
-        require(able, "MoD.causal", self.causal, "must be a rule that never looks ahead")
+        causal = self.causal
+        able = causal is None or (len(causal.names()) > 0 and causal.outputs == 1)
+        accepted = "must be a rule that never looks ahead, by one score of each position"
+        require(able, "MoD.causal", causal, accepted)
 
     def names(self) -> tuple[str, ...]:
         """Returns the names of its ways to select without the future, see Rule.names."""

@@ -17,7 +17,18 @@ from modjax.nn import build as build_module
 from modjax.nn.attention import rotary_tables
 from modjax.nn.routed import Learnt
 from modjax.nn.routing import position_noise
-from modjax.spec import Binary, Causal, Dense, MoD, MoDConfig, ModelSpec, Predictor, Shape, TopK
+from modjax.spec import (
+    Binary,
+    Causal,
+    Dense,
+    MoD,
+    MoDConfig,
+    ModelSpec,
+    Positional,
+    Predictor,
+    Shape,
+    TopK,
+)
 from tests.nn.small import QUICK, RECEIVED, SCHEMES, WIDTH, Mixer, build, random_model, scheme
 
 BATCH, LENGTH, K = 3, 16, 4
@@ -124,8 +135,10 @@ def test_balance_loss_is_one_where_choices_and_probabilities_equal_the_capacity(
     assert balance([0.9, 0.9, 0.9, 0.9]) > balance([0.7, 0.7, 0.1, 0.1]) > 1
 
 
-def test_positional_routing_takes_every_fourth_and_weighs_it_by_the_score():
-    block, y, record = run_block("positional", valid_BL=VALID)
+@pytest.mark.parametrize("name, routing", [("positional", "trained"), ("expert_choice", "causal")])
+def test_positional_routing_takes_every_fourth_and_weighs_it_by_the_score(name, routing):
+    config = dataclasses.replace(CONFIG, causal=Positional())
+    block, y, record = run_block(name, config=config, routing=routing, valid_BL=VALID)
     selected = np.zeros_like(VALID)
     selected[:, 3::4] = True
     selected &= VALID
