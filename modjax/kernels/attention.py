@@ -1,7 +1,7 @@
 """Softmax attention of queries over the keys that a mask shows to them.
 
 Legend: B batch, L positions, M key positions, N heads, G kv heads, Q query heads of a kv head,
-T rows (Q * L, or those two dims), H head width. B may be 1 in a Side.
+T rows, H head width. B may be 1 in a Side. T stands for Q and L.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Products of activations with matrices.
 
 Legend: B batch, L positions, D model width, F feed-forward width, T rows, U parts, X
-numbers of a part.
+numbers.
 """
 
 import math

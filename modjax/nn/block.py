@@ -1,6 +1,6 @@
 """Mixture-of-Depths around any block of yours, from any model.
 
-Legend: B batch, L positions, K selected positions, D model width.
+Legend: B batch, L positions, K selected positions, N heads, D model width.
 """
 
 import warnings
@@ -214,21 +214,21 @@ def _check_inputs(
     check("pairwise", pairwise, slice(2, None), (length, length), pairs)
 
 
-def _gather_pairs(x_BHLM: jax.Array, selection: Selection) -> jax.Array:
+def _gather_pairs(x_BNLL: jax.Array, selection: Selection) -> jax.Array:
     """Returns entries of (B or 1, H, L, L) between selected positions, (B, H, K, K).
 
     One that is not valid sees itself only, so that no softmax is over nothing, and is not seen.
     """
 
-    def one(x_HLM: jax.Array, indices_K: jax.Array) -> jax.Array:
-        pairs = x_HLM.at[:, indices_K[:, None], indices_K[None]]
+    def one(x_NLL: jax.Array, indices_K: jax.Array) -> jax.Array:
+        pairs = x_NLL.at[:, indices_K[:, None], indices_K[None]]
         return pairs.get(mode="fill", fill_value=0)
 
-    shared, indices_BK = x_BHLM.shape[0] == 1, selection.indices_BK
-    x_BHKM = jax.vmap(one, (None if shared else 0, 0))(x_BHLM[0] if shared else x_BHLM, indices_BK)
-    itself_1KM = jnp.eye(selection.valid_BK.shape[1], dtype=bool)[None]
-    alone_BKM = itself_1KM & ~selection.valid_BK[:, :, None]
-    return jnp.where(alone_BKM[:, None], jnp.ones((), x_BHKM.dtype), x_BHKM)
+    shared, indices_BK = x_BNLL.shape[0] == 1, selection.indices_BK
+    x_BNKK = jax.vmap(one, (None if shared else 0, 0))(x_BNLL[0] if shared else x_BNLL, indices_BK)
+    itself_1KK = jnp.eye(selection.valid_BK.shape[1], dtype=bool)[None]
+    alone_BKK = itself_1KK & ~selection.valid_BK[:, :, None]
+    return jnp.where(alone_BKK[:, None], jnp.ones((), x_BNKK.dtype), x_BNKK)
 
 
 def _warn_unmeasured(threshold: jax.Array) -> None:

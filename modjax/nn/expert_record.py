@@ -1,6 +1,7 @@
 """Records of a mixture of experts and of its rules.
 
-Legend: B batch, L positions, K picks of a position, R scores of a position, E experts, A layers.
+Legend: B batch, L positions, P picks of a position, R scores of a position, E experts, A layers of
+one kind.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ class Routing(Record):
     """The picks of each sequence, of its valid positions.
 
     asked_BL, taken_BL: picks of experts, and those that were computed.
-    valid_BL: positions that count. experts_BLK: the experts that each picked, E for none.
+    valid_BL: positions that count. experts_BLP: the experts that each picked, E for none.
     picks_B: picks of the router, including no-ops.
     computed_B: positions that the experts computed, including empty slots.
     tied_BE: whether an expert's best positions end in a near tie; None where no expert chooses.
@@ -30,7 +31,7 @@ class Routing(Record):
     asked_BL: jax.Array
     taken_BL: jax.Array
     valid_BL: jax.Array
-    experts_BLK: jax.Array
+    experts_BLP: jax.Array
     picks_B: jax.Array
     computed_B: jax.Array
     tied_BE: jax.Array | None = None

@@ -1,6 +1,6 @@
 """Rules of a mixture of experts: scores of positions in, the experts of each position out.
 
-Legend: B batch, L positions, K picks of a position, R scores of a position, E experts, N = B * E.
+Legend: B batch, L positions, P picks of a position, R scores of a position, E experts, T rows.
 """
 
 from collections.abc import Callable
@@ -72,18 +72,18 @@ class TokenChoice(ExpertRule):
             rows.append(jnp.argmax(ranking_BLR, axis=2))
             of_row.append(jax.nn.one_hot(rows[-1], ranking_BLR.shape[2], dtype=bool))
             ranking_BLR = jnp.where(of_row[-1], -jnp.inf, ranking_BLR)
-        rows_BLK, of_row_BLKR = jnp.stack(rows, axis=2), jnp.stack(of_row, axis=2)
-        weights_BLK = jnp.sum(jnp.where(of_row_BLKR, scores_BLR[:, :, None], 0.0), axis=3)
+        rows_BLP, of_row_BLPR = jnp.stack(rows, axis=2), jnp.stack(of_row, axis=2)
+        weights_BLP = jnp.sum(jnp.where(of_row_BLPR, scores_BLR[:, :, None], 0.0), axis=3)
         if self.spec.renormalise:
             # Over no-ops, too: the weight of a single expert would be 1 whatever the router says.
-            total_BL1 = jnp.sum(weights_BLK, axis=2, keepdims=True)
-            weights_BLK /= jnp.where(total_BL1 > 0, total_BL1, 1.0)  # sigmoids may underflow
-        real_BLK = (rows_BLK < self.experts) & valid_BL[..., None]
+            total_BL1 = jnp.sum(weights_BLP, axis=2, keepdims=True)
+            weights_BLP /= jnp.where(total_BL1 > 0, total_BL1, 1.0)  # sigmoids may underflow
+        real_BLP = (rows_BLP < self.experts) & valid_BL[..., None]
         if self.spec.random_no_ops:
-            real_BLK &= ~self._by_chance(at, call.key)
-        weights_BLK = self.spec.scale * jnp.where(real_BLK, weights_BLK, 0.0)
-        picked_BR = jnp.sum(of_row_BLKR & valid_BL[..., None, None], axis=(1, 2))
-        return Picks(jnp.where(real_BLK, rows_BLK, self.experts), weights_BLK, picked_BR)
+            real_BLP &= ~self._by_chance(at, call.key)
+        weights_BLP = self.spec.scale * jnp.where(real_BLP, weights_BLP, 0.0)
+        picked_BR = jnp.sum(of_row_BLPR & valid_BL[..., None, None], axis=(1, 2))
+        return Picks(jnp.where(real_BLP, rows_BLP, self.experts), weights_BLP, picked_BR)
 
     def report(self, logits_BLR, scores_BLR, picks, valid_BL):
         load, spec = super().report(logits_BLR, scores_BLR, picks, valid_BL), self.spec
@@ -129,14 +129,14 @@ class ExpertThreshold(ExpertChoice):
             return max(1, round(self.spec.top_k * positions / self.experts))
 
         load = super().report(logits_BLR, scores_BLR, picks, valid_BL)
-        kth_N = _best(scores_BLR, valid_BL, share).kth_B
-        return replace(load, kth_BE=kth_N.reshape(-1, self.experts))
+        kth_T = _best(scores_BLR, valid_BL, share).kth_B
+        return replace(load, kth_BE=kth_T.reshape(-1, self.experts))
 
 
 def _best(scores_BLE: jax.Array, valid_BL: jax.Array, share: Callable[[int], int]) -> Selection:
     """Returns each expert's share(n) best of the n valid positions of each sequence, for N rows."""
     batch, length, experts = scores_BLE.shape
-    rows_NL = scores_BLE.swapaxes(1, 2).reshape(-1, length)
+    rows_TL = scores_BLE.swapaxes(1, 2).reshape(-1, length)
     size_B = of_valid(share, valid_BL, batch, length)
-    valid_NL, size_N = (jnp.repeat(x, experts, axis=0) for x in (valid_BL, size_B))
-    return select_top_k(rows_NL, rows_NL, share(length), valid_NL, size_N)
+    valid_TL, size_T = (jnp.repeat(x, experts, axis=0) for x in (valid_BL, size_B))
+    return select_top_k(rows_TL, rows_TL, share(length), valid_TL, size_T)

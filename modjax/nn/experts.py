@@ -3,8 +3,9 @@
 On a mesh every device works on its own rows. Experts lie over the `expert` axis: slots travel to
 their expert's device and back; groups, which have no fixed size, have the experts come to them.
 
-Legend: B batch, L positions, K picks of a position, E experts, C slots of an expert, N = B * C,
-T = B * L rows, P = T * K picks, D model width, F expert width.
+Legend: B batch, L positions, P picks of a position, E experts, C slots of an expert, T rows,
+Y picks of all rows, Z rows of a block, D model width, F feed-forward width, R scores of a position.
+A block has the slots of an expert in all sequences.
 """
 
 import functools
@@ -26,13 +27,13 @@ MATRIX_AXES = ("experts", "embed", "mlp")
 class Picks(NamedTuple):
     """Picks of each position.
 
-    experts_BLK: E where a pick is of none. weights_BLK: their weights.
+    experts_BLP: E where a pick is of none. weights_BLP: their weights.
     rows_BR: how often each row of the router was picked.
     tied_BE: whether each expert's best positions end in a near tie; None where none chooses.
     """
 
-    experts_BLK: jax.Array
-    weights_BLK: jax.Array
+    experts_BLP: jax.Array
+    weights_BLP: jax.Array
     rows_BR: jax.Array
     tied_BE: jax.Array | None = None
 
@@ -51,9 +52,9 @@ class Slots(NamedTuple):
 
 def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
     """Returns each expert's first size_B <= size positions: none displaces one before it."""
-    mine_BLKE = jax.nn.one_hot(picks.experts_BLK, experts, dtype=bool)
-    weights_BLE = jnp.sum(jnp.where(mine_BLKE, picks.weights_BLK[..., None], 0.0), axis=2)
-    mine_BEL = jnp.any(mine_BLKE, axis=2).swapaxes(1, 2)
+    mine_BLPE = jax.nn.one_hot(picks.experts_BLP, experts, dtype=bool)
+    weights_BLE = jnp.sum(jnp.where(mine_BLPE, picks.weights_BLP[..., None], 0.0), axis=2)
+    mine_BEL = jnp.any(mine_BLPE, axis=2).swapaxes(1, 2)
     count_BEL = jnp.cumsum(mine_BEL, axis=2, dtype=jnp.int32)
     find = functools.partial(jnp.searchsorted, v=jnp.arange(1, size + 1))
     filled_B1C = jnp.arange(size)[None, None] < size_B[:, None, None]
@@ -72,20 +73,20 @@ def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str
         row_B11 = (length * jnp.arange(batch))[:, None, None]
         beyond = batch * length
         row_BEC = jnp.where(slots.tokens_BEC < length, row_B11 + slots.tokens_BEC, beyond)
-        row_EN, weight_EN = (
+        row_EZ, weight_EZ = (
             z.swapaxes(0, 1).reshape(z.shape[1], -1) for z in (row_BEC, slots.weights_BEC)
         )
         x_TD = x_BLD.reshape(beyond, width)
-        x_END = x_TD.at[row_EN].get(mode="fill", fill_value=0)
+        x_EZD = x_TD.at[row_EZ].get(mode="fill", fill_value=0)
         if experts_lie_apart:
-            x_END = jax.lax.all_to_all(x_END, "expert", 0, 1, tiled=True)
-        product = functools.partial(jnp.einsum, "END,EDF->ENF")
-        back = functools.partial(jnp.einsum, "ENF,EDF->END")
-        y_END = mlp(x_END, matrices, activation, product, back)
+            x_EZD = jax.lax.all_to_all(x_EZD, "expert", 0, 1, tiled=True)
+        product = functools.partial(jnp.einsum, "EZD,EDF->EZF")
+        back = functools.partial(jnp.einsum, "EZF,EDF->EZD")
+        y_EZD = mlp(x_EZD, matrices, activation, product, back)
         if experts_lie_apart:
-            y_END = jax.lax.all_to_all(y_END, "expert", 1, 0, tiled=True)
-        y_END = y_END * weight_EN[..., None].astype(y_END.dtype)
-        return jnp.zeros_like(x_TD).at[row_EN].add(y_END, mode="drop").reshape(x_BLD.shape)
+            y_EZD = jax.lax.all_to_all(y_EZD, "expert", 1, 0, tiled=True)
+        y_EZD = y_EZD * weight_EZ[..., None].astype(y_EZD.dtype)
+        return jnp.zeros_like(x_TD).at[row_EZ].add(y_EZD, mode="drop").reshape(x_BLD.shape)
 
     return _on_each_device(local, x_BLD, slots, matrices, to_experts=True)
 
@@ -96,15 +97,15 @@ def in_groups(x_BLD: jax.Array, picks: Picks, matrices: Matrices, activation: st
 
     def local(x_BLD, picks, matrices, _):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        expert_P, weight_P = picks.experts_BLK.reshape(-1), picks.weights_BLK.reshape(-1)
-        order_P = jnp.argsort(expert_P, stable=True)
-        row_P = order_P // picks.experts_BLK.shape[-1]
-        sizes_E = jnp.sum(jax.nn.one_hot(expert_P, experts, dtype=jnp.int32), axis=0)
+        expert_Y, weight_Y = picks.experts_BLP.reshape(-1), picks.weights_BLP.reshape(-1)
+        order_Y = jnp.argsort(expert_Y, stable=True)
+        row_Y = order_Y // picks.experts_BLP.shape[-1]
+        sizes_E = jnp.sum(jax.nn.one_hot(expert_Y, experts, dtype=jnp.int32), axis=0)
         product = functools.partial(grouped_matmul, sizes_E=sizes_E)
         back = functools.partial(product, back=True)
-        y_PD = mlp(x_TD[row_P], matrices, activation, product, back)
-        y_PD = y_PD * weight_P[order_P, None].astype(y_PD.dtype)
-        return jnp.zeros_like(x_TD).at[row_P].add(y_PD).reshape(x_BLD.shape)
+        y_YD = mlp(x_TD[row_Y], matrices, activation, product, back)
+        y_YD = y_YD * weight_Y[order_Y, None].astype(y_YD.dtype)
+        return jnp.zeros_like(x_TD).at[row_Y].add(y_YD).reshape(x_BLD.shape)
 
     return _on_each_device(local, x_BLD, picks, matrices, to_experts=False)
 
@@ -115,14 +116,14 @@ def one_by_one(
     """Returns what `in_groups` does; it reads the weights of the experts that are picked only."""
     y_BLD = jnp.zeros_like(x_BLD)
     for e, matrices in enumerate(experts):
-        mine_BLK = picks.experts_BLK == e
-        weight_BL1 = jnp.sum(jnp.where(mine_BLK, picks.weights_BLK, 0.0), axis=2, keepdims=True)
+        mine_BLP = picks.experts_BLP == e
+        weight_BL1 = jnp.sum(jnp.where(mine_BLP, picks.weights_BLP, 0.0), axis=2, keepdims=True)
 
         def add(y_BLD, matrices=matrices, weight_BL1=weight_BL1):
             found_BLD = mlp(x_BLD, matrices, activation, project, project_back)
             return y_BLD + weight_BL1.astype(x_BLD.dtype) * found_BLD
 
-        y_BLD = jax.lax.cond(jnp.any(mine_BLK), add, lambda y_BLD: y_BLD, y_BLD)
+        y_BLD = jax.lax.cond(jnp.any(mine_BLP), add, lambda y_BLD: y_BLD, y_BLD)
     return y_BLD
 
 

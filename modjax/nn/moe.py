@@ -1,6 +1,6 @@
 """Mixture of experts in an MLP's place: a router, a rule, and the sum of the experts' outputs.
 
-Legend: B batch, L positions, K picks of a position, R scores of a position, E experts, D model
+Legend: B batch, L positions, P picks of a position, R scores of a position, E experts, D model
 width.
 """
 
@@ -56,7 +56,7 @@ class MoE(Sublayer):
         scored = self.router(y_BLD, at, call, cache or None)
         scores_BLR = SCORES[spec.rule.scores](scored.x)
         picks = self.rule.pick(scores_BLR, at, valid_BL, spec.slots, call)
-        asked_BL = taken_BL = jnp.sum(picks.experts_BLK < spec.experts, axis=2)
+        asked_BL = taken_BL = jnp.sum(picks.experts_BLP < spec.experts, axis=2)
         computed_B = jnp.sum(asked_BL, axis=1)
         if call.routing == "trained" and spec.capacity_factor is not None:
             size_B = of_valid(spec.slots, at.valid_BL, batch, length)
@@ -73,7 +73,7 @@ class MoE(Sublayer):
             z_BLD = z_BLD + mlp(y_BLD, weights, spec.activation, project, project_back)
         picks_B = jnp.sum(picks.rows_BR, axis=1)
         own = Routing(
-            asked_BL, taken_BL, valid_BL, picks.experts_BLK, picks_B, computed_B, picks.tied_BE
+            asked_BL, taken_BL, valid_BL, picks.experts_BLP, picks_B, computed_B, picks.tied_BE
         )
         rule = self.rule.report(scored.x, scores_BLR, picks, valid_BL)
         records = {"": own, "rule": rule, **under("router", scored.records)}

@@ -3,7 +3,7 @@
 A spec claims under which routings its layer never looks ahead, and a layer from outside can claim
 what is not so: its loss would look better than any honest one.
 
-Legend: B sequences, L positions, V vocabulary.
+Legend: B batch, L positions, V vocabulary.
 """
 
 import dataclasses

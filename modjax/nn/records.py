@@ -3,7 +3,7 @@
 Every array of a record begins with the batch. The stack adds the repetitions of a layer before it;
 `jax.vmap` takes them away again.
 
-Legend: B batch, L positions, K selected positions, G repetitions of a layer.
+Legend: B batch, L positions, K selected positions, A layers of one kind, X numbers.
 """
 
 from collections.abc import Mapping
@@ -133,17 +133,17 @@ def is_record(node: Any) -> bool:
     return isinstance(node, Record)
 
 
-def running_mean(old_N: jax.Array, values_BN: jax.Array, updates: jax.Array) -> jax.Array:
+def running_mean(old_X: jax.Array, values_BX: jax.Array, updates: jax.Array) -> jax.Array:
     """Returns running means after one more batch; values that are not finite do not count."""
-    fits = values_BN.shape[1:] == old_N.shape
-    need = f"has the shape {old_N.shape}, its record {values_BN.shape[1:]}: {REMEDY}"
-    require(fits, "measured", old_N.shape, need)
+    fits = values_BX.shape[1:] == old_X.shape
+    need = f"has the shape {old_X.shape}, its record {values_BX.shape[1:]}: {REMEDY}"
+    require(fits, "measured", old_X.shape, need)
     rate = jnp.maximum(RATE, 1 / (updates.astype(jnp.float32) + 1))
-    known_BN = jnp.isfinite(values_BN)
-    total_N = jnp.sum(jnp.where(known_BN, values_BN, 0.0), axis=0)
-    count_N = jnp.sum(known_BN.astype(jnp.float32), axis=0)
-    mean_N = jnp.where(count_N > 0, total_N / jnp.maximum(count_N, 1.0), old_N)
-    return old_N + rate * (mean_N - old_N)
+    known_BX = jnp.isfinite(values_BX)
+    total_X = jnp.sum(jnp.where(known_BX, values_BX, 0.0), axis=0)
+    count_X = jnp.sum(known_BX.astype(jnp.float32), axis=0)
+    mean_X = jnp.where(count_X > 0, total_X / jnp.maximum(count_X, 1.0), old_X)
+    return old_X + rate * (mean_X - old_X)
 
 
 def totals(records: Mapping[str, Record]) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def outcomes(found: Mapping[str, Counts]) -> tuple[dict[str, float], dict[str, d
     by_kind: dict[type[Record], dict[str, Mapping[str, np.ndarray]]] = {}
     for name, counted in found.items():
         for g in range(next(iter(counted.found.values())).shape[1]):
-            one = {key: value_BG[:, g] for key, value_BG in counted.found.items()}
+            one = {key: value_BA[:, g] for key, value_BA in counted.found.items()}
             by_kind.setdefault(counted.kind, {})[f"{name}.{g}"] = one
     whole: dict[str, float] = {}
     layers: dict[str, dict[str, float]] = {}

@@ -1,6 +1,6 @@
 """Records of routed layers and of their rules.
 
-Legend: B batch, L positions, A routed layers, G repetitions of a layer.
+Legend: B batch, L positions, A layers of one kind.
 """
 
 import math
@@ -140,17 +140,17 @@ class Learnt(Record):
         means: dict[str, list[jax.Array]] = {}
         for path, record in records.items():
             layer = path.rpartition("/")[0]
-            for name, loss_GB in record.losses.items():
-                loss = jnp.sum(jnp.mean(loss_GB, axis=1))
+            for name, loss_AB in record.losses.items():
+                loss = jnp.sum(jnp.mean(loss_AB, axis=1))
                 found[f"loss/{name}"] = found.get(f"loss/{name}", 0.0) + loss
             if record.logits_BL is None:
                 continue
             (name,) = record.losses
             counts = _decisions(record.logits_BL > 0, record.target_BL, valid_BL[None])
-            shares = _shares({key: jnp.sum(n_GB, axis=1) for key, n_GB in counts.items()})
-            for share, value_G in shares.items():
-                means.setdefault(f"{name}/{share}", []).append(value_G)
-                for g, value in enumerate(value_G):
+            shares = _shares({key: jnp.sum(n_AB, axis=1) for key, n_AB in counts.items()})
+            for share, value_A in shares.items():
+                means.setdefault(f"{name}/{share}", []).append(value_A)
+                for g, value in enumerate(value_A):
                     found[f"{name}/{share}/{layer}.{g}"] = value
         return found | {name: jnp.mean(jnp.concatenate(each)) for name, each in means.items()}
 

@@ -1,6 +1,6 @@
 """The part that all routed layers share: a router, its rules, and a selection by them.
 
-Legend: B batch, L positions, K selected positions, D model width.
+Legend: B batch, L positions, K selected positions, R scores of a position, D model width.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Routing: scores in, a `Selection` of positions out; gather and scatter that consume it.
 
 Everything is per sequence and static in shape.
-Legend: B batch, L positions, K selected positions, M the other of two, H heads, D trailing dims.
+Legend: B batch, L positions, K selected positions, D model width.
 """
 
 from collections.abc import Callable

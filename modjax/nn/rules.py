@@ -1,7 +1,7 @@
 """Routers score positions, in float32; rules turn scores into a selection.
 
 Legend: B batch, L positions, K selected positions, R scores of a position, D model width,
-F hidden width of a predictor.
+F feed-forward width.
 """
 
 import math

@@ -4,7 +4,7 @@ In training the anchors of a row are every k-th position from the first: they ar
 gathered. After n earlier positions of a row, the next anchor is the (-n mod k)-th new position.
 Within a selection of packed documents the anchors follow from the documents, see `_every`.
 
-Legend: B batch, L positions, J anchors, I = 1 + J, the last anchor read before and these.
+Legend: B batch, L positions, K selected positions, J anchors, I anchors with the last one before.
 """
 
 import functools

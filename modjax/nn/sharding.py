@@ -2,6 +2,8 @@
 
 A mesh set by `jax.set_mesh` has the axes `data`, `fsdp`, `tensor` and `expert` with Auto types. No
 mesh, or one with other axes, constrains nothing; top-k stays within a shard even there.
+
+Legend: B batch, L positions.
 """
 
 import itertools
@@ -110,8 +112,8 @@ def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> 
         return split(x_BL)
 
     @call.def_vmap
-    def many(size, batched, x_VBL):
-        out = call(x_VBL.reshape(-1, *x_VBL.shape[2:]))
+    def many(size, batched, x):
+        out = call(x.reshape(-1, *x.shape[2:]))
         return out.reshape(size, -1, *out.shape[1:]), True
 
     return call(x_BL)

@@ -1,7 +1,7 @@
 """Work on a part of a batch: on selected positions of each row, or on some rows.
 
-Legend: B batch, L positions, K selected positions; P shards of the batch with R rows each, S of
-them run.
+Legend: B batch, L positions, K selected positions, U parts, Z rows of a block, T rows. A part is a
+shard of the batch, with Z rows, of which T are run.
 """
 
 import functools
@@ -64,9 +64,9 @@ def run_rows(function: Callable[[Any], Any], inputs: Any, asked_B: jax.Array) ->
     two.
     """
     shards = batch_shards(asked_B.shape[0])
-    asked_PR = asked_B.reshape(shards, -1)
-    rows = asked_PR.shape[1]
-    order_PR = jnp.argsort(~asked_PR, axis=1, stable=True)
+    asked_UZ = asked_B.reshape(shards, -1)
+    rows = asked_UZ.shape[1]
+    order_UZ = jnp.argsort(~asked_UZ, axis=1, stable=True)
     sizes = [0, *(2**i for i in range(math.ceil(math.log2(rows)))), rows]
     none = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, inputs))
 
@@ -76,18 +76,18 @@ def run_rows(function: Callable[[Any], Any], inputs: Any, asked_B: jax.Array) ->
     def run(size: int) -> Any:
         if size in (0, rows):
             return function(inputs) if size else none
-        order_PS = order_PR[:, :size]
+        order_UT = order_UZ[:, :size]
 
         def take(leaf: jax.Array) -> jax.Array:
-            taken = jax.vmap(lambda part_R, order_S: part_R[order_S])(parts(leaf), order_PS)
+            taken = jax.vmap(lambda part_Z, order_T: part_Z[order_T])(parts(leaf), order_UT)
             return taken.reshape(shards * size, *leaf.shape[1:])
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            each = jax.vmap(lambda old_R, new_S, order_S: old_R.at[order_S].set(new_S))
-            return each(parts(old), parts(new), order_PS).reshape(old.shape)
+            each = jax.vmap(lambda old_Z, new_T, order_T: old_Z.at[order_T].set(new_T))
+            return each(parts(old), parts(new), order_UT).reshape(old.shape)
 
         return jax.tree.map(put, none, function(jax.tree.map(take, inputs)))
 
-    most = jnp.max(jnp.sum(asked_PR, axis=1))
+    most = jnp.max(jnp.sum(asked_UZ, axis=1))
     branches = [functools.partial(run, size) for size in sizes]
     return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), most), branches)

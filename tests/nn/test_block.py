@@ -300,7 +300,7 @@ def test_experts_inside_are_measured_by_the_path_that_they_are_given():
     records = {"": routed, **under("inner/moe", routed.extra[0])}
     new, count = modjax.observe(nnx.state(block), records, 0)
     assert count == 1 + 4
-    load = np.bincount(np.asarray(routed.extra[0][""].record.experts_BLK).ravel(), minlength=4)
+    load = np.bincount(np.asarray(routed.extra[0][""].record.experts_BLP).ravel(), minlength=4)
     bias = new["inner"]["moe"]["rule"]["bias"][...]
     np.testing.assert_allclose(bias, 0.1 * np.sign(load.mean() - load), rtol=1e-6)
     rule = routed.extra[0]["rule"]
