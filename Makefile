@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/modjax report --workdir=$(WORK)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --ignore=tests/reliability

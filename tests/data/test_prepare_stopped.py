@@ -39,6 +39,7 @@ def big_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_goes_on_and_ends_in_the_same_cache(big_file, tmp_path):
     reference = prepare(text_files=[big_file], name="big", data_dir=tmp_path / "whole")
     data_dir = tmp_path / "killed"

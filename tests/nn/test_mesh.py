@@ -111,7 +111,12 @@ def eight_devices(layer, execution):
 @pytest.mark.parametrize(
     "layer, execution",
     [
-        *((layer, MESHES["all axes"]) for layer in (*LAYERS.values(), *ON_STREAMS.values())),
+        *((layer, MESHES["all axes"]) for layer in LAYERS.values()),
+        (ON_STREAMS["AltUp"], MESHES["all axes"]),
+        *(
+            pytest.param(ON_STREAMS[name], MESHES["all axes"], marks=pytest.mark.slow)
+            for name in ("full", "dynamic", "Gemma 3n", "by stride")
+        ),
         (LAYERS["top 2 with drops"], MESHES["experts"]),
         (LAYERS["dropless"], MESHES["no expert axis"]),
     ],

@@ -57,9 +57,9 @@ KINDS = {
 CASES = (
     ("MoD by ranks", "trained"),
     ("MoD by rules", "trained"),
-    ("MoD by rules", "threshold"),
     ("MoD in MoD", "threshold"),
     ("experts", "trained"),
+    pytest.param("MoD by rules", "threshold", marks=pytest.mark.slow),
     pytest.param("MoD by ranks", "predictor", marks=pytest.mark.slow),
     pytest.param("MoD by ranks", "paced", marks=pytest.mark.slow),
     pytest.param("MoD in MoD", "trained", marks=pytest.mark.slow),

@@ -192,10 +192,10 @@ MODELS = {
 }  # fmt: skip
 
 
-BY = [
-    (name, routing)
+BY = [(name, "causal") for name in MODELS] + [
+    pytest.param(name, "threshold", marks=pytest.mark.slow)
     for name, config in MODELS.items()
-    for routing in (("causal", "threshold") if config.routed() else ("causal",))
+    if config.routed()
 ]
 
 

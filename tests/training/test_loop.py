@@ -101,6 +101,7 @@ def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
     assert ours.train_loss == expected.train_loss
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_ends_in_identical_bytes(start, undisturbed, tmp_path):
     rng = random.Random(0)
     for step in (1, 18, 40):
