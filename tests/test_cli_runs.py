@@ -48,6 +48,7 @@ def test_a_sweep_from_config_to_status_with_real_training(modjax, data_dir, tmp_
     assert json.loads(out)[0]["seconds"] == pytest.approx(5e9 / measured, rel=0.01)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_single_run_and_exits_with_75(modjax, data_dir, tmp_path):
     arguments = [
         "train", f"--config={CONFIGS / 'single.py'}", f"--workdir={tmp_path}",

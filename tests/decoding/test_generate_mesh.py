@@ -100,6 +100,7 @@ def test_generation_on_2x2x2_devices_equals_one_device(model, turns, routing):
     assert {0, 1} == set(depths_BN.ravel()) == set(prompt_depths_BL.ravel())
 
 
+@pytest.mark.slow
 def test_rows_that_a_mesh_cannot_share_out_evenly_are_drawn_all_the_same(model):
     def draw(graphdef, params, put):
         found = generate(

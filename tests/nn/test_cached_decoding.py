@@ -155,11 +155,17 @@ def overflows(layer):
     return int(np.sum(layer["wanted_BL"] & ~layer["selected_BL"]))
 
 
+DEFAULT = [("causal", None), ("threshold", 1.0), ("paced", 1.0)]
+DEFAULT += [("auxiliary", slack) for slack in (None, 1.0)]
+
+
 @pytest.mark.parametrize(
     "routing, slack",
-    [("causal", None), *((routing, 1.0) for routing in KINDS if routing != "causal")]
-    + [pytest.param("causal", 1.0, marks=pytest.mark.slow)]
-    + [pytest.param(r, None, marks=pytest.mark.slow) for r in KINDS if r != "causal"],
+    [
+        pytest.param(routing, slack, marks=[] if (routing, slack) in DEFAULT else pytest.mark.slow)
+        for routing in KINDS
+        for slack in (None, 1.0)
+    ],
 )
 def test_cached_decoding_equals_the_uncached_pass_for_every_router(routing, slack):
     # Exact caches are compiled for few sizes where the capacity is large.

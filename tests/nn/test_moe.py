@@ -313,7 +313,16 @@ def test_padding_changes_no_other_row_loss_or_count():
         )
 
 
-@pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
+LONG = ("top 1 with drops", "dropless", "no-ops, dropless")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, id=name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name, spec in CASES.items()
+    ],
+)
 def test_an_edit_changes_nothing_before_it_but_where_experts_choose(spec):
     layer, x_BLD = layer_of(spec), inputs(4, 24)
     changed = 0

@@ -192,10 +192,12 @@ MODELS = {
 }  # fmt: skip
 
 
-BY = [(name, "causal") for name in MODELS] + [
-    pytest.param(name, "threshold", marks=pytest.mark.slow)
+LONG = ("pooled within MoD", "within altup", "altup of altup")
+BY = [(name, "causal") for name in MODELS if name not in LONG] + [
+    pytest.param(name, routing, marks=pytest.mark.slow)
     for name, config in MODELS.items()
-    if config.routed()
+    for routing in ("causal", "threshold")
+    if (name in LONG if routing == "causal" else config.routed())
 ]
 
 

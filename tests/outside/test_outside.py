@@ -129,6 +129,7 @@ def test_its_cached_decoding_is_the_full_pass_and_reads_a_turn_at_once():
         np.testing.assert_allclose(logits, [full[0, 10 + step], full[1, 9 + step]], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inside_mod_its_own_loss_reaches_the_objective_and_its_gain_a_gradient():
     spec = model((MoD(Strided(Dense(), stride=2), capacity=0.5),))
     graphdef, params = nnx.split(modjax.Transformer(spec, rngs=nnx.Rngs(0)))
