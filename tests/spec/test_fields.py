@@ -71,11 +71,7 @@ TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "wa
                 ("rule", TokenChoice(), "must be of type Rule"),
                 ("causal", "best", "must be of type Rule or None"),
                 ("causal", NoWay(), "must be a rule that never looks ahead"),
-                (
-                    "causal",
-                    Binary(),
-                    "must be a rule that never looks ahead, by one score of each position",
-                ),
+                ("causal", Binary(), "must be a rule that never looks ahead, by one score of each"),
                 ("residual", "x", "must be one of delta"),
             )
         ),
