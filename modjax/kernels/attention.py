@@ -119,7 +119,8 @@ def _probabilities(
     batch, heads, length, head_dim = q_BNLH.shape
     kv_heads = k_BGMH.shape[1]
     q_BNLH = q_BNLH * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
-    # Of a cache with two dims of queries, XLA's CPU backend would transpose all keys at every step.
+    # With two dims of queries, XLA's CPU backend transposes all keys of a cache at every step.
+    # Training keeps both: one dim would be rounded otherwise.
     dims = (heads // kv_heads, length) if keys is None else (-1,)
     q_BGTH = q_BNLH.reshape(batch, kv_heads, *dims, head_dim)
     s_BGTM = jnp.einsum("BG...H,BGMH->BG...M", q_BGTH, k_BGMH, preferred_element_type=jnp.float32)

@@ -215,7 +215,7 @@ def _check_inputs(
 
 
 def _gather_pairs(x_BNLL: jax.Array, selection: Selection) -> jax.Array:
-    """Returns entries of (B or 1, H, L, L) between selected positions, (B, H, K, K).
+    """Returns entries of (B or 1, N, L, L) between selected positions, (B, N, K, K).
 
     One that is not valid sees itself only, so that no softmax is over nothing, and is not seen.
     """

@@ -134,7 +134,7 @@ class ExpertThreshold(ExpertChoice):
 
 
 def _best(scores_BLE: jax.Array, valid_BL: jax.Array, share: Callable[[int], int]) -> Selection:
-    """Returns each expert's share(n) best of the n valid positions of each sequence, for N rows."""
+    """Selects each expert's share(n) best of the n valid positions of a sequence, in B * E rows."""
     batch, length, experts = scores_BLE.shape
     rows_TL = scores_BLE.swapaxes(1, 2).reshape(-1, length)
     size_B = of_valid(share, valid_BL, batch, length)

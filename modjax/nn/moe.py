@@ -69,8 +69,7 @@ class MoE(Sublayer):
         else:
             z_BLD = in_groups(y_BLD, picks, self._stacked(), spec.activation)
         if self.shared is not None:
-            weights = {name: read(w, None) for name, w in self.shared.items()}
-            z_BLD = z_BLD + mlp(y_BLD, weights, spec.activation, project, project_back)
+            z_BLD += mlp(y_BLD, _read(self.shared), spec.activation, project, project_back)
         picks_B = jnp.sum(picks.rows_BR, axis=1)
         own = Routing(
             asked_BL, taken_BL, valid_BL, picks.experts_BLP, picks_B, computed_B, picks.tied_BE
@@ -91,11 +90,15 @@ class MoE(Sublayer):
 
     def _each(self) -> list[dict[str, jax.Array]]:
         if isinstance(self.experts, nnx.List):
-            return [{name: read(w, None) for name, w in one.items()} for one in self.experts]
-        stacked = {name: read(w, None) for name, w in self.experts.items()}
+            return [_read(one) for one in self.experts]
+        stacked = _read(self.experts)
         return [{name: w[e] for name, w in stacked.items()} for e in range(self.spec.experts)]
 
     def _stacked(self) -> dict[str, jax.Array]:
         if isinstance(self.experts, nnx.List):
             return jax.tree.map(lambda *each: jnp.stack(each), *self._each())
-        return {name: read(w, None) for name, w in self.experts.items()}
+        return _read(self.experts)
+
+
+def _read(matrices: Any) -> dict[str, jax.Array]:
+    return {name: read(w, None) for name, w in matrices.items()}

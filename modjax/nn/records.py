@@ -189,7 +189,7 @@ def statistics(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counts:
-    """The counts of a layer's record, see `Record.counts`: (B, G). kind: the record's type."""
+    """The counts of a layer's record, see `Record.counts`: (B, A). kind: the record's type."""
 
     found: dict[str, Any]
     kind: type[Record] = field(metadata={"static": True})

@@ -106,7 +106,7 @@ class Routed(Record):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Learnt(Record):
-    """What a rule learns.
+    """The losses of a rule, and the numbers that it measures.
 
     losses: weighted losses by name, each (B,).
     logits_BL: logits that learn, by the one loss, to be above 0 where training selects, target_BL.

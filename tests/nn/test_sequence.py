@@ -193,12 +193,10 @@ MODELS = {
 
 
 LONG = ("pooled within MoD", "within altup", "altup of altup")
-BY = [(name, "causal") for name in MODELS if name not in LONG] + [
-    pytest.param(name, routing, marks=pytest.mark.slow)
-    for name, config in MODELS.items()
-    for routing in ("causal", "threshold")
-    if (name in LONG if routing == "causal" else config.routed())
-]
+SLOW = [(name, "causal") for name in LONG]
+SLOW += [(name, "threshold") for name, config in MODELS.items() if config.routed()]
+BY = [(name, "causal") for name in MODELS if name not in LONG]
+BY += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
 @pytest.mark.parametrize("name, routing", BY)
