@@ -15,8 +15,8 @@ from scipy import stats
 
 from modjax.errors import require
 from modjax.records import Record, read_csv, read_records, write_csv
-from modjax.scaling.fit import fit_all
-from modjax.scaling.observed import Repeated, by_cell
+from modjax.scaling.fit.cells import Repeated, by_cell
+from modjax.scaling.fit.isoflop import fit_all
 
 LEVEL = 0.95
 CHANCE = 0.05

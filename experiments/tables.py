@@ -15,7 +15,7 @@ from experiments.compare import (
     rates,
 )
 from modjax.records import Record
-from modjax.scaling.numbers import budget as flops
+from modjax.scaling.formatting import budget as flops
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

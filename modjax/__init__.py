@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from modjax.errors import InputError
     from modjax.finished.runs import load
     from modjax.nn import MoDBlock, Transformer, observe, register, unstack
-    from modjax.spec import (
+    from modjax.specs import (
         MLP,
         AltUp,
         Attention,
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
-_FROM = {  # all others: modjax.spec
+_FROM = {  # all others: modjax.specs
     "modjax.errors": ("InputError",),
     "modjax.nn": ("MoDBlock", "Transformer", "observe", "register", "unstack"),
     "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
@@ -143,8 +143,8 @@ def __getattr__(name: str) -> Any:
     if name == "flops":
         return importlib.import_module("modjax.flops")
     others = (module for module, names in _FROM.items() if name in names)
-    module = next(others, "modjax.spec")
-    if module not in ("modjax.errors", "modjax.spec"):  # those need no other package
+    module = next(others, "modjax.specs")
+    if module not in ("modjax.errors", "modjax.specs"):  # those need no other package
         importlib.import_module("modjax.packages").check_packages()
     return getattr(importlib.import_module(module), name)
 

@@ -20,7 +20,7 @@ def start(imports: Mapping[str, str] | None = None) -> None:
     Raises InputError where the environment prevents jax, or a module cannot be imported.
     """
     from modjax.provenance import fix_settings
-    from modjax.spec.imports import import_all
+    from modjax.specs.imports import import_all
 
     os.environ.update(compilation_cache())
     try_first()

@@ -9,8 +9,8 @@ afterwards.
 
 from collections.abc import Callable, Iterator, Mapping
 
-from modjax.spec import Cost, Load, ModelSpec, TrainConfig
-from modjax.spec.run import ROUTER_ROLES
+from modjax.specs import Cost, Load, ModelSpec, TrainConfig
+from modjax.specs.run import ROUTER_ROLES
 
 CHINCHILLA = ("embedding", "qkv", "scores", "softmax", "values", "output", "mlp", "logits")
 # Every dense component is listed, even where a model has none of it.

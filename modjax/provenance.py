@@ -16,12 +16,12 @@ from typing import Any
 from modjax.errors import SharedFault, require
 from modjax.files import entries
 from modjax.records import Record, read_provenance, run_dir, write_provenance
-from modjax.spec import ModelSpec, RunSpec
-from modjax.spec.imports import combined, layer_source, own_layers, registered
+from modjax.specs import ModelSpec, RunSpec
+from modjax.specs.imports import combined, layer_source, own_layers, registered
 
 logger = logging.getLogger("modjax")
 # modjax's own code that decides what a run computes.
-COMPUTING = ("data", "kernels", "nn", "spec", "training")
+COMPUTING = ("data", "kernels", "nn", "specs", "training")
 SOURCES = "[!.]*.py"  # not the hidden links that an editor leaves beside a file
 PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax")
 # Settings of jax that change numbers, as modjax sets them where it owns the process.

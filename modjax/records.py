@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from modjax.errors import LONGEST_NAME, InputError, require, require_name
 from modjax.files import Missing, damaged, entries, read_json, write_atomically
-from modjax.spec import RunSpec, from_dict, to_dict
-from modjax.spec.run import FORMAT
-from modjax.spec.text import UnknownName
+from modjax.specs import RunSpec, from_dict, to_dict
+from modjax.specs.run import FORMAT
+from modjax.specs.text import UnknownName
 
 logger = logging.getLogger("modjax")
 T = TypeVar("T")

@@ -11,10 +11,10 @@ import pytest
 
 from modjax.data.cache import cache_dir
 from modjax.data.manifest import Manifest, Split
-from modjax.data.writer import Written, write_split
-from modjax.spec import DataConfig, Predictor
-from modjax.spec.imports import IMPORTED
-from modjax.spec.layer import NAMES, ORIGINS
+from modjax.data.prepare.writer import Written, write_split
+from modjax.specs import DataConfig, Predictor
+from modjax.specs.imports import IMPORTED
+from modjax.specs.layer import NAMES, ORIGINS
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -54,7 +54,7 @@ def tiny_data_dir(tmp_path_factory) -> Path:
 def finished_workdir(tiny_data_dir, tmp_path_factory) -> Path:
     """A sweep's folder with one finished run, on TINY_DATA; its routed layer has a predictor."""
     from modjax.records import run_dir
-    from modjax.spec import Dense, Execution, MoD
+    from modjax.specs import Dense, Execution, MoD
     from modjax.training.loop import train
     from tests.training.tiny import run_spec
 

@@ -12,7 +12,7 @@ from experiments import check
 from experiments.compare import causal, difference, keep
 from modjax.errors import InputError
 from modjax.records import read_csv, run_dir, write_record
-from modjax.scaling import fit
+from modjax.scaling.fit import isoflop as fit
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from modjax.flops import (
     train_flops,
 )
 from modjax.nn import Transformer
-from modjax.spec import (
+from modjax.specs import (
     MLP,
     AltUp,
     Attention,

@@ -1,11 +1,12 @@
-"""A letter of a shape suffix has one meaning in nn/ and kernels/: their legends agree."""
+"""A letter of a shape suffix has one meaning: the legends of the computing folders agree."""
 
 import ast
 import re
 from pathlib import Path
 
 MODJAX = Path(__file__).parents[1] / "modjax"
-FILES = sorted(file for folder in ("nn", "kernels") for file in (MODJAX / folder).glob("*.py"))
+FOLDERS = ("nn", "kernels", "training", "decoding")
+FILES = sorted(file for folder in FOLDERS for file in (MODJAX / folder).rglob("*.py"))
 
 
 def legend(source: str) -> dict[str, str]:

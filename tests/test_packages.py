@@ -84,7 +84,7 @@ def test_a_missing_package_is_named(installed):
 def test_it_ends_a_command_and_an_import_in_one_line(installed, tmp_path):
     installed("flax", "0.8.0")
     line = "flax = '0.8.0': must be installed as >=0.12.6,<0.13: pip install 'flax>=0.12.6,<0.13'"
-    command = "from modjax.cli import main; sys.exit(main(['status', '--workdir=none']))"
+    command = "from modjax.cli.main import main; sys.exit(main(['status', '--workdir=none']))"
     for code, expected in {
         command: f"modjax: {line}",
         "import modjax; modjax.MoD; modjax.Transformer": f"modjax.errors.InputError: {line}",

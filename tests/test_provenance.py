@@ -10,10 +10,10 @@ import pytest
 from modjax import provenance as p
 from modjax.errors import InputError, SharedFault
 from modjax.records import read_provenance, run_dir
-from modjax.spec import Execution, imports
-from modjax.training.sharding import make_mesh
+from modjax.specs import Execution, imports
+from modjax.training.mesh import make_mesh
 from tests.scaling.conftest import _record
-from tests.spec.test_imports import LAYER
+from tests.specs.test_imports import LAYER
 from tests.training.tiny import MODEL, run_spec
 
 NOW = {"code of modjax": "aa", "code of Mine": "bb", "XLA_FLAGS": "none", "devices": "1"}
@@ -122,16 +122,16 @@ def test_modjaxs_own_hash_is_of_the_code_that_computes(tmp_path, monkeypatch):
         return p._own_source()
 
     monkeypatch.setattr(p, "__file__", str(tmp_path / "provenance.py"))
-    for name in ("nn/mod.py", "training/step.py", "scaling/report.py"):
-        (tmp_path / name).parent.mkdir()
+    for name in ("nn/layers/mod.py", "training/step.py", "scaling/report/page.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("1")
     first = digest()
-    (tmp_path / "scaling/report.py").write_text("2")
+    (tmp_path / "scaling/report/page.py").write_text("2")
     assert digest() == first
-    (tmp_path / "nn/mod.py").write_text("2")
+    (tmp_path / "nn/layers/mod.py").write_text("2")
     (tmp_path / "nn/.#mod.py").symlink_to("somebody@somewhere:1")  # as Emacs locks a file
     second = digest()
-    (tmp_path / "nn/mod.py").rename(tmp_path / "nn/moe.py")
+    (tmp_path / "nn/layers/mod.py").rename(tmp_path / "nn/layers/moe.py")
     assert len({first, second, digest()}) == 3
     p._own_source.cache_clear()
 

@@ -100,6 +100,6 @@ def test_the_sampling_example_of_the_readme_continues_two_prompts():
     namespace = {}
     exec(compile(code, str(README), "exec"), namespace)
     more = namespace["more"]
-    assert more.tokens_BN.shape == more.depths_BN.shape == (2, 20)
+    assert more.tokens_BO.shape == more.depths_BO.shape == (2, 20)
     np.testing.assert_array_equal(more.state.cache.positions_B, [3 + 40, 4 + 40])
-    assert 0 <= int(more.depths_BN.min()) <= int(more.depths_BN.max()) <= 2
+    assert 0 <= int(more.depths_BO.min()) <= int(more.depths_BO.max()) <= 2

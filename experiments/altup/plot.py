@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments.compare import Optima, causal, keep, optima
-from modjax.scaling.marks import RC, nth_style
+from modjax.scaling.report.markers import RC, nth_style
 
 HERE = Path(__file__).parent
 

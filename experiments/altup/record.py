@@ -9,7 +9,7 @@ from experiments import compare
 from experiments.compare import cases, causal, loss, of_both_texts, own, rates
 from experiments.tables import markdown, optimum_table, pair_table, rate_table
 from modjax.records import Record, read_csv
-from modjax.scaling.numbers import budget as flops
+from modjax.scaling.formatting import budget as flops
 
 HERE = Path(__file__).parent
 TEXTS = {text: causal(records) for text, records in of_both_texts(HERE).items()}

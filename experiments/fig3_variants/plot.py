@@ -15,9 +15,9 @@ from matplotlib.ticker import NullFormatter
 
 from experiments.compare import best, cells, keep, loss
 from modjax.records import Record
-from modjax.scaling.curves import read_curves
-from modjax.scaling.marks import COLOURS, RC, nth_style
-from modjax.scaling.observed import Repeated
+from modjax.scaling.fit.cells import Repeated
+from modjax.scaling.fit.learning_curves import read_curves
+from modjax.scaling.report.markers import COLOURS, RC, nth_style
 
 HERE = Path(__file__).parent
 # So much worse at every size that it would flatten all the others.

@@ -23,8 +23,8 @@ import matplotlib.pyplot as plt
 
 from modjax.finished.runs import Finished, choose, open_run
 from modjax.finished.text import open_codec
-from modjax.scaling.marks import COLOURS, RC
-from modjax.training.evaluate import validation_batches
+from modjax.scaling.report.markers import COLOURS, RC
+from modjax.training.results.evaluate import validation_batches
 
 HERE = Path(__file__).parent
 SHOWN = 4  # sequences in the map and on the page

@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter
 
 from experiments.compare import keep
 from modjax.records import Record, read_metrics, run_dir
-from modjax.scaling.marks import COLOURS, MARKERS, RC
+from modjax.scaling.report.markers import COLOURS, MARKERS, RC
 
 HERE = Path(__file__).parent
 # The metric that follows each arm's own way to select without the future.

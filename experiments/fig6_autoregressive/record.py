@@ -10,7 +10,7 @@ from typing import NamedTuple
 from experiments.compare import of_both_texts
 from experiments.tables import markdown
 from modjax.records import Record
-from modjax.scaling.observed import by_cell
+from modjax.scaling.fit.cells import by_cell
 
 HERE = Path(__file__).parent
 TEXTS = of_both_texts(HERE)

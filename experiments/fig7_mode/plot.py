@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter
 
 from experiments.compare import best, causal, cells, keep, loss
 from modjax.records import Record
-from modjax.scaling.marks import RC, nth_style
+from modjax.scaling.report.markers import RC, nth_style
 
 HERE = Path(__file__).parent
 BASELINE = "dense"

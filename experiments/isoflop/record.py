@@ -9,11 +9,11 @@ from experiments import compare
 from experiments.compare import cases, optima, own
 from experiments.tables import markdown, optimum_table, pair_table
 from modjax.records import read_csv
-from modjax.scaling.fit import fit_all
-from modjax.scaling.numbers import budget as flops
-from modjax.scaling.numbers import count
-from modjax.scaling.results import Gap, to_json
-from modjax.scaling.words import fixed, span
+from modjax.scaling.fit.isoflop import fit_all
+from modjax.scaling.fit.results import Gap, to_json
+from modjax.scaling.formatting import budget as flops
+from modjax.scaling.formatting import count
+from modjax.scaling.report.prose import fixed, span
 
 HERE = Path(__file__).parent
 TRAINED = read_csv(HERE / "results.csv")

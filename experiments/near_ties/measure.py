@@ -10,7 +10,7 @@ from pathlib import Path
 
 from modjax.finished.runs import compare, open_run
 from modjax.records import read_records, read_spec, run_dir
-from modjax.training import evaluate
+from modjax.training.results import evaluate
 
 DEVICES = (1, 2, 4, 8)
 BATCHES = (1, 2, 4, 8, 16, 32)

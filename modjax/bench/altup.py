@@ -14,7 +14,7 @@ from modjax.bench.decode import DENSE as DECODED
 from modjax.bench.decode import drawn_in_turn
 from modjax.bench.step import DENSE, TRAIN, interleaved, jax_step, ratio
 from modjax.flops import train_flops
-from modjax.spec import AltUp, Dense, ModelSpec, Recycled, Repeat, SequenceAltUp
+from modjax.specs import AltUp, Dense, ModelSpec, Recycled, Repeat, SequenceAltUp
 
 ROWS = (
     Row("AltUp K 2 step / dense step / FLOP ratio", "ratio", 1.10),

@@ -21,7 +21,7 @@ from modjax.bench.step import ROUNDS, TRAIN, interleaved, jax_step, ratio
 from modjax.decoding.generate import Sampling, State, generate, resume
 from modjax.flops import cache_bytes
 from modjax.nn import Routed, Transformer, unstack
-from modjax.spec import Dense, MoD, ModelSpec, Predictor
+from modjax.specs import Dense, MoD, ModelSpec, Predictor
 
 CONTEXT, NEW, SLACK = 1024, 64, 1.5
 DENSE = ModelSpec(
@@ -50,8 +50,8 @@ def measure() -> list[Row]:
         states = {name: start(*model, batch, paces[name]) for name, model in models.items()}
         steps = {name: functools.partial(draw, *model) for name, model in models.items()}
         if batch == 16:
-            depths_BN = draw(*models["mod"], copy(states["mod"]))
-            routed = float(jnp.mean(depths_BN)) / (MOD.num_layers // 2)
+            depths_BO = draw(*models["mod"], copy(states["mod"]))
+            routed = float(jnp.mean(depths_BO)) / (MOD.num_layers // 2)
         inputs = {name: functools.partial(copy, state) for name, state in states.items()}
         read = {"read": reading(stacked[1])} if batch == 1 else {}
         seconds[batch] = interleaved({**steps, **read}, inputs=inputs)
@@ -134,7 +134,7 @@ def copy(state: State) -> State:
 def draw(graphdef: Any, params: Any, state: State) -> jax.Array:
     """Draws NEW tokens, using the state up, and waits for them; returns their depths."""
     found = resume(graphdef, params, state, max_new_tokens=NEW, sampling=Sampling())
-    return jax.block_until_ready(found.depths_BN)
+    return jax.block_until_ready(found.depths_BO)
 
 
 def reading(params: Any) -> Any:

@@ -15,7 +15,7 @@ from modjax.bench.decode import DENSE as DECODED
 from modjax.bench.decode import drawn_in_turn
 from modjax.bench.step import DENSE, TRAIN, interleaved, jax_step, ratio
 from modjax.flops import train_flops
-from modjax.spec import (
+from modjax.specs import (
     Attention,
     Execution,
     Layer,
@@ -26,8 +26,8 @@ from modjax.spec import (
     TokenChoice,
     TrainConfig,
 )
+from modjax.training.mesh import make_mesh
 from modjax.training.programs import lower_train_step
-from modjax.training.sharding import make_mesh
 from modjax.training.state import abstract_model
 
 TIGHT = MoE(8, capacity_factor=1.0)

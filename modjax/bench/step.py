@@ -16,10 +16,10 @@ import numpy as np
 from modjax.bench import Row, fill, progress
 from modjax.data.batches import Batch
 from modjax.flops import train_flops
-from modjax.spec import Dense, Execution, MoD, ModelSpec, TrainConfig
+from modjax.specs import Dense, Execution, MoD, ModelSpec, TrainConfig
+from modjax.training.mesh import make_mesh, put_batch
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import init_state, lower_train_step
-from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import abstract_model
 
 ROUNDS = 7

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modjax.spec import ModelSpec, TrainConfig
+from modjax.specs import ModelSpec, TrainConfig
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from modjax.data.manifest import Manifest
 from modjax.data.vocabulary import MOST_MODEL
 from modjax.errors import MOST_SHOWN, InputError, SharedFault, one_line, require
 from modjax.files import MOST_JSON, read_file, reason
-from modjax.spec import DataConfig, ModelSpec
+from modjax.specs import DataConfig, ModelSpec
 
 # An object store that does not answer is reported in a quarter of a minute, not of an hour.
 FEW_RETRIES = {f"{store}_request_retries": {"max_retries": 4} for store in ("gcs", "s3", "http")}

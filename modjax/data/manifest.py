@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from modjax.errors import require
-from modjax.spec import from_dict
+from modjax.specs import from_dict
 
 FORMAT = 2
 SPLITS = ("train", "validation")

@@ -2,7 +2,7 @@
 
 Any Flax NNX model will do that has a `reader` as modjax.Transformer has it, and a cache with its
 positions_B and overflow_B.
-Legend: B batch, L prompt positions, N new tokens, V vocabulary, W longest stop sequence.
+Legend: B batch, L positions, O new tokens, V vocabulary, W slots of a cache.
 """
 
 import dataclasses
@@ -46,16 +46,16 @@ class State:
 
 
 class Generated(NamedTuple):
-    """tokens_BN: new tokens, up to and with a stop sequence, and then 0.
+    """tokens_BO: new tokens, up to and with a stop sequence, and then 0.
 
-    depths_BN: routed blocks that processed each of them; -1 after the end. overflow_BN: those that
+    depths_BO: routed blocks that processed each of them; -1 after the end. overflow_BO: those that
     it asked for in vain. prompt_depths_BL: depths of the prompt, None after `resume`. state: to go
     on from.
     """
 
-    tokens_BN: jax.Array
-    depths_BN: jax.Array
-    overflow_BN: jax.Array
+    tokens_BO: jax.Array
+    depths_BO: jax.Array
+    overflow_BO: jax.Array
     prompt_depths_BL: jax.Array | None
     state: State
 
@@ -146,10 +146,10 @@ def resume(
 
 def _draw(model: Any, params: Any, state: State, new: int, sampling: Sampling) -> Generated:
     if new == 0:  # reading a prompt was all that was asked for
-        none_BN = jnp.zeros((state.done_B.shape[0], 0), jnp.int32)
-        return Generated(none_BN, none_BN, none_BN, None, state)
-    tokens_BN, depths_BN, overflow_BN, state = _loop(model, params, state, new, sampling)
-    return Generated(tokens_BN, depths_BN, overflow_BN, None, state)
+        none_BO = jnp.zeros((state.done_B.shape[0], 0), jnp.int32)
+        return Generated(none_BO, none_BO, none_BO, None, state)
+    tokens_BO, depths_BO, overflow_BO, state = _loop(model, params, state, new, sampling)
+    return Generated(tokens_BO, depths_BO, overflow_BO, None, state)
 
 
 def extend(model: Any, params: Any, state: State, tokens_BL: Any, lengths_B: Any = None) -> State:
@@ -216,7 +216,7 @@ def _loop(model, params, state, new, sampling):
         return (i < new) & ~jnp.all(state.done_B)
 
     def draw(carry):
-        i, tokens_BN, depths_BN, overflow_BN, state = carry
+        i, tokens_BO, depths_BO, overflow_BO, state = carry
         active_B = ~state.done_B
         key = jax.random.fold_in(state.key, state.step)
         tokens_B = jnp.where(active_B, draw_tokens(state.logits_BV, key, sampling), PAD)
@@ -234,17 +234,17 @@ def _loop(model, params, state, new, sampling):
         )
         depths_B = jnp.where(active_B, depths_B1[:, 0], -1)
         written = (
-            jax.lax.dynamic_update_index_in_dim(all_BN, now_B, i, 1)
-            for all_BN, now_B in (
-                (tokens_BN, tokens_B),
-                (depths_BN, depths_B),
-                (overflow_BN, missed_B),
+            jax.lax.dynamic_update_index_in_dim(all_BO, now_B, i, 1)
+            for all_BO, now_B in (
+                (tokens_BO, tokens_B),
+                (depths_BO, depths_B),
+                (overflow_BO, missed_B),
             )
         )
         return i + 1, *written, state
 
-    zero_BN = jnp.zeros((batch, new), jnp.int32)
-    start = (jnp.int32(0), jnp.full_like(zero_BN, PAD), zero_BN - 1, zero_BN, state)
+    zero_BO = jnp.zeros((batch, new), jnp.int32)
+    start = (jnp.int32(0), jnp.full_like(zero_BO, PAD), zero_BO - 1, zero_BO, state)
     return jax.lax.while_loop(more, draw, start)[1:]
 
 

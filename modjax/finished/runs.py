@@ -12,10 +12,12 @@ from modjax.data.cache import TokenCache, cache_dir, open_cache
 from modjax.errors import InputError, require
 from modjax.provenance import require_readable
 from modjax.records import name_left_out, read_spec, run_dir, scan
-from modjax.spec import Execution, RunSpec
-from modjax.spec.imports import import_all, places
-from modjax.training.base import read_finished
-from modjax.training.evaluate import (
+from modjax.specs import Execution, RunSpec
+from modjax.specs.imports import import_all, places
+from modjax.training.base_weights import read_finished
+from modjax.training.mesh import make_mesh
+from modjax.training.programs import compile_eval_step
+from modjax.training.results.evaluate import (
     Evaluation,
     difference,
     evaluate,
@@ -23,8 +25,6 @@ from modjax.training.evaluate import (
     summarise,
     validation_batches,
 )
-from modjax.training.programs import compile_eval_step
-from modjax.training.sharding import make_mesh
 from modjax.training.state import Model
 
 

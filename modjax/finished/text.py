@@ -150,8 +150,8 @@ def sample(
             resume(run.model.graphdef, run.weights, state, max_new_tokens=now, sampling=sampling)
         )
         left -= now
-    overflow_BN = np.concatenate([part.overflow_BN for part in drawn], axis=1)
-    prompts_B = np.asarray(drawn[-1].state.cache.overflow_B) - overflow_BN.sum(axis=1)
+    overflow_BO = np.concatenate([part.overflow_BO for part in drawn], axis=1)
+    prompts_B = np.asarray(drawn[-1].state.cache.overflow_B) - overflow_BO.sum(axis=1)
     routed = run.spec.model.routed()
     return [
         Sample(
@@ -161,7 +161,7 @@ def sample(
             depths=np.asarray(drawn[0].prompt_depths_BL)[b, : lengths_B[b]].tolist()
             + rows[b].depths,
             routed_blocks=routed,
-            overflow=int(prompts_B[b] + overflow_BN[b, : len(rows[b].depths)].sum()),
+            overflow=int(prompts_B[b] + overflow_BO[b, : len(rows[b].depths)].sum()),
         )
         for b, prompt in enumerate(prompts)
     ]
@@ -178,9 +178,9 @@ def _row(drawn: Sequence[Generated], b: int, codec: Codec, stops: Sequence[bytes
 
     These are looked for in the text: the tokens that spell one may be others than its own.
     """
-    tokens_N = np.concatenate([part.tokens_BN[b] for part in drawn])
-    depths_N = np.concatenate([part.depths_BN[b] for part in drawn])
-    pieces = codec.pieces(tokens_N[depths_N >= 0].tolist())
+    tokens_O = np.concatenate([part.tokens_BO[b] for part in drawn])
+    depths_O = np.concatenate([part.depths_BO[b] for part in drawn])
+    pieces = codec.pieces(tokens_O[depths_O >= 0].tolist())
     starts = [at for at in (b"".join(pieces).find(text) for text in stops) if at >= 0]
     kept: list[bytes] = []
     room = min(starts, default=sum(map(len, pieces)))
@@ -189,7 +189,7 @@ def _row(drawn: Sequence[Generated], b: int, codec: Codec, stops: Sequence[bytes
             break
         kept.append(piece[:room])
         room -= len(kept[-1])
-    return _Row(kept, depths_N[: len(kept)].tolist(), len(starts) > 0)
+    return _Row(kept, depths_O[: len(kept)].tolist(), len(starts) > 0)
 
 
 def coloured(sample: Sample) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from modjax.spec.masks import Mask
+from modjax.specs.layers.masks import Mask
 
 # Queries are computed in chunks, each against the keys within the mask's reach only: at most so
 # many chunks where the reach has no bound, one, and two, of MIN_QUERY_CHUNK queries or more. Of

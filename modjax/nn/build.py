@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 
 from modjax.errors import require
 from modjax.nn.call import At, Call, Out
-from modjax.spec import Layer, Shape, Spec
-from modjax.spec.layer import add_name
+from modjax.specs import Layer, Shape, Spec
+from modjax.specs.layer import add_name
 
 
 class LayerModule(nnx.Module):
@@ -36,7 +36,7 @@ def register(spec: type[Spec], module: type[nnx.Module]) -> None:
     """Adds a layer, router, rule or end to modjax: it can stand wherever ours can, in text too.
 
     spec: a frozen dataclass, a subclass of modjax.Layer, Router or Rule, or of Embedding, Head or
-    Expansion in modjax.spec.
+    Expansion in modjax.specs.
     module: made as module(spec, shape, rngs=rngs). That of a layer is a subclass of
     modjax.nn.LayerModule; that of a router also gets outputs=, the scores that its rule reads of
     each position; that of a rule gets capacity=.

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modjax import spec
+from modjax import specs
 from modjax.errors import require
-from modjax.nn.attention import rotary_tables
 from modjax.nn.build import build
 from modjax.nn.cache import overflow
 from modjax.nn.call import At, Call, number_rows
-from modjax.nn.ends import Head
-from modjax.nn.layers import RMSNorm
+from modjax.nn.layers.attention import rotary_tables
+from modjax.nn.layers.dense import RMSNorm
+from modjax.nn.layers.ends import Head
 from modjax.nn.records import Record
-from modjax.nn.routing import gather
+from modjax.nn.routing.selection import gather
 from modjax.nn.sharding import constrain_stream
 from modjax.nn.stack import Stack
 
@@ -42,7 +42,7 @@ Reader = Callable[[jax.Array, jax.Array, Cache | None], tuple[jax.Array, Cache, 
 class Transformer(nnx.Module):
     """A decoder: features from tokens, and logits from features."""
 
-    def __init__(self, config: spec.ModelSpec, *, rngs: nnx.Rngs):
+    def __init__(self, config: specs.ModelSpec, *, rngs: nnx.Rngs):
         self.config = config
         streams, shape = config.streams, config.shape
         self.embed = build(config.embed, shape, rngs=rngs)
@@ -82,7 +82,7 @@ class Transformer(nnx.Module):
           never looks ahead; or the name of a rule, which those layers use that have it.
         slack: without the future, a routed layer takes the first slack * capacity * L positions of
           a row at most, as a cache has slots for; None, all that ask.
-        layer_loop, remat: how the layers are run, see spec.Execution; it changes no number but by
+        layer_loop, remat: how the layers are run, see specs.Execution; it changes no number but by
           rounding.
         Raises InputError for a routing that the model does not have.
         """

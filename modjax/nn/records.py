@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from modjax.errors import InputError, require
-from modjax.nn.routing import gather
+from modjax.nn.routing.selection import gather
 
 # A running mean forgets at this rate; until then it is the plain mean.
 RATE = 0.01

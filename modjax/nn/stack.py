@@ -15,19 +15,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from modjax import spec
+from modjax import specs
 from modjax.kernels import target
 from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import written
 from modjax.nn.call import At, Call, Out
-from modjax.nn.layers import in_order, names
+from modjax.nn.layers.dense import in_order, names
 from modjax.nn.records import Record
 
 
 class Segment(NamedTuple):
     """A pattern of layers that repeats. first: the number of patterns' layers before it."""
 
-    layers: dict[str, spec.Layer]
+    layers: dict[str, specs.Layer]
     first: int
     times: int
 
@@ -47,9 +47,9 @@ class Repetition(NamedTuple):
 
 
 class Stack(nnx.Module):
-    """The layers of a model. A call says how they are run, see spec.Execution."""
+    """The layers of a model. A call says how they are run, see specs.Execution."""
 
-    def __init__(self, model: spec.ModelSpec, *, rngs: nnx.Rngs):
+    def __init__(self, model: specs.ModelSpec, *, rngs: nnx.Rngs):
         self.model = model
         blocks = {}
         for segment in self.segments:
@@ -164,7 +164,7 @@ class Stack(nnx.Module):
                 yield segment, each[0][0], [params for _, params in each]
 
 
-def _build(layer: spec.Layer, shape: spec.Shape, rngs: nnx.Rngs) -> nnx.Module:
+def _build(layer: specs.Layer, shape: specs.Shape, rngs: nnx.Rngs) -> nnx.Module:
     return build(layer, shape, rngs=rngs)
 
 

@@ -17,11 +17,11 @@ from modjax.records import (
     run_dir,
     scan,
 )
-from modjax.scaling.cells import flops_per_second
-from modjax.scaling.run import is_running
+from modjax.scaling.engines.run_lock import is_running
+from modjax.scaling.plan.plan_table import flops_per_second
 from modjax.scaling.workdir import read_plan
-from modjax.spec import TrainConfig, from_dict
-from modjax.spec.text import UnknownName
+from modjax.specs import TrainConfig, from_dict
+from modjax.specs.text import UnknownName
 
 STATES = ("done", "diverged", "running", "failed", "damaged", "waiting")
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from modjax.errors import InputError, require
 from modjax.provenance import require_same, source_code
 from modjax.records import Record, read_records, run_dir
-from modjax.scaling.cells import BUDGET_TOLERANCE, Cell, cells, flops_per_second
 from modjax.scaling.engines.local import Session
-from modjax.scaling.experiment import Experiment
-from modjax.scaling.foretell import NOISE
+from modjax.scaling.plan.experiment import Experiment
+from modjax.scaling.plan.plan_table import BUDGET_TOLERANCE, Cell, cells, flops_per_second
+from modjax.scaling.plan.prediction import NOISE
 from modjax.scaling.workdir import check_claim, claim, log_session
-from modjax.spec import RunSpec
+from modjax.specs import RunSpec
 
 if TYPE_CHECKING:
     from modjax.data.cache import TokenCache

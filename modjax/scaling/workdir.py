@@ -23,10 +23,10 @@ from modjax.records import (
     write_json,
     write_spec,
 )
-from modjax.scaling.experiment import Experiment
-from modjax.scaling.run import lock
-from modjax.spec import from_dict, to_dict
-from modjax.spec.run import FORMAT
+from modjax.scaling.engines.run_lock import lock
+from modjax.scaling.plan.experiment import Experiment
+from modjax.specs import from_dict, to_dict
+from modjax.specs.run import FORMAT
 
 logger = logging.getLogger("modjax")
 

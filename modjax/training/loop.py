@@ -14,6 +14,8 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from modjax.checks.runs import check as check  # a job has `check` and `train`
+from modjax.checks.runs import check_run, open_data
 from modjax.data.batches import Batch, train_batch
 from modjax.data.cache import TokenCache, check_fingerprint
 from modjax.data.prefetch import prefetch
@@ -21,17 +23,15 @@ from modjax.errors import Preempted
 from modjax.files import Home, Missing
 from modjax.provenance import begin, provenance
 from modjax.records import Record, read_record, read_spec, write_record, write_spec
-from modjax.spec import Execution, RunSpec
-from modjax.training.base import check_base, identity_of, initial_state
-from modjax.training.check import check as check  # a job has `check` and `train`
-from modjax.training.check import check_run, open_data
+from modjax.specs import Execution, RunSpec
+from modjax.training.base_weights import check_base, identity_of, initial_state
 from modjax.training.checkpoint import Checkpoints
-from modjax.training.clock import Clock, Pace
-from modjax.training.evaluate import eval_batch_size, evaluate, measured, validation_batches
-from modjax.training.metrics import MetricsWriter, last_train_loss
+from modjax.training.mesh import make_mesh, put_batch
 from modjax.training.programs import compile_programs
-from modjax.training.record import make_record, progress_values
-from modjax.training.sharding import make_mesh, put_batch
+from modjax.training.results.clock import Clock, Pace
+from modjax.training.results.evaluate import eval_batch_size, evaluate, measured, validation_batches
+from modjax.training.results.metrics import MetricsWriter, last_train_loss
+from modjax.training.results.record import make_record, progress_values
 from modjax.training.state import abstract_model, abstract_state, forget_losses, joined
 
 # Tokens of one read of the cache.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from modjax.spec import TrainConfig
+from modjax.specs import TrainConfig
 
 
 class Schedule(NamedTuple):

@@ -10,10 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax.data.batches import Batch
 from modjax.nn import statistics
-from modjax.spec import Execution, RunSpec, TrainConfig
-from modjax.training.evaluate import eval_batch_size
+from modjax.specs import Execution, RunSpec, TrainConfig
+from modjax.training.mesh import batch_sharding
 from modjax.training.optimizer import make_schedule
-from modjax.training.sharding import batch_sharding
+from modjax.training.results.evaluate import eval_batch_size
 from modjax.training.state import (
     Model,
     TrainState,

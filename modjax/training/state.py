@@ -14,8 +14,8 @@ from modjax.errors import require
 from modjax.nn import Transformer
 from modjax.nn.params import Measured
 from modjax.nn.sharding import partition_spec, ways
-from modjax.spec import ModelSpec, TrainConfig
-from modjax.spec.run import ROUTER_ROLES
+from modjax.specs import ModelSpec, TrainConfig
+from modjax.specs.run import ROUTER_ROLES
 from modjax.training.optimizer import make_schedule, optimizer_for
 
 

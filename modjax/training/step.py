@@ -1,6 +1,6 @@
 """The pure functions of training: loss, train step and evaluation step.
 
-Legend: B batch, L positions, V vocabulary, A micro-batches, G groups of layers.
+Legend: B batch, L positions, D model width, V vocabulary, U parts, A layers of one kind.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from modjax.data.batches import Batch
 from modjax.nn import Record, TokenLoss, Transformer, in_chunks, losses, observe, totals
 from modjax.nn.records import counts
 from modjax.nn.sharding import constrain
-from modjax.spec import TrainConfig
+from modjax.specs import TrainConfig
 from modjax.training.optimizer import Schedule, gradient_norm, learning_rate, optimizer_for
 from modjax.training.state import Model, TrainState
 
@@ -122,27 +122,27 @@ def _accumulated(
         return gradient(params, *item)
     batch, key = item
     # Strided rows, so that every device keeps the rows that it already has.
-    batch_ABL = jax.tree.map(
+    batch_UBL = jax.tree.map(
         lambda x_BL: x_BL.reshape(-1, parts, *x_BL.shape[1:]).swapaxes(0, 1), batch
     )
-    items = (batch_ABL, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(parts)))
+    items = (batch_UBL, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(parts)))
     sums: Any = {}
     if jax.eval_shape(sums_of, jax.tree.map(lambda x: x[0], items)):
-        sums = jax.tree.map(lambda x_A: jnp.mean(x_A, axis=0), jax.lax.map(sums_of, items))
+        sums = jax.tree.map(lambda x_U: jnp.mean(x_U, axis=0), jax.lax.map(sums_of, items))
 
     def add(total, item):
         grads, (loss, *rest) = gradient(params, *item, sums)
         return jax.tree.map(jnp.add, total, (grads, loss)), rest
 
     zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
-    (grads, loss), (records_AGB, tokens_AB) = jax.lax.scan(add, zero, items)
+    (grads, loss), (records_UAB, tokens_UB) = jax.lax.scan(add, zero, items)
 
-    def one_batch(x_AGB):
-        x_GBA = jnp.moveaxis(x_AGB, 0, 2)
-        return x_GBA.reshape(x_GBA.shape[0], -1, *x_GBA.shape[3:])
+    def one_batch(x_UAB):
+        x_ABU = jnp.moveaxis(x_UAB, 0, 2)
+        return x_ABU.reshape(x_ABU.shape[0], -1, *x_ABU.shape[3:])
 
-    tokens = jax.tree.map(lambda x_AB: one_batch(x_AB[:, None])[0], tokens_AB)
-    return grads, (loss, jax.tree.map(one_batch, records_AGB), tokens)
+    tokens = jax.tree.map(lambda x_UB: one_batch(x_UB[:, None])[0], tokens_UB)
+    return grads, (loss, jax.tree.map(one_batch, records_UAB), tokens)
 
 
 def make_eval_step(

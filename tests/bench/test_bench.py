@@ -7,9 +7,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from modjax import bench, cli
+from modjax import bench
 from modjax.bench import Row, startup, sweep
 from modjax.bench.demo import budgets_with_vertices_inside
+from modjax.cli.main import main as cli
 from modjax.errors import InputError
 
 

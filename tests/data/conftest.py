@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modjax.data.manifest import Manifest, Split
-from modjax.data.writer import Written, write_split
+from modjax.data.prepare.writer import Written, write_split
 from tests.data.bucket import Bucket
 
 EOS = 1
@@ -58,9 +58,9 @@ def tensorflow(tmp_path_factory):
     """TensorFlow's packages, loaded once and warning about themselves."""
     kept = os.environ.get("TFDS_DATA_DIR")
     os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("tfds"))
-    import modjax.data.tasks
+    import modjax.data.prepare.tasks
 
-    yield modjax.data.tasks.tf
+    yield modjax.data.prepare.tasks.tf
     os.environ.pop("TFDS_DATA_DIR")
     if kept is not None:
         os.environ["TFDS_DATA_DIR"] = kept

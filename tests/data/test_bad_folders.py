@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modjax.cli import main
+from modjax.cli.main import main
 
 DEEP = b'{"a":' * 10**5
 
@@ -135,7 +135,7 @@ def test_read_only_and_forbidden_folders_are_named(make_cache, text, tmp_path):
     (tmp_path / "part" / ".x-bytes.partial").mkdir(mode=0o500)
     forbidden_cache.chmod(0)
 
-    code = "import sys; from modjax.cli import main\n"
+    code = "import sys; from modjax.cli.main import main\n"
     for verb, folder, _ in places.values():
         options = [f"--text={text}", "--name=x"] if verb == "prepare" else []
         code += f"print(main({['data', verb, f'--data-dir={folder}', *options]}), flush=True)\n"

@@ -19,7 +19,7 @@ from modjax.data.cache import (
 from modjax.data.listing import list_caches
 from modjax.data.manifest import Manifest, Split, bits_per_byte
 from modjax.errors import InputError
-from modjax.spec import DataConfig, ModelSpec
+from modjax.specs import DataConfig, ModelSpec
 
 TRAIN = np.random.default_rng(0).integers(1, 259, 200_000)
 VALIDATION = np.random.default_rng(1).integers(1, 259, 5_000)
@@ -165,7 +165,7 @@ def test_describe_lists_whole_caches_only(make_cache, tmp_path):
 def test_reading_never_loads_tensorflow():
     code = (
         "import sys, modjax.data.batches, modjax.data.cache, modjax.data.prefetch\n"
-        "import modjax.data.prepare\n"
+        "import modjax.data.prepare.prepare\n"
         "assert not {'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ import sentencepiece
 from modjax.data.cache import open_cache
 from modjax.data.documents import scan_text, stdlib_documents, stdlib_split
 from modjax.data.listing import list_caches
-from modjax.data.prepare import prepare
+from modjax.data.prepare.prepare import prepare
 from modjax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("tensorflow")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from modjax.data import documents, prepare
+from modjax.data import documents
 from modjax.data.cache import open_cache
 from modjax.data.documents import scan_text
+from modjax.data.prepare import prepare
 from modjax.data.vocabulary import train_sentencepiece
 from modjax.errors import InputError
 
@@ -81,8 +82,8 @@ def test_a_file_that_vanishes_or_breaks_while_it_is_read_is_named(text, tmp_path
 
 def test_a_run_goes_on_from_tokens_of_the_same_file_only(text, tmp_path, monkeypatch):
     """Stopped while the file held other text, and run again when it holds the old text again."""
-    monkeypatch.setattr("modjax.data.writer.SHARD", 2**13)
-    monkeypatch.setattr("modjax.data.writer.CHUNK", 2**10)
+    monkeypatch.setattr("modjax.data.prepare.writer.SHARD", 2**13)
+    monkeypatch.setattr("modjax.data.prepare.writer.CHUNK", 2**10)
     long = "".join(content(f"{word}{'x' * 300}") for word in ("old", "older"))
     text.write_text(long)
     reference = prepare.prepare(text_files=[text], data_dir=tmp_path / "reference")
@@ -101,7 +102,7 @@ def test_a_run_goes_on_from_tokens_of_the_same_file_only(text, tmp_path, monkeyp
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("modjax.data.corpus.scan_text", scan_and_replace)
+        patched.setattr("modjax.data.prepare.corpus.scan_text", scan_and_replace)
         patched.setattr(prepare, "write_journal", write_and_stop)
         prepare.prepare(text_files=[text], data_dir=tmp_path / "data")
     assert json.loads((partial / "journal.json").read_text())["splits"]["train"]["tokens"] == 2**13

@@ -5,10 +5,9 @@ import types
 
 import pytest
 
-from modjax.data import corpus
 from modjax.data.cache import open_cache
 from modjax.data.documents import Document
-from modjax.data.prepare import prepare
+from modjax.data.prepare import corpus, prepare
 from modjax.errors import InputError
 
 
@@ -62,7 +61,7 @@ def test_a_standard_library_that_changes_while_it_is_read_is_refused(tmp_path, m
     documents = lambda: [Document("a.py", next(versions))]  # noqa: E731
     monkeypatch.setattr(corpus, "stdlib_documents", documents)
     tasks = types.SimpleNamespace(stdlib_source=lambda folder: None)
-    monkeypatch.setattr("modjax.data.prepare.load_tasks", lambda: tasks)
+    monkeypatch.setattr("modjax.data.prepare.prepare.load_tasks", lambda: tasks)
     with pytest.raises(InputError, match=r"^data = 'stdlib': changed while it was read"):
         prepare(data_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.cli import main
+from modjax.cli.main import main
 from modjax.data.cache import open_cache
 from modjax.data.listing import list_caches
-from modjax.data.prepare import prepare
+from modjax.data.prepare.prepare import prepare
 from modjax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
@@ -22,7 +22,7 @@ COMMAND = """
 import sys
 from pathlib import Path
 from modjax.errors import InputError
-from modjax.data.prepare import prepare
+from modjax.data.prepare.prepare import prepare
 try:
     prepare(text_files=[Path(sys.argv[1])], name="big", data_dir=Path(sys.argv[2]))
 except InputError as error:

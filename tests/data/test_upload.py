@@ -9,7 +9,7 @@ import pytest
 
 from modjax.data.cache import open_cache
 from modjax.data.listing import list_caches
-from modjax.data.upload import MANIFEST, TOGETHER, check_writable, upload
+from modjax.data.prepare.upload import MANIFEST, TOGETHER, check_writable, upload
 from modjax.errors import InputError
 
 URL = "gs://bucket/data/toy-bytes"
@@ -123,7 +123,7 @@ def test_a_refused_file_is_one_line_and_leaves_no_cache_and_the_same_call_goes_o
 def test_killed_while_uploading_it_goes_on_and_ends_in_the_same_cache(bucket, made):
     expected = files(made)
     bucket.seconds = 0.2
-    code = "import sys, pathlib; from modjax.data.upload import upload; "
+    code = "import sys, pathlib; from modjax.data.prepare.upload import upload; "
     code += "upload(pathlib.Path(sys.argv[1]), sys.argv[2], print)"
     process = subprocess.Popen([sys.executable, "-c", code, str(made), URL],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip

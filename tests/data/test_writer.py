@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from modjax.data.writer import SHARD, Written, read_journal, write_journal, write_split
+from modjax.data.prepare.writer import SHARD, Written, read_journal, write_journal, write_split
 
 DTYPE = np.dtype(np.uint16)
 

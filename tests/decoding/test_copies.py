@@ -8,7 +8,7 @@ from flax import nnx
 
 import modjax
 from modjax.decoding import generate
-from modjax.spec import MLP, Attention, Causal, Dense, ModelSpec, MoE, Seq, Window
+from modjax.specs import MLP, Attention, Causal, Dense, ModelSpec, MoE, Seq, Window
 
 LENGTH = 48
 

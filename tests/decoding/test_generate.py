@@ -16,7 +16,7 @@ import modjax
 from modjax.decoding.generate import Sampling, draw_tokens, extend, generate, resume
 from modjax.errors import InputError
 from modjax.nn import Routed, Transformer, unstack
-from modjax.spec import Dense, MoD, ModelSpec, Predictor
+from modjax.specs import Dense, MoD, ModelSpec, Predictor
 from tests.nn.small import QUICK, key_values, random_model
 
 ROUTED = ModelSpec(
@@ -95,11 +95,11 @@ def test_greedy_generation_equals_full_forward_passes_of_a_growing_sequence(rout
     found = greedy(routing)
     for b, length in enumerate(LENGTHS_B):
         new = slice(length, length + NEW)
-        np.testing.assert_array_equal(found.tokens_BN[b], tokens_BL[b, new])
-        np.testing.assert_array_equal(found.depths_BN[b], depth_BL[b, new])
+        np.testing.assert_array_equal(found.tokens_BO[b], tokens_BL[b, new])
+        np.testing.assert_array_equal(found.depths_BO[b], depth_BL[b, new])
         np.testing.assert_array_equal(found.prompt_depths_BL[b, :length], depth_BL[b, :length])
     if routing != "causal":
-        assert {0, 1} == set(np.asarray(found.depths_BN).ravel()), "both ways through the block"
+        assert {0, 1} == set(np.asarray(found.depths_BO).ravel()), "both ways through the block"
 
 
 def test_a_stop_sequence_ends_its_row_and_no_other():
@@ -112,11 +112,11 @@ def test_a_stop_sequence_ends_its_row_and_no_other():
     ends = []
     for b, row in enumerate(full_BN):
         ends.append(next((n for n in range(2, NEW + 1) if tuple(row[n - 2 : n]) == pair), NEW))
-        np.testing.assert_array_equal(found.tokens_BN[b, : ends[b]], row[: ends[b]])
-        np.testing.assert_array_equal(found.tokens_BN[b, ends[b] :], 0)
+        np.testing.assert_array_equal(found.tokens_BO[b, : ends[b]], row[: ends[b]])
+        np.testing.assert_array_equal(found.tokens_BO[b, ends[b] :], 0)
         depth_N = depth_BL[b, LENGTHS_B[b] :]
-        np.testing.assert_array_equal(found.depths_BN[b, : ends[b]], depth_N[: ends[b]])
-        np.testing.assert_array_equal(found.depths_BN[b, ends[b] :], -1)
+        np.testing.assert_array_equal(found.depths_BO[b, : ends[b]], depth_N[: ends[b]])
+        np.testing.assert_array_equal(found.depths_BO[b, ends[b] :], -1)
     assert ends[0] == end and max(ends) == NEW
     np.testing.assert_array_equal(found.state.done_B, np.array(ends) < NEW)
     np.testing.assert_array_equal(found.state.cache.positions_B, LENGTHS_B + ends)
@@ -143,7 +143,7 @@ def test_resuming_equals_not_stopping_to_the_bit_also_from_the_disk(tmp_path):
     for name, state in states.items():
         second = resume(*model, state, max_new_tokens=NEW // 2, sampling=DRAWN)
         assert second.prompt_depths_BL is None
-        for field in ("tokens_BN", "depths_BN"):
+        for field in ("tokens_BO", "depths_BO"):
             parts = [getattr(first, field), getattr(second, field)]
             np.testing.assert_array_equal(
                 np.concatenate(parts, axis=1), getattr(whole, field), err_msg=name
@@ -161,7 +161,7 @@ def test_a_model_with_its_layers_apart_draws_the_same_and_copies_no_weights():
     apart = unstack(*model)
     options = {"max_new_tokens": NEW, "max_length": MAX_LENGTH, "routing": "predictor"}
     found = [generate(*m, PROMPTS_BL[:1], sampling=GREEDY, **options) for m in (model, apart)]
-    for field in ("tokens_BN", "depths_BN", "prompt_depths_BL"):
+    for field in ("tokens_BO", "depths_BO", "prompt_depths_BL"):
         np.testing.assert_array_equal(*(getattr(x, field) for x in found))
     np.testing.assert_array_equal(*(x.state.logits_BV for x in found))
     reader = {"max_length": MAX_LENGTH, "routing": "predictor"}
@@ -173,16 +173,16 @@ def test_a_model_with_its_layers_apart_draws_the_same_and_copies_no_weights():
 
 
 def test_a_seed_fixes_the_text_and_another_gives_another():
-    tokens = [np.asarray(run("predictor", sampling=DRAWN, seed=s).tokens_BN) for s in (1, 2)]
-    np.testing.assert_array_equal(tokens[0], drawn().tokens_BN)
+    tokens = [np.asarray(run("predictor", sampling=DRAWN, seed=s).tokens_BO) for s in (1, 2)]
+    np.testing.assert_array_equal(tokens[0], drawn().tokens_BO)
     assert np.mean(tokens[0] != tokens[1]) > 0.5
 
 
 def test_no_new_tokens_reads_the_prompt_and_resume_draws():
     nothing = run("predictor", sampling=DRAWN, seed=1, max_new_tokens=0)
-    assert nothing.tokens_BN.shape == (3, 0)
+    assert nothing.tokens_BO.shape == (3, 0)
     then = resume(*model_of(ROUTED), nothing.state, max_new_tokens=NEW, sampling=DRAWN)
-    np.testing.assert_array_equal(then.tokens_BN, drawn().tokens_BN)
+    np.testing.assert_array_equal(then.tokens_BO, drawn().tokens_BO)
 
 
 @pytest.mark.parametrize("routing", MODELS)
@@ -204,7 +204,7 @@ def test_a_second_turn_equals_full_forward_passes_of_the_whole_conversation(rout
     found = resume(*model, state, max_new_tokens=3, sampling=GREEDY)
     for b in rows:
         end = LENGTHS_B[b] + 2 + turn_B[b]
-        np.testing.assert_array_equal(found.tokens_BN[b], tokens_BL[b, end : end + 3])
+        np.testing.assert_array_equal(found.tokens_BO[b], tokens_BL[b, end : end + 3])
     np.testing.assert_array_equal(found.state.cache.positions_B, LENGTHS_B + turn_B + 5)
 
 
@@ -261,7 +261,7 @@ def test_a_routing_that_the_model_has_not_is_one_line():
 def test_nothing_more_to_draw_or_to_read_leaves_a_state_as_it_is():
     state = greedy("predictor").state
     found = resume(None, None, state, max_new_tokens=0, sampling=GREEDY)
-    assert found.tokens_BN.shape == found.overflow_BN.shape == (3, 0)
+    assert found.tokens_BO.shape == found.overflow_BO.shape == (3, 0)
     assert found.state is state
     assert extend(None, None, state, np.zeros((3, 0), int)) is state
     with pytest.raises(InputError, match="max_new_tokens = -1: must be 0 or more"):
@@ -274,14 +274,14 @@ def test_what_finds_no_slot_is_counted_token_by_token():
     tokens_BL = np.zeros((3, MAX_LENGTH), np.int32)
     for b, length in enumerate(LENGTHS_B):
         tokens_BL[b, :length] = PROMPTS_BL[b, :length]
-        tokens_BL[b, length : length + NEW] = found.tokens_BN[b]
+        tokens_BL[b, length : length + NEW] = found.tokens_BO[b]
     valid_BL = np.arange(MAX_LENGTH) < (LENGTHS_B + NEW)[:, None]
     model = nnx.merge(graphdef, params)
     _, records = model(tokens_BL, jnp.asarray(valid_BL, jnp.int32), routing="predictor", slack=0.5)
     missed_BL = np.asarray(records["1_mod"].wanted_BL & ~records["1_mod"].selected_BL)[0]
     assert missed_BL.any()
     for b, length in enumerate(LENGTHS_B):
-        np.testing.assert_array_equal(found.overflow_BN[b], missed_BL[b, length : length + NEW])
+        np.testing.assert_array_equal(found.overflow_BO[b], missed_BL[b, length : length + NEW])
 
 
 def test_a_full_cache_cannot_be_resumed():

@@ -11,8 +11,8 @@ from flax import nnx
 
 from modjax.decoding.generate import Sampling, extend, generate, resume
 from modjax.nn import Routed
-from modjax.spec import Execution, ModelSpec, Predictor
-from modjax.training.sharding import make_mesh, put_batch
+from modjax.specs import Execution, ModelSpec, Predictor
+from modjax.training.mesh import make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_weights, joined
 from tests.nn.small import behind_a_block, key_values, random_model
 
@@ -81,12 +81,12 @@ def test_generation_on_2x2x2_devices_equals_one_device(model, turns, routing):
             max_length=12, routing=routing, slack=1.0, sampling=GREEDY,
         )  # fmt: skip
         state = drawn.state
-        said = [drawn.tokens_BN, drawn.depths_BN, drawn.prompt_depths_BL]
+        said = [drawn.tokens_BO, drawn.depths_BO, drawn.prompt_depths_BL]
         if turns == 2:
             said = jax.tree.map(np.asarray, said)
             state = extend(graphdef, params, state, put(TOKENS_BL[:, 4:6]), TURNS_B)
             second = resume(graphdef, params, state, max_new_tokens=1, sampling=GREEDY)
-            said, state = [*said, second.tokens_BN, second.depths_BN], second.state
+            said, state = [*said, second.tokens_BO, second.depths_BO], second.state
         return said, state.cache, state.logits_BV
 
     found, expected = on_both(model, talk)
@@ -96,8 +96,8 @@ def test_generation_on_2x2x2_devices_equals_one_device(model, turns, routing):
     assert len(key_values(cache)) == len(LAYERS)
     for held in key_values(cache):  # batch over data and fsdp, heads over tensor
         assert held.k_BGWH.sharding.shard_shape(held.k_BGWH.shape)[:2] == (1, 1)
-    (_, depths_BN, prompt_depths_BL, *_), *_ = expected
-    assert {0, 1} == set(depths_BN.ravel()) == set(prompt_depths_BL.ravel())
+    (_, depths_BO, prompt_depths_BL, *_), *_ = expected
+    assert {0, 1} == set(depths_BO.ravel()) == set(prompt_depths_BL.ravel())
 
 
 @pytest.mark.slow
@@ -107,6 +107,6 @@ def test_rows_that_a_mesh_cannot_share_out_evenly_are_drawn_all_the_same(model):
             graphdef, params, TOKENS_BL[:3, :6], lengths_B=PROMPTS_B[:3], max_new_tokens=2,
             routing="paced", sampling=GREEDY,
         )  # fmt: skip
-        return found.tokens_BN, found.depths_BN, found.state.logits_BV
+        return found.tokens_BO, found.depths_BO, found.state.logits_BV
 
     assert_close(*on_both(model, draw))

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import modjax
 from modjax.nn.sharding import LOGICAL_TO_MESH
-from modjax.spec import Dense, Execution, MoD, ModelSpec, Predictor
-from modjax.training.sharding import make_mesh
+from modjax.specs import Dense, Execution, MoD, ModelSpec, Predictor
+from modjax.training.mesh import make_mesh
 
 SPEC = ModelSpec(
     vocab_size=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, d_ff=64,

@@ -16,7 +16,7 @@ from modjax.data.batches import eval_batches
 from modjax.errors import InputError
 from modjax.finished.runs import choose, compare, open_run
 from modjax.records import read_records, run_dir, write_record, write_spec
-from modjax.spec import Dense
+from modjax.specs import Dense
 from tests.nn.small import QUICK
 
 

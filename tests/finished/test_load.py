@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import modjax
-from modjax.cli import main
+from modjax.cli.main import main
 from modjax.errors import InputError
 from modjax.records import (
     read_provenance,
@@ -17,8 +17,8 @@ from modjax.records import (
     write_provenance,
     write_record,
 )
-from modjax.spec import imports
-from tests.spec.test_imports import LAYER
+from modjax.specs import imports
+from tests.specs.test_imports import LAYER
 
 LAYERS = "MoD(Mine(), causal=Predictor())"
 pytestmark = pytest.mark.usefixtures("own_layers")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from modjax.cli import main
+from modjax.cli.main import main
 from modjax.records import run_dir, scan
 
 # Without these two, Python itself takes UTF-8 where the locale is C.

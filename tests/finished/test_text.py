@@ -20,7 +20,7 @@ from modjax.errors import InputError
 from modjax.finished import text as finished_text
 from modjax.finished.text import Sample, choose_routing, coloured, open_codec, sample
 from modjax.nn import Cache
-from modjax.spec import Dense, MoD, Predictor, TopK
+from modjax.specs import Dense, MoD, Predictor, TopK
 from tests.nn.small import behind_a_block
 from tests.training.tiny import run_spec
 

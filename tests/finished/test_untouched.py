@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modjax.cli import main
+from modjax.cli.main import main
 from modjax.errors import InputError
 from modjax.finished.runs import choose, load, open_run
 from modjax.records import read_records, run_dir, scan, write_json, write_record
@@ -116,7 +116,7 @@ def test_an_earlier_checkpoint_does_not_stand_for_the_last_one(
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_read_is_named(folder, monkeypatch):
-    from modjax.training import base
+    from modjax.training import base_weights as base
 
     def vanish(checkpoint, *arguments):
         shutil.rmtree(checkpoint / "state")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modjax.kernels import Side, attend, attention
-from modjax.spec import Bidirectional, Blocks, Causal, Prefix, Window
+from modjax.specs import Bidirectional, Blocks, Causal, Prefix, Window
 
 B, N, G, L, H = 2, 4, 2, 11, 6
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from modjax.data.batches import Batch
-from modjax.spec import (
+from modjax.specs import (
     MLP,
     Attention,
     Binary,
@@ -37,9 +37,9 @@ from modjax.spec import (
     TopK,
     TrainConfig,
 )
+from modjax.training.mesh import make_mesh, put_batch
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import init_state, lower_train_step
-from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import abstract_model, forget_losses
 
 KEPT = Path(__file__).with_name("losses.json")

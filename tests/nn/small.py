@@ -16,7 +16,7 @@ from flax import nnx
 
 from modjax.nn import Transformer
 from modjax.nn.cache import KVCache
-from modjax.spec import (
+from modjax.specs import (
     MLP,
     Attention,
     Binary,

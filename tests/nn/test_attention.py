@@ -8,8 +8,8 @@ from flax import nnx
 
 from modjax.kernels import Side, attend, attention
 from modjax.nn import At, Call, build
-from modjax.nn.attention import rotary_tables, rotate, side
-from modjax.spec import Attention, Bidirectional, Causal, Shape, Window
+from modjax.nn.layers.attention import rotary_tables, rotate, side
+from modjax.specs import Attention, Bidirectional, Causal, Shape, Window
 
 
 def plain_attention(q, k, v, segments):

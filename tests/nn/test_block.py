@@ -27,7 +27,16 @@ from modjax.nn import (
     totals,
     under,
 )
-from modjax.spec import Binary, MoDConfig, MoE, Positional, Predictor, Shape, Threshold, TokenChoice
+from modjax.specs import (
+    Binary,
+    MoDConfig,
+    MoE,
+    Positional,
+    Predictor,
+    Shape,
+    Threshold,
+    TokenChoice,
+)
 from tests.nn.small import QUICK, WIDTH, Mixer
 from tests.nn.test_records import Reward
 

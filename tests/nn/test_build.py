@@ -8,9 +8,10 @@ from flax import nnx
 
 import modjax
 from modjax.errors import InputError
-from modjax.nn import MODULES, Out, mod
-from modjax.spec import MoD
-from modjax.spec.layer import NAMES
+from modjax.nn import MODULES, Out
+from modjax.nn.layers import mod
+from modjax.specs import MoD
+from modjax.specs.layer import NAMES
 from tests.outside import strided
 
 pytestmark = pytest.mark.usefixtures("own_layers")

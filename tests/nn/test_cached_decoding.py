@@ -15,7 +15,7 @@ from flax import nnx
 from modjax.flops import cache_bytes
 from modjax.nn import Routed
 from modjax.nn.cache import overflow
-from modjax.spec import (
+from modjax.specs import (
     MLP,
     Attention,
     Blocks,

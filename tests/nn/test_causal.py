@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from modjax.errors import InputError
-from modjax.spec import Dense, MoD, ModelSpec, Predictor
+from modjax.specs import Dense, MoD, ModelSpec, Predictor
 from tests.nn.small import KINDS, QUICK, behind_a_block, key_values, random_model, taught
 
 LENGTH = 10

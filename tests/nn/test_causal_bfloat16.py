@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from modjax.nn import Routed
-from modjax.spec import Dense, MoD, ModelSpec, Positional, Predictor
+from modjax.specs import Dense, MoD, ModelSpec, Positional, Predictor
 from tests.nn.small import QUICK, behind_a_block, key_values, random_model
 
 VOCAB, LENGTH, PROMPT, SLOTS = 20, 12, 3, 6

@@ -14,9 +14,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from modjax.errors import InputError
-from modjax.nn import build, ends
+from modjax.nn import build
+from modjax.nn.layers import ends
 from modjax.nn.sharding import partition_spec
-from modjax.spec import (
+from modjax.specs import (
     MLP,
     Execution,
     Logits,
@@ -27,7 +28,7 @@ from modjax.spec import (
     from_dict,
     to_dict,
 )
-from modjax.training.sharding import make_mesh
+from modjax.training.mesh import make_mesh
 from modjax.training.step import next_token
 from tests.nn.small import QUICK
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import modjax
 from modjax.nn.sharding import per_sequence
-from modjax.spec import Binary, TopK
+from modjax.specs import Binary, TopK
 
 
 class Double(nnx.Module):

@@ -13,7 +13,7 @@ from flax import nnx
 
 from modjax.errors import InputError
 from modjax.nn import losses
-from modjax.spec import (
+from modjax.specs import (
     MLP,
     AltUp,
     Attention,
@@ -34,7 +34,7 @@ from modjax.spec import (
     StridePool,
     TokenChoice,
 )
-from modjax.training.sharding import make_mesh, put_batch
+from modjax.training.mesh import make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_weights, joined, make_init
 from modjax.training.step import next_token
 from tests.training.tiny import QUICK, random_batch, train_config

@@ -16,8 +16,8 @@ from flax.nnx import bridge
 from modjax import nn
 from modjax.errors import InputError
 from modjax.nn import At, Call, MoDBlock
-from modjax.nn.attention import rotary_tables
-from modjax.spec import (
+from modjax.nn.layers.attention import rotary_tables
+from modjax.specs import (
     MLP,
     Attention,
     Dense,

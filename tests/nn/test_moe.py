@@ -14,7 +14,7 @@ from flax import nnx
 from modjax.nn import At, Call, build
 from modjax.nn.call import number_rows
 from modjax.nn.records import statistics
-from modjax.spec import (
+from modjax.specs import (
     MLP,
     Binary,
     ExpertChoice,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.spec import (
+from modjax.specs import (
     MLP,
     AltUp,
     Attention,

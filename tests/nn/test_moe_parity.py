@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from modjax.nn import At, Call, build
-from modjax.spec import MoE, Shape, TokenChoice
+from modjax.specs import MoE, Shape, TokenChoice
 
 torch = pytest.importorskip("torch", reason="make test-parity")
 pytest.importorskip("transformers", reason="make test-parity")

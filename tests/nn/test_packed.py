@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from modjax.nn import Routed
-from modjax.spec import (
+from modjax.specs import (
     AltUp,
     Attention,
     Causal,

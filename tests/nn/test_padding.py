@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from modjax.nn import MoDBlock, losses
-from modjax.nn.routing import of_valid
-from modjax.spec import (
+from modjax.nn.routing.selection import of_valid
+from modjax.specs import (
     Attention,
     Dense,
     ExpertChoice,

@@ -14,10 +14,10 @@ from flax import nnx
 from modjax.kernels import Side, received_attention
 from modjax.nn import At, Call, MoDBlock, TokenLoss, losses, observe
 from modjax.nn import build as build_module
-from modjax.nn.attention import rotary_tables
-from modjax.nn.routed import Learnt
-from modjax.nn.routing import position_noise
-from modjax.spec import (
+from modjax.nn.layers.attention import rotary_tables
+from modjax.nn.routing.routed import Learnt
+from modjax.nn.routing.selection import position_noise
+from modjax.specs import (
     Binary,
     Causal,
     Dense,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.nn.routing import (
+from modjax.nn.routing.selection import (
     evenly_spread,
     gather,
     paced,
@@ -15,7 +15,7 @@ from modjax.nn.routing import (
     select_top_k,
     selected_mask,
 )
-from modjax.spec import selected_tokens
+from modjax.specs import selected_tokens
 
 
 def plain_top_k(scores, k, valid):

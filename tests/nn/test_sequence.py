@@ -12,8 +12,8 @@ from flax import nnx
 from modjax.errors import InputError
 from modjax.flops import cache_bytes
 from modjax.nn import Call, Transformer, build
-from modjax.nn.attention import rotary_tables
-from modjax.spec import (
+from modjax.nn.layers.attention import rotary_tables
+from modjax.specs import (
     MLP,
     AltUp,
     Attention,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modjax.nn import Routed, statistics
-from modjax.nn.routed import Learnt
+from modjax.nn.routing.routed import Learnt
 
 
 def record(**fields):

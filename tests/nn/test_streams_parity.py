@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from modjax.nn import At, Call, build
-from modjax.spec import MLP, Gemma3nAltUp, ManifoldHyperConnection, Shape
+from modjax.specs import MLP, Gemma3nAltUp, ManifoldHyperConnection, Shape
 
 torch = pytest.importorskip("torch", reason="make test-parity")
 pytest.importorskip("transformers", reason="make test-parity")

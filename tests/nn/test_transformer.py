@@ -11,8 +11,8 @@ from flax.nnx import bridge
 
 from modjax import flops
 from modjax.nn import At, Call, MoDBlock, Transformer
-from modjax.nn.attention import rotary_tables
-from modjax.spec import Dense, Logits, MoD, MoDConfig, ModelSpec, Random, Tied
+from modjax.nn.layers.attention import rotary_tables
+from modjax.specs import Dense, Logits, MoD, MoDConfig, ModelSpec, Random, Tied
 from tests.nn.small import QUICK, build
 
 ROUTED = MoD(Dense(), capacity=0.25)

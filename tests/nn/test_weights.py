@@ -11,7 +11,7 @@ from flax import nnx
 from modjax.errors import InputError
 from modjax.nn import Transformer
 from modjax.nn.weights import named_weights, write_weights
-from modjax.spec import (
+from modjax.specs import (
     MLP,
     AltUp,
     Attention,

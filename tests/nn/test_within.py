@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.nn import Inside, Routed, routed_layer
-from modjax.nn.expert_record import Routing
-from modjax.spec import Attention, Dense, MoD, ModelSpec, MoE, Predictor, Seq, TokenChoice
+from modjax.nn import Inside, Routed
+from modjax.nn.routing import routed_layer
+from modjax.nn.routing.expert_record import Routing
+from modjax.specs import Attention, Dense, MoD, ModelSpec, MoE, Predictor, Seq, TokenChoice
 from tests.nn.small import QUICK, random_model
 
 B, L = 2, 32

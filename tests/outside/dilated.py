@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from modjax.spec import Mask, named
+from modjax.specs import Mask, named
 
 
 @named

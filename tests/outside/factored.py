@@ -12,7 +12,7 @@ from flax import nnx
 
 import modjax
 from modjax.nn import make_param, normal_param
-from modjax.spec import Cost, Head, Load, Shape
+from modjax.specs import Cost, Head, Load, Shape
 
 
 @dataclasses.dataclass(frozen=True)

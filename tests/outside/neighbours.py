@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import modjax
 from modjax.nn import LayerModule, Out, normal_param
-from modjax.spec import Cost, Load, Shape
+from modjax.specs import Cost, Load, Shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import modjax
-from modjax.nn.rules import Choice, Rule
+from modjax.nn.routing.rules import Choice, Rule
 
 
 @dataclasses.dataclass(frozen=True)

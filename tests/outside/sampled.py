@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 import modjax
 from modjax.nn import Record, measured
-from modjax.nn.routing import position_noise
-from modjax.nn.rules import Choice, Rule
+from modjax.nn.routing.rules import Choice, Rule
+from modjax.nn.routing.selection import position_noise
 
 
 @dataclasses.dataclass(frozen=True)

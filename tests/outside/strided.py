@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 import modjax
-from modjax.nn import At, Call, LayerModule, Out, Record, build, make_param, within
-from modjax.nn.routing import scatter_add, select_first_k
-from modjax.spec import Cost, Load, Shape
+from modjax.nn import At, Call, LayerModule, Out, Record, build, make_param
+from modjax.nn.routing import within
+from modjax.nn.routing.selection import scatter_add, select_first_k
+from modjax.specs import Cost, Load, Shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flax import nnx
 import modjax
 from modjax import flops
 from modjax.nn import TokenLoss, losses
-from modjax.spec import Attention, Dense, MoD, ModelSpec, MoE, Predictor, Seq
+from modjax.specs import Attention, Dense, MoD, ModelSpec, MoE, Predictor, Seq
 from tests.nn.small import QUICK, random_model
 from tests.outside.neighbours import Neighbours
 from tests.outside.rising import Rising

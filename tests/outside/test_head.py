@@ -10,9 +10,9 @@ from flax import nnx
 
 import modjax
 from modjax import flops
-from modjax.nn import ends
-from modjax.spec import Dense, ModelSpec
-from modjax.spec.layer import NAMES
+from modjax.nn.layers import ends
+from modjax.specs import Dense, ModelSpec
+from modjax.specs.layer import NAMES
 from modjax.training.step import next_token
 from tests.nn.small import random_model
 from tests.outside.factored import Factored

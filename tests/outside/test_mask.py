@@ -11,7 +11,7 @@ from flax import nnx
 import modjax
 from modjax import flops
 from modjax.nn.cache import KVCache
-from modjax.spec import MLP, Attention, Causal, MoD, ModelSpec, Predictor, Seq
+from modjax.specs import MLP, Attention, Causal, MoD, ModelSpec, Predictor, Seq
 from tests.nn.small import QUICK, random_model
 from tests.outside.dilated import Dilated
 from tests.outside.test_outside import CONFIG, run

@@ -16,7 +16,7 @@ from flax import nnx
 import modjax
 from modjax import flops
 from modjax.nn import TokenLoss, losses
-from modjax.spec import Dense, MoD, ModelSpec
+from modjax.specs import Dense, MoD, ModelSpec
 from tests.outside.strided import Strided
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ import jax.numpy as jnp
 
 import modjax
 from modjax.nn import LayerModule, Out, make_param
-from modjax.spec import Cost
+from modjax.specs import Cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from modjax.cli import main
+from modjax.cli.main import main
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from modjax.cli import main
+from modjax.cli.main import main
 from tests.reliability.small import RUNS, files, losses
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import modjax
-from modjax.cli import main
+from modjax.cli.main import main
 from modjax.errors import InputError
 from tests.reliability.small import assert_same_bytes, files
 

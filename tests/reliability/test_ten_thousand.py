@@ -12,7 +12,7 @@ import pytest
 
 from modjax.flops import forward_flops, parameters, train_flops
 from modjax.records import Record, run_dir, write_spec
-from modjax.spec import DataConfig, Dense, MoD, ModelSpec, Predictor, RunSpec, TrainConfig, to_dict
+from modjax.specs import DataConfig, Dense, MoD, ModelSpec, Predictor, RunSpec, TrainConfig, to_dict
 
 ARMS, BUDGETS, SIZES, SEEDS, LINES = 10, 10, 20, 5, 20
 BATCH, LENGTH = 8, 128

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modjax.records import read_record
 from modjax.scaling import sweep as sweeps
-from modjax.scaling.experiment import load
+from modjax.scaling.plan.experiment import load
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "tiny.py"
@@ -18,7 +18,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from modjax.scaling.engines.local import Stopped
-from modjax.scaling.experiment import load
+from modjax.scaling.plan.experiment import load
 from modjax.scaling.sweep import sweep
 config, workdir, data_dir, jobs = sys.argv[1:5]
 try:

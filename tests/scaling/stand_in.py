@@ -21,7 +21,7 @@ from modjax.errors import InputError
 from modjax.flops import forward_flops, parameters, train_flops
 from modjax.provenance import begin, source_code
 from modjax.records import Record, write_record
-from modjax.spec import RunSpec
+from modjax.specs import RunSpec
 
 STEPS = 20
 

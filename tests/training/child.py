@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from modjax.spec import Execution
+from modjax.specs import Execution
 from modjax.training.loop import Preempted, train
 from tests.training.tiny import run_spec
 

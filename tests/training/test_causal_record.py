@@ -13,10 +13,10 @@ from flax import nnx
 
 import modjax
 from modjax.data.cache import cache_dir, open_cache
-from modjax.nn.attention import Attention as AttentionModule
+from modjax.nn.layers.attention import Attention as AttentionModule
 from modjax.records import causal_loss, causal_routing, run_dir
-from modjax.scaling.results import as_compared, under
-from modjax.spec import (
+from modjax.scaling.fit.results import as_compared, under
+from modjax.specs import (
     MLP,
     Attention,
     Binary,
@@ -35,10 +35,10 @@ from modjax.spec import (
     Threshold,
     TopK,
 )
-from modjax.training.evaluate import validation_batches
 from modjax.training.loop import train
-from modjax.training.record import make_record
-from modjax.training.sharding import make_mesh
+from modjax.training.mesh import make_mesh
+from modjax.training.results.evaluate import validation_batches
+from modjax.training.results.record import make_record
 from modjax.training.step import EVAL_STREAM, stream_key
 from tests.conftest import TINY_DATA
 from tests.outside.strided import Strided

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from modjax.nn import Routed
-from modjax.nn.expert_record import Routing
 from modjax.nn.records import Counts, counts
-from modjax.spec import Execution
-from modjax.training.evaluate import (
+from modjax.nn.routing.expert_record import Routing
+from modjax.specs import Execution
+from modjax.training.mesh import make_mesh
+from modjax.training.results.evaluate import (
     Scores,
     difference,
     eval_batch_size,
@@ -17,7 +18,6 @@ from modjax.training.evaluate import (
     outcome,
     summarise,
 )
-from modjax.training.sharding import make_mesh
 
 
 def test_equal_weights_give_the_textbook_mean_and_standard_error():

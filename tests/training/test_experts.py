@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from modjax.records import read_record
-from modjax.spec import (
+from modjax.specs import (
     Attention,
     Binary,
     Dense,

@@ -15,10 +15,10 @@ import pytest
 
 from modjax.errors import InputError
 from modjax.records import read_record, write_spec
-from modjax.spec import Execution
+from modjax.specs import Execution
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.loop import train
-from modjax.training.sharding import make_mesh
+from modjax.training.mesh import make_mesh
 from modjax.training.state import abstract_model, abstract_state
 from tests.training.tiny import run_spec
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.training.metrics import MetricsWriter, last_train_loss
+from modjax.training.results.metrics import MetricsWriter, last_train_loss
 
 
 def write(run_dir, start, lines):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.nn import ends, in_chunks
-from modjax.spec import MLP, Execution, Tied
+from modjax.nn import in_chunks
+from modjax.nn.layers import ends
+from modjax.specs import MLP, Execution, Tied
 from modjax.training.optimizer import make_schedule
 from modjax.training.state import abstract_model, joined
 from modjax.training.step import make_eval_step, make_train_step

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from modjax.spec import Dense, MoD, Predictor, TrainConfig
+from modjax.specs import Dense, MoD, Predictor, TrainConfig
 from modjax.training.optimizer import learning_rate, make_schedule, optimizer_for
 from modjax.training.state import abstract_model
 from tests.training.tiny import model

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from modjax.spec import Execution, MoD, Predictor
+from modjax.specs import Execution, MoD, Predictor
 from modjax.training import loop
 from tests.training.tiny import (
     initial_state,

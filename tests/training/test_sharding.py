@@ -23,10 +23,10 @@ from modjax.nn.sharding import (
     partition_spec,
     per_sequence,
 )
-from modjax.spec import Binary, Dense, Execution, MoD, Predictor, Random, TopK
+from modjax.specs import Binary, Dense, Execution, MoD, Predictor, Random, TopK
+from modjax.training.mesh import check_batch, make_mesh, put_batch
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch, init_state
-from modjax.training.sharding import check_batch, make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_state, abstract_weights, joined
 from modjax.training.step import make_train_step
 from tests.training.tiny import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.spec import Dense, MoD, Predictor, Random, TopK
+from modjax.specs import Dense, MoD, Predictor, Random, TopK
 from modjax.training.state import abstract_model, joined
 from modjax.training.step import make_eval_step
 from tests.training.tiny import (

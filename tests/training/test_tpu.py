@@ -6,7 +6,7 @@ import pytest
 
 from modjax.bench.moe import compiled_for_tpu
 from modjax.flops import train_flops
-from modjax.spec import (
+from modjax.specs import (
     Attention,
     Dense,
     Execution,

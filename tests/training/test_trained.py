@@ -6,10 +6,10 @@ import pytest
 
 from modjax.data.batches import Batch
 from modjax.flops import train_flops
-from modjax.spec import Dense, Execution, MoD, ModelSpec, Predictor, TrainConfig
+from modjax.specs import Dense, Execution, MoD, ModelSpec, Predictor, TrainConfig
+from modjax.training.mesh import make_mesh, put_batch
 from modjax.training.optimizer import make_schedule
 from modjax.training.programs import abstract_batch, init_state
-from modjax.training.sharding import make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_state, joined
 from modjax.training.step import make_train_step
 

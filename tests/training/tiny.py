@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modjax.data.batches import Batch
-from modjax.spec import Dense, MoD, ModelSpec, RunSpec, TrainConfig
+from modjax.specs import Dense, MoD, ModelSpec, RunSpec, TrainConfig
 from modjax.training.optimizer import make_schedule
 from modjax.training.state import TrainState, abstract_model, make_init
 from modjax.training.step import make_train_step

@@ -20,8 +20,9 @@ from typing import Any
 from modjax.errors import InputError
 from modjax.files import Home, read
 from modjax.records import read_record, run_dir, write_json
-from modjax.scaling.display import Display
-from modjax.scaling.engines.process import (
+from modjax.scaling.engines.progress import Display
+from modjax.scaling.engines.run_lock import is_running
+from modjax.scaling.engines.worker_process import (
     Refused,
     Worker,
     cannot_start,
@@ -30,9 +31,8 @@ from modjax.scaling.engines.process import (
     share_of_cores,
     signals,
 )
-from modjax.scaling.numbers import clock
-from modjax.scaling.run import is_running
-from modjax.spec import Execution, RunSpec, to_dict
+from modjax.scaling.formatting import clock
+from modjax.specs import Execution, RunSpec, to_dict
 
 MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3

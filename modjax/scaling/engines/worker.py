@@ -41,9 +41,9 @@ from modjax.faults import outside
 from modjax.files import is_disk_full
 from modjax.provenance import fix_settings, require_unchanged
 from modjax.records import run_dir
-from modjax.scaling.run import run
-from modjax.spec import Execution, RunSpec, from_dict
-from modjax.spec.imports import import_all
+from modjax.scaling.engines.run_lock import run
+from modjax.specs import Execution, RunSpec, from_dict
+from modjax.specs.imports import import_all
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0

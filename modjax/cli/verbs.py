@@ -1,0 +1,271 @@
+"""What the verbs of the command line do: each calls a package and prints what it returns.
+
+Imports are inside the functions, so that every verb starts as fast as what it needs.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from modjax.backend import start, starting, try_first
+from modjax.errors import InputError, Preempted, describe, require
+from modjax.specs import RunSpec, to_dict
+
+BAD_INPUT, RUNS_FAILED, FAULT, STOPPED, INTERRUPTED = 2, 3, 70, 75, 130
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from modjax.scaling.plan.experiment import load
+
+    return load(args.config, args.overrides)
+
+
+def _load_sweep(args: argparse.Namespace) -> Any:
+    experiment = _load(args)
+    require(
+        experiment.sweep is not None,
+        "--config",
+        args.config,
+        "has no `sweep` group: `modjax train` runs it",
+    )
+    return experiment
+
+
+def plan(args: argparse.Namespace) -> int:
+    from modjax.cli.tables import plan_text
+    from modjax.records import Scan, name_left_out, scan
+    from modjax.scaling.fit.results import to_json
+    from modjax.scaling.plan.prediction import NOISE
+    from modjax.scaling.sweep import open_data, plan_table
+
+    experiment = _load_sweep(args)
+    require(args.jobs > 0, "--jobs", args.jobs, "must be greater than 0")
+    cache, unread = None, None
+    try:
+        cache = open_data(experiment, args.data_dir)
+    except InputError as error:  # the plan may be wanted before the data is prepared
+        unread = error
+    found = scan(args.workdir) if args.workdir else Scan([], {})
+    name_left_out(found.left_out)
+    noise = NOISE if args.noise is None else args.noise
+    cells = plan_table(experiment, cache, found.records, noise)
+    if args.json:
+        print_json([to_json(cell) for cell in cells])
+    else:
+        print(plan_text(cells, args.jobs))
+    if unread is None:
+        return 0
+    print(f"modjax: epochs unknown: {unread}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def check(args: argparse.Namespace) -> int:
+    from modjax.cli.tables import claims_text
+
+    specs = _load(args).specs
+    start()
+    with starting():
+        import jax
+
+        from modjax.checks.look_ahead import broken
+        from modjax.checks.runs import probed
+
+        jax.devices()
+    findings = probed(specs)
+    if args.json:
+        print_json(
+            [found._asdict() | {"leak": found.leak and found.leak._asdict()} for found in findings]
+        )
+    else:
+        print(claims_text(findings))
+    errors = [error for error in map(broken, findings) if error is not None]
+    for error in errors:
+        print(f"modjax: {error}", file=sys.stderr)
+    return BAD_INPUT if errors else 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    from modjax.scaling.sweep import check, open_data
+
+    experiment = _load_sweep(args)
+    cache = open_data(experiment, args.data_dir)
+    check(experiment, cache)
+    return _run_plan(args, experiment, cache.manifest.fingerprint, jobs=args.jobs)
+
+
+def _run_plan(
+    args: argparse.Namespace,
+    experiment: Any,
+    fingerprint: str,
+    *,
+    jobs: int,
+    only: RunSpec | None = None,
+) -> int:
+    from modjax.cli.tables import outcome_text
+    from modjax.scaling.engines.local import Stopped
+    from modjax.scaling.sweep import sweep
+
+    try:
+        outcome = sweep(
+            experiment,
+            workdir=args.workdir,
+            data_dir=args.data_dir,
+            jobs=jobs,
+            command=args.command,
+            data_fingerprint=fingerprint,
+            only=only,
+            other_code=args.other_code,
+        )
+    except Stopped as stopped:
+        return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED, stopped.saved)
+    if args.json:
+        print_json(to_dict(outcome))
+    else:
+        print(outcome_text(outcome))
+    return RUNS_FAILED if outcome.failures else 0
+
+
+def _stopped(code: int, saved: bool = True) -> int:
+    said = "state saved; the same command goes on from here"
+    if not saved:
+        said = "state not saved; the same command goes on from the newest checkpoints"
+    print(f"modjax: stopped, {said}", file=sys.stderr)
+    return code
+
+
+def status(args: argparse.Namespace) -> None:
+    from modjax.cli.tables import status_text
+    from modjax.records import name_left_out
+    from modjax.scaling.status import STATES, status
+
+    found = status(args.workdir)
+    name_left_out(found.left_out)
+    if args.json:
+        counts = {state: found.count(state) for state in STATES}
+        return print_json(counts | dataclasses.asdict(found))
+    print(status_text(found))
+
+
+def fit(args: argparse.Namespace) -> None:
+    from modjax.provenance import differences
+    from modjax.scaling.fit.results import to_json
+    from modjax.scaling.report.page import fit_workdir
+    from modjax.scaling.report.prose import render_text
+
+    found, fits = fit_workdir(args.workdir, args.loss, args.size)
+    for difference in differences(found.records):
+        print(f"modjax: {difference}", file=sys.stderr)
+    if args.json:
+        return print_json(to_json(fits))
+    print(render_text(fits))
+
+
+def report(args: argparse.Namespace) -> None:
+    from modjax.scaling.report.page import report
+
+    print(report(args.workdir, args.loss, args.size))
+
+
+def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
+    if args.run is None and len(specs) == 1:
+        return specs[0]
+    for spec in specs:
+        if spec.run_id == args.run:
+            return spec
+    raise InputError(
+        "--run",
+        args.run,
+        f"must be one of the plan's {len(specs)} run ids, such as {specs[0].run_id}",
+    )
+
+
+def train(args: argparse.Namespace) -> int:
+    from modjax.scaling.sweep import open_data
+
+    experiment = _load(args)
+    spec = _choose(args, experiment.specs)
+    fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
+    if args.distributed:
+        return _train_distributed(args, experiment, spec, fingerprint)
+    return _run_plan(args, experiment, fingerprint, jobs=1, only=spec)
+
+
+def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
+    """This process's part of a run that all hosts of a slice do together."""
+    from modjax.records import run_dir
+    from modjax.scaling.engines.run_lock import run
+    from modjax.scaling.workdir import claim
+
+    start()
+    import jax
+
+    try:
+        jax.distributed.initialize()
+    except Exception as error:
+        raise InputError(
+            "--distributed",
+            True,
+            f"no cluster was found, see launch/README.md: {describe(error)}",
+        ) from error
+    from modjax.training.loop import check
+    from modjax.training.loop import train as train_run
+
+    where = {"data_dir": args.data_dir, "fingerprint": fingerprint}
+    try:
+        check([spec], experiment.execution, **where)
+        if jax.process_index() > 0:  # the first process holds the lock and writes the result
+            folder = run_dir(args.workdir, spec.run_id)
+            train_run(
+                spec,
+                experiment.execution,
+                run_dir=folder,
+                other_code=args.other_code,
+                **where,
+            )
+            return 0
+        claim(experiment, args.workdir, args.command, fingerprint)
+        done = run(
+            spec,
+            experiment.execution,
+            workdir=args.workdir,
+            train=train_run,
+            progress=lambda line: print(json.dumps(line), file=sys.stderr),
+            other_code=args.other_code,
+            **where,
+        )
+    except Preempted:
+        return _stopped(STOPPED)
+    if done is None:
+        raise InputError("--run", spec.run_id, "another process is doing it")
+    print_json(to_dict(done.record))
+    return 0
+
+
+def flops(args: argparse.Namespace) -> None:
+    from modjax.cli.tables import flops_text, flops_values
+
+    experiment = _load(args)
+    specs = experiment.specs
+    if args.run is None and experiment.sweep is not None:
+        largest = [s for s in specs if s.budget_flops == specs[0].budget_flops]
+        by_arm = {arm: [s for s in largest if s.variant == arm] for arm in experiment.sweep.arms}
+        specs = [of_arm[len(of_arm) // 2] for of_arm in by_arm.values()]
+    else:
+        specs = [_choose(args, specs)]
+    if args.json:
+        return print_json([flops_values(spec) for spec in specs])
+    print("\n\n\n".join(flops_text(spec) for spec in specs))
+
+
+def bench(args: argparse.Namespace) -> None:
+    from modjax import bench
+
+    try_first()
+    bench.run(args.name, json=args.json)

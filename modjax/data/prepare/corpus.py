@@ -1,0 +1,72 @@
+"""The text that is asked for, checked before anything is made."""
+
+import hashlib
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modjax.data.documents import Scan, scan_text, stdlib_documents
+from modjax.errors import require, require_plain_name
+
+CORPORA = ("stdlib", "c4", "lm1b")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Input that has been checked.
+
+    source: names it in the manifest, with a hash where there is one.
+    """
+
+    name: str
+    source: str
+    files: tuple[Path, ...] = ()
+    scan: Scan | None = None
+    tfds_name: str | None = None
+
+
+def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:
+    """Returns the corpus that is asked for: the user's files, a TFDS data set or one of `CORPORA`.
+
+    Raises InputError where it does not exist, cannot be read or has no name of its own.
+    """
+    require(tfds_name != "", "--tfds", tfds_name, "is empty: name a data set, or leave it out")
+    require(not (files and tfds_name), "--tfds", tfds_name, "cannot be combined with --text")
+    if tfds_name in CORPORA and name in (None, tfds_name):
+        name, tfds_name = tfds_name, None
+    if files or tfds_name:
+        if name is None:
+            name = "text" if files else re.sub(r"[^\w.-]", "-", tfds_name or "")
+        require(name not in CORPORA, "--name", name, "is a built-in corpus; choose another name")
+    if name is None:
+        name = CORPORA[0]
+    require_plain_name("--name", name)
+    if files:
+        scan = scan_text(files)
+        return Corpus(name, f"text sha256 {scan.digest}", tuple(files), scan)
+    require(
+        tfds_name is not None or name in CORPORA,
+        "--name",
+        name,
+        f"unknown corpus; must be one of {', '.join(CORPORA)}, or come with --text or --tfds",
+    )
+    if name == "stdlib":
+        digest = sha256("\0".join(f"{d.id}\0{d.text}" for d in stdlib_documents()).encode())
+        return Corpus(name, f"stdlib of Python {platform.python_version()} sha256 {digest}")
+    tasks = load_tasks()
+    full_name = tasks.resolve_tfds(tfds_name or {"c4": tasks.C4, "lm1b": tasks.LM1B}[name])
+    return Corpus(name, f"tfds {full_name}", tfds_name=full_name)
+
+
+def load_tasks() -> Any:
+    """Loads and returns the module that needs TensorFlow. Check all input before: it is slow."""
+    from modjax.data.prepare import tasks
+
+    return tasks
+
+
+def sha256(content: bytes) -> str:
+    """Returns the hash of `content`, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,219 @@
+"""seqio tasks: where text comes from, and how it becomes tokens.
+
+Importing this module registers modjax_stdlib, modjax_c4 and modjax_lm1b (as bytes) with seqio.
+It loads TensorFlow, which takes about ten seconds; training never does.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from modjax.data.documents import Scan, scanned_documents
+from modjax.data.manifest import SPLITS
+from modjax.data.vocabulary import stderr_into
+from modjax.errors import InputError, describe, require
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Discards stderr, because some C++ code logs its start and has no option against it."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, stderr_into(nowhere.fileno()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+with _silent():
+    import absl.logging
+    import seqio
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    import modjax.data.prepare.builders.stdlib  # noqa: F401  registers the data set with TFDS
+
+    tf.config.set_visible_devices([], "GPU")
+
+absl.logging.set_verbosity(absl.logging.ERROR)
+logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+DOCUMENTS_AT_ONCE = 64
+STDLIB = "stdlib:1.0.0"
+C4 = "c4/en:3.1.0"
+LM1B = "lm1b:1.1.0"
+
+
+class Tokenized(NamedTuple):
+    """A batch of documents: their tokens, each ending in eos, and the UTF-8 bytes of their text."""
+
+    tokens: list[np.ndarray]
+    bytes: np.ndarray
+
+
+class TextSource(seqio.FunctionDataSource):
+    """The user's own files, split as `scan` decided.
+
+    failure: the error that ended the reading. TensorFlow passes on its text only.
+    """
+
+    def __init__(self, files: Sequence[Path], scan: Scan):
+        self.failure: Exception | None = None
+
+        def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+            del shuffle_files, seed
+
+            def documents() -> Iterator[dict[str, str]]:
+                try:
+                    for document in scanned_documents(files, scan):
+                        if scan.split(document.text) == split:
+                            yield document._asdict()
+                except Exception as error:
+                    self.failure = error
+                    raise
+
+            scalar = tf.TensorSpec((), tf.string)
+            return tf.data.Dataset.from_generator(
+                documents, output_signature={"id": scalar, "text": scalar}
+            )
+
+        super().__init__(dataset, SPLITS, num_input_examples=scan.documents)
+
+
+def stdlib_source(tfds_dir: Path | None = None) -> seqio.DataSource:
+    """Returns the standard library, built under `tfds_dir` (None: in TFDS's own folder)."""
+    if tfds_dir is not None:
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(None):
+            tfds.builder(STDLIB, data_dir=tfds_dir).download_and_prepare()
+        return seqio.TfdsDataSource(STDLIB, tfds_data_dir=os.fspath(tfds_dir), splits=SPLITS)
+    return seqio.TfdsDataSource(STDLIB, splits=SPLITS)
+
+
+def resolve_tfds(name: str) -> str:
+    """Returns the full name, with configuration and version, of a TFDS data set of text.
+
+    Raises InputError where no data set has this name, or it has no "text" feature.
+    """
+    try:
+        info = tfds.builder(name).info
+    except Exception as error:  # TFDS raises many kinds
+        accepted = f"must be a data set that TFDS knows: {describe(error)}"
+        raise InputError("--tfds", name, accepted) from error
+    features = info.features
+    has_text = (
+        isinstance(features, tfds.features.FeaturesDict)
+        and "text" in features
+        and features["text"].dtype == tf.string
+    )
+    require(has_text, "--tfds", name, 'must have a feature named "text" that holds a string')
+    dataset, _, version = info.full_name.rpartition("/")
+    return f"{dataset}:{version}"
+
+
+def download(name: str) -> None:
+    """Downloads a TFDS data set by its full name, unless it is there. Shows TFDS's progress bars.
+
+    Raises InputError where it cannot be downloaded or made.
+    """
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            tfds.builder(name).download_and_prepare()
+    except Exception as error:  # anything from a lost connection to a missing Beam runner
+        accepted = f"could not be downloaded: {describe(error)}"
+        raise InputError("--tfds", name, accepted) from error
+
+
+def tfds_source(name: str) -> seqio.DataSource:
+    """Returns a TFDS data set by its full name.
+
+    Its validation split is its own, else its test split, else the first 5% of train.
+    """
+    found = tfds.builder(name).info.splits
+    held_out = [split for split in ("validation", "test") if split in found]
+    splits = (
+        {"train": "train", "validation": held_out[0]}
+        if held_out
+        else {"train": "train[5%:]", "validation": "train[:5%]"}
+    )
+    return seqio.TfdsDataSource(name, splits=splits)
+
+
+def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
+    """Returns the vocabulary of a SentencePiece model, put into `folder`; bytes for none."""
+    if not model:
+        return seqio.ByteVocabulary()
+    # seqio remembers models by their path, as long as the process lives.
+    path = folder / f"{hashlib.sha256(model).hexdigest()}.model"
+    path.write_bytes(model)
+    return seqio.SentencePieceVocabulary(os.fspath(path))
+
+
+def make_task(
+    name: str, source: seqio.DataSource, vocabulary: seqio.Vocabulary, skip: int = 0
+) -> seqio.Task:
+    """Returns the task that tokenises "text" into "targets", without its first `skip` documents."""
+    return seqio.Task(
+        name,
+        source=source,
+        preprocessors=[
+            lambda dataset: dataset.skip(skip),
+            seqio.map_over_dataset(lambda example: {"targets": example["text"]}),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos,
+        ],
+        output_features={"targets": seqio.Feature(vocabulary, add_eos=True)},
+    )
+
+
+def tokenized(task: seqio.Task, split: str) -> Iterator[Tokenized]:
+    """Yields every document of a split in a fixed order, some at a time."""
+    dataset = task.get_dataset(None, split, shuffle=False, try_in_mem_cache=False)
+    dataset = dataset.map(
+        lambda example: (
+            example["targets"],
+            tf.strings.length(example["targets_pretokenized"], unit="BYTE"),
+        )
+    )
+    batches = iter(dataset.ragged_batch(DOCUMENTS_AT_ONCE))
+    with _failures_of(task.source):
+        with _silent():
+            first = list(itertools.islice(batches, 1))
+        for tokens, size in itertools.chain(first, batches):
+            ends = tokens.row_splits.numpy()[1:-1]
+            yield Tokenized(np.split(tokens.flat_values.numpy(), ends), size.numpy())
+
+
+def texts(source: seqio.DataSource, every: int) -> Iterator[str]:
+    """Yields the text of each `every`-th training document."""
+    dataset = source.get_dataset("train", shuffle=False).shard(every, 0)
+    with _failures_of(source):
+        for text in dataset.map(lambda example: example["text"]).as_numpy_iterator():
+            yield text.decode()
+
+
+@contextlib.contextmanager
+def _failures_of(source: seqio.DataSource) -> Iterator[None]:
+    """Raises the error that ended the reading of the user's files, in place of TensorFlow's."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise getattr(source, "failure", None) or error from None
+
+
+for _name, _source in {
+    "modjax_stdlib": stdlib_source(),
+    "modjax_c4": seqio.TfdsDataSource(C4, splits=SPLITS),
+    "modjax_lm1b": seqio.TfdsDataSource(LM1B, splits={"train": "train", "validation": "test"}),
+}.items():
+    seqio.TaskRegistry.add_provider(_name, make_task(_name, _source, seqio.ByteVocabulary()))

@@ -1,0 +1,249 @@
+"""Mixture-of-Depths around any block of yours, from any model.
+
+Legend: B batch, L positions, K selected positions, N heads, D model width.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from modjax.errors import InputError, require
+from modjax.nn.call import At, Call, number_rows
+from modjax.nn.params import read
+from modjax.nn.records import Inside, Record, inside, is_record, statistics
+from modjax.nn.routing.routed import Routed
+from modjax.nn.routing.routed_layer import RoutedLayer
+from modjax.nn.routing.selection import Selection, gather, scatter_add
+from modjax.nn.sharding import constrain_stream
+from modjax.specs import Shape
+from modjax.specs.layers.mod import MoDConfig
+
+NORM_EPS = 1e-6  # of a router that has norms
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RoutedBlock(Routed):
+    """The record of a MoDBlock, with those of its router and rules, and the inner block's output.
+
+    own: the records of router and rules, by their path in the block.
+    extra: everything that the inner block returned beside x, None for nothing: of a tuple all
+      entries but the first, of a named tuple a copy with x replaced by None, of a dictionary all
+      entries but x. The arrays are as the block returned them, for the selected positions. Records
+      of layers come back as `Inside`: pass them to `observe` too, by the path of their module, as
+      in "inner/moe".
+    indices_BK, valid_BK: the selected positions, ascending, and which of the K entries are real;
+      None where there is no extra.
+    """
+
+    own: dict[str, Record]
+    extra: Any = None
+    indices_BK: jax.Array | None = None
+    valid_BK: jax.Array | None = None
+
+    def loss(self, tokens=None, totals=None):
+        """Returns what to add to the objective: the losses of the rules and of inner records.
+
+        tokens: the loss of every position, for records that look at it. totals: as `totals` returns
+          them, of the batch that this record is a part of; None, the record's own.
+        """
+        totals = totals or {}
+        each = (record.loss(tokens, totals.get(path)) for path, record in self._all().items())
+        return sum(each, jnp.float32(0))
+
+    def totals(self):
+        """Returns the totals of the records within that have some, by their paths."""
+        found = {path: record.totals() for path, record in self._all().items()}
+        return {path: sums for path, sums in found.items() if sums}
+
+    def parts(self):
+        return {"": self} | self.own
+
+    @classmethod
+    def statistics(cls, records, valid_BL):
+        inner = {
+            f"{name}/{path.partition('/')[2]}": one
+            for name, record in records.items()
+            for path, one in record._all().items()
+        }
+        return super().statistics(records, valid_BL) | statistics(inner, valid_BL)
+
+    def _all(self) -> dict[str, Record]:
+        """Returns the records in `own` and `extra` by their paths; a key "" adds nothing to one."""
+        tree = {"own": self.own, "extra": self.extra}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/").rstrip("/"): node
+            for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_record)
+            if is_record(node)
+        }
+
+
+class MoDBlock(RoutedLayer):
+    """Routes the k = max(1, round(capacity * n)) best-scored of n valid positions through `inner`.
+
+    `inner` maps (x_BKD, *per_position, **pairwise, **whole) to x_BKD, to a tuple that begins with
+    it, or to a dictionary that has it under `output`. It sees the selected positions only, in
+    order, with their context. The record returns its other outputs.
+
+    output: the key of x where `inner` returns a dictionary.
+    """
+
+    def __init__(
+        self,
+        inner: nnx.Module,
+        d_model: int,
+        config: MoDConfig,
+        *,
+        rngs: nnx.Rngs,
+        output: str = "x",
+    ):
+        self.inner, self.output = inner, output
+        shape = Shape(d_model, 1, 1, 1, d_model, 4 * d_model, NORM_EPS)
+        super().__init__(config, shape, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        *per_position: Any,
+        pairwise: Mapping[str, Any] | None = None,
+        whole: Mapping[str, Any] | None = None,
+        valid_BL: jax.Array | None = None,
+        key: jax.Array | None = None,
+        handed: Mapping[str, jax.Array] | None = None,
+        routing: str = "trained",
+        slots: int | None = None,
+    ) -> tuple[jax.Array, RoutedBlock]:
+        """Returns x_BLD and the record of the routing; add its `loss()` to your objective.
+
+        A threshold that selects is measured by `modjax.observe`. Without it the threshold stays 0:
+        any `routing` but "trained" warns of that, and training does not.
+
+        per_position: pytrees of arrays (B or 1, L, ...) that `inner` takes beside x: positions,
+          segment ids, rotary tables. Each is gathered like x. Entries beyond what a row selects
+          read 0, so that an array of ones says which of the K are real.
+        pairwise: keyword arguments of `inner` between two positions, (B or 1, heads or 1, L, L),
+          like the masks of nnx.make_causal_mask. Each is gathered along both. Where a row selects
+          fewer than K, the entries left over see themselves (1), and no other sees them (0): a
+          bias needs a mask beside it.
+        whole: keyword arguments that `inner` gets as they are, like the output of an encoder.
+        valid_BL: False marks padding, which is never selected.
+        key: for random routing. handed: what a router needs of an earlier layer, by name.
+        routing: "trained" selects as in training; "causal" by the block's own rule that never looks
+          ahead; a name, such as "threshold", by that rule where the block has it.
+        slots: with these, at most the first so many positions of a row are taken; None drops none.
+
+        Raises InputError for an argument of another shape.
+        """
+        batch, length = x_BLD.shape[:2]
+        _check_inputs(per_position, pairwise or {}, batch, length)
+        positions_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        sequences_BL = number_rows(batch, length)
+        at = At(positions_BL, None, valid_BL, {}, dict(handed or {}), sequences_BL)
+        call = Call(routing=routing, key=key)
+        bound = length if slots is None else min(slots, length)
+        # Training programs call no host: jax would keep them out of its compilation cache.
+        if routing != "trained":
+            name, rule = self.decider(routing)
+            if name == "threshold":
+                _warn_unmeasured(jax.lax.stop_gradient(read(self.rules()[rule].threshold))[0])
+        selection, records, _ = self.route(x_BLD, at, call, self.start(batch), bound)
+        own: Any = records.pop("")
+
+        def process(selection: Selection) -> tuple[jax.Array, Inside | None]:
+            selected = selection.indices_BK, selection.valid_BK
+            x_BKD, *others = gather((x_BLD, *per_position), selection.indices_BK)
+            pairs = jax.tree.map(lambda leaf: _gather_pairs(leaf, selection), dict(pairwise or {}))
+            x_BKD = constrain_stream(x_BKD)
+            out = self.inner(x_BKD, *others, **pairs, **(whole or {}))  # type: ignore[operator]
+            y_BKD, extra = _apart(out, self.output)
+            shape = getattr(y_BKD, "shape", type(y_BKD))
+            need = f"must return x with the shape {x_BKD.shape} that it got"
+            require(shape == x_BKD.shape, "inner", shape, need)
+            for leaf in jax.tree.leaves(extra):
+                need = "must return arrays and numbers beside x, nothing else"
+                require(isinstance(leaf, get_args(ArrayLike)), "inner", leaf, need)
+            update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)
+            beside = None if extra is None else Inside(inside(extra, *selected), *selected)
+            return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
+
+        x_BLD, beside = self.run(process, selection, own, bound)
+        routed = RoutedBlock(**vars(own), own=records)
+        if beside is None:
+            return x_BLD, routed
+        selected = {"indices_BK": beside.indices_BK, "valid_BK": beside.valid_BK}
+        return x_BLD, replace(routed, extra=beside.record, **selected)
+
+
+def _apart(out: Any, key: str) -> tuple[Any, Any]:
+    """Returns x and what an inner block returned beside it, None for nothing."""
+    if isinstance(out, Mapping):
+        need = f"must have the key {key!r}, for x: see MoDBlock's `output`"
+        require(key in out, "inner", sorted(map(str, out)), need)
+        return out[key], {name: value for name, value in out.items() if name != key} or None
+    if not isinstance(out, tuple | list):
+        return out, None
+    if not out:
+        raise InputError("inner", out, "must begin with x")
+    if hasattr(out, "_replace"):
+        return out[0], out._replace(**{out._fields[0]: None})  # type: ignore[union-attr]
+    return out[0], tuple(out[1:]) or None
+
+
+def _check_inputs(
+    per_position: tuple[Any, ...], pairwise: Mapping[str, Any], batch: int, length: int
+) -> None:
+    """Raises InputError for a leaf that lacks the dims that are gathered."""
+
+    def check(field: str, tree: Any, dims: slice, gathered: tuple[int, ...], need: str) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            shape, name = jnp.shape(leaf), f"{field}{jax.tree_util.keystr(path)}"
+            fits = shape[:1] in ((1,), (batch,)) and shape[dims] == gathered
+            require(fits, name, shape, f"must have the shape ({batch} or 1, {need}")
+
+    need = "to be gathered like x; what has another goes into `pairwise` or `whole`"
+    check("per_position", per_position, slice(1, 2), (length,), f"{length}, ...) {need}")
+    need = "what is not to be gathered goes into `whole`"
+    pairs = f"heads or 1, {length}, {length}); {need}"
+    check("pairwise", pairwise, slice(2, None), (length, length), pairs)
+
+
+def _gather_pairs(x_BNLL: jax.Array, selection: Selection) -> jax.Array:
+    """Returns entries of (B or 1, N, L, L) between selected positions, (B, N, K, K).
+
+    One that is not valid sees itself only, so that no softmax is over nothing, and is not seen.
+    """
+
+    def one(x_NLL: jax.Array, indices_K: jax.Array) -> jax.Array:
+        pairs = x_NLL.at[:, indices_K[:, None], indices_K[None]]
+        return pairs.get(mode="fill", fill_value=0)
+
+    shared, indices_BK = x_BNLL.shape[0] == 1, selection.indices_BK
+    x_BNKK = jax.vmap(one, (None if shared else 0, 0))(x_BNLL[0] if shared else x_BNLL, indices_BK)
+    itself_1KK = jnp.eye(selection.valid_BK.shape[1], dtype=bool)[None]
+    alone_BKK = itself_1KK & ~selection.valid_BK[:, :, None]
+    return jnp.where(alone_BKK[:, None], jnp.ones((), x_BNKK.dtype), x_BNKK)
+
+
+def _warn_unmeasured(threshold: jax.Array) -> None:
+    """Warns, when the program runs, of a threshold that is still the 0 it began as."""
+
+    def warn(threshold: jax.Array) -> None:
+        if threshold == 0:
+            warnings.warn(
+                "a MoDBlock selects by a threshold that was never measured: call modjax.observe "
+                "after every update, and use what it returns",
+                stacklevel=2,
+            )
+
+    if isinstance(threshold, Tracer):
+        # The condition spares a program whose threshold is measured the call to the host.
+        jax.lax.cond(threshold == 0, lambda: jax.debug.callback(warn, threshold), lambda: None)
+    else:
+        warn(threshold)

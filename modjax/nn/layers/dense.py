@@ -1,0 +1,153 @@
+"""Base class of sublayers, MLPs, and sequences of layers.
+
+Legend: B batch, L positions, D model width, F feed-forward width.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from modjax import specs
+from modjax.kernels import project, project_back
+from modjax.nn.build import LayerModule, build
+from modjax.nn.call import At, Call, Out, under
+from modjax.nn.params import normal_param, read, scale_param
+from modjax.nn.sharding import constrain_stream
+from modjax.specs.layers.dense import GATED
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": jax.nn.gelu,
+    "geglu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "swiglu": jax.nn.silu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a scale (arXiv 1910.07467, Eq. 4), in float32."""
+
+    def __init__(self, d_model: int, *, eps: float):
+        self.scale = scale_param(d_model)
+        self.eps = eps
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        return (unit_rms(x_BLD, self.eps) * read(self.scale)[None, None]).astype(x_BLD.dtype)
+
+
+def unit_rms(x_BLD: jax.Array, eps: float) -> jax.Array:
+    """Returns x divided by its root mean square, in float32."""
+    x32_BLD = x_BLD.astype(jnp.float32)
+    mean_square_BL1 = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
+    return x32_BLD * jax.lax.rsqrt(mean_square_BL1 + eps)
+
+
+class Sublayer(LayerModule):
+    """Base class of layers that add to the stream, with a norm before, after, or both.
+
+    A subclass computes what it adds from `before(x)` alone: `nn.streams` relies on it.
+    """
+
+    def __init__(self, norm: str, shape: specs.Shape):
+        d, eps = shape.d_model, shape.norm_eps
+        self.norm = RMSNorm(d, eps=eps) if norm != "after" else None
+        self.norm_after = RMSNorm(d, eps=eps) if norm != "before" else None
+
+    def before(self, x_BLD: jax.Array) -> jax.Array:
+        return x_BLD if self.norm is None else self.norm(x_BLD)
+
+    def added(self, x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
+        return x_BLD + (y_BLD if self.norm_after is None else self.norm_after(y_BLD))
+
+
+class MLP(Sublayer):
+    """Two matrices around an activation, or three for a gated one (arXiv 2002.05202)."""
+
+    def __init__(self, spec: specs.MLP, shape: specs.Shape, *, rngs: nnx.Rngs):
+        super().__init__(spec.norm, shape)
+        d, f = shape.d_model, shape.d_ff
+        self.activation = spec.activation
+        std = 1 / math.sqrt(d)
+        self.w_in = normal_param(rngs, (d, f), ("embed", "mlp"), std=std)
+        if spec.activation in GATED:
+            self.w_gate = normal_param(rngs, (d, f), ("embed", "mlp"), std=std)
+        # The long dim last: a lone position does little but read the matrix, and rows of d_ff
+        # numbers are read faster than rows of d_model.
+        output_std = 1 / math.sqrt(f) / depth_scale(shape)
+        self.w_out = normal_param(rngs, (d, f), ("embed", "mlp"), std=output_std, transposed=True)
+
+    def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
+        weights = {name: read(getattr(self, name), None) for name in mlp_weights(self.activation)}
+        y_BLD = mlp(self.before(x_BLD), weights, self.activation, project, project_back)
+        return Out(self.added(x_BLD, y_BLD))
+
+
+def mlp_weights(activation: str) -> tuple[str, ...]:
+    """Returns the names of the matrices of an MLP, each (D, F)."""
+    return ("w_in", "w_gate", "w_out") if activation in GATED else ("w_in", "w_out")
+
+
+def mlp(
+    x: jax.Array, weights: Mapping[str, Any], activation: str, product: Product, back: Product
+) -> jax.Array:
+    """Returns the output of an MLP. product, back: multiply by a matrix and by its transpose."""
+    act = ACTIVATIONS[activation]
+    h = product(x, weights["w_in"])
+    h = act(product(x, weights["w_gate"])) * h if "w_gate" in weights else act(h)
+    return back(h, weights["w_out"])
+
+
+class Seq(LayerModule):
+    """Layers one after another."""
+
+    def __init__(self, spec: specs.Seq, shape: specs.Shape, *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.parts = nnx.Dict(
+            {name: build(part, shape, rngs=rngs) for name, part in names(spec.parts).items()}
+        )
+
+    def __call__(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
+        out = in_order(
+            {name: self.parts[name] for name in names(self.spec.parts)}, x, at, call, cache
+        )
+        return out._replace(records=under("parts", out.records))
+
+    def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
+        return {name: p.empty(batch, length, slack, dtype) for name, p in self.parts.items()}
+
+
+def in_order(
+    layers: Mapping[str, Any], x: jax.Array, at: At, call: Call, cache: Any, first: int = 0
+) -> Out:
+    """Returns the output of layers that run one after another; records and writes by their names.
+
+    cache: by the same names; None for none. first: the place of the first layer, for its key.
+    """
+    writes, records, depth_BL = {}, {}, 0
+    handed: dict[str, jax.Array] = {}
+    for index, (name, layer) in enumerate(layers.items(), first):
+        here = at._replace(handed={**at.handed, **handed})
+        out = layer(x, here, call.inside(index), None if cache is None else cache[name])
+        x, writes[name] = constrain_stream(out.x), out.write
+        records |= under(name, out.records)
+        handed |= out.handed
+        depth_BL = depth_BL + out.depth_BL
+    return Out(x, () if cache is None else writes, records, handed, depth_BL)
+
+
+def names(parts: Iterable[specs.Layer], start: int = 0) -> dict[str, specs.Layer]:
+    """Returns layers by their place and class, as in 1_mod: so their modules are named."""
+    return {f"{i}_{type(part).__name__.lower()}": part for i, part in enumerate(parts, start)}
+
+
+def depth_scale(shape: specs.Shape) -> float:
+    """Returns GPT-2's scale: all 2 * num_layers additions together start with variance 1."""
+    return math.sqrt(2 * shape.num_layers)

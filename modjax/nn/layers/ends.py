@@ -1,0 +1,100 @@
+"""The ends of a model, and what is computed from its features in chunks of positions.
+
+An embedding is called as embed(tokens_BL, dtype) -> x_BLD. A head's module is called as
+unembed(x_BLD, embed) -> logits (B, L, V) in float32, where `embed` is the embedding of a head that
+is tied and None for all others. `Transformer.head` is the two together.
+
+Legend: B batch, L positions, D model width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from modjax import specs
+from modjax.kernels import product
+from modjax.nn.params import normal_param, read
+from modjax.nn.sharding import batch_shards, constrain, per_device
+
+# The most float32 numbers of logits that a device makes at once: half a gigabyte.
+MOST_NUMBERS = 2**27
+
+
+class Tokens(nnx.Module):
+    def __init__(self, spec: specs.Tokens, shape: specs.Shape, *, rngs: nnx.Rngs):
+        d = shape.width
+        self.scale = math.sqrt(d) if spec.scale else None
+        # A tied table is also the head, whose logits should start near 1.
+        std = 1 / math.sqrt(d) if shape.tied or spec.scale else 1.0
+        self.table = normal_param(
+            rngs, (shape.vocab_size, d), ("vocab", "embed"), std=std, role="embedding"
+        )
+
+    def __call__(self, tokens_BL: jax.Array, dtype: DTypeLike) -> jax.Array:
+        x_BLD = constrain(read(self.table, dtype), "vocab", None)[tokens_BL]
+        return x_BLD if self.scale is None else x_BLD * jnp.asarray(self.scale, dtype)
+
+
+class Logits(nnx.Module):
+    """Both of specs.Logits and specs.Tied."""
+
+    def __init__(self, spec: specs.Logits, shape: specs.Shape, *, rngs: nnx.Rngs):
+        self.softcap = spec.softcap
+        d, axes = shape.width, ("embed", "vocab")
+        if not spec.tied:
+            self.w_logits = normal_param(
+                rngs, (d, shape.vocab_size), axes, std=1 / math.sqrt(d), role="embedding"
+            )
+
+    def __call__(self, x_BLD: jax.Array, embed: Any) -> jax.Array:
+        w_DV = read(self.w_logits, None) if embed is None else read(embed.table, None).T
+        z_BLV, cap = product(x_BLD, w_DV, jnp.float32), self.softcap
+        return z_BLV if cap is None else cap * jnp.tanh(z_BLV / cap)
+
+
+class Head(NamedTuple):
+    """A model's head with its weights, as a tree: head(x_BLD) are the logits (B, L, V)."""
+
+    unembed: Any
+    embed: Any
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        return self.unembed(x_BLD, self.embed)
+
+
+def in_chunks(
+    function: Callable[..., jax.Array], weights: Any, *arrays: jax.Array, numbers: int
+) -> jax.Array:
+    """Returns function(weights, *arrays), (B, L), whose intermediate values are never whole.
+
+    function: reads arrays (B, L, ...), and of them one position for each that it returns.
+    weights: any tree of arrays that `function` reads, such as a Head; it closes over none.
+    numbers: float32 numbers that it makes for one position, such as the size of the vocabulary.
+
+    It is called on chunks of positions, one after another, and for a gradient once more on each.
+    Where all of its numbers are at most MOST_NUMBERS, it is called once, as if called directly.
+    """
+    batch, length = arrays[0].shape[:2]
+    chunks = -(-(batch // batch_shards(batch)) * length * numbers // MOST_NUMBERS)
+    if chunks <= 1:
+        return function(weights, *arrays)
+    size = -(-length // min(chunks, length))
+    chunks = -(-length // size)
+
+    def split(x: jax.Array) -> jax.Array:
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (0, chunks * size - length)
+        x = jnp.pad(x, padding).reshape(x.shape[0], chunks, size, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    def on_device(weights: Any, *arrays: jax.Array) -> jax.Array:
+        one = jax.checkpoint(lambda chunk: function(weights, *chunk), prevent_cse=False)
+        found = jnp.moveaxis(jax.lax.map(one, tuple(map(split, arrays))), 0, 1)
+        return found.reshape(found.shape[0], -1)[:, :length]
+
+    return per_device(on_device, weights, *arrays)

@@ -1,0 +1,124 @@
+"""Mixture-of-Depths: a layer that processes only a share of the positions, around any other.
+
+Legend: B batch, L positions, K selected positions, S residual streams, D model width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from modjax import specs
+from modjax.nn.build import LayerModule, build
+from modjax.nn.cache import unwritten, written
+from modjax.nn.call import At, Call, Out
+from modjax.nn.routing.routed import Routed
+from modjax.nn.routing.routed_layer import RoutedLayer
+from modjax.nn.routing.selection import Selection, scatter_add, wide
+from modjax.nn.routing.within import run_rows, within
+from modjax.specs.layers.mod import cache_slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MoDCache:
+    """The cache of the inner layer, with slots for `slots` positions of each row.
+
+    state: of the router and the rules. read_B, taken_B, overflow_B: positions that were read, that
+    are in the slots, and that were dropped.
+    As an update: the same for new positions. A row that was not run has read none, and the rest of
+    its update may be anything.
+    """
+
+    inner: Any
+    state: dict[str, Any]
+    read_B: jax.Array
+    taken_B: jax.Array
+    overflow_B: jax.Array
+    slots: int = field(metadata={"static": True})
+
+    def written(self, write: "MoDCache", *, fresh: bool = False) -> "MoDCache":
+        def after(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(wide(write.read_B > 0, old), new, old)
+
+        rules = ({**part.state, "router": ()} for part in (self, write))
+        router = written(self.state["router"], write.state["router"], fresh=fresh)
+        return MoDCache(
+            written(self.inner, write.inner, fresh=fresh),
+            {**jax.tree.map(after, *rules), "router": router},
+            self.read_B + write.read_B,
+            self.taken_B + write.taken_B,
+            self.overflow_B + write.overflow_B,
+            self.slots,
+        )
+
+
+class MoD(RoutedLayer, LayerModule):
+    """Routes the k = max(1, round(capacity * n)) best-scored of n valid positions through a layer.
+
+    Eq. 1 of arXiv 2404.02258. The inner layer sees the selected positions only, in order, with
+    their context; its records, and so its losses, are passed on.
+    """
+
+    def __init__(self, spec: specs.MoD, shape: specs.Shape, *, rngs: nnx.Rngs):
+        self.inner = build(spec.inner, shape, rngs=rngs)
+        super().__init__(spec, shape, rngs=rngs)
+
+    def __call__(self, x: jax.Array, at: At, call: Call, cache: MoDCache | None = None) -> Out:
+        batch, length = x.shape[:2]
+        at = at._replace(positions_BL=jnp.broadcast_to(at.positions_BL, (batch, length)))
+        if cache is None:
+            bound = limit = cache_slots(self.config.capacity, length, call.slack)
+            state, inner_cache = self.start(batch), None
+        else:
+            bound, limit = min(cache.slots, length), cache.slots - cache.taken_B[:, None]
+            state, inner_cache = cache.state, cache.inner
+        x_BLD = x if x.ndim == 3 else jnp.mean(x, axis=2)  # routers read the mean of the streams
+        selection, records, state = self.route(x_BLD, at, call, state, limit)
+        own: Any = records[""]
+
+        def process(selection: Selection) -> Out:
+            part, out = within(selection, self.inner, x, at, call, inner_cache)
+            update = self.update(selection.scores_BK, part, out.x)
+            x_new = scatter_add(x, selection.indices_BK, update)
+            return Out(x_new, unwritten(out.write), out.records, {}, out.depth_BL)
+
+        if cache is None or call.fresh or length > 1:
+            out = self.run(process, selection, own, bound)
+            out = out._replace(records={**records, **out.records})
+        else:
+            out = self._decode(x, at, call, inner_cache, own)
+        if cache is None:
+            return out
+        masks = own.selected_BL, own.wanted_BL
+        taken_B, wanted_B = (jnp.sum(mask_BL, axis=1, dtype=jnp.int32) for mask_BL in masks)
+        counts = at.count(batch, length), taken_B, wanted_B - taken_B
+        return out._replace(write=MoDCache(out.write, state, *counts, cache.slots))
+
+    def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:
+        """Returns a cache for at most `length` positions of a row, or slack * capacity of them."""
+        slots = cache_slots(self.config.capacity, length, slack)
+        state = self.start(batch, self.router.empty(batch, length, slack, dtype))
+        inner, none_B = self.inner.empty(batch, slots, slack, dtype), jnp.zeros(batch, jnp.int32)
+        return MoDCache(inner, state, none_B, none_B, none_B, slots)
+
+    def _decode(self, x: jax.Array, at: At, call: Call, cache: Any, own: Routed) -> Out:
+        """Runs the inner layer on one position of each row that is selected.
+
+        Where none is, the weights of the inner layer are not read. It reports nothing.
+        """
+
+        def run(part: Any) -> Out:
+            x, at, scores_BL, cache = part
+            out = self.inner(x, at, call.inside(0), cache)
+            update = self.update(scores_BL, x, out.x)
+            update = jnp.where(wide(at.valid_BL, x), update, jnp.zeros_like(x))
+            depth_BL = jnp.where(at.valid_BL, 1 + out.depth_BL, 0)
+            return Out(update, unwritten(out.write), {}, {}, depth_BL)
+
+        inputs = x, at._replace(valid_BL=own.selected_BL), own.scores_BL, cache
+        out = run_rows(run, inputs, own.selected_BL[:, 0])
+        return out._replace(x=x + out.x)

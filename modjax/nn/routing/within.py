@@ -1,0 +1,93 @@
+"""Work on a part of a batch: on selected positions of each row, or on some rows.
+
+Legend: B batch, L positions, K selected positions, U parts, Z rows of a block, T rows. A part is a
+shard of the batch, with Z rows, of which T are run.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from modjax.nn.call import At, Call, Out, under
+from modjax.nn.records import Inside, inside
+from modjax.nn.routing.selection import Selection, gather, scatter_add
+from modjax.nn.sharding import batch_shards, constrain_stream
+
+
+def within(
+    selection: Selection, layer: Any, x: jax.Array, at: At, call: Call, cache: Any = None
+) -> tuple[jax.Array, Out]:
+    """Runs `layer` on the selected positions of x (B, L, ...) only, with their part of `at`.
+
+    Returns what the layer reads, (B, K, ...), and its output: x (B, K, ...), which `scatter_add`
+    puts in place; records, as of positions inside a selection; depth_BL, with this selection.
+    """
+    part, part_at = gather((x, at._replace(valid_BL=None)), selection.indices_BK)
+    part, part_at = constrain_stream(part), part_at._replace(valid_BL=selection.valid_BK)
+    out = layer(part, part_at, call.inside(0)._replace(selected=True), cache)
+    taken_BK = jnp.where(selection.valid_BK, 1 + out.depth_BL, 0)
+    none_BL = jnp.zeros(x.shape[:2], taken_BK.dtype)
+    return part, out._replace(
+        records=under("inner", inside(dict(out.records), selection.indices_BK, selection.valid_BK)),
+        depth_BL=scatter_add(none_BL, selection.indices_BK, taken_BK),
+    )
+
+
+def widened(tree: Any, like: Any) -> Any:
+    """Returns arrays of a smaller selection in the shapes that a larger one has.
+
+    Positions that it lacks are not valid: they hold zeros, and their indices lie beyond all.
+    """
+
+    def one(node: Any, like: Any) -> Any:
+        if not isinstance(node, Inside):
+            more = [(0, m - n) for n, m in zip(jnp.shape(node), like.shape, strict=True)]
+            return jnp.pad(node, more) if more else jnp.asarray(node)
+        record, indices_BK, valid_BK = map(widened, vars(node).values(), vars(like).values())
+        place_K = jnp.arange(valid_BK.shape[-1], dtype=indices_BK.dtype)
+        beyond_K = jnp.iinfo(place_K.dtype).max - len(place_K) + place_K
+        known_K = place_K < node.valid_BK.shape[-1]
+        return Inside(record, jnp.where(known_K, indices_BK, beyond_K), valid_BK)
+
+    return jax.tree.map(one, tree, like, is_leaf=lambda node: isinstance(node, Inside))
+
+
+def run_rows(function: Callable[[Any], Any], inputs: Any, asked_B: jax.Array) -> Any:
+    """Returns function(inputs), of arrays (B, ...), in the rows that ask for it, or zeros.
+
+    The others are not computed: of a few compiled numbers of rows, the first that holds those that
+    ask is run; where none asks, nothing is. Rows move within a shard of the batch, never between
+    two.
+    """
+    shards = batch_shards(asked_B.shape[0])
+    asked_UZ = asked_B.reshape(shards, -1)
+    rows = asked_UZ.shape[1]
+    order_UZ = jnp.argsort(~asked_UZ, axis=1, stable=True)
+    sizes = [0, *(2**i for i in range(math.ceil(math.log2(rows)))), rows]
+    none = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, inputs))
+
+    def parts(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(shards, -1, *leaf.shape[1:])
+
+    def run(size: int) -> Any:
+        if size in (0, rows):
+            return function(inputs) if size else none
+        order_UT = order_UZ[:, :size]
+
+        def take(leaf: jax.Array) -> jax.Array:
+            taken = jax.vmap(lambda part_Z, order_T: part_Z[order_T])(parts(leaf), order_UT)
+            return taken.reshape(shards * size, *leaf.shape[1:])
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            each = jax.vmap(lambda old_Z, new_T, order_T: old_Z.at[order_T].set(new_T))
+            return each(parts(old), parts(new), order_UT).reshape(old.shape)
+
+        return jax.tree.map(put, none, function(jax.tree.map(take, inputs)))
+
+    most = jnp.max(jnp.sum(asked_UZ, axis=1))
+    branches = [functools.partial(run, size) for size in sizes]
+    return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), most), branches)

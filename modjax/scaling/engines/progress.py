@@ -1,0 +1,96 @@
+"""What a running sweep shows: a live table on a terminal, sparse plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from modjax.records import Record
+from modjax.scaling.formatting import clock
+from modjax.scaling.report.comparison import loss_words
+from modjax.specs import RunSpec
+
+SECONDS_BETWEEN_LINES = 60.0  # off a terminal, where no run finishes
+
+
+class Display:
+    """Progress on stderr, fed by engines/local.py; a context manager."""
+
+    def __init__(self, specs: Sequence[RunSpec], jobs: int, flops_per_second: float):
+        self.budgets = {spec.run_id: spec.budget_flops for spec in specs}
+        self.jobs = jobs
+        self.expected_rate = flops_per_second
+        self.console = Console(file=sys.stderr)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.done: set[str] = set()
+        self.flops_here = 0.0
+        self.began = self.noted = time.monotonic()
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def note(self, line: str) -> None:
+        self.noted = time.monotonic()
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def found(self, record: Record) -> None:
+        """Counts a run that has its result, but not from here."""
+        self.done.add(record.run_id)
+
+    def finished(self, record: Record) -> None:
+        """Counts and announces a run that was finished here."""
+        self.done.add(record.run_id)
+        self.flops_here += self.budgets[record.run_id]
+        loss = "diverged" if record.eval_loss is None else loss_words(record)
+        count = f"[{len(self.done):{len(str(len(self.budgets)))}}/{len(self.budgets)}]"
+        self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
+
+    def update(self, workers: Sequence[Any], elsewhere: int) -> None:
+        if not self.console.is_terminal and time.monotonic() - self.noted < SECONDS_BETWEEN_LINES:
+            return
+        table = Table(box=None, pad_edge=False)
+        for name in ("worker", "run", "step", "loss", "left"):
+            table.add_column(name, justify="left" if name == "run" else "right")
+        under_way = 0.0
+        for worker in workers:
+            if worker.spec is None:
+                table.add_row(str(worker.index), "starting" if not worker.ready else "idle")
+                continue
+            steps = worker.spec.train.steps
+            under_way += worker.spec.budget_flops * worker.step / steps
+            spent, counted = time.monotonic() - worker.first_seen, worker.step - worker.first_step
+            left = clock(spent * (steps - worker.step) / counted) if counted > 0 else "?"
+            loss = "" if worker.loss is None else f"{worker.loss:.3f}"
+            table.add_row(
+                str(worker.index), worker.spec.run_id, f"{worker.step}/{steps}", loss, left
+            )
+        total = sum(self.budgets.values())
+        spent_flops = sum(self.budgets[run_id] for run_id in self.done) + under_way
+        rate = self._rate(under_way)
+        summary = f"{len(self.done)}/{len(self.budgets)} runs, "
+        summary += f"about {clock((total - spent_flops) / rate)} left"
+        if elsewhere:
+            summary += f"; {elsewhere} running in another sweep"
+        if not self.console.is_terminal:
+            running = [f"{w.spec.run_id} at step {w.step}" for w in workers if w.spec is not None]
+            return self.note("; ".join([summary, *running]))
+        overall = Table.grid(padding=(0, 1))
+        overall.add_row(ProgressBar(total=total, completed=spent_flops, width=40), summary)
+        self.live.update(Group(table, overall), refresh=True)
+
+    def _rate(self, under_way: float) -> float:
+        """FLOP/s of all workers: as expected until a run has finished, then as measured."""
+        if self.flops_here == 0:
+            return self.expected_rate * self.jobs
+        return (self.flops_here + under_way) / (time.monotonic() - self.began)

@@ -1,0 +1,185 @@
+"""A worker process as its launcher sees it: started, told, heard, ended; and signals to both."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
+
+from modjax.backend import compilation_cache, last_line
+from modjax.errors import InputError
+from modjax.specs import RunSpec, to_dict
+
+SECONDS_TO_STOP = 90.0
+
+
+class Refused(InputError):
+    """A worker refused its run as bad input, in the worker's own words."""
+
+    def __init__(self, line: str):
+        ValueError.__init__(self, line)
+
+
+@dataclass
+class Worker:
+    """A place for a process; the process in it changes when one dies.
+
+    error: what the process said of its end. last_words: the end of what the last process in this
+    place printed while it had no run. heard, ended: when it last said anything, when it ended.
+    """
+
+    index: int
+    process: subprocess.Popen | None = None
+    errors: IO[bytes] | None = None
+    unread: bytes = b""
+    ready: bool = False
+    error: str | None = None
+    last_words: str = ""
+    heard: float = 0.0
+    ended: float = float("-inf")
+    spec: RunSpec | None = None
+    began: float = 0.0
+    step: int = 0
+    loss: float | None = None
+    first_step: int = 0  # the first step reported, and when: what comes before is compilation
+    first_seen: float = 0.0
+    busy_seconds: float = 0.0
+    runs: int = 0  # that this process was given
+
+    def start(self, settings: dict[str, Any]) -> None:
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            # -P: what lies in the current folder must not pass for a package.
+            [sys.executable, "-P", "-m", "modjax.scaling.engines.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            # What libraries print goes to log.txt, whatever the locale.
+            env=os.environ | compilation_cache() | {"PYTHONIOENCODING": "utf-8:backslashreplace"},
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which stops the workers
+        )
+        self.unread, self.ready, self.error, self.runs = b"", False, None, 0
+        self.send(settings)
+
+    def send(self, message: dict[str, Any]) -> None:
+        assert self.process is not None and self.process.stdin is not None
+        try:
+            self.process.stdin.write((json.dumps(message) + "\n").encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died; the end of its output says so
+
+    def assign(self, spec: RunSpec) -> None:
+        self.spec, self.step, self.loss = spec, 0, None
+        self.runs += 1
+        self.began = self.heard = time.monotonic()
+        self.send({"spec": to_dict(spec)})
+
+    def release(self) -> RunSpec:
+        """The run that it had, which it has no longer."""
+        spec, self.spec = self.spec, None
+        assert spec is not None
+        self.busy_seconds += time.monotonic() - self.began
+        return spec
+
+    def receive(self) -> Iterator[dict[str, Any]]:
+        """What it has said since, and at its end {"event": "died"}; blocks until there is any."""
+        assert self.process is not None and self.process.stdout is not None
+        chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+        self.heard = time.monotonic()
+        *lines, self.unread = (self.unread + chunk).split(b"\n")
+        yield from map(json.loads, lines)
+        if not chunk:
+            yield {"event": "died"}
+
+    def close_input(self) -> None:
+        """Lets it save its state and end."""
+        assert self.process is not None and self.process.stdin is not None
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
+
+    def end(self) -> int:
+        """Waits for the process to end, and returns its code."""
+        assert self.process is not None and self.process.stdout is not None
+        self.close_input()
+        self.process.stdout.close()
+        code = self.process.wait()
+        self.process, self.ready, self.ended = None, False, time.monotonic()
+        assert self.errors is not None
+        with self.errors:
+            self.errors.seek(0)
+            self.last_words = self.errors.read().decode(errors="replace")[-4000:]
+        return code
+
+
+def cannot_start(worker: Worker, how: str, times: int) -> Exception:
+    """Returns RuntimeError where a worker raised, InputError where workers were killed."""
+    if worker.error is not None:
+        fault = RuntimeError(f"workers cannot start: {how}")
+        fault.add_note(worker.last_words)
+        return fault
+    said = f"died {times} times before it had a run: {last_line(worker.last_words)}"
+    return InputError("worker", how, said)
+
+
+def end_of(code: int) -> str:
+    """A process's end in words."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def end_all(workers: Sequence[Worker], received: Sequence[int]) -> bool:
+    """The end of their input lets workers save their runs; a second signal kills them.
+
+    received: the signals so far, as `signals` collects them.
+    Returns whether every run that was under way has saved its state.
+    """
+    for worker in workers:
+        worker.close_input()
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    processes = [worker.process for worker in workers if worker.process is not None]
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline or len(received) > 1:
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
+    return all([_lost_nothing(worker, worker.end()) for worker in workers])
+
+
+def _lost_nothing(worker: Worker, code: int) -> bool:
+    """Whether a worker that ended with `code` has saved its run, or had nothing to save."""
+    # SIGTERM ends a worker by itself only until its training listens for it.
+    unbegun = code == -signal.SIGTERM and worker.step == 0
+    return code == 0 or worker.spec is None or unbegun
+
+
+def share_of_cores(index: int, jobs: int) -> list[int]:
+    """The cores of worker `index`; [] where the workers cannot or need not be kept apart."""
+    if jobs == 1 or not hasattr(os, "sched_getaffinity"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    if jobs > len(cores):
+        return [cores[index % len(cores)]]
+    return cores[index * len(cores) // jobs : (index + 1) * len(cores) // jobs]
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda signum, frame: received.append(signum))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

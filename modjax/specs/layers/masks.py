@@ -1,0 +1,132 @@
+"""Masks: which keys a query may see, given the positions of both in their sequence.
+
+A mask knows nothing of documents and padding: whoever uses it hides those as well.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from modjax.specs.fields import Positive, Spec
+from modjax.specs.layer import spec
+
+Reach = tuple[int | None, int | None]
+
+
+class Mask(Spec):
+    """Base class of masks, defined by `seen` and `reach`. `a & b` shows what both show.
+
+    reach: how many positions a query may see back and ahead at most, None for no bound. Keys beyond
+      are neither computed nor cached.
+    """
+
+    reach: ClassVar[Reach] = None, None
+
+    def seen(self, query: Any, key: Any) -> Any:
+        """Returns whether queries may see keys, given positions, arrays of NumPy or JAX."""
+        raise NotImplementedError
+
+    def pairs(self, tokens: int, keys: int) -> int:
+        """Returns the pairs that FLOPs count: for every query alike, so that hidden keys count."""
+        back, ahead = self.reach
+        if back is None or ahead is None:
+            return tokens * keys
+        return tokens * min(keys, back + 1 + ahead)
+
+    def kept(self, length: int) -> int:
+        """Returns how many keys a cache of at most `length` positions must keep: the last ones."""
+        back, _ = self.reach
+        return length if back is None else min(length, back + 1)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        if isinstance(other, Both):  # so that equal texts are equal masks
+            return self & other.one & other.other
+        return Both(self, other) if isinstance(other, Mask) else NotImplemented
+
+
+@dataclass(frozen=True)
+class Both(Mask):
+    """The pairs that two masks show."""
+
+    one: Mask
+    other: Mask
+
+    def seen(self, query: Any, key: Any) -> Any:
+        return self.one.seen(query, key) & self.other.seen(query, key)
+
+    @property
+    def reach(self) -> Reach:
+        back, ahead = (
+            min((side for side in sides if side is not None), default=None)
+            for sides in zip(self.one.reach, self.other.reach, strict=True)
+        )
+        return back, ahead
+
+    def pairs(self, tokens: int, keys: int) -> int:
+        each = (mask.pairs(tokens, keys) for mask in (self.one, self.other))
+        return min(super().pairs(tokens, keys), *each)
+
+    def kept(self, length: int) -> int:
+        return min(self.one.kept(length), self.other.kept(length))
+
+    def __str__(self) -> str:
+        return f"{self.one} & {self.other}"
+
+
+@spec
+class Causal(Mask):
+    """Shows the query's own position and those before it."""
+
+    reach = None, 0
+
+    def seen(self, query: Any, key: Any) -> Any:
+        return key <= query
+
+
+@spec
+class Bidirectional(Mask):
+    """Shows every position."""
+
+    def seen(self, query: Any, key: Any) -> Any:
+        return (key <= query) | (key > query)
+
+
+@dataclass(frozen=True)
+class Sized(Mask):
+    """Base class of masks that a number of positions defines."""
+
+    size: Positive[int]
+
+    @property
+    def reach(self) -> Reach:
+        return self.size - 1, self.size - 1
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.size})"
+
+
+@spec
+class Window(Sized):
+    """Shows the query's own position and the `size` - 1 next to it on either side."""
+
+    def seen(self, query: Any, key: Any) -> Any:
+        return abs(query - key) < self.size
+
+
+@spec
+class Blocks(Sized):
+    """Shows the query's own block of `size` positions: a block-diagonal mask."""
+
+    def seen(self, query: Any, key: Any) -> Any:
+        return query // self.size == key // self.size
+
+
+@spec
+class Prefix(Sized):
+    """Shows what Causal() shows, and the first `size` positions to all; without `Causal() &`."""
+
+    def seen(self, query: Any, key: Any) -> Any:
+        return (key <= query) | (key < self.size)
+
+    @property
+    def reach(self) -> Reach:
+        return None, self.size - 1

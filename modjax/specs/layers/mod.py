@@ -1,0 +1,87 @@
+"""Mixture-of-Depths: a layer that processes only a share of the positions (arXiv 2404.02258)."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from modjax.errors import require
+from modjax.specs.fields import Accepts, check, one_of
+from modjax.specs.layer import Costs, Layer, Load, Router, Shape, spec
+from modjax.specs.layers.dense import DENSE
+from modjax.specs.layers.routers import Linear, Rule, TopK
+
+LINEAR, TOP_K = Linear(), TopK()
+
+
+def selected_tokens(capacity: float, seq_len: int) -> int:
+    """Returns how many positions of a sequence, without padding, a routed layer processes."""
+    return max(1, round(capacity * seq_len))
+
+
+def cache_slots(capacity: float, length: int, slack: float | None) -> int:
+    """Returns the slots of a routed layer's cache for `length` positions; slack None: all."""
+    return length if slack is None else min(length, max(1, math.ceil(slack * capacity * length)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoDConfig:
+    """The selection of a routed layer, and the weight of its update (arXiv 2404.02258, Eq. 1).
+
+    capacity: share of each sequence's positions, without padding, that are processed, in (0, 1].
+    router: scores the positions. rule: selects by the scores in training.
+    causal: selects without the future; None leaves that to `rule`.
+    residual: with f the inner layer and r the weight, `delta` x + r (f(x) - x), or `literal`
+      x + r f(x).
+    """
+
+    capacity: Annotated[float, Accepts("must be in (0, 1]", lambda share: 0 < share <= 1)] = 0.125
+    router: Router = LINEAR
+    rule: Rule = TOP_K
+    causal: Rule | None = None
+    residual: Annotated[str, one_of("delta", "literal")] = "delta"
+
+    def __post_init__(self):
+        check(self, "MoD", typed=True)
+        causal = self.causal
+        able = causal is None or (len(causal.names()) > 0 and causal.outputs == 1)
+        accepted = "must be a rule that never looks ahead, by one score of each position"
+        require(able, "MoD.causal", causal, accepted)
+
+    def names(self) -> tuple[str, ...]:
+        """Returns the names of its ways to select without the future, see Rule.names."""
+        own = self.causal.names() if self.causal else ()
+        return own if self.router.looks_ahead("causal") else own + self.rule.names()
+
+
+@spec
+class MoD(MoDConfig, Layer):
+    """Routes a share of the positions through `inner`; the others pass it by."""
+
+    inner: Layer = DENSE
+
+    def cost(self, shape: Shape, load: Load) -> Costs:
+        k = selected_tokens(self.rule.room(self.capacity), load.tokens)
+        for cost in self.inner.cost(shape, Load(k, k)):
+            yield cost._replace(active=cost.active * self.capacity)
+        yield from self.router.cost(shape, load, self.rule.outputs)
+        yield from self.rule.cost(shape, load)
+        if self.causal is not None:
+            yield from self.causal.cost(shape, load)
+
+    def looks_ahead(self, routing: str) -> bool:
+        if routing == "trained":
+            own = not self.rule.causal or self.router.looks_ahead(routing)
+        else:
+            own = not self.names()
+        return own or self.inner.looks_ahead(routing)
+
+    def routed(self) -> int:
+        return 1 + super().routed()
+
+    def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
+        slots = cache_slots(self.capacity, length, slack)
+        found = self.inner.cache_numbers(shape, slots, slack)
+        return found + self.router.cache_numbers(shape._replace(streams=1), length, slack)
+
+    def hands_on(self) -> frozenset[str]:
+        return frozenset()  # some positions only would have it

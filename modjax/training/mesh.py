@@ -1,0 +1,61 @@
+"""The mesh, and what lies where on it; modjax/nn/sharding.py has the table of axes.
+
+Legend: B batch, L positions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from modjax.backend import starting
+from modjax.errors import require
+from modjax.nn.sharding import LOGICAL_TO_MESH, MESH_AXES, partition_spec, ways
+from modjax.specs import Execution, TrainConfig
+
+
+def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns a mesh with the axes of MESH_AXES; `execution.data` = 0 takes all other devices.
+
+    Raises InputError where the sizes do not fit the number of devices.
+    """
+    if devices is None:
+        with starting():
+            devices = jax.devices()
+    inner = execution.fsdp * execution.tensor * execution.expert
+    count, sizes = len(devices), "fsdp * tensor * expert"
+    need = f"must divide the number of devices, {count}"
+    require(count % inner == 0, f"execution.{sizes}", inner, need)
+    data = execution.data or count // inner
+    need = f"needs {data * inner} devices with {sizes} = {inner}; there are {count}"
+    require(data * inner <= count, "execution.data", data, need)
+    shape = (data, execution.fsdp, execution.tensor, execution.expert)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[: data * inner])
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of the (B, L) arrays of a batch."""
+    return NamedSharding(mesh, partition_spec(("batch", "length")))
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Returns host arrays (B, L), equal on all processes, as global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x_BL: jax.make_array_from_callback(x_BL.shape, sharding, lambda i: x_BL[i]), batch
+    )
+
+
+def check_batch(mesh: Mesh, train: TrainConfig) -> None:
+    """Raises InputError unless each forward pass splits evenly over the mesh."""
+    parts = ways(mesh, LOGICAL_TO_MESH["batch"])
+    unit = parts * train.accumulation
+    need = (
+        f"must be a multiple of {unit}, the mesh's data * fsdp * expert = {parts} times "
+        f"train.accumulation = {train.accumulation}"
+    )
+    require(train.batch_size % unit == 0, "train.batch_size", train.batch_size, need)

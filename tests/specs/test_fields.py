@@ -1,0 +1,382 @@
+"""Specs refuse what cannot be used, in one line that names the field, the value and the rule."""
+
+import dataclasses
+from typing import Annotated
+
+import pytest
+
+from modjax.errors import InputError
+from modjax.specs import (
+    MLP,
+    Attention,
+    Binary,
+    Blocks,
+    DataConfig,
+    Dense,
+    Execution,
+    ExpertChoice,
+    Mask,
+    MoD,
+    MoDConfig,
+    ModelSpec,
+    MoE,
+    Positional,
+    Predictor,
+    Random,
+    Received,
+    Repeat,
+    Rule,
+    RunSpec,
+    Seq,
+    Sinusoids,
+    Threshold,
+    TokenChoice,
+    TopK,
+    TrainConfig,
+    Window,
+    from_dict,
+    to_dict,
+)
+from modjax.specs.fields import Accepts, Positive
+
+MODEL = {"vocab_size": 40, "d_model": 16, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2,
+         "d_ff": 32}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class NoWay(Rule):
+    """A rule of training alone."""
+
+
+RECEIVED = Seq(Attention(received=True), MLP())
+BY_RECEIVED = MoD(router=Received(), rule=TopK("one"))
+PREDICTED = dataclasses.replace(BY_RECEIVED, causal=Predictor(0.1))
+TRAIN = {"batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "warmup_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "cls, base, field, value, says",
+    [
+        *(
+            (cls, {}, name, value, f"MoD.{name} = {value!r}: {says}")
+            for cls in (MoDConfig, MoD)
+            for name, value, says in (
+                ("capacity", 0.0, "must be in (0, 1]"),
+                ("capacity", 1.5, "must be in (0, 1]"),
+                ("capacity", "x", "must be of type float"),
+                ("capacity", True, "must be of type float"),
+                ("capacity", float("nan"), "must be finite"),
+                ("router", "moe", "must be of type Router"),
+                ("rule", None, "must be of type Rule"),
+                ("rule", TokenChoice(), "must be of type Rule"),
+                ("causal", "best", "must be of type Rule or None"),
+                ("causal", NoWay(), "must be a rule that never looks ahead"),
+                ("causal", Binary(), "must be a rule that never looks ahead, by one score of each"),
+                ("residual", "x", "must be one of delta"),
+            )
+        ),
+        (Threshold, {}, "slack", None, "Threshold.slack = None: must be of type float"),
+        (Threshold, {}, "slack", 0.9, "Threshold.slack = 0.9: must be 1 or more"),
+        (Random, {}, "weight", "relu", "Random.weight = 'relu': must be one of linear"),
+        (TopK, {}, "auxiliary", -0.1, "TopK.auxiliary = -0.1: must be 0 or more"),
+        (Predictor, {}, "weight", 0.0, "Predictor.weight = 0.0: must be greater than 0"),
+        (Binary, {}, "balance", -0.1, "Binary.balance = -0.1: must be 0 or more"),
+        (Binary, {}, "z", -0.1, "Binary.z = -0.1: must be 0 or more"),
+        (MoD, {}, "inner", "dense", "MoD.inner = 'dense': must be of type Layer"),
+        (Attention, {}, "rope", 0.0, "Attention.rope = 0.0: must be greater than 0"),
+        (Attention, {}, "norm", "never", "Attention.norm = 'never': must be one of before"),
+        (Attention, {}, "mask", 8, "Attention.mask = 8: must be of type Mask"),
+        (Window, {"size": 4}, "size", 1.5, "Window.size = 1.5: must be of type int"),
+        (Blocks, {"size": 4}, "size", 0, "Blocks.size = 0: must be greater than 0"),
+        (Attention, {}, "softcap", -1.0, "Attention.softcap = -1.0: must be greater than 0"),
+        (MLP, {}, "activation", "tanh", "MLP.activation = 'tanh': must be one of gelu"),
+        (MLP, {}, "norm", "never", "MLP.norm = 'never': must be one of before"),
+        *(
+            (
+                MoE,
+                {"experts": 4, "rule": TokenChoice(2)},
+                name,
+                value,
+                f"MoE.{name} = {value!r}: {says}",
+            )
+            for name, value, says in (
+                ("experts", 0, "must be greater than 0"),
+                ("experts", 2.0, "must be of type int"),
+                ("experts", 1, "must be at least top_k = 2"),
+                ("width", 0, "must be greater than 0, or None"),
+                ("capacity_factor", 0.0, "must be greater than 0, or None: it leaves no slot"),
+                ("rule", "best", "must be of type ExpertRule"),
+                ("rule", TopK(), "must be of type ExpertRule"),
+                ("activation", "tanh", "must be one of gelu"),
+                ("norm", "never", "must be one of before"),
+                ("shared", -1, "must be 0 or more"),
+            )
+        ),
+        *(
+            (TokenChoice, {"top_k": 2}, name, value, f"TokenChoice.{name} = {value!r}: {says}")
+            for name, value, says in (
+                ("top_k", 0, "must be greater than 0"),
+                ("scores", "relu", "must be one of softmax, sigmoid"),
+                ("scale", 0.0, "must be greater than 0"),
+                ("no_ops", -1, "must be 0 or more"),
+                ("balance", -0.1, "must be 0 or more"),
+                ("z", -0.1, "must be 0 or more"),
+                ("bias_rate", -0.1, "must be 0 or more"),
+                ("random_no_ops", True, "needs no_ops"),
+            )
+        ),
+        (
+            MoE,
+            {"experts": 4, "rule": ExpertChoice()},
+            "capacity_factor",
+            None,
+            "MoE.capacity_factor = None: must be a number where rule = ExpertChoice()",
+        ),
+        (
+            TokenChoice,
+            {"top_k": 1},
+            "renormalise",
+            True,
+            "TokenChoice.renormalise = True: must be False at",
+        ),
+        (ModelSpec, MODEL, "d_model", 15, "model.d_model = 15: must be a multiple of"),
+        (ModelSpec, MODEL, "num_heads", 16, "model.head_dim = 1: must be even"),
+        (ModelSpec, MODEL, "head_dim", 3, "model.head_dim = 3: must be even"),
+        (ModelSpec, MODEL, "head_dim", 0, "model.head_dim = 0: must be greater than 0"),
+        (ModelSpec, MODEL, "num_kv_heads", 3, "model.num_kv_heads = 3: must divide"),
+        (
+            ModelSpec,
+            MODEL,
+            "layers",
+            "Moe()",
+            "model.layers = 'Moe': unknown; known: AltUp, Attention",
+        ),
+        (ModelSpec, MODEL, "layers", "MoD(Dense(), capacity=2)", "MoD.capacity = 2: must be in"),
+        (ModelSpec, MODEL, "layers", "MoD(capacity='x')", "MoD.capacity = 'x': must be of type"),
+        (
+            ModelSpec,
+            MODEL,
+            "layers",
+            "Dense(capacity=0.5)",
+            "model.layers = 'Dense(capacity=0.5)': Dense.capacity = 0.5: unknown; known here: ",
+        ),
+        (ModelSpec, MODEL, "layers", (MoD(),) * 3, "model.num_layers = 4: must be a multiple"),
+        (ModelSpec, MODEL, "layers", (Repeat(MoD(), times=3),), "model.num_layers = 4: must be 3"),
+        (ModelSpec, MODEL, "layers", (Repeat(MoD()), Dense()), "all of them Repeat(...)"),
+        (ModelSpec, MODEL, "layers", (), "model.layers = (): must name a layer"),
+        *(
+            (
+                ModelSpec,
+                MODEL,
+                "layers",
+                layers,
+                "needs a layer before it, in its segment, that hands on received",
+            )
+            for layers in (
+                (BY_RECEIVED,),
+                (MoD(), BY_RECEIVED),
+                (Dense(), BY_RECEIVED),
+                (MoD(RECEIVED), BY_RECEIVED),  # attention among some is not handed on
+            )
+        ),
+        (ModelSpec, MODEL, "dtype", "int8", "model.dtype = 'int8': must be one of float32"),
+        (ModelSpec, MODEL, "d_ff", 0, "model.d_ff = 0: must be greater than 0"),
+        (TrainConfig, TRAIN, "accumulation", 3, "train.accumulation = 3: must divide"),
+        (TrainConfig, TRAIN, "warmup_steps", 11, "train.warmup_steps = 11: must be between"),
+        (TrainConfig, TRAIN, "b2", 1.0, "train.b2 = 1.0: must be in [0, 1)"),
+        (TrainConfig, TRAIN, "learning_rate", -1.0, "train.learning_rate = -1.0: must be greater"),
+        (DataConfig, {}, "max_epochs", 0.0, "data.max_epochs = 0.0: must be greater than 0"),
+        (Execution, {}, "remat", "some", "execution.remat = 'some': must be one of none"),
+        (Execution, {}, "fsdp", 0, "execution.fsdp = 0: must be greater than 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_in_one_line(cls, base, field, value, says):
+    cls(**base)
+    with pytest.raises(InputError) as caught:
+        cls(**base | {field: value})
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"d_modle": 16}, "model.d_modle = 16: unknown; known here: vocab_size"),
+        ({"d_model": "wide"}, "model.d_model = 'wide': must be of type int"),
+        ({"d_model": True}, "model.d_model = True: must be of type int"),
+        ({"d_model": 16.5}, "model.d_model = 16.5: must be of type int"),
+        ({"layers": 3}, "model.layers = 3: must be layers, or all of them Repeat"),
+        ({"layers": "Dense"}, "model.layers = 'Dense': must be calls such as MoD(Dense())"),
+        ({"layers": "Dense("}, "model.layers = 'Dense(': must be calls such as Dense()"),
+        *(
+            ({"layers": layers}, f"model.layers = {layers!r}: must name each field once")
+            for layers in (
+                "MoD(Dense(), **{'capacity': 0.25})",
+                "MoD(Dense(), capacity=0.5, capacity=0.9)",
+                "Attention(**{})",
+            )
+        ),
+        ({"layers": "Attention(rope=1e999)"}, "model.layers = inf: must be finite"),
+        ({"layers": "Attention(rope=-1e999)"}, "model.layers = -inf: must be finite"),
+        ({"layers": f"Attention(rope=1{'0' * 400})"}, "model.layers = 1000"),
+        ({"norm_eps": float("nan")}, "model.norm_eps = nan: must be finite"),
+        ({"norm_eps": 10**400}, "model.norm_eps = 1000"),
+    ],
+)
+def test_a_mapping_is_checked_by_name_and_type(values, says):
+    with pytest.raises(InputError) as caught:
+        from_dict(ModelSpec, MODEL | values, "model.")
+    assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize("values", [None, 7, "x", [1, 2], [["d_model", 3]]])
+def test_what_is_no_mapping_is_named_by_what_it_should_be(values):
+    with pytest.raises(InputError, match=r"^ModelSpec = .*: must be a group of fields"):
+        from_dict(ModelSpec, values)
+
+
+def test_a_field_of_names_and_values_must_be_one():
+    @dataclasses.dataclass(frozen=True)
+    class Named:
+        flops: dict[str, float]
+        seed: int | None = None
+
+    assert from_dict(Named, {"flops": {"mlp": 1.0}}) == Named({"mlp": 1.0})
+    with pytest.raises(InputError, match="flops = 5: must be a group of fields"):
+        from_dict(Named, {"flops": 5})
+    assert from_dict(Named, {"flops": {}, "seed": None}).seed is None
+    with pytest.raises(InputError, match=r"seed = '3': must be of type int \| None"):
+        from_dict(Named, {"flops": {}, "seed": "3"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Comb(Mask):
+    """A spec from outside, whose annotations say what it accepts."""
+
+    size: Positive[int]
+    every: Annotated[float | None, Accepts("must be whole", lambda n: n == int(n))] = None
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ((0,), "Comb.size = 0: must be greater than 0"),
+        ((None,), "Comb.size = None: must be of type int"),
+        ((3, 0.5), "Comb.every = 0.5: must be whole, or None"),
+        ((3, "x"), "Comb.every = 'x': must be of type float or None"),
+    ],
+)
+def test_an_annotation_says_what_a_field_accepts(values, says):
+    assert str(Comb(3, 2)) == "Comb(size=3, every=2.0)" and Comb(3).every is None
+    with pytest.raises(InputError) as caught:
+        Comb(*values)
+    assert str(caught.value) == says
+
+
+def test_a_missing_value_without_default_is_named():
+    with pytest.raises(InputError, match=r"model\.d_ff = None: missing"):
+        from_dict(ModelSpec, {k: v for k, v in MODEL.items() if k != "d_ff"}, "model.")
+
+
+def spec(budget, **changes):
+    model = ModelSpec(**MODEL | changes)
+    return RunSpec("dense", budget, model, TrainConfig(**TRAIN), DataConfig())
+
+
+def test_a_run_is_named_by_its_values_and_survives_json():
+    assert from_dict(RunSpec, to_dict(spec(1e9))) == spec(1e9)
+    assert spec(10**9).run_id == spec(1e9).run_id
+    assert len({spec(1e9).run_id, spec(2e9).run_id, spec(1e9, d_ff=64).run_id}) == 3
+    assert spec(1e9).run_id.startswith("dense-1e09-d16-l4-")
+
+
+def test_a_layer_given_as_text_is_the_same_as_the_value():
+    layers = (Dense(), MoD(Dense("swiglu"), capacity=0.5, rule=Threshold()))
+    text = "Dense(), MoD(Dense('swiglu'), capacity=0.5, rule=Threshold())"
+    as_text, as_value = (ModelSpec(**MODEL | {"layers": given}) for given in (text, layers))
+    assert as_text == as_value and as_text.layers == layers
+    assert ", ".join(map(str, layers)) == text
+    assert from_dict(ModelSpec, to_dict(as_value)) == as_value
+
+
+def test_a_whole_number_for_a_float_is_that_float_so_that_equal_layers_have_one_text():
+    assert str(MoD(capacity=1, rule=Threshold(slack=2))) == str(
+        MoD(capacity=1.0, rule=Threshold(slack=2.0))
+    )
+    assert MoD(capacity=1) == MoD(capacity=1.0) and Attention(rope=10_000) == Attention()
+
+
+def capacity_and_room(model):
+    return tuple(
+        (layer.capacity, layer.rule.room(layer.capacity))
+        for layer in model.layers
+        if isinstance(layer, MoD)
+    )
+
+
+def test_each_layer_of_a_pattern_has_a_capacity_of_its_own():
+    model = ModelSpec(**MODEL | {"layers": (Dense(), MoD(), Dense(), MoD(capacity=0.5))})
+    assert capacity_and_room(model) == ((0.125, 0.125), (0.5, 0.5))
+    assert model.routed() == 2
+
+
+def test_a_threshold_layer_has_room_for_its_slack_and_never_for_more_than_all():
+    layers = (
+        MoD(rule=Threshold(slack=1.5), capacity=0.5), MoD(rule=Threshold(), capacity=0.8),
+        MoD(capacity=0.5),
+    )  # fmt: skip
+    model = ModelSpec(**MODEL | {"layers": layers, "num_layers": 3})
+    assert capacity_and_room(model) == ((0.5, 0.75), (0.8, 1.0), (0.5, 0.5))
+
+
+def routed(*layers):
+    return ModelSpec(**MODEL | {"layers": layers})
+
+
+EXPERTS = Seq(Attention(), MoE(4, ExpertChoice()))
+# Layers, the names of rules that a call may ask for, and the rules that "causal" routing uses.
+WHAT_EACH_CAN = [
+    ((Dense(),), (), ()),
+    ((MoD(),), ("threshold",), ("threshold",)),
+    ((MoD(rule=TopK(auxiliary=0.1)),), ("auxiliary", "threshold"), ("auxiliary",)),
+    ((MoD(causal=Predictor(0.1)),), ("paced", "predictor", "threshold"), ("predictor",)),
+    ((MoD(rule=Random()),), ("threshold",), ("threshold",)),
+    ((MoD(router=Sinusoids(), causal=Predictor()),),
+     ("paced", "predictor", "threshold"), ("predictor",)),
+    # The scores look ahead: only a rule that does not read them can select.
+    ((RECEIVED, BY_RECEIVED), None, None),
+    ((RECEIVED, PREDICTED), ("paced", "predictor"), ("predictor",)),
+    ((MoD(rule=Positional()),), ("positional",), ("positional",)),
+    ((MoD(rule=Binary()),), ("binary",), ("binary",)),
+    ((MoD(rule=Binary(), causal=Predictor()),), ("binary", "paced", "predictor"), ("predictor",)),
+    ((MoD(rule=Threshold()),), ("threshold",), ("threshold",)),
+    ((Seq(MoD(causal=Predictor(0.1)), MLP()),),
+     ("paced", "predictor", "threshold"), ("predictor",)),
+    # Each layer has a rule of its own: no other layer takes it away.
+    ((MoD(causal=Predictor()), MoD(rule=Positional())),
+     ("paced", "positional", "predictor", "threshold"), ("positional", "predictor")),
+    ((Seq(Attention(), MoE(4)),), ("token_choice",), ("token_choice",)),
+    ((EXPERTS,), None, None),
+    ((MoD(EXPERTS, causal=Predictor()),), None, None),
+    ((MoD(MoD(causal=Predictor()), causal=Predictor()),),
+     ("paced", "predictor", "threshold"), ("predictor",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layers, names, own", WHAT_EACH_CAN)
+def test_a_model_names_the_rules_that_it_has_and_refuses_others(layers, names, own):
+    model = routed(*layers)
+    assert model.causal_routing() == (None if own is None else "causal" if own else "trained")
+    if own is not None:
+        assert tuple(sorted(model.rules("causal"))) == own
+    for routing in ("trained", "causal", "auxiliary", "predictor", "paced", "threshold", "best"):
+        if routing == "trained" or (names is not None and routing in ("causal", *names)):
+            model.check_routing(routing, "routing")
+            continue
+        with pytest.raises(InputError) as caught:
+            model.check_routing(routing, "routing")
+        message = str(caught.value)
+        assert message.startswith(f"routing = '{routing}': ") and "\n" not in message
+        if names is None:
+            assert f"{layers[-1]} has no rule that never looks ahead" in message
+        else:
+            assert f"must be one of {', '.join(('trained', 'causal', *names))}" in message
