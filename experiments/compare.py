@@ -14,22 +14,22 @@ from pathlib import Path
 from scipy import stats
 
 from modjax.errors import require
-from modjax.records import Record, read_csv, read_records, write_csv
+from modjax.records import RunRecord, read_csv, read_records, write_csv
 from modjax.scaling.fit.cells import Repeated, by_cell
 from modjax.scaling.fit.isoflop import fit_all
 
 LEVEL = 0.95
 CHANCE = 0.05
-Texts = Mapping[str, list[Record]]  # the runs on each text, by its name
+Texts = Mapping[str, list[RunRecord]]  # the runs on each text, by its name
 
 
-def of_both_texts(folder: Path) -> dict[str, list[Record]]:
+def of_both_texts(folder: Path) -> dict[str, list[RunRecord]]:
     """Returns the runs that a record keeps of both texts, with losses as trained."""
     names = {"source code": "stdlib", "English": "english"}
     return {text: read_csv(folder / f"{name}.csv") for text, name in names.items()}
 
 
-def causal(records: list[Record]) -> list[Record]:
+def causal(records: list[RunRecord]) -> list[RunRecord]:
     """Returns the runs with the loss under routing that does not look ahead, where one was taken.
 
     The others route nothing, or by position only: they have one loss. Raises InputError for a run
@@ -43,7 +43,7 @@ def causal(records: list[Record]) -> list[Record]:
     ]
 
 
-def keep(folder: Path, arguments: Iterable[str]) -> Iterator[tuple[str, Path, list[Record]]]:
+def keep(folder: Path, arguments: Iterable[str]) -> Iterator[tuple[str, Path, list[RunRecord]]]:
     """Yields the name, sweep and runs of each argument, and keeps the runs in `folder`.
 
     "NAME=WORKDIR" takes the runs of a sweep, and "NAME" those that are kept.
@@ -65,7 +65,7 @@ def best(sizes: list[Repeated]) -> Repeated:
     return min(sizes, key=loss)
 
 
-def cells(records: list[Record]) -> dict[float, dict[str, list[Repeated]]]:
+def cells(records: list[RunRecord]) -> dict[float, dict[str, list[Repeated]]]:
     """Returns the cells of every arm by size, for every budget."""
     found: dict[float, dict[str, list[Repeated]]] = {}
     for (arm, budget), sizes in by_cell(records).items():
@@ -152,7 +152,7 @@ class Cases(dict[str, list[Interval]]):
 Optima = dict[tuple[float, str], Optimum]  # by budget and "arm - baseline"
 
 
-def difference(records: Iterable[Record], arms: str, budget: float) -> Difference:
+def difference(records: Iterable[RunRecord], arms: str, budget: float) -> Difference:
     """Compares arms at one budget over runs of equal width and seed.
 
     arms: "moe - dense", or a difference of differences such as "altup-moe - moe - recycled2 +
@@ -160,7 +160,7 @@ def difference(records: Iterable[Record], arms: str, budget: float) -> Differenc
     """
     names = re.split(r" [+-] ", arms)
     signs = [1, *(1 if sign == "+" else -1 for sign in re.findall(r" ([+-]) ", arms))]
-    runs: dict[tuple[int, int], dict[str, Record]] = {}
+    runs: dict[tuple[int, int], dict[str, RunRecord]] = {}
     for r in records:
         if r.budget_flops == budget and r.variant in names and r.eval_loss is not None:
             runs.setdefault((r.d_model, r.seed), {})[r.variant] = r
@@ -196,7 +196,7 @@ def cases(texts: Texts, arms: str) -> Cases:
     )
 
 
-def optima(records: list[Record], *baselines: str) -> Optima:
+def optima(records: list[RunRecord], *baselines: str) -> Optima:
     """Compares every arm with the baselines, each at its own optimal size: what `modjax fit` says.
 
     A difference that the fit refuses is left out.
@@ -223,7 +223,7 @@ def own(texts: Mapping[str, Optima], arms: str) -> Cases:
     )
 
 
-def rates(records: Iterable[Record]) -> dict[str, dict[float, list[float]]]:
+def rates(records: Iterable[RunRecord]) -> dict[str, dict[float, list[float]]]:
     """Returns the losses of arms named ARM-lrRATE, by arm and rate."""
     found: dict[str, dict[float, list[float]]] = {}
     for r in records:

@@ -14,7 +14,7 @@ from experiments.compare import (
     loss,
     rates,
 )
-from modjax.records import Record
+from modjax.records import RunRecord
 from modjax.scaling.formatting import budget as flops
 
 
@@ -28,7 +28,7 @@ def cell(found: Interval) -> str:
     return f"**{found}**" if found.told else str(found)
 
 
-def rate_table(records: Iterable[Record]) -> str:
+def rate_table(records: Iterable[RunRecord]) -> str:
     """Lists the mean loss of every arm at each coefficient of the rate, the best in bold."""
     found = {
         arm: {x: statistics.mean(of) for x, of in by.items()} for arm, by in rates(records).items()
@@ -42,7 +42,7 @@ def rate_table(records: Iterable[Record]) -> str:
     return markdown(("coefficient", *found), rows)
 
 
-def best_table(trained: list[Record], more: Mapping[str, Callable[[Record], str]]) -> str:
+def best_table(trained: list[RunRecord], more: Mapping[str, Callable[[RunRecord], str]]) -> str:
     """Lists the best size of each arm at each budget. more: further columns, from a run."""
     before = {r.run_id: r for r in trained}
 

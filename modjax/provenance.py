@@ -15,7 +15,7 @@ from typing import Any
 
 from modjax.errors import SharedFault, require
 from modjax.files import entries
-from modjax.records import Record, read_provenance, run_dir, write_provenance
+from modjax.records import RunRecord, read_provenance, run_dir, write_provenance
 from modjax.specs import ModelSpec, RunSpec
 from modjax.specs.imports import combined, layer_source, own_layers, registered
 
@@ -183,7 +183,7 @@ def _last(value: str) -> str:
     return value.rpartition(THEN)[2]
 
 
-def differences(records: Iterable[Record]) -> list[str]:
+def differences(records: Iterable[RunRecord]) -> list[str]:
     """Returns a sentence for each thing in which the records' provenance differs.
 
     The number of cores is left out: the workers of one sweep may have different shares.

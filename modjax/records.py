@@ -25,7 +25,7 @@ NO_ROUTING = "none"
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """The result of a run, as `result.json` in its folder. FLOPs by `modjax.flops`.
 
     Losses are in nats per token, eval_* as trained; `flops` maps a component to forward FLOPs per
@@ -95,16 +95,16 @@ EARLIER = {
 }
 
 
-def record_from(values: Any) -> Record:
+def record_from(values: Any) -> RunRecord:
     """Returns the record with these fields, which an earlier modjax may have written."""
     if isinstance(values, dict):
         outcome = {new: values[old] for old, new in EARLIER.items() if values.get(old) is not None}
         kept = {name: value for name, value in values.items() if name not in EARLIER}
         values = {**kept, "outcome": outcome} if outcome else kept
-    return from_dict(Record, values)
+    return from_dict(RunRecord, values)
 
 
-def causal_routing(record: Record) -> str | None:
+def causal_routing(record: RunRecord) -> str | None:
     """Returns the routing under which `causal_loss` was taken, or None where the model has none.
 
     Earlier records name no routing where training never looks ahead, and none where the model had
@@ -117,7 +117,7 @@ def causal_routing(record: Record) -> str | None:
     return None if skips or record.flops.get("router", 0) > 0 else "trained"
 
 
-def causal_loss(record: Record) -> float | None:
+def causal_loss(record: RunRecord) -> float | None:
     """Returns the loss under routing that never looks ahead, None where there is none.
 
     A dense run's is its loss as trained.
@@ -210,12 +210,12 @@ def write_provenance(run_dir: Path, values: dict[str, str]) -> None:
     write_json(run_dir / "provenance.json", values)
 
 
-def write_record(run_dir: Path, record: Record) -> None:
+def write_record(run_dir: Path, record: RunRecord) -> None:
     """Writes result.json, which says that the run has ended."""
     write_json(run_dir / "result.json", to_dict(record))
 
 
-def read_record(run_dir: Path, run_id: str | None = None) -> Record | None:
+def read_record(run_dir: Path, run_id: str | None = None) -> RunRecord | None:
     """Returns the record of the run in this folder, or None where it has not finished.
 
     run_id: the run that the folder is for, where it is known.
@@ -244,7 +244,7 @@ class Scan(NamedTuple):
       read is left out, and so is a copy of a run: a folder that has another name than its run.
     """
 
-    records: list[Record]
+    records: list[RunRecord]
     left_out: dict[str, str]
 
 
@@ -269,14 +269,14 @@ def name_left_out(left_out: dict[str, str]) -> None:
         logger.warning("modjax: left out: %s", why)
 
 
-def read_records(workdir: Path) -> list[Record]:
+def read_records(workdir: Path) -> list[RunRecord]:
     """Returns the records of `scan`."""
     return scan(workdir).records
 
 
-def write_csv(path: Path, records: Iterable[Record]) -> None:
+def write_csv(path: Path, records: Iterable[RunRecord]) -> None:
     """Writes a flat table of records; nested fields become JSON text."""
-    names = [field.name for field in dataclasses.fields(Record)]
+    names = [field.name for field in dataclasses.fields(RunRecord)]
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(names)
@@ -286,7 +286,7 @@ def write_csv(path: Path, records: Iterable[Record]) -> None:
     write_atomically(path, table.getvalue().encode(errors="replace"))
 
 
-def read_csv(path: Path) -> list[Record]:
+def read_csv(path: Path) -> list[RunRecord]:
     """Returns the records in a table of `write_csv`; an older table may lack the newest columns.
 
     Raises InputError where a row is no record.
@@ -306,4 +306,4 @@ def _cell(name: str, text: str) -> Any:
     return text
 
 
-_TEXTS = {f.name for f in dataclasses.fields(Record) if f.type in (str, str | None)}
+_TEXTS = {f.name for f in dataclasses.fields(RunRecord) if f.type in (str, str | None)}

@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 
 from modjax.errors import InputError
-from modjax.records import Record, read_csv, write_csv
+from modjax.records import RunRecord, read_csv, write_csv
 
-FINISHED = Record(
+FINISHED = RunRecord(
     run_id="moe-1e11-d8-l4-00ff00ff", variant="moe", status="finished", diverged_step=None,
     budget_flops=1e11, train_flops=99876543210.0, forward_flops_per_token=1 / 3,
     flops={"mlp": 2.5, "router": 0.0}, params_total=70, params_non_embedding=60, params_active=50,

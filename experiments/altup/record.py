@@ -8,7 +8,7 @@ from pathlib import Path
 from experiments import compare
 from experiments.compare import cases, causal, loss, of_both_texts, own, rates
 from experiments.tables import markdown, optimum_table, pair_table, rate_table
-from modjax.records import Record, read_csv
+from modjax.records import RunRecord, read_csv
 from modjax.scaling.formatting import budget as flops
 
 HERE = Path(__file__).parent
@@ -30,9 +30,9 @@ OPTIMA = {text: compare.optima(records, "dense") for text, records in TEXTS.item
 NARROW = 0.005  # nats
 
 
-def about_the_best(records: list[Record], sizes: int = 5) -> list[Record]:
+def about_the_best(records: list[RunRecord], sizes: int = 5) -> list[RunRecord]:
     """Returns the runs of each arm's `sizes` sizes about its best one."""
-    kept: list[Record] = []
+    kept: list[RunRecord] = []
     for by_arm in compare.cells(records).values():
         for cells in by_arm.values():
             cells = sorted(cells, key=lambda runs: runs[0].params_non_embedding)

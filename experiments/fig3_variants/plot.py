@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from experiments.compare import best, cells, keep, loss
-from modjax.records import Record
+from modjax.records import RunRecord
 from modjax.scaling.fit.cells import Repeated
 from modjax.scaling.fit.learning_curves import read_curves
 from modjax.scaling.report.markers import COLOURS, RC, nth_style
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 OFF_SCALE = "mod12-every"
 
 
-def draw(workdir: Path, records: list[Record], path: Path) -> None:
+def draw(workdir: Path, records: list[RunRecord], path: Path) -> None:
     (by_arm,) = cells(records).values()  # the sweep has one budget
     curves = {curve.run_id: curve for curve in read_curves(workdir, records)}
     with plt.rc_context(RC):
@@ -54,7 +54,7 @@ def draw(workdir: Path, records: list[Record], path: Path) -> None:
         figure.savefig(path, dpi=200)
 
 
-def four(by_arm: dict[str, list[Repeated]]) -> list[Record]:
+def four(by_arm: dict[str, list[Repeated]]) -> list[RunRecord]:
     """Returns the optimal baseline, and MoD models of its size, of the optimal one, and larger."""
     mod, (dense, *_) = by_arm["mod12"], best(by_arm["dense"])
     nearest = min(mod, key=lambda of: abs(of[0].params_non_embedding - dense.params_non_embedding))

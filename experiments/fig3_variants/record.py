@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments import compare
 from experiments.compare import best, cases, causal, loss, of_both_texts
 from experiments.tables import best_table, pair_table
-from modjax.records import Record
+from modjax.records import RunRecord
 
 HERE = Path(__file__).parent
 TRAINED = of_both_texts(HERE)
@@ -84,7 +84,7 @@ def claims() -> Iterator[tuple[str, bool]]:
     yield f"accuracy {min(said):.0%} to {max(said):.0%}", max(said) < 0.9
 
 
-def trained_arm(text: str, arm: str) -> list[list[Record]]:
+def trained_arm(text: str, arm: str) -> list[list[RunRecord]]:
     (by_arm,) = compare.cells(TRAINED[text]).values()
     return by_arm[arm]
 

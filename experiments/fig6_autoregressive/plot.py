@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from experiments.compare import keep
-from modjax.records import Record, read_metrics, run_dir
+from modjax.records import RunRecord, read_metrics, run_dir
 from modjax.scaling.report.markers import COLOURS, MARKERS, RC
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ def accuracy_curve(folder: Path, metric: str) -> tuple[list[float], list[float]]
     return [line["tokens"] for line in kept], [line[metric] for line in kept]
 
 
-def draw(workdir: Path, records: list[Record], path: Path) -> None:
+def draw(workdir: Path, records: list[RunRecord], path: Path) -> None:
     arms = list(dict.fromkeys(r.variant for r in records if r.causal_loss is not None))
     with plt.rc_context(RC):
         figure, (left, right) = plt.subplots(1, 2, figsize=(16 / 2.54, 6 / 2.54))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from experiments.compare import of_both_texts
 from experiments.tables import markdown
-from modjax.records import Record
+from modjax.records import RunRecord
 from modjax.scaling.fit.cells import by_cell
 
 HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ def slack() -> dict[tuple[str, str, str], list[Slack]]:
 SLACK = slack()
 
 
-def mean(runs: Iterable[Record], field: str) -> float:
+def mean(runs: Iterable[RunRecord], field: str) -> float:
     return statistics.mean(
         (r.outcome.get(field) if "/" in field else getattr(r, field)) or 0 for r in runs
     )

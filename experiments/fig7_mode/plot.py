@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from experiments.compare import best, causal, cells, keep, loss
-from modjax.records import Record
+from modjax.records import RunRecord
 from modjax.scaling.report.markers import RC, nth_style
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ AXES = {
 }
 
 
-def draw(records: list[Record], path: Path) -> None:
+def draw(records: list[RunRecord], path: Path) -> None:
     budgets = cells(records)
     with plt.rc_context(RC):
         size = (18 / 2.54, (1 + 5.5 * len(budgets)) / 2.54)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from modjax.bench import Row, call, fill, fresh_environment, progress
-from modjax.records import Record, read_records
+from modjax.records import RunRecord, read_records
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
 BUDGETS = "1e11,3e11"
@@ -41,7 +41,7 @@ def measure() -> list[Row]:
     return fill(ROWS, [1 - spent / (JOBS * first_wall), compiled, waited])
 
 
-def _sweep(workdir: Path, environment: dict[str, str]) -> tuple[list[Record], float]:
+def _sweep(workdir: Path, environment: dict[str, str]) -> tuple[list[RunRecord], float]:
     progress(f"bench sweep: the {workdir.name} of two")
     command = [
         *MODJAX,

@@ -13,9 +13,9 @@ from modjax.flops import (
     total_flops,
     train_flops,
 )
-from modjax.records import Record, causal_loss
+from modjax.records import RunRecord, causal_loss
 from modjax.scaling.formatting import clock, count
-from modjax.scaling.plan.plan_table import Cell
+from modjax.scaling.plan.plan_table import PlannedRun
 from modjax.scaling.report.prose import span, text_table
 from modjax.scaling.status import STATES, Status
 from modjax.scaling.sweep import Outcome
@@ -45,7 +45,7 @@ def data_text(manifests: Sequence[Manifest]) -> str:
     return text_table(header, rows)
 
 
-def plan_text(cells: Sequence[Cell], jobs: int) -> str:
+def plan_text(cells: Sequence[PlannedRun], jobs: int) -> str:
     header = (
         "arm",
         "budget",
@@ -98,7 +98,7 @@ def plan_text(cells: Sequence[Cell], jobs: int) -> str:
     )
 
 
-def _foretold_text(cells: Sequence[Cell]) -> str:
+def _foretold_text(cells: Sequence[PlannedRun]) -> str:
     """What the fit can tell, by budget and arm; empty where one size seeks no optimum."""
     foretold = {(c.budget_flops, c.arm): c.foretold for c in cells if c.foretold.sizes > 1}
     if not foretold:
@@ -169,7 +169,7 @@ def outcome_text(outcome: Outcome) -> str:
     return "\n".join([text_table(header, rows), *failures])
 
 
-def _result(record: Record) -> tuple[str, ...]:
+def _result(record: RunRecord) -> tuple[str, ...]:
     error = record.eval_loss_sem
     return (
         record.run_id,

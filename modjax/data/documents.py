@@ -133,7 +133,7 @@ def _plain_pieces(file: IO[str]) -> Iterator[tuple[int, str]]:
 
 
 @dataclass(frozen=True)
-class Scan:
+class TextScan:
     """Result of a first pass over the user's files.
 
     digest: sha256 of every text.
@@ -153,7 +153,7 @@ class Scan:
         return "validation" if bucket(text) <= self.validation_bucket else "train"
 
 
-def scan_text(files: Sequence[Path]) -> Scan:
+def scan_text(files: Sequence[Path]) -> TextScan:
     """Reads the user's files once.
 
     Puts documents into validation, in order of their hash, until they hold 5% of the text or one
@@ -184,10 +184,10 @@ def scan_text(files: Sequence[Path]) -> Scan:
     validation = int(counts[: last + 1].sum())
     train = int(counts.sum()) - validation
     documents = {"train": train, "validation": validation}
-    return Scan(digest.hexdigest(), int(sizes.sum()), documents, last, state)
+    return TextScan(digest.hexdigest(), int(sizes.sum()), documents, last, state)
 
 
-def scanned_documents(files: Sequence[Path], scan: Scan) -> Iterator[Document]:
+def scanned_documents(files: Sequence[Path], scan: TextScan) -> Iterator[Document]:
     """Yields `text_documents`.
 
     Raises InputError at their end unless they are those of `scan`: a file may change meanwhile.

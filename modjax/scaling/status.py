@@ -11,7 +11,7 @@ from modjax.flops import parameters
 from modjax.metrics_file import last_step
 from modjax.records import (
     WRITTEN_AGAIN,
-    Record,
+    RunRecord,
     causal_loss,
     read_spec,
     run_dir,
@@ -88,7 +88,7 @@ def status(workdir: Path) -> Status:
 
 
 def _statuses(
-    workdir: Path, run_ids: Iterable[str], records: dict[str, Record], left_out: dict[str, str]
+    workdir: Path, run_ids: Iterable[str], records: dict[str, RunRecord], left_out: dict[str, str]
 ) -> Iterable[RunStatus]:
     for run_id in run_ids:
         if run_id in records:
@@ -99,7 +99,7 @@ def _statuses(
             yield _unfinished(run_dir(workdir, run_id), run_id)
 
 
-def _finished(folder: Path, record: Record) -> RunStatus:
+def _finished(folder: Path, record: RunRecord) -> RunStatus:
     state, steps, why = "done", record.steps, ""
     if record.status == "diverged":
         state, why = "diverged", f"loss not finite at step {record.diverged_step}"

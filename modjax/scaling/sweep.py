@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from modjax.errors import InputError, require
 from modjax.provenance import require_same, source_code
-from modjax.records import Record, read_records, run_dir
+from modjax.records import RunRecord, read_records, run_dir
 from modjax.scaling.engines.local import Session
 from modjax.scaling.plan.experiment import Experiment
-from modjax.scaling.plan.plan_table import BUDGET_TOLERANCE, Cell, cells, flops_per_second
+from modjax.scaling.plan.plan_table import BUDGET_TOLERANCE, PlannedRun, cells, flops_per_second
 from modjax.scaling.plan.prediction import NOISE
 from modjax.scaling.workdir import check_claim, claim, log_session
 from modjax.specs import RunSpec
@@ -30,9 +30,9 @@ def open_data(experiment: Experiment, data_dir: Path) -> "TokenCache":
 def plan_table(
     experiment: Experiment,
     cache: "TokenCache | None",
-    records: Sequence[Record] = (),
+    records: Sequence[RunRecord] = (),
     noise: float = NOISE,
-) -> list[Cell]:
+) -> list[PlannedRun]:
     """The cells of a sweep; without a cache their epochs are unknown.
 
     noise: of a run's loss, in nats, for what the fits of the plan are expected to tell.
@@ -76,7 +76,7 @@ def check(experiment: Experiment, cache: "TokenCache") -> None:
 class Outcome:
     """What a sweep ended with: the records of the plan, and run_id -> why it was given up."""
 
-    records: list[Record]
+    records: list[RunRecord]
     failures: dict[str, str]
 
 

@@ -22,7 +22,7 @@ from modjax.data.prefetch import prefetch
 from modjax.errors import Preempted
 from modjax.files import Home, Missing
 from modjax.provenance import begin, provenance
-from modjax.records import Record, read_record, read_spec, write_record, write_spec
+from modjax.records import RunRecord, read_record, read_spec, write_record, write_spec
 from modjax.specs import Execution, RunSpec
 from modjax.training.base_weights import check_base, identity_of, initial_state
 from modjax.training.checkpoint import Checkpoints
@@ -47,7 +47,7 @@ def train(
     fingerprint: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     other_code: bool = False,
-) -> Record:
+) -> RunRecord:
     """Trains `spec` to its record, going on from the newest checkpoint in `run_dir`.
 
     fingerprint: of the data that the run's plan is for, where it is part of one.

@@ -41,7 +41,7 @@ def test_an_unknown_name_is_one_line_that_lists_the_known_ones(capsys):
         bench.run("nonsense")
     assert "\n" not in str(caught.value)
     assert all(name in str(caught.value) for name in ("all", *bench.BENCHMARKS))
-    assert cli.main(["bench", "nonsense"]) == 2
+    assert cli(["bench", "nonsense"]) == 2
     assert capsys.readouterr().out == ""
 
 
@@ -57,7 +57,7 @@ def test_every_benchmark_declares_its_rows():
 def test_json_holds_every_row_and_a_failure_costs_only_its_own_values(add, capsys):
     add("broken", COUNTS, breaks)
     add("works", (SPEED,), lambda: bench.fill((SPEED,), [1.25]))
-    assert cli.main(["bench", "all", "--json"]) == 0
+    assert cli(["bench", "all", "--json"]) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert set(report) == {"device", "versions", "rows"}

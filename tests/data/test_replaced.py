@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from modjax.data.cache import check_fingerprint, open_cache
-from modjax.data.prepare import place, prepare
+from modjax.data.prepare import place
+from modjax.data.prepare.prepare import prepare
 from modjax.errors import InputError
 
 OLD = np.random.default_rng(0).integers(2, 259, 200_000)

@@ -1,5 +1,6 @@
 """A worker that does one run after another does not grow."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def resident(pid: int) -> float:
 def test_a_worker_does_not_grow_from_run_to_run(sweep, tmp_path, count):
     seeds = ",".join(map(str, range(SEEDS)))
     process = sweep(tmp_path / "work", "--jobs=1", f"--config.sweep.seeds={seeds}")
+    reader = threading.Thread(target=process.communicate)  # its records fill a pipe
+    reader.start()
     after, done = {}, 0
     while process.poll() is None:
         now = len(list(tmp_path.glob("work/runs/*/result.json")))
@@ -29,7 +32,7 @@ def test_a_worker_does_not_grow_from_run_to_run(sweep, tmp_path, count):
             (worker,) = children(process.pid)
             done, after[now] = now, resident(worker)
         time.sleep(0.02)
-    process.communicate()
+    reader.join()
     assert process.returncode == 0 and len(after) > 20
     early, late = (sorted(mb for run, mb in after.items() if run in some) for some in (
         range(8, 16), range(28, 36)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modjax.flops import forward_flops, parameters, train_flops
-from modjax.records import Record, run_dir, write_spec
+from modjax.records import RunRecord, run_dir, write_spec
 from modjax.specs import DataConfig, Dense, MoD, ModelSpec, Predictor, RunSpec, TrainConfig, to_dict
 
 ARMS, BUDGETS, SIZES, SEEDS, LINES = 10, 10, 20, 5, 20
@@ -49,7 +49,7 @@ def build(workdir: Path) -> None:
             train = TrainConfig(BATCH, LENGTH, steps, rate, warmup, eval_sequences=512, seed=seed)
             spec = RunSpec(f"arm{arm}", budget, config, train, DataConfig())
             loss = losses(budget, arm, size) + 0.004 * rng.standard_normal()
-            record = Record(
+            record = RunRecord(
                 run_id=spec.run_id, variant=spec.variant, status="finished", diverged_step=None,
                 budget_flops=budget, train_flops=steps * step_flops,
                 forward_flops_per_token=step_flops / 3 / BATCH / LENGTH, flops=forward,
@@ -81,7 +81,7 @@ def build(workdir: Path) -> None:
     (workdir / "plan.json").write_text(json.dumps(plan))
 
 
-def metrics(record: Record, step_flops: float, routed: bool, rng: np.random.Generator) -> str:
+def metrics(record: RunRecord, step_flops: float, routed: bool, rng: np.random.Generator) -> str:
     lines, before = [], 0
     assert record.eval_loss is not None
     for k in range(1, LINES + 1):

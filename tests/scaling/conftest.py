@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.records import Record, write_record
+from modjax.records import RunRecord, write_record
 
 
-def _record(**changes) -> Record:
+def _record(**changes) -> RunRecord:
     """A finished run of a plausible small model; `changes` replace fields."""
     values = dict(
         run_id="dense-1e+12-d64-l4-00000000", variant="dense", status="finished",
@@ -26,7 +26,7 @@ def _record(**changes) -> Record:
         data_wait_seconds=0.01, median_step_seconds=0.09, device="cpu",
         versions={"jax": "0.10.2", "flax": "0.12.8"},
     )  # fmt: skip
-    return Record(**(values | changes))
+    return RunRecord(**(values | changes))
 
 
 def _sweep(
@@ -42,7 +42,7 @@ def _sweep(
     half_width=0.5,
     offset=0.0,
     random_seed=0,
-) -> list[Record]:
+) -> list[RunRecord]:
     """Records on exact parabolas: loss = best(C) + 0.4 (log10 N - log10 N*(C))^2 + noise.
 
     N* = coefficient * C^exponent for the first arm, twice that for the others (at equal forward

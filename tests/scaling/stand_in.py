@@ -20,7 +20,7 @@ from pathlib import Path
 from modjax.errors import InputError
 from modjax.flops import forward_flops, parameters, train_flops
 from modjax.provenance import begin, source_code
-from modjax.records import Record, write_record
+from modjax.records import RunRecord, write_record
 from modjax.specs import RunSpec
 
 STEPS = 20
@@ -33,11 +33,11 @@ if "STAND_IN_PROCESSES" in os.environ:
         processes.write(f"{os.getpid()}\n")
 
 
-def record_of(spec: RunSpec, eval_loss: float = 2.0) -> Record:
+def record_of(spec: RunSpec, eval_loss: float = 2.0) -> RunRecord:
     model, train = spec.model, spec.train
     counts = parameters(model)
     spent = train_flops(model, train.seq_len, train.steps * train.batch_size)
-    return Record(
+    return RunRecord(
         run_id=spec.run_id, variant=spec.variant, status="finished", diverged_step=None,
         budget_flops=spec.budget_flops, train_flops=spent,
         forward_flops_per_token=spent / 3 / train.tokens,
@@ -64,7 +64,7 @@ def check(specs, execution, *, data_dir: Path, fingerprint: str) -> None:
 
 def train(
     spec, execution, *, run_dir: Path, data_dir: Path, fingerprint, progress, other_code
-) -> Record:
+) -> RunRecord:
     def ordered(order: str) -> bool:
         path = data_dir / order
         return path.exists() and spec.run_id in path.read_text().split()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modjax.data.documents import Scan, scan_text, stdlib_documents
+from modjax.data.documents import TextScan, scan_text, stdlib_documents
 from modjax.errors import require, require_plain_name
 
 CORPORA = ("stdlib", "c4", "lm1b")
@@ -23,7 +23,7 @@ class Corpus:
     name: str
     source: str
     files: tuple[Path, ...] = ()
-    scan: Scan | None = None
+    scan: TextScan | None = None
     tfds_name: str | None = None
 
 

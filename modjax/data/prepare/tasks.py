@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modjax.data.documents import Scan, scanned_documents
+from modjax.data.documents import TextScan, scanned_documents
 from modjax.data.manifest import SPLITS
 from modjax.data.vocabulary import stderr_into
 from modjax.errors import InputError, describe, require
@@ -65,7 +65,7 @@ class TextSource(seqio.FunctionDataSource):
     failure: the error that ended the reading. TensorFlow passes on its text only.
     """
 
-    def __init__(self, files: Sequence[Path], scan: Scan):
+    def __init__(self, files: Sequence[Path], scan: TextScan):
         self.failure: Exception | None = None
 
         def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:

@@ -88,7 +88,7 @@ def _sized(x_BLD: jax.Array, like_BLD: jax.Array) -> jax.Array:
     return (x_BLD.astype(jnp.float32) * scale_BL1).astype(x_BLD.dtype)
 
 
-class Weights(NamedTuple):
+class StreamWeights(NamedTuple):
     """The weights of one layer in float32, see specs.Streams.
 
     read: the index of a stream, or weights of all, (B, L, S).
@@ -127,7 +127,7 @@ class Streams(LayerModule):
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
         return self.inner.empty(batch, length, slack, dtype)
 
-    def weights(self, x_BLSD: jax.Array) -> Weights:
+    def weights(self, x_BLSD: jax.Array) -> StreamWeights:
         raise NotImplementedError
 
     def keep(self, mix_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
@@ -142,10 +142,10 @@ class AltUp(Streams):
         if spec.learned:
             self.p, self.g = _mixing(jnp.eye(shape.streams)), _mixing(jnp.ones(shape.streams))
 
-    def weights(self, x_BLSD: jax.Array) -> Weights:
+    def weights(self, x_BLSD: jax.Array) -> StreamWeights:
         p_11SS = (read(self.p) if self.learned else jnp.eye(self.streams))[None, None]
         g_11S = (read(self.g) if self.learned else jnp.ones(self.streams))[None, None]
-        return Weights(self.active, p_11SS, lambda _: g_11S)
+        return StreamWeights(self.active, p_11SS, lambda _: g_11S)
 
 
 class SimplifiedAltUp(Streams):
@@ -153,10 +153,10 @@ class SimplifiedAltUp(Streams):
         super().__init__(spec, shape, rngs=rngs)
         self.r = _mixing(jnp.full(shape.streams, 1 / shape.streams))
 
-    def weights(self, x_BLSD: jax.Array) -> Weights:
+    def weights(self, x_BLSD: jax.Array) -> StreamWeights:
         r_11S, eye_SS = read(self.r)[None, None], jnp.eye(self.streams)
         write_11S = self.streams * eye_SS[self.active][None, None]
-        return Weights(r_11S, eye_SS[None, None], lambda _: write_11S)
+        return StreamWeights(r_11S, eye_SS[None, None], lambda _: write_11S)
 
 
 class HyperConnection(Streams):
@@ -171,7 +171,7 @@ class HyperConnection(Streams):
             self.w = make_param(jnp.zeros((d, shape.streams + 2)), ("embed", None))
             self.scales = _mixing(jnp.full(2, DYNAMIC_SCALE))
 
-    def weights(self, x_BLSD: jax.Array) -> Weights:
+    def weights(self, x_BLSD: jax.Array) -> StreamWeights:
         a_m_BLS, a_r_BLSS, b_BLS = (read(w)[None, None] for w in (self.a_m, self.a_r, self.b))
         if self.dynamic:
             batch, length, streams, width = x_BLSD.shape
@@ -181,7 +181,7 @@ class HyperConnection(Streams):
             a_m_BLS += alpha * found[..., 0]
             b_BLS += beta * found[..., 1]
             a_r_BLSS += alpha * found[..., 2:]
-        return Weights(a_m_BLS, a_r_BLSS.swapaxes(2, 3), lambda _: b_BLS)
+        return StreamWeights(a_m_BLS, a_r_BLSS.swapaxes(2, 3), lambda _: b_BLS)
 
 
 class ManifoldHyperConnection(Streams):
@@ -194,7 +194,7 @@ class ManifoldHyperConnection(Streams):
         self.b_write, self.b_mix = _mixing(jnp.zeros(s)), _mixing(jnp.log(near_SS))
         self.scales = _mixing(jnp.full(3, DYNAMIC_SCALE))
 
-    def weights(self, x_BLSD: jax.Array) -> Weights:
+    def weights(self, x_BLSD: jax.Array) -> StreamWeights:
         batch, length, s = x_BLSD.shape[:3]
         found = linear(unit_rms(x_BLSD.reshape(batch, length, -1), self.eps), read(self.w))
         parts = jnp.split(found, (s, 2 * s), axis=2)
@@ -203,7 +203,7 @@ class ManifoldHyperConnection(Streams):
         write_BLS = 2 * jax.nn.sigmoid(scaled[1] + read(self.b_write)[None, None])
         logits_BLSS = scaled[2].reshape(batch, length, s, s) + read(self.b_mix)[None, None]
         mix_BLSS = _doubly_stochastic(logits_BLSS).swapaxes(2, 3)
-        return Weights(read_BLS, mix_BLSS, lambda _: write_BLS)
+        return StreamWeights(read_BLS, mix_BLSS, lambda _: write_BLS)
 
     def keep(self, mix_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
         # Each stream's weights sum to 1. Written by differences, equal streams stay equal to the
@@ -234,7 +234,7 @@ class Gemma3nAltUp(Streams):
         self.w = normal_param(rngs, (d, s), ("replicated", None), std=1 / math.sqrt(d))
         self.p, self.c = _mixing(jnp.zeros((s, s, s))), _mixing(jnp.zeros((s, s)))
 
-    def weights(self, x_BLSD: jax.Array) -> Weights:
+    def weights(self, x_BLSD: jax.Array) -> StreamWeights:
         flat = read(self.p).reshape(self.streams, -1)
         mix = linear(self._modes(x_BLSD[:, :, self.active]), flat)
         mix_BLSS = mix.reshape(*x_BLSD.shape[:2], self.streams, -1)
@@ -244,7 +244,7 @@ class Gemma3nAltUp(Streams):
         def write(y_BLD: jax.Array) -> jax.Array:
             return 1 + linear(self._modes(y_BLD), read(self.c))
 
-        return Weights(read_BLS, mix_BLSS, write)
+        return StreamWeights(read_BLS, mix_BLSS, write)
 
     def _modes(self, x_BLD: jax.Array) -> jax.Array:
         return jnp.tanh(linear(self.norm(x_BLD), read(self.w)) / x_BLD.shape[2])

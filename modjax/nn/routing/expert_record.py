@@ -80,7 +80,7 @@ class Routing(Record):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Load(Record):
+class RouterLoad(Record):
     """How evenly the rows of a router are used.
 
     picks_BR: picks of each row, before any is dropped. probability_BR: sums of the probabilities.
@@ -144,7 +144,7 @@ class Load(Record):
         loss/moe_balance, loss/moe_z: weighted, summed over layers.
         """
 
-        def one(record: Load) -> dict[str, jax.Array]:
+        def one(record: RouterLoad) -> dict[str, jax.Array]:
             found, load_R = record.losses(), jnp.sum(record.picks_BR, axis=0)
             return {
                 "moe/balance": found["balance"],

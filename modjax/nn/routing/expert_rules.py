@@ -15,7 +15,7 @@ from modjax import specs
 from modjax.nn.call import At, Call
 from modjax.nn.layers.experts import Picks
 from modjax.nn.params import measured, read
-from modjax.nn.routing.expert_record import Load
+from modjax.nn.routing.expert_record import RouterLoad
 from modjax.nn.routing.selection import (
     Selection,
     of_valid,
@@ -50,11 +50,11 @@ class ExpertRule(nnx.Module):
 
     def report(
         self, logits_BLR: jax.Array, scores_BLR: jax.Array, picks: Picks, valid_BL: jax.Array
-    ) -> Load:
+    ) -> RouterLoad:
         """Returns the rule's record: its losses, what it measures, its statistics."""
         probability_BLR = scores_BLR / jnp.sum(scores_BLR, axis=2, keepdims=True)
         z_BL = jnp.square(jax.nn.logsumexp(logits_BLR, axis=2))
-        return Load(
+        return RouterLoad(
             picks_BR=picks.rows_BR.astype(jnp.float32),
             probability_BR=jnp.sum(jnp.where(valid_BL[..., None], probability_BLR, 0.0), axis=1),
             z_B=jnp.sum(jnp.where(valid_BL, z_BL, 0.0), axis=1),

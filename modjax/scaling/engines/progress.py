@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from modjax.records import Record
+from modjax.records import RunRecord
 from modjax.scaling.formatting import clock
 from modjax.scaling.report.comparison import loss_words
 from modjax.specs import RunSpec
@@ -44,11 +44,11 @@ class Display:
         self.noted = time.monotonic()
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def found(self, record: Record) -> None:
+    def found(self, record: RunRecord) -> None:
         """Counts a run that has its result, but not from here."""
         self.done.add(record.run_id)
 
-    def finished(self, record: Record) -> None:
+    def finished(self, record: RunRecord) -> None:
         """Counts and announces a run that was finished here."""
         self.done.add(record.run_id)
         self.flops_here += self.budgets[record.run_id]

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modjax.records import Record, read_record, run_dir
+from modjax.records import RunRecord, read_record, run_dir
 from modjax.specs import Execution, RunSpec
 
-Train = Callable[..., Record]
+Train = Callable[..., RunRecord]
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def is_running(folder: Path) -> bool:
 class Done(NamedTuple):
     """A run's record, and whether it was finished here rather than found."""
 
-    record: Record
+    record: RunRecord
     here: bool
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from modjax.records import Record
-from modjax.scaling.fit.results import SIZES, Repeat, quantity_of
+from modjax.records import RunRecord
+from modjax.scaling.fit.results import SIZES, SeedSpread, quantity_of
 
-Repeated = list[Record]  # runs that differ in their seed only
+Repeated = list[RunRecord]  # runs that differ in their seed only
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cell:
     squares: float  # sum of squared deviations between seeds
 
 
-def comparable(records: Sequence[Record]) -> tuple[list[Record], dict[str, str]]:
+def comparable(records: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[str, str]]:
     """Sets aside the runs that were scored on other validation data than most finished runs.
 
     Returns the other records, and run id -> how a run that is set aside differs. Keeps all where
@@ -43,7 +43,7 @@ def comparable(records: Sequence[Record]) -> tuple[list[Record], dict[str, str]]
     return [r for r in records if r.run_id not in apart], apart
 
 
-def by_cell(runs: Iterable[Record]) -> dict[tuple[str, float], list[Repeated]]:
+def by_cell(runs: Iterable[RunRecord]) -> dict[tuple[str, float], list[Repeated]]:
     """The cells of every arm and budget."""
     cells: dict[tuple[Any, ...], Repeated] = {}
     for r in runs:
@@ -83,7 +83,7 @@ def make_cells(cells: Iterable[Repeated], quantity: str, size: str) -> list[Cell
     return sorted(made, key=lambda cell: cell.x)
 
 
-def repeats(cells: Iterable[Repeated], size: str, seeds: int = 2) -> list[Repeat]:
+def repeats(cells: Iterable[Repeated], size: str, seeds: int = 2) -> list[SeedSpread]:
     """Returns every cell that was run with `seeds` seeds or more, by budget and size."""
     found = []
     for runs in cells:
@@ -91,7 +91,7 @@ def repeats(cells: Iterable[Repeated], size: str, seeds: int = 2) -> list[Repeat
         if len(losses) >= seeds:
             r = runs[0]
             found.append(
-                Repeat(
+                SeedSpread(
                     arm=r.variant,
                     budget_flops=r.budget_flops,
                     d_model=r.d_model,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from modjax.errors import require
-from modjax.records import Record, causal_routing
+from modjax.records import RunRecord, causal_routing
 from modjax.scaling.fit.cells import by_cell, make_cells, repeats
 from modjax.scaling.fit.parabola import Vertex, fit_budget, interval, power_of_ten
 from modjax.scaling.fit.parametric import fit_surface
@@ -31,7 +31,7 @@ Vertices = dict[tuple[str, float, str], Vertex]  # by arm, budget, quantity
 
 
 def fit_all(
-    records: Sequence[Record],
+    records: Sequence[RunRecord],
     *,
     size: str = "non_embedding",
     loss: str = "causal",
@@ -117,7 +117,7 @@ def fit_all(
     )
 
 
-def _routings(finished: Sequence[Record]) -> dict[str, tuple[str, ...]]:
+def _routings(finished: Sequence[RunRecord]) -> dict[str, tuple[str, ...]]:
     """Returns the arms whose causal loss was taken under each routing, those as trained first."""
     found: dict[str, list[str]] = {"trained": []}
     for routing, arm in dict.fromkeys((causal_routing(r), r.variant) for r in finished):
@@ -127,7 +127,7 @@ def _routings(finished: Sequence[Record]) -> dict[str, tuple[str, ...]]:
 
 
 def _no_causal_loss(
-    finished: Sequence[Record], without: Sequence[Record], size: str
+    finished: Sequence[RunRecord], without: Sequence[RunRecord], size: str
 ) -> Iterator[NoCausalLoss]:
     """Yields, for each arm that has runs without a causal loss, how many, why, and their losses."""
     for arm in dict.fromkeys(r.variant for r in without):

@@ -15,7 +15,7 @@ import numpy as np
 
 from modjax.errors import InputError
 from modjax.metrics_file import lost_steps, read_metrics
-from modjax.records import Record, run_dir
+from modjax.records import RunRecord, run_dir
 
 LINE = ("step", "loss_steps", "train_flops", "loss")
 SHARE = 0.05
@@ -69,7 +69,7 @@ class Curves(NamedTuple):
     lacking: dict[str, str]
 
 
-def read_curves(workdir: Path, records: Iterable[Record]) -> Curves:
+def read_curves(workdir: Path, records: Iterable[RunRecord]) -> Curves:
     """Returns the curve of every record whose metrics.jsonl holds means, without damaged lines."""
     curves, lacking = [], {}
     for record in records:

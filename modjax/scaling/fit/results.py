@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modjax.errors import require
-from modjax.records import Record, causal_loss, causal_routing, write_json
+from modjax.records import RunRecord, causal_loss, causal_routing, write_json
 from modjax.scaling.fit.parametric import Surface
 
 SIZES = {
@@ -95,7 +95,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Repeat:
+class SeedSpread:
     """Finished runs that differ in their seed only: mean and standard deviation of their loss.
 
     deviation: None for a single seed.
@@ -121,7 +121,7 @@ class NoCausalLoss:
     runs: int
     finished: int
     why: str
-    as_trained: tuple[Repeat, ...]
+    as_trained: tuple[SeedSpread, ...]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Fits:
     laws: tuple[PowerLaw, ...]
     gaps: tuple[Gap, ...]
     surfaces: tuple[Surface, ...]
-    repeats: tuple[Repeat, ...]
+    repeats: tuple[SeedSpread, ...]
     diverged: tuple[str, ...]
     routings: dict[str, tuple[str, ...]]
     no_causal_loss: tuple[NoCausalLoss, ...]
@@ -163,11 +163,11 @@ class Compared(NamedTuple):
     as trained; under the loss "trained" they are among the records, too.
     """
 
-    records: list[Record]
-    without: list[Record]
+    records: list[RunRecord]
+    without: list[RunRecord]
 
 
-def under(records: Sequence[Record], loss: str) -> Compared:
+def under(records: Sequence[RunRecord], loss: str) -> Compared:
     """Returns the runs that can be compared by `loss`, with that loss as their `eval_loss`.
 
     "causal": the loss under routing that never looks ahead. Runs without one are left out; a
@@ -192,7 +192,7 @@ def under(records: Sequence[Record], loss: str) -> Compared:
     return Compared([as_compared(r, loss) for r in kept], without)
 
 
-def as_compared(r: Record, loss: str) -> Record:
+def as_compared(r: RunRecord, loss: str) -> RunRecord:
     """Returns the record with `loss` and its bits per byte as those of its evaluation.
 
     A causal loss that is not finite makes the run a diverged one. The standard error stays that of
@@ -208,7 +208,7 @@ def as_compared(r: Record, loss: str) -> Record:
     return dataclasses.replace(r, eval_loss=value, eval_bits_per_byte=bits)
 
 
-def quantity_of(record: Record, quantity: str, size: str) -> float:
+def quantity_of(record: RunRecord, quantity: str, size: str) -> float:
     """The abscissa of a run: its parameters (as `size` counts them) or forward FLOPs per token."""
     return (
         record.forward_flops_per_token

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modjax.flops import parameters, run_flops, stream_bytes
-from modjax.records import Record
+from modjax.records import RunRecord
 from modjax.scaling.plan.config import SweepConfig
 from modjax.scaling.plan.grid import forward_per_token, forward_ratio, non_embedding
 from modjax.scaling.plan.prediction import NOISE, Foretold, foretell
@@ -19,7 +19,7 @@ UNMEASURED = 3e10
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """A row of the plan table; `epochs` is None while the token cache is not prepared."""
 
     run_id: str
@@ -52,7 +52,7 @@ def cells(
     epochs: Callable[[RunSpec], float | None],
     flops_per_second: float,
     noise: float = NOISE,
-) -> list[Cell]:
+) -> list[PlannedRun]:
     """The plan table, with what is wrong in `flags`: "off-budget" where the achieved FLOPs differ
     from the budget by more than 1%, "off-centre" where the grid's centre misses the predicted
     optimum by more than 0.15 decades, "can't tell" where runs of that noise are not expected to
@@ -74,7 +74,7 @@ def cells(
     return table
 
 
-def flops_per_second(config: dict[str, Any], records: Sequence[Record]) -> float:
+def flops_per_second(config: dict[str, Any], records: Sequence[RunRecord]) -> float:
     """What one worker reaches: measured over the records, or as the sweep's config expects."""
     seconds = sum(record.wall_seconds for record in records)
     if seconds > 0:
@@ -84,7 +84,7 @@ def flops_per_second(config: dict[str, Any], records: Sequence[Record]) -> float
 
 def _cell(
     spec: RunSpec, epochs: float | None, rate: float, off_centre: bool, foretold: Foretold
-) -> Cell:
+) -> PlannedRun:
     model, train = spec.model, spec.train
     counts = parameters(model)
     spent = run_flops(model, train, train.steps)
@@ -97,7 +97,7 @@ def _cell(
         "repeats data": epochs is not None and 1 < epochs <= limit,
         "too many epochs": epochs is not None and epochs > limit,
     }
-    return Cell(
+    return PlannedRun(
         run_id=spec.run_id,
         arm=spec.variant,
         seed=train.seed,

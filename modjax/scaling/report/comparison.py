@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from modjax.records import Record, causal_loss
+from modjax.records import RunRecord, causal_loss
 from modjax.scaling.fit.results import Fits, NoCausalLoss
 
 LOSSES = {"trained": "validation loss as trained", "causal": "causal validation loss"}
@@ -36,7 +36,7 @@ def mark(fits: Fits, arm: str) -> str:
     return f"{arm}*" if without else arm
 
 
-def loss_words(r: Record) -> str:
+def loss_words(r: RunRecord) -> str:
     """Returns the loss of a finished run; both where the causal one is not that as trained."""
     assert r.eval_loss is not None
     causal = causal_loss(r)

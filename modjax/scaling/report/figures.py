@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from modjax.records import Record
+from modjax.records import RunRecord
 from modjax.scaling.fit.learning_curves import SHARE, Curve, frontier
 from modjax.scaling.fit.results import Fits, quantity_of
 from modjax.scaling.formatting import budget, count
@@ -39,7 +39,7 @@ from modjax.scaling.report.prose import KINDS
 
 
 def draw_all(
-    records: Sequence[Record], fits: Fits, curves: Sequence[Curve], folder: Path
+    records: Sequence[RunRecord], fits: Fits, curves: Sequence[Curve], folder: Path
 ) -> dict[str, Path]:
     """Draws every figure as PNG (300 dpi) and SVG; returns the SVG of each by name.
 
@@ -70,7 +70,7 @@ def draw_all(
     return paths
 
 
-def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
+def isoflop_figure(records: Sequence[RunRecord], fits: Fits) -> Figure:
     """Loss against parameters, one panel per budget, with parabolas and optima."""
     columns = 2 if len(fits.budgets) == 4 else min(3, len(fits.budgets))
     lines = math.ceil(len(fits.budgets) / columns)
@@ -118,7 +118,7 @@ def isoflop_figure(records: Sequence[Record], fits: Fits) -> Figure:
     return figure
 
 
-def normalised_figure(records: Sequence[Record], fits: Fits) -> Figure:
+def normalised_figure(records: Sequence[RunRecord], fits: Fits) -> Figure:
     """Loss over the optimal baseline's against forward FLOPs over the optimal baseline's."""
     figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
     ax = figure.subplots()

@@ -15,7 +15,7 @@ from typing import Any
 from modjax.errors import InputError, require
 from modjax.files import read_json, write_atomically
 from modjax.provenance import differences
-from modjax.records import Record, Scan, name_left_out, run_dir, scan, write_csv
+from modjax.records import RunRecord, Scan, name_left_out, run_dir, scan, write_csv
 from modjax.scaling.fit.cells import comparable
 from modjax.scaling.fit.isoflop import fit_all
 from modjax.scaling.fit.learning_curves import FRONTIER_STEPS, SHARE, read_curves
@@ -105,7 +105,7 @@ def report(workdir: Path, loss: str = "causal", size: str = "non_embedding") -> 
 
 def render(
     workdir: Path,
-    records: Sequence[Record],
+    records: Sequence[RunRecord],
     fits: Fits,
     figures: Mapping[str, Path],
     *,
@@ -169,7 +169,7 @@ def _resource(name: str) -> str:
     return (files("modjax.scaling.report") / name).read_text("utf-8")
 
 
-def run_tip(r: Record) -> str:
+def run_tip(r: RunRecord) -> str:
     """Returns the text that hovering a run shows."""
     loss = (
         f"{loss_words(r)} ± {r.eval_loss_sem or 0:.4f} nats per token"
@@ -186,7 +186,7 @@ def run_tip(r: Record) -> str:
 
 
 def _summary(
-    workdir: Path, records: Sequence[Record], fits: Fits, plan: dict[str, Any]
+    workdir: Path, records: Sequence[RunRecord], fits: Fits, plan: dict[str, Any]
 ) -> list[str]:
     finished = sum(r.status == "finished" for r in records)
     devices = sorted({r.device for r in records})
@@ -218,7 +218,7 @@ def _figure(name: str, path: Path, fits: Fits) -> str:
 
 def _exceptions(
     workdir: Path,
-    records: Sequence[Record],
+    records: Sequence[RunRecord],
     fits: Fits,
     plan: dict[str, Any],
     left_out: Mapping[str, str],
@@ -260,7 +260,7 @@ def _config(plan: dict[str, Any], specs: Specs) -> list[str]:
     return parts
 
 
-def _specs(workdir: Path, records: Sequence[Record]) -> Specs:
+def _specs(workdir: Path, records: Sequence[RunRecord]) -> Specs:
     read = ((r.run_id, _json(run_dir(workdir, r.run_id) / "spec.json")) for r in records)
     found = {
         run_id: {sys.intern(name): value for name, value in flatten(spec)}

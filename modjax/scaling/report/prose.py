@@ -12,7 +12,7 @@ from modjax.scaling.fit.results import (
     Parabola,
     PowerLaw,
     Range,
-    Repeat,
+    SeedSpread,
 )
 from modjax.scaling.formatting import budget, count
 from modjax.scaling.report.comparison import loss_sentence, marked, no_causal_sentence
@@ -205,7 +205,7 @@ def as_trained_rows(found: Sequence[NoCausalLoss]) -> list[tuple[str, ...]]:
     return [(*start, deviation, loss) for *start, loss, deviation in rows]
 
 
-def repeat_rows(cells: Sequence[Repeat]) -> list[tuple[str, ...]]:
+def repeat_rows(cells: Sequence[SeedSpread]) -> list[tuple[str, ...]]:
     """Returns one row per cell, for `REPEAT_HEADER`."""
     return [
         (

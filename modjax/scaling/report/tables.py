@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from modjax.records import Record, causal_loss
+from modjax.records import RunRecord, causal_loss
 from modjax.scaling.fit.results import Fits, as_compared
 from modjax.scaling.formatting import budget
 from modjax.scaling.report import prose as words
@@ -115,7 +115,7 @@ def no_causal_table(fits: Fits) -> list[str]:
     return ["<h2>Not compared</h2>", said, table(words.AS_TRAINED_HEADER, rows)]
 
 
-def run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool) -> str:
+def run_table(records: Sequence[RunRecord], fits: Fits, specs: Specs, marked: bool) -> str:
     """Returns the table of all runs, with both of their losses.
 
     Status and bits per byte are those under the loss that arms are compared by. Columns follow for
@@ -125,7 +125,7 @@ def run_table(records: Sequence[Record], fits: Fits, specs: Specs, marked: bool)
     outcomes = sorted({name for r in records for name in r.outcome})
     more = [name for name in specs.run_fields if name not in SPEC_COLUMNS]
 
-    def cells(r: Record) -> list[object]:
+    def cells(r: RunRecord) -> list[object]:
         losses = {"causal_loss": causal_loss(r), "eval_loss": r.eval_loss}
         compared = as_compared(r, fits.loss)
         shown = [losses.get(f, getattr(compared, f)) for f in RUN_COLUMNS.values()]

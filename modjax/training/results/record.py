@@ -10,7 +10,7 @@ from typing import Any
 from modjax.data.cache import TokenCache, epochs
 from modjax.flops import forward_flops, parameters, run_flops, total_flops
 from modjax.provenance import PACKAGES
-from modjax.records import NO_ROUTING, Record
+from modjax.records import NO_ROUTING, RunRecord
 from modjax.specs import RunSpec
 
 
@@ -42,7 +42,7 @@ def make_record(
     seconds: dict[str, float],
     found: dict[str, Any],
     **fields: Any,
-) -> Record:
+) -> RunRecord:
     """Returns the record of a run that finished, or that diverged at `diverged_step` > 0.
 
     seconds: spent, by activity; see training/results/clock.py.
@@ -62,7 +62,7 @@ def make_record(
         "causal_routing": rules if rules and routing == "causal" else routing or NO_ROUTING,
         "causal_loss": found.get("eval_loss") if routing == "trained" else None,
     }
-    return Record(
+    return RunRecord(
         run_id=spec.run_id,
         variant=spec.variant,
         status="diverged" if diverged_step else "finished",
