@@ -113,7 +113,7 @@ def test_equals_hugging_faces_block(name):
     graphdef, state = nnx.split(build(spec, SHAPE, rngs=nnx.Rngs(0)))
     values = nnx.to_pure_dict(state)
     named = {n: p.detach().numpy() for n, p in block.named_parameters()}
-    given = {"w": router_weight(block).detach().numpy().T, "experts": experts_of(named)}
+    given = {"router": {"w": router_weight(block).detach().numpy().T}, "experts": experts_of(named)}
     norm = {"norm": values["norm"]}  # theirs has none
     assert jax.tree.map(np.shape, values) == jax.tree.map(np.shape, given | norm)
     values |= given
@@ -127,7 +127,7 @@ def test_equals_hugging_faces_block(name):
     grads, y_BSD = gradient(jax.tree.map(jnp.asarray, values), jnp.asarray(x_BSD))
     np.testing.assert_allclose(y_BSD, found.detach().numpy(), atol=2e-5)
     theirs = {n: p.grad.numpy() for n, p in block.named_parameters() if p.grad is not None}
-    np.testing.assert_allclose(grads["w"], router_weight(block).grad.numpy().T, atol=1e-3)
+    np.testing.assert_allclose(grads["router"]["w"], router_weight(block).grad.numpy().T, atol=1e-3)
     for matrix, grad in experts_of(theirs).items():
         np.testing.assert_allclose(grads["experts"][matrix], grad, atol=1e-3)
 
@@ -137,8 +137,8 @@ def test_the_balance_loss_of_mixtral_is_ours_times_k():
 
     layer = build(MoE(E, TokenChoice(K)), SHAPE, rngs=nnx.Rngs(0))
     x_BSD = jnp.float32(np.random.default_rng(0).standard_normal((B, S, D)))
-    record = layer(x_BSD, At(jnp.arange(S)[None], None, None, {}, {}), Call()).records[""]
+    record = layer(x_BSD, At(jnp.arange(S)[None], None, None, {}, {}), Call()).records["rule"]
     y_BSD = np.array(x_BSD) / np.sqrt(np.mean(np.array(x_BSD) ** 2, axis=-1, keepdims=True))
-    logits = torch.tensor((y_BSD @ np.array(layer.w[...])).reshape(-1, E))
+    logits = torch.tensor((y_BSD @ np.array(layer.router.w[...])).reshape(-1, E))
     theirs = float(load_balancing_loss_func((logits,), E, K))
-    np.testing.assert_allclose(K * float(record.balance()), theirs, rtol=1e-5)
+    np.testing.assert_allclose(K * float(record.losses()["balance"]), theirs, rtol=1e-5)
