@@ -1,9 +1,10 @@
-"""Checks the tables and the sentences of the records against the runs that they keep.
+"""Checks the tables and sentences of the records against the runs that they keep.
 
 Usage: python -m experiments.check [--write] [NAME ...]
---write: renews the tables. experiments/NAME/record.py holds three things about its README:
-tables(), the tables between markers; claims(), every sentence that rests on the runs, with its
-numbers filled in, and whether it holds; GIVEN, what has numbers that no kept file holds.
+With --write, the tables are renewed first. experiments/NAME/record.py describes its README:
+  tables(): the tables between markers, by name.
+  claims(): the sentences that rest on the runs, with their numbers, and whether each holds.
+  GIVEN: the texts with numbers that no kept file holds.
 """
 
 import importlib
@@ -16,7 +17,7 @@ HERE = Path(__file__).parent
 NAMES = sorted(path.parent.name for path in HERE.glob("*/record.py"))
 TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CODE = re.compile(r"^    .*$", re.MULTILINE)
-# Names and methods: code, links, papers and their sections, levels of intervals and tests.
+# Text whose numbers need no claim: code, links, papers, sections, levels of intervals and tests.
 NAMED = re.compile(r"`[^`]*`|\]\([^)]*\)|arXiv \S+|[Ss]ection \S+|95% (t-)?interval|test at 5%")
 NUMBER = re.compile(r"\d+\.\d+\b|\d+%|\b\d+ of (?:the |its )?\d+")
 
@@ -26,18 +27,17 @@ def load(name: str) -> ModuleType:
 
 
 def renew(readme: str, record: ModuleType) -> str:
-    """Returns the README with the tables that the runs give."""
+    """Returns the README with its tables made anew from the runs."""
     tables = record.tables()
     return TABLE.sub(lambda m: m[1] + tables.get(m[2], m[3].strip()) + "\n" + m[4], readme)
 
 
 def plain(text: str) -> str:
+    """Returns the text without bold markers and line breaks."""
     return " ".join(text.replace("**", "").split())
 
 
-def faults(readme: str, record: ModuleType) -> list[str]:
-    """Returns what the README says otherwise than the runs do, one entry for each place."""
-    tables = record.tables()
+def table_faults(readme: str, tables: dict[str, str]) -> list[str]:
     marked = {m[2]: m[3].strip() for m in TABLE.finditer(readme)}
     found = [f"table {name}: only in one of README and record" for name in marked.keys() ^ tables]
     for name in sorted(marked.keys() & tables):
@@ -45,14 +45,24 @@ def faults(readme: str, record: ModuleType) -> list[str]:
         found += [
             f"table {name}: {a!r} should be {b!r}" for a, b in zip(old, new, strict=False) if a != b
         ]
-        found += [f"table {name}: {len(old)} lines should be {len(new)}"] * (len(old) != len(new))
+        if len(old) != len(new):
+            found.append(f"table {name}: {len(old)} lines should be {len(new)}")
+    return found
+
+
+def faults(readme: str, record: ModuleType) -> list[str]:
+    """Returns the contradictions between a README and its runs, one line each."""
+    found = table_faults(readme, record.tables())
     prose = plain(CODE.sub("", TABLE.sub("", readme)))
     for says, holds in record.claims():
-        found += [f"does not hold: {says}"] * (not holds)
-        found += [f"is not said: {says}"] * (plain(says) not in prose)
+        if not holds:
+            found.append(f"does not hold: {says}")
+        if plain(says) not in prose:
+            found.append(f"is not said: {says}")
         prose = prose.replace(plain(says), "...")
     for given in record.GIVEN:
-        found += [f"given, but not said: {given}"] * (plain(given) not in prose)
+        if plain(given) not in prose:
+            found.append(f"given, but not said: {given}")
         prose = prose.replace(plain(given), "...")
     rest = NAMED.sub("", prose)
     found += [

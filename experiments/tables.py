@@ -1,6 +1,5 @@
-"""Writes comparisons of arms as Markdown tables."""
+"""Comparisons of arms as Markdown tables."""
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from experiments.compare import (
@@ -12,38 +11,40 @@ from experiments.compare import (
     cells,
     difference,
     loss,
-    rates,
+    mean_rates,
 )
 from modjax.records import RunRecord
 from modjax.scaling.formatting import budget as flops
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def cell(found: Interval) -> str:
-    """Writes a difference, bold where its interval leaves 0 out."""
-    return f"**{found}**" if found.told else str(found)
+    """Formats a difference, in bold if it is significant."""
+    return f"**{found}**" if found.significant else str(found)
 
 
 def rate_table(records: Iterable[RunRecord]) -> str:
-    """Lists the mean loss of every arm at each coefficient of the rate, the best in bold."""
-    found = {
-        arm: {x: statistics.mean(of) for x, of in by.items()} for arm, by in rates(records).items()
-    }
+    """Returns the mean loss of every arm at each coefficient of the rate, the lowest in bold."""
+    found = mean_rates(records)
 
-    def show(mean: float, of: Iterable[float]) -> str:
-        return f"**{mean:.3f}**" if mean == min(of) else f"{mean:.3f}"
+    def show(mean: float, means: Iterable[float]) -> str:
+        return f"**{mean:.3f}**" if mean == min(means) else f"{mean:.3f}"
 
-    coefficients = sorted({x for by in found.values() for x in by})
+    coefficients = sorted({x for by_rate in found.values() for x in by_rate})
     rows = ([f"{x}", *(show(by[x], by.values()) for by in found.values())] for x in coefficients)
     return markdown(("coefficient", *found), rows)
 
 
 def best_table(trained: list[RunRecord], more: Mapping[str, Callable[[RunRecord], str]]) -> str:
-    """Lists the best size of each arm at each budget. more: further columns, from a run."""
+    """Returns the best size of each arm at each budget.
+
+    `more` maps the title of a further column to a function from a run to its text.
+    """
     before = {r.run_id: r for r in trained}
 
     def rows() -> Iterator[list[str]]:
@@ -51,20 +52,29 @@ def best_table(trained: list[RunRecord], more: Mapping[str, Callable[[RunRecord]
             dense = loss(best(by_arm["dense"]))
             for arm, sizes in sorted(by_arm.items(), key=lambda item: loss(best(item[1]))):
                 runs = best(sizes)
+                seeds = ", ".join(f"{r.eval_loss:.4f}" for r in runs)
+                against = f"{100 * (loss(runs) / dense - 1):+.2f}%"
+                as_trained = f"{loss([before[r.run_id] for r in runs]):.4f}"
+                others = (show(runs[0]) for show in more.values())
                 yield [
-                    flops(budget), arm, f"{runs[0].d_model}",
-                    ", ".join(f"{r.eval_loss:.4f}" for r in runs),
-                    f"{100 * (loss(runs) / dense - 1):+.2f}%",
-                    f"{loss([before[r.run_id] for r in runs]):.4f}",
-                    *(show(runs[0]) for show in more.values()),
-                ]  # fmt: skip
+                    flops(budget),
+                    arm,
+                    f"{runs[0].d_model}",
+                    seeds,
+                    against,
+                    as_trained,
+                    *others,
+                ]
 
     columns = ("budget", "arm", "width", "loss of each seed", "against dense", "as trained")
     return markdown((*columns, *more), rows())
 
 
 def pair_table(texts: Texts, pairs: Sequence[str]) -> str:
-    """Lists differences at equal width and seed, and how they vary with the width where they do."""
+    """Returns differences at equal width and seed.
+
+    "by width" gives the difference at the smallest and the largest width if it depends on it.
+    """
     budgets = list(cells(next(iter(texts.values()))))
 
     def rows() -> Iterator[list[str]]:
@@ -83,7 +93,7 @@ def pair_table(texts: Texts, pairs: Sequence[str]) -> str:
 
 
 def optimum_table(texts: Mapping[str, Optima]) -> str:
-    """Lists losses at the arms' own optima, and the ratio of these optima's FLOPs per token."""
+    """Returns differences at the arms' own optima, with the ratio of their FLOPs per token."""
     first, *_ = texts.values()
 
     def rows() -> Iterator[list[str]]:

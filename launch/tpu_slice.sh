@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs a plan on one Cloud TPU slice, run by run; every host takes part in every run.
+# Runs a plan on one Cloud TPU slice, run by run. Every host takes part in every run.
 #   DATA_DIR=DIR launch/tpu_slice.sh NAME ZONE CONFIG WORKDIR [--config.a.b=value ...]
-# Expects modjax installed on the hosts in the current folder of the login, with the extra `tpu`,
-# and WORKDIR and $DATA_DIR in a folder that all hosts share.
+# Install modjax with the extra `tpu` in the login folder of every host. WORKDIR must be a folder that
+# all hosts share. $DATA_DIR must be in one too, or in a bucket.
 set -euo pipefail
 
 usage() {
@@ -22,7 +22,7 @@ for override in "$@"; do
   [[ $override == --config.?*=* ]] || usage "'$override' is no --config.a.b=value"
 done
 
-# The hosts' shell reads the command once more: %q hands every argument on as it is.
+# The shell of each host parses the command again, so %q quotes every argument.
 printf -v plan '%q ' "--config=$config" "$@" "--data-dir=$DATA_DIR"
 printf -v place '%q' "--workdir=$workdir"
 

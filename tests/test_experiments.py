@@ -1,6 +1,7 @@
-"""The records of experiments/ say what the runs that they keep say."""
+"""The records of experiments/ agree with the runs that they keep."""
 
 import dataclasses
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 
 from experiments import check
-from experiments.compare import causal, difference, keep
+from experiments.compare import Cases, Interval, causal, difference, keep, trained_twice
 from modjax.errors import InputError
 from modjax.records import read_csv, run_dir, write_record
 from modjax.scaling.fit import isoflop as fit
@@ -17,7 +18,7 @@ from modjax.scaling.fit import isoflop as fit
 
 @pytest.fixture(autouse=True)
 def no_surfaces(monkeypatch):
-    """Leaves out what takes nine tenths of a fit's time, and no record speaks of."""
+    """Skips the loss surface: no record uses it, and it takes nine tenths of a fit's time."""
     monkeypatch.setattr(fit, "fit_surface", lambda *_, **__: None)
 
 
@@ -30,7 +31,7 @@ def test_every_record_is_checked():
 
 
 @pytest.mark.parametrize("name", check.NAMES)
-def test_a_record_says_what_its_runs_say(name):
+def test_a_record_agrees_with_its_runs(name):
     record = check.load(name)
     text = readme(name)
     assert check.faults(text, record) == []
@@ -38,7 +39,7 @@ def test_a_record_says_what_its_runs_say(name):
     assert f"    python -m experiments.check {name}\n" in text
 
 
-def test_whatever_is_said_otherwise_is_found():
+def test_every_contradiction_is_found():
     says = "moe is 0.050 above dense"
     record = SimpleNamespace(
         tables=lambda: {"losses": "| arm | loss |\n| --- | --- |\n| moe | 1.9 |"},
@@ -76,13 +77,20 @@ def test_a_difference_is_the_mean_over_pairs_of_equal_width_and_seed():
     losses[0, :, :] += np.arange(4)[:, None]
     records = [
         dataclasses.replace(
-            run, run_id=f"{arm}-{w}-{s}", variant=arm, d_model=w, seed=s, budget_flops=budget,
-            eval_loss=losses[a, w, s] + (budget > 1e11), forward_flops_per_token=100.0 + 10 * a + w,
+            run,
+            run_id=f"{arm}-{w}-{s}",
+            variant=arm,
+            d_model=w,
+            seed=s,
+            budget_flops=budget,
+            eval_loss=losses[a, w, s] + (budget > 1e11),
+            forward_flops_per_token=100.0 + 10 * a + w,
         )
-        for a, arm in enumerate(("x", "y", "z")) for w in range(4) for s in range(3)
-        for budget in (1e11, 3e11)
-        if (arm, w, s) != ("y", 3, 2)  # a pair that is not whole is left out
-    ]  # fmt: skip
+        for (a, arm), w, s, budget in itertools.product(
+            enumerate("xyz"), range(4), range(3), (1e11, 3e11)
+        )
+        if (arm, w, s) != ("y", 3, 2)  # its pair must be left out
+    ]
     found = difference(records, "x - y", 1e11)
     of_pairs = (losses[0] - losses[1]).ravel()[:-1]
     low, high = stats.ttest_1samp(of_pairs, 0).confidence_interval(0.95)
@@ -94,7 +102,7 @@ def test_a_difference_is_the_mean_over_pairs_of_equal_width_and_seed():
     np.testing.assert_allclose(both.mean, (losses[0] - losses[2]).ravel()[:-1].mean())
 
 
-def test_experts_are_judged_without_drops_and_a_router_needs_its_causal_loss():
+def test_routed_runs_are_compared_by_their_causal_loss_and_need_one():
     records = read_csv(check.HERE / "fig7_mode" / "stdlib.csv")
     trained = {r.run_id: r for r in records}
     for r in causal(records):
@@ -105,6 +113,30 @@ def test_experts_are_judged_without_drops_and_a_router_needs_its_causal_loss():
     ]
     with pytest.raises(InputError, match="causal_loss"):
         causal(unscored)
+
+
+def test_a_tally_counts_the_significant_cases_on_each_side():
+    lower, higher = Interval(-0.02, -0.03, -0.01), Interval(0.01, 0.001, 0.02)
+    neither = Interval(0.005, -0.01, 0.02)
+    assert Cases({"a": [lower, higher], "b": [neither, lower]}).tally == (
+        "significantly lower in 2 of 4 cases and higher in 1 of 4 cases (-0.020 to +0.010)"
+    )
+    assert Cases({"a": [neither]}).tally == (
+        "not significantly different in any case (+0.005 to +0.005)"
+    )
+    assert str(Cases({"a": [lower, neither]})) == (
+        "-0.020 and +0.005 on a (significant in 1 of 2 cases)"
+    )
+
+
+def test_runs_that_were_trained_twice_are_matched_by_arm_budget_width_seed_and_batch():
+    (run, *_) = read_csv(check.HERE / "fig7_mode" / "stdlib.csv")
+    again = dataclasses.replace(run, variant=f"{run.variant}-lr0_2", eval_loss=1.0)
+    others = [
+        dataclasses.replace(again, **change)
+        for change in ({"seed": 7}, {"d_model": 7}, {"variant": f"{run.variant}-lr0_1"})
+    ]
+    assert trained_twice([run], [again, *others]) == [(run.variant, run.eval_loss, 1.0)]
 
 
 def test_a_sweep_is_kept_as_a_table(tmp_path):

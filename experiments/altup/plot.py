@@ -1,7 +1,7 @@
 """Alternating Updates and its relatives against dense, each at its own optimum.
 
-Usage: python -m experiments.altup.plot NAME[=WORKDIR] ...   (sweeps of configs/altup.py)
-Keeps the runs of WORKDIR in NAME.csv, and draws NAME.png.
+Usage: python -m experiments.altup.plot NAME[=WORKDIR] ...
+WORKDIR holds a sweep of configs/altup.py. Writes its runs to NAME.csv and draws NAME.png.
 """
 
 import math
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def draw(found: Optima, path: Path) -> None:
-    """Draws every arm's loss less that of dense, with its interval."""
+    """Draws every arm's loss minus that of dense, with its interval."""
     arms = sorted({arms for _, arms in found}, reverse=True)
     budgets = sorted({budget for budget, _ in found})
     with plt.rc_context(RC):
@@ -34,8 +34,8 @@ def draw(found: Optima, path: Path) -> None:
             for (at, named), d in found.items():
                 if at == budget and math.isfinite(d.low) and math.isfinite(d.high):
                     spread = [[d.mean - d.low], [d.high - d.mean]]
-                    ax.errorbar(d.mean, arms.index(named), xerr=spread, color=colour,
-                                marker=marker, capsize=2)  # fmt: skip
+                    style = {"color": colour, "marker": marker, "capsize": 2}
+                    ax.errorbar(d.mean, arms.index(named), xerr=spread, **style)
             ax.set(title=f"{budget:.1e} FLOPs", xlabel="loss less dense, nats per token")
             ax.set_yticks(range(len(arms)), [named.removesuffix(" - dense") for named in arms])
             ax.grid(axis="x", alpha=0.3)

@@ -1,4 +1,4 @@
-"""Tables and claims of README.md, held against the kept runs; see experiments/check.py."""
+"""Tables and claims of README.md, checked against the kept runs; see experiments/check.py."""
 
 import itertools
 import statistics
@@ -6,32 +6,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import compare
-from experiments.compare import cases, causal, loss, of_both_texts, own, rates
+from experiments.compare import cases, causal, loss, mean_rates, of_both_texts, own
 from experiments.tables import markdown, optimum_table, pair_table, rate_table
 from modjax.records import RunRecord, read_csv
 from modjax.scaling.formatting import budget as flops
 
 HERE = Path(__file__).parent
-TEXTS = {text: causal(records) for text, records in of_both_texts(HERE).items()}
-VOCABULARY = {"source code": causal(read_csv(HERE / "vocabulary.csv"))}
-RATES = causal(read_csv(HERE / "rates.csv"))
+TRAINED = of_both_texts(HERE)
+TEXTS = {text: causal(records) for text, records in TRAINED.items()}
+WORDS = causal(read_csv(HERE / "vocabulary.csv"))
+RATES = read_csv(HERE / "rates.csv")
+ALTUP = "recycled2 recycled4 full2 same2 sum2 simplified4".split()
+HYPER_CONNECTIONS = "static2 dynamic2 manifold2".split()
 PAIRS = (
-    *(f"{arm} - dense" for arm in (
-        "recycled2", "recycled4", "full2", "same2", "sum2", "simplified4", "static2", "dynamic2",
-        "manifold2", "moe", "altup-moe",
-    )),
-    "recycled2 - same2", "full2 - sum2", "full2 - recycled2", "manifold2 - dynamic2",
-    "seq4 - skip4", "seq4 - pool4", "seq4 - mod25", "skip4 - mod25", "altup-mod12 - mod12",
-    "altup-moe - moe",
-)  # fmt: skip
-# Whether experts gain more by AltUp than dense layers do.
+    *(f"{arm} - dense" for arm in (*ALTUP, *HYPER_CONNECTIONS, "moe", "altup-moe")),
+    *("recycled2 - same2", "full2 - sum2", "full2 - recycled2", "manifold2 - dynamic2"),
+    *("seq4 - skip4", "seq4 - pool4", "seq4 - mod25", "skip4 - mod25"),
+    *("altup-mod12 - mod12", "altup-moe - moe"),
+)
+# Negative if experts gain more from AltUp than dense layers do.
 DOUBLE = "altup-moe - moe - recycled2 + dense"
 OPTIMA = {text: compare.optima(records, "dense") for text, records in TEXTS.items()}
+PAIR = {arms: cases(TEXTS, arms) for arms in (*PAIRS, DOUBLE)}
+BEST = {arms: own(OPTIMA, arms) for _, arms in OPTIMA["English"]}
 NARROW = 0.005  # nats
+Claims = Iterator[tuple[str, bool]]
 
 
 def about_the_best(records: list[RunRecord], sizes: int = 5) -> list[RunRecord]:
-    """Returns the runs of each arm's `sizes` sizes about its best one."""
+    """Returns the runs of the `sizes` sizes around each arm's best one."""
     kept: list[RunRecord] = []
     for by_arm in compare.cells(records).values():
         for cells in by_arm.values():
@@ -42,195 +45,74 @@ def about_the_best(records: list[RunRecord], sizes: int = 5) -> list[RunRecord]:
     return kept
 
 
-OF_VOCABULARY = {
-    "all sizes": compare.optima(VOCABULARY["source code"], "dense"),
-    "five sizes about the best": compare.optima(about_the_best(VOCABULARY["source code"]), "dense"),
+WORD_OPTIMA = {
+    "all sizes": compare.optima(WORDS, "dense"),
+    "five sizes about the best": compare.optima(about_the_best(WORDS), "dense"),
 }
 
 
 def widths_table() -> str:
     rows = (
         (flops(budget), arm, ", ".join(f"{runs[0].d_model}: {loss(runs):.3f}" for runs in sizes))
-        for budget, by_arm in compare.cells(VOCABULARY["source code"]).items()
+        for budget, by_arm in compare.cells(WORDS).items()
         for arm, sizes in by_arm.items()
     )
     return markdown(("budget", "arm", "width: loss"), rows)
 
 
 def tables() -> dict[str, str]:
+    words = {"source code": WORDS}
     return {
         "pairs": pair_table(TEXTS, PAIRS),
         "double": pair_table(TEXTS, (DOUBLE,)),
         "optima": optimum_table(OPTIMA),
-        "rates": rate_table(RATES),
+        "rates": rate_table(causal(RATES)),
         "vocabulary-widths": widths_table(),
-        "vocabulary-pairs": pair_table(VOCABULARY, ("recycled2 - dense", "full2 - sum2")),
-        "vocabulary-optima": optimum_table(OF_VOCABULARY),
+        "vocabulary-pairs": pair_table(words, ("recycled2 - dense", "full2 - sum2")),
+        "vocabulary-optima": optimum_table(WORD_OPTIMA),
     }
 
 
-def claims() -> Iterator[tuple[str, bool]]:
-    pair = {arms: cases(TEXTS, arms) for arms in (*PAIRS, DOUBLE)}
-    best = {arms: own(OPTIMA, arms) for _, arms in OPTIMA["English"]}
+def claims() -> Claims:
+    yield from result()
+    yield from precision()
+    yield from streams()
+    yield from experts()
+    yield from hyper_connections()
+    yield from strides()
+    yield from words()
+    yield from learning_rates()
 
-    def more(arm: str) -> str:
-        """Writes how many more FLOPs per token an arm takes than dense of its width."""
-        ratios = [end - 1 for d in pair[f"{arm} - dense"].all for end in d.ratio]
-        return f"{100 * min(ratios):.0f} to {100 * max(ratios):.0f}% for {arm}"
 
+def result() -> Claims:
+    lower = [arm for arm in ALTUP if any(d.high < 0 for d in BEST[f"{arm} - dense"].all)]
+    yield "no form of AltUp on dense layers is significantly below dense", not lower
+    found = PAIR["altup-moe - moe"]
+    yield (
+        f"experts with AltUp are significantly below experts alone in {found.significant} of 4",
+        found.below,
+    )
+
+
+def precision() -> Claims:
     for arm in ("manifold2", "full2", "dynamic2", "moe"):
-        yield more(arm), True
-    every = [d for arms in PAIRS for d in pair[arms].all]
-    chance, told = compare.CHANCE * len(every), sum(d.told for d in every)
+        ratios = [end - 1 for d in PAIR[f"{arm} - dense"].all for end in d.ratio]
+        yield f"{100 * min(ratios):.0f} to {100 * max(ratios):.0f}% for {arm}", True
+    every = [d for arms in PAIRS for d in PAIR[arms].all]
+    chance, found = compare.CHANCE * len(every), sum(d.significant for d in every)
     varying = sum(d.varies for d in every)
     yield (
-        f"{told} of the {len(every)} intervals leave 0 out, where about {chance:.0f} would by "
-        f"chance, and {varying} of the {len(every)} differences depend on the width",
-        told > 3 * chance,
+        f"{found} of the {len(every)} intervals exclude 0; chance alone would give about "
+        f"{chance:.0f}",
+        found > 3 * chance,
     )
+    yield f"{varying} of the {len(every)} differences depend on the width", True
     needed = [(1.96 * d.error / NARROW) ** 2 * d.pairs for d in every]
     yield (
-        f"an interval of {NARROW} on either side needs {min(needed):.0f} to {max(needed):.0f} "
-        f"pairs by arms and budget, {statistics.median(needed):.0f} in the middle",
+        f"An interval of {NARROW} nats on either side needs {min(needed):.0f} to "
+        f"{max(needed):.0f} pairs, depending on arms and budget, and "
+        f"{statistics.median(needed):.0f} in the median",
         True,
-    )
-
-    same, at_best = pair["same2 - dense"], best["same2 - dense"]
-    yield f"At equal width, same2 less dense is {same}", same.below and same.told == 3
-    yield f"at its own optimum it is {at_best.tally}", at_best.told == 0
-    found = pair["recycled2 - same2"]
-    yield (
-        f"recycled2 is against same2 {found.tally}, on English at the larger budget",
-        found.told == 1 and found["English"][1].low > 0,
-    )
-    found = pair["recycled2 - dense"]
-    yield f"against dense {found.tally}", found.below and found.told == 0
-    yield (
-        f"recycled4 against dense {pair['recycled4 - dense'].tally}",
-        pair["recycled4 - dense"].told == 0,
-    )
-    found = pair["full2 - sum2"]
-    yield (
-        f"against sum2, its wider embedding alone, full2 is {found.tally}",
-        found["source code"][0].low > 0 and found["English"][1].high < 0,
-    )
-    found = pair["altup-moe - moe"]
-    yield f"altup-moe less moe is {found}", found.below and found.told == 3
-    for text, of in found.items():
-        ends = of[1].widths
-        yield (
-            f"{ends[12]:+.3f} at width 12 and {ends[36]:+.3f} at 36 on {text}",
-            of[1].varies and ends[12] < 0 < ends[36],
-        )
-    found = pair[DOUBLE]
-    yield f"the difference of the two gains is {found}", found.below and found.told == 2
-    found = pair["moe - dense"]
-    yield (
-        f"At equal width, experts alone are {found.tally} against dense",
-        found.above and found.told == 4,
-    )
-    found = best["moe - dense"]
-    yield (
-        f"at their own optima {found.tally}, on source code at the smaller budget",
-        (found.told == 1 and found["source code"][0].low > 0),
-    )
-    found = best["altup-moe - dense"]
-    yield (
-        f"With AltUp they are there {found.tally}, on English at the larger budget",
-        (found.told == 1 and found["English"][1].high < 0),
-    )
-    found = pair["altup-mod12 - mod12"]
-    yield (
-        f"altup-mod12 is against mod12 {found.tally}, on English at the larger budget",
-        found.told == 1 and found["English"][1].high < 0,
-    )
-
-    found = pair["static2 - dense"]
-    yield (
-        f"at equal width {found.tally}, both on English",
-        all(d.high < 0 for d in found["English"]),
-    )
-    found = best["static2 - dense"]
-    yield f"at the own optimum {found.tally}", found.told == 0
-    for arm in ("dynamic2", "manifold2", "simplified4"):
-        a, b = pair[f"{arm} - dense"], best[f"{arm} - dense"]
-        yield (
-            f"{arm} is {a.tally} at equal width and {b.tally} at its own optimum",
-            a.above and b.above,
-        )
-    found = pair["manifold2 - dynamic2"]
-    yield (
-        f"manifold2 is against dynamic2 {found.tally}, both at the larger budget",
-        found.told == 2 and all(of[1].low > 0 for of in found.values()),
-    )
-
-    yield f"seq4 is against skip4 {pair['seq4 - skip4'].tally}", pair["seq4 - skip4"].told == 0
-    for control in ("pool4", "mod25"):
-        found = pair[f"seq4 - {control}"]
-        yield (
-            f"against {control} seq4 is {found.tally}",
-            found.told == 1 and found["English"][1].low > 0,
-        )
-    above = {"seq4": ["English"], "skip4": ["English"], "seq2": ["source code", "English"]}
-    for arm in ("seq4", "skip4", "seq2", "pool4", "mod25"):
-        found = best[f"{arm} - dense"]
-        told = [(text, i) for text, of in found.items() for i, d in enumerate(of) if d.low > 0]
-        yield (
-            f"{arm} is {found.tally}",
-            (told == [(text, 1) for text in above.get(arm, [])] and len(told) == found.told),
-        )
-
-    smaller, larger = cases(VOCABULARY, "full2 - sum2").all
-    yield (
-        f"full2 less sum2 is {smaller} at 6e11 FLOPs and {larger} at 1.8e12",
-        smaller.told and larger.told,
-    )
-    yield (
-        f"from {larger.widths[8]:+.3f} at width 8 to {larger.widths[56]:+.3f} at 56",
-        larger.varies
-        and sum(mean < 0 for mean in larger.widths.values()) == len(larger.widths) - 1,
-    )
-    smaller, larger = cases(VOCABULARY, "recycled2 - dense").all
-    yield (
-        f"At equal width it is {smaller} at 6e11 FLOPs and {larger} at 1.8e12",
-        smaller.low > 0 and larger.mean < 0 and not larger.told,
-    )
-    wide, close = (
-        {arm: of[1.8e12, f"{arm} - dense"] for arm in ("recycled2", "full2", "sum2")}
-        for of in OF_VOCABULARY.values()
-    )
-    yield f"full2 less dense is {close['full2']} and sum2 {close['sum2']}", close["sum2"].low > 0
-    yield "not told for full2", not close["full2"].told
-    yield (
-        f"recycled2 less dense is {close['recycled2']} over the five sizes about each arm's best",
-        close["recycled2"].high < 0,
-    )
-    yield (
-        f"Over all eight it is {wide['recycled2']}",
-        not wide["recycled2"].told
-        and wide["recycled2"].high - wide["recycled2"].low
-        > 2 * (close["recycled2"].high - close["recycled2"].low),
-    )
-    means = {
-        arm: {x: statistics.mean(of) for x, of in by.items()} for arm, by in rates(RATES).items()
-    }
-    behind = [by[x] - by[0.2] for by in means.values() for x in (0.1, 0.4)]
-    yield (
-        f"The shared rate, 0.2, is the best of the three for each of the seven, by "
-        f"{min(behind):.3f} to {max(behind):.3f}",
-        min(behind) > 0 and len(means) == 7,
-    )
-    again = [
-        (kept.eval_loss, r.eval_loss)
-        for r in read_csv(HERE / "rates.csv")
-        for kept in read_csv(HERE / "stdlib.csv")
-        if r.variant == f"{kept.variant}-lr0_2"
-        and (r.budget_flops, r.d_model, r.seed, r.batch_size)
-        == (kept.budget_flops, kept.d_model, kept.seed, kept.batch_size)
-    ]
-    yield (
-        f"The {len(again)} runs at 0.2, which the sweep has, too, are equal to the last bit",
-        len(again) == 21 and all(kept == trained for kept, trained in again),
     )
     runs = [r for records in TEXTS.values() for r in records]
     sizes, read = [r.params_non_embedding for r in runs], [r.tokens for r in runs]
@@ -238,6 +120,146 @@ def claims() -> Iterator[tuple[str, bool]]:
         f"The models have {min(sizes) / 1e6:.3f} to {max(sizes) / 1e6:.2f} million non-embedding "
         f"parameters and read {min(read) / 1e6:.1f} to {max(read) / 1e6:.1f} million bytes",
         True,
+    )
+
+
+def streams() -> Claims:
+    same, at_best = PAIR["same2 - dense"], BEST["same2 - dense"]
+    yield f"At equal width, same2 minus dense is {same}", same.below and same.significant == 3
+    yield f"At its own optimum, same2 is {at_best.tally}", at_best.significant == 0
+    found = PAIR["recycled2 - same2"]
+    yield (
+        f"Compared with same2, recycled2 is {found.tally}, on English at the larger budget",
+        found.significant == 1 and found["English"][1].low > 0,
+    )
+    for arm, holds in (("recycled2", PAIR["recycled2 - dense"].below), ("recycled4", True)):
+        found = PAIR[f"{arm} - dense"]
+        yield f"Compared with dense, {arm} is {found.tally}", found.significant == 0 and holds
+    found = PAIR["full2 - sum2"]
+    yield (
+        f"Compared with sum2, full2 is {found.tally}",
+        found["source code"][0].low > 0 and found["English"][1].high < 0,
+    )
+
+
+def experts() -> Claims:
+    found = PAIR["altup-moe - moe"]
+    yield f"altup-moe minus moe is {found}", found.below and found.significant == 3
+    for text, differences in found.items():
+        ends = differences[1].widths
+        yield (
+            f"{ends[12]:+.3f} at width 12 and {ends[36]:+.3f} at width 36 on {text}",
+            differences[1].varies and ends[12] < 0 < ends[36],
+        )
+    found = PAIR[DOUBLE]
+    yield f"The difference of the two gains is {found}", found.below and found.significant == 2
+    found = PAIR["moe - dense"]
+    yield (
+        f"Compared with dense at equal width, moe is {found.tally}",
+        found.above and found.significant == 4,
+    )
+    found = BEST["moe - dense"]
+    yield (
+        f"At its own optimum, moe is {found.tally}, on source code at the smaller budget",
+        found.significant == 1 and found["source code"][0].low > 0,
+    )
+    for says, found in (
+        ("At its own optimum, altup-moe is", BEST["altup-moe - dense"]),
+        ("Compared with mod12 at equal width, altup-mod12 is", PAIR["altup-mod12 - mod12"]),
+    ):
+        yield (
+            f"{says} {found.tally}, on English at the larger budget",
+            found.significant == 1 and found["English"][1].high < 0,
+        )
+
+
+def hyper_connections() -> Claims:
+    found = PAIR["static2 - dense"]
+    yield (
+        f"At equal width, static2 is {found.tally}, both on English",
+        all(d.high < 0 for d in found["English"]),
+    )
+    found = BEST["static2 - dense"]
+    yield f"At its own optimum, static2 is {found.tally}", found.significant == 0
+    for arm in ("dynamic2", "manifold2", "simplified4"):
+        equal, at_best = PAIR[f"{arm} - dense"], BEST[f"{arm} - dense"]
+        yield (
+            f"{arm} is {equal.tally} at equal width, and {at_best.tally} at its own optimum",
+            equal.above and at_best.above,
+        )
+    found = PAIR["manifold2 - dynamic2"]
+    yield (
+        f"Compared with dynamic2, manifold2 is {found.tally}, both at the larger budget",
+        found.significant == 2 and all(differences[1].low > 0 for differences in found.values()),
+    )
+
+
+def strides() -> Claims:
+    found = PAIR["seq4 - skip4"]
+    yield f"Compared with skip4, seq4 is {found.tally}", found.significant == 0
+    for control in ("pool4", "mod25"):
+        found = PAIR[f"seq4 - {control}"]
+        yield (
+            f"Compared with {control}, seq4 is {found.tally}",
+            found.significant == 1 and found["English"][1].low > 0,
+        )
+    above = {"seq4": ["English"], "skip4": ["English"], "seq2": ["source code", "English"]}
+    for arm in ("seq4", "skip4", "seq2", "pool4", "mod25"):
+        found = BEST[f"{arm} - dense"]
+        higher = [(text, i) for text, of in found.items() for i, d in enumerate(of) if d.low > 0]
+        yield (
+            f"{arm} is {found.tally}",
+            higher == [(text, 1) for text in above.get(arm, [])]
+            and len(higher) == found.significant,
+        )
+
+
+def words() -> Claims:
+    smaller, larger = cases({"": WORDS}, "full2 - sum2").all
+    yield (
+        f"full2 minus sum2 is {smaller} at 6e11 FLOPs and {larger} at 1.8e12",
+        smaller.significant and larger.significant,
+    )
+    yield (
+        f"from {larger.widths[8]:+.3f} at width 8 to {larger.widths[56]:+.3f} at width 56",
+        larger.varies
+        and sum(mean < 0 for mean in larger.widths.values()) == len(larger.widths) - 1,
+    )
+    smaller, larger = cases({"": WORDS}, "recycled2 - dense").all
+    yield (
+        f"At equal width the difference is {smaller} at 6e11 FLOPs and {larger} at 1.8e12",
+        smaller.low > 0 and larger.mean < 0 and not larger.significant,
+    )
+    wide, close = (
+        {arm: found[1.8e12, f"{arm} - dense"] for arm in ("recycled2", "full2", "sum2")}
+        for found in WORD_OPTIMA.values()
+    )
+    yield f"full2 minus dense is {close['full2']}", not close["full2"].significant
+    yield f"sum2 minus dense is {close['sum2']}", close["sum2"].low > 0
+    yield (
+        f"recycled2 minus dense is {close['recycled2']} over the five sizes around each arm's best",
+        close["recycled2"].high < 0,
+    )
+    yield (
+        f"Over all eight sizes it is {wide['recycled2']}",
+        not wide["recycled2"].significant
+        and wide["recycled2"].high - wide["recycled2"].low
+        > 2 * (close["recycled2"].high - close["recycled2"].low),
+    )
+
+
+def learning_rates() -> Claims:
+    means = mean_rates(causal(RATES))
+    behind = [by[x] - by[0.2] for by in means.values() for x in (0.1, 0.4)]
+    yield (
+        f"The shared rate, 0.2, is the best of the three for each of the seven, by "
+        f"{min(behind):.3f} to {max(behind):.3f}",
+        min(behind) > 0 and len(means) == 7,
+    )
+    again = compare.trained_twice(TRAINED["source code"], RATES)
+    yield (
+        f"The main sweep has the {len(again)} runs at 0.2 too, and they are equal to the last bit",
+        len(again) == 21 and all(kept == trained for _, kept, trained in again),
     )
 
 

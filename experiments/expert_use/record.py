@@ -1,4 +1,4 @@
-"""Tables and claims of README.md, held against the kept numbers; see experiments/check.py."""
+"""Tables and claims of README.md, checked against the kept numbers; see experiments/check.py."""
 
 import json
 from collections.abc import Iterator
@@ -11,30 +11,28 @@ LAYERS = FOUND["layers"]
 
 
 def tables() -> dict[str, str]:
+    names = ("bits_that_a_token_tells_of_its_expert", "bits_of_the_expert")
     rows = (
-        (i, f"{passed:.0%}", f"{layer['bits_that_a_token_tells_of_its_expert']:.2f}",
-         f"{layer['bits_of_the_expert']:.2f}")
+        (i, f"{passed:.0%}", *(f"{layer[name]:.2f}" for name in names))
         for i, (passed, layer) in enumerate(zip(FOUND["no_op_share_by_layer"], LAYERS, strict=True))
-    )  # fmt: skip
-    columns = ("layer", "passed", "bits that the byte tells of the choice", "bits of the choice")
+    )
+    columns = ("layer", "no-op share", "mutual information with the byte, bits", "entropy, bits")
     return {"layers": markdown(columns, rows)}
 
 
 def claims() -> Iterator[tuple[str, bool]]:
     passed = FOUND["no_op_share_by_layer"]
+    share = f"{min(passed):.0%} to {max(passed):.0%}"
+    yield f"{share} of the picks in every layer are no-ops", 0.4 < min(passed) < max(passed) < 0.6
     yield (
-        f"{min(passed):.0%} to {max(passed):.0%} in every layer",
-        0.4 < min(passed) < max(passed) < 0.6,
-    )
-    yield (
-        "the first two layers pass most, the last two least",
+        "The first two layers pass most, the last two least",
         sorted(passed)[-2:] == sorted(passed[:2]) and sorted(passed)[:2] == sorted(passed[-2:]),
     )
     most, least = dict(FOUND["passed_most"]), dict(FOUND["passed_least"])
     others = [most[piece] for piece in "yfdn"]
     yield (
-        f"`e` {most['e']:.0%}, `t` {most['t']:.0%}, `y`, `f`, `d`, `n` {min(others):.0%} to "
-        f"{max(others):.0%}",
+        f"`e` passes {most['e']:.0%} of the time, `t` {most['t']:.0%}, and `y`, `f`, `d`, `n` "
+        f"{min(others):.0%} to {max(others):.0%}",
         list(most)[:6] == list("etyfdn"),
     )
     yield (
@@ -42,14 +40,15 @@ def claims() -> Iterator[tuple[str, bool]]:
         list(least)[:3] == list("[/v"),
     )
     bits = [layer["bits_that_a_token_tells_of_its_expert"] for layer in LAYERS]
-    yield f"{bits[0]:.2f} bits in the first, {min(bits):.2f} at the least", bits[0] == max(bits)
-    yield "layer 5", bits.index(min(bits)) == 5
+    yield f"{bits[0]:.2f} bits in the first layer", bits[0] == max(bits)
+    yield f"{min(bits):.2f} bits in layer 5", bits.index(min(bits)) == 5
 
 
-# Of the run's own record and metrics, which are not kept.
+# From the run's own record and metrics, which are not kept.
 GIVEN = (
     "(65.5k bytes)",
-    "validation loss 1.353 nats per byte",
-    "2.6 times the mean at first and 1.24 times at the end; drops fall from 24% to 8%",
+    "validation loss of 1.353 nats per byte",
+    "from 2.6 times the mean to 1.24 times",
+    "dropped picks from 24% to 8%",
     "passes 33%",
 )

@@ -1,7 +1,8 @@
 """Figure 6: losses under causal routing against top-k, and accuracy over training.
 
-Usage: python -m experiments.fig6_autoregressive.plot NAME=WORKDIR ...   (sweeps of its config)
-Keeps the runs of WORKDIR in NAME.csv, and draws NAME.png.
+Usage: python -m experiments.fig6_autoregressive.plot NAME=WORKDIR ...
+WORKDIR holds a sweep of configs/fig6_autoregressive.py. Writes its runs to NAME.csv and draws
+NAME.png.
 """
 
 import sys
@@ -14,11 +15,12 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from experiments.compare import keep
-from modjax.records import RunRecord, read_metrics, run_dir
+from modjax.metrics_file import read_metrics
+from modjax.records import RunRecord, run_dir
 from modjax.scaling.report.markers import COLOURS, MARKERS, RC
 
 HERE = Path(__file__).parent
-# The metric that follows each arm's own way to select without the future.
+# Training metrics of the arms that learn to select without the future.
 ACCURACY = {"predictor": "predictor/accuracy", "auxiliary": "auxiliary/accuracy"}
 
 
@@ -45,8 +47,8 @@ def draw(workdir: Path, records: list[RunRecord], path: Path) -> None:
                         curve = accuracy_curve(run_dir(workdir, r.run_id), ACCURACY[arm])
                         right.plot(*curve, color=colour, label=arm if r.seed == 0 else None)
         left.axhline(0, color="#d4d4d4", linewidth=0.6, zorder=0)
-        left.set(xscale="log", xlabel="non-embedding parameters",
-                 ylabel="causal loss over top-k loss, %")  # fmt: skip
+        left.set(xscale="log", xlabel="non-embedding parameters")
+        left.set_ylabel("causal loss over top-k loss, %")
         right.axhline(0.875, color="#d4d4d4", linewidth=0.6, zorder=0)
         right.text(0, 0.878, 'always "no"', color="#777777")
         right.set(xlabel="tokens", ylabel="accuracy on the training batch", ylim=(0.8, 1))

@@ -1,7 +1,7 @@
 """Figure 7: experts, MoD and both at equal training FLOPs.
 
-Usage: python -m experiments.fig7_mode.plot NAME[=WORKDIR] ...   (sweeps of configs/fig7_mode.py)
-Keeps the runs of WORKDIR in NAME.csv, and draws NAME.png.
+Usage: python -m experiments.fig7_mode.plot NAME[=WORKDIR] ...
+WORKDIR holds a sweep of configs/fig7_mode.py. Writes its runs to NAME.csv and draws NAME.png.
 """
 
 import sys

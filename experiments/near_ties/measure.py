@@ -1,7 +1,7 @@
-"""Writes results.json: each run's loss on several numbers of devices, and in several batches.
+"""Losses of each run on several numbers of devices, and evaluated in batches of several sizes.
 
 Usage: python -m experiments.near_ties.measure DATA_DIR WORKDIR
-WORKDIR/N holds the sweep of configs/near_ties.py on N devices.
+WORKDIR/N holds the sweep of configs/near_ties.py on N devices. Writes results.json.
 """
 
 import json
@@ -17,7 +17,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 def in_batches(workdir: Path, data_dir: Path, run_id: str) -> dict[str, float]:
-    """Returns a run's loss as trained for every number of sequences that is computed at once."""
+    """Returns a run's loss as trained, for each number of sequences evaluated at once."""
     run = open_run(read_spec(run_dir(workdir, run_id), run_id), workdir=workdir, data_dir=data_dir)
     found = {}
     for size in BATCHES:

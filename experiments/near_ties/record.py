@@ -1,4 +1,4 @@
-"""Tables and claims of README.md, held against results.json; see experiments/check.py."""
+"""Tables and claims of README.md, checked against results.json; see experiments/check.py."""
 
 import json
 from collections.abc import Iterator
@@ -18,27 +18,27 @@ def tables() -> dict[str, str]:
     return {"devices": markdown(("arm", "seed", *RUNS[0]["devices"]), rows)}
 
 
-def _range(arm: str, kind: str) -> float:
-    """Returns the largest difference between the losses of one run of an arm."""
+def largest_change(arm: str, kind: str) -> float:
+    """Returns the largest difference between two losses of the same run of an arm."""
     losses = [run[kind].values() for run in RUNS if run["arm"] == arm]
-    return max(max(of) - min(of) for of in losses)
+    return max(max(group) - min(group) for group in losses)
 
 
 def claims() -> Iterator[tuple[str, bool]]:
-    devices = {arm: f"{_range(arm, 'devices'):.4f}" for arm in ARMS}
+    devices = {arm: f"{largest_change(arm, 'devices'):.4f}" for arm in ARMS}
     yield (
-        f"by at most {devices['dense']} for dense, {devices['mod12']} for mod12, "
+        f"at most {devices['dense']} for dense, {devices['mod12']} for mod12, "
         f"{devices['token-choice']} for token choice and {devices['expert-choice']} for expert "
         "choice",
         True,
     )
     yield (
-        "The losses of one run differ by less than 1e-7",
-        all(_range(arm, "batches") < 1e-7 for arm in ARMS),
+        "The losses of one run then differ by less than 1e-7",
+        all(largest_change(arm, "batches") < 1e-7 for arm in ARMS),
     )
     ties = {arm: [run["near_ties"] for run in RUNS if run["arm"] == arm] for arm in ARMS}
     yield (
-        f"{' and '.join(map(str, ties['mod12']))} of mod12's 1,024 selections, "
+        f"{' and '.join(map(str, ties['mod12']))} of mod12's 1,024 selections and "
         f"{' and '.join(map(str, ties['expert-choice']))} of expert choice's 8,192",
         True,
     )
