@@ -40,7 +40,7 @@ def tiny_data_dir(tmp_path_factory) -> Path:
         ]
         array = folder / "tiny-1" / split  # the cache's folder is named by its fingerprint
         array.mkdir(parents=True)
-        written = write_split(array, documents, np.dtype(np.uint16), Written(), lambda _: None)
+        *_, written = write_split(array, documents, np.dtype(np.uint16), Written())
         splits[split] = Split(written.documents, written.tokens, written.bytes)
     manifest = Manifest(
         name="tiny", vocab="bytes", vocab_size=259, eos_id=1, source="standard library",
@@ -91,7 +91,7 @@ def data_dir(tmp_path_factory) -> Path:
         array.mkdir(parents=True)
         text = rng.integers(3, 30, tokens).astype(np.uint16)
         documents = [(text, tokens)]
-        written = write_split(array, documents, np.dtype(np.uint16), Written(), lambda _: None)
+        *_, written = write_split(array, documents, np.dtype(np.uint16), Written())
         splits[split] = Split(written.documents, written.tokens, written.bytes)
     manifest = Manifest("stdlib", "bytes", 259, 1, "random", "f00", splits)
     (path / "manifest.json").write_text(manifest.to_json())

@@ -26,7 +26,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     from modjax.cli.tables import data_text
-    from modjax.data.listing import list_caches
+    from modjax.data.cache import list_caches
     from modjax.data.manifest import Manifest
 
     caches = list_caches(args.data_dir)

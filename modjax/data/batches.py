@@ -1,9 +1,9 @@
 """Batches as pure functions of (seed, step), read from a token cache.
 
-Shapes: B batch (sequences), L positions.
+Legend: B batch (sequences), L positions.
 
-Window i covers tokens [i * L, i * L + L]: L inputs and, shifted by one, L targets. Every epoch
-visits all windows once, in an order drawn from (seed, epoch).
+Window i holds the tokens [i * L, i * L + L], one more than L: all but the last are inputs, all but
+the first are targets. Every epoch visits all windows once, in an order drawn from (seed, epoch).
 """
 
 from collections.abc import Iterator
@@ -11,17 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modjax.data.cache import TokenCache, epochs, num_windows
+from modjax.data.cache import TokenCache, num_windows, train_windows
 from modjax.errors import require
 
 ROUNDS = 8
 
 
 class Batch(NamedTuple):
-    """int32 inputs and targets; segment ids count documents from 1 within the window.
+    """Windows of a token cache.
 
-    An eos belongs to the document that it ends. weights_BL is float32; where it is 0 the
-    position is padding, is not scored, and has segment id 0.
+    inputs_BL, targets_BL: int32 tokens.
+    segment_ids_BL: int32 number of the document within the window, from 1. An eos belongs to the
+        document that it ends. 0 for padding.
+    weights_BL: float32 weight of each target in the loss. 0 for padding.
     """
 
     inputs_BL: np.ndarray
@@ -31,7 +33,7 @@ class Batch(NamedTuple):
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each `index` in [0, size) goes under the permutation drawn from (seed, epoch).
+    """Returns the image of each `index` in [0, size) under a permutation drawn from (seed, epoch).
 
     A Feistel network on the smallest even number of bits that holds `size`, applied again until
     the result falls below it (cycle walking: Black and Rogaway 2002, Ciphers with arbitrary
@@ -52,19 +54,18 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), modulo 2^64."""
+    """Applies the finaliser of SplitMix64 (Steele, Lea and Flood 2014), modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def train_batch(cache: TokenCache, *, seq_len: int, batch_size: int, seed: int, step: int) -> Batch:
-    """The training batch of a step: sequences [step * B, step * B + B) of the endless order.
+    """Returns the training batch of a step: windows [step * B, step * B + B) of the endless order.
 
-    Raises InputError where the training split is shorter than one window.
+    Raises InputError if the training split is shorter than one window.
     """
-    epochs(cache, seq_len, batch_size)  # refuses a split without a window
-    size = num_windows(cache, "train", seq_len)
+    size = train_windows(cache, seq_len)
     epoch_B, index_B = np.divmod(step * batch_size + np.arange(batch_size), size)
     window_B = np.empty(batch_size, np.int64)
     for epoch in np.unique(epoch_B):
@@ -76,19 +77,17 @@ def train_batch(cache: TokenCache, *, seq_len: int, batch_size: int, seed: int, 
 def eval_batches(
     cache: TokenCache, *, seq_len: int, batch_size: int, sequences: int
 ) -> Iterator[Batch]:
-    """A fixed set of `sequences` validation windows, spread evenly over the split.
+    """Returns batches of a fixed set of `sequences` validation windows, spread over the split.
 
-    The last batch is filled up with rows of weight 0. Raises InputError, before the first batch,
-    where the split has fewer windows.
+    The last batch is padded to `batch_size` rows. Raises InputError, at the call and not at the
+    first batch, if the split has fewer windows.
     """
     size = num_windows(cache, "validation", seq_len)
-    require(
-        sequences <= size,
-        "train.eval_sequences",
-        sequences,
-        f"the validation split of {cache.manifest.name} has {size} windows of "
-        f"{seq_len} tokens; ask for at most that many",
+    accepted = (
+        f"the validation split of {cache.manifest.name} has {size} windows of {seq_len} tokens; "
+        "ask for at most that many"
     )
+    require(sequences <= size, "train.eval_sequences", sequences, accepted)
     windows = np.arange(sequences) * size // sequences
 
     def batches() -> Iterator[Batch]:

@@ -1,21 +1,22 @@
-"""Reading a prepared token cache: a manifest and one zarr array of tokens per split.
+"""Token caches: a manifest and one zarr array of tokens per split.
 
-A cache is a folder (or an object-store prefix such as gs://bucket/folder):
+A cache is a folder, or an object-store prefix such as gs://bucket/folder:
 
-    manifest.json            written last and replaced at once; without it there is no cache
-    FINGERPRINT/             what the manifest describes, named by the start of its fingerprint
+    manifest.json            written last, and replaced atomically; without it there is no cache
+    FINGERPRINT/             named by the first 16 characters of the manifest's fingerprint
         vocabulary.model     the SentencePiece model; absent for bytes
         train/ validation/   zarr v3, one dimension, uint16 or uint32, documents end to end
 
-A cache that is prepared anew gets another folder, so whoever has this one open reads what he opened
-or fails. Every document is followed by one end-of-sequence token. This file needs no TensorFlow.
+One end-of-sequence token follows every document. Preparing a cache anew makes another folder, so an
+open cache reads its own tokens or fails. This module does not need TensorFlow.
 """
 
+import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -26,16 +27,15 @@ from modjax.errors import MOST_SHOWN, InputError, SharedFault, one_line, require
 from modjax.files import MOST_JSON, read_file, reason
 from modjax.specs import DataConfig, ModelSpec
 
-# An object store that does not answer is reported in a quarter of a minute, not of an hour.
+# With few retries, an object store that does not answer is an error after 15 seconds, not an hour.
 FEW_RETRIES = {f"{store}_request_retries": {"max_retries": 4} for store in ("gcs", "s3", "http")}
-# What tensorstore raises where a store fails or refuses.
-STORE_ERRORS = (ValueError, OSError, RuntimeError)
-# Decoded chunks kept in memory, so that random windows rarely decode a chunk anew.
+STORE_ERRORS = (ValueError, OSError, RuntimeError)  # raised by tensorstore if a store fails
+# Memory for decoded chunks, so that random windows rarely decode a chunk anew.
 CACHE_POOL_BYTES = 512 * 2**20
 
 
 def cache_dir(data_dir: Path, data: DataConfig) -> Path:
-    """Returns the folder of a corpus under a vocabulary; a model is known by its file name."""
+    """Returns the folder of a corpus under a vocabulary, a model being named by its file."""
     return Path(data_dir) / f"{data.name}-{data.vocabulary}"
 
 
@@ -53,13 +53,9 @@ def shown(path: Path | str) -> str:
     return url(path) or str(path)
 
 
-def kvstore(path: Path | str, inner: str = "") -> dict[str, Any] | str:
-    """Returns the tensorstore location of `path`/`inner`, a local folder or a URL."""
-    folder = f"{inner}/" if inner else ""
-    remote = url(path)
-    if remote is not None:
-        return f"{remote}/{folder}"
-    return {"driver": "file", "path": f"{Path(path).absolute()}/{folder}"}
+def kvstore(path: Path | str) -> str:
+    """Returns the tensorstore URL of a local folder or a URL."""
+    return f"{url(path) or Path(path).absolute().as_uri()}/"
 
 
 def open_store(path: Path | str) -> ts.KvStore:
@@ -70,32 +66,55 @@ def open_store(path: Path | str) -> ts.KvStore:
 class TokenCache:
     """An open cache: its manifest, and random access to the tokens of each split."""
 
-    def __init__(self, path: Path | str, manifest: Manifest, arrays: dict[str, ts.TensorStore]):
+    def __init__(self, path: Path | str, manifest: Manifest):
         self.path = path
         self.manifest = manifest
-        self._arrays = arrays
+        self._arrays: dict[str, ts.TensorStore] = {}
+        context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_POOL_BYTES}})
+        for split, counts in manifest.splits.items():
+            remedy = f"its {split} split is empty; run `modjax data prepare` with more text"
+            require(counts.tokens > 0, "data", shown(path), remedy)
+            spec = {
+                "driver": "zarr3",
+                "kvstore": kvstore(Path(path) / manifest.folder / split),
+                "fill_missing_data_reads": False,  # a lost file is an error, not padding
+                "recheck_cached_data": False,
+                "recheck_cached_metadata": False,
+            }
+            with self._store_errors():
+                self._arrays[split] = ts.open(spec, context=context, read=True).result()
+            shape = self._arrays[split].shape
+            if shape != (counts.tokens,):
+                raise _damaged(path, f"{split} has shape {shape}")
 
-    def read(self, split: str, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a split. Raises InputError where the cache is damaged."""
-        return self.gather(split, [start], stop - start)[0]
-
-    def gather(self, split: str, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-        """Tokens [start, start + length) for each start, read together: (len(starts), length)."""
-        array = self._arrays[split]
-        out = np.empty((len(starts), length), array.dtype.numpy_dtype)
+    @contextlib.contextmanager
+    def _store_errors(self) -> Iterator[None]:
+        """Raises InputError for a store error: the cache was replaced, or else is damaged."""
         try:
-            reads = [array[int(start) : int(start) + length].read() for start in starts]
-            for row, read in zip(out, reads, strict=True):
-                row[:] = read.result()
+            yield
         except STORE_ERRORS as error:
             check_fingerprint(self)
             raise _damaged(self.path, str(error)) from error
+
+    def read(self, split: str, start: int, stop: int) -> np.ndarray:
+        """Returns tokens [start, stop) of a split. Raises InputError if the cache is damaged."""
+        return self.gather(split, [start], stop - start)[0]
+
+    def gather(self, split: str, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+        """Returns tokens [start, start + length) of each start, shape (len(starts), length)."""
+        array = self._arrays[split]
+        out = np.empty((len(starts), length), array.dtype.numpy_dtype)
+        with self._store_errors():
+            # All reads start before the first is waited for.
+            reads = [array[int(start) : int(start) + length].read() for start in starts]
+            for row, read in zip(out, reads, strict=True):
+                row[:] = read.result()
         return out
 
     def vocabulary_model(self) -> bytes:
         """Returns the SentencePiece model of the tokens.
 
-        Raises InputError where it is lost, or not the one that the manifest describes.
+        Raises InputError if it is lost, or is not the one that the manifest describes.
         """
         model = _read(self.path, f"{self.manifest.folder}/vocabulary.model", MOST_MODEL)
         expected = self.manifest.vocab_sha256
@@ -106,21 +125,73 @@ class TokenCache:
         return model
 
 
-def read_manifest(path: Path | str) -> bytes | None:
-    """Returns the manifest of the cache at `path`, or None where there is no cache.
+def open_cache(path: Path | str) -> TokenCache:
+    """Opens a prepared cache. Raises InputError if it is missing, empty or damaged."""
+    found = read_manifest(path)
+    if found is None:
+        remedy = "no token cache here; make it with `modjax data prepare`"
+        raise InputError("data", shown(path), remedy)
+    cache = TokenCache(path, parse_manifest(path, found))
+    for split, counts in cache.manifest.splits.items():
+        cache.gather(split, [0, counts.tokens - 1], 1)
+    return cache
 
-    Raises InputError where that cannot be read.
+
+def list_caches(data_dir: Path | str) -> list[Manifest | InputError]:
+    """Returns, by name, the manifest of every cache in a folder, or the error of reading it.
+
+    Returns [] if there is no folder. Raises InputError if the folder cannot be read.
+    """
+    caches: list[Manifest | InputError] = []
+    for name in _cache_names(data_dir):
+        path = Path(data_dir) / name
+        try:
+            found = read_manifest(path)
+            if found is not None:
+                caches.append(parse_manifest(path, found))
+        except InputError as error:
+            caches.append(error)
+    return caches
+
+
+def _cache_names(data_dir: Path | str) -> list[str]:
+    """Returns the names of the folders that may hold a cache, sorted."""
+    try:
+        if url(data_dir) is None:
+            return sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
+        keys = open_store(data_dir).list().result()
+    except FileNotFoundError:
+        return []
+    except STORE_ERRORS as error:
+        why = one_line(reason(error), MOST_SHOWN)
+        raise InputError("--data-dir", shown(data_dir), f"cannot be listed: {why}") from error
+    found = (re.fullmatch(r"([^./][^/]*)/manifest\.json", key.decode()) for key in keys)
+    return sorted(match[1] for match in found if match)
+
+
+def read_manifest(path: Path | str) -> bytes | None:
+    """Returns the manifest of the cache at `path`, or None if there is no cache.
+
+    Raises InputError if the manifest cannot be read.
     """
     return _read(path, "manifest.json", MOST_JSON)
 
 
-def _read(path: Path | str, name: str, most: int) -> bytes | None:
-    """Returns a file of a cache, or None where there is none; in a local folder up to `most` bytes.
+def parse_manifest(path: Path | str, manifest: bytes) -> Manifest:
+    """Returns the parsed manifest of the cache at `path`. Raises InputError if it is damaged."""
+    try:
+        return Manifest.from_json(manifest)
+    except (ValueError, RecursionError) as error:  # InputError is a ValueError
+        raise _damaged(path, f"manifest.json: {error}") from error
 
-    Raises InputError where it cannot be read.
+
+def _read(path: Path | str, name: str, most: int) -> bytes | None:
+    """Returns a file of a cache, or None if there is none. Raises InputError if it is unreadable.
+
+    most: bytes that are read from a local folder; a longer file is an error.
     """
     try:
-        if url(path) is None:  # a store would wait for a fifo
+        if url(path) is None:  # tensorstore would wait for a fifo
             return read_file(Path(path) / name, most)
         found = open_store(path).read(name).result()
     except (FileNotFoundError, NotADirectoryError):
@@ -131,42 +202,16 @@ def _read(path: Path | str, name: str, most: int) -> bytes | None:
     return bytes(found.value) if found.state == "value" else None
 
 
-def open_cache(path: Path | str) -> TokenCache:
-    """Opens a prepared cache. Raises InputError where it is missing, empty or damaged."""
-    found = read_manifest(path)
-    if found is None:
-        remedy = "no token cache here; make it with `modjax data prepare`"
-        raise InputError("data", shown(path), remedy)
-    manifest = parse_manifest(path, found)
-    arrays: dict[str, ts.TensorStore] = {}
-    cache = TokenCache(path, manifest, arrays)
-    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_POOL_BYTES}})
-    for split, counts in manifest.splits.items():
-        remedy = f"its {split} split is empty; run `modjax data prepare` with more text"
-        require(counts.tokens > 0, "data", shown(path), remedy)
-        spec = {
-            "driver": "zarr3",
-            "kvstore": kvstore(path, f"{manifest.folder}/{split}"),
-            "fill_missing_data_reads": False,  # a lost file is an error, not padding
-            "recheck_cached_data": False,
-            "recheck_cached_metadata": False,
-        }
-        try:
-            arrays[split] = ts.open(spec, context=context, read=True).result()
-        except STORE_ERRORS as error:
-            check_fingerprint(cache)
-            raise _damaged(path, str(error)) from error
-        if arrays[split].shape != (counts.tokens,):
-            raise _damaged(path, f"{split} has shape {arrays[split].shape}")
-    for split, counts in manifest.splits.items():
-        cache.gather(split, [0, counts.tokens - 1], 1)
-    return cache
+def _damaged(path: Path | str, why: str) -> InputError:
+    remedy = "if it is damaged, or of another version, make it again with `modjax data prepare "
+    accepted = f"cannot be read; {remedy}--force` ({one_line(why, MOST_SHOWN)})"
+    return InputError("data", shown(path), accepted)
 
 
 def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
     """Raises SharedFault unless the folder still holds the cache that was opened.
 
-    expected: the fingerprint that it must have, such as that of a plan.
+    expected: the fingerprint that the cache must have, if any, such as that of a plan.
     """
     found = read_manifest(cache.path)
     where, opened = shown(cache.path), cache.manifest.fingerprint
@@ -175,19 +220,17 @@ def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
         raise SharedFault("data", where, remedy)
     now = parse_manifest(cache.path, found).fingerprint
     if now != opened:
-        raise SharedFault(
-            "data",
-            where,
-            f"was prepared anew since it was opened, as {now[:16]}, no longer {opened[:16]}; what "
-            "began with that can't go on with this: prepare that again, or begin anew",
+        remedy = (
+            f"was prepared anew since it was opened, as {now[:16]} instead of {opened[:16]}; "
+            "prepare the earlier data again, or start over"
         )
+        raise SharedFault("data", where, remedy)
     if expected is not None and expected != opened:
-        raise SharedFault(
-            "data",
-            where,
-            f"is {opened[:16]}, and this began with {expected[:16]}: prepare that again, or begin "
-            "anew in another --workdir",
+        remedy = (
+            f"is {opened[:16]}, but this was started with {expected[:16]}; prepare the earlier "
+            "data again, or start over in another --workdir"
         )
+        raise SharedFault("data", where, remedy)
 
 
 def num_windows(cache: TokenCache, split: str, seq_len: int) -> int:
@@ -195,52 +238,32 @@ def num_windows(cache: TokenCache, split: str, seq_len: int) -> int:
     return max(0, (cache.manifest.splits[split].tokens - 1) // seq_len)
 
 
+def train_windows(cache: TokenCache, seq_len: int) -> int:
+    """Returns the number of training windows. Raises InputError if there is none."""
+    windows = num_windows(cache, "train", seq_len)
+    tokens, name = cache.manifest.splits["train"].tokens, cache.manifest.name
+    accepted = f"must be less than the {tokens} training tokens of {name}"
+    require(windows > 0, "train.seq_len", seq_len, accepted)
+    return windows
+
+
 def epochs(cache: TokenCache, seq_len: int, sequences: int) -> float:
     """Returns how often training on `sequences` windows reads the training split.
 
-    Raises InputError where the split is shorter than one window.
+    Raises InputError if the split is shorter than one window.
     """
-    available = num_windows(cache, "train", seq_len)
-    require(
-        available > 0,
-        "train.seq_len",
-        seq_len,
-        f"must be less than the {cache.manifest.splits['train'].tokens} training tokens of "
-        f"{cache.manifest.name}",
-    )
-    return sequences / available
+    return sequences / train_windows(cache, seq_len)
 
 
 def check_epochs(cache: TokenCache, data: DataConfig, seq_len: int, sequences: int) -> None:
-    """Raises InputError where training on `sequences` windows repeats data beyond the bound."""
+    """Raises InputError if training on `sequences` windows takes more than `data.max_epochs`."""
     needed = epochs(cache, seq_len, sequences)
-    require(
-        needed <= data.max_epochs,
-        "data.max_epochs",
-        data.max_epochs,
-        f"this run reads {data.name} {needed:.2f} times; allow that, or prepare more text",
-    )
+    remedy = f"this run reads {data.name} {needed:.2f} times; allow that, or prepare more text"
+    require(needed <= data.max_epochs, "data.max_epochs", data.max_epochs, remedy)
 
 
 def check_vocab(cache: TokenCache, model: ModelSpec) -> None:
-    """Raises InputError where the model has fewer embeddings than the cache has tokens."""
-    require(
-        model.vocab_size >= cache.manifest.vocab_size,
-        "model.vocab_size",
-        model.vocab_size,
-        f"must be at least {cache.manifest.vocab_size}, the size of {cache.manifest.vocab}",
-    )
-
-
-def parse_manifest(path: Path | str, manifest: bytes) -> Manifest:
-    """Returns the manifest of the cache at `path`. Raises InputError where it is damaged."""
-    try:
-        return Manifest.from_json(manifest)
-    except (ValueError, RecursionError) as error:  # InputError is one
-        raise _damaged(path, f"manifest.json: {error}") from error
-
-
-def _damaged(path: Path | str, why: str) -> InputError:
-    remedy = "if it is damaged, or of another version, make it again with `modjax data prepare "
-    accepted = f"cannot be read; {remedy}--force` ({one_line(why, MOST_SHOWN)})"
-    return InputError("data", shown(path), accepted)
+    """Raises InputError if the model has fewer embeddings than the cache has token ids."""
+    size, vocab = cache.manifest.vocab_size, cache.manifest.vocab
+    accepted = f"must be at least {size}, the size of {vocab}"
+    require(model.vocab_size >= size, "model.vocab_size", model.vocab_size, accepted)

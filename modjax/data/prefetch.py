@@ -1,66 +1,56 @@
-"""Making batches ahead of need, in a background thread."""
+"""A background thread that makes batches ahead of need."""
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class prefetch(Generic[T]):  # lower case, as the iterators of itertools are
-    """Iterates over make(first_step), ..., make(last_step - 1), made up to `depth` ahead.
+    """Iterator over make(first_step), ..., make(last_step - 1), called in one background thread.
 
-    `waited_seconds` adds up how long the consumer has waited. An error in `make` is raised where
-    its item would have been. Leaving a `with` block, or `close()`, ends the thread.
+    At most `depth` items wait while one more is made. `waited_seconds` is the total time that the
+    consumer has waited. An error in `make` is raised in place of its item. Leaving a `with` block,
+    or `close()`, ends the thread.
     """
 
     def __init__(self, make: Callable[[int], T], first_step: int, last_step: int, depth: int = 2):
         self.waited_seconds = 0.0
-        self._made: queue.Queue = queue.Queue(depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(make, range(first_step, last_step)), daemon=True
-        )
-        self._thread.start()
+        self._make = make
+        self._steps = iter(range(first_step, last_step))
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._ahead: deque[Future[T]] = deque()
+        for _ in range(depth + 1):
+            self._submit_next()
 
-    def _run(self, make: Callable[[int], T], steps: range) -> None:
-        try:
-            for step in steps:
-                if not self._put((make(step), None)):
-                    return
-            self._put((None, StopIteration()))
-        except BaseException as error:
-            self._put((None, error))
-
-    def _put(self, item: tuple[T | None, BaseException | None]) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._made.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def _submit_next(self) -> None:
+        step = next(self._steps, None)
+        if step is not None:
+            self._ahead.append(self._thread.submit(self._make, step))
 
     def __iter__(self) -> "prefetch[T]":
         return self
 
     def __next__(self) -> T:
-        if self._closed.is_set():
+        if not self._ahead:
             raise StopIteration
         started = time.perf_counter()
-        item, error = self._made.get()
-        self.waited_seconds += time.perf_counter() - started
-        if error is not None:
+        try:
+            item = self._ahead.popleft().result()
+        except BaseException:
             self.close()
-            raise error
+            raise
+        self.waited_seconds += time.perf_counter() - started
+        self._submit_next()
         return item
 
     def close(self) -> None:
-        """Stops the thread and waits for it; further items are not delivered."""
-        self._closed.set()
-        self._thread.join()
+        """Drops the remaining items and waits for the thread to end."""
+        self._ahead.clear()
+        self._thread.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "prefetch[T]":
         return self

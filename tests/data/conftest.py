@@ -28,9 +28,7 @@ def make_cache(tmp_path) -> Callable[..., Path]:
             tokens = np.asarray(tokens, dtype)
             documents = max(1, int((tokens == EOS).sum()))
             (folder / split).mkdir(parents=True)
-            write_split(
-                folder / split, [(tokens, len(tokens))], np.dtype(dtype), Written(), _ignore
-            )
+            list(write_split(folder / split, [(tokens, len(tokens))], np.dtype(dtype), Written()))
             splits[split] = Split(documents, len(tokens), max(1, len(tokens) - documents))
         manifest = Manifest(name, "bytes", vocab_size, EOS, "a test", fingerprint, splits)
         (path / "manifest.json").write_text(manifest.to_json())
@@ -49,18 +47,14 @@ def bucket(monkeypatch):
     bucket.close()
 
 
-def _ignore(written: Written) -> None:
-    del written
-
-
 @pytest.fixture(scope="module")
 def tensorflow(tmp_path_factory):
     """TensorFlow's packages, loaded once and warning about themselves."""
     kept = os.environ.get("TFDS_DATA_DIR")
     os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("tfds"))
-    import modjax.data.prepare.tasks
+    import modjax.data.prepare.seqio_tasks
 
-    yield modjax.data.prepare.tasks.tf
+    yield modjax.data.prepare.seqio_tasks.tf
     os.environ.pop("TFDS_DATA_DIR")
     if kept is not None:
         os.environ["TFDS_DATA_DIR"] = kept

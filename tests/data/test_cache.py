@@ -13,10 +13,10 @@ from modjax.data.cache import (
     check_vocab,
     epochs,
     kvstore,
+    list_caches,
     num_windows,
     open_cache,
 )
-from modjax.data.listing import list_caches
 from modjax.data.manifest import Manifest, Split, bits_per_byte
 from modjax.errors import InputError
 from modjax.specs import DataConfig, ModelSpec
@@ -50,7 +50,7 @@ def test_reading_gives_back_what_was_written(path):
 )
 def test_a_bucket_stays_a_bucket_though_path_folds_its_slashes(given, expected):
     assert kvstore(given) == expected
-    assert kvstore(given, "train") == expected + "train/"
+    assert kvstore(Path(given) / "train") == expected + "train/"
 
 
 def test_the_folder_is_named_by_corpus_and_vocabulary():

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.data import documents
-from modjax.data.documents import scan_text, stdlib_documents, stdlib_split, text_documents
+from modjax.data.prepare import documents
+from modjax.data.prepare.documents import scan_text, stdlib_documents, stdlib_split, text_documents
 from modjax.errors import InputError
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from modjax.data.cache import open_cache
-from modjax.data.documents import scan_text, stdlib_documents, stdlib_split
-from modjax.data.listing import list_caches
+from modjax.data.cache import list_caches, open_cache
+from modjax.data.prepare.documents import scan_text, stdlib_documents, stdlib_split
 from modjax.data.prepare.prepare import prepare
 from modjax.errors import InputError
 

@@ -6,8 +6,8 @@ import types
 import pytest
 
 from modjax.data.cache import open_cache
-from modjax.data.documents import Document
 from modjax.data.prepare import corpus
+from modjax.data.prepare.documents import Document
 from modjax.data.prepare.prepare import prepare
 from modjax.errors import InputError
 

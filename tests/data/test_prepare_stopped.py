@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from modjax.cli.main import main
-from modjax.data.cache import open_cache
-from modjax.data.listing import list_caches
+from modjax.data.cache import list_caches, open_cache
 from modjax.data.prepare.prepare import prepare
 from modjax.errors import InputError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modjax.data.cache import check_fingerprint, open_cache
-from modjax.data.prepare import place
+from modjax.data.prepare import replace
 from modjax.data.prepare.prepare import prepare
 from modjax.errors import InputError
 
@@ -105,7 +105,7 @@ def test_killed_at_any_step_the_old_cache_or_the_new_one_is_there(
             opened = open_cache(final)
             left = steps
             try:
-                place.put_in_place(waiting, final)
+                replace.put_in_place(waiting, final)
                 done = True
             except Killed:
                 steps += 1
@@ -114,13 +114,13 @@ def test_killed_at_any_step_the_old_cache_or_the_new_one_is_there(
                 found = open_cache(final)
                 assert read_everything(found, tokens[found.manifest.fingerprint]) == 0
                 read_everything(opened, OLD)
-            place.begin(waiting, final)
+            replace.begin(waiting, final)
             if (waiting / "manifest.json").exists():
-                place.put_in_place(waiting, final)
+                replace.put_in_place(waiting, final)
             else:
                 assert done or steps > 2
                 shutil.rmtree(waiting)
-                place.tidy(final)
+                replace.tidy(final)
             assert not waiting.exists()
             assert open_cache(final).manifest.fingerprint == fingerprint
             assert read_everything(open_cache(final), new) == 0
@@ -137,7 +137,7 @@ def test_a_damaged_cache_that_is_made_again_with_the_same_tokens_is_mended(make_
     final = make_cache(OLD, OLD[:5000], fingerprint="a" * 64)
     opened = open_cache(final)
     (final / "aaaaaaaaaaaaaaaa" / "train" / "c" / "0").write_bytes(b"damaged")
-    place.put_in_place(partial(OLD, "a" * 64), final)
+    replace.put_in_place(partial(OLD, "a" * 64), final)
     assert read_everything(opened, OLD) == read_everything(open_cache(final), OLD) == 0
     check_fingerprint(opened)
 
@@ -155,8 +155,8 @@ def test_the_fingerprint_must_be_the_one_that_was_opened_and_the_one_expected(ma
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert f"is {'a' * 16}, and this began with {'b' * 16}" in refused("b" * 64)
-    place.put_in_place(partial(NEW, "b" * 64), final)
+    assert f"is {'a' * 16}, but this was started with {'b' * 16}" in refused("b" * 64)
+    replace.put_in_place(partial(NEW, "b" * 64), final)
     assert "was prepared anew" in refused() and "was prepared anew" in refused("b" * 64)
     (final / "manifest.json").write_bytes(b"\xff\x00")
     assert "cannot be read; if it is damaged" in refused()

@@ -7,8 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from modjax.data.cache import open_cache
-from modjax.data.listing import list_caches
+from modjax.data.cache import list_caches, open_cache
 from modjax.data.prepare.upload import MANIFEST, TOGETHER, check_writable, upload
 from modjax.errors import InputError
 

@@ -1,4 +1,4 @@
-"""The text that is asked for, checked before anything is made."""
+"""The requested text, checked before anything is made."""
 
 import hashlib
 import platform
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modjax.data.documents import TextScan, scan_text, stdlib_documents
+from modjax.data.prepare.documents import TextScan, scan_text, stdlib_documents
 from modjax.errors import require, require_plain_name
 
 CORPORA = ("stdlib", "c4", "lm1b")
@@ -15,9 +15,11 @@ CORPORA = ("stdlib", "c4", "lm1b")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Input that has been checked.
+    """A checked corpus.
 
-    source: names it in the manifest, with a hash where there is one.
+    source: describes the text in the manifest, with a hash where there is one.
+    files, scan: the user's files and the result of their first pass.
+    tfds_name: full name of a TFDS data set.
     """
 
     name: str
@@ -28,9 +30,9 @@ class Corpus:
 
 
 def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:
-    """Returns the corpus that is asked for: the user's files, a TFDS data set or one of `CORPORA`.
+    """Returns the requested corpus: the user's files, a TFDS data set or one of `CORPORA`.
 
-    Raises InputError where it does not exist, cannot be read or has no name of its own.
+    Raises InputError if it does not exist, cannot be read or takes the name of another.
     """
     require(tfds_name != "", "--tfds", tfds_name, "is empty: name a data set, or leave it out")
     require(not (files and tfds_name), "--tfds", tfds_name, "cannot be combined with --text")
@@ -46,12 +48,8 @@ def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> 
     if files:
         scan = scan_text(files)
         return Corpus(name, f"text sha256 {scan.digest}", tuple(files), scan)
-    require(
-        tfds_name is not None or name in CORPORA,
-        "--name",
-        name,
-        f"unknown corpus; must be one of {', '.join(CORPORA)}, or come with --text or --tfds",
-    )
+    known = f"unknown corpus; must be one of {', '.join(CORPORA)}, or come with --text or --tfds"
+    require(tfds_name is not None or name in CORPORA, "--name", name, known)
     if name == "stdlib":
         digest = sha256("\0".join(f"{d.id}\0{d.text}" for d in stdlib_documents()).encode())
         return Corpus(name, f"stdlib of Python {platform.python_version()} sha256 {digest}")
@@ -61,12 +59,12 @@ def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> 
 
 
 def load_tasks() -> Any:
-    """Loads and returns the module that needs TensorFlow. Check all input before: it is slow."""
-    from modjax.data.prepare import tasks
+    """Imports and returns `seqio_tasks`. It loads TensorFlow, so check all input first."""
+    from modjax.data.prepare import seqio_tasks
 
-    return tasks
+    return seqio_tasks
 
 
 def sha256(content: bytes) -> str:
-    """Returns the hash of `content`, in hexadecimal."""
+    """Returns the hash of `content` in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

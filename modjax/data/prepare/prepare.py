@@ -1,9 +1,8 @@
-"""Preparing a token cache: resumable, and usable as a whole or not there at all.
+"""Preparation of token caches.
 
-Everything is written into a hidden sibling of the cache, `.NAME-VOCAB.partial`, and put in place at
-the end. A run that was killed goes on behind its last full shard and ends in the same cache.
-A cache for an object store is made in the user's cache folder first, and removed there once it is
-uploaded.
+A cache is made in a hidden folder beside its place, `.NAME-VOCAB.partial`, and moved there when it
+is whole. A run that was killed resumes after its last full shard and ends in the same cache. A
+cache for an object store is made in the user's cache folder, uploaded, and removed there.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.console import Console
 from modjax.data.cache import cache_dir, open_cache, read_manifest, shown, url
 from modjax.data.manifest import SPLITS, Manifest, Split
 from modjax.data.prepare.corpus import CORPORA, Corpus, check_corpus, load_tasks, sha256
-from modjax.data.prepare.place import begin, locked, put_in_place, tidy
+from modjax.data.prepare.replace import begin, locked, put_in_place, tidy
 from modjax.data.prepare.upload import check_writable, upload
 from modjax.data.prepare.writer import Written, has_tokens, read_journal, write_journal, write_split
 from modjax.data.vocabulary import (
@@ -36,7 +36,29 @@ from modjax.errors import InputError, require
 from modjax.files import is_disk_full, read_file, user_cache, write_atomically
 from modjax.specs import DataConfig
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+SECONDS_BETWEEN_LINES = 10.0  # of progress, if there is no terminal
+Report = Callable[[str], None]  # shows the progress
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request for a cache."""
+
+    corpus: Corpus
+    vocab: Vocab
+
+    @property
+    def source(self) -> str:
+        """Returns the description of the text, and of the given vocabulary if there is one."""
+        model = self.vocab.model
+        given = f"; {self.vocab.name} sha256 {sha256(model)}" if model is not None else ""
+        return self.corpus.source + given
+
+    def inputs(self, model: bytes) -> str:
+        """Returns a description of all that the tokens depend on. A run resumes only if equal."""
+        scan = self.corpus.scan
+        files = scan.state if scan is not None else ""
+        return f"{self.source}; files {files}; vocabulary {sha256(model)}"
 
 
 def prepare(
@@ -48,63 +70,87 @@ def prepare(
     data_dir: Path | str,
     force: bool = False,
 ) -> Path | str:
-    """Makes the token cache of a corpus, unless it is there already, and returns its folder.
+    """Makes the token cache of a corpus, unless it exists, and returns its folder.
 
-    The corpus is the user's files, or a TFDS data set, or else the one called `name`: stdlib (the
-    default), c4 or lm1b. With files or a data set, `name` is what to call the result.
+    The corpus is the user's files, or a TFDS data set, or the corpus called `name`: stdlib (the
+    default), c4 or lm1b. For files or a data set, `name` is the name of the result.
+
     vocab: "bytes", "sentencepiece:SIZE" (trained on the corpus) or the path of a SentencePiece
-    model. data_dir: a local folder, or a URL that tensorstore can write, such as gs://bucket/folder
-    or s3://bucket/folder. force: makes it anew, replacing what is there.
+        model.
+    data_dir: a local folder, or a URL that tensorstore can write, such as gs://bucket/folder or
+        s3://bucket/folder.
+    force: makes the cache anew, replacing an existing one.
 
-    Raises InputError, before anything is written, for input that cannot be used, and for a full
-    disk, where running it again goes on.
+    Raises InputError, before anything is written, for input that cannot be used. Raises it for a
+    full disk too; running this again then resumes.
     """
     _check_packages()
-    wanted = parse_vocab(vocab)
+    vocabulary = parse_vocab(vocab)
     corpus = check_corpus(name, [Path(file) for file in text_files], tfds_name)
-    source = corpus.source
-    if wanted.model is not None:
-        source += f"; {wanted.name} sha256 {sha256(wanted.model)}"
-    final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=wanted.name))
-    bucket = url(final)
-    there = read_manifest(final) is not None and not force
-    if there:
-        cache = open_cache(final)
-        _check_same(cache.manifest.source, source, corpus, final)
-        if cache.manifest.vocab != "bytes":
-            cache.vocabulary_model()  # refuses a damaged one
-    if bucket is None:
-        if there:
-            with contextlib.suppress(InputError), locked(final):
-                tidy(final)
-        else:
-            _make(final, corpus, wanted, source)
-        return final
-    here = user_cache("upload") / sha256(bucket.encode())[:16] / final.name
-    made = _was_made(here, source)
-    if there and not made:
-        return bucket
-    check_writable(bucket)
-    if not made:
-        _make(here, corpus, wanted, source)
-    with locked(here), _reporting(final.name) as report:
-        upload(here, bucket, report)
-        shutil.rmtree(here.parent)
-    return bucket
+    request = Request(corpus, vocabulary)
+    final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=vocabulary.name))
+    exists = read_manifest(final) is not None and not force
+    if exists:
+        _check_same(final, request)
+    remote = url(final)
+    if remote is not None:
+        _make_remote(remote, final.name, request, exists)
+        return remote
+    if exists:
+        with contextlib.suppress(InputError), locked(final):
+            tidy(final)
+    else:
+        _make(final, request)
+    return final
 
 
-def _was_made(folder: Path, source: str) -> bool:
-    """Returns whether an earlier run made the cache in `folder` and did not upload all of it."""
+def _check_packages() -> None:
+    needed = ("seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text", "sentencepiece")
+    missing = ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
+    remedy = "missing packages; pip install -e '.[data]'"
+    require(not missing, "modjax data prepare", missing, remedy)
+
+
+def _check_same(final: Path, request: Request) -> None:
+    """Raises InputError unless the cache `final` is whole and was made from the requested input."""
+    cache = open_cache(final)
+    made_from, name = cache.manifest.source, request.corpus.name
+    if made_from != request.source:
+        other = f"prepared from other input ({made_from})"
+        if name in CORPORA:  # no other --name is possible
+            remedy = "replace it with --force, or choose another --data-dir"
+            accepted = f"holds {final.name}, {other}; {remedy}"
+            raise InputError("--data-dir", shown(final.parent), accepted)
+        remedy = "choose another --name, or replace it with --force"
+        raise InputError("--name", name, f"{shown(final)} was {other}; {remedy}")
+    if cache.manifest.vocab != "bytes":
+        cache.vocabulary_model()  # raises InputError if it is damaged
+
+
+def _make_remote(remote: str, name: str, request: Request, exists: bool) -> None:
+    """Makes the cache in the user's cache folder, then moves it to the URL `remote`.
+
+    Does nothing if the remote cache exists and no earlier run was stopped while uploading it.
+    """
+    here = user_cache("upload") / sha256(remote.encode())[:16] / name
     try:
-        return open_cache(folder).manifest.source == source
+        made = open_cache(here).manifest.source == request.source
     except InputError:
-        return False
+        made = False
+    if exists and not made:
+        return
+    check_writable(remote)
+    if not made:
+        _make(here, request)
+    with locked(here), _reporting(name) as report:
+        upload(here, remote, report)
+        shutil.rmtree(here.parent)
 
 
-def _make(final: Path, corpus: Corpus, wanted: Vocab, source: str) -> None:
-    """Makes the cache in the local folder `final`, replacing what is there."""
-    if corpus.tfds_name is not None:
-        load_tasks().download(corpus.tfds_name)
+def _make(final: Path, request: Request) -> None:
+    """Makes the cache in the local folder `final`, replacing an existing one."""
+    if request.corpus.tfds_name is not None:
+        load_tasks().download(request.corpus.tfds_name)
     partial = final.with_name(f".{final.name}.partial")
     where = str(final.parent)
     try:
@@ -114,149 +160,123 @@ def _make(final: Path, corpus: Corpus, wanted: Vocab, source: str) -> None:
     with locked(final), _reporting(final.name) as report:
         begin(partial, final)
         try:
-            _fill(partial, corpus, wanted, source, report)
-        except Exception as error:
-            if not isinstance(error, InputError) and not is_disk_full(error):
-                raise
+            with _full_disk_as_input_error(where):
+                _fill(partial, request, report)
+        except InputError:
             if not has_tokens(partial):
                 shutil.rmtree(partial, ignore_errors=True)
-            with contextlib.suppress(OSError):  # where it holds the cache that was to be replaced
+            with contextlib.suppress(OSError):  # it is not empty if it holds an older cache
                 final.rmdir()
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                "--data-dir",
-                where,
-                "no space left on the disk; nothing is lost: free some and run this again",
-            ) from error
+            raise
         put_in_place(partial, final)
 
 
-def _check_packages() -> None:
-    needed = ("seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text", "sentencepiece")
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    require(
-        not missing,
-        "modjax data prepare",
-        ", ".join(missing),
-        "missing packages; pip install -e '.[data]'",
-    )
+@contextlib.contextmanager
+def _full_disk_as_input_error(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not is_disk_full(error):
+            raise
+        remedy = "no space left on the disk; nothing is lost: free some and run this again"
+        raise InputError("--data-dir", where, remedy) from error
 
 
-def _check_same(made_from: str, source: str, corpus: Corpus, final: Path) -> None:
-    where, other = shown(final), f"prepared from other input ({made_from})"
-    if corpus.name in CORPORA:
-        require(
-            made_from == source,
-            "--data-dir",
-            shown(final.parent),
-            f"holds {final.name}, {other}; replace it with --force, or choose another --data-dir",
-        )
-    require(
-        made_from == source,
-        "--name",
-        corpus.name,
-        f"{where} was {other}; choose another --name, or replace it with --force",
-    )
-
-
-def _fill(
-    partial: Path, corpus: Corpus, wanted: Vocab, source_name: str, report: Callable[[str], None]
-) -> None:
-    """Brings `partial` to a whole cache, manifest last."""
-    made = partial / "vocabulary.model"
-    state = corpus.scan.state if corpus.scan is not None else ""
-
-    def request() -> str:
-        """Names all that the tokens depend on: a later run goes on only where that is the same."""
-        return f"{source_name}; files {state}; vocabulary {sha256(model)}"
-
-    model = read_file(made, MOST_MODEL) if made.exists() else b""
-    written = read_journal(partial, request())
-    if not made.exists():  # it was for other input
+def _fill(partial: Path, request: Request, report: Report) -> None:
+    """Completes the cache in the folder `partial`, writing the manifest last."""
+    vocab, path = request.vocab, partial / "vocabulary.model"
+    model = read_file(path, MOST_MODEL) if path.exists() else b""
+    written = read_journal(partial, request.inputs(model))
+    if not path.exists():  # the journal was of other input
         model = b""
-    write_journal(partial, request(), written)
     report("loading TensorFlow")
     tasks = load_tasks()
     scratch = partial / "scratch"
-    scratch.mkdir(exist_ok=True)  # gone where the journal was of other input
+    scratch.mkdir(exist_ok=True)
     report("reading the text")
-    if corpus.scan is not None:
-        source = tasks.TextSource(corpus.files, corpus.scan)
-    elif corpus.tfds_name is not None:
-        source = tasks.tfds_source(corpus.tfds_name)
-    else:
-        source = tasks.stdlib_source(scratch / "tfds")
-        now = check_corpus(corpus.name, [], None).source
-        require(now == corpus.source, "data", corpus.name, "changed while it was read; run again")
-
-    if wanted.name != "bytes" and not model:
-        report(f"making the vocabulary {wanted.name}")
-        model = _model(tasks, source, wanted, corpus)
-        write_atomically(made, model)
-        write_journal(partial, request(), written)
+    source = _open_source(tasks, request.corpus, scratch)
+    if vocab.name != "bytes" and not model:
+        report(f"making the vocabulary {vocab.name}")
+        model = vocab.model or _train_vocabulary(tasks, source, request)
+        write_atomically(path, model)
     vocabulary = tasks.make_vocabulary(model, scratch)
     dtype = np.dtype(np.uint16 if vocabulary.vocab_size <= 2**16 else np.uint32)
 
+    inputs = request.inputs(model)
+    write_journal(partial, inputs, written)
     for split in SPLITS:
-        if written[split].done:
-            continue
-
-        def save(now: Written, split: str = split) -> None:
-            written[split] = now
-            write_journal(partial, request(), written)
-
         start = written[split]
-        task = tasks.make_task("modjax", source, vocabulary, skip=start.documents)
+        if start.done:
+            continue
+        batches = tasks.tokenized(source, vocabulary, split, skip=start.documents)
         total = source.num_input_examples(split)
-        documents = _counted(tasks.tokenized(task, split), split, start.documents, total, report)
-        save(write_split(partial / split, documents, dtype, start, save))
-        require(written[split].bytes > 0, "data", corpus.name, f"its {split} split has no text")
-
+        documents = _counted(batches, split, start.documents, total, report)
+        for now in write_split(partial / split, documents, dtype, start):
+            written[split] = now
+            write_journal(partial, inputs, written)
+        has_text = written[split].bytes > 0
+        require(has_text, "data", request.corpus.name, f"its {split} split has no text")
     shutil.rmtree(scratch)
-    fingerprint = hashlib.sha256(model)
-    for split in SPLITS:
-        fingerprint.update(f"{split} {written[split].tokens} {written[split].digest}".encode())
-    manifest = Manifest(
-        name=corpus.name,
-        vocab=wanted.name,
-        vocab_size=vocabulary.vocab_size,
-        eos_id=vocabulary.eos_id,
-        source=source_name,
-        fingerprint=fingerprint.hexdigest(),
-        splits={s: Split(w.documents, w.tokens, w.bytes) for s, w in written.items()},
-        vocab_sha256=sha256(model) if model else None,
-    )
+    manifest = _manifest(request, model, vocabulary, written)
     write_atomically(partial / "manifest.json", manifest.to_json())
 
 
-def _model(tasks: Any, source: Any, wanted: Vocab, corpus: Corpus) -> bytes:
-    """Returns the SentencePiece model that is given, or else trained on the corpus."""
-    if wanted.model is not None:
-        return wanted.model
-    assert wanted.size is not None
-    # A TFDS data set is in random order, so its beginning will do; files are sampled evenly.
-    every = 1 if corpus.scan is None else max(1, corpus.scan.bytes // TRAINING_BYTES)
-    texts = tasks.texts(source, every)
-    model = train_sentencepiece(texts, wanted.size)
+def _open_source(tasks: Any, corpus: Corpus, scratch: Path) -> Any:
+    """Returns the seqio data source of a corpus. scratch: folder for the standard library."""
     if corpus.scan is not None:
-        for _ in texts:  # read on, since only the end tells whether a file has changed
+        return tasks.TextSource(corpus.files, corpus.scan)
+    if corpus.tfds_name is not None:
+        return tasks.tfds_source(corpus.tfds_name)
+    source = tasks.stdlib_source(scratch / "tfds")
+    now = check_corpus(corpus.name, [], None).source
+    require(now == corpus.source, "data", corpus.name, "changed while it was read; run again")
+    return source
+
+
+def _train_vocabulary(tasks: Any, source: Any, request: Request) -> bytes:
+    """Returns a SentencePiece model trained on the corpus."""
+    assert request.vocab.size is not None
+    scan = request.corpus.scan
+    # A TFDS data set is in random order, so its beginning will do; files are sampled evenly.
+    every = 1 if scan is None else max(1, scan.bytes // TRAINING_BYTES)
+    texts = tasks.texts(source, every)
+    model = train_sentencepiece(texts, request.vocab.size)
+    if scan is not None:
+        for _ in texts:  # read on: only the end tells whether a file has changed
             pass
     return model
 
 
 def _counted(
-    batches: Iterator[Any], split: str, done: int, total: int, report: Callable[[str], None]
+    batches: Iterator[Any], split: str, done: int, total: int, report: Report
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields documents one by one, and reports how many there have been."""
+    """Yields documents one by one, and reports how many of `total` are done."""
     for batch in batches:
         yield from zip(batch.tokens, batch.bytes, strict=True)
         done += len(batch.tokens)
         report(f"{split}: {done:,} of {total:,} documents")
 
 
+def _manifest(
+    request: Request, model: bytes, vocabulary: Any, written: dict[str, Written]
+) -> Manifest:
+    fingerprint = hashlib.sha256(model)
+    for split in SPLITS:
+        fingerprint.update(f"{split} {written[split].tokens} {written[split].digest}".encode())
+    return Manifest(
+        name=request.corpus.name,
+        vocab=request.vocab.name,
+        vocab_size=vocabulary.vocab_size,
+        eos_id=vocabulary.eos_id,
+        source=request.source,
+        fingerprint=fingerprint.hexdigest(),
+        splits={s: Split(w.documents, w.tokens, w.bytes) for s, w in written.items()},
+        vocab_sha256=sha256(model) if model else None,
+    )
+
+
 @contextlib.contextmanager
-def _reporting(what: str) -> Iterator[Callable[[str], None]]:
+def _reporting(what: str) -> Iterator[Report]:
     """Shows one live line of progress on a terminal; prints a line now and then elsewhere."""
     console = Console(stderr=True)
     if console.is_terminal:

@@ -1,4 +1,4 @@
-"""Copying a token cache into an object store, so that a usable one is there or none."""
+"""Uploads of a token cache to an object store, which holds a usable cache or none at any time."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,13 +12,13 @@ from modjax.errors import MOST_SHOWN, InputError, one_line, words
 
 MANIFEST = "manifest.json"
 UPLOADED = ".uploaded"  # beside the tokens: the files that were uploaded, one a line
-TOGETHER = 16  # files on their way at once, some megabytes each
+TOGETHER = 16  # files in flight at once, some megabytes each
 ROUNDS = 5
 
 
 def check_writable(folder: str) -> None:
-    """Raises InputError where nothing can be written into, or deleted from, the URL `folder`."""
-    with _refusals(folder):
+    """Raises InputError if the URL `folder` does not permit writing and deleting."""
+    with _store_errors(folder):
         store = open_store(folder)
         store.write(".modjax", b"").result()
         store.write(".modjax", None).result()
@@ -27,9 +27,9 @@ def check_writable(folder: str) -> None:
 def upload(made: Path, folder: str, report: Callable[[str], None]) -> None:
     """Copies the cache in the local folder `made` to the URL `folder`.
 
-    Its files come first, beside those of a cache that is there, then its manifest, which replaces
-    that one's; then all else at `folder` is deleted. Where an earlier call was stopped, this one
-    goes on. Raises InputError where `folder` cannot be written.
+    Uploads the files beside those of an earlier cache, then replaces the manifest, then deletes
+    everything else at `folder`. Resumes where an earlier call was stopped. Raises InputError if
+    `folder` cannot be written.
     """
     manifest = (made / MANIFEST).read_bytes()
     tokens = made / Manifest.from_json(manifest).folder
@@ -37,10 +37,12 @@ def upload(made: Path, folder: str, report: Callable[[str], None]) -> None:
     names = [p.relative_to(made).as_posix() for p in paths if not p.name.startswith(".")]
     journal = tokens / UPLOADED
     journal.touch()
-    with _refusals(folder, f"; what is prepared is kept in {made}: run this again to go on"):
+    with _store_errors(folder, f"; what is prepared is kept in {made}: run this again to go on"):
         store = ts.KvStore.open(kvstore(folder)).result()
         for _ in range(ROUNDS):
-            waiting = _waiting(names, journal, store)
+            # Another upload may have deleted files since.
+            there = set(journal.read_text("utf-8").splitlines()).intersection(_listed(store))
+            waiting = [name for name in names if name not in there]
             if not waiting:
                 break
             for first in range(0, len(waiting), TOGETHER):
@@ -58,19 +60,13 @@ def upload(made: Path, folder: str, report: Callable[[str], None]) -> None:
     journal.unlink()
 
 
-def _waiting(names: list[str], journal: Path, store: ts.KvStore) -> list[str]:
-    """Which files are still to be uploaded: also those that another upload has deleted since."""
-    there = set(journal.read_text("utf-8").splitlines()).intersection(_listed(store))
-    return [name for name in names if name not in there]
-
-
 def _listed(store: ts.KvStore) -> list[str]:
     return [key.decode() for key in store.list().result()]
 
 
 @contextlib.contextmanager
-def _refusals(folder: str, remedy: str = "") -> Iterator[None]:
-    """Raises InputError for what a store refuses."""
+def _store_errors(folder: str, remedy: str = "") -> Iterator[None]:
+    """Raises InputError for an error of the store."""
     try:
         yield
     except STORE_ERRORS as error:

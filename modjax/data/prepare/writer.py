@@ -1,9 +1,9 @@
-"""Writing token arrays shard by shard, with a journal to go on from after a kill."""
+"""A writer of token arrays, shard by shard, with a journal to resume from after a kill."""
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,17 +15,20 @@ from modjax.data.manifest import SPLITS
 from modjax.files import MOST_JSON, read_file, write_atomically
 from modjax.specs import from_dict
 
-CHUNK = 2**15  # tokens decoded together when a window is read
+CHUNK = 2**15  # tokens, the unit of decoding
 SHARD = 2**22  # tokens in a file
-UNBOUNDED = 2**50  # the length of an array whose end is not known yet
+UNBOUNDED = 2**50  # length of an array before its end is known
 
 
 @dataclass(frozen=True)
 class Written:
-    """Progress of a split: whole shards only, until it is done.
+    """Progress of a split. Counts whole shards only, until the split is done.
 
-    documents and bytes count the documents that are wholly stored; `within` tokens of the next
-    one are stored too. digest chains the sha256 of each shard with that of those before it.
+    documents, bytes: counts of the documents that are wholly stored.
+    within: number of stored tokens of the document after these.
+    tokens: number of all stored tokens.
+    digest: sha256 of the last shard and of the digest before it.
+    done: whether the whole split is stored.
     """
 
     documents: int = 0
@@ -37,9 +40,9 @@ class Written:
 
 
 def read_journal(folder: Path, request: str) -> dict[str, Written]:
-    """Returns how far an earlier run has come in `folder`.
+    """Returns the progress of each split in `folder`.
 
-    Empties the folder where that run was for another `request`.
+    Empties the folder if its journal is missing, damaged or of another `request`.
     """
     found = _journal(folder)
     if found is not None and found[0] == request:
@@ -50,13 +53,13 @@ def read_journal(folder: Path, request: str) -> dict[str, Written]:
 
 
 def has_tokens(folder: Path) -> bool:
-    """Returns whether a later run could go on from what is in `folder`."""
+    """Returns whether a later run can resume from the content of `folder`."""
     found = _journal(folder)
-    return found is not None and any(one.tokens for one in found[1].values())
+    return found is not None and any(written.tokens for written in found[1].values())
 
 
 def _journal(folder: Path) -> tuple[str, dict[str, Written]] | None:
-    """Returns the request and the state of each split; None where there is no whole journal."""
+    """Returns the request and the progress of each split, or None if there is no whole journal."""
     try:
         journal = json.loads(read_file(folder / "journal.json", MOST_JSON))
         splits = {split: from_dict(Written, journal["splits"][split]) for split in SPLITS}
@@ -65,21 +68,18 @@ def _journal(folder: Path) -> tuple[str, dict[str, Written]] | None:
         return None
 
 
-def write_journal(folder: Path, request: str, written: dict[str, Written]) -> None:
-    splits = {split: asdict(one) for split, one in written.items()}
-    write_atomically(folder / "journal.json", json.dumps({"request": request, "splits": splits}))
+def write_journal(folder: Path, request: str, splits: dict[str, Written]) -> None:
+    journal = {"request": request, "splits": {name: asdict(w) for name, w in splits.items()}}
+    write_atomically(folder / "journal.json", json.dumps(journal))
 
 
 def write_split(
-    folder: Path,
-    documents: Iterable[tuple[np.ndarray, int]],
-    dtype: np.dtype,
-    start: Written,
-    save: Callable[[Written], None],
-) -> Written:
+    folder: Path, documents: Iterable[tuple[np.ndarray, int]], dtype: np.dtype, start: Written
+) -> Iterator[Written]:
     """Appends documents (tokens, bytes of text) end to end to the array in `folder`.
 
-    `documents` begins after the first `start.documents`; `save` is told of every full shard.
+    Yields the progress after every full shard, and at the end. `documents` begins after the first
+    `start.documents`.
     """
     array = _open(folder, dtype, fresh=start.tokens == 0)
     buffer = np.empty(SHARD, dtype)
@@ -102,15 +102,16 @@ def write_split(
             if filled == SHARD:
                 now = flush()
                 filled = 0
-                save(replace(now, within=position))
+                yield replace(now, within=position)
         now = replace(now, documents=now.documents + 1, bytes=now.bytes + int(size))
     if filled:
         now = flush()
     array.resize(exclusive_max=[now.tokens], resize_metadata_only=True).result()
-    return replace(now, done=True)
+    yield replace(now, done=True)
 
 
 def _open(folder: Path, dtype: np.dtype, fresh: bool) -> ts.TensorStore:
+    """Opens an array of unbounded length. fresh: creates it, deleting what is there."""
     spec = {"driver": "zarr3", "kvstore": kvstore(folder)}
     if not fresh:
         array = ts.open(spec, open=True).result()
@@ -120,17 +121,13 @@ def _open(folder: Path, dtype: np.dtype, fresh: bool) -> ts.TensorStore:
         {"name": "zstd", "configuration": {"level": 3}},
         {"name": "crc32c"},
     ]
-    spec["metadata"] = {
+    sharding = {"chunk_shape": [CHUNK], "codecs": inner}
+    metadata = {
         "shape": [UNBOUNDED],
         "data_type": dtype.name,
         "fill_value": int(np.iinfo(dtype).max),
         "dimension_names": ["token"],
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD]}},
-        "codecs": [
-            {
-                "name": "sharding_indexed",
-                "configuration": {"chunk_shape": [CHUNK], "codecs": inner},
-            }
-        ],
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    return ts.open(spec, create=True, delete_existing=True).result()
+    return ts.open(spec | {"metadata": metadata}, create=True, delete_existing=True).result()

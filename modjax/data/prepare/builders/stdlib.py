@@ -1,12 +1,12 @@
-"""The running Python's standard library as a TFDS data set: English and code, no download."""
+"""TFDS data set of the running Python's standard library: English and code, no download."""
 
 import tensorflow_datasets as tfds
 
-from modjax.data.documents import stdlib_documents, stdlib_split
+from modjax.data.prepare.documents import stdlib_documents, stdlib_split
 
 
 class Stdlib(tfds.core.GeneratorBasedBuilder):
-    """Source files of the standard library without its tests; validation is by module."""
+    """Data set of the standard library's source files without tests, split by module."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012

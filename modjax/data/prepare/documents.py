@@ -1,6 +1,6 @@
-"""Documents of the two corpora that need no download: the standard library, and the user's files.
+"""Documents of the two corpora that need no download: the standard library and the user's files.
 
-No TensorFlow here, so that bad input is found before it is loaded.
+This module does not need TensorFlow, so bad input is found before TensorFlow is loaded.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ PIECE = 65_536  # characters; plain text is cut into documents of about this siz
 LONGEST_LINE = 64 * 2**20  # characters of a line of JSON; it is read as a whole
 VALIDATION_SHARE = 0.05
 STDLIB_VALIDATION_MODULES = 0.065  # of the modules; in Python 3.11 they hold 6% of the text
-BUCKETS = 65_536  # hashes are compared at this resolution
+BUCKETS = 65_536  # number of values of `bucket`
 
-# The library's tests, what was installed beside it, and what differs between builds of one version.
+# The library's tests, installed packages, and files that differ between builds of one version.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
 
@@ -45,7 +45,7 @@ def bucket(text: str) -> int:
 
 
 def stdlib_documents() -> Iterator[Document]:
-    """Yields the source files of the running Python's standard library, in order of their path."""
+    """Yields the source files of the running Python's standard library, sorted by path."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -63,7 +63,7 @@ def stdlib_documents() -> Iterator[Document]:
 
 
 def stdlib_split(document_id: str) -> str:
-    """Returns the split of a document: whole top-level modules, by a hash of their name."""
+    """Returns the split of a document, chosen by the hash of its top-level module's name."""
     module = document_id.split("/")[0].removesuffix(".py")
     return "validation" if bucket(module) < STDLIB_VALIDATION_MODULES * BUCKETS else "train"
 
@@ -71,18 +71,17 @@ def stdlib_split(document_id: str) -> str:
 def text_documents(files: Sequence[Path]) -> Iterator[Document]:
     """Yields the documents of the user's files, in order.
 
-    Files are UTF-8, plain or compressed with xz or gzip. A file named .jsonl, .ndjson or .json
-    (before .xz or .gz) has one object with a "text" in each line, of at most LONGEST_LINE
-    characters. Any other is plain text of any length, cut into documents of about 64 thousand
-    characters at blank lines. Raises InputError naming the file, and the line, that cannot be used.
+    Files are UTF-8, plain or compressed with xz or gzip. In a file named .jsonl, .ndjson or .json
+    (before .xz or .gz), each line is an object with a "text", of at most LONGEST_LINE characters.
+    Any other file is plain text of any length, cut at blank lines into documents of about PIECE
+    characters. Raises InputError, naming the file and the line, for a file that cannot be used.
     """
     for path in files:
         suffixes = [s.lower() for s in path.suffixes if s.lower() not in (".xz", ".gz")]
-        lines_of_json = suffixes[-1:] in ([".jsonl"], [".ndjson"], [".json"])
+        is_json = suffixes[-1:] in ([".jsonl"], [".ndjson"], [".json"])
         try:
             with open_file(path) as raw, _decoded(path, raw) as file:
-                pieces = _json_lines(path, file) if lines_of_json else _plain_pieces(file)
-                for number, text in pieces:
+                for number, text in _json_lines(path, file) if is_json else _plain_pieces(file):
                     if text.strip():
                         yield Document(f"{path.name}:{number}", text)
         except UnicodeDecodeError as error:
@@ -98,6 +97,7 @@ def _decoded(path: Path, raw: IO[bytes]) -> IO[str]:
 
 
 def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
+    """Yields the number and the text of each line that is not blank."""
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
@@ -120,6 +120,7 @@ def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
 
 
 def _plain_pieces(file: IO[str]) -> Iterator[tuple[int, str]]:
+    """Yields the number and the text of each piece."""
     piece: list[str] = []
     size = number = 0
     while line := file.readline(PIECE):
@@ -136,11 +137,11 @@ def _plain_pieces(file: IO[str]) -> Iterator[tuple[int, str]]:
 class TextScan:
     """Result of a first pass over the user's files.
 
-    digest: sha256 of every text.
-    bytes: of all text, in UTF-8.
-    documents: how many in each split.
-    validation_bucket: a document is in validation where its text's `bucket` is at most this.
-    state: identifies the files on this machine, and changes with any write to them.
+    digest: sha256 of all texts.
+    bytes: size of all texts in UTF-8.
+    documents: number of documents in each split.
+    validation_bucket: highest `bucket` of a text in the validation split.
+    state: identifies the files on this machine; any write to them changes it.
     """
 
     digest: str
@@ -154,11 +155,11 @@ class TextScan:
 
 
 def scan_text(files: Sequence[Path]) -> TextScan:
-    """Reads the user's files once.
+    """Reads the user's files once and chooses their validation split.
 
-    Puts documents into validation, in order of their hash, until they hold 5% of the text or one
-    hash is left for training. Raises InputError where a file cannot be used or there are not two
-    distinct documents.
+    The split takes documents in order of their hash until it holds 5% of the text, or one hash is
+    left for training. Raises InputError if a file cannot be used, or if there are not two distinct
+    documents.
     """
     require(len(files) > 0, "--text", [], "must name a file")
     state = _state(files)
@@ -166,59 +167,50 @@ def scan_text(files: Sequence[Path]) -> TextScan:
     sizes = np.zeros(BUCKETS, np.int64)
     counts = np.zeros(BUCKETS, np.int64)
     for document in text_documents(files):
-        size = _add(digest, document)
-        sizes[bucket(document.text)] += size
-        counts[bucket(document.text)] += 1
-    names = _names(files)
-    require(counts.sum() > 0, "--text", names, "holds no text")
+        place = bucket(document.text)
+        sizes[place] += _add(digest, document)
+        counts[place] += 1
+    names = ", ".join(map(str, files))
     buckets = np.flatnonzero(counts)
-    require(
-        len(buckets) > 1,
-        "--text",
-        names,
-        "holds fewer than two distinct documents, and the validation split needs one of its "
-        f"own; give more text (plain text is cut at about {PIECE} characters)",
+    require(len(buckets) > 0, "--text", names, "holds no text")
+    accepted = (
+        "holds fewer than two distinct documents, and the validation split needs one of its own; "
+        f"give more text (plain text is cut at about {PIECE} characters)"
     )
+    require(len(buckets) > 1, "--text", names, accepted)
     wanted = np.searchsorted(np.cumsum(sizes), VALIDATION_SHARE * sizes.sum())
     last = int(min(wanted, buckets[-2]))
-    validation = int(counts[: last + 1].sum())
-    train = int(counts.sum()) - validation
-    documents = {"train": train, "validation": validation}
+    documents = {
+        "train": int(counts[last + 1 :].sum()),
+        "validation": int(counts[: last + 1].sum()),
+    }
     return TextScan(digest.hexdigest(), int(sizes.sum()), documents, last, state)
 
 
 def scanned_documents(files: Sequence[Path], scan: TextScan) -> Iterator[Document]:
     """Yields `text_documents`.
 
-    Raises InputError at their end unless they are those of `scan`: a file may change meanwhile.
+    Raises InputError after the last one if the texts are not those of `scan`: a file has changed.
     """
     digest = hashlib.sha256()
     for document in text_documents(files):
         _add(digest, document)
         yield document
-    require(
-        digest.hexdigest() == scan.digest,
-        "--text",
-        _names(files),
-        "changed while it was read; run this again, on a copy if it keeps changing",
-    )
+    remedy = "changed while it was read; run this again, on a copy if it keeps changing"
+    require(digest.hexdigest() == scan.digest, "--text", ", ".join(map(str, files)), remedy)
 
 
 def _add(digest: Any, document: Document) -> int:
-    """Adds the text of a document to a hash, and returns its size in bytes."""
+    """Adds the text of a document to a hash and returns its size in bytes."""
     data = document.text.encode()
     digest.update(len(data).to_bytes(8, "big") + data)
     return len(data)
 
 
-def _names(files: Sequence[Path]) -> str:
-    return ", ".join(str(path) for path in files)
-
-
 def _state(files: Sequence[Path]) -> str:
     states = []
     for path in files:
-        with contextlib.suppress(OSError):  # reading it will say why
+        with contextlib.suppress(OSError):  # reading the file gives the error
             found = os.stat(path)
             states.append(f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_ctime_ns}")
     return " ".join(states)

@@ -1,7 +1,7 @@
-"""seqio tasks: where text comes from, and how it becomes tokens.
+"""seqio data sources of text, and the seqio tasks that turn it into tokens.
 
-Importing this module registers modjax_stdlib, modjax_c4 and modjax_lm1b (as bytes) with seqio.
-It loads TensorFlow, which takes about ten seconds; training never does.
+Importing this module registers the tasks modjax_stdlib, modjax_c4 and modjax_lm1b (as bytes) with
+seqio. It loads TensorFlow, which takes about ten seconds; training never does.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modjax.data.documents import TextScan, scanned_documents
 from modjax.data.manifest import SPLITS
+from modjax.data.prepare.documents import TextScan, scanned_documents
 from modjax.data.vocabulary import stderr_into
 from modjax.errors import InputError, describe, require
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Discards stderr, because some C++ code logs its start and has no option against it."""
+    """Discards stderr: some C++ code logs its start and has no option against it."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, stderr_into(nowhere.fileno()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -53,16 +53,20 @@ LM1B = "lm1b:1.1.0"
 
 
 class Tokenized(NamedTuple):
-    """A batch of documents: their tokens, each ending in eos, and the UTF-8 bytes of their text."""
+    """A batch of documents.
+
+    tokens: one array per document, each ending in eos.
+    bytes: size of each text in UTF-8.
+    """
 
     tokens: list[np.ndarray]
     bytes: np.ndarray
 
 
 class TextSource(seqio.FunctionDataSource):
-    """The user's own files, split as `scan` decided.
+    """Data source of the user's files, split by `scan`.
 
-    failure: the error that ended the reading. TensorFlow passes on its text only.
+    failure: the error that ended the reading; TensorFlow keeps only its text.
     """
 
     def __init__(self, files: Sequence[Path], scan: TextScan):
@@ -89,7 +93,7 @@ class TextSource(seqio.FunctionDataSource):
 
 
 def stdlib_source(tfds_dir: Path | None = None) -> seqio.DataSource:
-    """Returns the standard library, built under `tfds_dir` (None: in TFDS's own folder)."""
+    """Returns the standard library, built in `tfds_dir`; by default read from TFDS's own folder."""
     if tfds_dir is not None:
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(None):
@@ -101,7 +105,7 @@ def stdlib_source(tfds_dir: Path | None = None) -> seqio.DataSource:
 def resolve_tfds(name: str) -> str:
     """Returns the full name, with configuration and version, of a TFDS data set of text.
 
-    Raises InputError where no data set has this name, or it has no "text" feature.
+    Raises InputError if no data set has this name, or if it has no "text" feature.
     """
     try:
         info = tfds.builder(name).info
@@ -120,9 +124,9 @@ def resolve_tfds(name: str) -> str:
 
 
 def download(name: str) -> None:
-    """Downloads a TFDS data set by its full name, unless it is there. Shows TFDS's progress bars.
+    """Downloads a TFDS data set by its full name, unless it exists, with TFDS's progress bars.
 
-    Raises InputError where it cannot be downloaded or made.
+    Raises InputError if it cannot be downloaded or made.
     """
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
@@ -140,20 +144,21 @@ def tfds_source(name: str) -> seqio.DataSource:
     Its validation split is its own, else its test split, else the first 5% of train.
     """
     found = tfds.builder(name).info.splits
-    held_out = [split for split in ("validation", "test") if split in found]
-    splits = (
-        {"train": "train", "validation": held_out[0]}
-        if held_out
-        else {"train": "train[5%:]", "validation": "train[:5%]"}
-    )
+    held_out = next((split for split in ("validation", "test") if split in found), None)
+    splits = {"train": "train", "validation": held_out}
+    if held_out is None:
+        splits = {"train": "train[5%:]", "validation": "train[:5%]"}
     return seqio.TfdsDataSource(name, splits=splits)
 
 
 def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
-    """Returns the vocabulary of a SentencePiece model, put into `folder`; bytes for none."""
+    """Returns the vocabulary of a SentencePiece model, or of bytes if `model` is empty.
+
+    folder: where the model is written, since seqio reads a file.
+    """
     if not model:
         return seqio.ByteVocabulary()
-    # seqio remembers models by their path, as long as the process lives.
+    # seqio caches models by their path for the life of the process.
     path = folder / f"{hashlib.sha256(model).hexdigest()}.model"
     path.write_bytes(model)
     return seqio.SentencePieceVocabulary(os.fspath(path))
@@ -162,7 +167,7 @@ def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
 def make_task(
     name: str, source: seqio.DataSource, vocabulary: seqio.Vocabulary, skip: int = 0
 ) -> seqio.Task:
-    """Returns the task that tokenises "text" into "targets", without its first `skip` documents."""
+    """Returns the task that tokenises "text" into "targets", after the first `skip` documents."""
     return seqio.Task(
         name,
         source=source,
@@ -176,8 +181,11 @@ def make_task(
     )
 
 
-def tokenized(task: seqio.Task, split: str) -> Iterator[Tokenized]:
-    """Yields every document of a split in a fixed order, some at a time."""
+def tokenized(
+    source: seqio.DataSource, vocabulary: seqio.Vocabulary, split: str, skip: int
+) -> Iterator[Tokenized]:
+    """Yields the documents of a split in a fixed order, in batches, after the first `skip`."""
+    task = make_task("modjax", source, vocabulary, skip)
     dataset = task.get_dataset(None, split, shuffle=False, try_in_mem_cache=False)
     dataset = dataset.map(
         lambda example: (
@@ -186,7 +194,7 @@ def tokenized(task: seqio.Task, split: str) -> Iterator[Tokenized]:
         )
     )
     batches = iter(dataset.ragged_batch(DOCUMENTS_AT_ONCE))
-    with _failures_of(task.source):
+    with _failures_of(source):
         with _silent():
             first = list(itertools.islice(batches, 1))
         for tokens, size in itertools.chain(first, batches):
@@ -204,7 +212,7 @@ def texts(source: seqio.DataSource, every: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _failures_of(source: seqio.DataSource) -> Iterator[None]:
-    """Raises the error that ended the reading of the user's files, in place of TensorFlow's."""
+    """Raises the error that ended the reading of the user's files instead of TensorFlow's."""
     try:
         yield
     except tf.errors.OpError as error:

@@ -1,7 +1,7 @@
-"""How what was prepared takes its place, so that an open cache is never read as another one.
+"""Atomic replacement of a cache, so that an open cache never reads the tokens of another.
 
-`.NAME-VOCAB.partial` becomes a folder of NAME-VOCAB; then the manifest that names that folder
-replaces the one before; only then is the folder before removed. A kill in between costs nothing.
+`.NAME-VOCAB.partial` moves into NAME-VOCAB as a folder; then the manifest that names this folder
+replaces the old manifest; then the old folder is removed. A kill in between loses nothing.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from modjax.errors import InputError, require
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the cache `folder`. Raises InputError where another process does."""
+    """Locks the cache `folder`. Raises InputError if another process holds the lock."""
     where = str(folder.parent)
     try:
         handle = os.open(folder, os.O_RDONLY)
@@ -26,24 +26,21 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before may have deleted the folder.
             ours = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
         except BlockingIOError:
             ours = False
-        require(
-            ours,
-            "--data-dir",
-            where,
-            f"another process is preparing {folder.name}; wait for it to end",
-        )
+        remedy = f"another process is preparing {folder.name}; wait for it to end"
+        require(ours, "--data-dir", where, remedy)
         yield
     finally:
         os.close(handle)
 
 
 def begin(partial: Path, final: Path) -> None:
-    """Makes `partial`, or takes up what an earlier run has left of it."""
+    """Makes the folder `partial`, or recovers the one of an earlier run."""
     try:
-        for moved in final.glob("*/manifest.json"):  # it was killed within _put_in_place
+        for moved in final.glob("*/manifest.json"):  # a run was killed within `put_in_place`
             if not partial.exists():
                 os.rename(moved.parent, partial)
         partial.mkdir(exist_ok=True)
@@ -54,10 +51,10 @@ def begin(partial: Path, final: Path) -> None:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Makes `partial` a folder of the cache `final`, then its manifest that of the cache."""
+    """Moves `partial` into the cache `final`, then replaces the manifest of the cache."""
     folder = final / Manifest.from_json((partial / "manifest.json").read_bytes()).folder
     shutil.rmtree(final / ".old", ignore_errors=True)
-    if folder.exists():  # the same tokens, which may be damaged
+    if folder.exists():  # the same tokens, but they may be damaged
         os.rename(folder, final / ".old")
     os.rename(partial, folder)
     os.replace(folder / "manifest.json", final / "manifest.json")
@@ -65,7 +62,7 @@ def put_in_place(partial: Path, final: Path) -> None:
 
 
 def tidy(final: Path) -> None:
-    """Removes what is not, or no longer, part of the cache `final`."""
+    """Removes everything that the manifest of the cache `final` does not name."""
     folder = Manifest.from_json((final / "manifest.json").read_bytes()).folder
     others = [path for path in final.iterdir() if path.name not in ("manifest.json", folder)]
     for path in [*others, final / folder / "journal.json", *(final / folder).glob(".*.tmp")]:
