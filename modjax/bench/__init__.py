@@ -1,8 +1,8 @@
 """`modjax bench`: every performance figure of the project, as ratios taken in one run.
 
-Each module here declares its rows, `ROWS`, and measures them, `measure()`; a row that could not be
-measured has no value and says why. Nothing here is a test: machines differ, and these figures are
-for people to read.
+Each module declares its rows, `ROWS`, and measures them in `measure()`. A row that could not be
+measured has no value and gives the reason. These are not tests: machines differ, and people read
+the figures.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any
 from modjax.backend import last_line
 from modjax.errors import InputError, describe
 
-# name -> what it measures; the module of the same name has ROWS and measure().
+# name -> what the module of this name measures
 BENCHMARKS = {
     "startup": "time to import modjax against jax and flax alone",
     "step": "train step: MoD against dense and its FLOP ratio, dense against PyTorch",
@@ -34,7 +34,11 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One figure; `better` says on which side of `target` it should lie, `why` it has no value."""
+    """One figure.
+
+    better: "lower" or "higher", the side of `target` on which the value should lie.
+    why: the reason why there is no value.
+    """
 
     what: str
     unit: str
@@ -45,7 +49,7 @@ class Row:
 
 
 def fill(rows: Sequence[Row], values: Sequence[float]) -> list[Row]:
-    """The declared rows with their values."""
+    """Returns the declared rows with their values."""
     return [dataclasses.replace(r, value=v) for r, v in zip(rows, values, strict=True)]
 
 
@@ -64,7 +68,7 @@ def run(name: str, *, json: bool = False) -> None:
 
 
 def _measure(module: Any) -> list[Row]:
-    """Returns the module's rows; whatever ends one benchmark must not lose those of the others."""
+    """Returns the module's rows. An error costs only their values, not those of other modules."""
     try:
         return module.measure()
     except Exception as error:
@@ -76,7 +80,7 @@ def progress(text: str) -> None:
 
 
 def fresh_environment(folder: Path) -> dict[str, str]:
-    """The user's environment, but with the data and caches of modjax in `folder`."""
+    """Returns the user's environment, but with modjax's data and caches in `folder`."""
     moved = ("MODJAX_DATA", "JAX_COMPILATION_CACHE_DIR")
     kept = {name: value for name, value in os.environ.items() if name not in moved}
     return kept | {f"XDG_{kind}_HOME": str(folder / kind) for kind in ("CACHE", "DATA", "STATE")}

@@ -1,19 +1,15 @@
-"""Alternating Updates: the train step and decoding against dense models, and Sequence-AltUp.
+"""Alternating Updates and Sequence-AltUp: the train step and decoding against dense models.
 
-d 256, 8 layers, 512 positions, batch 8 as `bench step`, and decoding at d 512, 12 layers.
+Sizes are those of `bench step` (d 256, 8 layers) and `bench decode` (d 512, 12 layers).
 """
 
 import dataclasses
-import statistics
 from collections.abc import Mapping
 
-import numpy as np
-
-from modjax.bench import Row, fill, progress
+from modjax.bench import Row, fill
 from modjax.bench.decode import DENSE as DECODED
-from modjax.bench.decode import drawn_in_turn
-from modjax.bench.step import DENSE, TRAIN, interleaved, jax_step, ratio
-from modjax.flops import train_flops
+from modjax.bench.decode import draw_in_turn
+from modjax.bench.step import DENSE, jax_step, per_flop, ratio, train_in_turn
 from modjax.specs import AltUp, Dense, ModelSpec, Recycled, Repeat, SequenceAltUp
 
 ROWS = (
@@ -26,7 +22,7 @@ ROWS = (
 
 
 def models(dense: ModelSpec) -> Mapping[str, ModelSpec]:
-    """The dense model, and its AltUps by name."""
+    """Returns the dense model and its AltUps, by name."""
 
     def recycled(streams: int) -> ModelSpec:
         layers = tuple(AltUp(active=i) for i in range(streams))
@@ -38,15 +34,8 @@ def models(dense: ModelSpec) -> Mapping[str, ModelSpec]:
 
 
 def measure() -> list[Row]:
-    tokens = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
     trained = models(DENSE)
-    seconds = interleaved({name: jax_step(config, tokens) for name, config in trained.items()})
-    medians = {name: round(statistics.median(found), 3) for name, found in seconds.items()}
-    progress(f"bench altup: median seconds {medians}")
-    flops = {name: train_flops(config, TRAIN.seq_len, 1) for name, config in trained.items()}
-    steps = [
-        ratio(seconds, name, "dense") / (flops[name] / flops["dense"])
-        for name in ("K 2", "K 4", "sequence")
-    ]
-    drawn = drawn_in_turn({n: c for n, c in models(DECODED).items() if n != "K 4"})
+    seconds = train_in_turn({name: jax_step(config) for name, config in trained.items()})
+    steps = [per_flop(seconds, trained, name, "dense") for name in ("K 2", "K 4", "sequence")]
+    drawn = draw_in_turn({n: c for n, c in models(DECODED).items() if n != "K 4"})
     return fill(ROWS, [*steps, *(ratio(drawn, "dense", name) for name in ("K 2", "sequence"))])

@@ -1,13 +1,16 @@
 """Decoding: MoD against dense, both against the memory that they must read, and prefill.
 
-d 512, 12 layers, a context of 1024; MoD 12.5% every other block with a predictor, whose line is set
-so that random weights route as often as a trained model does. It is paced: its caches are bounded.
+d 512, 12 layers, a context of 1024. The MoD model routes 12.5% in every other block by a predictor,
+whose line is set so that random weights route as often as a trained model. Its routing is paced, so
+its caches are bounded.
+
+Legend: B batch, L positions, A layers of one kind, O new tokens.
 """
 
 import dataclasses
 import functools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +20,7 @@ from flax import nnx
 
 from modjax.bench import Row, fill, progress
 from modjax.bench.step import MOD as STEP_MOD
-from modjax.bench.step import ROUNDS, TRAIN, interleaved, jax_step, ratio
+from modjax.bench.step import ROUNDS, interleaved, jax_step, ratio
 from modjax.decoding.generate import Sampling, State, generate, resume
 from modjax.flops import cache_bytes
 from modjax.nn import Routed, Transformer, unstack
@@ -44,51 +47,50 @@ ROWS = (
 def measure() -> list[Row]:
     stacked = split(DENSE)
     models = {"dense": unstack(*stacked), "mod": unstack(*calibrated(split(MOD)))}
-    seconds, routed = {}, 0.0
+    seconds, states = {}, {}
     for batch in (1, 16):
         paces = {"dense": "causal", "mod": "paced"}
         states = {name: start(*model, batch, paces[name]) for name, model in models.items()}
-        steps = {name: functools.partial(draw, *model) for name, model in models.items()}
-        if batch == 16:
-            depths_BO = draw(*models["mod"], copy(states["mod"]))
-            routed = float(jnp.mean(depths_BO)) / (MOD.num_layers // 2)
-        inputs = {name: functools.partial(copy, state) for name, state in states.items()}
         read = {"read": reading(stacked[1])} if batch == 1 else {}
-        seconds[batch] = interleaved({**steps, **read}, inputs=inputs)
-        rates = {
-            name: round(NEW * batch / statistics.median(seconds[batch][name]), 1) for name in models
-        }
-        progress(f"bench decode: batch {batch}: tokens per second {rates}")
+        seconds[batch] = _draw_in_turn(models, states, batch, read)
+    depths_BO = draw(*models["mod"], states["mod"])
     routings = ("predictor", "paced", "trained")
     prefill = interleaved({r: prefilling(*models["mod"], r) for r in routings})
-    tokens = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
     taught = dataclasses.replace(STEP_MOD, layers=TAUGHT)
-    steps = {"with": jax_step(taught, tokens), "without": jax_step(STEP_MOD, tokens)}
+    steps = {"with": jax_step(taught), "without": jax_step(STEP_MOD)}
     train = interleaved(steps, rounds=3 * ROUNDS)  # their difference is below a pair's noise
-    return fill(
-        ROWS,
-        [
-            ratio(seconds[1], "dense", "mod"),
-            ratio(seconds[16], "dense", "mod"),
-            cache_bytes(MOD, CONTEXT, SLACK) / cache_bytes(DENSE, CONTEXT, SLACK),
-            ratio(seconds[1], "dense", "read") / NEW,
-            ratio(prefill, "predictor", "trained"),
-            ratio(prefill, "paced", "trained"),
-            ratio(train, "with", "without"),
-            routed,
-        ],
-    )
+    values = [
+        ratio(seconds[1], "dense", "mod"),
+        ratio(seconds[16], "dense", "mod"),
+        cache_bytes(MOD, CONTEXT, SLACK) / cache_bytes(DENSE, CONTEXT, SLACK),
+        ratio(seconds[1], "dense", "read") / NEW,
+        ratio(prefill, "predictor", "trained"),
+        ratio(prefill, "paced", "trained"),
+        ratio(train, "with", "without"),
+        float(jnp.mean(depths_BO)) / (MOD.num_layers // 2),
+    ]
+    return fill(ROWS, values)
 
 
-def drawn_in_turn(configs: Mapping[str, ModelSpec]) -> dict[str, list[float]]:
-    """Seconds in which each model draws NEW tokens at batch 1."""
+def draw_in_turn(configs: Mapping[str, ModelSpec]) -> dict[str, list[float]]:
+    """Returns the seconds in which each model draws NEW tokens at batch 1."""
     models = {name: unstack(*split(config)) for name, config in configs.items()}
     states = {name: start(*model, 1, "causal") for name, model in models.items()}
+    return _draw_in_turn(models, states, 1, {})
+
+
+def _draw_in_turn(
+    models: Mapping[str, tuple[Any, Any]],
+    states: Mapping[str, State],
+    batch: int,
+    others: Mapping[str, Callable[[], Any]],
+) -> dict[str, list[float]]:
+    """Returns the seconds in which each model draws NEW tokens, and those of the `others`."""
     steps = {name: functools.partial(draw, *model) for name, model in models.items()}
     inputs = {name: functools.partial(copy, state) for name, state in states.items()}
-    seconds = interleaved(steps, inputs=inputs)
-    rates = {name: round(NEW / statistics.median(found), 1) for name, found in seconds.items()}
-    progress(f"batch 1: tokens per second {rates}")
+    seconds = interleaved({**steps, **others}, inputs=inputs)
+    rates = {name: round(NEW * batch / statistics.median(seconds[name]), 1) for name in models}
+    progress(f"decoding, batch {batch}: tokens per second {rates}")
     return seconds
 
 
@@ -98,7 +100,10 @@ def split(config: ModelSpec) -> tuple[Any, Any]:
 
 
 def calibrated(model: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Sets every predictor to "the score is above the mean k-th score", at a predictor's cost."""
+    """Returns the model with every predictor set to "the score is above the mean k-th score".
+
+    A predictor costs the same with any weights.
+    """
     graphdef, params = model
     tokens_BL = np.random.default_rng(1).integers(0, DENSE.vocab_size, (4, CONTEXT))
     _, records = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens_BL))(params)
@@ -106,25 +111,16 @@ def calibrated(model: tuple[Any, Any]) -> tuple[Any, Any]:
     for name in layers:
         predictor = params["stack"]["blocks"][name]["causal"]
         predictor["w_out"] = jnp.zeros_like(predictor["w_out"])
-        kth_G = jnp.mean(records[f"{name}/rule"].kth_B, axis=1)
-        predictor["line"] = jnp.stack([jnp.ones_like(kth_G), -kth_G], axis=1)
+        kth_A = jnp.mean(records[f"{name}/rule"].kth_B, axis=1)
+        predictor["line"] = jnp.stack([jnp.ones_like(kth_A), -kth_A], axis=1)
     return graphdef, params
 
 
 def start(graphdef: Any, params: Any, batch: int, routing: str) -> State:
-    """The state after a prompt that leaves room for NEW tokens in the context."""
-    length = CONTEXT - NEW
-    tokens_BL = np.random.default_rng(2).integers(0, DENSE.vocab_size, (batch, length))
-    found = generate(
-        graphdef,
-        params,
-        tokens_BL,
-        max_new_tokens=0,
-        max_length=CONTEXT,
-        routing=routing,
-        slack=SLACK,
-    )
-    return found.state
+    """Returns the state after a prompt that leaves NEW tokens of the context."""
+    tokens_BL = np.random.default_rng(2).integers(0, DENSE.vocab_size, (batch, CONTEXT - NEW))
+    read = functools.partial(generate, routing=routing, slack=SLACK)
+    return read(graphdef, params, tokens_BL, max_new_tokens=0, max_length=CONTEXT).state
 
 
 def copy(state: State) -> State:
@@ -132,15 +128,15 @@ def copy(state: State) -> State:
 
 
 def draw(graphdef: Any, params: Any, state: State) -> jax.Array:
-    """Draws NEW tokens, using the state up, and waits for them; returns their depths."""
+    """Draws NEW tokens, which uses the state up, and returns their depths when they are done."""
     found = resume(graphdef, params, state, max_new_tokens=NEW, sampling=Sampling())
     return jax.block_until_ready(found.depths_BO)
 
 
 def reading(params: Any) -> Any:
-    """Reads every parameter once: what decoding one token cannot avoid.
+    """Returns a step that reads every parameter once, as decoding one token must.
 
-    The stacked ones: in few large arrays, they are read fastest.
+    params: stacked, since few large arrays are read fastest.
     """
     total = jax.jit(lambda params: [jnp.sum(leaf) for leaf in jax.tree.leaves(params)])
     return lambda: jax.block_until_ready(total(params))

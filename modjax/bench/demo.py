@@ -32,7 +32,10 @@ def measure() -> list[Row]:
 
 
 def budgets_with_vertices_inside(fits: dict[str, Any]) -> int:
-    """Budgets of a fit.json at which both arms' fitted optimum lies in the sampled range."""
+    """Returns the number of budgets at which both arms' fitted optimum is in the sampled range.
+
+    fits: the content of a fit.json.
+    """
     inside = {
         (p["arm"], p["budget_flops"])
         for p in fits["parabolas"]

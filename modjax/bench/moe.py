@@ -1,19 +1,16 @@
-"""Mixture of experts: the train step and decoding against dense models of equal FLOPs, and MoDE.
+"""Mixture of experts and MoDE: the train step and decoding against dense models of equal FLOPs.
 
-d 256, 8 layers, 512 positions, batch 8 as `bench step`, and decoding at d 512, 12 layers.
+Sizes are those of `bench step` (d 256, 8 layers) and `bench decode` (d 512, 12 layers).
 """
 
 import dataclasses
 import os
-import statistics
 from typing import Any
 
-import numpy as np
-
-from modjax.bench import Row, fill, progress
+from modjax.bench import Row, fill
 from modjax.bench.decode import DENSE as DECODED
-from modjax.bench.decode import drawn_in_turn
-from modjax.bench.step import DENSE, TRAIN, interleaved, jax_step, ratio
+from modjax.bench.decode import draw_in_turn
+from modjax.bench.step import DENSE, jax_step, per_flop, ratio, train_in_turn
 from modjax.flops import train_flops
 from modjax.specs import (
     Attention,
@@ -61,56 +58,44 @@ MODELS = {
 
 
 def measure() -> list[Row]:
-    tokens = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
-    seconds = interleaved({name: jax_step(config, tokens) for name, config in MODELS.items()})
-    medians = {name: round(statistics.median(found), 3) for name, found in seconds.items()}
-    progress(f"bench moe: median seconds {medians}")
-    flops = {name: train_flops(config, TRAIN.seq_len, 1) for name, config in MODELS.items()}
-
-    def relative(over: str, under: str) -> float:
-        return ratio(seconds, over, under) / (flops[over] / flops[under])
-
+    seconds = train_in_turn({name: jax_step(config) for name, config in MODELS.items()})
     values = [
         ratio(seconds, "moe", "dense"),
-        relative("moe 16", "dense"),
+        per_flop(seconds, MODELS, "moe 16", "dense"),
         ratio(seconds, "dropless", "dense"),
-        relative("integrated", "moe"),
-        relative("staged", "moe"),
+        per_flop(seconds, MODELS, "integrated", "moe"),
+        per_flop(seconds, MODELS, "staged", "moe"),
         decoding(),
     ]
     try:
-        return fill(ROWS, [*values, on_a_slice()])
+        return fill(ROWS, [*values, flops_on_a_slice()])
     except (ImportError, RuntimeError) as error:  # RuntimeError: it is there but cannot compile
         why = f"needs the TPU compiler, pip install 'jax[tpu]': {str(error).splitlines()[0]}"
         return [*fill(ROWS[:-1], values), dataclasses.replace(ROWS[-1], why=why)]
 
 
 def decoding() -> float:
-    """Tokens per second of a MoE over those of the dense model of the same active parameters."""
+    """Returns tokens per second of a MoE over those of the dense model of equal active size."""
     moe = dataclasses.replace(DECODED, layers=(with_experts(MoE(8)),))
-    return ratio(drawn_in_turn({"dense": DECODED, "moe": moe}), "dense", "moe")
+    return ratio(draw_in_turn({"dense": DECODED, "moe": moe}), "dense", "moe")
 
 
-def on_a_slice() -> float:
-    """FLOPs that a chip of a slice executes, by its compiler, over its part of the useful ones."""
-    model = ModelSpec(
-        1024, 512, 2, 4, 4, 2048, dtype="bfloat16", layers=with_experts(MoE(8, TokenChoice(2)))
-    )
+def flops_on_a_slice() -> float:
+    """Returns the FLOPs that all chips of a slice execute, by XLA's count, over the useful ones."""
+    moe, tight = (with_experts(MoE(8, TokenChoice(2), capacity_factor=f)) for f in (1.25, 1.0))
+    model = ModelSpec(1024, 512, 2, 4, 4, 2048, dtype="bfloat16", layers=moe)
     train = TrainConfig(16, 1024, 1000, 1e-3, 10)
-    step = compiled_for_tpu(
-        model, train, Execution(data=1, expert=8, layer_loop="unroll"), "v5e:2x4"
-    )
-    tight = dataclasses.replace(
-        model, layers=with_experts(MoE(8, TokenChoice(2), capacity_factor=1.0))
-    )
-    useful = train_flops(tight, train.seq_len, train.batch_size)
-    return step.cost_analysis()["flops"] * 8 / useful
+    execution = Execution(data=1, expert=8, layer_loop="unroll")
+    step = compiled_for_tpu(model, train, execution, "v5e:2x4")
+    useful = dataclasses.replace(model, layers=tight)
+    useful_flops = train_flops(useful, train.seq_len, train.batch_size)
+    return step.cost_analysis()["flops"] * 8 / useful_flops
 
 
 def compiled_for_tpu(
     config: ModelSpec, train: TrainConfig, execution: Execution, topology: str
 ) -> Any:
-    """The train step, for the chips of such a slice, without having one. Needs libtpu."""
+    """Returns the train step compiled for a TPU slice. Needs libtpu, but no TPU."""
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -1,4 +1,4 @@
-"""Start-up: `import modjax` and its model against importing jax and flax alone."""
+"""Start-up: importing modjax and its model against importing jax and flax alone."""
 
 import statistics
 import subprocess
@@ -19,7 +19,7 @@ def measure() -> list[Row]:
     for _ in range(ROUNDS + 1):  # the first round reads the files from disk
         for code, found in seconds.items():
             start = time.perf_counter()
-            # -P: what lies in the current folder must not pass for a package.
+            # -P: a file in the current folder must not pass for a package.
             subprocess.run([sys.executable, "-P", "-c", code], check=True)
             found.append(time.perf_counter() - start)
     ratio = statistics.median(

@@ -1,6 +1,8 @@
 """The train step: MoD against dense and their FLOP ratio, dense against PyTorch eager.
 
-d 256, 8 layers, 4 heads, 512 positions, batch 8, AdamW, the sizes of the project's targets.
+The sizes are those of the project's targets: d 256, 8 layers, 4 heads, 512 positions, batch 8.
+
+Legend: B batch, L positions and one more.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ DENSE = ModelSpec(
 )
 MOD = dataclasses.replace(DENSE, layers=(Dense(), MoD(Dense(), capacity=0.125)))
 TRAIN = TrainConfig(8, 512, 1000, 1e-3, 10)
+TOKENS_BL = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
 ROWS = (
     Row("MoD step / dense step / FLOP ratio", "ratio", 1.05),
     Row("MoD step / dense step", "ratio", None),
@@ -38,24 +41,17 @@ Step = Callable[[], Any]
 
 
 def measure() -> list[Row]:
-    tokens = np.random.default_rng(0).integers(0, 259, (TRAIN.batch_size, TRAIN.seq_len + 1))
-    steps: dict[str, Step] = {
-        "dense": jax_step(DENSE, tokens),
-        "mod": jax_step(MOD, tokens),
-    }
+    steps: dict[str, Step] = {"dense": jax_step(DENSE), "mod": jax_step(MOD)}
     why = ""
     try:
         from modjax.bench.torch_model import torch_step
 
-        steps["torch"] = torch_step(DENSE, TRAIN, tokens)
+        steps["torch"] = torch_step(DENSE, TRAIN, TOKENS_BL)
     except (ImportError, OSError):  # OSError: its shared libraries do not load
         why = "PyTorch cannot be imported: pip install -e '.[bench]'"
-    seconds = interleaved(steps)
-    flop_ratio = train_flops(MOD, TRAIN.seq_len, 1) / train_flops(DENSE, TRAIN.seq_len, 1)
-    medians = {name: round(statistics.median(found), 3) for name, found in seconds.items()}
-    progress(f"bench step: median seconds {medians}")
-    mod = ratio(seconds, "mod", "dense")
-    rows = fill(ROWS[:2], [mod / flop_ratio, mod])
+    seconds = train_in_turn(steps)
+    relative = per_flop(seconds, {"dense": DENSE, "mod": MOD}, "mod", "dense")
+    rows = fill(ROWS[:2], [relative, ratio(seconds, "mod", "dense")])
     if "torch" in seconds:
         return rows + fill(ROWS[2:], [ratio(seconds, "dense", "torch")])
     return [*rows, dataclasses.replace(ROWS[2], why=why)]
@@ -66,9 +62,9 @@ def interleaved(
     rounds: int = ROUNDS,
     inputs: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
-    """Seconds of each step, all taken in turn, so that drift of the machine hits all alike.
+    """Returns the seconds of each step, taken in turn, so that drift of the machine hits all alike.
 
-    inputs: name -> makes what that step uses up, outside the time.
+    inputs: name -> makes the argument that this step uses up; making it is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 2):
@@ -81,18 +77,35 @@ def interleaved(
     return seconds
 
 
-def ratio(seconds: dict[str, list[float]], over: str, under: str) -> float:
-    """Median of the ratios round by round."""
+def train_in_turn(steps: Mapping[str, Step]) -> dict[str, list[float]]:
+    """Returns the `interleaved` seconds of train steps, and prints their medians."""
+    seconds = interleaved(steps)
+    medians = {name: round(statistics.median(found), 3) for name, found in seconds.items()}
+    progress(f"train step: median seconds {medians}")
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
+    """Returns the median of the ratios round by round."""
     pairs = zip(seconds[over], seconds[under], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 
-def jax_step(config: ModelSpec, tokens: np.ndarray) -> Step:
+def per_flop(
+    seconds: Mapping[str, list[float]], models: Mapping[str, ModelSpec], over: str, under: str
+) -> float:
+    """Returns the `ratio` of two train steps over the ratio of their FLOPs."""
+    flops = {name: train_flops(models[name], TRAIN.seq_len, 1) for name in (over, under)}
+    return ratio(seconds, over, under) / (flops[over] / flops[under])
+
+
+def jax_step(config: ModelSpec) -> Step:
+    """Returns a compiled train step on TOKENS_BL, on one device."""
     execution = Execution(data=1)
     mesh, model = make_mesh(execution), abstract_model(config)
     batch = Batch(
-        inputs_BL=tokens[:, :-1].astype(np.int32),
-        targets_BL=tokens[:, 1:].astype(np.int32),
+        inputs_BL=TOKENS_BL[:, :-1].astype(np.int32),
+        targets_BL=TOKENS_BL[:, 1:].astype(np.int32),
         segment_ids_BL=np.ones((TRAIN.batch_size, TRAIN.seq_len), np.int32),
         weights_BL=np.ones((TRAIN.batch_size, TRAIN.seq_len), np.float32),
     )

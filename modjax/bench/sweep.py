@@ -1,8 +1,8 @@
-"""A small sweep, run twice: what it spends outside training and compilation, and on waiting.
+"""A small sweep, run twice: its time outside training and compilation, and its waits for data.
 
-configs/tiny.py without its largest budget (1e11 and 3e11 FLOPs: 2 arms x 5 sizes x 2 budgets = 20
-runs) on 2 worker processes. Its text is prepared before the clock starts, and nothing that the user
-has prepared, compiled or trained is used.
+The sweep is configs/tiny.py without its largest budget: 2 arms x 5 sizes x 2 budgets (1e11 and 3e11
+FLOPs) = 20 runs on 2 worker processes. Its text is prepared before the clock starts. Nothing that
+the user has prepared, compiled or trained is used.
 """
 
 import sys
@@ -33,7 +33,7 @@ def measure() -> list[Row]:
         progress("bench sweep: preparing its text")
         call([*MODJAX, "data", "prepare"], environment)
         first, first_wall = _sweep(folder / "first", environment)
-        # The second finds the programs compiled, but none of the results.
+        # The second sweep finds the compiled programs, but no results.
         second, _ = _sweep(folder / "second", environment)
     spent = sum(r.train_seconds + r.compile_seconds for r in first)
     compiled = sum(r.compile_seconds for r in second) / sum(r.compile_seconds for r in first)
@@ -43,16 +43,8 @@ def measure() -> list[Row]:
 
 def _sweep(workdir: Path, environment: dict[str, str]) -> tuple[list[RunRecord], float]:
     progress(f"bench sweep: the {workdir.name} of two")
-    command = [
-        *MODJAX,
-        "sweep",
-        f"--config={CONFIG}",
-        f"--config.sweep.budgets={BUDGETS}",
-        f"--workdir={workdir}",
-        "--jobs",
-        str(JOBS),
-    ]
+    options = [f"--config={CONFIG}", f"--config.sweep.budgets={BUDGETS}", f"--jobs={JOBS}"]
     start = time.perf_counter()
-    call(command, environment)
+    call([*MODJAX, "sweep", *options, f"--workdir={workdir}"], environment)
     wall = time.perf_counter() - start
     return read_records(workdir), wall

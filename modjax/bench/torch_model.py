@@ -1,4 +1,4 @@
-"""The dense decoder of modjax.nn in PyTorch, eager and in float32: the yardstick of `bench step`.
+"""The dense decoder of modjax.nn in PyTorch, eager and in float32, for comparison in `bench step`.
 
 Legend: B batch, L positions, D model width, N heads, H head width.
 """
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
 
 
 def torch_step(config: ModelSpec, train: TrainConfig, tokens: np.ndarray) -> Callable[[], None]:
-    """One AdamW step with gradient clipping, on the cores this process may use."""
+    """Returns an AdamW step with gradient clipping, on the cores that this process may use."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     model = Decoder(config, train.seq_len)

@@ -222,13 +222,13 @@ def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
     if now != opened:
         remedy = (
             f"was prepared anew since it was opened, as {now[:16]} instead of {opened[:16]}; "
-            "prepare the earlier data again, or start over"
+            "prepare the earlier data again, or begin anew"
         )
         raise SharedFault("data", where, remedy)
     if expected is not None and expected != opened:
         remedy = (
             f"is {opened[:16]}, but this was started with {expected[:16]}; prepare the earlier "
-            "data again, or start over in another --workdir"
+            "data again, or begin anew in another --workdir"
         )
         raise SharedFault("data", where, remedy)
 

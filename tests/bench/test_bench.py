@@ -1,4 +1,4 @@
-"""What `modjax bench` prints, whatever its benchmarks do; no figure of this machine is asserted."""
+"""The output of `modjax bench`, also if benchmarks fail. No figure of this machine is asserted."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from modjax.errors import InputError
 
 @pytest.fixture
 def add(monkeypatch):
-    """Replaces the benchmarks by some that are only a function."""
+    """Replaces the benchmarks by stand-ins with given rows and functions."""
     monkeypatch.setattr(bench, "BENCHMARKS", {})
 
     def add(name, rows, measure):
@@ -61,14 +61,11 @@ def test_json_holds_every_row_and_a_failure_costs_only_its_own_values(add, capsy
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert set(report) == {"device", "versions", "rows"}
-    why = "ValueError: the first line and a second"
-    assert report["rows"] == [
-        {"what": "count", "value": None, "unit": "budgets", "target": 2, "better": "higher",
-         "why": why},
-        {"what": "untargeted", "value": None, "unit": "ratio", "target": None, "better": "lower",
-         "why": why},
-        {"what": "speed", "value": 1.25, "unit": "ratio", "target": 1.5, "better": "lower"},
-    ]  # fmt: skip
+    failed = {"value": None, "why": "ValueError: the first line and a second"}
+    count = {"what": "count", "unit": "budgets", "target": 2, "better": "higher"}
+    untargeted = {"what": "untargeted", "unit": "ratio", "target": None, "better": "lower"}
+    speed = {"what": "speed", "value": 1.25, "unit": "ratio", "target": 1.5, "better": "lower"}
+    assert report["rows"] == [count | failed, untargeted | failed, speed]
     assert captured.err.splitlines() == ["modjax: bench broken ...", "modjax: bench works ..."]
 
 
@@ -114,18 +111,13 @@ def test_data_and_caches_of_the_user_are_out_of_reach(monkeypatch, tmp_path):
 
 def test_a_budget_counts_when_both_arms_have_their_vertex_inside():
     def parabola(arm, budget, optimum, quantity="parameters"):
-        return {"arm": arm, "budget_flops": budget, "quantity": quantity, "optimum": optimum,
-                "low": 10.0, "high": 100.0}  # fmt: skip
+        names = ("arm", "budget_flops", "quantity", "optimum", "low", "high")
+        return dict(zip(names, (arm, budget, quantity, optimum, 10.0, 100.0), strict=True))
 
-    fits = {
-        "budgets": [1.0, 2.0, 3.0],
-        "parabolas": [
-            parabola("dense", 1.0, 30.0), parabola("mod12", 1.0, 99.0),
-            parabola("dense", 2.0, 30.0), parabola("mod12", 2.0, 101.0),
-            parabola("dense", 3.0, None), parabola("mod12", 3.0, 30.0),
-            parabola("mod12", 2.0, 30.0, "forward_flops"),
-        ],
-    }  # fmt: skip
+    parabolas = [parabola("mod12", 2.0, 30.0, "forward_flops")]
+    for budget, dense, mod in ((1.0, 30.0, 99.0), (2.0, 30.0, 101.0), (3.0, None, 30.0)):
+        parabolas += [parabola("dense", budget, dense), parabola("mod12", budget, mod)]
+    fits = {"budgets": [1.0, 2.0, 3.0], "parabolas": parabolas}
     assert budgets_with_vertices_inside(fits) == 1
 
 
@@ -137,8 +129,7 @@ def test_the_second_sweep_finds_programs_but_no_results_and_preparing_is_not_tim
         return [SimpleNamespace(train_seconds=20.0, compile_seconds=seconds, data_wait_seconds=0.1)]
 
     clock = iter([0.0, 20.0, 100.0, 110.0])
-    monkeypatch.setattr(sweep, "call", lambda command, environment: calls.append(
-        (list(command[3:]), environment)))  # fmt: skip
+    monkeypatch.setattr(sweep, "call", lambda command, where: calls.append((command[3:], where)))
     monkeypatch.setattr(sweep, "read_records", records)
     monkeypatch.setattr(sweep, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     overhead, compiled, waited = sweep.measure()

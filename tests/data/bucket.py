@@ -1,4 +1,4 @@
-"""An object store as Google's, for tests: gs:// URLs of any process that has its environment."""
+"""A fake of Google's object store. It serves gs:// URLs to processes with its environment."""
 
 import http.server
 import json
@@ -8,9 +8,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Bucket:
-    """One bucket called gs://bucket. objects: name -> content. refuse: names it will not store.
+    """One bucket, gs://bucket.
 
-    left: how many requests it answers before it refuses all, where that is not None.
+    objects: name -> content.
+    refuse: names that it refuses to store.
+    left: number of requests that it answers before it refuses all; None for no limit.
+    seconds: time that it takes to store an object.
+    requests: method and name of each request that stores or deletes, in order.
     """
 
     def __init__(self):
@@ -18,8 +22,8 @@ class Bucket:
         self.refuse: set[str] = set()
         self.left: int | None = None
         self.lock = threading.Lock()
-        self.seconds = 0.0  # how long it takes to store one
-        self.requests: list[tuple[str, str]] = []  # method and name, in order
+        self.seconds = 0.0
+        self.requests: list[tuple[str, str]] = []
         handler = type("Handler", (_Handler,), {"bucket": self})
         self.server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Token caches made straight from arrays, so that most tests need no TensorFlow."""
+"""Token caches made from arrays, so that most tests do not need TensorFlow."""
 
 import os
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def make_cache(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """An object store that answers to gs://bucket."""
+    """An object store at gs://bucket."""
     bucket = Bucket()
     for name, value in bucket.environment.items():
         monkeypatch.setenv(name, value)
@@ -49,7 +49,7 @@ def bucket(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tensorflow(tmp_path_factory):
-    """TensorFlow's packages, loaded once and warning about themselves."""
+    """The tensorflow module, loaded once per test file with a TFDS folder of its own."""
     kept = os.environ.get("TFDS_DATA_DIR")
     os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("tfds"))
     import modjax.data.prepare.seqio_tasks
@@ -62,7 +62,7 @@ def tensorflow(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def repository_corpora() -> Path:
-    """Real English text that lies beside the repository on some machines."""
+    """The folder of English text that lies beside the repository on some machines."""
     path = Path(__file__).parents[2].parent / "shared" / "corpora"
     if not path.is_dir():
         pytest.skip("needs the English corpora in ../shared/corpora")

@@ -1,4 +1,4 @@
-"""Folders that can't be used: one line each for `data prepare`, and for `data show` no obstacle."""
+"""Folders that cannot be used: `data prepare` and `data show` name each in one line."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_show_of_a_folder_that_is_not_there_finds_nothing(tmp_path, capsys):
 
 
 def test_read_only_and_forbidden_folders_are_named(make_cache, text, tmp_path):
-    """As a user who is not above permissions."""
+    """Root drops its rights first, since permissions do not bind it."""
     without = "-dac_override,-dac_read_search"
     drop = ["setpriv", f"--bounding-set={without}", f"--inh-caps={without}"]
     if os.geteuid() != 0:

@@ -8,7 +8,7 @@ from modjax.errors import InputError
 
 @pytest.fixture
 def counting(make_cache):
-    """A cache whose n-th token is n, so that a batch shows where it was read."""
+    """A cache whose n-th token is n + 2, so that a batch shows where it was read."""
     return open_cache(
         make_cache(
             np.arange(2, 2 + 7 * 8 + 3),

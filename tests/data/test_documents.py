@@ -25,8 +25,8 @@ def json_lines(texts) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-PROSE = "\n\n".join(f"Paragraph {i}. " + "Sphinx of black quartz, judge my vöw. " * 20
-                    for i in range(700))  # fmt: skip
+SENTENCES = "Sphinx of black quartz, judge my vöw. " * 20
+PROSE = "\n\n".join(f"Paragraph {i}. {SENTENCES}" for i in range(700))
 
 
 @pytest.mark.parametrize("suffix", ["", ".xz", ".gz"])
@@ -73,7 +73,7 @@ RANDOM = np.random.default_rng(0).integers(97, 123, 50_000, np.uint8).tobytes()
 
 
 def damaged(compressed: bytes) -> bytes:
-    """The same with a part behind its header overwritten."""
+    """Returns compressed data with a part after its header overwritten."""
     return compressed[:12] + b"\xff" * 1000 + compressed[1012:]
 
 

@@ -1,4 +1,4 @@
-"""Preparing for real: these tests load TensorFlow."""
+"""`prepare` end to end. These tests load TensorFlow."""
 
 import json
 import shutil
@@ -15,9 +15,8 @@ from modjax.data.prepare.prepare import prepare
 from modjax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
-WORDS = [
-    "".join(letters) for letters in np.random.default_rng(0).choice(list("aeiounrst"), (500, 6))
-]
+LETTERS = np.random.default_rng(0).choice(list("aeiounrst"), (500, 6))
+WORDS = ["".join(letters) for letters in LETTERS]
 TEXTS = [
     f"Document {i}: ü 日本\n\tthen  " + " ".join(WORDS[i : i + 2 * (i % 7)]) + "\n"
     for i in range(300)
@@ -45,7 +44,7 @@ def as_pieces(text_file, as_bytes) -> Path:
 
 
 def documents(path: Path, split: str) -> list[list[int]]:
-    """The cached token stream, cut behind each eos."""
+    """Returns the cached tokens of each document, without its eos."""
     cache = open_cache(path)
     tokens = cache.read(split, 0, cache.manifest.splits[split].tokens)
     ends = np.flatnonzero(tokens == cache.manifest.eos_id)
@@ -228,10 +227,10 @@ def test_a_file_that_is_no_model_and_one_without_eos_are_refused(tmp_path):
     (tmp_path / "a.model").write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match="it is not a SentencePiece model"):
         prepare(vocab=str(tmp_path / "a.model"), data_dir=tmp_path)
+    options = dict(vocab_size=80, eos_id=-1, minloglevel=3, hard_vocab_limit=False)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "b"), vocab_size=80, eos_id=-1,
-        minloglevel=3, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "b"), **options
+    )
     with pytest.raises(InputError, match="has no end-of-sequence piece"):
         prepare(vocab=str(tmp_path / "b.model"), data_dir=tmp_path)
 

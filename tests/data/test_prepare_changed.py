@@ -1,4 +1,4 @@
-"""Input that changes while it is prepared, or between two calls. Loads TensorFlow."""
+"""Input that changes while it is prepared, or between two runs. These tests load TensorFlow."""
 
 import json
 import os
@@ -18,7 +18,7 @@ PIECES = "sentencepiece:280"
 
 
 def content(word: str) -> str:
-    """The same number of documents, each of the same size."""
+    """Returns 200 documents, of the same sizes for every `word` of one length."""
     return "".join(json.dumps({"text": f"{word} {i:03} and so on"}) + "\n" for i in range(200))
 
 
@@ -31,7 +31,7 @@ def text(tmp_path) -> Path:
 
 @pytest.fixture
 def before_reading(monkeypatch):
-    """Has a function called behind the scan of the input, before its `nth` reading."""
+    """Calls a function before the `nth` reading of the input, counted from the scan as 0."""
 
     def at(nth: int, do) -> None:
         read, passes = documents.text_documents, iter(range(100))
@@ -80,7 +80,7 @@ def test_a_file_that_vanishes_or_breaks_while_it_is_read_is_named(text, tmp_path
 
 
 def test_a_run_goes_on_from_tokens_of_the_same_file_only(text, tmp_path, monkeypatch):
-    """Stopped while the file held other text, and run again when it holds the old text again."""
+    """A run is stopped while the file holds other text; the next finds the old text again."""
     monkeypatch.setattr("modjax.data.prepare.writer.SHARD", 2**13)
     monkeypatch.setattr("modjax.data.prepare.writer.CHUNK", 2**10)
     long = "".join(content(f"{word}{'x' * 300}") for word in ("old", "older"))
@@ -111,13 +111,13 @@ def test_a_run_goes_on_from_tokens_of_the_same_file_only(text, tmp_path, monkeyp
 
 
 def flipped(content: bytes) -> bytes:
-    """The same but for one bit, in a score."""
+    """Returns a model with one bit of a score flipped."""
     return content[:2000] + bytes([content[2000] ^ 1]) + content[2001:]
 
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory, tensorflow) -> Path:
-    """The cache of the old text as pieces."""
+    """The cache of the old text with a trained vocabulary."""
     path = tmp_path_factory.mktemp("pieces") / "a.jsonl"
     path.write_text(content("old"))
     return prepare.prepare(text_files=[path], vocab=PIECES, data_dir=path.parent / "data")

@@ -1,4 +1,4 @@
-"""What `prepare` makes of its arguments beside caches that are there already: no TensorFlow."""
+"""The arguments of `prepare` where a cache exists already. Without TensorFlow."""
 
 import dataclasses
 import types
@@ -14,7 +14,7 @@ from modjax.errors import InputError
 
 @pytest.fixture
 def made_from(make_cache, tmp_path):
-    """Puts a cache of a corpus, made from `source`, into tmp_path."""
+    """Writes a cache of a corpus, made from `source`, into tmp_path."""
 
     def make(name: str, source: str):
         path = make_cache([5, 6, 1], [7, 1], name=name)

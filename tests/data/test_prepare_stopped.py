@@ -1,4 +1,4 @@
-"""Preparing that is killed, runs out of disk, or goes into an object store. Loads TensorFlow."""
+"""Preparing that is killed, fills the disk, or uploads its cache. These tests load TensorFlow."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ except InputError as error:
 
 @pytest.fixture(scope="module")
 def big_file(tmp_path_factory) -> Path:
-    """12 million characters: several files of the cache."""
+    """A file of 12 million characters, which fill several files of the cache."""
     letters = np.random.default_rng(0).integers(97, 123, (6000, 2000), np.uint8)
     path = tmp_path_factory.mktemp("big") / "big.jsonl"
     path.write_text("".join(f'{{"text": "{bytes(row).decode()}"}}\n' for row in letters))
@@ -46,9 +46,9 @@ def test_killed_and_run_again_it_goes_on_and_ends_in_the_same_cache(big_file, tm
     journal = data_dir / ".big-bytes.partial" / "journal.json"
 
     def tokens_kept() -> int:
-        return (
-            json.loads(journal.read_text())["splits"]["train"]["tokens"] if journal.exists() else 0
-        )
+        if not journal.exists():
+            return 0
+        return json.loads(journal.read_text())["splits"]["train"]["tokens"]
 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
@@ -90,7 +90,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_cache(big_file, tmp_path):
 
 
 def modjax(capsys, *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `modjax data arguments...`"""
+    """Returns exit code, stdout and stderr of `modjax data arguments...`"""
     code = main(["data", *map(str, arguments)])
     return code, *capsys.readouterr()
 
@@ -102,8 +102,8 @@ def test_a_cache_is_prepared_into_an_object_store(bucket, tmp_path, monkeypatch,
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
 
     def prepared(name: str, *options: str) -> tuple[int, str, str]:
-        return modjax(capsys, "prepare", "--data-dir=gs://bucket/data", "--text",
-                      tmp_path / f"{name}.jsonl", *options)  # fmt: skip
+        text = f"--text={tmp_path / name}.jsonl"
+        return modjax(capsys, "prepare", "--data-dir=gs://bucket/data", text, *options)
 
     assert prepared("a")[:2] == (0, "gs://bucket/data/text-bytes\n")
     here = prepare(text_files=[tmp_path / "a.jsonl"], data_dir=tmp_path / "local")
@@ -123,13 +123,13 @@ def test_a_cache_is_prepared_into_an_object_store(bucket, tmp_path, monkeypatch,
     bucket.refuse.add("data/text-bytes/manifest.json")
     code, _, err = prepared("b", "--force")
     assert code == 2 and "cannot be written: PERMISSION_DENIED" in err.splitlines()[-1]
-    assert list_caches("gs://bucket/data") == [a], "what was there is there until the new one is"
+    assert list_caches("gs://bucket/data") == [a], "the old cache stays until the new one is whole"
     bucket.refuse.clear()
     bucket.requests.clear()
     assert prepared("b", "--force")[0] == 0
-    assert [name for method, name in bucket.requests if method == "POST"] == [
-        "data/text-bytes/.modjax", "data/text-bytes/manifest.json",
-    ], "it goes on"  # fmt: skip
+    stored = [name for method, name in bucket.requests if method == "POST"]
+    expected = ["data/text-bytes/.modjax", "data/text-bytes/manifest.json"]
+    assert stored == expected, "the files are not uploaded again"
     (manifest,) = list_caches("gs://bucket/data")
     assert sum(split.documents for split in manifest.splits.values()) == 2
 

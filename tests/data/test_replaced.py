@@ -1,4 +1,4 @@
-"""A cache that is prepared anew while it is open, or not to the end: never read as another one."""
+"""A cache that is replaced while it is open: it is never read as another one."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ NEW = np.random.default_rng(1).integers(2, 259, 180_000)
 
 
 def read_everything(cache, tokens) -> int:
-    """Reads all of the training split, each time the tokens given or not at all; how often not."""
+    """Checks all reads of the training split against `tokens`; returns how many were refused."""
     refused = 0
     for start in range(0, len(tokens), 5000):
         stop = min(start + 5000, len(tokens))
@@ -57,7 +57,7 @@ def test_other_text_prepared_with_force_is_never_read_by_who_opened_the_cache(tm
 
 @pytest.fixture
 def partial(make_cache, tmp_path):
-    """Makes `.toy-bytes.partial`, filled with tokens but not in place."""
+    """Makes a complete `.toy-bytes.partial` that is not yet in place."""
 
     def make(tokens, fingerprint: str) -> Path:
         made = make_cache(tokens, tokens[:5000], name="made", fingerprint=fingerprint)

@@ -1,4 +1,4 @@
-"""Caches in object stores: uploaded whole or not at all, and read from there. No TensorFlow."""
+"""Caches in object stores: uploaded whole or not at all, and read. Without TensorFlow."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ TRAIN = np.random.default_rng(0).integers(2, 259, 200_000)
 
 @pytest.fixture
 def made(make_cache):
-    """A cache with more files than are on their way at once."""
+    """A cache with more files than are uploaded at once."""
     path = make_cache(TRAIN, TRAIN[:5000])
     for i in range(2 * TOGETHER):
         (path / "0000000000000000" / f"more-{i:02}").write_text(str(i))
@@ -63,7 +63,7 @@ def test_what_was_there_before_is_gone_once_the_new_manifest_is_there(bucket, ma
 
 
 def everything(cache) -> list[np.ndarray]:
-    """All tokens of a cache, read a few at a time."""
+    """Returns all training tokens of a cache, read a thousand at a time."""
     starts = range(0, len(TRAIN), 1000)
     return [cache.read("train", start, start + 1000) for start in starts]
 
@@ -114,9 +114,8 @@ def test_a_refused_file_is_one_line_and_leaves_no_cache_and_the_same_call_goes_o
     bucket.requests.clear()
     upload(made, URL, ignore)
     assert stored(bucket) == expected
-    assert len(bucket.requests) <= TOGETHER + 1, (
-        "only the files of the refused group, and the manifest"
-    )
+    # Only the files of the refused group, and the manifest.
+    assert len(bucket.requests) <= TOGETHER + 1
 
 
 def test_killed_while_uploading_it_goes_on_and_ends_in_the_same_cache(bucket, made):
@@ -124,8 +123,8 @@ def test_killed_while_uploading_it_goes_on_and_ends_in_the_same_cache(bucket, ma
     bucket.seconds = 0.2
     code = "import sys, pathlib; from modjax.data.prepare.upload import upload; "
     code += "upload(pathlib.Path(sys.argv[1]), sys.argv[2], print)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(made), URL],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    command = [sys.executable, "-c", code, str(made), URL]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while len(bucket.objects) <= TOGETHER:
         assert process.poll() is None and time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Text to ids and back."""
+"""Vocabularies: training one, and encoding and decoding text with it."""
 
 import io
 
@@ -38,10 +38,10 @@ def test_sentencepiece_comes_back_piece_by_piece(pieces_codec):
 
 def test_a_character_that_the_vocabulary_does_not_know_is_refused():
     model = io.BytesIO()
+    options = dict(vocab_size=30, model_type="bpe", minloglevel=3)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=30, model_type="bpe",
-        minloglevel=3,
-    )  # fmt: skip
+        sentence_iterator=iter(CORPUS), model_writer=model, **options
+    )
     codec = Codec(model.getvalue())
     assert b"".join(codec.pieces(codec.encode("the cat", "--prompt"))).strip() == b"the cat"
     with pytest.raises(
@@ -66,12 +66,12 @@ LATIN = "\n".join("".join(map(chr, RNG.integers(97, 123, 8))) for _ in range(500
 
 
 def han(line: int, end: str) -> str:
-    """The same words in lines of so many."""
+    """Returns the drawn words with `end` after every `line` of them."""
     return end.join("".join(DRAWN[i : i + line]) for i in range(0, len(DRAWN), line))
 
 
 def tokens_after_training_on(text: str) -> int:
-    """How many tokens some Han text takes."""
+    """Returns the number of tokens of a Han text, after training on `text`."""
     codec = Codec(train_sentencepiece([LATIN, text], 500))
     return len(codec.encode("".join(DRAWN[:2000]), "--prompt"))
 
@@ -80,7 +80,7 @@ def tokens_after_training_on(text: str) -> int:
     "text", [han(len(DRAWN), ""), han(1400, "\n"), han(20, "\u2585\n"), han(20, "\u2585")]
 )
 def test_a_vocabulary_sees_text_that_sentencepiece_would_skip(text):
-    """Lines of more than 4192 bytes, and lines with the mark U+2585."""
+    """SentencePiece skips lines of more than 4192 bytes, and lines with U+2585."""
     in_short_lines = tokens_after_training_on(han(20, "\n"))
     assert in_short_lines < 0.8 * tokens_after_training_on(LATIN), "it learns from Han text"
     assert tokens_after_training_on(text) < 1.03 * in_short_lines
