@@ -1,4 +1,4 @@
-"""The requested text, checked before anything is made."""
+"""The requested text and vocabulary, checked before anything is made."""
 
 import hashlib
 import platform
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.data.prepare.documents import TextScan, scan_text, stdlib_documents
+from modjax.data.vocabulary import Vocab
 from modjax.errors import require, require_plain_name
 
 CORPORA = ("stdlib", "c4", "lm1b")
@@ -27,6 +28,27 @@ class Corpus:
     files: tuple[Path, ...] = ()
     scan: TextScan | None = None
     tfds_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request for a cache."""
+
+    corpus: Corpus
+    vocab: Vocab
+
+    @property
+    def source(self) -> str:
+        """Returns the description of the text, and of the given vocabulary if there is one."""
+        model = self.vocab.model
+        given = f"; {self.vocab.name} sha256 {sha256(model)}" if model is not None else ""
+        return self.corpus.source + given
+
+    def inputs(self, model: bytes) -> str:
+        """Returns a description of all that the tokens depend on. A run resumes only if equal."""
+        scan = self.corpus.scan
+        files = scan.state if scan is not None else ""
+        return f"{self.source}; files {files}; vocabulary {sha256(model)}"
 
 
 def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:

@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +20,17 @@ from rich.console import Console
 
 from modjax.data.cache import cache_dir, open_cache, read_manifest, shown, url
 from modjax.data.manifest import SPLITS, Manifest, Split
-from modjax.data.prepare.corpus import CORPORA, Corpus, check_corpus, load_tasks, sha256
+from modjax.data.prepare.corpus import CORPORA, Corpus, Request, check_corpus, load_tasks, sha256
 from modjax.data.prepare.replace import begin, locked, put_in_place, tidy
 from modjax.data.prepare.upload import check_writable, upload
 from modjax.data.prepare.writer import Written, has_tokens, read_journal, write_journal, write_split
-from modjax.data.vocabulary import (
-    MOST_MODEL,
-    TRAINING_BYTES,
-    Vocab,
-    parse_vocab,
-    train_sentencepiece,
-)
+from modjax.data.vocabulary import MOST_MODEL, TRAINING_BYTES, parse_vocab, train_sentencepiece
 from modjax.errors import InputError, require
 from modjax.files import is_disk_full, read_file, user_cache, write_atomically
 from modjax.specs import DataConfig
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, if there is no terminal
 Report = Callable[[str], None]  # shows the progress
-
-
-@dataclass(frozen=True)
-class Request:
-    """A checked request for a cache."""
-
-    corpus: Corpus
-    vocab: Vocab
-
-    @property
-    def source(self) -> str:
-        """Returns the description of the text, and of the given vocabulary if there is one."""
-        model = self.vocab.model
-        given = f"; {self.vocab.name} sha256 {sha256(model)}" if model is not None else ""
-        return self.corpus.source + given
-
-    def inputs(self, model: bytes) -> str:
-        """Returns a description of all that the tokens depend on. A run resumes only if equal."""
-        scan = self.corpus.scan
-        files = scan.state if scan is not None else ""
-        return f"{self.source}; files {files}; vocabulary {sha256(model)}"
 
 
 def prepare(
@@ -192,7 +164,7 @@ def _fill(partial: Path, request: Request, report: Report) -> None:
     report("loading TensorFlow")
     tasks = load_tasks()
     scratch = partial / "scratch"
-    scratch.mkdir(exist_ok=True)
+    scratch.mkdir(exist_ok=True)  # read_journal may have removed it
     report("reading the text")
     source = _open_source(tasks, request.corpus, scratch)
     if vocab.name != "bytes" and not model:
