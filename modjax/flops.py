@@ -1,10 +1,9 @@
-"""FLOPs and parameters of a ModelSpec by component: sums over the costs of its parts.
+"""FLOPs, parameters and bytes of a ModelSpec by component: sums over the costs of its parts.
 
-A multiply-add is 2 FLOPs; attention is counted without causal halving, though modjax.kernels skips
+A multiply-add is 2 FLOPs. Attention is counted without causal halving, though modjax.kernels skips
 most future keys of sequences longer than 128. A window counts its own keys, though up to 127 more
 are computed, or a sixteenth of a sequence longer than 2,048. Components follow Chinchilla
-(arXiv 2203.15556, appendix F) and are listed apart, so that any published convention can be applied
-afterwards.
+(arXiv 2203.15556, appendix F), one by one, so that any published convention can be applied.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,22 +12,22 @@ from modjax.specs import Cost, Load, ModelSpec, TrainConfig
 from modjax.specs.run import ROUTER_ROLES
 
 CHINCHILLA = ("embedding", "qkv", "scores", "softmax", "values", "output", "mlp", "logits")
-# Every dense component is listed, even where a model has none of it.
+# Components that every model lists, even at 0 FLOPs.
 COMPONENTS = (*CHINCHILLA, "router", "predictor")
-# Each convention says whether it counts a component.
+# Whether a convention counts a component.
 CONVENTIONS: dict[str, Callable[[str], bool]] = {
-    "matmul": lambda component: component not in ("embedding", "softmax"),  # what budgets count
+    "matmul": lambda component: component not in ("embedding", "softmax"),  # used for budgets
     "all": lambda component: True,
-    # Appendix F as printed, and what its Table A4 turns out to count.
+    # Appendix F as printed, and as its Table A4 counts.
     "chinchilla": (*CHINCHILLA, "experts").__contains__,
     "chinchilla_table_a4": (*CHINCHILLA[1:-1], "experts").__contains__,
 }
 
 
 def costs(model: ModelSpec, seq_len: int, *, in_order: bool = False) -> Iterator[Cost]:
-    """Yields the costs of one sequence, part by part; a layer's are multiplied by its repetitions.
+    """Yields the costs of one sequence, part by part, multiplied by a layer's repetitions.
 
-    in_order: yields each repetition by itself.
+    in_order: yields each repetition by itself, in the order of the model.
     """
     layers = model.repeated()
     if in_order:
@@ -58,17 +57,19 @@ def train_flops(
 ) -> float:
     """Returns the training FLOPs of `sequences` sequences.
 
-    A backward pass costs two forward ones, gradients of activations and of parameters. A frozen
-    layer saves the second; before the first layer that has something to train, both.
+    A backward pass costs two forward passes, for the gradients of activations and of parameters.
+    Frozen layers save the second, and both before the first layer with trained parameters.
     """
-    found, begun = 0.0, trained == "all"
-    for cost in costs(model, seq_len, in_order=trained != "all"):  # only the frozen depend on it
-        mine = trained == "all" or cost.role in ROUTER_ROLES
-        backward = cost.backward if mine else cost.backward - (cost.params > 0)
-        if mine and not begun and cost.params:
-            begun, backward = True, 1.0  # nothing before it wants its input's gradient
+    found, reached = 0.0, trained == "all"  # whether the first trained parameters are reached
+    for cost in costs(model, seq_len, in_order=trained != "all"):  # only frozen layers need order
+        backward = cost.backward
+        if trained != "all" and cost.params:
+            if cost.role not in ROUTER_ROLES:
+                backward -= 1  # without the gradient of the parameters
+            elif not reached:
+                reached, backward = True, 1.0  # nothing before it needs the gradient of its input
         if CONVENTIONS[convention](cost.name):
-            found += cost.forward * (1 + backward * begun)
+            found += cost.forward * (1 + (backward if reached else 0.0))
     return found * sequences
 
 
@@ -86,9 +87,9 @@ def six_nd(model: ModelSpec, tokens: float) -> float:
 def parameters(model: ModelSpec) -> dict[str, int]:
     """Returns counts of learned parameters by component, and three sums.
 
-    `total` counts each tensor once, `non_embedding` leaves out those of the role "embedding", which
-    are the embedding and the head, `active` is the share of `non_embedding` used per token: a
-    routed layer counts with its capacity.
+    total: every parameter once.
+    non_embedding: total without the role "embedding", which the embedding and the head have.
+    active: part of non_embedding that a token uses; a routed layer counts by its capacity.
     """
     found: dict[str, int] = {"embedding": 0, "logits": 0, "norm": 0}
     active, embedding = 0.0, 0
@@ -104,20 +105,22 @@ def parameters(model: ModelSpec) -> dict[str, int]:
 
 
 def cache_bytes(model: ModelSpec, length: int, slack: float | None = None) -> int:
-    """Returns the bytes of the caches of one sequence of at most `length` tokens."""
+    """Returns the bytes of the caches of one sequence of at most `length` tokens.
+
+    slack: see Layer.cache_numbers.
+    """
     each = ((layer.cache_numbers(model.shape, length, slack), n) for layer, n in model.repeated())
     return _bytes(model, sum(numbers * times for numbers, times in each))
 
 
 def stream_bytes(model: ModelSpec, tokens: int) -> int:
-    """Returns the bytes that the residual streams of `tokens` tokens take between all layers.
+    """Returns the bytes of the residual streams of `tokens` tokens, between all layers.
 
-    A backward pass keeps at least these; with Execution.remat "full" little else.
+    A backward pass keeps at least these, and with Execution.remat "full" little else.
     """
     shape = model.shape
     return _bytes(model, tokens * shape.d_model * shape.streams * shape.num_layers)
 
 
 def _bytes(model: ModelSpec, numbers: int) -> int:
-    """Returns the bytes of as many activations."""
     return numbers * (2 if model.dtype == "bfloat16" else 4)

@@ -9,16 +9,17 @@ from modjax.nn.layers.ends import in_chunks
 from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, TokenLoss, losses, observe, statistics, totals
-from modjax.nn.routing import expert_rules, rules
-from modjax.nn.routing.routed import Routed
+from modjax.nn.routing import expert_rules, routers, rules
+from modjax.nn.routing.records import Routed
 from modjax.nn.routing.within import within
 from modjax.nn.weights import named_weights, write_weights
 
 MODULES.update({specs.Tokens: ends.Tokens, specs.Logits: ends.Logits, specs.Tied: ends.Logits})
 MODULES.update({specs.Attention: attention.Attention, specs.MLP: dense.MLP, specs.Seq: dense.Seq})
 MODULES.update({specs.MoD: mod.MoD, specs.MoE: moe.MoE})
-MODULES.update({specs.Linear: rules.Linear, specs.Sinusoids: rules.Sinusoids})
-MODULES.update({specs.Received: rules.Received, specs.TopK: rules.TopK, specs.Random: rules.Random})
+MODULES.update({specs.Linear: routers.Linear, specs.Sinusoids: routers.Sinusoids})
+MODULES.update({specs.Received: routers.Received})
+MODULES.update({specs.TopK: rules.TopK, specs.Random: rules.Random})
 MODULES.update({specs.Positional: rules.Positional, specs.Threshold: rules.Threshold})
 MODULES.update({specs.Binary: rules.Binary, specs.Predictor: rules.Predictor})
 MODULES.update({specs.TokenChoice: expert_rules.TokenChoice})

@@ -1,4 +1,4 @@
-"""Specs of models and runs: frozen values in pure Python, without jax."""
+"""Specs of models and runs: frozen dataclasses in pure Python, without jax."""
 
 from modjax.specs.fields import Spec, canonical, from_dict, to_dict
 from modjax.specs.layer import Cost, Layer, Load, Repeat, Router, Shape, named

@@ -1,4 +1,4 @@
-"""The fields of specs and configs: what they accept, their text, and their plain form."""
+"""Fields of specs and configs: their conditions, their text, and their plain form."""
 
 import dataclasses
 import functools
@@ -12,7 +12,11 @@ T = TypeVar("T")
 
 
 class Accepts(NamedTuple):
-    """A condition on a field, as a part of its annotation. A None that its type allows passes."""
+    """Condition on a field, for its annotation: Annotated[float, Accepts("must be ...", check)].
+
+    said: what is accepted, for the error. fits: returns whether a value is accepted. A None that
+    the type allows is accepted too.
+    """
 
     said: str
     fits: Callable[[Any], bool]
@@ -27,7 +31,11 @@ def one_of(*names: str) -> Accepts:
 
 
 class _Field(NamedTuple):
-    """A field. hint: its annotation without conditions. kinds: the types of a union, or the one."""
+    """Field of a dataclass.
+
+    hint: its annotation without conditions. kinds: the types that the annotation unites.
+    needed: whether the field has no default.
+    """
 
     hint: Any
     kinds: tuple[Any, ...]
@@ -49,15 +57,15 @@ def _fields(cls: type) -> dict[str, _Field]:
 
 
 class Spec:
-    """Base class of the values that describe a model: each checks its fields and has a text."""
+    """Base class of specs: frozen dataclasses that check their fields and have a text form."""
 
     def __post_init__(self):
         check(self, type(self).__name__, typed=True)
 
     def __str__(self) -> str:
-        """Returns a call that makes the spec, such as `MoD(Dense(), capacity=0.5)`.
+        """Returns the constructor call, such as `MoD(Dense(), capacity=0.5)`, without defaults.
 
-        The field `parts` or `inner` comes first and without a name. Defaults are left out.
+        The field `parts` or `inner` comes first and has no name.
         """
         first, others = [], []
         for name, field in _fields(type(self)).items():
@@ -74,14 +82,14 @@ def _text(value: Any) -> str:
 
 
 def check(config: Any, name: str, *, typed: bool = False) -> None:
-    """Raises InputError where a field of a dataclass is not what its annotation says.
+    """Raises InputError for a field of a dataclass that its annotation does not accept.
 
-    name: of the dataclass, in errors. typed: checks types as well, which from_dict does otherwise.
+    name: the dataclass in errors. typed: whether to check types too, as from_dict does.
     """
     for field, (_, kinds, conditions, *_) in _fields(type(config)).items():
         value, where = getattr(config, field), f"{name}.{field}"
         if typed:
-            specs = kinds if isinstance(value, Spec) else ()  # of which a subclass fits
+            specs = kinds if isinstance(value, Spec) else ()  # a subclass of a spec fits
             whole = float in kinds and type(value) is int
             if not (type(value) in kinds or isinstance(value, specs) or whole):
                 names = ("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
@@ -89,60 +97,60 @@ def check(config: Any, name: str, *, typed: bool = False) -> None:
             require_bounded(where, value)
         optional = types.NoneType in kinds
         for said, fits in conditions:
-            accepted = said + ", or None" * optional
+            accepted = f"{said}, or None" if optional else said
             require((optional and value is None) or fits(value), where, value, accepted)
 
 
 def parts(config: Any, *, deep: bool = False) -> Iterator[Spec]:
-    """Yields the specs in the fields of a dataclass, in order. deep: also those inside them."""
+    """Yields the specs in the fields of a dataclass, in order. deep: also the specs inside."""
     for name in _fields(type(config)):
         value = getattr(config, name)
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, Spec):
                 yield part
-                yield from parts(part, deep=True) if deep else ()
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a frozen config as nested plain dicts, ready for JSON."""
-    return _plain(config)
+                if deep:
+                    yield from parts(part, deep=True)
 
 
 def canonical(config: Any) -> dict[str, Any]:
-    """Returns to_dict without defaults: a new field changes no old form.
+    """Returns to_dict(config) without defaults, so that a new field leaves old forms unchanged.
 
-    Raises InputError for a value of another type than its field has.
+    Raises InputError for a value of the wrong type.
     """
-    # Through from_dict, so that 1 and 1.0 in a float field have one form.
-    return _plain(from_dict(type(config), to_dict(config)), defaults=False)
+    # from_dict gives 1 and 1.0 in a float field one form.
+    return to_dict(from_dict(type(config), to_dict(config)), defaults=False)
 
 
-def _plain(value: Any, *, defaults: bool = True) -> Any:
+def to_dict(value: Any, *, defaults: bool = True) -> Any:
+    """Returns a frozen config as nested plain dicts, ready for JSON, with specs as text.
+
+    defaults: whether to include fields at their defaults.
+    """
     if isinstance(value, Spec):
         return str(value)
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: to_dict(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(to_dict(item) for item in value)
     if not dataclasses.is_dataclass(value):
         return value
     fields = _fields(type(value))  # type: ignore[arg-type]
-    plain = {name: _plain(getattr(value, name), defaults=defaults) for name in fields}
-    return {n: item for n, item in plain.items() if defaults or item != _plain(fields[n].default)}
+    plain = {name: to_dict(getattr(value, name), defaults=defaults) for name in fields}
+    return {n: item for n, item in plain.items() if defaults or item != to_dict(fields[n].default)}
 
 
 def _number(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """Returns a whole number as the float or integer that a field has; anything else as it is."""
+    """Returns a whole number in the type of its field, float or int; other values unchanged."""
     if float in kinds:
         return float(value) if type(value) is int and abs(value) <= MOST_NUMBER else value
     return int(value) if int in kinds and isinstance(value, float) and value.is_integer() else value
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """Builds the frozen config `cls` from nested mappings, checking names and types.
+    """Builds the frozen config `cls` from nested mappings, with checked names and types.
 
-    Raises InputError naming the field for an unknown or missing name, a value of another type,
-    or one that the config itself refuses.
+    path: prefix of field names in errors. Raises InputError for an unknown or missing name, a value
+    of the wrong type, or one that the config refuses.
     """
     group = path.rstrip(".") or cls.__name__
     require(isinstance(values, Mapping), group, values, "must be a group of fields")
@@ -172,7 +180,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {name: _convert(inner, item, f"{where}.{name}") for name, item in value.items()}
     value = _number(value, (hint,))
     huge = hint is float and type(value) is int
-    if hint is not Any and not huge:  # a config knows what it takes for Any
+    if hint is not Any and not huge:  # a config itself checks its fields of type Any
         accepted = hint if isinstance(hint, type | types.UnionType) else object
         ok = isinstance(value, accepted) and not (isinstance(value, bool) and hint is not bool)
         name = getattr(hint, "__name__", str(hint))

@@ -1,4 +1,4 @@
-"""The user's own modules: imported with a limit of time, and told apart by their source."""
+"""Modules of the user: their import within a limit of time, and the hash of their source."""
 
 import ast
 import contextlib
@@ -22,20 +22,20 @@ from modjax.errors import InputError, describe, require
 from modjax.specs.fields import parts
 from modjax.specs.layer import NAMES, ORIGINS
 
-SECONDS_UNSAID = 10.0  # before a line says what is being waited for
+SECONDS_UNSAID = 10.0  # before a line says what still runs
 SECONDS_AT_MOST = 300.0
 
-IMPORTED: dict[str, ModuleType] = {}  # by the name that a config or --imports gives
+IMPORTED: dict[str, ModuleType] = {}  # by the name in a config or in --imports
 
 
 class TooLong(BaseException):
-    """The user's code takes too long; no Exception, because such code may catch those."""
+    """User code that takes too long. Not an Exception, which user code may catch."""
 
 
 def places(names: Any, folder: Path, field: str) -> dict[str, str]:
-    """Returns, for each import, the absolute path of a file FILE.py, or the name of a module.
+    """Returns the absolute path of each FILE.py, and each module's name as it is, by given name.
 
-    folder: what paths are relative to. Raises InputError unless `names` are names.
+    folder: start of relative paths. Raises InputError for anything but a list of names.
     """
     fits = isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)
     require(fits, field, names, "must be a list of files and modules")
@@ -43,9 +43,9 @@ def places(names: Any, folder: Path, field: str) -> dict[str, str]:
 
 
 def import_all(where: Mapping[str, str], field: str) -> None:
-    """Imports what `places` returns. The caller vouches for it: this runs the user's code.
+    """Imports the modules of `places`. This runs user code: call it for trusted modules only.
 
-    Raises InputError, which names `field`, for whatever goes wrong.
+    Raises InputError, which names `field`, for every failure.
     """
     for name, place in where.items():
         if place.endswith(".py"):
@@ -58,7 +58,7 @@ def _import(place: str) -> ModuleType:
     if not place.endswith(".py"):
         return importlib.import_module(place)
     stem, digest = Path(place).stem, hashlib.sha256(place.encode()).hexdigest()[:8]
-    for module in list(sys.modules.values()):  # a second copy would have other classes
+    for module in list(sys.modules.values()):  # a second copy would define other classes
         file = getattr(module, "__dict__", {}).get("__file__")
         if isinstance(file, str) and Path(file).stem == stem and os.path.realpath(file) == place:
             return module
@@ -76,10 +76,10 @@ def _import(place: str) -> ModuleType:
 
 @contextlib.contextmanager
 def user_code(field: str, value: str, failed: str) -> Iterator[None]:
-    """Runs the user's code inside: whatever it raises becomes an InputError with `failed`.
+    """Runs user code in its body, and turns all that it raises into an InputError with `failed`.
 
-    What it prints goes to stderr. In the main thread, a line says after SECONDS_UNSAID that it
-    still runs, and it ends after SECONDS_AT_MOST.
+    Prints go to stderr. In the main thread, a line after SECONDS_UNSAID says that the code still
+    runs, and SECONDS_AT_MOST ends it.
     """
     interrupts: list[int] = []
     try:
@@ -96,7 +96,7 @@ def user_code(field: str, value: str, failed: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limited(what: str, interrupts: list[int]) -> Iterator[None]:
-    """Says what still runs and raises TooLong; collects real interrupts. Main thread only."""
+    """Reports code that still runs, raises TooLong, and appends to `interrupts` at Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -110,7 +110,7 @@ def _limited(what: str, interrupts: list[int]) -> Iterator[None]:
         nonlocal alarms
         alarms += 1
         late = time.monotonic() - began - SECONDS_AT_MOST
-        if late > 2 * SECONDS_UNSAID:  # it catches everything
+        if late > 2 * SECONDS_UNSAID:  # the code catches everything
             say("does not end by an exception: modjax ends")
             os._exit(2)  # bad input
         if late >= 0:
@@ -136,27 +136,27 @@ def _limited(what: str, interrupts: list[int]) -> Iterator[None]:
 
 
 class Source(NamedTuple):
-    """A module, the user's own modules that it imports, and the hash of all their files."""
+    """A module with the user modules that it imports, and the hash of all their files."""
 
     modules: frozenset[str]
     digest: str
 
 
 def own_layers(model: Any) -> list[str]:
-    """Returns the names of a ModelSpec's layers and ends that are not modjax's."""
+    """Returns the names of the layers and ends of a ModelSpec from outside modjax."""
     used = {type(spec).__name__ for spec in parts(model, deep=True)}
     return sorted(used.intersection(registered()))
 
 
 def registered() -> list[str]:
-    """Returns the names of all layers from outside modjax."""
+    """Returns the names of all registered specs from outside modjax."""
     return [name for name, origin in ORIGINS.items() if not origin.module.startswith("modjax.")]
 
 
 def without_unused(model: Any) -> Any:
-    """Returns a ModelSpec with only those imports that register a layer of it.
+    """Returns a ModelSpec whose imports register its layers; it drops the others.
 
-    It keeps all where that cannot be told, as for a module that imports others by a variable.
+    All imports remain if a layer cannot be traced to one, as for a module that imports by variable.
     """
     layers = own_layers(model)
     by_import = {
@@ -171,22 +171,22 @@ def without_unused(model: Any) -> Any:
 
 
 def layer_source(name: str) -> str:
-    """Returns the hash of the source that registers a layer, as this process first read it."""
+    """Returns the hash of the source that registers a layer, read once in this process."""
     module = sys.modules.get(ORIGINS[name].module)
     return source_of(module, NAMES[name]).digest if module is not None else ""
 
 
 @functools.cache
 def source_of(module: ModuleType, layer: Any = None) -> Source:
-    """Returns the Source of a module, read once for each class `layer` that it registered."""
+    """Returns the Source of a module, read again for each class `layer` that it registered."""
     top = module.__name__.partition(".")[0]
     waiting, modules, contents = [module.__name__], set(), []
     while waiting:
         name = waiting.pop()
         found = sys.modules.get(name)
         file = getattr(found, "__file__", None)
-        foreign = name.partition(".")[0] != top and (not file or _is_installed(file))
-        if name in modules or found is None or foreign:
+        installed = name.partition(".")[0] != top and (not file or _is_installed(file))
+        if name in modules or found is None or installed:
             continue
         modules.add(name)
         waiting.append(name.rpartition(".")[0])
@@ -199,27 +199,26 @@ def source_of(module: ModuleType, layer: Any = None) -> Source:
 
 def _is_installed(file: str) -> bool:
     """Returns whether a file belongs to Python, to an installed package, or to modjax."""
-    homes = [sysconfig.get_path("stdlib"), str(Path(__file__).parents[1])]
-    within = any(os.path.realpath(file).startswith(os.path.realpath(h) + os.sep) for h in homes)
-    return within or bool({"site-packages", "dist-packages"}.intersection(Path(file).parts))
+    path, homes = Path(file), (sysconfig.get_path("stdlib"), Path(__file__).parents[1])
+    within = any(path.resolve().is_relative_to(Path(home).resolve()) for home in homes)
+    return within or bool({"site-packages", "dist-packages"}.intersection(path.parts))
 
 
 def _imports(content: bytes, package: str) -> Iterator[str]:
-    """Yields names that may be imported modules."""
+    """Yields the names in import statements; some may be no modules."""
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # such as a compiled module
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a compiled module, for one
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-            base = ".".join([*parents * (node.level > 0), *filter(None, [node.module])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            with contextlib.suppress(ImportError):  # relative, beyond the package
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
 
 
 def combined(digests: Iterable[str]) -> str:
-    """Returns one short hash of many, whatever their order."""
+    """Returns one short hash of many, in any order."""
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]

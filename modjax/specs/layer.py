@@ -1,6 +1,6 @@
-"""Base classes of layers and routers, segments of layers, and the names that the text form knows.
+"""Base classes of layers and routers, segments of layers, and the names of the text form.
 
-A spec is a frozen dataclass that checks itself. It composes by containing other specs.
+A spec is a frozen dataclass that checks its fields. Specs compose by containing other specs.
 """
 
 import os
@@ -16,7 +16,7 @@ C = TypeVar("C", bound=type)
 
 
 class Origin(NamedTuple):
-    """The module that gave a name, and the file that it was read from ("" in a notebook)."""
+    """Module that gave a name, and its file ("" in a notebook)."""
 
     module: str
     file: str
@@ -27,10 +27,10 @@ ORIGINS: dict[str, Origin] = {}
 
 
 def add_name(function: Any, scope: Mapping[str, Any]) -> None:
-    """Lets the text form call a spec, or a function that makes one, by its name.
+    """Adds a spec, or a function that makes one, to the names that the text form calls.
 
-    scope: the globals of the module that asks for it. That module may be imported again and give
-    the name again. Raises InputError where the name belongs to anything else.
+    scope: globals of the calling module, which may be imported again and give the name again.
+    Raises InputError for a name of another module or class.
     """
     name, file = function.__name__, scope.get("__file__")
     origin = Origin(scope["__name__"], os.path.realpath(file) if file else "")
@@ -43,24 +43,26 @@ def add_name(function: Any, scope: Mapping[str, Any]) -> None:
 
 
 def named(function: Any) -> Any:
-    """Decorates a spec, or a function that makes one, so that the text form knows its name."""
+    """Decorates a spec, or a function that makes one: adds its name to the text form."""
     add_name(function, sys._getframe(1).f_globals)
     return function
 
 
 @dataclass_transform(frozen_default=True)
 def spec(cls: C) -> C:
-    """Decorates a spec of modjax: makes it a frozen dataclass that the text form knows."""
+    """Decorates a spec of modjax: a frozen dataclass, whose name joins the text form."""
     made = dataclass(frozen=True)(cls)
     add_name(made, sys._getframe(1).f_globals)
     return made
 
 
 class Shape(NamedTuple):
-    """The numbers that a model's parts share.
+    """Sizes that the parts of a model share.
 
-    streams: residual streams that the layers see. Only the ends read the rest. width: of the
-    embedding and of the features that the head reads. tied: the head reads the embedding's table.
+    streams: residual streams that the layers see.
+    The ends alone read the rest:
+    width: width of the embedding and of the features that the head reads.
+    tied: whether the head reads the table of the embedding.
     """
 
     d_model: int
@@ -77,18 +79,22 @@ class Shape(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Positions of one sequence that a layer computes, and positions whose keys attention makes."""
+    """Work on one sequence. tokens: positions computed. keys: positions whose keys are made."""
 
     tokens: int
     keys: int
 
 
 class Cost(NamedTuple):
-    """One component of a layer, for one sequence.
+    """Cost of one component of a layer, for one sequence.
 
-    forward: FLOPs. backward: in multiples of them; 1 for what passes no gradient on to its input.
-    params: learned numbers. active: the share of them that a token uses.
-    role: the role of its parameters, see nn/params.py.
+    name: name of the component, such as "mlp".
+    forward: FLOPs of a forward pass.
+    params: learned numbers.
+    active: share of the learned numbers that a token uses.
+    backward: FLOPs of a backward pass, in multiples of `forward`: 2, or 1 without a gradient of the
+      input.
+    role: role of the parameters, see nn/params.py.
     """
 
     name: str
@@ -103,14 +109,14 @@ Costs = Iterator[Cost]
 
 
 class Layer(Spec):
-    """Base class of layers. A layer defines `cost`; the layers inside decide all that it omits."""
+    """Base class of layers. A layer defines `cost`; the other methods ask the layers inside it."""
 
     def inside(self) -> tuple["Layer", ...]:
-        """Returns the layers in its fields, a router included, in order."""
+        """Returns the layers in its fields, routers included, in order."""
         return tuple(part for part in parts(self) if isinstance(part, Layer))
 
     def check(self, shape: Shape) -> None:
-        """Raises InputError where the layer cannot have this shape."""
+        """Raises InputError for a shape that the layer cannot have."""
         around = any(not isinstance(layer, Router) for layer in self.inside())
         accepted = "works on one residual stream: with model.streams it needs AltUp around it"
         require(shape.streams == 1 or around, "model.layers", str(self), accepted)
@@ -118,6 +124,7 @@ class Layer(Spec):
             layer.check(shape)
 
     def cost(self, shape: Shape, load: Load) -> Costs:
+        """Yields the costs of the layer's components for one sequence."""
         raise NotImplementedError
 
     def looks_ahead(self, routing: str) -> bool:
@@ -129,15 +136,18 @@ class Layer(Spec):
         return ()
 
     def routed(self) -> int:
-        """Returns how many selections a position passes on its way through this layer."""
+        """Returns how many selections may take a position in this layer."""
         return sum(layer.routed() for layer in self.inside())
 
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
-        """Returns the size of the caches of a sequence of at most `length` tokens."""
+        """Returns the cached numbers of a sequence of at most `length` tokens.
+
+        slack: a routed layer caches slack * capacity * length positions; None caches all.
+        """
         return sum(layer.cache_numbers(shape, length, slack) for layer in self.inside())
 
     def ropes(self) -> frozenset[float]:
-        """Returns the bases of the rotary tables that the layer reads."""
+        """Returns the bases of the rotary angles that the layer reads."""
         return frozenset().union(*(layer.ropes() for layer in self.inside()))
 
     def hands_on(self) -> frozenset[str]:
@@ -147,30 +157,30 @@ class Layer(Spec):
     def needs(self) -> frozenset[str]:
         """Returns the names of values that earlier layers must pass to this one."""
         found: frozenset[str] = frozenset()
-        handed: frozenset[str] = frozenset()
+        passed: frozenset[str] = frozenset()
         for layer in self.inside():
-            found |= layer.needs() - handed
-            handed |= layer.hands_on()
+            found |= layer.needs() - passed
+            passed |= layer.hands_on()
         return found
 
 
 class Router(Layer):
-    """Base class of routers: layers that make some scores of every position."""
+    """Base class of routers: layers that score every position."""
 
     def check(self, shape: Shape) -> None:
         super().check(shape._replace(streams=1))
 
     def cost(self, shape: Shape, load: Load, outputs: int = 1) -> Costs:
-        """Yields the costs of a router that makes `outputs` scores of each position."""
+        """Yields the costs of a router with `outputs` scores of each position."""
         numbers = shape.d_model * outputs
         yield Cost("router", 2.0 * load.tokens * numbers, numbers, role="router")
 
     def hands_on(self) -> frozenset[str]:
-        return frozenset()  # of a router, only the scores are used
+        return frozenset()  # only the scores leave a router
 
 
 def check_parts(name: str, parts: tuple[Any, ...]) -> None:
-    """Raises InputError unless they are layers, at least one."""
+    """Raises InputError unless `parts` contains layers, at least one."""
     require(len(parts) > 0, name, parts, "must contain a layer")
     for part in parts:
         require(isinstance(part, Layer), name, part, "must contain layers")
@@ -178,9 +188,11 @@ def check_parts(name: str, parts: tuple[Any, ...]) -> None:
 
 @spec
 class Repeat(Spec):
-    """A segment of a model: `parts`, in this order, `times` times over.
+    """Segment of a model: a pattern of layers, repeated.
 
-    One segment of a model may leave `times` open (None), and takes what the depth leaves.
+    parts: layers, at least one, given one after another.
+    times: number of repetitions, greater than 0. One segment of a model may leave it out (None),
+      and fills the rest of the depth.
     """
 
     parts: tuple[Layer, ...]

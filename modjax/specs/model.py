@@ -1,4 +1,4 @@
-"""A decoder's spec: a shape, its layers, an embedding and a head."""
+"""Spec of a decoder: its shape, layers, embedding and head."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from modjax.specs.fields import Positive, check, one_of, parts
 from modjax.specs.layer import NAMES, Layer, Repeat, Shape
 from modjax.specs.layers.ends import Embedding, End, Expansion, FinalNorm, Head
 
-# The fields that hold an end: its type, and how an error names the accepted ones.
+# The fields with an end: its type, and the accepted values in errors.
 ENDS = {
     "embed": (Embedding, "Tokens()"),
     "head": (Head, "Logits() or Tied()"),
@@ -19,14 +19,21 @@ ENDS = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder of `num_layers` layers.
+    """Decoder with a shape, layers and ends. Layers and ends may be given as text.
 
+    vocab_size, d_model, num_layers, num_heads, num_kv_heads, d_ff: sizes, greater than 0.
     layers: a pattern that repeats over the depth, such as (Dense(), MoD(Dense())), or segments
-      `Repeat(..., times=...)`, of which one may leave `times` open. May be given as text.
-    head_dim: None takes d_model / num_heads.
-    imports: files and modules that register layers which are not modjax's. A spec does not import
-      them: whoever trusts them does so before the text of `layers` is read.
-    streams, embed, head: the ends, such as Recycled(2) and Tied(). May be given as text.
+      `Repeat(..., times=...)`, of which one may leave `times` open.
+    head_dim: greater than 0; None takes d_model / num_heads.
+    norm_eps: added to the mean square in every RMSNorm, greater than 0.
+    dtype: "float32" or "bfloat16", in which layers compute.
+    imports: files and modules from outside modjax that register layers. A spec does not import
+      them: the caller does so before the text of `layers` is read, if the caller trusts them.
+    streams: an expansion, such as Recycled(2), or None for one residual stream.
+    embed: an embedding, such as Tokens().
+    head: a head, such as Logits() or Tied().
+
+    Raises InputError for a field, or a combination of fields, that makes no model.
     """
 
     vocab_size: Positive[int]
@@ -52,14 +59,14 @@ class ModelSpec:
         object.__setattr__(self, "layers", read_layers(self.layers))
         for name in ENDS:
             object.__setattr__(self, name, read_end(name, getattr(self, name)))
-        for segment in self.segments:  # raises where the depth does not fit
-            handed: frozenset[str] = frozenset()
+        for segment in self.segments:  # raises for a depth that does not fit
+            passed: frozenset[str] = frozenset()
             for layer in segment.parts:
                 layer.check(self.shape)
-                lacking = ", ".join(sorted(layer.needs() - handed))
-                accepted = f"needs a layer before it, in its segment, that hands on {lacking}"
-                require(not lacking, "model.layers", str(layer), accepted)
-                handed |= layer.hands_on()
+                missing = ", ".join(sorted(layer.needs() - passed))
+                accepted = f"needs an earlier layer of its segment that passes on {missing}"
+                require(not missing, "model.layers", str(layer), accepted)
+                passed |= layer.hands_on()
 
     @property
     def shape(self) -> Shape:
@@ -72,11 +79,12 @@ class ModelSpec:
     @property
     def ends(self) -> tuple[tuple[End, ...], tuple[End, ...]]:
         """The parts before and after the layers, in order."""
-        return (self.embed, *filter(None, [self.streams])), (FinalNorm(), self.head)
+        before = (self.embed,) if self.streams is None else (self.embed, self.streams)
+        return before, (FinalNorm(), self.head)
 
     @property
     def segments(self) -> tuple[Repeat, ...]:
-        """The layers as segments, of which none is open."""
+        """The layers as segments, each with its number of repetitions."""
         depth, given = self.num_layers, self.layers
         segments = given if isinstance(given[0], Repeat) else (Repeat(*given),)
         fixed = sum(len(s.parts) * s.times for s in segments if s.times)
@@ -95,19 +103,19 @@ class ModelSpec:
         return tuple(s if s.times else Repeat(*s.parts, times=left // length) for s in segments)
 
     def repeated(self) -> list[tuple[Layer, int]]:
-        """Returns every layer of the segments' patterns, with the number of its repetitions."""
+        """Returns every layer of the patterns with its number of repetitions."""
         return [(part, s.times) for s in self.segments for part in s.parts if s.times]
 
     def routed(self) -> int:
-        """Returns how many selections a token passes on its way through the model."""
+        """Returns how many selections may take a token in the model."""
         return sum(times * layer.routed() for layer, times in self.repeated())
 
     def looks_ahead(self, routing: str) -> bool:
-        """Returns whether some layer looks ahead. routing: "trained" or "causal"."""
+        """Returns whether any layer looks ahead. routing: "trained" or "causal"."""
         return any(layer.looks_ahead(routing) for layer, _ in self.repeated())
 
     def rules(self, routing: str | None = None) -> frozenset[str]:
-        """Returns the names of the causal rules that `routing` uses; None: that a call can name."""
+        """Returns the names of the causal rules that `routing` uses; None: all that exist."""
         each = [part.names() for part in parts(self, deep=True) if isinstance(part, Layer)]
         if routing == "causal":
             return frozenset(names[0] for names in each if names)
@@ -116,13 +124,13 @@ class ModelSpec:
 
     @property
     def routings(self) -> tuple[str, ...]:
-        """The routings that a call can ask for."""
+        """The routings that a call may request."""
         if self.looks_ahead("causal"):
             return ("trained",)
         return ("trained", "causal", *sorted(self.rules()))
 
     def check_routing(self, routing: str, field: str) -> None:
-        """Raises InputError where a model of this spec cannot select by `routing`."""
+        """Raises InputError for a routing by which this model cannot select."""
         for layer, _ in self.repeated():
             fits = routing == "trained" or not layer.looks_ahead("causal")
             accepted = f"{layer} has no rule that never looks ahead: MoD has causal=Predictor(), "
@@ -132,9 +140,9 @@ class ModelSpec:
         require(routing in self.routings, field, routing, accepted)
 
     def causal_routing(self) -> str | None:
-        """Returns the routing of this model's honest loss.
+        """Returns the routing for the loss without the future, or None if the model has none.
 
-        "trained" where nothing is selected and nothing looks ahead; None without a causal rule.
+        This is "causal", or "trained" for a model that selects nothing.
         """
         if self.looks_ahead("causal"):
             return None
@@ -142,7 +150,7 @@ class ModelSpec:
 
 
 def read_end(name: str, value: Any) -> End | None:
-    """Returns the end that a field of ENDS holds, from text or as it is."""
+    """Returns the end of a field of ENDS, given as text or as a spec."""
     (kind, accepted), found = ENDS[name], _read(value, f"model.{name}")
     shown = value if isinstance(value, int) else str(value)  # str refuses very long ones
     fits = len(found) == 1 and isinstance(found[0], kind)
@@ -151,7 +159,7 @@ def read_end(name: str, value: Any) -> End | None:
 
 
 def read_layers(layers: Any, field: str = "model.layers") -> tuple[Any, ...]:
-    """Returns layers or segments, given or as text. Raises InputError for anything else."""
+    """Returns layers or segments, given as text or as specs. Raises InputError for others."""
     given = layers if isinstance(layers, list | tuple) else [layers]
     found = tuple(spec for item in given for spec in _read(item, field))
     require(len(found) > 0, field, layers, "must name a layer")

@@ -1,4 +1,4 @@
-"""Specs of a run, whose hash names it, and of its execution, which changes no name."""
+"""Specs of a run, whose hash is its name, and of its execution, which changes no name."""
 
 import hashlib
 import json
@@ -10,8 +10,8 @@ from modjax.errors import require, require_name, require_plain_name
 from modjax.specs.fields import Accepts, NotNegative, Positive, canonical, check, one_of
 from modjax.specs.model import ModelSpec
 
-FORMAT = 2  # of names and weights of runs: one of another format can't be resumed or opened
-ROUTER_ROLES = ("router", "predictor")  # of the parameters that "routers" are
+FORMAT = 2  # of run names and weights: a run of another format cannot be resumed or opened
+ROUTER_ROLES = ("router", "predictor")  # roles of the parameters that trained="routers" trains
 
 Share = Annotated[float, Accepts("must be in [0, 1]", lambda share: 0 <= share <= 1)]
 Decay = Annotated[float, Accepts("must be in [0, 1)", lambda decay: 0 <= decay < 1)]
@@ -21,13 +21,24 @@ Rest = Annotated[int, Accepts("must be 0 (the rest) or more", lambda size: size 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: batch, schedule, optimizer and evaluation.
+    """Batch, schedule, optimizer and evaluation of a training run.
 
-    batch_size: sequences of an optimizer step. accumulation: forward-backward passes of a step.
-      Where a loss balances experts, one more forward pass goes before, not counted as FLOPs.
-    The schedule is linear warm-up, then a cosine that reaches `final_learning_rate_fraction` at
-    exactly the last step.
-    trained: "all" parameters, or the "routers" and predictors; the rest stays bit for bit.
+    batch_size: sequences of an optimizer step, greater than 0.
+    seq_len: tokens of a sequence, greater than 0.
+    steps: optimizer steps, greater than 0.
+    learning_rate: peak learning rate, greater than 0. A linear warm-up leads to it, and a cosine
+      from there to `final_learning_rate_fraction` of it at exactly the last step.
+    warmup_steps: steps of the warm-up, 0 to `steps`.
+    final_learning_rate_fraction: in [0, 1].
+    b1, b2, eps, weight_decay: of AdamW; b1 and b2 are in [0, 1).
+    clip_norm: bound on the norm of the gradients, greater than 0.
+    accumulation: forward and backward passes of a step; divides batch_size. If a loss balances
+      experts, one more forward pass comes first, which FLOPs do not count.
+    document_mask: whether attention stays within documents.
+    eval_sequences: held-out sequences of an evaluation, greater than 0.
+    eval_every: steps between evaluations; 0 evaluates after the last step only.
+    trained: "all" parameters, or "routers" with predictors; the rest stays the same bit for bit.
+    seed: of the initial weights and of random routing, 0 to 2**31 - 1.
     """
 
     batch_size: Positive[int]
@@ -64,12 +75,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The token cache of a run, and the order in which it is read.
+    """Token cache of a run, and the order in which it is read.
 
-    name: the corpus ("stdlib", "text" files prepared under a name, "c4", "lm1b", ...).
+    name: corpus: "stdlib", "c4", "lm1b", ..., or the name of prepared text files.
     vocab: "bytes", "sentencepiece:SIZE", or the "FILE.model" that the corpus was prepared with.
-    seed: fixes the permutation of windows in every epoch, shared by all runs of a sweep.
-    max_epochs: a run that would read the corpus more often is refused.
+    seed: fixes the order of windows in every epoch, for all runs of a sweep; 0 or more.
+    max_epochs: bound on the epochs of a run, greater than 0. A longer run is refused.
     """
 
     name: str = "stdlib"
@@ -84,7 +95,7 @@ class DataConfig:
 
     @property
     def vocabulary(self) -> str:
-        """The vocabulary's part of the cache's name; a file counts by its own name."""
+        """The vocabulary in the name of the cache: of a file its name without folders."""
         return Path(self.vocab).name.replace(":", "-")
 
 
@@ -92,7 +103,10 @@ class DataConfig:
 class RunSpec:
     """Everything that decides what a run computes.
 
-    base: the folder of a finished run, whose weights this one starts from; None, the seed's.
+    variant: name of the arm, of letters, digits, '-', '_' and '.'.
+    budget_flops: training FLOPs that the run was sized for, greater than 0.
+    model, train, data: specs of the model, its training and its data.
+    base: folder of a finished run whose weights this run starts from; None draws them by the seed.
     """
 
     variant: str
@@ -108,10 +122,10 @@ class RunSpec:
 
     @property
     def run_id(self) -> str:
-        """A readable slug, and 8 hex digits of a hash of the format and the canonical form."""
+        """A readable prefix, and 8 hex digits of a hash of the format and the canonical form."""
         values = {"format": FORMAT} | canonical(self)
         if self.base is not None:
-            values["base"] = Path(self.base).name  # its run, wherever the folder lies
+            values["base"] = Path(self.base).name  # the run's id, wherever its folder is
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         m = self.model
@@ -121,12 +135,17 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Execution:
-    """Settings that change neither what is computed nor a run's name.
+    """Settings that change neither what a run computes nor its name.
 
-    layer_loop: "scan", "unroll", or "auto": unrolled on CPU, where the scan costs more than it
-      saves, scanned elsewhere.
-    remat: "none", "dots" (keep matrix products), or "full" (keep block inputs only).
-    data, fsdp, tensor, expert: sizes of the mesh axes; `data` = 0 takes the remaining devices.
+    layer_loop: "scan", "unroll", or "auto", which unrolls on CPU, where a scan costs more than it
+      saves, and scans elsewhere.
+    remat: "none", "dots" (keeps matrix products), or "full" (keeps block inputs only).
+    data, fsdp, tensor, expert: sizes of the mesh axes, greater than 0; data = 0 takes the remaining
+      devices.
+    log_every: steps between lines of metrics, greater than 0.
+    checkpoint_seconds: seconds between checkpoints, greater than 0.
+    keep_checkpoints: number of checkpoints to keep, greater than 0.
+    tensorboard: whether to write metrics for TensorBoard too.
     """
 
     layer_loop: Annotated[str, one_of("auto", "scan", "unroll")] = "auto"

@@ -1,4 +1,4 @@
-"""The text of a spec, its constructor call, read without eval."""
+"""Reader of the text form of specs, their constructor calls, without eval."""
 
 import ast
 import contextlib
@@ -14,25 +14,28 @@ MOST_CHARACTERS, MOST_DEPTH = 10_000, 50
 
 
 def bounded(text: str, field: str) -> str:
-    """Returns `text` for Python's parser. Raises InputError where it is too long or too deep."""
+    """Returns `text` without outer spaces. Raises InputError if it is too long or too deep."""
     short = len(text) <= MOST_CHARACTERS
     require(short, field, text, f"must have at most {MOST_CHARACTERS} characters")
     depth = 0
     for character in text:
-        depth += (character in "([{&") - (character in ")]}")  # a chain of & nests as well
+        if character in "([{&":  # a chain of & nests too
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
         require(depth <= MOST_DEPTH, field, text, f"must have at most {MOST_DEPTH} brackets open")
     return text.strip()
 
 
 class UnknownName(InputError):
-    """Text that calls a name which no imported module has registered."""
+    """Text that calls a name which no imported module registers."""
 
 
 def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tuple[Any, ...]:
     """Returns the specs that `text`, such as "Dense(), MoD(Dense())", calls by `names`.
 
-    Raises UnknownName for another name. Raises InputError naming `field` for anything else but
-    calls with plain values, and for values that a spec refuses.
+    Raises UnknownName for another name. Raises InputError, which names `field`, for text that is no
+    call with plain values, and for values that a spec refuses.
     """
 
     def value(node: ast.expr) -> Any:
@@ -79,7 +82,7 @@ def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tupl
 
 
 def _unknown(name: str, make: Callable[..., Any], given: Mapping[str, Any]) -> InputError | None:
-    """Returns the error of the first field that `make` does not know, None where it knows all."""
+    """Returns the error of the first field that `make` does not know, or None."""
     known = inspect.signature(make).parameters
     for field, value in given.items():
         if field not in known:

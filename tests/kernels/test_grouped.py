@@ -105,7 +105,7 @@ def test_the_kernel_for_tpus_computes_what_the_blocks_do(back):
 
 
 def test_the_work_follows_the_rows_not_the_groups():
-    """XLA counts a loop's body once: so the compiled text has no product of all rows."""
+    """XLA counts a loop's body once, so the test looks for a product of all rows in the text."""
     x_TD, w_EDF = jnp.zeros((4096, D)), jnp.zeros((8, D, F))
     compiled = jax.jit(grouped_matmul).lower(x_TD, w_EDF, jnp.zeros(8, jnp.int32)).compile()
     assert compiled.cost_analysis()["flops"] < 2 * 4096 * D * F

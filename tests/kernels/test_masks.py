@@ -21,7 +21,7 @@ def tensors(length=L, keys=L):
 
 
 def plain(q, k, v, seen, softcap=None):
-    """seen(b, query, key) -> bool."""
+    """Returns attention by a plain loop; seen(b, query, key) -> bool is the mask."""
     out = np.zeros_like(q)
     for b, n, i in np.ndindex(*q.shape[:3]):
         keys = [j for j in range(k.shape[2]) if seen(b, i, j)]

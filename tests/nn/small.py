@@ -1,4 +1,4 @@
-"""The small blocks and models of these tests, and how they are compiled.
+"""Small blocks and models for tests, and how they are compiled.
 
 Legend: B batch, L positions, D width.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.nn import Transformer
+from modjax.nn import MoDBlock, Transformer
 from modjax.nn.cache import KVCache
 from modjax.specs import (
     MLP,
@@ -23,6 +23,7 @@ from modjax.specs import (
     Dense,
     Layer,
     MoD,
+    MoDConfig,
     ModelSpec,
     Positional,
     Predictor,
@@ -56,12 +57,12 @@ KINDS = {
     "auxiliary": ("expert_choice", "learned_position"),
     "causal": EVERY[1:],
 }
-# A block that hands on the attention that its positions received.
+# A block that passes on the attention that its positions received.
 RECEIVED = Seq(Attention(received=True), MLP())
 
 
 def scheme(name: str, *, auxiliary: float = 0.0, **options: Any) -> MoD:
-    """A MoD that selects in one of the ways of SCHEMES. auxiliary: for those that have one."""
+    """Returns a MoD of SCHEMES. auxiliary: weight of the auxiliary loss of rules that have one."""
     changes = SCHEMES[name]
     rule = changes.get("rule", TopK())
     if isinstance(rule, TopK):
@@ -70,25 +71,25 @@ def scheme(name: str, *, auxiliary: float = 0.0, **options: Any) -> MoD:
 
 
 def behind_a_block(*names: str, **options: Any) -> tuple[Layer, ...]:
-    """A pattern: a block that processes everything, and one MoD for each of the ways."""
+    """Returns a pattern: a dense block, and a MoD for each name of SCHEMES."""
     first = RECEIVED if "received" in names else Dense()
     return (first, *(scheme(name, **options) for name in names))
 
 
 def taught(routing: str, **options: Any) -> tuple[Layer, ...]:
-    """A pattern with every way that a causal routing knows, with all that it has to learn."""
+    """Returns a pattern of every scheme that a causal routing knows, with its losses."""
     causal = None if routing == "causal" else Predictor()
     return behind_a_block(*KINDS[routing], auxiliary=1.0, causal=causal, **options)
 
 
 def key_values(caches: Any) -> list[KVCache]:
-    """The caches of all attentions, in order."""
+    """Returns the caches of all attention layers, in order."""
     leaves = jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, KVCache))
     return [leaf for leaf in leaves if isinstance(leaf, KVCache)]
 
 
 class Mixer(nnx.Module):
-    """An inner block, in float32, whose positions depend on each other: x + tanh(mean so far) w."""
+    """Inner block in float32 whose positions depend on each other: x + tanh(mean so far) w."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.w = nnx.Param(jax.random.normal(rngs.params(), (WIDTH, WIDTH)) / 3)
@@ -99,9 +100,19 @@ class Mixer(nnx.Module):
         return x_BLD + jnp.tanh(jnp.cumsum(x_BLD, axis=1) / count_1L1) @ self.w
 
 
+def mod_block(**config) -> MoDBlock:
+    """Returns a MoDBlock around a Mixer."""
+    rngs = nnx.Rngs(0)
+    return MoDBlock(Mixer(rngs), WIDTH, MoDConfig(**config), rngs=rngs)
+
+
+def stream(seed: int = 0, batch: int = 3, length: int = 16, width: int = WIDTH) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (batch, length, width))
+
+
 @functools.cache
 def build(config: ModelSpec) -> tuple[Any, Any]:
-    """The graph definition and parameters, born under one jit: eager ops compile one by one."""
+    """Returns graph definition and parameters, made in one jit: eager ops compile one by one."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef = nnx.split(model)[0]
     make = jax.jit(
@@ -112,7 +123,7 @@ def build(config: ModelSpec) -> tuple[Any, Any]:
 
 
 def random_model(config: ModelSpec, *, std: float = 0.3, seed: int = 0) -> tuple[Any, Any]:
-    """The graph definition and parameters from N(0, std^2), thresholds and all, without a jit."""
+    """Returns graph definition and parameters from N(0, std^2), thresholds too, without a jit."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(model)
     rng = np.random.default_rng(seed)
@@ -123,16 +134,22 @@ def random_model(config: ModelSpec, *, std: float = 0.3, seed: int = 0) -> tuple
 def check_gradients(
     loss: Callable[..., float], arguments: Any, gradients: Any, rng: np.random.Generator
 ) -> None:
-    """Gradients against differences of a loss in float64, along a direction for every leaf."""
+    """Compares gradients with differences of a float64 loss, along a direction for every leaf."""
     leaves, structure = jax.tree.flatten(arguments)
     for index, gradient in enumerate(jax.tree.leaves(gradients)):
         direction = rng.normal(size=gradient.shape)
         up, down = (
-            loss(*jax.tree.unflatten(structure, [
-                leaf + step * direction if i == index else leaf for i, leaf in enumerate(leaves)
-            ]))
+            loss(
+                *jax.tree.unflatten(
+                    structure,
+                    [
+                        leaf + step * direction if i == index else leaf
+                        for i, leaf in enumerate(leaves)
+                    ],
+                )
+            )
             for step in (1e-6, -1e-6)
-        )  # fmt: skip
+        )
         slope = (up - down) / 2e-6
         assert abs(slope) > 1e-3
         assert np.sum(gradient * direction) == pytest.approx(slope, rel=1e-4, abs=1e-4)

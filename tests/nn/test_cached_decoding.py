@@ -48,7 +48,7 @@ def model_config(*layers, **changes):
 
 @functools.cache
 def both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS, seed=33):
-    """The uncached call and the cached ones over the same tokens, in one program.
+    """Runs the uncached call and the cached calls over the same tokens, in one program.
 
     What follows the prompts is decoded token by token, and also read as one turn.
     """
@@ -105,10 +105,11 @@ def check_both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS, seed
     assert 0.1 < np.std(logits_BLV) < 10
     layers = [
         {mask: value_GBL[g] for mask, value_GBL in masks[f"{i}_mod"].items()}
-        if layer.routed() else None
+        if layer.routed()
+        else None
         for g in range(config.num_layers // len(config.layers))
         for i, layer in enumerate(config.layers)
-    ]  # fmt: skip
+    ]
     routed = [layer for layer in layers if layer is not None]
     depth_BL = sum(layer["selected_BL"].astype(int) for layer in routed)
     logits_SBV, depth_SB, active_SB, positions_SB, caches_S = decoded
@@ -138,9 +139,10 @@ def check_both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS, seed
                 close(ours[b, :, :count], theirs[b, :, :count])
         for layer_cache, layer in zip(last.layers + extended.layers, layers + layers, strict=True):
             wanted, selected = (
-                (total, total) if layer is None
+                (total, total)
+                if layer is None
                 else (layer["wanted_BL"][b].sum(), layer["selected_BL"][b].sum())
-            )  # fmt: skip
+            )
             (held,) = key_values(layer_cache)
             assert held.length_B[b] == selected
             if layer is None:
@@ -198,7 +200,7 @@ def test_long_prompts_overflow_alike_with_grouped_queries_and_capacities_of_thei
 
 
 def test_rings_of_slots_hold_what_a_bounded_mask_shows():
-    """Prompts and turns that are longer than a ring, and shorter; and selections of positions."""
+    """Covers prompts and turns longer and shorter than a ring, and selections of positions."""
     window, both, lone = (
         Seq(Attention(mask=mask, softcap=2.0), MLP())
         for mask in (

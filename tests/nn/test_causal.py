@@ -25,7 +25,7 @@ def config_of(layers):
 
 
 def reach(run):
-    """How far edits reach: {t: first position whose output ever changed}; run(tokens_1L)."""
+    """Returns the reach of edits, {t: first position whose output changed}, of run(tokens_1L)."""
     first = {}
     for seed in range(16):
         tokens = np.random.default_rng(seed).integers(0, 20, (1, LENGTH))
@@ -56,7 +56,7 @@ def test_an_edit_changes_nothing_before_it_in_the_call_and_in_reading(routing):
     }
 
     def prompt(tokens, t):
-        """What a prompt of t tokens leaves behind, whatever follows them."""
+        """Returns the caches after a prompt of t tokens, whatever follows them."""
         logits, cache, depths = compiled(params, tokens, jnp.array([t]))[1]
         kept = [
             leaf[:, :, : int(held.length_B[0])] for held in key_values(cache) for leaf in held[:2]
@@ -77,10 +77,14 @@ def test_an_edit_changes_nothing_before_it_in_the_call_and_in_reading(routing):
     [
         ((MoD(Dense(), **MOD),), True),
         (behind_a_block("received", **MOD), True),
-        (behind_a_block("stochastic", "positional", "learned_position", "binary",
-                        "threshold", **MOD), False),
+        (
+            behind_a_block(
+                "stochastic", "positional", "learned_position", "binary", "threshold", **MOD
+            ),
+            False,
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_selection_of_training_looks_ahead_where_positions_compete_by_content(
     layers, looks_ahead
 ):
@@ -97,14 +101,17 @@ def test_the_selection_of_training_looks_ahead_where_positions_compete_by_conten
 @pytest.mark.parametrize(
     "layers, routing, message",
     [
-        (behind_a_block("received"), "causal",
-         r"MoD\(Dense\(\), router=Received\(\), rule=TopK\(weight='one'\)\) has no rule that "),
+        (
+            behind_a_block("received"),
+            "causal",
+            r"MoD\(Dense\(\), router=Received\(\), rule=TopK\(weight='one'\)\) has no rule that ",
+        ),
         (behind_a_block("received"), "threshold", "has no rule that never looks ahead: MoD has "),
         (behind_a_block("expert_choice"), "auxiliary", "must be one of trained, causal, threshold"),
         (behind_a_block("expert_choice"), "predictor", "must be one of trained, causal, threshold"),
         ((Dense(),), "best", "must be one of trained, causal$"),
     ],
-)  # fmt: skip
+)
 def test_a_routing_that_was_not_learned_is_refused_wherever_it_is_asked_for(
     layers, routing, message
 ):

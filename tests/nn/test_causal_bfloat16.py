@@ -25,7 +25,7 @@ PATTERNS = {
 
 
 def decided_model(config):
-    """Random parameters under which no decision is near its boundary, and which tokens say yes.
+    """Returns random parameters with no decision near its boundary, and the tokens that say yes.
 
     The first dim of the stream stays what the embedding put there, 3/4 or -3/4: it decides, and
     the other dims move every score a little.

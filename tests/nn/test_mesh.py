@@ -88,7 +88,7 @@ def objective(model):
 
 @functools.cache
 def one_device(layer):
-    """The model, its arguments, and the loss, records and gradients of one device."""
+    """Returns the model, its arguments, and the loss, records and gradients of one device."""
     config = layer if isinstance(layer, ModelSpec) else spec_of(layer)
     model = abstract_model(config)
     state = jax.jit(make_init(model, train_config()), compiler_options=QUICK)(jnp.int32(0))

@@ -44,7 +44,7 @@ def config_of(*layers):
 
 
 def by_content(routing):
-    """Every way but those that go by the position in the row, which packing changes.
+    """Returns every scheme but those that read the position in the row, which packing changes.
 
     Positional() stays by an even number of positions, so that every second one stays so.
     """
@@ -59,7 +59,7 @@ def by_content(routing):
 
 
 def reader(config, routing, **options):
-    """A function (tokens_BL, segment_ids_BL) -> (logits_BLV, masks of each routed layer)."""
+    """Returns a function (tokens_BL, segment_ids_BL) -> (logits_BLV, masks of routed layers)."""
     graphdef, params = random_model(config, std=0.5, seed=8)
 
     def read(params, tokens_BL, segment_ids_BL):
@@ -123,7 +123,7 @@ STRIDES = (
     SequenceAltUp(
         Seq(Attention(mask=Causal() & Window(4)), MoE(2, capacity_factor=None)), stride=2
     ),
-)  # fmt: skip
+)
 SELECTIONS = {
     "strides": {"layers": STRIDES},
     "MoD around strides": {"layers": tuple(MoD(layer, **MOD) for layer in STRIDES)},
@@ -141,8 +141,12 @@ SELECTIONS = {
         "streams": Recycled(2),
     },
 }
-BY = [("strides", "trained"), *((name, "threshold") for name in SELECTIONS if name != "strides"),
-      ("MoD around strides", "auxiliary"), ("streams", "auxiliary")]  # fmt: skip
+BY = [
+    ("strides", "trained"),
+    *((name, "threshold") for name in SELECTIONS if name != "strides"),
+    ("MoD around strides", "auxiliary"),
+    ("streams", "auxiliary"),
+]
 
 
 @pytest.mark.parametrize("name, routing", BY)

@@ -37,7 +37,11 @@ def block(*rule, **options):
 
 KINDS = {
     "MoD by ranks": behind_a_block(
-        "received", "expert_choice", "stochastic", "learned_position", auxiliary=0.5,
+        "received",
+        "expert_choice",
+        "stochastic",
+        "learned_position",
+        auxiliary=0.5,
         **LEARNED,
     ),
     "MoD by rules": behind_a_block("positional", "binary", "threshold", **LEARNED),
@@ -53,7 +57,7 @@ KINDS = {
         MoD(block(capacity_factor=0.75), capacity=0.5),
         MoD(block(ExpertChoice(), capacity_factor=1.0), capacity=0.5),
     ),
-}  # fmt: skip
+}
 CASES = (
     ("MoD by ranks", "trained"),
     ("MoD by rules", "trained"),

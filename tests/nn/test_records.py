@@ -14,7 +14,7 @@ from modjax.nn import Inside, Record, TokenLoss, losses, observe, statistics
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Reward(Record):
-    """Rewards what was chosen where the loss is high."""
+    """Record whose loss rewards choices at positions of high loss."""
 
     chance_BL: jax.Array
 
@@ -31,7 +31,7 @@ class Reward(Record):
 
 
 class Fresh(Reward):
-    """Its measured number does not depend on the old one."""
+    """Record whose measured number does not depend on the old one."""
 
     def observed(self, measured, updates, tokens=None):
         return {"best": jnp.max(self.chance_BL)}

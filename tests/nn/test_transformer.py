@@ -43,10 +43,11 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize(
     "layers",
     [
-        (Dense(),), (Dense(), ROUTED),
+        (Dense(),),
+        (Dense(), ROUTED),
         (dataclasses.replace(ROUTED, rule=Random()), Dense()),
     ],
-)  # fmt: skip
+)
 def test_scan_equals_unrolled_in_values_and_gradients(layers):
     config = dataclasses.replace(CONFIG, layers=layers)
     results = []
@@ -153,7 +154,7 @@ def test_logits_start_near_unit_scale_tied_or_not():
 
 
 class TheirBlock(nnx.Module):
-    """Somebody else's block, which takes positions and knows nothing of modjax."""
+    """Foreign block that takes positions and knows nothing of modjax."""
 
     def __init__(self, rngs):
         self.linear = nnx.Linear(16, 16, rngs=rngs)

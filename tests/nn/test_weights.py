@@ -34,8 +34,11 @@ SHAPE = {"vocab_size": 40, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "d_
 
 
 def model(*layers, **changes):
-    places = [part for layer in layers for part in (layer.parts * layer.times if isinstance(
-        layer, Repeat) else (layer,))]  # fmt: skip
+    places = [
+        part
+        for layer in layers
+        for part in (layer.parts * layer.times if isinstance(layer, Repeat) else (layer,))
+    ]
     return ModelSpec(**SHAPE | changes, num_layers=len(places), layers=layers)
 
 
@@ -58,10 +61,12 @@ CAPPED = Seq(Attention(softcap=20.0, rope=500.0), MLP("silu"))
             (Seq(Attention(mask=Causal() & Window(8)), MoE(4, TokenChoice(2))),),
         ),
         ((SequenceAltUp(Dense()),), (SequenceAltUp(CAPPED, stride=2),)),
-        ((Repeat(Dense(), times=2), Repeat(Attention(), times=1)),
-         (Repeat(CAPPED, times=2), Repeat(Attention(norm="after"), times=1))),
+        (
+            (Repeat(Dense(), times=2), Repeat(Attention(), times=1)),
+            (Repeat(CAPPED, times=2), Repeat(Attention(norm="after"), times=1)),
+        ),
     ],
-)  # fmt: skip
+)
 def test_no_field_changes_the_path_of_a_parameter(plain, changed):
     named = [path.replace("norm_after", "norm") for path in paths(model(*changed))]
     assert sorted(named) == sorted(paths(model(*plain)))
@@ -109,10 +114,12 @@ def test_every_layer_and_expert_has_its_own_plain_matrices():
     found = named_weights(nnx.merge(graphdef, state))
     blocks = nnx.to_pure_dict(state)["stack"]["blocks"]
     assert found["stack.blocks.3.inner.w_out"].shape == (32, 16)
-    np.testing.assert_array_equal(found["stack.blocks.3.inner.w_out"].T,
-                                  blocks["1_mod"]["inner"]["w_out"][1])  # fmt: skip
-    np.testing.assert_array_equal(found["stack.blocks.2.parts.1_mlp.w_in"],
-                                  blocks["0_seq"]["parts"]["1_mlp"]["w_in"][1])  # fmt: skip
+    np.testing.assert_array_equal(
+        found["stack.blocks.3.inner.w_out"].T, blocks["1_mod"]["inner"]["w_out"][1]
+    )
+    np.testing.assert_array_equal(
+        found["stack.blocks.2.parts.1_mlp.w_in"], blocks["0_seq"]["parts"]["1_mlp"]["w_in"][1]
+    )
     assert "stack.blocks.4.norm.scale" in found and "stack.blocks.5.norm.scale" not in found
 
 

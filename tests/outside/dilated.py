@@ -1,4 +1,4 @@
-"""A mask of one's own: every `every`-th position, as far as a window reaches."""
+"""Mask from outside: every `every`-th position within a window."""
 
 from dataclasses import dataclass
 

@@ -30,7 +30,7 @@ class Neighbours(modjax.Router):
 
 
 class Before(NamedTuple):
-    """The cache: the last width - 1 positions of each row, zeros before the first.
+    """Cache of the last width - 1 positions of each row, zeros before the first.
 
     As an update: the same after read_B more positions. A row that is not run has read none, and the
     rest of its update may be anything.
@@ -49,8 +49,9 @@ class NeighboursModule(LayerModule):
         self.width, self.d_model = spec.width, shape.d_model
         std = (spec.width * shape.d_model) ** -0.5
         axes = (None, "replicated", None)
-        self.w = normal_param(rngs, (spec.width, shape.d_model, outputs), axes, std=std,
-                              role="router")  # fmt: skip
+        self.w = normal_param(
+            rngs, (spec.width, shape.d_model, outputs), axes, std=std, role="router"
+        )
 
     def __call__(self, x_BLD, at, call, cache=None) -> Out:
         batch, length, width = x_BLD.shape

@@ -1,4 +1,4 @@
-"""A rule of one's own: the positions whose score is above that of the position before.
+"""Rule from outside: selects positions that score above the position before.
 
 Legend: B batch, L positions, K selected positions, R scores of a position.
 """

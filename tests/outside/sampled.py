@@ -1,4 +1,4 @@
-"""A rule of one's own that is trained by reward: positions are drawn, and pay off by the loss.
+"""Rule from outside that is trained by reward: it draws positions, and the loss is their cost.
 
 The loss is REINFORCE (Williams 1992) with a running mean of the loss as its baseline.
 Legend: B batch, L positions, K selected positions, R scores of a position.
@@ -54,8 +54,10 @@ class Drawn(Record):
         return {"baseline": measured["baseline"] + rate * (mean - measured["baseline"])}
 
     def counts(self, valid_BL):
-        return {"chance": jnp.sum(jnp.where(valid_BL, self.chance_BL, 0.0), axis=1),
-                "positions": jnp.sum(valid_BL, axis=1).astype(jnp.float32)}  # fmt: skip
+        return {
+            "chance": jnp.sum(jnp.where(valid_BL, self.chance_BL, 0.0), axis=1),
+            "positions": jnp.sum(valid_BL, axis=1).astype(jnp.float32),
+        }
 
     @classmethod
     def outcome(cls, counts):

@@ -1,4 +1,4 @@
-"""A layer of one's own: only every `stride`-th position passes through the inner layer.
+"""Layer from outside: only every `stride`-th position passes through the inner layer.
 
 Legend: B batch, L positions, K selected positions, D model width.
 """
@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import modjax
-from modjax.nn import At, Call, LayerModule, Out, Record, build, make_param
-from modjax.nn.routing import within
+from modjax.nn import At, Call, LayerModule, Out, Record, build, make_param, within
 from modjax.nn.routing.selection import scatter_add, select_first_k
 from modjax.specs import Cost, Load, Shape
 

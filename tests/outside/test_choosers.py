@@ -145,8 +145,16 @@ def test_they_train_in_a_sweep_and_are_sampled_and_reported(tiny_data_dir, tmp_p
     for name, rule in zip(names, ("threshold", "rising", "sampled"), strict=True):
         result = json.loads((runs[name] / "result.json").read_text())
         assert result["causal_routing"] == rule and result["causal_loss"] > 0
-        drawn = run(tmp_path, "sample", *where, f"--run={runs[name].name}", "--prompt=def",
-                    "--json", "--tokens=8", *ours)  # fmt: skip
+        drawn = run(
+            tmp_path,
+            "sample",
+            *where,
+            f"--run={runs[name].name}",
+            "--prompt=def",
+            "--json",
+            "--tokens=8",
+            *ours,
+        )
         assert json.loads(drawn.stdout)[0]["routed_blocks"] >= 1, drawn.stderr
     assert 0 < result["outcome"]["trained/sampled/chance"] < 1
     line = json.loads((runs["sampled"] / "metrics.jsonl").read_text().splitlines()[0])

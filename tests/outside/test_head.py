@@ -107,8 +107,15 @@ def test_it_trains_in_a_sweep_beside_other_heads_and_is_sampled_and_reported(
     assert imports == {"dense": [], "tied": [], "factored": ["tests.outside.factored"]}
     result = json.loads((runs["factored"] / "result.json").read_text())
     assert list(result["provenance"])[:2] == ["code of modjax", "code of Factored"]
-    sampled = modjax_("sample", *common, f"--run={runs['factored'].name}", "--prompt=def",
-                      "--json", "--tokens=8", "--imports=tests/outside/factored.py")  # fmt: skip
+    sampled = modjax_(
+        "sample",
+        *common,
+        f"--run={runs['factored'].name}",
+        "--prompt=def",
+        "--json",
+        "--tokens=8",
+        "--imports=tests/outside/factored.py",
+    )
     assert json.loads(sampled)[0]["text"] is not None
     modjax_("report", f"--workdir={workdir}")
     assert "Factored(rank=2)" in (workdir / "report.html").read_text()

@@ -26,7 +26,7 @@ def test_its_text_is_read_back():
 
 
 def test_its_flops_are_those_that_xla_counts():
-    """All but a chunk's queries more, which both programs would see at most."""
+    """A mask saves all its hidden keys but those of one chunk of queries."""
     found = {}
     for size in (64, 640):
         layer = Seq(Attention(mask=Causal() & Dilated(size)), MLP())
@@ -72,9 +72,10 @@ def test_its_cached_decoding_is_the_full_pass_in_a_ring_of_slots_also_within_mod
     for logits, (first, second) in found:
         np.testing.assert_allclose(logits, [full[0, first], full[1, second]], atol=1e-4, rtol=1e-4)
     held = [
-        leaf for leaf in jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, KVCache))
+        leaf
+        for leaf in jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, KVCache))
         if isinstance(leaf, KVCache)
-    ]  # fmt: skip
+    ]
     assert [each.k_BGWH.shape for each in held] == [(2, 1, 6, 8)] * 2
     numbers = sum(each.k_BGWH.nbytes + each.v_BGWH.nbytes for each in held)
     assert numbers == 2 * flops.cache_bytes(spec, 20)
@@ -103,8 +104,16 @@ def test_it_is_planned_trained_in_a_sweep_sampled_and_reported(tiny_data_dir, tm
     assert spec["model"]["imports"] == ["tests.outside.dilated"]
     result = json.loads((folder / "result.json").read_text())
     assert result["causal_loss"] == result["eval_loss"]
-    sampled = modjax_("sample", workdir, data, f"--run={folder.name}", "--prompt=def", "--json",
-                      "--tokens=20", "--imports=tests.outside.dilated")  # fmt: skip
+    sampled = modjax_(
+        "sample",
+        workdir,
+        data,
+        f"--run={folder.name}",
+        "--prompt=def",
+        "--json",
+        "--tokens=20",
+        "--imports=tests.outside.dilated",
+    )
     assert len(json.loads(sampled)[0]) > 1
     modjax_("report", workdir)
     assert "Dilated(size=8)" in (tmp_path / "work" / "report.html").read_text()

@@ -20,8 +20,14 @@ from modjax.specs import Dense, MoD, ModelSpec
 from tests.outside.strided import Strided
 
 ROOT = Path(__file__).parents[2]
-SHAPE = {"vocab_size": 40, "d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2,
-         "d_ff": 32}  # fmt: skip
+SHAPE = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "d_ff": 32,
+}
 CONFIG = """
 import ml_collections
 
@@ -77,12 +83,15 @@ modjax.register(RowMean, RowMeanModule)
 
 
 def run(cache, *arguments):
-    """Runs `modjax ARGUMENTS...`, whose caches are below the folder `cache`."""
+    """Runs `modjax ARGUMENTS...` with its caches in the folder `cache`."""
     return subprocess.run(
-        [sys.executable, "-m", "modjax.cli", *arguments], capture_output=True, text=True,
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                                    "XDG_CACHE_HOME": str(cache / "cache")},
-    )  # fmt: skip
+        [sys.executable, "-m", "modjax.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache / "cache")},
+    )
 
 
 def model(layers, **changes):
@@ -170,9 +179,16 @@ def test_it_trains_in_a_sweep_beside_dense_and_mod_and_is_sampled_and_reported(
         [],
         ["tests.outside.strided"],
     )
-    sampled = modjax_("sample", *common, f"--run={runs['strided'].name}", "--prompt=def", "--json",
-                      "--tokens=8", "--routing=causal",
-                      "--imports=tests/outside/strided.py")  # fmt: skip
+    sampled = modjax_(
+        "sample",
+        *common,
+        f"--run={runs['strided'].name}",
+        "--prompt=def",
+        "--json",
+        "--tokens=8",
+        "--routing=causal",
+        "--imports=tests/outside/strided.py",
+    )
     assert json.loads(sampled)[0]["routed_blocks"] >= 1
     # It skips by a rule of its own that never looks ahead: its loss is the one to sample by.
     result = json.loads((runs["strided"] / "result.json").read_text())

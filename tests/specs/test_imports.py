@@ -1,4 +1,4 @@
-"""The user's own modules: found, imported with a limit, and told apart by their source."""
+"""User modules: found, imported with a limit, and identified by their source."""
 
 import hashlib
 import importlib
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("own_layers", "interrupts")
 
 @pytest.fixture
 def interrupts():
-    """Ctrl-C works as at a terminal: a shell's background job begins with it ignored."""
+    """Makes Ctrl-C work as at a terminal: a background job begins with it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -50,7 +50,7 @@ class {name}(Layer):
 
 @pytest.fixture
 def imported(tmp_path):
-    """Imports files of these names and sources from a folder; returns its InputError's line."""
+    """Returns a function that imports files by name and source, and returns its error, or ""."""
 
     def imported(**sources: str) -> str:
         for name, source in sources.items():

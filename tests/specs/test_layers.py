@@ -25,8 +25,14 @@ from modjax.specs import (
     to_dict,
 )
 
-SHAPE = {"vocab_size": 40, "d_model": 16, "num_layers": 6, "num_heads": 2, "num_kv_heads": 2,
-         "d_ff": 32}  # fmt: skip
+SHAPE = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "num_layers": 6,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "d_ff": 32,
+}
 
 
 def model(layers, **changes):
@@ -107,7 +113,7 @@ def test_the_text_of_layers_is_read_back_to_the_same_layers(text, streams):
         ("MoD(Dense(), rule=Best())", "model.layers = 'Best': unknown; known: "),
         (
             "MoD(Dense(), router=Received())",
-            "needs a layer before it, in its segment, that hands",
+            "needs an earlier layer of its segment that passes on received",
         ),
     ],
 )
@@ -133,9 +139,13 @@ def test_the_canonical_form_leaves_defaults_out():
 
     train = TrainConfig(8, 16, 10, 1e-3, 1, b2=0.95)
     assert canonical(train) == {
-        "batch_size": 8, "seq_len": 16, "steps": 10, "learning_rate": 1e-3, "warmup_steps": 1,
+        "batch_size": 8,
+        "seq_len": 16,
+        "steps": 10,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
         "b2": 0.95,
-    }  # fmt: skip
+    }
     assert canonical(Longer(8, 16, 10, 1e-3, 1, b2=0.95)) == canonical(train)
     assert "added" in canonical(Longer(8, 16, 10, 1e-3, 1, added=0.25))
 
@@ -163,7 +173,7 @@ LOOKING = Attention(rope=5.0, received=True)
 
 @dataclasses.dataclass(frozen=True)
 class Looking(Router):
-    """A router from outside with attention in it."""
+    """Router from outside that contains attention."""
 
     inner: Layer = LOOKING
 

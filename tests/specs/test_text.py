@@ -3,10 +3,10 @@
 import pytest
 
 from modjax.errors import InputError
-from modjax.specs import from_dict
+from modjax.specs import ModelSpec, TrainConfig, from_dict
 from modjax.specs.layer import NAMES
 from modjax.specs.text import read
-from tests.specs.test_fields import MODEL, TRAIN, ModelSpec, TrainConfig
+from tests.specs.small import MODEL, TRAIN
 
 HOSTILE = {
     "Dense(" * 1000 + ")" * 1000: "must have at most 50 brackets open",

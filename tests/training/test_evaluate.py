@@ -7,7 +7,7 @@ import pytest
 
 from modjax.nn import Routed
 from modjax.nn.records import Counts, counts
-from modjax.nn.routing.expert_record import Routing
+from modjax.nn.routing.records import Dispatched
 from modjax.specs import Execution
 from modjax.training.mesh import make_mesh
 from modjax.training.results.evaluate import (
@@ -85,10 +85,16 @@ def test_decisions_are_judged_per_layer_over_scored_sequences_and_valid_position
     for g in range(2):
         want, take, right = (x[g, :3][valid_BL[:3]] for x in (wanted, selected, target))
         most = max(selected[g, b][valid_BL[b]].mean() for b in range(3))
-        expected.append((
-            np.mean(want == right), np.sum(want & right) / want.sum(),
-            np.sum(want & right) / right.sum(), take.mean(), np.mean(want & ~take), most,
-        ))  # fmt: skip
+        expected.append(
+            (
+                np.mean(want == right),
+                np.sum(want & right) / want.sum(),
+                np.sum(want & right) / right.sum(),
+                take.mean(),
+                np.mean(want & ~take),
+                most,
+            )
+        )
         layer = dict(zip(names, expected[g], strict=True))
         assert found[f"1_mod.{g}"] == pytest.approx(layer)
     mean = dict(zip(names, np.mean(expected, axis=0), strict=True))
@@ -104,7 +110,7 @@ def test_near_ties_are_counted_over_layers_and_sequences_that_are_scored():
     picks = {name: np.ones((3, 2)) for name in ("picks", "asked", "taken", "computed")}
     ties = picks | {"near_ties": np.array([[1.0, 0.0], [2.0, 1.0], [9.0, 9.0]])}
     each = {"1_moe": ties, "2_moe": picks, "3_moe": ties}
-    counted = {name: Counts(of, Routing) for name, of in each.items()}
+    counted = {name: Counts(of, Dispatched) for name, of in each.items()}
     scored = np.array([4.0, 4.0, 0.0])
     assert outcome(Scores(np.ones(3), scored, counted))[0]["moe/near_ties"] == 8
     without = {"2_moe": counted["2_moe"]}

@@ -19,8 +19,8 @@ from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers.dense import Sublayer, depth_scale, mlp, mlp_weights
 from modjax.nn.layers.experts import MATRIX_AXES, in_groups, in_slots, one_by_one, slots_of
 from modjax.nn.params import normal_param, read
-from modjax.nn.routing.expert_record import Routing
 from modjax.nn.routing.expert_rules import SCORES
+from modjax.nn.routing.records import Dispatched
 from modjax.nn.routing.selection import of_valid
 
 # So few positions are computed expert by expert: they do little but read the experts' weights.
@@ -71,7 +71,7 @@ class MoE(Sublayer):
         if self.shared is not None:
             z_BLD += mlp(y_BLD, _read(self.shared), spec.activation, project, project_back)
         picks_B = jnp.sum(picks.rows_BR, axis=1)
-        own = Routing(
+        own = Dispatched(
             asked_BL, taken_BL, valid_BL, picks.experts_BLP, picks_B, computed_B, picks.tied_BE
         )
         rule = self.rule.report(scored.x, scores_BLR, picks, valid_BL)

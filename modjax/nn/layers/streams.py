@@ -20,7 +20,7 @@ from modjax.nn.build import LayerModule, build
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers.dense import RMSNorm, Sublayer, unit_rms
 from modjax.nn.params import make_param, normal_param, read
-from modjax.nn.routing.rules import linear
+from modjax.nn.routing.routers import linear
 
 # The least mean square that a stream is divided by, as in Gemma 3n.
 LEAST_SQUARE = 1e-5

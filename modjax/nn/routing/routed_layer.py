@@ -1,4 +1,4 @@
-"""The part that all routed layers share: a router, its rules, and a selection by them.
+"""Base class of routed layers: a router, its rules, and the selection that they make.
 
 Legend: B batch, L positions, K selected positions, R scores of a position, D model width.
 """
@@ -17,7 +17,7 @@ from modjax.errors import require
 from modjax.nn.build import build
 from modjax.nn.call import At, Call, under
 from modjax.nn.records import Record
-from modjax.nn.routing.routed import Routed
+from modjax.nn.routing.records import Routed
 from modjax.nn.routing.rules import Choice
 from modjax.nn.routing.selection import (
     Selection,
@@ -30,7 +30,7 @@ from modjax.nn.routing.selection import (
 from modjax.nn.routing.within import widened
 from modjax.specs.layers.mod import MoDConfig, selected_tokens
 
-Process = Callable[[Selection], Any]  # runs selected positions
+Process = Callable[[Selection], Any]  # runs a layer on the selected positions
 
 
 class RoutedLayer(nnx.Module):
@@ -52,49 +52,53 @@ class RoutedLayer(nnx.Module):
         return {"rule": self.rule} | ({} if self.causal is None else {"causal": self.causal})
 
     def start(self, batch: int, router: Any = ()) -> dict[str, Any]:
-        """Returns the state before the first position, with the router's empty cache."""
+        """Returns the state before the first position. router: the router's empty cache."""
         return {"router": router} | {n: rule.start(batch) for n, rule in self.rules().items()}
 
     def route(
         self, x_BLD: jax.Array, at: At, call: Call, state: dict[str, Any], limit: jax.Array | int
     ) -> tuple[Selection | None, dict[str, Record], dict[str, Any]]:
-        """Routes positions by the scores of the router.
+        """Selects positions by the scores of the router.
 
-        Returns the selection of training, None where `call.routing` is another; the records, of
-        which "" has the positions that are selected; and the state after these positions, with the
-        update of the router's cache.
-        limit: without the future, the first so many requested positions of a row are selected; of
-          all rows, or (B, 1).
+        limit: without the future, a row processes at most its first `limit` requested positions;
+          an int or (B, 1).
+
+        Returns
+          the selection of training, None under another `call.routing`;
+          the records, of which "" is this layer's own `Routed`;
+          the state after these positions, with the update of the router's cache.
         """
         scored = self.router(x_BLD, at, call, state["router"] or None)
         choice = self.rule.choose(scored.x, at, call)
         if choice.wanted_BL is not None:
             choice = choice._replace(wanted_BL=_valid(choice.wanted_BL, at))
         k_B = of_valid(self._k, at.valid_BL, *x_BLD.shape[:2])
-        selection = self._as_trained(choice, at, k_B)
+        selection = self._trained(choice, at, k_B)
         target_BL = wanted_BL = selected_BL = selected_mask(selection, x_BLD.shape[1])
         if call.routing != "trained":
-            name, mine = self.decider(call.routing)
-            seen = self._seen_by(mine, choice)
-            wanted_BL, after = self.rules()[mine].decide(name, x_BLD, seen, at, state[mine])
-            wanted_BL, state = _valid(wanted_BL, at), {**state, mine: after}
+            name, attribute = self.decider(call.routing)
+            rule, seen = self.rules()[attribute], self._seen_by(attribute, choice)
+            wanted_BL, after = rule.decide(name, x_BLD, seen, at, state[attribute])
+            wanted_BL, state = _valid(wanted_BL, at), {**state, attribute: after}
             selected_BL = wanted_BL & (jnp.cumsum(wanted_BL, axis=1) <= limit)
         elif choice.wanted_BL is not None:
             wanted_BL = choice.wanted_BL
         tied_B = selection.tied_B
         own = Routed(choice.scores_BL, target_BL, wanted_BL, selected_BL, k_B, tied_B)
         records: dict[str, Record] = {"": own, **under("router", scored.records)}
-        for name, rule in self.rules().items():
-            record = rule.report(x_BLD, self._seen_by(name, choice), selection, at)
-            records |= {} if record is None else {name: record}
+        for attribute, rule in self.rules().items():
+            record = rule.report(x_BLD, self._seen_by(attribute, choice), selection, at)
+            if record is not None:
+                records[attribute] = record
         trained = selection if call.routing == "trained" else None
         return trained, records, {**state, "router": scored.write}
 
     def run(self, process: Process, selection: Selection | None, own: Routed, bound: int) -> Any:
-        """Returns the result of `process` for the selection of training, or for those of `own`.
+        """Returns process(selection), or without a selection, `process` of those in `own`.
 
-        Their number varies, and shapes are static: `process` is compiled for a few sizes, of which
-        the first that holds every row is run. Its result has the shapes of the largest, `bound`.
+        The number of positions in `own` varies, but shapes are static. So `process` is compiled for
+        a few bucket sizes, and the smallest one that fits every row runs. The result has the shapes
+        of the largest, `bound`.
         """
         if selection is not None:
             return process(selection)
@@ -111,9 +115,9 @@ class RoutedLayer(nnx.Module):
         return jax.lax.switch(jnp.searchsorted(jnp.array(buckets), largest), branches)
 
     def decider(self, routing: str) -> tuple[str, str]:
-        """Returns the name of the way to select under a routing, and the rule that has it.
+        """Returns the name of the way to select under a routing, and the attribute of its rule.
 
-        A routing that is no name of this layer stands for the layer's own.
+        A routing that this layer does not know stands for the layer's own way.
         """
         names = self.config.names()
         need = "its router looks ahead: give it a rule that does not, such as causal=Predictor()"
@@ -123,23 +127,22 @@ class RoutedLayer(nnx.Module):
         return name, "causal" if causal is not None and name in causal.names() else "rule"
 
     def update(self, scores_BK: jax.Array, x_BKD: jax.Array, y_BKD: jax.Array) -> jax.Array:
-        """Returns what is added to the stream at selected positions, for each reading of Eq. 1."""
+        """Returns the update of the stream at selected positions, see `MoDConfig.residual`."""
         weight = wide(self.rule.weigh(scores_BK).astype(x_BKD.dtype), x_BKD)
         y_BKD = y_BKD.astype(x_BKD.dtype)
         return weight * (y_BKD - x_BKD if self.config.residual == "delta" else y_BKD)
 
-    def _seen_by(self, name: str, choice: Choice) -> Choice:
-        """Returns the choice as a rule may see it: ones for scores that look ahead."""
-        if name == "rule" or not self.config.router.looks_ahead("causal"):
+    def _seen_by(self, attribute: str, choice: Choice) -> Choice:
+        """Returns the choice as a rule may see it: with ones in place of scores that look ahead."""
+        if attribute == "rule" or not self.config.router.looks_ahead("causal"):
             return choice
         ones_BL = jnp.ones_like(choice.scores_BL)
         return Choice(ones_BL, ones_BL, None, jnp.ones_like(choice.scores_BLR))
 
     def _k(self, positions: int) -> int:
-        """Returns the capacity in positions of a row that has so many valid ones."""
         return selected_tokens(self.config.capacity, positions)
 
-    def _as_trained(self, choice: Choice, at: At, k_B: jax.Array) -> Selection:
+    def _trained(self, choice: Choice, at: At, k_B: jax.Array) -> Selection:
         """Returns the selection of training."""
         scores_BL, (batch, length) = choice.scores_BL, choice.scores_BL.shape
         best = select_top_k(choice.ranking_BL, scores_BL, self._k(length), at.valid_BL, k_B)
@@ -156,5 +159,5 @@ def _valid(wanted_BL: jax.Array, at: At) -> jax.Array:
 
 
 def _buckets(k: int, bound: int) -> list[int]:
-    """Returns sizes to compile: 3/2 k for the usual, 3 k, and `bound`. Each costs compile time."""
+    """Returns sizes to compile: 3/2 k for most rows, 3 k, and `bound`. Each costs compile time."""
     return [size for size in (math.ceil(1.5 * k), 3 * k) if size < bound] + [bound]

@@ -1,4 +1,4 @@
-"""Routers score positions, in float32; rules turn scores into a selection.
+"""Rules of positions: each turns the scores of a router into a selection.
 
 Legend: B batch, L positions, K selected positions, R scores of a position, D model width,
 F feed-forward width.
@@ -15,18 +15,18 @@ from flax import nnx
 
 from modjax import specs
 from modjax.kernels import project
-from modjax.nn.build import LayerModule
-from modjax.nn.call import At, Call, Out
+from modjax.nn.call import At, Call
 from modjax.nn.params import make_param, measured, normal_param, read
 from modjax.nn.records import Record
-from modjax.nn.routing.routed import Learnt
-from modjax.nn.routing.selection import (
-    Selection,
-    evenly_spread,
-    paced,
-    position_noise,
-    selected_mask,
+from modjax.nn.routing.losses import (
+    RuleRecord,
+    masked_mean,
+    path_balance,
+    selection_loss,
+    squared_logsumexp,
 )
+from modjax.nn.routing.selection import Selection, position_noise
+from modjax.nn.routing.thresholds import above, paced
 from modjax.specs.layers.routers import predictor_width
 
 WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -38,52 +38,14 @@ WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class Linear(LayerModule):
-    """Scores r = x w (arXiv 2404.02258, Eq. 1)."""
-
-    def __init__(self, spec: specs.Router, shape: specs.Shape, *, outputs: int, rngs: nnx.Rngs):
-        size, std = (shape.d_model, outputs), 1 / math.sqrt(shape.d_model)
-        # A lone score is a direction, whose length no decay should pull at.
-        about = {"role": "router", "decays": outputs > 1}
-        self.w = normal_param(rngs, size, ("replicated", None), std=std, **about)
-
-    def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
-        return Out(linear(x_BLD, read(self.w)))
-
-
-class Sinusoids(Linear):
-    """Scores r = phi(p) w, with phi the encoding of arXiv 1706.03762, section 3.5."""
-
-    def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
-        width = x_BLD.shape[-1]
-        frequency_D = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-        angle_BLD = at.positions_BL[..., None].astype(jnp.float32) * frequency_D[None, None]
-        phi_BLD = jnp.concatenate([jnp.sin(angle_BLD), jnp.cos(angle_BLD)], axis=-1)[..., :width]
-        return super().__call__(phi_BLD, at, call)
-
-
-class Received(LayerModule):
-    """Scores that an earlier attention layer passed on (A-MoD, arXiv 2412.20875).
-
-    With a cache no layer passes them on, and none is needed: they are 1.
-    """
-
-    def __init__(self, spec: specs.Received, shape: specs.Shape, *, outputs: int, rngs: nnx.Rngs):
-        self.outputs = outputs
-
-    def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
-        ones_BL = jnp.ones(x_BLD.shape[:2], jnp.float32)
-        received_BL = at.handed.get("received", ones_BL)
-        return Out(jnp.repeat(received_BL[..., None], self.outputs, axis=2))
-
-
 class Choice(NamedTuple):
-    """A rule's use of the scores in training.
+    """The scores as a rule reads them in training.
 
-    ranking_BL: orders the positions. scores_BL: the raw scores that weigh the updates.
-    wanted_BL: the positions that are requested, of which the first are processed; None: the k that
-      rank best are processed.
-    scores_BLR: the scores as the router made them.
+    ranking_BL: ranks of the positions.
+    scores_BL: raw scores that weigh the updates.
+    wanted_BL: positions that are requested, of which the first are processed; None processes the
+      k that rank best.
+    scores_BLR: scores as the router made them.
     """
 
     ranking_BL: jax.Array
@@ -93,9 +55,10 @@ class Choice(NamedTuple):
 
 
 class Rule(nnx.Module):
-    """Base class of rules; a rule implements what it is used for.
+    """Base class of rules. A rule implements the methods for its uses.
 
-    `MoD.rule` needs `choose` and `weigh`; each of its `ways` needs `decide`, or its default.
+    `MoD.rule` needs `choose` and `weigh`. `MoD.causal` needs `decide`, unless training requests
+    positions.
     """
 
     def __init__(self, spec: specs.Rule, shape: specs.Shape, *, capacity: float, rngs: nnx.Rngs):
@@ -103,7 +66,7 @@ class Rule(nnx.Module):
         self.capacity = capacity
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
-        """Returns how training selects by the router's scores."""
+        """Returns the scores as training selects by them."""
         raise NotImplementedError
 
     def weigh(self, scores_BK: jax.Array) -> jax.Array:
@@ -113,10 +76,10 @@ class Rule(nnx.Module):
     def decide(
         self, name: str, x_BLD: jax.Array, choice: Choice, at: At, state: Any
     ) -> tuple[jax.Array, Any]:
-        """Returns the positions that are requested, (B, L), and the state after them.
+        """Returns the requested positions, (B, L), and the state after them.
 
-        By default those that training requests. No position may depend on a later one; `choice`
-        may be read position by position. name: one of the spec's names.
+        The default requests the positions that training requests. No position may depend on a later
+        one, neither in x_BLD nor in `choice`. name: one of the spec's names.
         """
         if choice.wanted_BL is None:
             raise NotImplementedError
@@ -129,14 +92,16 @@ class Rule(nnx.Module):
     def report(
         self, x_BLD: jax.Array, choice: Choice, selection: Selection, at: At
     ) -> Record | None:
-        """Returns the rule's record: its losses, what it measures, its statistics.
+        """Returns the rule's record: losses, measured numbers, statistics.
 
-        selection: that of training.
+        selection: the selection of training.
         """
         return None
 
 
 class Weighed(Rule):
+    """Base class of rules whose updates are weighed by a function of the raw score."""
+
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         scores_BL = scores_BLR[..., 0]
         return Choice(scores_BL, scores_BL, None, scores_BLR)
@@ -152,15 +117,11 @@ class KthBest(Weighed):
         super().__init__(spec, shape, capacity=capacity, rngs=rngs)
         self.threshold = measured((1,))
 
-    def passed(self, choice: Choice) -> jax.Array:
-        """Returns which positions rank above the threshold."""
-        return choice.ranking_BL > jax.lax.stop_gradient(read(self.threshold))[0]
-
     def decide(self, name, x_BLD, choice, at, state):
-        return self.passed(choice), state
+        return above(choice.ranking_BL, self.threshold), state
 
     def report(self, x_BLD, choice, selection, at):
-        return Learnt({}, kth_B=selection.kth_B)
+        return RuleRecord({}, kth_B=selection.kth_B)
 
 
 class TopK(KthBest):
@@ -172,14 +133,15 @@ class TopK(KthBest):
         return super().decide(name, x_BLD, choice, at, state)
 
     def report(self, x_BLD, choice, selection, at):
-        taught, weight = Learnt({}), self.spec.auxiliary
-        if weight:
-            taught = learn("auxiliary", weight, choice.scores_BL, selection, at)
-        return replace(taught, kth_B=selection.kth_B)
+        record, weight = super().report(x_BLD, choice, selection, at), self.spec.auxiliary
+        if not weight:
+            return record
+        taught = selection_loss("auxiliary", weight, choice.scores_BL, selection, at)
+        return replace(taught, kth_B=record.kth_B)
 
 
 class Random(KthBest):
-    """Positions that rank best by noise of the key, the sequence and the position."""
+    """The k positions with the largest noise, drawn by key, sequence and position."""
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         if call.key is None:
@@ -189,29 +151,27 @@ class Random(KthBest):
 
 
 class Threshold(KthBest):
-    """Positions above the threshold, in training too."""
+    """The positions above the threshold, in training too."""
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         choice = super().choose(scores_BLR, at, call)
-        return choice._replace(wanted_BL=self.passed(choice))
+        return choice._replace(wanted_BL=above(choice.ranking_BL, self.threshold))
 
 
 class Positional(Weighed):
+    """Evenly spread positions, whatever they contain."""
+
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         choice = super().choose(scores_BLR, at, call)
         return choice._replace(wanted_BL=evenly_spread(at.positions_BL, self.capacity))
 
-    def decide(self, name, x_BLD, choice, at, state):  # beside any rule of training
+    def decide(self, name, x_BLD, choice, at, state):
+        # Not the default: another rule may make the choice of training.
         return evenly_spread(at.positions_BL, self.capacity), state
 
 
 class Binary(Rule):
-    """Each position takes the likelier of two paths; the probability weighs its update.
-
-    Balance loss: sum_i f_i P_i / t_i, with f_i the share of positions that choose path i, P_i its
-    mean probability and t = (1 - capacity, capacity): Eq. 4 of arXiv 2101.03961 for unequal
-    targets; it is 1 where f = P = t. z-loss: mean of logsumexp^2 (arXiv 2202.08906, Eq. 5).
-    """
+    """The positions whose softmax prefers the layer to skipping; the probability is the weight."""
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         odds_BL = scores_BLR[..., 1] - scores_BLR[..., 0]
@@ -223,19 +183,16 @@ class Binary(Rule):
     def report(self, x_BLD, choice, selection, at):
         share_B = masked_mean((choice.scores_BL > 0).astype(jnp.float32), at.valid_BL)
         probability_B = masked_mean(jax.nn.sigmoid(choice.scores_BL), at.valid_BL)
-        balance_B, c = jnp.ones_like(share_B), self.capacity  # at 1 there is nothing to balance
-        if c < 1:
-            skipped_B = (1 - share_B) * (1 - probability_B) / (1 - c)
-            balance_B = skipped_B + share_B * probability_B / c
-        z_B = masked_mean(jnp.square(jax.nn.logsumexp(choice.scores_BLR, axis=-1)), at.valid_BL)
-        return Learnt({"balance": self.spec.balance * balance_B, "z": self.spec.z * z_B})
+        balance_B = path_balance(share_B, probability_B, self.capacity)
+        z_B = masked_mean(squared_logsumexp(choice.scores_BLR), at.valid_BL)
+        return RuleRecord({"balance": self.spec.balance * balance_B, "z": self.spec.z * z_B})
 
 
 class Predictor(Rule):
     """Predicts the selection of training without the future (arXiv 2404.02258, section 3.5).
 
     The logit is a silu MLP of the normalised activations, plus a line in the router's own score:
-    what it learns is mostly where the k-th score lies. Nothing before it gets a gradient.
+    the predictor mostly learns where the k-th score lies. No gradient passes to its inputs.
     """
 
     def __init__(
@@ -252,8 +209,11 @@ class Predictor(Rule):
         # Slope and offset of the line in the router's score.
         self.line = make_param(jnp.array([1.0, 0.0]), ("replicated",), role="predictor")
 
+    def start(self, batch: int) -> tuple[jax.Array, jax.Array]:
+        """Returns how many positions of each row were read and requested, (B,) each: none."""
+        return jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
+
     def decide(self, name, x_BLD, choice, at, state):
-        """Decides; the state is the numbers of positions read and requested, each (B,)."""
         odds_BL = self.odds(x_BLD, choice.scores_BL)
         valid_BL = jnp.ones(odds_BL.shape, bool) if at.valid_BL is None else at.valid_BL
         wanted_BL = odds_BL > 0
@@ -262,15 +222,12 @@ class Predictor(Rule):
         more = (jnp.sum(mask, axis=1, dtype=jnp.int32) for mask in (valid_BL, wanted_BL & valid_BL))
         return wanted_BL, tuple(map(jnp.add, state, more))
 
-    def start(self, batch: int) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
-
     def report(self, x_BLD, choice, selection, at):
         odds_BL = self.odds(x_BLD, choice.scores_BL)
-        return learn("predictor", self.spec.weight, odds_BL, selection, at)
+        return selection_loss("predictor", self.spec.weight, odds_BL, selection, at)
 
     def odds(self, x_BLD: jax.Array, scores_BL: jax.Array) -> jax.Array:
-        """Returns logits (B, L), float32; positive where the position should be processed."""
+        """Returns float32 logits (B, L), above 0 for positions that should be processed."""
         x_BLD, scores_BL = jax.lax.stop_gradient((x_BLD, scores_BL))
         x32_BLD = x_BLD.astype(jnp.float32)
         scale_BL1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True) + 1e-6)
@@ -281,24 +238,12 @@ class Predictor(Rule):
         return logits_BL + slope * scores_BL + offset
 
 
-def learn(name: str, weight: float, logits_BL: jax.Array, selection: Selection, at: At) -> Learnt:
-    """Returns the record of logits that learn by cross-entropy to be above 0 where selected."""
-    target_BL = selected_mask(selection, logits_BL.shape[1])
-    sign_BL = jnp.where(target_BL, 1.0, -1.0)
-    loss_B = weight * masked_mean(jax.nn.softplus(-sign_BL * logits_BL), at.valid_BL)
-    return Learnt({name: loss_B}, logits_BL, target_BL)
+def evenly_spread(positions_BL: jax.Array, capacity: float) -> jax.Array:
+    """Returns the positions p at which floor((p + 1) capacity) passes a whole number, (B, L) bool.
 
-
-def masked_mean(x_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
-    """Returns the mean over each row's valid positions, (B,); 0 where there is none."""
-    if valid_BL is None:
-        return jnp.mean(x_BL, axis=1)
-    total_B = jnp.sum(jnp.where(valid_BL, x_BL, 0.0), axis=1)
-    return total_B / jnp.maximum(jnp.sum(valid_BL, axis=1), 1).astype(jnp.float32)
-
-
-def linear(x_BLD: jax.Array, w_DR: jax.Array) -> jax.Array:
-    """Returns x w in float32, (B, L, R)."""
-    # Full float32: accelerators would multiply in bfloat16, and ties would be common.
-    precision = jax.lax.Precision.HIGHEST
-    return jnp.einsum("BLD,DR->BLR", x_BLD.astype(jnp.float32), w_DR, precision=precision)
+    At a capacity of 1 / n these are the last of every n positions.
+    """
+    positions_BL = positions_BL.astype(jnp.float32)
+    # The small number keeps n * (1 / n) from falling short of 1 in float32.
+    before_BL, after_BL = (jnp.floor((positions_BL + n) * capacity + 1e-3) for n in (0, 1))
+    return after_BL > before_BL

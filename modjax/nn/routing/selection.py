@@ -1,6 +1,7 @@
-"""Routing: scores in, a `Selection` of positions out; gather and scatter that consume it.
+"""Selections of positions: top-k and first-k make them, gather and scatter use them.
 
-Everything is per sequence and static in shape.
+Each sequence is selected from by itself, and all shapes are static.
+
 Legend: B batch, L positions, K selected positions, D model width.
 """
 
@@ -13,20 +14,20 @@ import numpy as np
 
 from modjax.nn.sharding import per_sequence
 
-# Ranks that differ by less than this share of their row's largest are alike: on other devices, or
-# in another batch, they are rounded otherwise.
+# Ranks that differ by less than this share of their row's largest count as equal: other devices and
+# other batches round them differently.
 ROUNDING = 2.0**-18
 
 
 class Selection(NamedTuple):
     """K positions of each sequence.
 
-    indices_BK: ascending; entries that are not valid lie beyond L, so that gathers read zeros
-      and scatters drop them.
-    scores_BK: the router's raw scores at those positions, differentiable; 0 where not valid.
-    valid_BK: False beyond the positions that the sequence itself selects.
-    tied_B: of a top k, whether a position that was left out ranks like the last one taken, to
-      within ROUNDING; None for other selections.
+    indices_BK: positions, ascending. Entries that are not valid lie beyond L, so that gathers read
+      zeros and scatters drop them.
+    scores_BK: the router's raw scores at these positions, differentiable; 0 where not valid.
+    valid_BK: False for the entries that a sequence leaves unused.
+    tied_B: whether a top k left out a position that ranks like the last one taken, to within
+      ROUNDING; None for other selections.
     kth_B: the k-th best rank, infinite where k is 0; None for selections without ranks.
     """
 
@@ -42,8 +43,8 @@ def position_noise(
 ) -> jax.Array:
     """Returns Gaussian noise (B, L) that depends on the key, the sequence and the position alone.
 
-    A token meets the same noise whether its sequence is read at once or token by token, and
-    whichever row of a batch or place of a selection holds it there.
+    So a token meets the same noise at once and token by token, in any row of a batch and at any
+    place of a selection.
     """
     if sequences_BL is None:
         raise ValueError("random routing needs At.sequences_BL, the sequence of each position")
@@ -55,50 +56,16 @@ def position_noise(
     return jax.vmap(jax.vmap(one))(*jnp.broadcast_arrays(sequences_BL, positions_BL))
 
 
-def evenly_spread(positions_BL: jax.Array, capacity: float) -> jax.Array:
-    """Returns the positions p at which floor((p + 1) capacity) passes a whole number.
-
-    At a capacity of 1 / n those are the last of every n positions.
-    """
-    positions_BL = positions_BL.astype(jnp.float32)
-    # The small number keeps n * (1 / n) from falling short of 1 in float32.
-    before_BL, after_BL = (jnp.floor((positions_BL + n) * capacity + 1e-3) for n in (0, 1))
-    return after_BL > before_BL
-
-
-def paced(
-    odds_BL: jax.Array, capacity: float, valid_BL: jax.Array, seen_B: jax.Array, spent_B: jax.Array
-) -> jax.Array:
-    """Returns positions whose log-odds pass a threshold that follows their row's spending, (B, L).
-
-    A row that has taken n of the t positions before is z = (n - c t) / sqrt(c t + 4) ahead of its
-    capacity c, in standard deviations of a count; the 4 keeps the first positions calm. The
-    threshold is z exp(z^2 / 2), below 0 for a row that lags. No position depends on a later one.
-    Documents that are packed into a row share its budget, as in training. A row that asks for every
-    position may end some 2 sqrt(c t + 4) above its capacity.
-    seen_B, spent_B: t and n at the first of these positions. valid_BL: False is not counted.
-    """
-
-    def choose(state, now):
-        (seen_B, spent_B), (odds_B, valid_B) = state, now
-        fair_B = capacity * seen_B.astype(jnp.float32)
-        ahead_B = (spent_B.astype(jnp.float32) - fair_B) / jnp.sqrt(fair_B + 4)
-        wanted_B = (odds_B > ahead_B * jnp.exp(ahead_B**2 / 2)) & valid_B
-        return (seen_B + valid_B.astype(jnp.int32), spent_B + wanted_B.astype(jnp.int32)), wanted_B
-
-    return jax.lax.scan(choose, (seen_B, spent_B), (odds_BL.T, valid_BL.T))[1].T
-
-
 def of_valid(
     number: Callable[[int], int], valid_BL: jax.Array | None, batch: int, length: int
 ) -> jax.Array:
-    """Returns number(n) for each row's n valid positions, (B,) int32; 0 where it has none.
+    """Returns number(n) for the n valid positions of each row, (B,) int32; 0 for a row without any.
 
-    valid_BL: None, where all `length` positions of every row are valid.
+    valid_BL: None if all `length` positions of every row are valid.
     """
     if valid_BL is None:
         return jnp.full(batch, number(length), jnp.int32)
-    # Looked up: float32 would round some shares otherwise than Python does.
+    # A table, because float32 rounds some shares differently from Python.
     table = np.array([0, *(number(n) for n in range(1, length + 1))], np.int32)
     return jnp.asarray(table)[jnp.sum(valid_BL, axis=1)]
 
@@ -106,8 +73,8 @@ def of_valid(
 def select_first_k(
     wanted_BL: jax.Array, scores_BL: jax.Array, k: int, k_B: jax.Array | None = None
 ) -> Selection:
-    """Selects each row's first k wanted positions, or k_B <= k; the others are dropped."""
-    # Ties of a top-k go to the earlier position.
+    """Selects each row's first k requested positions, or k_B <= k; the others are dropped."""
+    # A top-k gives ties to the earlier position.
     count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(wanted_BL, axis=1))
     return _best(wanted_BL.astype(jnp.float32), scores_BL, k, count_B)
 
@@ -121,11 +88,11 @@ def select_top_k(
 ) -> Selection:
     """Selects each row's k highest-ranked valid positions, in order of position.
 
-    Positions that rank like the k-th best, to within ROUNDING, are taken from the first one on: the
-    last bits of equal inputs, which other devices round otherwise, do not decide. The band is a
-    share of the largest rank of the row, in absolute value: one outlier widens it.
+    Positions that rank like the k-th best, to within ROUNDING, are taken from the first one on, so
+    that the last bits of equal inputs do not decide. The band is a share of the largest absolute
+    rank of the row: one outlier widens it.
 
-    valid_BL: None, where all are valid and every row selects k; otherwise a row selects k_B <= k.
+    valid_BL: None if all are valid and every row selects k; otherwise a row selects k_B <= k.
     """
     ranking_BL = jax.lax.stop_gradient(ranking_BL)
     count_B = None
@@ -150,7 +117,7 @@ def select_top_k(
 def _best(
     ranking_BL: jax.Array, scores_BL: jax.Array, k: int, count_B: jax.Array | None
 ) -> Selection:
-    """Selects each row's count_B <= k best ranks, None for k; of equal ones the earlier."""
+    """Selects each row's count_B <= k best ranks (None: k), the earlier of equal ones."""
     indices_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[1], ranking_BL)
     valid_BK = jnp.ones(indices_BK.shape, bool)
     if count_B is not None:
@@ -163,7 +130,7 @@ def _best(
 
 
 def gather(tree: Any, indices_BK: jax.Array) -> Any:
-    """Returns rows of arrays (B or 1, L, ...) at their indices, (B, K, ...); 0 beyond the end."""
+    """Returns a tree of arrays (B or 1, L, ...) at the indices, (B, K, ...); 0 beyond the end."""
 
     def one(x_L, indices_K):
         return x_L.at[indices_K].get(
@@ -189,7 +156,7 @@ def scatter_add(x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array) 
 
 
 def wide(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns a mask or weight (B, ...) with dims of 1 for the further dims of `like`."""
+    """Returns a mask or weight with dims of 1 appended, as many dims as `like` has."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 

@@ -1,7 +1,7 @@
-"""Work on a part of a batch: on selected positions of each row, or on some rows.
+"""Layers that run on a part of a batch: on selected positions of each row, or on some rows.
 
 Legend: B batch, L positions, K selected positions, U parts, Z rows of a block, T rows. A part is a
-shard of the batch, with Z rows, of which T are run.
+shard of the batch with Z rows, of which T run.
 """
 
 import functools
@@ -21,10 +21,12 @@ from modjax.nn.sharding import batch_shards, constrain_stream
 def within(
     selection: Selection, layer: Any, x: jax.Array, at: At, call: Call, cache: Any = None
 ) -> tuple[jax.Array, Out]:
-    """Runs `layer` on the selected positions of x (B, L, ...) only, with their part of `at`.
+    """Runs `layer` on the selected positions of x (B, L, ...), gathered with their part of `at`.
 
-    Returns what the layer reads, (B, K, ...), and its output: x (B, K, ...), which `scatter_add`
-    puts in place; records, as of positions inside a selection; depth_BL, with this selection.
+    Returns the layer's input, (B, K, ...), and its output, of which
+      x is (B, K, ...): `scatter_add` puts its update in place;
+      records are wrapped as `Inside` of the selection;
+      depth_BL counts this selection too.
     """
     part, part_at = gather((x, at._replace(valid_BL=None)), selection.indices_BK)
     part, part_at = constrain_stream(part), part_at._replace(valid_BL=selection.valid_BK)
@@ -38,9 +40,9 @@ def within(
 
 
 def widened(tree: Any, like: Any) -> Any:
-    """Returns arrays of a smaller selection in the shapes that a larger one has.
+    """Returns arrays of a selection, padded to the shapes of a larger one.
 
-    Positions that it lacks are not valid: they hold zeros, and their indices lie beyond all.
+    The added positions are not valid: they contain zeros, and their indices lie beyond all.
     """
 
     def one(node: Any, like: Any) -> Any:
@@ -56,17 +58,16 @@ def widened(tree: Any, like: Any) -> Any:
     return jax.tree.map(one, tree, like, is_leaf=lambda node: isinstance(node, Inside))
 
 
-def run_rows(function: Callable[[Any], Any], inputs: Any, asked_B: jax.Array) -> Any:
-    """Returns function(inputs), of arrays (B, ...), in the rows that ask for it, or zeros.
+def run_rows(function: Callable[[Any], Any], inputs: Any, active_B: jax.Array) -> Any:
+    """Returns function(inputs), of arrays (B, ...), in the active rows; zeros in the others.
 
-    The others are not computed: of a few compiled numbers of rows, the first that holds those that
-    ask is run; where none asks, nothing is. Rows move within a shard of the batch, never between
-    two.
+    The function is compiled for a few numbers of rows, and the smallest one that fits the active
+    rows runs; without any, nothing does. Rows move within a shard of the batch only.
     """
-    shards = batch_shards(asked_B.shape[0])
-    asked_UZ = asked_B.reshape(shards, -1)
-    rows = asked_UZ.shape[1]
-    order_UZ = jnp.argsort(~asked_UZ, axis=1, stable=True)
+    shards = batch_shards(active_B.shape[0])
+    active_UZ = active_B.reshape(shards, -1)
+    rows = active_UZ.shape[1]
+    order_UZ = jnp.argsort(~active_UZ, axis=1, stable=True)
     sizes = [0, *(2**i for i in range(math.ceil(math.log2(rows)))), rows]
     none = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, inputs))
 
@@ -88,6 +89,6 @@ def run_rows(function: Callable[[Any], Any], inputs: Any, asked_B: jax.Array) ->
 
         return jax.tree.map(put, none, function(jax.tree.map(take, inputs)))
 
-    most = jnp.max(jnp.sum(asked_UZ, axis=1))
+    largest = jnp.max(jnp.sum(active_UZ, axis=1))
     branches = [functools.partial(run, size) for size in sizes]
-    return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), most), branches)
+    return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), largest), branches)

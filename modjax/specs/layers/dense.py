@@ -1,4 +1,4 @@
-"""The plain layers: attention and MLP, each added to the stream, and sequences of layers."""
+"""Plain layers: attention and MLP, each added to the residual stream, and sequences of layers."""
 
 from typing import Annotated
 
@@ -13,7 +13,7 @@ Norm = Annotated[str, one_of("before", "after", "both")]
 
 
 def matrices(activation: str) -> int:
-    """Returns the number of matrices of an MLP with this activation."""
+    """Returns the number of weight matrices of an MLP: 3 with a gated activation, else 2."""
     return 3 if activation in GATED else 2
 
 
@@ -25,11 +25,14 @@ def norm_params(norm: str, d_model: int) -> int:
 class Attention(Layer):
     """Self-attention with grouped queries and rotary positions, added to the stream.
 
+    norm: place of the RMSNorm: "before" the sublayer, "after" it, or "both".
+    rope: base of the rotary angles, greater than 0.
     mask: which keys a query may see, such as Causal() & Window(512).
-    norm: RMSNorm before or after what is added, or both.
-    rope: base of the rotary angles.
-    softcap: c of c tanh(s / c) on the scores s (arXiv 2408.00118, section 2); None: no cap.
-    received: passes the attention that each position received to later layers, see `MoD.router`.
+    softcap: c of c tanh(s / c) on the scores s (arXiv 2408.00118, section 2), or None.
+    received: whether to pass the attention that each position received to later layers, for the
+      router `Received`.
+
+    Raises InputError unless head_dim is even and num_kv_heads divides num_heads.
     """
 
     norm: Norm = "before"
@@ -41,7 +44,7 @@ class Attention(Layer):
     def check(self, shape: Shape) -> None:
         super().check(shape)
         even, heads, groups = shape.head_dim % 2 == 0, shape.num_heads, shape.num_kv_heads
-        accepted = "must be even, for rotary positions (where it is left out: d_model / num_heads)"
+        accepted = "must be even, for rotary positions (left out, it is d_model / num_heads)"
         require(even, "model.head_dim", shape.head_dim, accepted)
         accepted = f"must divide model.num_heads = {heads}"
         require(heads % groups == 0, "model.num_kv_heads", groups, accepted)
@@ -73,9 +76,10 @@ class Attention(Layer):
 
 @spec
 class MLP(Layer):
-    """Two matrices around `activation`, or three where its name ends in "glu", added to the stream.
+    """MLP of two weight matrices, or of three with a gated activation, added to the stream.
 
-    norm: RMSNorm before or after what is added, or both.
+    activation: "gelu", "silu" or "relu2"; gated: "geglu" or "swiglu".
+    norm: place of the RMSNorm: "before" the sublayer, "after" it, or "both".
     """
 
     activation: Activation = "gelu"
@@ -110,7 +114,7 @@ class Seq(Layer):
 
 @named
 def Dense(activation: str = "gelu") -> Seq:
-    """A transformer's block: Attention, then MLP."""
+    """Returns a transformer block: Attention, then MLP."""
     return Seq(Attention(), MLP(activation))
 
 

@@ -1,4 +1,4 @@
-"""The ends of a model: its embedding, its head, and its expansion to several residual streams."""
+"""Ends of a model: its embedding, its head, and its expansion to several residual streams."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -8,20 +8,20 @@ from modjax.specs.layer import Cost, Costs, Load, Shape, spec
 
 
 class End(Spec):
-    """Base class of the parts before and after a model's layers."""
+    """Base class of the parts before and after the layers of a model."""
 
     def cost(self, shape: Shape, load: Load) -> Costs:
         raise NotImplementedError
 
 
 class Embedding(End):
-    """Base class of `ModelSpec.embed`, which turns tokens into the residual stream."""
+    """Base class of embeddings, `ModelSpec.embed`: from tokens to the residual stream."""
 
 
 class Head(End):
-    """Base class of `ModelSpec.head`, which turns features into logits.
+    """Base class of heads, `ModelSpec.head`: from features to logits.
 
-    tied: the head reads the embedding's table, which then starts at the scale of a head.
+    tied: whether the head reads the table of the embedding, which then starts at a head's scale.
     """
 
     tied: ClassVar[bool] = False
@@ -29,7 +29,10 @@ class Head(End):
 
 @dataclass(frozen=True)
 class Expansion(End):
-    """Base class of `ModelSpec.streams`, which turns one residual stream into several and back."""
+    """Base class of expansions, `ModelSpec.streams`: from one residual stream to several and back.
+
+    streams: the number of residual streams, 2 to 64.
+    """
 
     streams: Annotated[int, Accepts("must be 2 to 64", lambda streams: 2 <= streams <= 64)]
 
@@ -40,7 +43,10 @@ class Expansion(End):
 
 @spec
 class Tokens(Embedding):
-    """A table with a row for each token. scale: rows are multiplied by sqrt(width), as in Gemma."""
+    """Embedding table with a row for each token.
+
+    scale: whether to multiply rows by sqrt(width), as Gemma does.
+    """
 
     scale: bool = False
 
@@ -51,7 +57,10 @@ class Tokens(Embedding):
 
 @spec
 class Logits(Head):
-    """A matrix of its own. softcap: c of c tanh(z / c) on the logits z; None, no cap."""
+    """Head with a weight matrix of its own.
+
+    softcap: c of c tanh(z / c) on the logits z, or None.
+    """
 
     softcap: Positive[float | None] = None
 
@@ -63,14 +72,17 @@ class Logits(Head):
 
 @spec
 class Tied(Logits):
-    """The embedding's table, transposed (arXiv 1608.05859). softcap: as in Logits."""
+    """Head that reads the transposed table of the embedding (arXiv 1608.05859).
+
+    softcap: as for Logits.
+    """
 
     tied: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class FinalNorm(End):
-    """The RMSNorm of the features that every head reads."""
+    """RMSNorm between the layers and the head."""
 
     def cost(self, shape: Shape, load: Load) -> Costs:
         yield Cost("norm", params=shape.width)

@@ -1,6 +1,6 @@
-"""Masks: which keys a query may see, given the positions of both in their sequence.
+"""Masks: which keys a query may see, by the positions of both in their sequence.
 
-A mask knows nothing of documents and padding: whoever uses it hides those as well.
+A mask knows nothing of documents and padding. Attention hides those as well.
 """
 
 from dataclasses import dataclass
@@ -13,39 +13,39 @@ Reach = tuple[int | None, int | None]
 
 
 class Mask(Spec):
-    """Base class of masks, defined by `seen` and `reach`. `a & b` shows what both show.
+    """Base class of masks. A mask defines `seen` and `reach`; `a & b` is their intersection.
 
-    reach: how many positions a query may see back and ahead at most, None for no bound. Keys beyond
-      are neither computed nor cached.
+    reach: bounds on the positions that a query sees back and ahead, None for no bound. Keys beyond
+      them are neither computed nor cached.
     """
 
     reach: ClassVar[Reach] = None, None
 
     def seen(self, query: Any, key: Any) -> Any:
-        """Returns whether queries may see keys, given positions, arrays of NumPy or JAX."""
+        """Returns whether queries may see keys, from arrays of positions of NumPy or JAX."""
         raise NotImplementedError
 
     def pairs(self, tokens: int, keys: int) -> int:
-        """Returns the pairs that FLOPs count: for every query alike, so that hidden keys count."""
+        """Returns the pairs of queries and keys that FLOPs count: hidden keys in reach count."""
         back, ahead = self.reach
         if back is None or ahead is None:
             return tokens * keys
         return tokens * min(keys, back + 1 + ahead)
 
     def kept(self, length: int) -> int:
-        """Returns how many keys a cache of at most `length` positions must keep: the last ones."""
+        """Returns how many of the last keys a cache of at most `length` positions keeps."""
         back, _ = self.reach
         return length if back is None else min(length, back + 1)
 
     def __and__(self, other: "Mask") -> "Mask":
-        if isinstance(other, Both):  # so that equal texts are equal masks
+        if isinstance(other, Both):  # left to right, so that equal texts are equal masks
             return self & other.one & other.other
         return Both(self, other) if isinstance(other, Mask) else NotImplemented
 
 
 @dataclass(frozen=True)
 class Both(Mask):
-    """The pairs that two masks show."""
+    """Intersection of two masks."""
 
     one: Mask
     other: Mask
@@ -74,7 +74,7 @@ class Both(Mask):
 
 @spec
 class Causal(Mask):
-    """Shows the query's own position and those before it."""
+    """Mask that shows the query's own position and those before it."""
 
     reach = None, 0
 
@@ -84,7 +84,7 @@ class Causal(Mask):
 
 @spec
 class Bidirectional(Mask):
-    """Shows every position."""
+    """Mask that shows every position."""
 
     def seen(self, query: Any, key: Any) -> Any:
         return (key <= query) | (key > query)
@@ -92,7 +92,7 @@ class Bidirectional(Mask):
 
 @dataclass(frozen=True)
 class Sized(Mask):
-    """Base class of masks that a number of positions defines."""
+    """Base class of masks with a size. size: positions, greater than 0."""
 
     size: Positive[int]
 
@@ -106,7 +106,7 @@ class Sized(Mask):
 
 @spec
 class Window(Sized):
-    """Shows the query's own position and the `size` - 1 next to it on either side."""
+    """Mask that shows the query's own position and the `size` - 1 next to it on either side."""
 
     def seen(self, query: Any, key: Any) -> Any:
         return abs(query - key) < self.size
@@ -114,7 +114,7 @@ class Window(Sized):
 
 @spec
 class Blocks(Sized):
-    """Shows the query's own block of `size` positions: a block-diagonal mask."""
+    """Block-diagonal mask: it shows the query's own block of `size` positions."""
 
     def seen(self, query: Any, key: Any) -> Any:
         return query // self.size == key // self.size
@@ -122,7 +122,7 @@ class Blocks(Sized):
 
 @spec
 class Prefix(Sized):
-    """Shows what Causal() shows, and the first `size` positions to all; without `Causal() &`."""
+    """Causal mask that also shows the first `size` positions to all. Do not add `Causal() &`."""
 
     def seen(self, query: Any, key: Any) -> Any:
         return (key <= query) | (key < self.size)

@@ -1,4 +1,4 @@
-"""Mixture-of-Depths: a layer that processes only a share of the positions (arXiv 2404.02258)."""
+"""Mixture-of-Depths: a layer that processes a share of the positions (arXiv 2404.02258)."""
 
 import math
 from dataclasses import dataclass
@@ -14,24 +14,27 @@ LINEAR, TOP_K = Linear(), TopK()
 
 
 def selected_tokens(capacity: float, seq_len: int) -> int:
-    """Returns how many positions of a sequence, without padding, a routed layer processes."""
+    """Returns k, the capacity of a routed layer in positions; seq_len excludes padding."""
     return max(1, round(capacity * seq_len))
 
 
 def cache_slots(capacity: float, length: int, slack: float | None) -> int:
-    """Returns the slots of a routed layer's cache for `length` positions; slack None: all."""
+    """Returns the cache slots of a routed layer for `length` positions; slack None: one each."""
     return length if slack is None else min(length, max(1, math.ceil(slack * capacity * length)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoDConfig:
-    """The selection of a routed layer, and the weight of its update (arXiv 2404.02258, Eq. 1).
+    """Selection of a routed layer, and the form of its update (arXiv 2404.02258, Eq. 1).
 
-    capacity: share of each sequence's positions, without padding, that are processed, in (0, 1].
-    router: scores the positions. rule: selects by the scores in training.
-    causal: selects without the future; None leaves that to `rule`.
-    residual: with f the inner layer and r the weight, `delta` x + r (f(x) - x), or `literal`
-      x + r f(x).
+    capacity: share of the positions of each sequence, without padding, that are processed, in
+      (0, 1].
+    router: layer that scores the positions.
+    rule: selects positions by their scores in training.
+    causal: selects without the future: a rule that never looks ahead, by one score of each
+      position. None leaves this to `rule`.
+    residual: "delta" for x + r (f(x) - x), "literal" for x + r f(x), where f is the inner layer and
+      r the weight of the position.
     """
 
     capacity: Annotated[float, Accepts("must be in (0, 1]", lambda share: 0 < share <= 1)] = 0.125
@@ -48,14 +51,18 @@ class MoDConfig:
         require(able, "MoD.causal", causal, accepted)
 
     def names(self) -> tuple[str, ...]:
-        """Returns the names of its ways to select without the future, see Rule.names."""
+        """Returns the names of the layer's ways to select without the future, see Rule.names."""
         own = self.causal.names() if self.causal else ()
         return own if self.router.looks_ahead("causal") else own + self.rule.names()
 
 
 @spec
 class MoD(MoDConfig, Layer):
-    """Routes a share of the positions through `inner`; the others pass it by."""
+    """Mixture-of-Depths: `inner` processes a share of the positions; the others skip it.
+
+    inner: layer that sees the selected positions only.
+    The other fields are those of MoDConfig.
+    """
 
     inner: Layer = DENSE
 
@@ -84,4 +91,4 @@ class MoD(MoDConfig, Layer):
         return found + self.router.cache_numbers(shape._replace(streams=1), length, slack)
 
     def hands_on(self) -> frozenset[str]:
-        return frozenset()  # some positions only would have it
+        return frozenset()  # only the selected positions have such values

@@ -1,6 +1,6 @@
-"""Mixture of experts in an MLP's place, and the rules that select experts by a router's scores.
+"""Mixture of experts in place of an MLP, and the rules that pick experts by a router's scores.
 
-With no-op experts it is integrated MoDE.
+With no-op experts it is integrated MoDE (arXiv 2404.02258, section 4.3).
 """
 
 import math
@@ -16,13 +16,14 @@ from modjax.specs.layers.routers import Linear
 
 @dataclass(frozen=True)
 class ExpertRule(Spec):
-    """Base class of rules that give each position some of the experts.
+    """Base class of rules that pick experts for each position.
 
-    top_k: experts of a position, on average.
-    scores: "softmax" over all rows of the router, or "sigmoid" of each. The weight of an expert is
-      its score times `scale`.
-    bounded: an expert always has a number of slots, so that MoE needs a capacity_factor.
-    ways: as Rule has them.
+    top_k: average number of experts of a position, greater than 0.
+    scores: "softmax" over all rows of the router, or "sigmoid" of each row.
+    scale: factor of the scores, greater than 0; the product is the weight of an expert.
+
+    bounded: whether experts always have slots, so that MoE needs a capacity_factor.
+    ways: names of the rule's ways to pick without the future; the default is the first.
     """
 
     bounded = False
@@ -31,27 +32,28 @@ class ExpertRule(Spec):
     scores: Annotated[str, one_of("softmax", "sigmoid")] = "softmax"
     scale: Positive[float] = 1.0
 
-    def names(self) -> tuple[str, ...]:
-        return self.ways
-
     def rows(self, experts: int) -> int:
-        """Returns how many scores of each position the rule reads."""
+        """Returns the number of scores of each position that the rule reads."""
         return experts
 
     def real(self, experts: int) -> float:
-        """Returns the share of choices that are of experts, where the load is even."""
+        """Returns the share of picks that are of experts, for an even load."""
         return 1.0
 
 
 @spec
 class TokenChoice(ExpertRule):
-    """Each position picks its top_k best rows (arXiv 2101.03961, 2202.08906).
+    """Each position picks its top_k best rows of the router (arXiv 2101.03961, 2202.08906).
 
-    renormalise: divides a weight by the sum over the position's picks, no-ops among them.
-    no_ops: rows beside the experts, which leave a position as it is (arXiv 2404.02258, section
-      4.3). random_no_ops: the control, where as many picks become no-ops by chance.
-    balance, z: weights of the two losses. bias_rate: a bias of each row, for picking only, moves by
-      it against the row's load at every update (2408.15664).
+    renormalise: whether to divide a weight by the sum over the position's picks, no-ops included;
+      needs top_k > 1.
+    no_ops: rows beside the experts, which leave a position unchanged (arXiv 2404.02258, section
+      4.3).
+    random_no_ops: a control, in which as many picks become no-ops at random; needs no_ops.
+    balance: weight of the balance loss (arXiv 2101.03961, Eq. 4), 0 or more.
+    z: weight of the z-loss (arXiv 2202.08906, Eq. 5), 0 or more.
+    bias_rate: step by which every update moves a bias of each row against its load; the bias ranks
+      rows and weighs nothing (arXiv 2408.15664). 0 or more.
     """
 
     ways = ("token_choice",)
@@ -79,16 +81,19 @@ class TokenChoice(ExpertRule):
 
 @spec
 class ExpertChoice(ExpertRule):
-    """Each expert picks its best positions of a sequence (arXiv 2202.09368), which looks ahead."""
+    """Each expert picks its best positions of a sequence (arXiv 2202.09368).
+
+    It looks ahead, in training and after.
+    """
 
     bounded = True
 
 
 @spec
 class ExpertThreshold(ExpertRule):
-    """Each expert takes the positions that score above a threshold (arXiv 2603.11535).
+    """Each expert picks the positions that score above its threshold (arXiv 2603.11535).
 
-    The threshold is a running mean of the score that an expert's fair share of positions reaches.
+    The threshold is the running mean of the score at which the expert gets its fair share.
     """
 
     ways = ("expert_threshold",)
@@ -96,14 +101,18 @@ class ExpertThreshold(ExpertRule):
 
 @spec
 class MoE(Layer):
-    """Each position runs through some of `experts` MLPs, added to the stream.
+    """Mixture of experts: each position runs through some of several MLPs, added to the stream.
 
-    router: makes the scores. rule: gives each position its experts by them.
-    width: of an expert; None, the model's d_ff. activation, norm: as MLP has them.
-    capacity_factor: of each sequence of L positions, without padding, an expert takes its first
-      C = ceil(capacity_factor top_k L real / experts) at most, where `real` is the share of picks
-      that are of experts. Training drops the other picks; None drops none.
-    shared: further experts that every position runs through, unweighted.
+    experts: number of experts, at least the rule's top_k.
+    rule: picks experts by the scores.
+    router: layer that scores the experts, and no-ops if any.
+    width: hidden width of an expert; None takes the model's d_ff.
+    activation, norm: see MLP.
+    capacity_factor: in training, an expert takes at most its first
+      C = ceil(capacity_factor top_k L real / experts) positions of a sequence and drops its other
+      picks. L excludes padding; `real` is the share of picks that are of experts. Greater than 0;
+      None drops none.
+    shared: number of further experts that process every position, unweighted.
     """
 
     experts: Positive[int]
@@ -127,19 +136,19 @@ class MoE(Layer):
 
     @property
     def real(self) -> float:
-        """The share of picks that are of experts, where the load is even."""
+        """The share of picks that are of experts, for an even load."""
         return self.rule.real(self.experts)
 
     def slots(self, tokens: int) -> int:
-        """Returns C, the positions of a sequence of `tokens` that an expert takes at most."""
+        """Returns C, the slots of an expert for a sequence of `tokens` positions."""
         if self.capacity_factor is None:
             return tokens
         fair = self.rule.top_k * tokens * self.real / self.experts
-        # A share such as 1.1 * 10 should not become 12 by its last bit.
+        # A product such as 1.1 * 10 must not become 12 by its last bit.
         return min(tokens, max(1, math.ceil(self.capacity_factor * fair - 1e-9)))
 
     def computed(self, tokens: int) -> float:
-        """Returns the positions that the experts compute of a sequence, empty slots among them."""
+        """Returns how many positions of a sequence all experts compute, empty slots included."""
         if self.capacity_factor is None:
             return self.rule.top_k * tokens * self.real
         return self.experts * self.slots(tokens)
@@ -159,11 +168,11 @@ class MoE(Layer):
             yield Cost("mlp", 2.0 * load.tokens * one * self.shared, one * self.shared)
 
     def looks_ahead(self, routing: str) -> bool:
-        # As trained, a dropped pick depends on how long its sequence is.
-        return routing == "trained" or not self.rule.names() or self.router.looks_ahead(routing)
+        # In training, the length of a sequence decides which picks are dropped.
+        return routing == "trained" or not self.rule.ways or self.router.looks_ahead(routing)
 
     def names(self) -> tuple[str, ...]:
-        return self.rule.names()
+        return self.rule.ways
 
     def routed(self) -> int:
         return 1 if self.real < 1 else 0

@@ -1,6 +1,6 @@
-"""Routers score positions; rules turn the scores into a selection.
+"""Routers, which score positions, and rules, which turn the scores into a selection.
 
-Mixture-of-Depths (arXiv 2404.02258) selects positions by these. The rules of experts are in moe.py.
+MoD selects positions by these rules. The rules that pick experts are in moe.py.
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,20 @@ Weight = Annotated[str, one_of("linear", "sigmoid", "two_sigmoid", "one_plus_tan
 
 @spec
 class Linear(Router):
-    """A linear map of the residual stream, r = w . x (arXiv 2404.02258, Eq. 1)."""
+    """Router with a linear score of the residual stream, r = w . x (arXiv 2404.02258, Eq. 1)."""
 
 
 @spec
 class Sinusoids(Router):
-    """A control: r = w . phi(p), with phi the sinusoids of position p (arXiv 1706.03762, 3.5)."""
+    """Control that scores positions only: r = w . phi(p), phi as in arXiv 1706.03762, 3.5."""
 
 
 @spec
 class Received(Router):
-    """The attention that each position received in Attention(received=True) (arXiv 2412.20875).
+    """Router whose score is the attention that a position received (A-MoD, arXiv 2412.20875).
 
-    Later positions give attention too, so the score looks ahead.
+    It needs an earlier layer Attention(received=True) in its segment. It looks ahead, because later
+    positions attend too.
     """
 
     def cost(self, shape: Shape, load: Load, outputs: int = 1) -> Costs:
@@ -40,11 +41,11 @@ class Received(Router):
 
 
 class Rule(Spec):
-    """Base class of rules: each selects positions by the scores of a router.
+    """Base class of rules that select positions by the scores of a router.
 
-    outputs: scores of each position that the rule reads.
-    causal: the selection of training never looks ahead.
-    ways: names of the ways in which it selects without the future, see `names`.
+    outputs: number of scores of each position that the rule reads.
+    causal: whether the selection of training never looks ahead.
+    ways: names of the rule's ways to select without the future, see `names`.
     """
 
     outputs = 1
@@ -52,11 +53,11 @@ class Rule(Spec):
     ways: ClassVar[tuple[str, ...]] = ()
 
     def names(self) -> tuple[str, ...]:
-        """Returns the ways that a call may ask for by name; the first is the rule's own."""
+        """Returns the ways that a call may request by name. The default is the first."""
         return self.ways
 
     def room(self, capacity: float) -> float:
-        """Returns the share of positions that training has slots for, and computes."""
+        """Returns the share of positions for which training has slots, all of them computed."""
         return capacity
 
     def cost(self, shape: Shape, load: Load) -> Costs:
@@ -67,7 +68,8 @@ class Rule(Spec):
 class Weighed(Rule):
     """Base class of rules that weigh an update by the raw score r of its position.
 
-    weight: "linear" r, "sigmoid", "two_sigmoid" 2 sigmoid(r), "one_plus_tanh" 1 + tanh(r), "one" 1.
+    weight: "linear" for r, "sigmoid" for sigmoid(r), "two_sigmoid" for 2 sigmoid(r),
+      "one_plus_tanh" for 1 + tanh(r), "one" for 1.
     """
 
     weight: Weight = "linear"
@@ -75,11 +77,13 @@ class Weighed(Rule):
 
 @spec
 class TopK(Weighed):
-    """Selects the k best positions of a sequence, which looks ahead.
+    """Selects the k best positions of a sequence (arXiv 2404.02258).
 
-    Without the future, positions that score above a running mean of the k-th best ("threshold").
-    auxiliary: the weight of a loss that teaches scores to be above 0 where a position is taken
-      (section 3.5 of the paper). Without the future, the sign then selects ("auxiliary").
+    Training looks ahead. Without the future, "threshold" selects the positions that score above a
+    running mean of the k-th best score.
+    weight: see Weighed.
+    auxiliary: weight of a cross-entropy loss that teaches scores to be above 0 exactly at selected
+      positions (section 3.5), 0 or more. With it, "auxiliary" selects by the sign of the score.
     """
 
     auxiliary: NotNegative[float] = 0.0
@@ -90,23 +94,24 @@ class TopK(Weighed):
 
 @spec
 class Random(Weighed):
-    """The paper's control: selects k positions at random in training; the score weighs them."""
+    """Control of arXiv 2404.02258: training selects k positions at random; scores weigh them."""
 
     ways = ("threshold",)
 
 
 @spec
 class Positional(Weighed):
-    """A control: positions spread evenly, whatever they hold."""
+    """Control that selects evenly spread positions, whatever they contain."""
 
     causal, ways = True, ("positional",)
 
 
 @spec
 class Threshold(Weighed):
-    """Selects in training as TopK does without the future (after arXiv 2603.11535).
+    """Selects by TopK's running threshold in training too (after arXiv 2603.11535).
 
-    slack: training has slots for slack * capacity of the positions.
+    weight: see Weighed.
+    slack: training has slots for a share slack * capacity of the positions, 1 or more.
     """
 
     slack: Annotated[float, Accepts("must be 1 or more", lambda slack: slack >= 1)] = 1.5
@@ -118,9 +123,10 @@ class Threshold(Weighed):
 
 @spec
 class Binary(Rule):
-    """Token choice between the layer and passing it by, by a softmax over both.
+    """Token choice between the layer and skipping it, by a softmax over both.
 
-    balance, z: weights of the two losses, see nn/routing/rules.py.
+    balance: weight of the balance loss, Eq. 4 of arXiv 2101.03961 for unequal targets, 0 or more.
+    z: weight of the z-loss (arXiv 2202.08906, Eq. 5), 0 or more.
     """
 
     balance: NotNegative[float] = 0.01
@@ -130,11 +136,11 @@ class Binary(Rule):
 
 @spec
 class Predictor(Rule):
-    """A small network beside the router that predicts what training selects (section 3.5).
+    """Predicts the selection of training by a small network (arXiv 2404.02258, section 3.5).
 
-    It takes the positions that it predicts ("predictor"), or those above a threshold that rises as
-    their row runs ahead of its capacity ("paced").
-    weight: of its loss, whose gradient reaches nothing but the predictor.
+    "predictor" selects the predicted positions. "paced" raises the threshold for a row that is
+    ahead of its capacity, and lowers it for one that lags.
+    weight: weight of its cross-entropy loss, greater than 0. Only the predictor gets its gradient.
     """
 
     weight: Positive[float] = 1.0
@@ -147,5 +153,5 @@ class Predictor(Rule):
 
 
 def predictor_width(d_model: int) -> int:
-    """Returns the hidden width of the predictor (arXiv 2404.02258 leaves it open)."""
+    """Returns the hidden width of the predictor, which arXiv 2404.02258 leaves open."""
     return max(1, d_model // 4)

@@ -1,4 +1,4 @@
-"""Layers that only every k-th position runs through: Sequence-AltUp and its controls."""
+"""Layers that process every k-th position only: Sequence-AltUp and its controls."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,19 @@ from modjax.specs.layers.dense import DENSE
 
 @dataclass(frozen=True)
 class Anchored(Layer):
-    """Base class of layers where every `stride`-th position, an anchor, runs through `inner`.
+    """Base class of layers whose `inner` processes every `stride`-th position, the anchors.
 
-    Anchors keep their rotary angles. A position uses the anchors of its own document only; before
-    the first, it passes the layer by.
+    inner: layer that sees the anchors only, at their own rotary angles.
+    stride: distance between anchors in positions, greater than 0.
 
-    A row's first position is an anchor. Within MoD, the selected positions of each document are
-    counted apart: the document with segment id 1, which begins the row, starts with an anchor, the
-    others have theirs from the `stride`-th on. So K positions have at most ceil(K / stride).
+    A position reads anchors of its own document only, and skips the layer before the first one.
+    The first position of a row is an anchor. Within MoD, anchors are counted among the selected
+    positions of each document. There, only the document with segment id 1, which begins the row,
+    starts with an anchor; the others have theirs from the `stride`-th position on. So K positions
+    have at most ceil(K / stride) anchors.
 
-    flops + more / stride: FLOPs beside `inner` for a number of the stream. params: learned numbers.
+    flops, more: the layer costs flops + more / stride FLOPs per number of the stream beside
+      `inner`. params: learned numbers.
     """
 
     flops, more, params = 1, 1, 0
@@ -40,15 +43,15 @@ class Anchored(Layer):
         return kept + self.inner.cache_numbers(shape, self.anchors(length), slack)
 
     def hands_on(self) -> frozenset[str]:
-        return frozenset()  # of some positions only
+        return frozenset()  # only anchors have such values
 
 
 @spec
 class SequenceAltUp(Anchored):
-    """Predicts each position from itself and its anchor, and corrects it by the anchor's update.
+    """Sequence-AltUp: predicts each position, and corrects it by its anchor (arXiv 2301.13310).
 
-    Sequence-AltUp (arXiv 2301.13310). With a(i) = stride floor(i / stride): yh_i = a1 x_i +
-    a2 x_a(i), and y_i = yh_i + b (inner(x)_a(i) - yh_a(i)); learned a1, a2, b start at 1, 0, 1.
+    With a(i) = stride floor(i / stride): yh_i = a1 x_i + a2 x_a(i), and
+    y_i = yh_i + b (inner(x)_a(i) - yh_a(i)). The learned a1, a2, b start at 1, 0, 1.
     """
 
     flops, more, params = 5, 4, 3
@@ -56,11 +59,14 @@ class SequenceAltUp(Anchored):
 
 @spec
 class StrideSkip(Anchored):
-    """A control: positions between anchors pass the layer by."""
+    """Control in which the positions between anchors skip the layer."""
 
 
 @spec
 class StridePool(Anchored):
-    """A control: reads the mean of the last `stride` positions, and updates all up to the next."""
+    """Control whose anchors read the mean of the last `stride` positions.
+
+    The update of an anchor is added at all positions up to the next one.
+    """
 
     flops, more = 3, 0

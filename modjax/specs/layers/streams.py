@@ -1,4 +1,4 @@
-"""S residual streams in place of one: expansions of the embedding, and layers on the streams."""
+"""Layers on S residual streams in place of one, and expansions of the embedding to S streams."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ SINKHORN_ROUNDS = 20
 
 @spec
 class Recycled(Expansion):
-    """Copies of the embedding, and the mean of all streams (Recycled-AltUp, arXiv 2301.13310).
+    """Recycled-AltUp: copies of the embedding, and the mean of all streams (arXiv 2301.13310).
 
-    The paper takes their sum: the final norm removes the factor.
+    The paper takes their sum; the final norm removes the factor.
     """
 
     def cost(self, shape: Shape, load: Load) -> Costs:
@@ -23,7 +23,7 @@ class Recycled(Expansion):
 
 @spec
 class Full(Expansion):
-    """An embedding and a head that are `streams` times as wide (AltUp, arXiv 2301.13310)."""
+    """AltUp: an embedding and a head that are `streams` times as wide (arXiv 2301.13310)."""
 
     def width(self, d_model: int) -> int:
         return self.streams * d_model
@@ -34,9 +34,10 @@ class Full(Expansion):
 
 @spec
 class Projected(Expansion):
-    """The embedding and learned projections of it; back by others, and their mean (Gemma 3n).
+    """Gemma 3n's expansion: the embedding and learned projections of it.
 
-    Each projection is scaled to the size of the first stream.
+    Other projections lead back to one width, and the head reads their mean. Each projection is
+    scaled to the size of the first stream.
     """
 
     def cost(self, shape: Shape, load: Load) -> Costs:
@@ -46,11 +47,16 @@ class Projected(Expansion):
 
 @dataclass(frozen=True)
 class Streams(Layer):
-    """Base class of layers on S residual streams, around a layer on one of the model's width.
+    """Base class of layers on S residual streams, around a layer on one stream.
+
+    inner: layer on one stream of the model's width.
+    active: index of the stream that the layer computes, 0 to S - 1.
 
     With u = sum_j read_j x_j and y = inner(u), stream i becomes
-    sum_j mix_ij x_j + write_i (y - sum_j base_j x_j). active: the stream that it computes.
-    Where streams begin as copies, it starts as the inner layer alone.
+    sum_j mix_ij x_j + write_i (y - sum_j base_j x_j). On streams that are copies, an untrained
+    layer equals the inner layer.
+
+    Raises InputError for a model without streams.
     """
 
     inner: Layer = DENSE
@@ -67,11 +73,11 @@ class Streams(Layer):
         yield from self.inner.cost(shape._replace(streams=1), load)
         s, d = shape.streams, shape.d_model
         flops, params = self.weights(s, d)
-        flops += 2.0 * s * d * (s + 1)  # mixed, and written to
+        flops += 2.0 * s * d * (s + 1)  # of mix and write
         yield Cost("streams", load.tokens * flops, params)
 
     def weights(self, s: int, d: int) -> tuple[float, int]:
-        """Returns FLOPs per position of making the weights and of reading, and parameters."""
+        """Returns (flops, params): FLOPs per position of weights and read, learned numbers."""
         raise NotImplementedError
 
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
@@ -80,12 +86,13 @@ class Streams(Layer):
 
 @spec
 class AltUp(Streams):
-    """Alternating Updates (arXiv 2301.13310): predict all streams, compute one, correct all.
+    """Alternating Updates: predicts all streams, computes one, corrects all (arXiv 2301.13310).
 
-    p (S, S) and g (S): read stream j = active; mix = p, base = p_j, write = g. Layers that take the
-    streams in turn alternate; layers of one `active` are the paper's "same". Around MoD, skipped
-    positions are predicted too, and change unless p = I; within MoD, they pass with all streams.
-    learned: False keeps p = I and g = 1, the sum of the updates in every stream.
+    With learned p (S, S) and g (S), and j = active: read = e_j, mix = p, base = p_j, write = g.
+    Let `active` alternate from layer to layer; one `active` for all layers is the paper's "same".
+    Around MoD, skipped positions are predicted too, and change unless p = I. Within MoD, they keep
+    all streams.
+    learned: False keeps p = I and g = 1, so that every stream gets the sum of the updates.
     """
 
     learned: bool = True
@@ -96,9 +103,9 @@ class AltUp(Streams):
 
 @spec
 class SimplifiedAltUp(Streams):
-    """Reads a learned sum of the streams, and adds its update, S times, to one of them.
+    """AltUp that reads a learned sum of all streams, and writes S times its update to one.
 
-    r (S), 1 / S at first: read = base = r, mix = I, write = S e_active.
+    With a learned r (S), 1 / S at first: read = base = r, mix = I, write = S e_active.
     """
 
     def weights(self, s: int, d: int) -> tuple[float, int]:
@@ -109,8 +116,9 @@ class SimplifiedAltUp(Streams):
 class HyperConnection(Streams):
     """Hyper-connections (arXiv 2409.19606), meant around one sublayer.
 
-    A_m (S), A_r (S, S), B (S): read = base = A_m, mix = A_r transposed, write = B; A_m starts as
-    e_active. dynamic: each position adds s tanh(norm(x_j) W) to them, W starting at 0.
+    With learned A_m (S), A_r (S, S) and B (S): read = base = A_m, mix = A_r transposed, write = B.
+    A_m starts as e_active.
+    dynamic: whether each position adds s tanh(norm(x_j) W) to these weights; W starts at 0.
     """
 
     dynamic: bool = False
@@ -124,11 +132,11 @@ class HyperConnection(Streams):
 
 @spec
 class ManifoldHyperConnection(Streams):
-    """Hyper-connections of positive weights and a doubly stochastic mix (mHC, arXiv 2512.24880).
+    """Hyper-connections with positive weights and a doubly stochastic mix (mHC, arXiv 2512.24880).
 
     norm(all x) W has three parts v, each with its own a and b: read = base = sigmoid(a v + b),
-    write = 2 sigmoid(a v + b), mix = (exp(a v + b), made doubly stochastic) transposed. W starts at
-    0, mix at 0.9 of each stream in itself, read at 0.9 of the active one.
+    write = 2 sigmoid(a v + b), and mix = exp(a v + b), made doubly stochastic and transposed.
+    W starts at 0, mix at 0.9 of each stream in itself, read at 0.9 of the active stream.
     """
 
     def weights(self, s: int, d: int) -> tuple[float, int]:
@@ -138,10 +146,10 @@ class ManifoldHyperConnection(Streams):
 
 @spec
 class Gemma3nAltUp(Streams):
-    """AltUp as Gemma 3n has it: coefficients of each position, and the predicted stream is read.
+    """Gemma 3n's AltUp, whose coefficients depend on the position; it reads the predicted stream.
 
-    With m(x) = tanh(W (norm(x) / d)), j = active: mix = I + sum_m m(x_j)_m P_m, read = base =
-    mix_j, write = 1 + m(y) C. P (S, S, S) and C (S, S) start at 0.
+    With m(x) = tanh(W (norm(x) / d)) and j = active: mix = I + sum_m m(x_j)_m P_m,
+    read = base = mix_j, write = 1 + m(y) C. P (S, S, S) and C (S, S) start at 0.
     """
 
     def weights(self, s: int, d: int) -> tuple[float, int]:

@@ -41,14 +41,14 @@ def spec_of(embed="Tokens()", head="Logits()"):
 
 
 def arguments(dtype="float32"):
-    """Features, targets, and how much each position counts."""
+    """Returns features, targets, and the weight of each position."""
     rng = np.random.default_rng(0)
     x_BLD = jnp.asarray(rng.normal(size=(B, L, D)), dtype)
     return x_BLD, rng.integers(0, V, (B, L)), jnp.asarray(rng.random((B, L)), jnp.float32)
 
 
 def head_of(spec):
-    """A head with weights away from their start."""
+    """Returns a head whose weights are not those of its start."""
     embed, unembed = (
         build(part, spec.shape, rngs=nnx.Rngs(i)) for i, part in enumerate((spec.embed, spec.head))
     )
@@ -72,7 +72,7 @@ def gradients(head, *args):
 
 
 def in_numpy(w_DV, softcap, x_BLD, targets_BL, weights_BL):
-    """nll, and the gradients of its weighted sum for the features and the matrix."""
+    """Returns nll, and the gradients of its weighted sum by features and matrix."""
     w_DV, x_BLD, weights_BL = (np.asarray(v, np.float64) for v in (w_DV, x_BLD, weights_BL))
     z_BLV = x_BLD @ w_DV
     capped_BLV = softcap * np.tanh(z_BLV / softcap) if softcap else z_BLV
@@ -138,7 +138,7 @@ def test_on_a_mesh_chunks_move_the_matrix_and_its_gradient_once(execution, head,
 
 
 def collectives(text):
-    """The numbers that each collective moves: of those within loops, and of the others."""
+    """Returns how many numbers each collective moves, inside loops and outside."""
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     within, outside, name = [], [], ""
     for line in text.splitlines():

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from modjax.nn.routing.selection import (
-    evenly_spread,
     gather,
-    paced,
     position_noise,
     scatter_add,
     select_first_k,
@@ -19,7 +17,7 @@ from modjax.specs import selected_tokens
 
 
 def plain_top_k(scores, k, valid):
-    """Positions of the k best valid scores of one sequence, earlier ones first on ties."""
+    """Returns positions of the k best valid scores of one sequence; ties go to earlier ones."""
     candidates = [(-scores[i], i) for i in range(len(scores)) if valid[i]]
     return sorted(i for _, i in sorted(candidates)[:k])
 
@@ -90,49 +88,6 @@ def test_scores_that_are_told_apart_are_taken_by_score_and_a_broken_one_is_not_p
     assert got.indices_BK.tolist() == [[1], [2]] and not np.any(got.tied_B)
 
 
-@pytest.mark.parametrize("capacity, length, spent", [(0.125, 40, 0), (0.5, 17, 3), (0.3, 1, 9)])
-def test_pacing_equals_a_plain_loop_and_may_be_done_in_parts(capacity, length, spent):
-    rng = np.random.default_rng(length)
-    odds = rng.normal(0, 3, (4, length)).astype(np.float32)
-    first = 2 * spent  # the position of the first of these
-    expected = np.zeros((4, length), bool)
-    counts = np.full(4, spent)
-    for b in range(4):
-        for i in range(length):
-            fair = capacity * (first + i)
-            ahead = (counts[b] - fair) / (fair + 4) ** 0.5
-            expected[b, i] = odds[b, i] > ahead * np.exp(ahead**2 / 2)
-            counts[b] += expected[b, i]
-    seen, start = jnp.full(4, first), jnp.full(4, spent)
-    all_BL = jnp.ones(odds.shape, bool)
-    whole = paced(jnp.asarray(odds), capacity, all_BL, seen, start)
-    np.testing.assert_array_equal(whole, expected)
-    assert length == 1 or not np.array_equal(expected, odds > 0)
-    half = length // 2
-    early = paced(odds[:, :half], capacity, all_BL[:, :half], seen, start)
-    spent_B = start + early.sum(axis=1)
-    late = paced(odds[:, half:], capacity, all_BL[:, half:], seen + half, spent_B)
-    # Positions that do not count change nothing of those that do.
-    wide, counted = np.repeat(odds, 2, axis=1), np.tile([True, False], length)
-    sparse = paced(jnp.asarray(wide), capacity, jnp.tile(counted, (4, 1)), seen, start)
-    np.testing.assert_array_equal(sparse, np.repeat(expected, 2, axis=1) & counted)
-    np.testing.assert_array_equal(np.concatenate([early, late], axis=1), expected)
-
-
-@pytest.mark.parametrize("length, most", [(256, 1.5), (1024, 1.25)])
-def test_a_paced_row_keeps_near_its_capacity_though_it_asks_for_all(length, most):
-    # A modest row, rows that ask for everything or nothing, and one that wakes up half way.
-    odds = np.random.default_rng(0).normal(-2, 2, (4, length)).astype(np.float32)
-    odds[1] += 16
-    odds[2] -= 8
-    odds[3, length // 2 :] += 16
-    all_BL, none_B = jnp.ones(odds.shape, bool), jnp.zeros(4, jnp.int32)
-    selected = np.asarray(paced(jnp.asarray(odds), 0.125, all_BL, none_B, none_B))
-    asked, spent = (odds > 0).mean(axis=1) / 0.125, selected.mean(axis=1) / 0.125
-    assert asked[1] > 5 and asked[2] < 0.1
-    assert np.all(spent < most) and spent[2] > asked[2]
-
-
 def test_gather_and_scatter_equal_a_plain_loop_in_values_and_gradients():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 9, 4)).astype(np.float32)
@@ -200,7 +155,7 @@ def test_threshold_takes_exactly_what_lies_above_and_nothing_of_the_padding():
 
 
 def first_k(wanted, k):
-    """A plain loop: each row's first k wanted positions."""
+    """Returns each row's first k requested positions, by a plain loop."""
     kept = np.zeros_like(wanted)
     for b, row in enumerate(wanted):
         kept[b, [i for i, want in enumerate(row) if want][:k]] = True
@@ -239,29 +194,6 @@ def test_token_choice_takes_the_likelier_path_and_never_more_than_k():
         np.testing.assert_allclose(
             weights[b, np.asarray(got.valid_BK[b])], probability[b, expected[b]], rtol=1e-5
         )
-
-
-@pytest.mark.parametrize(
-    "capacity, chosen",
-    [
-        (1.0, [0, 1, 2, 3, 4, 5, 6]), (0.9, [1, 2, 3, 4, 5, 6]), (0.6, [1, 3, 4, 6]),
-        (0.5, [1, 3, 5]), (0.4, [2, 4]), (0.25, [3]), (0.1, []),
-    ],
-)  # fmt: skip
-def test_the_pattern_spreads_its_share_of_the_positions_evenly(capacity, chosen):
-    positions = jnp.arange(7)[None]
-    assert np.flatnonzero(evenly_spread(positions, capacity)[0]).tolist() == chosen
-    # It knows the position, not the place in the array.
-    assert np.flatnonzero(evenly_spread(positions + 2, capacity)[0, :-2]).tolist() == [
-        i - 2 for i in chosen if i >= 2
-    ]
-
-
-@pytest.mark.parametrize("n", range(1, 60))
-def test_at_one_nth_the_pattern_takes_the_last_of_every_n_positions(n):
-    positions = np.arange(5000)
-    chosen = np.asarray(evenly_spread(jnp.asarray(positions)[None], 1 / n))[0]
-    np.testing.assert_array_equal(chosen, positions % n == n - 1)
 
 
 def test_noise_depends_on_key_sequence_and_position_alone():

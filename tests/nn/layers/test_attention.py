@@ -13,7 +13,7 @@ from modjax.specs import Attention, Bidirectional, Causal, Shape, Window
 
 
 def plain_attention(q, k, v, segments):
-    """One query at a time: softmax over earlier positions of its own segment."""
+    """Returns attention, one query at a time: a softmax over earlier positions of its segment."""
     batch, heads, length, width = q.shape
     out = np.zeros(q.shape)
     for b, n, i in np.ndindex(batch, heads, length):

@@ -1,4 +1,4 @@
-"""Layers that every k-th position runs through, against plain loops, and read with a cache.
+"""Layers on every k-th position, against plain loops, and with a cache.
 
 Legend: B batch, L positions, J anchors, D model width.
 """
@@ -38,9 +38,9 @@ from modjax.specs import (
     TopK,
     Window,
 )
+from tests.nn.layers.streams import INNER, SHAPE, alternating, here, inner, random_layer
 from tests.nn.small import QUICK, check_gradients, random_model
 from tests.nn.test_cached_decoding import LENGTHS, TOTALS, both_ways
-from tests.nn.test_streams import INNER, SHAPE, alternating, here, inner, random_layer
 
 B, L, D = 2, 10, 4
 ONE = SHAPE._replace(streams=1)
@@ -69,8 +69,11 @@ def pool(p, x, stride, first=0):
     return found
 
 
-FORMS = {"altup": (SequenceAltUp, sequence_altup), "skip": (StrideSkip, skip),
-         "pool": (StridePool, pool)}  # fmt: skip
+FORMS = {
+    "altup": (SequenceAltUp, sequence_altup),
+    "skip": (StrideSkip, skip),
+    "pool": (StridePool, pool),
+}
 
 
 @pytest.mark.parametrize("stride", [3, 4])
@@ -158,7 +161,7 @@ def model(*layers, depth=3, **changes):
 
 
 def between(layer, **changes):
-    """The first and the last layer whole."""
+    """Returns a model whose first and last layers see every position."""
     ends = Repeat(Dense(), times=1)
     return model(ends, Repeat(layer), ends, depth=4, **changes)
 
@@ -181,15 +184,19 @@ MODELS = {
         *alternating(AltUp, SequenceAltUp(Dense(), stride=2)), depth=4, streams=Recycled(2)
     ),
     "streams": model(
-        AltUp(), SimplifiedAltUp(active=1), Gemma3nAltUp(active=2),
+        AltUp(),
+        SimplifiedAltUp(active=1),
+        Gemma3nAltUp(active=2),
         Seq(HyperConnection(Attention(), dynamic=True), ManifoldHyperConnection(MLP())),
-        depth=4, streams=Projected(3),
+        depth=4,
+        streams=Projected(3),
     ),
     "streams in MoD": model(
         *(MoD(layer, **TAUGHT) for layer in alternating(AltUp, Dense())),
-        depth=4, streams=Recycled(2),
+        depth=4,
+        streams=Recycled(2),
     ),
-}  # fmt: skip
+}
 
 
 LONG = ("pooled within MoD", "within altup", "altup of altup")

@@ -1,4 +1,4 @@
-"""What is logged of a routing, against counts by hand and in numpy.
+"""Statistics of routing records, against counts by hand and in numpy.
 
 Legend: A routed blocks, G groups, B batch, L positions.
 """
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from modjax.nn import Routed, statistics
-from modjax.nn.routing.routed import Learnt
+from modjax.nn.routing.losses import RuleRecord
 
 
 def record(**fields):
-    """A record without what is not given."""
+    """Returns a record whose fields that are not given are None."""
     names = [field.name for field in dataclasses.fields(Routed)]
     return Routed(**{name: fields.get(name) for name in names})
 
@@ -23,12 +23,14 @@ def record(**fields):
 def test_statistics_describe_a_routing_counted_by_hand():
     scores = np.array([[[1.0, 3.0, 5.0, 7.0]], [[0.0, 0.0, 2.0, 2.0]]])
     selected = np.array([[[True, True, False, False]], [[True, False, True, False]]])
-    # The last position of the first block asked, and found no room.
+    # The last position of the first block is requested and dropped.
     wanted = np.array([[[True, True, False, True]], [[True, False, True, False]]])
     routed = record(
-        scores_BL=scores, selected_BL=selected, wanted_BL=wanted,
+        scores_BL=scores,
+        selected_BL=selected,
+        wanted_BL=wanted,
         k_B=np.array([[2], [3]]),
-    )  # fmt: skip
+    )
     records = {"1_mod": jax.tree.map(jnp.asarray, routed)}
     got = {name: float(value) for name, value in statistics(records).items()}
     assert got["router/score_mean"] == pytest.approx((4 + 1) / 2)
@@ -47,7 +49,7 @@ BLOCKS = ("1_mod.0", "1_mod.1", "3_mod.0", "3_mod.1")
 
 @pytest.fixture(scope="module")
 def described():
-    """Two places, twice each, with padding: the records, their valid positions and statistics."""
+    """Returns records of two layers, repeated twice, with padding; valid positions; statistics."""
     rng = np.random.default_rng(0)
     valid_BL = np.arange(8) < np.array([[8], [5], [7]])
 
@@ -63,9 +65,9 @@ def described():
         )
         losses = rng.random((2, 2, 3)).astype(np.float32)
         kth = np.zeros((2, 3), np.float32)
-        auxiliary = Learnt({"auxiliary": losses[0]}, scores, target, kth)
+        auxiliary = RuleRecord({"auxiliary": losses[0]}, scores, target, kth)
         logits = rng.normal(size=(2, 3, 8)).astype(np.float32)
-        predictor = Learnt({"predictor": losses[1]}, logits, target)
+        predictor = RuleRecord({"predictor": losses[1]}, logits, target)
         return {name: own, f"{name}/rule": auxiliary, f"{name}/causal": predictor}
 
     records = routed("1_mod") | routed("3_mod")
@@ -74,7 +76,7 @@ def described():
 
 
 def taught(records, method):
-    """The records of a way that is taught, by their layer."""
+    """Returns the records with a taught loss, by layer."""
     rule = {"predictor": "causal", "auxiliary": "rule"}[method]
     return {place: records[f"{place}/{rule}"] for place in ("1_mod", "3_mod")}
 
@@ -125,9 +127,12 @@ def test_losses_are_summed_over_blocks_of_their_mean_over_rows(described):
 def test_nothing_is_said_of_methods_that_were_not_taught():
     none = jnp.zeros((1, 2, 4), bool)
     routed = record(
-        scores_BL=jnp.zeros((1, 2, 4)), target_BL=none, selected_BL=none, wanted_BL=none,
+        scores_BL=jnp.zeros((1, 2, 4)),
+        target_BL=none,
+        selected_BL=none,
+        wanted_BL=none,
         k_B=jnp.ones((1, 2), int),
-    )  # fmt: skip
-    ranked = Learnt({}, kth_B=jnp.zeros((1, 2)))
+    )
+    ranked = RuleRecord({}, kth_B=jnp.zeros((1, 2)))
     names = statistics({"0_mod": routed, "0_mod/rule": ranked}).keys()
     assert not any(name.startswith(("predictor/", "auxiliary/", "loss/")) for name in names)

@@ -23,44 +23,64 @@ GATED = {"activation": "swiglu", "capacity_factor": None}
 def mixtral(config):
     from transformers.models.mixtral import modeling_mixtral as its
 
-    return its.MixtralSparseMoeBlock(its.MixtralConfig(
-        hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=K
-    ))  # fmt: skip
+    return its.MixtralSparseMoeBlock(
+        its.MixtralConfig(
+            hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=K
+        )
+    )
 
 
 def olmoe(config):
     from transformers.models.olmoe import modeling_olmoe as its
 
-    return its.OlmoeSparseMoeBlock(its.OlmoeConfig(
-        hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=K
-    ))  # fmt: skip
+    return its.OlmoeSparseMoeBlock(
+        its.OlmoeConfig(hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=K)
+    )
 
 
 def qwen3(config):
     from transformers.models.qwen3_moe import modeling_qwen3_moe as its
 
-    return its.Qwen3MoeSparseMoeBlock(its.Qwen3MoeConfig(
-        hidden_size=D, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=K,
-        norm_topk_prob=True,
-    ))  # fmt: skip
+    return its.Qwen3MoeSparseMoeBlock(
+        its.Qwen3MoeConfig(
+            hidden_size=D,
+            moe_intermediate_size=F,
+            num_experts=E,
+            num_experts_per_tok=K,
+            norm_topk_prob=True,
+        )
+    )
 
 
 def switch(config):
     from transformers.models.switch_transformers import modeling_switch_transformers as its
 
-    return its.SwitchTransformersSparseMLP(its.SwitchTransformersConfig(
-        d_model=D, d_ff=F, num_experts=E, expert_capacity=config.slots(S), dense_act_fn="gelu_new",
-        router_jitter_noise=0.0, dropout_rate=0.0,
-    ))  # fmt: skip
+    return its.SwitchTransformersSparseMLP(
+        its.SwitchTransformersConfig(
+            d_model=D,
+            d_ff=F,
+            num_experts=E,
+            expert_capacity=config.slots(S),
+            dense_act_fn="gelu_new",
+            router_jitter_noise=0.0,
+            dropout_rate=0.0,
+        )
+    )
 
 
 def longcat(config):
     from transformers.models.longcat_flash import modeling_longcat_flash as its
 
-    return its.LongcatFlashMoE(its.LongcatFlashConfig(
-        hidden_size=D, expert_ffn_hidden_size=F, n_routed_experts=E, zero_expert_num=3,
-        moe_topk=K, routed_scaling_factor=6.0,
-    ))  # fmt: skip
+    return its.LongcatFlashMoE(
+        its.LongcatFlashConfig(
+            hidden_size=D,
+            expert_ffn_hidden_size=F,
+            n_routed_experts=E,
+            zero_expert_num=3,
+            moe_topk=K,
+            routed_scaling_factor=6.0,
+        )
+    )
 
 
 BLOCKS = {
@@ -80,14 +100,15 @@ def router_weight(block):
 
 
 def experts_of(named):
-    """w_in, w_gate and w_out, (E, D, F) each, of what has Hugging Face's names."""
+    """Returns w_in, w_gate and w_out, (E, D, F) each, from weights named by Hugging Face."""
     if "experts.gate_up_proj" in named:
         both = named["experts.gate_up_proj"][:E].swapaxes(1, 2)
-        return {"w_gate": both[..., :F], "w_in": both[..., F:],
-                "w_out": named["experts.down_proj"]}  # fmt: skip
+        return {"w_gate": both[..., :F], "w_in": both[..., F:], "w_out": named["experts.down_proj"]}
     each = [{n: named[f"experts.expert_{e}.{n}.weight"] for n in ("wi", "wo")} for e in range(E)]
-    return {"w_in": np.stack([one["wi"].T for one in each]),
-            "w_out": np.stack([one["wo"] for one in each])}  # fmt: skip
+    return {
+        "w_in": np.stack([one["wi"].T for one in each]),
+        "w_out": np.stack([one["wo"] for one in each]),
+    }
 
 
 @pytest.mark.parametrize("name", BLOCKS)

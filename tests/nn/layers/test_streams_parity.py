@@ -16,7 +16,7 @@ B, L, S, D, F, ACTIVE = 2, 7, 4, 16, 24, 1
 
 
 def compare(layer, block, renamed, run):
-    """A layer of ours around an MLP and a random block of theirs: values, and every gradient.
+    """Compares our layer around an MLP with their random block: values, and every gradient.
 
     renamed(their parameters, or their gradients by name): the same as ours. run(x_BLSD, inner):
     what theirs makes of the streams around that MLP.

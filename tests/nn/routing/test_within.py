@@ -14,7 +14,7 @@ from flax import nnx
 
 from modjax.nn import Inside, Routed
 from modjax.nn.routing import routed_layer
-from modjax.nn.routing.expert_record import Routing
+from modjax.nn.routing.records import Dispatched
 from modjax.specs import Attention, Dense, MoD, ModelSpec, MoE, Predictor, Seq, TokenChoice
 from tests.nn.small import QUICK, random_model
 
@@ -73,7 +73,7 @@ def test_the_depth_counts_every_selection_also_where_they_nest(layer, routing):
     for record in records.values():
         record = jax.tree.map(lambda leaf: np.asarray(leaf[0]), record)
         inner = record.record if isinstance(record, Inside) else record
-        if not isinstance(inner, Routed | Routing):
+        if not isinstance(inner, Routed | Dispatched):
             continue
         took = inner.selected_BL if isinstance(inner, Routed) else inner.taken_BL > 0
         if isinstance(record, Inside):
