@@ -17,17 +17,23 @@ from modjax.nn.routing.selection import Selection, selected_mask
 from modjax.nn.routing.thresholds import moved
 
 
-def path_balance(share_B: jax.Array, probability_B: jax.Array, capacity: float) -> jax.Array:
-    """Returns the balance loss of a choice between a layer and skipping it, (B,).
+def path_losses(
+    odds_BL: jax.Array, logits_BLR: jax.Array, valid_BL: jax.Array | None, capacity: float
+) -> dict[str, jax.Array]:
+    """Returns the losses of a choice between a layer and skipping it, by name, (B,) each.
 
-    sum_i f_i P_i / t_i over both paths: f_i is the share of positions that choose path i, P_i its
-    mean probability, and t = (1 - capacity, capacity). This is Eq. 4 of arXiv 2101.03961 for
-    unequal targets. It is 1 where f = P = t.
+    balance: sum_i f_i P_i / t_i over both paths, Eq. 4 of arXiv 2101.03961 for unequal targets. f_i
+      is the share of positions that choose path i, P_i its mean probability, and t = (1 - capacity,
+      capacity). It is 1 for f = P = t.
+    z: the mean of logsumexp(logits)^2 (arXiv 2202.08906, Eq. 5).
     """
-    if capacity == 1:  # nothing to balance
-        return jnp.ones_like(share_B)
-    skipped_B = (1 - share_B) * (1 - probability_B) / (1 - capacity)
-    return skipped_B + share_B * probability_B / capacity
+    share_B = masked_mean((odds_BL > 0).astype(jnp.float32), valid_BL)
+    probability_B = masked_mean(jax.nn.sigmoid(odds_BL), valid_BL)
+    balance_B = jnp.ones_like(share_B)  # at capacity 1 there is nothing to balance
+    if capacity < 1:
+        skipped_B = (1 - share_B) * (1 - probability_B) / (1 - capacity)
+        balance_B = skipped_B + share_B * probability_B / capacity
+    return {"balance": balance_B, "z": masked_mean(squared_logsumexp(logits_BLR), valid_BL)}
 
 
 def row_balance(picks_R: jax.Array, mean_R: jax.Array) -> jax.Array:
@@ -41,7 +47,7 @@ def row_balance(picks_R: jax.Array, mean_R: jax.Array) -> jax.Array:
 
 
 def squared_logsumexp(logits: jax.Array) -> jax.Array:
-    """Returns logsumexp(logits)^2 over the last dim; the z-loss is its mean (2202.08906, Eq. 5)."""
+    """Returns logsumexp(logits)^2 over the last dim, of which the z-loss is the mean."""
     return jnp.square(jax.nn.logsumexp(logits, axis=-1))
 
 
@@ -139,7 +145,7 @@ class RouterLoad(Record):
     bias: float = field(default=0.0, metadata={"static": True})
 
     def losses(self, totals: Mapping[str, jax.Array] | None = None) -> dict[str, jax.Array]:
-        """Returns both losses without their weights.
+        """Returns the balance loss and the z-loss (arXiv 2202.08906, Eq. 5) without weights.
 
         totals: those of the batch that this record is a part of; None takes the record's own.
         """

@@ -18,13 +18,7 @@ from modjax.kernels import project
 from modjax.nn.call import At, Call
 from modjax.nn.params import make_param, measured, normal_param, read
 from modjax.nn.records import Record
-from modjax.nn.routing.losses import (
-    RuleRecord,
-    masked_mean,
-    path_balance,
-    selection_loss,
-    squared_logsumexp,
-)
+from modjax.nn.routing.losses import RuleRecord, path_losses, selection_loss
 from modjax.nn.routing.selection import Selection, position_noise
 from modjax.nn.routing.thresholds import above, paced
 from modjax.specs.layers.routers import predictor_width
@@ -181,11 +175,9 @@ class Binary(Rule):
         return jax.nn.sigmoid(scores_BK)
 
     def report(self, x_BLD, choice, selection, at):
-        share_B = masked_mean((choice.scores_BL > 0).astype(jnp.float32), at.valid_BL)
-        probability_B = masked_mean(jax.nn.sigmoid(choice.scores_BL), at.valid_BL)
-        balance_B = path_balance(share_B, probability_B, self.capacity)
-        z_B = masked_mean(squared_logsumexp(choice.scores_BLR), at.valid_BL)
-        return RuleRecord({"balance": self.spec.balance * balance_B, "z": self.spec.z * z_B})
+        found = path_losses(choice.scores_BL, choice.scores_BLR, at.valid_BL, self.capacity)
+        weights = {"balance": self.spec.balance, "z": self.spec.z}
+        return RuleRecord({name: weights[name] * loss_B for name, loss_B in found.items()})
 
 
 class Predictor(Rule):
