@@ -22,9 +22,9 @@ class LayerModule(nnx.Module):
         raise NotImplementedError
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike, /) -> Any:
-        """Returns an empty cache for at most `length` positions of each row.
+        """Returns an empty cache for at most `length` positions of each row; slack: see Call.
 
-        It is a modjax.nn.LayerCache, a dictionary of caches, or () for no cache.
+        A cache is a modjax.nn.LayerCache, a dictionary of caches, or () for none.
         """
         return ()
 

@@ -113,14 +113,12 @@ class Seq(LayerModule):
 
     def __init__(self, spec: specs.Seq, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.spec = spec
-        self.parts = nnx.Dict(
-            {name: build(part, shape, rngs=rngs) for name, part in names(spec.parts).items()}
-        )
+        parts = names(spec.parts).items()
+        self.parts = nnx.Dict({name: build(part, shape, rngs=rngs) for name, part in parts})
 
     def __call__(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        out = in_order(
-            {name: self.parts[name] for name in names(self.spec.parts)}, x, at, call, cache
-        )
+        layers = {name: self.parts[name] for name in names(self.spec.parts)}
+        out = in_order(layers, x, at, call, cache)
         return out._replace(records=under("parts", out.records))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
