@@ -33,9 +33,8 @@ def project(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
     if not _is_single(x_BLD):
         return product(x_BLD, w_DF)
     w_UXF = _parts(w_DF.astype(x_BLD.dtype))
-    y_UF = jnp.einsum(
-        "UX,UXF->UF", x_BLD.reshape(w_UXF.shape[:2]), w_UXF, preferred_element_type=jnp.float32
-    )
+    x_UX = x_BLD.reshape(w_UXF.shape[:2])
+    y_UF = jnp.einsum("UX,UXF->UF", x_UX, w_UXF, preferred_element_type=jnp.float32)
     return jnp.sum(y_UF, axis=0).astype(x_BLD.dtype)[None, None]
 
 

@@ -93,9 +93,8 @@ class KVCache(LayerCache):
         length_B = self.length_B + write.count_B
         if fresh and new <= slots:
             empty = (0, slots - new)
-            k_BGWH, v_BGWH = (
-                jnp.pad(x, ((0, 0), (0, 0), empty, (0, 0))) for x in (write.k_BGLH, write.v_BGLH)
-            )
+            padding = (0, 0), (0, 0), empty, (0, 0)
+            k_BGWH, v_BGWH = (jnp.pad(x, padding) for x in (write.k_BGLH, write.v_BGLH))
             return KVCache(k_BGWH, v_BGWH, length_B, jnp.pad(write.positions_BL, ((0, 0), empty)))
         place_1L, count_B1 = jnp.arange(new)[None], write.count_B[:, None]
         stays_BL = (place_1L < count_B1) & (place_1L >= count_B1 - slots)
@@ -135,11 +134,11 @@ def overflow(cache: Any) -> Any:
 
 def unwritten(write: Any) -> Any:
     """Returns an update without the updated caches in it: a branch should return few arrays."""
-    return jax.tree.map(
-        lambda part: part._replace(updated=None) if isinstance(part, KVWrite) else part,
-        write,
-        is_leaf=lambda part: isinstance(part, KVWrite),
-    )
+
+    def one(part: Any) -> Any:
+        return part._replace(updated=None) if isinstance(part, KVWrite) else part
+
+    return jax.tree.map(one, write, is_leaf=lambda part: isinstance(part, KVWrite))
 
 
 def where_read(read_B: jax.Array, new: Any, old: Any) -> Any:

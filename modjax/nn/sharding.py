@@ -96,7 +96,7 @@ def per_device(function: Callable[..., jax.Array], weights: Any, *arrays: jax.Ar
 
 
 def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
-    """Returns function(x_BL) by every device's own rows, on a mesh that is not known here."""
+    """Returns function(x_BL), computed by every device on its own rows of an unknown mesh."""
     ranks = x_BL.ndim, jax.eval_shape(function, x_BL).ndim
     others = [
         [f"{side}{dim}" for dim in range(rank - 1)] for side, rank in zip("io", ranks, strict=True)

@@ -182,12 +182,9 @@ def _unstacked(params: Any, repeats: int) -> list[Any]:
     if isinstance(params, list):
         return params
     # lax.split transposes to one concatenation; indexing would pad and add every gradient.
-    leaves = [jax.lax.split(leaf, [1] * repeats) for leaf in jax.tree.leaves(params)]
-    structure = jax.tree.structure(params)
-    return [
-        jax.tree.unflatten(structure, [part[0] for part in parts])
-        for parts in zip(*leaves, strict=True)
-    ]
+    leaves, structure = jax.tree.flatten(params)
+    parts = zip(*(jax.lax.split(leaf, [1] * repeats) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(structure, [part[0] for part in each]) for each in parts]
 
 
 def _with_weights_apart(blocks: Any) -> Any:

@@ -40,12 +40,8 @@ class Attention(Sublayer):
         axes = ("embed", "kv_heads", "head_dim")
         self.w_q = make_param(w_q.reshape(d, heads, h), ("embed", "heads", "head_dim"))
         self.w_k, self.w_v = (make_param(w[:, :, 0], axes) for w in (w_k, w_v))
-        self.w_out = normal_param(
-            rngs,
-            (heads, h, d),
-            ("heads", "head_dim", "embed"),
-            std=1 / math.sqrt(heads * h) / depth_scale(shape),
-        )
+        std, axes = 1 / math.sqrt(heads * h) / depth_scale(shape), ("heads", "head_dim", "embed")
+        self.w_out = normal_param(rngs, (heads, h, d), axes, std=std)
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         y_BLD, handed, write = self.before(x_BLD), {}, ()

@@ -33,9 +33,8 @@ class Tokens(nnx.Module):
         self.scale = math.sqrt(d) if spec.scale else None
         # A tied table is also the head, whose logits should start near 1.
         std = 1 / math.sqrt(d) if shape.tied or spec.scale else 1.0
-        self.table = normal_param(
-            rngs, (shape.vocab_size, d), ("vocab", "embed"), std=std, role="embedding"
-        )
+        size, axes = (shape.vocab_size, d), ("vocab", "embed")
+        self.table = normal_param(rngs, size, axes, std=std, role="embedding")
 
     def __call__(self, tokens_BL: jax.Array, dtype: DTypeLike) -> jax.Array:
         x_BLD = constrain(read(self.table, dtype), "vocab", None)[tokens_BL]
@@ -47,11 +46,10 @@ class Logits(nnx.Module):
 
     def __init__(self, spec: specs.Logits, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.softcap = spec.softcap
-        d, axes = shape.width, ("embed", "vocab")
+        size, axes = (shape.width, shape.vocab_size), ("embed", "vocab")
         if not spec.tied:
-            self.w_logits = normal_param(
-                rngs, (d, shape.vocab_size), axes, std=1 / math.sqrt(d), role="embedding"
-            )
+            std = 1 / math.sqrt(shape.width)
+            self.w_logits = normal_param(rngs, size, axes, std=std, role="embedding")
 
     def __call__(self, x_BLD: jax.Array, embed: Any) -> jax.Array:
         w_DV = read(self.w_logits, None) if embed is None else read(embed.table, None).T

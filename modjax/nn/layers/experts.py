@@ -54,7 +54,7 @@ class Slots(NamedTuple):
 
 
 def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
-    """Returns the first size_B <= size positions of each expert, so that none depends on later."""
+    """Returns each expert's first size_B <= size positions: none displaces an earlier one."""
     mine_BLPE = jax.nn.one_hot(picks.experts_BLP, experts, dtype=bool)
     weights_BLE = jnp.sum(jnp.where(mine_BLPE, picks.weights_BLP[..., None], 0.0), axis=2)
     mine_BEL = jnp.any(mine_BLPE, axis=2).swapaxes(1, 2)
@@ -76,9 +76,8 @@ def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str
         row_B11 = (length * jnp.arange(batch))[:, None, None]
         beyond = batch * length
         row_BEC = jnp.where(slots.tokens_BEC < length, row_B11 + slots.tokens_BEC, beyond)
-        row_EZ, weight_EZ = (
-            z.swapaxes(0, 1).reshape(z.shape[1], -1) for z in (row_BEC, slots.weights_BEC)
-        )
+        of_slots = row_BEC, slots.weights_BEC
+        row_EZ, weight_EZ = (z.swapaxes(0, 1).reshape(z.shape[1], -1) for z in of_slots)
         x_TD = x_BLD.reshape(beyond, width)
         x_EZD = x_TD.at[row_EZ].get(mode="fill", fill_value=0)
         if split:
@@ -156,6 +155,6 @@ def _on_each_device(
         y_BLD = local(x_BLD, routed, gathered, to_experts and axes[0] is not None)
         return y_BLD if axes[2] is None else jax.lax.psum(y_BLD, axes[2])
 
-    return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(rows, rows, PartitionSpec(*axes)), out_specs=rows
-    )(x_BLD, routed, matrices)
+    in_specs = rows, rows, PartitionSpec(*axes)
+    run = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=rows)
+    return run(x_BLD, routed, matrices)
