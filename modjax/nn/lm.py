@@ -149,7 +149,7 @@ class Transformer(nnx.Module):
             needs = {name for layer, _ in self.config.repeated() for name in layer.hands_on()}
             passed = f"ranks by {', '.join(needs)}, which later positions decide: "
             require(not needs, "routing", routing, passed + "reading needs another routing")
-            accepted = "must be None, or 1 or more, to read with routing = 'trained'"
+            accepted = "must be 1 or more, or None, to read with routing = 'trained'"
             require(slack is None or slack >= 1, "slack", slack, accepted)
 
     def _ropes(self, positions_BL: jax.Array) -> dict[float, tuple[jax.Array, jax.Array]]:
