@@ -22,10 +22,7 @@ class LayerModule(nnx.Module):
         raise NotImplementedError
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike, /) -> Any:
-        """Returns an empty cache for at most `length` positions of each row; slack: see Call.
-
-        A cache is a modjax.nn.LayerCache, a dictionary of caches, or () for none.
-        """
+        """Returns an empty cache for `length` positions: a LayerCache, a dict of them, or ()."""
         return ()
 
     def take_apart(self) -> None:

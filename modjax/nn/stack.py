@@ -25,12 +25,7 @@ from modjax.nn.records import Record
 
 
 class Segment(NamedTuple):
-    """A pattern of layers that repeats.
-
-    layers: the pattern, by name.
-    first: the place of its first layer among the layers of all patterns.
-    repeats: how many times it runs.
-    """
+    """A repeated pattern of layers, by name. first: how many layers the patterns before it have."""
 
     layers: dict[str, specs.Layer]
     first: int
@@ -103,10 +98,7 @@ class Stack(nnx.Module):
         return x, records
 
     def repetitions(self) -> list[Repetition]:
-        """Returns every repetition with parameters of its own.
-
-        A step of decoding then reads only the weights that it uses.
-        """
+        """Returns every repetition with its own parameters: a step then reads only what it uses."""
         return [
             Repetition(_with_weights_apart(nnx.merge(graphdef, part)), segment, index)
             for segment, graphdef, params in self._split()

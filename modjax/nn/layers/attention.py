@@ -108,10 +108,7 @@ def _heads(y_BLD: jax.Array, w_DNH: jax.Array) -> jax.Array:
 def rotary_tables(
     positions_BL: jax.Array, head_dim: int, base: float, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of position * base^(-2i / H), each (B, L, H/2).
-
-    See arXiv 2104.09864, Eq. 34.
-    """
+    """Returns cos and sin, (B, L, H/2), of position * base^(-2i/H) (arXiv 2104.09864, Eq. 34)."""
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     angle_BLH = positions_BL[..., None].astype(jnp.float32) * (base**-exponent)[None, None]
     return jnp.cos(angle_BLH).astype(dtype), jnp.sin(angle_BLH).astype(dtype)

@@ -28,10 +28,7 @@ FEW = 16
 
 
 class MoE(Sublayer):
-    """A mixture of experts, y = sum_e g_e MLP_e(x) (arXiv 2101.03961, Eq. 2); see the spec.
-
-    The weights g are those of the experts that the rule picks by the router's scores.
-    """
+    """A weighted sum of the experts that a rule picks (arXiv 2101.03961, Eq. 2); see the spec."""
 
     def __init__(self, spec: specs.MoE, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec.norm, shape)

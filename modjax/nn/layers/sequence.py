@@ -112,10 +112,7 @@ def _anchors_of_documents(
 
 
 class Anchored(LayerModule):
-    """Base class of layers whose anchors pass through the inner layer.
-
-    A subclass defines what the anchors read, and how all positions follow from them.
-    """
+    """Base class: anchors run through the inner layer; a subclass computes the other positions."""
 
     def __init__(self, spec: specs.Anchored, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.stride = spec.stride
