@@ -1,4 +1,4 @@
-"""How the heavy operations are computed: the only folder that knows a platform."""
+"""Heavy operations, computed as suits each platform. No other folder knows a platform."""
 
 from modjax.kernels.attention import Side, attend, received_attention
 from modjax.kernels.grouped import grouped_matmul

@@ -12,23 +12,26 @@ import jax.numpy as jnp
 
 from modjax.specs.layers.masks import Mask
 
-# Queries are computed in chunks, each against the keys within the mask's reach only: at most so
-# many chunks where the reach has no bound, one, and two, of MIN_QUERY_CHUNK queries or more. Of
-# what a causal mask hides, four chunks leave out three quarters.
+# Queries are computed in chunks, each with the keys within the mask's reach only. QUERY_CHUNKS has
+# the most chunks for a mask whose reach has no bound, one bound, and two. A chunk has at least
+# MIN_QUERY_CHUNK queries. Four chunks leave out three quarters of what a causal mask hides.
 QUERY_CHUNKS, MIN_QUERY_CHUNK = (1, 4, 16), 128
 LEAST = float(jnp.finfo(jnp.float32).min)
 
 
 class Side(NamedTuple):
-    """The positions of the queries, or of the keys, in their sequences.
+    """The queries, or the keys, of attention, by their positions in the sequence.
 
-    segments_BL: a query sees keys of its own segment; None: all are one segment.
-    valid_BL: a key that is not valid is hidden; None: all are valid.
+    segments_BL: a query sees the keys of its own segment; None means one segment.
+    valid_BL: a key that is not valid is hidden; None means that all are valid.
     """
 
     positions_BL: jax.Array
     segments_BL: jax.Array | None = None
     valid_BL: jax.Array | None = None
+
+    def part(self, places: slice) -> "Side":
+        return jax.tree.map(lambda leaf: leaf[:, places], self)
 
 
 def attend(
@@ -40,21 +43,23 @@ def attend(
     keys: Side | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Returns softmax attention, (B, N, L, H); 0 for a query that sees no key.
+    """Returns softmax attention (arXiv 1706.03762, Eq. 1), (B, N, L, H).
 
-    q (B, N, L, H), k and v (B, G, M, H); N is a multiple of G. Scores and softmax are float32, the
-    products take the inputs' dtype.
-    keys: None: those of the queries' own positions, which ascend, invalid ones last.
-    softcap: c of c tanh(s / c) on the scores s; None: no cap.
+    A query that sees no key gets 0. N is a multiple of G. Scores and softmax are float32; the
+    products take the dtype of the inputs.
+
+    keys: None means the queries' own positions, which ascend, with invalid ones last.
+    softcap: replaces scores s by c tanh(s / c) with this c; None means no cap.
     """
+    own = keys is None
+    keys = queries if keys is None else keys
     parts = []
-    for rows, columns in _chunks(mask, q_BNLH.shape[2], k_BGMH.shape[2], own=keys is None):
-        p_BGQLM, total_BGQL1, _ = _probabilities(
-            q_BNLH, k_BGMH, mask, queries, keys, softcap, rows, columns
-        )
-        out_BGQLH = jnp.einsum(
-            "BGQLM,BGMH->BGQLH", p_BGQLM.astype(v_BGMH.dtype), v_BGMH[:, :, columns]
-        )
+    for rows, columns in _chunks(mask, q_BNLH.shape[2], k_BGMH.shape[2], own=own):
+        seen_BLM = _seen(mask, queries.part(rows), keys.part(columns))
+        scored = q_BNLH[:, :, rows], k_BGMH[:, :, columns], seen_BLM
+        p_BGQLM, total_BGQL1 = _probabilities(*scored, softcap, own=own)
+        value_BGMH = v_BGMH[:, :, columns]
+        out_BGQLH = jnp.einsum("BGQLM,BGMH->BGQLH", p_BGQLM.astype(v_BGMH.dtype), value_BGMH)
         # Normalising after the product with the values divides H numbers a query, not M.
         parts.append((out_BGQLH / total_BGQL1.astype(out_BGQLH.dtype)).astype(q_BNLH.dtype))
     out_BGQLH = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
@@ -66,18 +71,19 @@ def received_attention(
 ) -> jax.Array:
     """Returns the attention that each position receives, relative to uniform attention.
 
-    (B, L) float32: the mean over heads of sum_i a_ij / sum_i (1 / n_i), over the queries i that
-    see position j, of which each sees n_i positions; 0 where none sees it. A-MoD (arXiv 2412.20875)
-    sums the columns of attention that is not causal; under a causal mask those of early positions
-    are longer, hence the division. No gradient passes.
+    The result is (B, L) float32: the mean over heads of sum_i a_ij / sum_i (1 / n_i). The sums are
+    over the queries i that see position j, and n_i is the number of positions that query i sees.
+    A position that no query sees gets 0. A-MoD (arXiv 2412.20875) sums the columns of attention
+    that is not causal. A causal mask makes the columns of early positions longer, hence the
+    division. No gradient passes.
     """
     q_BNLH, k_BGMH = jax.lax.stop_gradient((q_BNLH, k_BGMH))
     batch, _, length, _ = q_BNLH.shape
     received_BM = uniform_BM = jnp.zeros((batch, length), jnp.float32)
     for rows, columns in _chunks(mask, length, length, own=True):
-        p_BGQLM, total_BGQL1, seen_BLM = _probabilities(
-            q_BNLH, k_BGMH, mask, positions, None, None, rows, columns
-        )
+        seen_BLM = _seen(mask, positions.part(rows), positions.part(columns))
+        scored = q_BNLH[:, :, rows], k_BGMH[:, :, columns], seen_BLM
+        p_BGQLM, total_BGQL1 = _probabilities(*scored, None, own=True)
         column_BM = jnp.mean(jnp.sum(p_BGQLM / total_BGQL1, axis=3), axis=(1, 2))
         received_BM = received_BM.at[:, columns].add(column_BM)
         seen_BLM = seen_BLM.astype(jnp.float32)
@@ -87,10 +93,10 @@ def received_attention(
 
 
 def _chunks(mask: Mask, queries: int, keys: int, *, own: bool) -> list[tuple[slice, slice]]:
-    """Returns which queries are computed together, and the keys that these may see.
+    """Returns the queries of each chunk, and the keys that they may see.
 
-    own: the keys are those of the queries' own positions. Since these ascend, two of them are at
-    least as far apart as their places in the arrays: the reach bounds both.
+    own: the keys are at the queries' own positions. These ascend, so two positions are at least as
+    far apart as their places in the arrays. The mask's reach therefore bounds the places too.
     """
     back, ahead = mask.reach if own else (None, None)
     most = QUERY_CHUNKS[(back is not None) + (ahead is not None)]
@@ -104,24 +110,24 @@ def _chunks(mask: Mask, queries: int, keys: int, *, own: bool) -> list[tuple[sli
     return found
 
 
+def _seen(mask: Mask, queries: Side, keys: Side) -> jax.Array:
+    """Returns which keys each query sees, (B, L, M) bool."""
+    seen_BLM = mask.seen(queries.positions_BL[:, :, None], keys.positions_BL[:, None])
+    if queries.segments_BL is not None and keys.segments_BL is not None:
+        seen_BLM &= queries.segments_BL[:, :, None] == keys.segments_BL[:, None]
+    return seen_BLM if keys.valid_BL is None else seen_BLM & keys.valid_BL[:, None]
+
+
 def _probabilities(
-    q_BNLH, k_BGMH, mask: Mask, queries: Side, keys: Side | None, softcap, rows: slice, columns
-):
-    """Returns attention before its normalisation, its sums, and which keys each query sees."""
-    query = jax.tree.map(lambda leaf: leaf[:, rows], queries)
-    key = jax.tree.map(lambda leaf: leaf[:, columns], queries if keys is None else keys)
-    seen_BLM = mask.seen(query.positions_BL[:, :, None], key.positions_BL[:, None])
-    if query.segments_BL is not None and key.segments_BL is not None:
-        seen_BLM &= query.segments_BL[:, :, None] == key.segments_BL[:, None]
-    if key.valid_BL is not None:
-        seen_BLM &= key.valid_BL[:, None]
-    q_BNLH, k_BGMH = q_BNLH[:, :, rows], k_BGMH[:, :, columns]
+    q_BNLH: jax.Array, k_BGMH: jax.Array, seen_BLM: jax.Array, softcap: float | None, *, own: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns attention before normalisation, (B, G, Q, L, M), and its sums. own: see `_chunks`."""
     batch, heads, length, head_dim = q_BNLH.shape
     kv_heads = k_BGMH.shape[1]
     q_BNLH = q_BNLH * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
     # With two dims of queries, XLA's CPU backend transposes all keys of a cache at every step.
     # Training keeps both: one dim would be rounded otherwise.
-    dims = (heads // kv_heads, length) if keys is None else (-1,)
+    dims = (heads // kv_heads, length) if own else (-1,)
     q_BGTH = q_BNLH.reshape(batch, kv_heads, *dims, head_dim)
     s_BGTM = jnp.einsum("BG...H,BGMH->BG...M", q_BGTH, k_BGMH, preferred_element_type=jnp.float32)
     s_BGQLM = s_BGTM.reshape(batch, kv_heads, heads // kv_heads, length, -1)
@@ -131,4 +137,4 @@ def _probabilities(
     top_BGQL1 = jax.lax.stop_gradient(jnp.max(s_BGQLM, axis=-1, keepdims=True, initial=LEAST))
     p_BGQLM = jnp.exp(s_BGQLM - top_BGQL1)
     total_BGQL1 = jnp.sum(p_BGQLM, axis=-1, keepdims=True)
-    return p_BGQLM, jnp.where(total_BGQL1 > 0, total_BGQL1, 1), seen_BLM
+    return p_BGQLM, jnp.where(total_BGQL1 > 0, total_BGQL1, 1)

@@ -1,7 +1,6 @@
 """Products of activations with matrices.
 
-Legend: B batch, L positions, D model width, F feed-forward width, T rows, U parts, X
-numbers.
+Legend: B batch, L positions, D model width, F feed-forward width, T rows, U parts, X numbers.
 """
 
 import math
@@ -14,10 +13,10 @@ from modjax.kernels.target import target
 
 
 def product(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """Returns x @ w over the last dim of x, multiplied in x's dtype, (B, L, F).
+    """Returns x @ w over the last dim of x, (B, L, F), multiplied in x's dtype.
 
-    The product is taken of two matrices: contracting B and L as two dims in the gradient of w
-    makes XLA's CPU backend transpose the activations first, at 1.6 times the cost of the MLP.
+    x is reshaped to a matrix first. Otherwise the gradient of w contracts B and L as two dims, and
+    XLA's CPU backend transposes the activations for that, at 1.6 times the cost of the MLP.
     """
     batch, length, width = x_BLD.shape
     x_TD = x_BLD.reshape(batch * length, width)
@@ -26,30 +25,29 @@ def product(x_BLD: jax.Array, w_DF: jax.Array, out_dtype: DTypeLike | None = Non
 
 
 def project(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """Returns `product` with a matrix, taken in parts for a lone position on a CPU.
+    """Returns `product(x, w)`, (B, L, F), split into parts for a single position on a CPU.
 
-    A lone position does little but read the matrix. XLA's CPU backend reads one of a megabyte with
-    one core only, but shares out a batch of products.
+    A single position does little but read the matrix. XLA's CPU backend reads a matrix of a
+    megabyte with one core, but distributes a batch of products over all cores.
     """
-    if not _alone(x_BLD):
+    if not _is_single(x_BLD):
         return product(x_BLD, w_DF)
     w_UXF = _parts(w_DF.astype(x_BLD.dtype))
-    y_UF = jnp.einsum(
-        "UX,UXF->UF", x_BLD.reshape(w_UXF.shape[:2]), w_UXF, preferred_element_type=jnp.float32
-    )
+    x_UX = x_BLD.reshape(w_UXF.shape[:2])
+    y_UF = jnp.einsum("UX,UXF->UF", x_UX, w_UXF, preferred_element_type=jnp.float32)
     return jnp.sum(y_UF, axis=0).astype(x_BLD.dtype)[None, None]
 
 
 def project_back(x_BLF: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """Returns x @ w.T, as `project` takes x @ w, (B, L, D)."""
-    if not _alone(x_BLF):
+    """Returns x @ w.T, (B, L, D), computed as `project` computes x @ w."""
+    if not _is_single(x_BLF):
         return product(x_BLF, w_DF.T)
     w_UXF = _parts(w_DF.astype(x_BLF.dtype))
     x_UF = jnp.broadcast_to(x_BLF[0], (w_UXF.shape[0], w_UXF.shape[2]))
     return jnp.einsum("UF,UXF->UX", x_UF, w_UXF).reshape(1, 1, -1)
 
 
-def _alone(x_BLD: jax.Array) -> bool:
+def _is_single(x_BLD: jax.Array) -> bool:
     return x_BLD.shape[:2] == (1, 1) and target() == "cpu"
 
 

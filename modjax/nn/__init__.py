@@ -1,7 +1,8 @@
-"""How layers are computed: Flax NNX modules, one for each spec, and pure functions under them."""
+"""The layers as Flax NNX modules, one for each spec, and the functions that they call."""
 
 from modjax import specs
 from modjax.nn.build import MODULES, LayerModule, build, register
+from modjax.nn.cache import LayerCache
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers import attention, dense, ends, mod, moe, sequence, streams
 from modjax.nn.layers.block import MoDBlock, RoutedBlock

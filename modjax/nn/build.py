@@ -1,4 +1,4 @@
-"""Base class of layer modules, and the one table from specs to modules, which others may add to."""
+"""Base class of layer modules, and the table from specs to modules, which users may extend."""
 
 import sys
 from collections.abc import Callable
@@ -22,26 +22,27 @@ class LayerModule(nnx.Module):
         raise NotImplementedError
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike, /) -> Any:
-        """Returns an empty cache for at most `length` positions of each row, () for none."""
+        """Returns an empty cache for `length` positions: a LayerCache, a dict of them, or ()."""
         return ()
 
     def take_apart(self) -> None:
-        """Splits weights of which a decode step reads a part only, from now on."""
+        """Stores apart those weights of which a decoding step reads only some."""
 
 
 MODULES: dict[type[Spec], Callable[..., nnx.Module]] = {}
 
 
 def register(spec: type[Spec], module: type[nnx.Module]) -> None:
-    """Adds a layer, router, rule or end to modjax: it can stand wherever ours can, in text too.
+    """Adds a layer, router, rule or end to modjax, usable wherever modjax's own are, and in text.
 
     spec: a frozen dataclass, a subclass of modjax.Layer, Router or Rule, or of Embedding, Head or
-    Expansion in modjax.specs.
-    module: made as module(spec, shape, rngs=rngs). That of a layer is a subclass of
-    modjax.nn.LayerModule; that of a router also gets outputs=, the scores that its rule reads of
-    each position; that of a rule gets capacity=.
-    A file that is imported again may register its specs again. Raises InputError for another class,
-    and where another spec, such as one of modjax's own, has the name.
+      Expansion in modjax.specs.
+    module: constructed as module(spec, shape, rngs=rngs). A router's module also gets outputs=, the
+      number of scores that its rule reads of each position. A rule's module also gets capacity=. A
+      layer's module must be a subclass of modjax.nn.LayerModule.
+
+    A file that is imported again may register its specs again. Raises InputError for a module of
+    another class, and for a name that another spec has, such as one of modjax's own.
     """
     fits = not issubclass(spec, Layer) or issubclass(module, LayerModule)
     require(fits, "modjax.register", module, "must be a subclass of modjax.nn.LayerModule")
@@ -50,5 +51,5 @@ def register(spec: type[Spec], module: type[nnx.Module]) -> None:
 
 
 def build(spec: Spec, shape: Shape, *, rngs: nnx.Rngs, **more: Any) -> Any:
-    """Returns the module of a spec. more: what routers and rules are given beside the shape."""
+    """Returns the module of a spec. more: further arguments of a router's or a rule's module."""
     return MODULES[type(spec)](spec, shape, rngs=rngs, **more)

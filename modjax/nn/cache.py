@@ -1,38 +1,58 @@
 """Caches of earlier positions, which mirror the layers, and their updates.
 
-A layer never changes a cache. It returns an update, which the stack applies, once. Attention that
-reads its own update returns the updated cache with it: applying it twice would make XLA copy the
-cache.
+A layer never changes a cache. It returns an update, which the stack applies once. Attention reads
+its own update, so it also returns the updated cache: applying the update twice would make XLA copy
+the cache.
 
 Legend: B batch, L positions, M key positions, W slots of a cache, G kv heads, H head width.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
+from modjax.errors import require
 from modjax.kernels import Side
+from modjax.nn.routing.selection import wide
+
+
+class LayerCache:
+    """Base class of the cache of one layer: a pytree, whose arrays begin with the batch."""
+
+    def written(self, write: Any, *, fresh: bool = False) -> Self:
+        """Returns the cache with an update applied. fresh: the cache is empty."""
+        raise NotImplementedError
+
+    def overflow(self) -> jax.Array | int:
+        """Returns how many positions of each row were dropped, (B,), or 0 if none can be."""
+        return 0
 
 
 class KVWrite(NamedTuple):
-    """New keys and values (B, G, L, H) and their positions; row b has the first count_B[b].
+    """New keys and values of one attention.
 
-    held: the cache with them, where the layer has applied the update already.
+    k, v: (B, G, L, H). count_B: how many of them each row has; they come first.
+    positions_BL: their positions in the sequence.
+    updated: the cache with this update, if the layer has applied it already.
     """
 
     k_BGLH: jax.Array
     v_BGLH: jax.Array
     count_B: jax.Array
     positions_BL: jax.Array
-    held: "KVCache | None" = None
+    updated: "KVCache | None" = None
 
 
-class KVCache(NamedTuple):
-    """Keys and values of one attention, in a ring of slots: the i-th of a row is in slot i mod W.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache(LayerCache):
+    """Keys and values of one attention, in a ring: the i-th of a row is in slot i mod W.
 
-    k, v (B, G, W, H): keys are rotated by their positions already. length_B: how many each row has
-    had, those that were overwritten included. positions_BW: their positions in the sequence.
+    k, v: (B, G, W, H). The keys are rotated already.
+    length_B: how many each row has had, including those that were overwritten.
+    positions_BW: their positions in the sequence.
     """
 
     k_BGWH: jax.Array
@@ -42,22 +62,23 @@ class KVCache(NamedTuple):
 
     @property
     def side(self) -> Side:
-        """The positions that the slots hold."""
+        """The positions of the slots, for attention."""
         filled_BW = jnp.arange(self.k_BGWH.shape[2])[None] < self.length_B[:, None]
         return Side(self.positions_BW, None, filled_BW)
 
     def read(
         self, write: KVWrite, *, ring: bool
     ) -> tuple[tuple[jax.Array, jax.Array, Side], KVWrite]:
-        """Returns what new positions see, keys and values (B, G, M, H) and their side; the update.
+        """Returns what new positions see, (keys, values, their side), and the update.
 
+        The keys and values are (B, G, M, H).
         ring: a row may have more positions than the cache has slots.
         """
         if write.k_BGLH.shape[2] == 1 or not ring:
             # Written before it is read: XLA copies a cache that is read and then written.
-            held = self.written(write)
-            return (held.k_BGWH, held.v_BGWH, held.side), write._replace(held=held)
-        # The last of several would overwrite keys that the first of them still see.
+            cache = self.written(write)
+            return (cache.k_BGWH, cache.v_BGWH, cache.side), write._replace(updated=cache)
+        # The last of several positions would overwrite keys that the first of them still see.
         new_1L = jnp.arange(write.k_BGLH.shape[2])[None]
         new = Side(write.positions_BL, None, new_1L < write.count_B[:, None])
         both = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), self.side, new)
@@ -65,20 +86,20 @@ class KVCache(NamedTuple):
         v_BGMH = jnp.concatenate([self.v_BGWH, write.v_BGLH], axis=2)
         return (k_BGMH, v_BGMH, both), write
 
-    def written(self, write: KVWrite, *, fresh: bool = False) -> Self:
-        """Returns the cache with the new entries. fresh: there are no old ones."""
-        if write.held is not None:
-            return write.held  # type: ignore[return-value]
+    def written(self, write: KVWrite, *, fresh: bool = False) -> "KVCache":
+        if write.updated is not None:
+            return write.updated
         slots, new = self.k_BGWH.shape[2], write.k_BGLH.shape[2]
         length_B = self.length_B + write.count_B
         if fresh and new <= slots:
-            k_BGWH, v_BGWH = (_padded(x, 2, slots) for x in (write.k_BGLH, write.v_BGLH))
-            positions_BW = _padded(write.positions_BL, 1, slots)
-            return type(self)(k_BGWH, v_BGWH, length_B, positions_BW)
+            empty = (0, slots - new)
+            padding = (0, 0), (0, 0), empty, (0, 0)
+            k_BGWH, v_BGWH = (jnp.pad(x, padding) for x in (write.k_BGLH, write.v_BGLH))
+            return KVCache(k_BGWH, v_BGWH, length_B, jnp.pad(write.positions_BL, ((0, 0), empty)))
         place_1L, count_B1 = jnp.arange(new)[None], write.count_B[:, None]
-        kept_BL = (place_1L < count_B1) & (place_1L >= count_B1 - slots)
+        stays_BL = (place_1L < count_B1) & (place_1L >= count_B1 - slots)
         slot_BL = (self.length_B[:, None] + place_1L) % slots
-        slot_BL = jnp.where(kept_BL, slot_BL, slots)  # beyond the end: dropped
+        slot_BL = jnp.where(stays_BL, slot_BL, slots)  # beyond the end: not written
         # An index per head: XLA makes a write at a single index a dynamic-update-slice, fuses that
         # into every reader, and copies the cache for each. Row by row: none leaves its shard.
         heads_G1 = jnp.arange(self.k_BGWH.shape[1])[:, None]
@@ -90,32 +111,36 @@ class KVCache(NamedTuple):
         v_BGWH = jax.vmap(one)(self.v_BGWH, slot_BL, write.v_BGLH)
         place = jax.vmap(lambda old_W, slot_L, new_L: old_W.at[slot_L].set(new_L, mode="drop"))
         positions_BW = place(self.positions_BW, slot_BL, write.positions_BL)
-        return type(self)(k_BGWH, v_BGWH, length_B, positions_BW)
+        return KVCache(k_BGWH, v_BGWH, length_B, positions_BW)
 
 
 def written(cache: Any, write: Any, *, fresh: bool) -> Any:
-    """Returns a cache, of any nesting, with its update applied."""
+    """Returns a cache with its update applied: that of a layer, a dictionary of caches, or ()."""
     if isinstance(cache, dict):
         return {name: written(part, write[name], fresh=fresh) for name, part in cache.items()}
-    return cache.written(write, fresh=fresh) if hasattr(cache, "written") else cache
-
-
-def unwritten(write: Any) -> Any:
-    """Returns an update without caches that hold it: what a branch returns should be small."""
-    return jax.tree.map(
-        lambda part: part._replace(held=None) if isinstance(part, KVWrite) else part,
-        write,
-        is_leaf=lambda part: isinstance(part, KVWrite),
-    )
+    if isinstance(cache, LayerCache):
+        return cache.written(write, fresh=fresh)
+    accepted = "must be a modjax.nn.LayerCache, a dictionary of them, or () for no cache"
+    require(isinstance(cache, tuple) and not cache, "the cache of a layer", type(cache), accepted)
+    return cache
 
 
 def overflow(cache: Any) -> Any:
-    """Returns the positions of each row that were dropped, summed over layers; 0: none can be."""
+    """Returns how many positions of each row a cache dropped, (B,), or 0 if none can be."""
     if isinstance(cache, dict):
         return sum(map(overflow, cache.values()))
-    return getattr(cache, "overflow_B", 0)
+    return cache.overflow() if isinstance(cache, LayerCache) else 0
 
 
-def _padded(x: jax.Array, dim: int, length: int) -> jax.Array:
-    more = length - x.shape[dim]
-    return jnp.pad(x, [(0, more if d == dim else 0) for d in range(x.ndim)])
+def unwritten(write: Any) -> Any:
+    """Returns an update without the updated caches in it: a branch should return few arrays."""
+
+    def one(part: Any) -> Any:
+        return part._replace(updated=None) if isinstance(part, KVWrite) else part
+
+    return jax.tree.map(one, write, is_leaf=lambda part: isinstance(part, KVWrite))
+
+
+def where_read(read_B: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the new arrays (B, ...) in rows that read a position, and the old ones elsewhere."""
+    return jax.tree.map(lambda n, o: jnp.where(wide(read_B > 0, o), n, o), new, old)

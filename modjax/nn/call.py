@@ -1,6 +1,6 @@
 """The one call of every layer: `layer(x, at, call, cache) -> Out`.
 
-It trains, reads a prompt, extends a filled cache and decodes, which is extension by one position.
+It trains, reads a prompt, extends a filled cache, and decodes by extending it by one position.
 
 Legend: B batch, L positions, D model width, H head width.
 """
@@ -16,15 +16,15 @@ from modjax.nn.records import Record
 
 
 class At(NamedTuple):
-    """The per-position context; every selection gathers all of it.
+    """Per-position context; every selection gathers all of it.
 
     positions_BL: the position of each token in its sequence.
     segments_BL: attention stays within equal ids; None means one segment.
     valid_BL: False marks padding, which is never routed, written or counted; None means none.
     ropes: base -> cos and sin, each (B or 1, L, H/2).
     handed: arrays (B, L, ...) that earlier layers passed on, by name.
-    sequences_BL: the sequence of each position, which random routing draws by: a row that moves
-      within its batch keeps its number. None forbids random routing.
+    sequences_BL: the sequence of each position, which seeds random routing. A row that moves within
+      its batch keeps its number. None forbids random routing.
     """
 
     positions_BL: jax.Array
@@ -35,28 +35,30 @@ class At(NamedTuple):
     sequences_BL: jax.Array | None = None
 
     def count(self, batch: int, length: int) -> jax.Array:
-        """Returns how many of `length` positions of each row are no padding, (B,)."""
+        """Returns the number of valid positions of each row, (B,), of `length`."""
         if self.valid_BL is None:
             return jnp.full(batch, length, jnp.int32)
         return jnp.sum(self.valid_BL, axis=1, dtype=jnp.int32)
 
 
 def number_rows(batch: int, length: int) -> jax.Array:
-    """Returns `At.sequences_BL` of a batch where each row is a sequence of its own."""
+    """Returns `At.sequences_BL` for a batch whose rows are separate sequences."""
     return jnp.broadcast_to(jnp.arange(batch)[:, None], (batch, length))
 
 
 class Call(NamedTuple):
-    """The purpose of a call, static but for the key.
+    """The purpose of a call. All fields but the key are static.
 
-    routing: "trained"; "causal", by which each layer uses its own rule that never looks ahead; or
-      the name of such a rule, which those layers use that have it.
+    routing: "trained" selects as in training. "causal" lets each layer use its own rule that never
+      looks ahead. The name of such a rule selects it in every layer that has it.
     slack: without the future, a routed layer processes at most the first slack * capacity * L
-      requested positions of a row, padding among the L, as a cache has slots for; None, all.
-    key: of random routing. fresh: the caches are empty, so that nothing has to be read from them.
-    selected: the positions were selected by content. A position's place in the selection depends on
-      other documents, so no layer may use it.
-    layer_loop, remat: how the stack runs its layers, see spec.Execution.
+      requested positions of a row, as many as a cache has slots for. L includes padding. None
+      processes all.
+    key: the PRNG key of random routing.
+    fresh: the caches are empty, so nothing has to be read from them.
+    selected: the positions were selected by content. The place of a position in the selection then
+      depends on other documents, so no layer may use it.
+    layer_loop, remat: how the stack runs its layers, see specs.Execution.
     """
 
     routing: str = "trained"
@@ -76,10 +78,11 @@ class Call(NamedTuple):
 class Out(NamedTuple):
     """The output of a layer.
 
-    x: (B, L, ...). write: the update of the cache, () without one.
-    records: what the layer reports, by path of its modules; "" is the layer's own.
-    handed: arrays that are passed to later layers, by name.
-    depth_BL: how many selections took each position; 0 where the layer selects none.
+    x: (B, L, ...).
+    write: the update of the cache; () without a cache.
+    records: what the layer reports, by the paths of its modules; "" is its own record.
+    handed: arrays (B, L, ...) that are passed to later layers, by name.
+    depth_BL: how many selections took each position; 0 for a layer that selects none.
     """
 
     x: jax.Array
@@ -90,5 +93,5 @@ class Out(NamedTuple):
 
 
 def under(path: str, records: Mapping[str, Record]) -> dict[str, Record]:
-    """Returns the records of a layer that lies at `path` in another."""
+    """Returns the records of a layer that is at `path` within another."""
     return {f"{path}/{name}" if name else path: record for name, record in records.items()}

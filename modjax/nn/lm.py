@@ -21,11 +21,11 @@ from modjax.nn.layers.ends import Head
 from modjax.nn.records import Record
 from modjax.nn.routing.selection import gather
 from modjax.nn.sharding import constrain_stream
-from modjax.nn.stack import Stack
+from modjax.nn.stack import Stack, empty_caches, read_layers
 
 
 class Cache(NamedTuple):
-    """The state of decoding: a cache of every layer, and the position of each row's next token."""
+    """The state of decoding: the caches of all layers, and each row's next position."""
 
     layers: tuple[Any, ...]
     positions_B: jax.Array
@@ -52,15 +52,13 @@ class Transformer(nnx.Module):
         self.unembed = build(config.head, shape, rngs=rngs)
 
     def __call__(self, *args: Any, **options: Any) -> tuple[jax.Array, dict[str, Record]]:
-        """Returns logits (B, L, V) in float32, and the records. The arguments are those of
-        `features`.
-        """
+        """Returns the logits (B, L, V) in float32, and the records. Arguments: see `features`."""
         x_BLD, records = self.features(*args, **options)
         return self.head(x_BLD), records
 
     @property
     def head(self) -> Head:
-        """A function from features (B, L, D) to logits (B, L, V) that is also a tree of weights."""
+        """The function from features (B, L, D) to logits (B, L, V), which is a tree of weights."""
         return Head(self.unembed, self.embed if self.config.head.tied else None)
 
     def features(
@@ -74,16 +72,14 @@ class Transformer(nnx.Module):
         layer_loop: str = "auto",
         remat: str = "none",
     ) -> tuple[jax.Array, dict[str, Record]]:
-        """Returns what the head reads, (B, L, D), and the records, stacked over repetitions.
+        """Returns the features that the head reads, (B, L, D), and the stacked records.
 
-        segment_ids_BL: attention stays within equal ids, 0 is padding (never routed).
+        segment_ids_BL: attention stays within equal ids; 0 is padding, which is never routed.
         key: PRNG key, needed by random routing only.
-        routing: "trained" as in training; "causal", by which each layer uses its own rule that
-          never looks ahead; or the name of a rule, which those layers use that have it.
-        slack: without the future, a routed layer takes the first slack * capacity * L positions of
-          a row at most, as a cache has slots for; None, all that ask.
-        layer_loop, remat: how the layers are run, see specs.Execution; it changes no number but by
-          rounding.
+        routing, slack: see modjax.nn.Call.
+        layer_loop, remat: how the layers are run, see specs.Execution. They change no number except
+          by rounding.
+
         Raises InputError for a routing that the model does not have.
         """
         self.config.check_routing(routing, "routing")
@@ -106,57 +102,55 @@ class Transformer(nnx.Module):
     ) -> Reader:
         """Returns a function (tokens_BL, lengths_B, cache) -> (logits_BV, cache, depths_BL).
 
-        Row b reads its first lengths_B[b] >= 0 tokens, after those in its cache, which is None for
-        none yet. logits_BV: after the last of them. depths_BL: how many selections took each
-        position. One call with L = 1 decodes.
+        Row b reads its first lengths_B[b] >= 0 tokens, which follow those in its cache. A cache of
+        None is empty. logits_BV are those after the row's last token. depths_BL counts the
+        selections that took each position. One call with L = 1 decodes one token.
 
-        max_length: of all that a row reads. routing, slack: see the call; under "trained", which
-        looks ahead, a continuation is no honest sample, and only a first text can be read. A routed
-        layer's cache has room for slack * capacity * max_length positions of a row.
-        The layers are taken apart here, outside any loop.
-        Raises InputError for a routing that the model does not have.
+        Call `reader` outside any loop: it unstacks the layers.
+
+        max_length: the most tokens that a row reads in all calls.
+        routing, slack: see modjax.nn.Call. A routed layer's cache has slots for slack * capacity *
+          max_length positions of a row. "trained" looks ahead, so it can read a first text only.
+
+        Raises InputError for a routing that the model does not have, or that cannot be read with.
         """
-        self.config.check_routing(routing, "routing")
-        if routing == "trained":
-            needs = {name for layer, _ in self.config.repeated() for name in layer.hands_on()}
-            require(
-                not needs,
-                "routing",
-                routing,
-                f"ranks by {', '.join(needs)}, which later "
-                "positions decide: reading needs another routing",
-            )
-            require(slack is None or slack >= 1, "slack", slack, "must be 1 or more as trained")
-        apart = self.stack.apart()
+        self._check_reading(routing, slack)
+        layers = self.stack.repetitions()
         # Looked up: XLA's CPU backend would compute the cosines in every layer.
         tables = self._ropes(jnp.arange(max_length)[None])
         dtype = jnp.dtype(self.config.dtype)
 
         def read(tokens_BL, lengths_B, cache):
             batch, length = tokens_BL.shape
-            fresh = cache is None
-            offsets_1L = jnp.arange(length)[None]
+            call = Call(routing, slack, key, fresh=cache is None)
+            positions_BL = offsets_1L = jnp.arange(length)[None]
             if cache is None:
-                empty = self.stack.empty(apart, batch, max_length, slack, dtype)
-                cache = Cache(empty, jnp.zeros(batch, jnp.int32))
-                positions_BL = offsets_1L
+                caches = empty_caches(layers, batch, max_length, slack, dtype)
+                cache = Cache(caches, jnp.zeros(batch, jnp.int32))
             else:
-                require(routing != "trained", "routing", routing, "looks at tokens not yet drawn")
+                accepted = "must be another: training looks at tokens not yet drawn"
+                require(routing != "trained", "routing", routing, accepted)
                 positions_BL = cache.positions_B[:, None] + offsets_1L
             ropes = jax.tree.map(lambda t: t[0].at[positions_BL].get(mode="clip"), tables)
             valid_BL = offsets_1L < lengths_B[:, None]
-            sequences_BL = number_rows(batch, length)
-            at = At(positions_BL, None, valid_BL, ropes, {}, sequences_BL)
-            call = Call(routing, slack, key, fresh)
-            x, caches, depths_BL = self.stack.read(
-                apart, self._open(tokens_BL), at, call, cache.layers
-            )
+            at = At(positions_BL, None, valid_BL, ropes, {}, number_rows(batch, length))
+            x = self._open(tokens_BL)
+            x, caches, depths_BL = read_layers(layers, x, at, call, cache.layers)
             last_B1 = jnp.maximum(lengths_B - 1, 0)[:, None]
             logits_B1V = self.head(self._close(x if length == 1 else gather(x, last_B1)))
             positions_B = cache.positions_B + lengths_B.astype(jnp.int32)
             return logits_B1V[:, 0], Cache(caches, positions_B), depths_BL
 
         return read
+
+    def _check_reading(self, routing: str, slack: float | None) -> None:
+        self.config.check_routing(routing, "routing")
+        if routing == "trained":
+            needs = {name for layer, _ in self.config.repeated() for name in layer.hands_on()}
+            passed = f"ranks by {', '.join(needs)}, which later positions decide: "
+            require(not needs, "routing", routing, passed + "reading needs another routing")
+            accepted = "must be 1 or more, or None, to read with routing = 'trained'"
+            require(slack is None or slack >= 1, "slack", slack, accepted)
 
     def _ropes(self, positions_BL: jax.Array) -> dict[float, tuple[jax.Array, jax.Array]]:
         """Returns the rotary tables that the layers read, by their bases."""
@@ -175,11 +169,11 @@ class Transformer(nnx.Module):
 
 
 def unstack(model: Any, params: Any) -> tuple[Any, Any]:
-    """Returns graph definition and parameters of the same Transformer with unstacked layers.
+    """Returns the graph definition and parameters of the same Transformer, with unstacked layers.
 
-    Decoding reads unstacked layers: every call of `generate`, `resume` and `extend` copies stacked
-    ones first. The model computes the same.
+    Unstack once before decoding: `generate`, `resume` and `extend` copy stacked layers in every
+    call. The model computes the same.
     """
-    apart = nnx.merge(model, params)
-    apart.stack.unstack()
-    return nnx.split(apart)
+    merged = nnx.merge(model, params)
+    merged.stack.unstack()
+    return nnx.split(merged)

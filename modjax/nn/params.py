@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 
 class Measured(nnx.Variable):
-    """A number that training measures: it has no gradient and no moments."""
+    """A number that training measures, without gradient and optimizer moments."""
 
 
 def make_param(
@@ -23,7 +23,7 @@ def make_param(
     """Returns a parameter. axes: the logical axis of every dim, for sharding.
 
     role: "weight", "embedding", "norm", "router" or "predictor".
-    decays: whether weight decay pulls it to 0; None: where it has two or more dims.
+    decays: whether weight decay applies; None means that it does for two or more dims.
     transposed: whether a matrix is stored as (out, in), see modjax.nn.weights.
     """
     decays = value.ndim >= 2 if decays is None else decays
@@ -32,10 +32,10 @@ def make_param(
 
 
 def read(param: nnx.Variable, dtype: DTypeLike | None = jnp.float32) -> jax.Array:
-    """Returns a parameter in the dtype to compute in. Layers read their weights by this alone.
+    """Returns a parameter in the dtype to compute in. Layers read all weights through this.
 
-    Trained weights are stored in float32, frozen ones in the model's dtype. dtype: None leaves the
-    cast to a product, which may keep what XLA does not round.
+    Trained weights are stored in float32, frozen ones in the model's dtype.
+    dtype: None leaves the cast to the product, where XLA may skip the rounding.
     """
     return param[...] if dtype is None else param[...].astype(dtype)
 
@@ -48,17 +48,12 @@ def normal_param(
     std: float,
     **about: Any,
 ) -> nnx.Param:
-    """Returns a float32 parameter drawn from N(0, std^2). about: as make_param takes it."""
+    """Returns a float32 parameter drawn from N(0, std^2). about: see make_param."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return make_param(value, axes, **about)
 
 
-def scale_param(width: int) -> nnx.Param:
-    """Returns the scale of a norm: ones."""
-    return make_param(jnp.ones((width,), jnp.float32), ("replicated",), role="norm")
-
-
 def measured(shape: tuple[int, ...]) -> Measured:
-    """Returns numbers to measure, 0 at first, on every device."""
+    """Returns numbers to measure, 0 at first, replicated on every device."""
     axes = ("replicated",) * len(shape)
     return Measured(jnp.zeros(shape), out_sharding=axes, eager_sharding=False)

@@ -1,7 +1,7 @@
-"""What layers report: typed records that know their own losses, statistics and observations.
+"""Typed reports of layers, which know their own losses, statistics and measured numbers.
 
-Every array of a record begins with the batch. The stack adds the repetitions of a layer before it;
-`jax.vmap` takes them away again.
+Every array of a record begins with the batch. The stack adds a dim of repetitions before it, and
+the functions below map over that dim by `jax.vmap`.
 
 Legend: B batch, L positions, K selected positions, A layers of one kind, X numbers.
 """
@@ -18,13 +18,13 @@ from jax.core import Tracer
 from modjax.errors import InputError, require
 from modjax.nn.routing.selection import gather
 
-# A running mean forgets at this rate; until then it is the plain mean.
+# A running mean forgets at this rate. Over the first 1 / RATE updates it is the plain mean.
 RATE = 0.01
 REMEDY = "set stacked=True for layers under nnx.scan"
 
 
 class TokenLoss(NamedTuple):
-    """The loss of every position in nats, and its weight in the objective (None: 1), (B, L)."""
+    """The loss of every position in nats, and its weight in the objective; None means 1."""
 
     nll_BL: jax.Array
     weights_BL: jax.Array | None = None
@@ -36,25 +36,24 @@ class Record:
     def loss(
         self, tokens: TokenLoss | None = None, totals: Mapping[str, Any] | None = None
     ) -> jax.Array:
-        """Returns what the layer adds to the objective; it may look at the loss of every position.
+        """Returns the layer's own term of the objective, which may depend on each position's loss.
 
-        totals: sums over the whole batch, see `totals`; None, those of this record. Accumulated
-        batches take the mean of the losses of their parts.
+        totals: sums over the whole batch, see `totals`; None means the sums of this record. For an
+          accumulated batch, the terms of its parts are averaged.
         """
         return jnp.float32(0)
 
     def totals(self) -> dict[str, jax.Array]:
-        """Returns the sums over the batch that the loss needs, of fixed shapes; {} for none.
+        """Returns the sums over the batch that the loss needs, of fixed shapes, without gradient.
 
-        For an accumulated batch, `loss` gets their mean over the parts, and an update takes a
-        forward pass more. No gradient passes.
+        For an accumulated batch, `loss` gets their mean, at the cost of one more forward pass.
         """
         return {}
 
     def observed(
         self, measured: Mapping[str, Any], updates: jax.Array, tokens: TokenLoss | None = None
     ) -> dict[str, Any]:
-        """Returns new values of the numbers that the module measures, after `updates` updates."""
+        """Returns the new values of the module's measured numbers, after `updates` updates."""
         return {}
 
     @classmethod
@@ -73,12 +72,12 @@ class Record:
     def outcome(cls, counts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
         """Returns numbers for the result of a run from the `counts` of an evaluation, (B,).
 
-        counts: of all layers with records of this type; also called with one layer alone.
+        counts: of all layers with records of this type. It is also called for one layer alone.
         """
         return {}
 
     def parts(self) -> Mapping[str, "Record"]:
-        """Returns this record as "", and those that it contains, by the path of their module."""
+        """Returns this record as "", and the records within it by the path of their module."""
         return {"": self}
 
 
@@ -105,6 +104,7 @@ class Inside(Record):
 
     @classmethod
     def statistics(cls, records, valid_BL):
+        """Returns the statistics of each layer by itself: it has valid positions of its own."""
         found = {}
         for name, inside in records.items():
 
@@ -121,7 +121,7 @@ class Inside(Record):
 
 
 def inside(tree: Any, indices_BK: jax.Array, valid_BK: jax.Array) -> Any:
-    """Returns a tree in which every record is wrapped as `Inside` of the selected positions."""
+    """Returns the tree, with every record in it wrapped as `Inside` of the selected positions."""
 
     def one(node: Any) -> Any:
         return Inside(node, indices_BK, valid_BK) if is_record(node) else node
@@ -134,10 +134,9 @@ def is_record(node: Any) -> bool:
 
 
 def running_mean(old_X: jax.Array, values_BX: jax.Array, updates: jax.Array) -> jax.Array:
-    """Returns running means after one more batch; values that are not finite do not count."""
-    fits = values_BX.shape[1:] == old_X.shape
+    """Returns running means after one more batch. Values that are not finite do not count."""
     need = f"has the shape {old_X.shape}, its record {values_BX.shape[1:]}: {REMEDY}"
-    require(fits, "measured", old_X.shape, need)
+    require(values_BX.shape[1:] == old_X.shape, "measured", old_X.shape, need)
     rate = jnp.maximum(RATE, 1 / (updates.astype(jnp.float32) + 1))
     known_BX = jnp.isfinite(values_BX)
     total_X = jnp.sum(jnp.where(known_BX, values_BX, 0.0), axis=0)
@@ -147,7 +146,7 @@ def running_mean(old_X: jax.Array, values_BX: jax.Array, updates: jax.Array) -> 
 
 
 def totals(records: Mapping[str, Record]) -> dict[str, Any]:
-    """Returns the totals of records that have some, by name."""
+    """Returns the totals of all records that have some, by name."""
     found = {name: jax.vmap(lambda r: r.totals())(record) for name, record in records.items()}
     return {name: jax.lax.stop_gradient(sums) for name, sums in found.items() if sums}
 
@@ -155,10 +154,10 @@ def totals(records: Mapping[str, Record]) -> dict[str, Any]:
 def losses(
     records: Mapping[str, Record], tokens: TokenLoss, sums: Mapping[str, Any] | None = None
 ) -> jax.Array:
-    """Returns what all layers add to the objective; records are stacked over repetitions.
+    """Returns the sum of all layers' own terms of the objective; records are stacked.
 
-    sums: as `totals` returns them, or their mean over the parts of a batch that these are one of;
-      None, those of these records.
+    sums: as `totals` returns them, or their mean over the parts of an accumulated batch. None means
+      the totals of these records.
     """
     sums = totals(records) if sums is None else sums
 
@@ -172,9 +171,9 @@ def losses(
 def statistics(
     records: Mapping[str, Record], valid_BL: jax.Array | None = None
 ) -> dict[str, jax.Array]:
-    """Returns scalars that describe one forward pass, as each type of record says; {} for none.
+    """Returns scalars that describe one forward pass, as each type of record defines them.
 
-    valid_BL: positions that count; None, all.
+    records: stacked over repetitions. valid_BL: the positions that count; None means all.
     """
     if valid_BL is None and records:
         shapes = (jnp.shape(leaf)[1:3] for leaf in jax.tree.leaves(list(records.values())))
@@ -196,7 +195,7 @@ class Counts:
 
 
 def counts(records: Mapping[str, Record], valid_BL: jax.Array) -> dict[str, Counts]:
-    """Returns the counts of each layer's record; records are stacked over repetitions."""
+    """Returns the counts of each layer's record. records: stacked over repetitions."""
     each = {}
     for name, record in records.items():
         found = jax.vmap(lambda r: r.counts(valid_BL), out_axes=1)(record)
@@ -207,12 +206,12 @@ def counts(records: Mapping[str, Record], valid_BL: jax.Array) -> dict[str, Coun
 
 
 def outcomes(found: Mapping[str, Counts]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Returns the numbers of a whole evaluation, and those of each layer, as in 1_mod.0."""
+    """Returns the numbers of a whole evaluation, and those of each layer, as in "1_mod.0"."""
     by_kind: dict[type[Record], dict[str, Mapping[str, np.ndarray]]] = {}
     for name, counted in found.items():
-        for g in range(next(iter(counted.found.values())).shape[1]):
-            one = {key: value_BA[:, g] for key, value_BA in counted.found.items()}
-            by_kind.setdefault(counted.kind, {})[f"{name}.{g}"] = one
+        for a in range(next(iter(counted.found.values())).shape[1]):
+            one = {key: value_BA[:, a] for key, value_BA in counted.found.items()}
+            by_kind.setdefault(counted.kind, {})[f"{name}.{a}"] = one
     whole: dict[str, float] = {}
     layers: dict[str, dict[str, float]] = {}
     for kind, mine in by_kind.items():
@@ -229,29 +228,25 @@ def observe(
     *,
     stacked: bool = False,
 ) -> tuple[Any, int]:
-    """Returns the measured numbers after one more forward pass, and how many of them were updated.
+    """Returns the measured numbers after one more forward pass, and how many of them it updated.
 
     Call it once per update of the parameters: thresholds and biases learn from it alone.
 
     measured: nested like the modules: `nnx.state(model)`, a part of it, or a plain dictionary.
-    records: what the layers reported, each by the path of its module, as in "layers/0/routed"; ""
-      is the model itself.
-    updates: how many updates came before.
+    records: the layers' reports by the paths of their modules, as in "layers/0/routed"; "" is the
+      model itself.
+    updates: the number of earlier updates.
     tokens: the loss of every position, for records that learn from it.
     stacked: whether records and numbers begin with a dim of repetitions, as under nnx.scan.
 
-    Raises InputError where a path does not lead to the numbers that its record measures.
+    Raises InputError for a path that does not lead to the numbers that its record measures.
     """
     paths_leaves, structure = jax.tree_util.tree_flatten_with_path(measured)
-    leaves = [leaf for _, leaf in paths_leaves]
-    places: dict[str, dict[str, int]] = {}
-    for place, (path, _) in enumerate(paths_leaves):
-        module, name = _module_and_name(path)
-        places.setdefault(module, {})[name] = place
-    updates, count = jnp.asarray(updates), 0
+    leaves, count = [leaf for _, leaf in paths_leaves], 0
+    places = {_module_and_name(path): place for place, (path, _) in enumerate(paths_leaves)}
 
     def observed(record: Record, old: Any) -> dict[str, Any]:
-        return record.observed(old, updates, tokens)
+        return record.observed(old, jnp.asarray(updates), tokens)
 
     every = {
         f"{path}/{name}".strip("/"): part
@@ -259,30 +254,33 @@ def observe(
         for name, part in record.parts().items()
     }
     for path, record in every.items():
-        mine = places.get(path, {})
-        old = {name: leaves[place] for name, place in mine.items()}
+        old = {name: leaves[place] for (module, name), place in places.items() if module == path}
         if stacked:
             firsts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((record, old))}
             need = "needs records and numbers that begin with the same dim, of repetitions"
             require(len(firsts) == 1, "stacked", stacked, need)
         try:
             new = (jax.vmap(observed) if stacked else observed)(record, old)
-            found = [(name, mine[name], value) for name, value in new.items()]
+            _check_shapes(path, new, old, stacked)
         except KeyError as missing:
-            modules = ", ".join(map(repr, places))
-            need = f"has no measured {missing}: must be the path of a module, one of {modules}"
+            names = ", ".join(map(repr, dict.fromkeys(module for module, _ in places)))
+            need = f"has no measured {missing}: must be the path of a module, one of {names}"
             raise InputError("records", path, need) from missing
-        for name, place, value in found:
-            shape, full = jnp.shape(leaves[place]), f"{path}/{name}".lstrip("/")
-            need = f"{full} has the shape {shape}, its record {value.shape}: {REMEDY}"
-            require(value.shape == shape, "stacked", stacked, need)
-            leaves[place] = value
+        for name, value in new.items():
+            leaves[places[path, name]] = value
             count += value.size
     return jax.tree.unflatten(structure, leaves), count
 
 
+def _check_shapes(path: str, new: Mapping[str, Any], old: Any, stacked: bool) -> None:
+    for name, value in new.items():
+        shape, number = jnp.shape(old[name]), f"{path}/{name}".lstrip("/")
+        need = f"{number} has the shape {shape}, its record {value.shape}: {REMEDY}"
+        require(value.shape == shape, "stacked", stacked, need)
+
+
 def unmeasured(weights: Any) -> list[str]:
-    """Returns the paths of the modules whose threshold is still the 0 that it begins as."""
+    """Returns the paths of the modules whose threshold is still its initial 0."""
     found = []
     for path, value in jax.tree_util.tree_leaves_with_path(weights):
         module, name = _module_and_name(path)

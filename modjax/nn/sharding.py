@@ -1,7 +1,8 @@
-"""Logical axes of tensors, the one table that maps them to mesh axes, and its use on activations.
+"""Logical axes of tensors, their mesh axes, and the sharding of activations.
 
-A mesh set by `jax.set_mesh` has the axes `data`, `fsdp`, `tensor` and `expert` with Auto types. No
-mesh, or one with other axes, constrains nothing; top-k stays within a shard even there.
+modjax's mesh, set by `jax.set_mesh`, has the axes `data`, `fsdp`, `tensor` and `expert` with Auto
+types. Without it, or under another mesh, nothing is constrained; even there top-k stays within a
+shard.
 
 Legend: B batch, L positions.
 """
@@ -60,10 +61,11 @@ def constrain_stream(x: jax.Array) -> jax.Array:
 
 
 def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
-    """Returns function(x_BL), of any rank, each row of which depends on that row of x_BL only.
+    """Returns function(x_BL), computed by every device on its own rows.
 
-    Every device runs it on its own rows. The partitioner would gather the batch for some
-    operations, such as top-k; it still does where the rows do not split evenly.
+    function: each row of its result, of any rank, depends on that row of x_BL only.
+    The partitioner would gather the batch for some operations, such as top-k. It still does if the
+    rows do not split evenly.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not _is_ours(mesh):
@@ -75,11 +77,11 @@ def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) ->
 
 
 def per_device(function: Callable[..., jax.Array], weights: Any, *arrays: jax.Array) -> jax.Array:
-    """Returns function(weights, *arrays), where each device computes its own rows of the batch.
+    """Returns function(weights, *arrays), computed by every device on its own rows.
 
-    weights: a tree that every device needs whole. It is gathered before `function` and its gradient
-    is summed over devices after it: once, even where `function` loops. The axis "tensor" stays the
-    partitioner's.
+    weights: a tree that every device needs whole. It is gathered once before `function`, and its
+    gradient is summed over devices once after it, even if `function` loops. The partitioner still
+    handles the axis "tensor".
     """
     if batch_shards(arrays[0].shape[0]) == 1:
         return function(weights, *arrays)
@@ -94,7 +96,7 @@ def per_device(function: Callable[..., jax.Array], weights: Any, *arrays: jax.Ar
 
 
 def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
-    """Returns the same where the mesh that holds the batch is not known."""
+    """Returns function(x_BL), computed by every device on its own rows of an unknown mesh."""
     ranks = x_BL.ndim, jax.eval_shape(function, x_BL).ndim
     others = [
         [f"{side}{dim}" for dim in range(rank - 1)] for side, rank in zip("io", ranks, strict=True)
@@ -120,13 +122,13 @@ def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> 
 
 
 def batch_shards(batch: int) -> int:
-    """Returns the number of equal parts into which the mesh splits a batch; 1 for none."""
+    """Returns the number of equal parts into which the mesh splits a batch; 1 if it cannot."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = ways(mesh, LOGICAL_TO_MESH["batch"]) if _is_ours(mesh) else 1
     return parts if batch % parts == 0 else 1
 
 
 def _is_ours(mesh: AbstractMesh) -> bool:
-    """Returns whether arrays lie on a mesh of modjax here; in a shard_map they do not."""
+    """Returns whether this is modjax's mesh, and not the inside of a shard_map."""
     manual = AxisType.Manual in mesh.axis_types
     return not mesh.empty and mesh.axis_names == MESH_AXES and not manual

@@ -1,13 +1,13 @@
-"""The layers of a model, segment by segment, run by one loop or another.
+"""The layers of a model, segment by segment, run by a scan or an unrolled loop.
 
-The parameters of each place of a pattern are stacked over its repetitions (logical axis "layers"),
-whichever loop runs them.
+A segment is a pattern of layers that repeats. The parameters of each place in the pattern are
+stacked over its repeats (logical axis "layers"), whichever loop runs them.
 
 Legend: B batch, L positions.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +25,11 @@ from modjax.nn.records import Record
 
 
 class Segment(NamedTuple):
-    """A pattern of layers that repeats. first: the number of patterns' layers before it."""
+    """A repeated pattern of layers, by name. first: how many layers the patterns before it have."""
 
     layers: dict[str, specs.Layer]
     first: int
-    times: int
+    repeats: int
 
 
 class Repetition(NamedTuple):
@@ -40,7 +40,7 @@ class Repetition(NamedTuple):
     index: int | jax.Array
 
     def run(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        """Returns the output of its layers in order; those before it hand nothing on to them."""
+        """Returns the output of its layers in order. Nothing is passed on from earlier layers."""
         blocks = {name: self.blocks[name] for name in self.segment.layers}
         call = call.inside(self.index)
         return in_order(blocks, x, at._replace(handed={}), call, cache, self.segment.first)
@@ -58,7 +58,7 @@ class Stack(nnx.Module):
                     functools.partial(_build, layer, model.shape),
                     transform_metadata={nnx.PARTITION_NAME: "layers"},
                 )
-                with nnx.split_rngs(rngs, splits=segment.times):
+                with nnx.split_rngs(rngs, splits=segment.repeats):
                     blocks[name] = stacked(rngs)
         self.blocks = nnx.Dict(blocks)
 
@@ -72,117 +72,115 @@ class Stack(nnx.Module):
         return found
 
     def __call__(self, x: jax.Array, at: At, call: Call) -> tuple[jax.Array, dict[str, Record]]:
-        """Returns new x, and the records of every layer, stacked over repetitions."""
+        """Returns the new x, and the records of every layer, stacked over repetitions."""
         loop = call.layer_loop
         scan = loop == "scan" or (loop == "auto" and target() != "cpu")
         records: dict[str, Record] = {}
         for segment, graphdef, params in self._split():
 
-            def group(x, params_and_index, graphdef=graphdef, segment=segment):
+            def run(x, params_and_index, graphdef=graphdef, segment=segment):
                 params, index = params_and_index
                 out = Repetition(nnx.merge(graphdef, params), segment, index).run(x, at, call)
                 return out.x, dict(out.records)
 
             if call.remat != "none":
                 dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                group = jax.checkpoint(group, policy=dots if call.remat == "dots" else None)
+                run = jax.checkpoint(run, policy=dots if call.remat == "dots" else None)
             if scan and not isinstance(params, list):
-                x, found = jax.lax.scan(group, x, (params, jnp.arange(segment.times)))
+                x, found = jax.lax.scan(run, x, (params, jnp.arange(segment.repeats)))
             else:
                 each = []
-                for index, part in enumerate(_unstacked(params, segment.times)):
-                    x, out = group(x, (part, index))
+                for index, part in enumerate(_unstacked(params, segment.repeats)):
+                    x, out = run(x, (part, index))
                     each.append(out)
                 found = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
             records |= found
         return x, records
 
-    def read(
-        self, apart: list[Repetition], x: jax.Array, at: At, call: Call, cache: tuple[Any, ...]
-    ) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
-        """Returns new x, the caches with these positions, and how many selections took each.
-
-        apart: of the method. cache: of every layer, in order, as `empty` has them.
-        """
-        depth_BL = jnp.zeros(x.shape[:2], jnp.int32)
-        before, after = iter(cache), []
-        for repetition in apart:
-            mine = {name: next(before) for name in repetition.segment.layers}
-            out = repetition.run(x, at, call, mine)
-            x, depth_BL = out.x, depth_BL + out.depth_BL
-            after += written(mine, out.write, fresh=call.fresh).values()
-        return x, tuple(after), depth_BL
-
-    def apart(self) -> list[Repetition]:
-        """Returns every repetition by itself: a step then reads only the weights that it uses."""
+    def repetitions(self) -> list[Repetition]:
+        """Returns every repetition with its own parameters: a step then reads only what it uses."""
         return [
-            Repetition(_taken_apart(nnx.merge(graphdef, part)), segment, index)
+            Repetition(_with_weights_apart(nnx.merge(graphdef, part)), segment, index)
             for segment, graphdef, params in self._split()
-            for index, part in enumerate(_unstacked(params, segment.times))
+            for index, part in enumerate(_unstacked(params, segment.repeats))
         ]
 
-    def empty(
-        self,
-        apart: list[Repetition],
-        batch: int,
-        length: int,
-        slack: float | None,
-        dtype: DTypeLike,
-    ) -> tuple[Any, ...]:
-        """Returns empty caches of all layers, in order."""
-        return tuple(
-            blocks[name].empty(batch, length, slack, dtype)
-            for blocks, segment, _ in apart
-            for name in segment.layers
-        )
-
     def unstack(self) -> None:
-        """Stores every repetition by itself from now on."""
-        self.blocks = nnx.List([repetition.blocks for repetition in self.apart()])
+        """Replaces the stacked parameters by those of each repetition."""
+        self.blocks = nnx.List([repetition.blocks for repetition in self.repetitions()])
 
     def depths(self) -> dict[str, range]:
         """Returns the depths, from 0, of the layers that are stacked under each name."""
         found, first = {}, 0
-        for layers, _, times in self.segments:
-            after = first + len(layers) * times
+        for layers, _, repeats in self.segments:
+            after = first + len(layers) * repeats
             found |= {n: range(first + i, after, len(layers)) for i, n in enumerate(layers)}
             first = after
         return found
 
     def _split(self) -> Iterator[tuple[Segment, Any, Any]]:
-        """Yields segments with their graph definitions and stacked parameters.
+        """Yields (segment, graph definition, stacked parameters) for each segment.
 
         After `unstack` the parameters are a list, with an entry for each repetition.
         """
-        apart = iter(self.blocks) if isinstance(self.blocks, nnx.List) else None
+        unstacked = iter(self.blocks) if isinstance(self.blocks, nnx.List) else None
         for segment in self.segments:
-            if apart is None:
+            if unstacked is None:
                 blocks = nnx.Dict({n: self.blocks[n] for n in segment.layers})  # type: ignore[index]
                 yield segment, *nnx.split(blocks)
             else:
-                each = [nnx.split(next(apart)) for _ in range(segment.times)]
+                each = [nnx.split(next(unstacked)) for _ in range(segment.repeats)]
                 yield segment, each[0][0], [params for _, params in each]
+
+
+def empty_caches(
+    repetitions: Sequence[Repetition],
+    batch: int,
+    length: int,
+    slack: float | None,
+    dtype: DTypeLike,
+) -> tuple[Any, ...]:
+    """Returns the empty caches of all layers, in order."""
+    return tuple(
+        blocks[name].empty(batch, length, slack, dtype)
+        for blocks, segment, _ in repetitions
+        for name in segment.layers
+    )
+
+
+def read_layers(
+    repetitions: Sequence[Repetition], x: jax.Array, at: At, call: Call, caches: tuple[Any, ...]
+) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
+    """Returns the new x, the updated caches, and how many selections took each position, (B, L).
+
+    caches: of all layers, in order, as `empty_caches` returns them.
+    """
+    depth_BL = jnp.zeros(x.shape[:2], jnp.int32)
+    before, after = iter(caches), []
+    for repetition in repetitions:
+        mine = {name: next(before) for name in repetition.segment.layers}
+        out = repetition.run(x, at, call, mine)
+        x, depth_BL = out.x, depth_BL + out.depth_BL
+        after += written(mine, out.write, fresh=call.fresh).values()
+    return x, tuple(after), depth_BL
 
 
 def _build(layer: specs.Layer, shape: specs.Shape, rngs: nnx.Rngs) -> nnx.Module:
     return build(layer, shape, rngs=rngs)
 
 
-def _unstacked(params: Any, times: int) -> list[Any]:
+def _unstacked(params: Any, repeats: int) -> list[Any]:
     """Returns the parameters of every repetition."""
     if isinstance(params, list):
         return params
     # lax.split transposes to one concatenation; indexing would pad and add every gradient.
-    leaves = [jax.lax.split(leaf, [1] * times) for leaf in jax.tree.leaves(params)]
-    structure = jax.tree.structure(params)
-    return [
-        jax.tree.unflatten(structure, [part[0] for part in parts])
-        for parts in zip(*leaves, strict=True)
-    ]
+    leaves, structure = jax.tree.flatten(params)
+    parts = zip(*(jax.lax.split(leaf, [1] * repeats) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(structure, [part[0] for part in each]) for each in parts]
 
 
-def _taken_apart(blocks: Any) -> Any:
-    """Returns these blocks after every layer in them has split its weights, see `LayerModule`."""
+def _with_weights_apart(blocks: Any) -> Any:
+    """Returns blocks, after `LayerModule.take_apart` of every layer in them."""
     for _, module in list(nnx.iter_modules(blocks)):
         if isinstance(module, LayerModule):
             module.take_apart()

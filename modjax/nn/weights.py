@@ -1,4 +1,4 @@
-"""The weights of a model as named plain matrices, both ways: the seam for other checkpoints."""
+"""Reading and writing a model's weights as named matrices, for checkpoints of other libraries."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,23 +9,23 @@ from flax import nnx
 from modjax.errors import require
 from modjax.nn.lm import Transformer
 
-STACKED = ("layers", "experts")  # logical axes along which a parameter holds several matrices
+STACKED = ("layers", "experts")  # logical axes along which a parameter has several matrices
 
 
 def named_weights(model: Transformer) -> dict[str, np.ndarray]:
-    """Returns each weight and measured number of a model as a plain matrix, (in, out), or vector.
+    """Returns each weight and measured number of a model as a matrix (in, out), or a vector.
 
-    A layer is named by its depth, its parts by their places, an expert by its number, as in
+    A name has the layer's depth, the places of its parts, and an expert's number, as in
     "stack.blocks.3.inner.w_in".
-    model: its layers are stacked, see `unstack`.
+    model: its layers must be stacked, see `unstack`.
     """
     return _matrices(model, {path: np.asarray(p[...]) for path, p in _parameters(model)})
 
 
 def write_weights(model: Transformer, weights: Mapping[str, Any]) -> None:
-    """Gives a model other weights, by the names of `named_weights`: all of them, and no others.
+    """Replaces all weights of a model, by the names of `named_weights`.
 
-    Raises InputError for a name that is missing or unknown, and for a matrix of another shape.
+    Raises InputError for a missing or unknown name, and for a matrix of another shape.
     """
     state = _parameters(model)
     storage = {path: np.empty(param.shape, param.dtype) for path, param in state}
@@ -46,9 +46,9 @@ def _parameters(model: Transformer) -> Any:
 
 
 def _matrices(model: Transformer, storage: Mapping[Any, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the matrices by name, which share the memory of `storage`: a parameter by its path.
+    """Returns named views of `storage`, which has an array for the path of each parameter.
 
-    A parameter stacks matrices of several layers and experts, and may store them as (out, in).
+    A parameter stacks the matrices of several layers and experts, and may store them as (out, in).
     """
     depths, found = model.stack.depths(), {}
     for path, param in _parameters(model):

@@ -134,8 +134,9 @@ def check_both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS, seed
             for s in done_S:
                 np.testing.assert_array_equal(leaf_SB[s, b], leaf_SB[s - 1, b])
         for read, stepped in zip(key_values(extended), key_values(last), strict=True):
-            for ours, theirs in zip(read[:2], stepped[:2], strict=True):
-                count = stepped.length_B[b]
+            count = stepped.length_B[b]
+            for name in ("k_BGWH", "v_BGWH"):
+                ours, theirs = getattr(read, name), getattr(stepped, name)
                 close(ours[b, :, :count], theirs[b, :, :count])
         for layer_cache, layer in zip(last.layers + extended.layers, layers + layers, strict=True):
             wanted, selected = (
@@ -195,7 +196,7 @@ def test_long_prompts_overflow_alike_with_grouped_queries_and_capacities_of_thei
         (held,) = key_values(cache.layers[i])
         assert held.k_BGWH.shape == (3, 2, slots, 2)
         assert cache.layers[i].overflow_B[0] > 0 or overflows(layer) > 0
-    counted = sum(part.nbytes for held in key_values(cache) for part in held[:2])
+    counted = sum(held.k_BGWH.nbytes + held.v_BGWH.nbytes for held in key_values(cache))
     assert counted == 3 * cache_bytes(config, LENGTH, 1.0)
 
 
@@ -217,7 +218,7 @@ def test_rings_of_slots_hold_what_a_bounded_mask_shows():
     assert all(0 < layer["selected_BL"].sum() < sum((12, 8, 12)) for layer in routed)
     slots = [held.k_BGWH.shape[2] for held in key_values(cache)]
     assert slots == [3, 3, 4, 4, 1]
-    counted = sum(part.nbytes for held in key_values(cache) for part in held[:2])
+    counted = sum(held.k_BGWH.nbytes + held.v_BGWH.nbytes for held in key_values(cache))
     assert counted == 3 * cache_bytes(config, LENGTH)
 
 
@@ -225,7 +226,7 @@ def test_a_lone_row_through_routed_blocks_only():
     config = dataclasses.replace(model_config(MOD), num_layers=2)
     cache, routed = check_both_ways(config, "auxiliary", None, (4,), (11,))
     assert len(routed) == 2
-    counted = sum(part.nbytes for held in key_values(cache) for part in held[:2])
+    counted = sum(held.k_BGWH.nbytes + held.v_BGWH.nbytes for held in key_values(cache))
     assert counted == cache_bytes(config, LENGTH)
 
 

@@ -59,7 +59,9 @@ def test_an_edit_changes_nothing_before_it_in_the_call_and_in_reading(routing):
         """Returns the caches after a prompt of t tokens, whatever follows them."""
         logits, cache, depths = compiled(params, tokens, jnp.array([t]))[1]
         kept = [
-            leaf[:, :, : int(held.length_B[0])] for held in key_values(cache) for leaf in held[:2]
+            leaf[:, :, : int(held.length_B[0])]
+            for held in key_values(cache)
+            for leaf in (held.k_BGWH, held.v_BGWH)
         ]
         assert len(kept) == 2 * len(cache.layers)
         return jax.tree.leaves((logits, kept, cache.positions_B, depths))

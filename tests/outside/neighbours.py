@@ -5,13 +5,12 @@ Legend: B batch, L positions, W width of the window, D model width, R scores of 
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import modjax
-from modjax.nn import LayerModule, Out, normal_param
+from modjax.nn import LayerCache, LayerModule, Out, normal_param
 from modjax.specs import Cost, Load, Shape
 
 
@@ -29,7 +28,9 @@ class Neighbours(modjax.Router):
         return (self.width - 1) * shape.d_model
 
 
-class Before(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Before(LayerCache):
     """Cache of the last width - 1 positions of each row, zeros before the first.
 
     As an update: the same after read_B more positions. A row that is not run has read none, and the
@@ -41,7 +42,7 @@ class Before(NamedTuple):
 
     def written(self, write: "Before", *, fresh: bool = False) -> "Before":
         read_B11 = (write.read_B > 0)[:, None, None]
-        return write._replace(x_BWD=jnp.where(read_B11, write.x_BWD, self.x_BWD))
+        return Before(jnp.where(read_B11, write.x_BWD, self.x_BWD), write.read_B)
 
 
 class NeighboursModule(LayerModule):

@@ -1,4 +1,4 @@
-"""Attention in two halves, keys and queries, and rotary positions.
+"""Attention, with queries apart from keys and values, and rotary positions.
 
 Legend: B batch, L positions, M key positions, W slots of a cache, D model width, N heads, G kv
 heads, H head width.
@@ -26,26 +26,22 @@ class Attention(Sublayer):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions.
 
     `queries`, `keys` and `attend` take inputs that are normalised already, see `before`. Keys may
-    come from other positions than queries, or from another source.
+    come from other positions than the queries, or from another source.
     """
 
     def __init__(self, spec: specs.Attention, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec.norm, shape)
         self.spec = spec
         d, h, heads, kv_heads = shape.d_model, shape.head_dim, shape.num_heads, shape.num_kv_heads
-        # One draw for all three: of each kv head its queries, then its key and its value.
+        # One draw for all three matrices: for each kv head its queries, its key and its value.
         each = heads // kv_heads
         drawn = jax.random.normal(rngs.params(), (d, kv_heads, each + 2, h), jnp.float32)
         w_q, w_k, w_v = jnp.split(1 / math.sqrt(d) * drawn, (each, each + 1), axis=2)
         axes = ("embed", "kv_heads", "head_dim")
         self.w_q = make_param(w_q.reshape(d, heads, h), ("embed", "heads", "head_dim"))
         self.w_k, self.w_v = (make_param(w[:, :, 0], axes) for w in (w_k, w_v))
-        self.w_out = normal_param(
-            rngs,
-            (heads, h, d),
-            ("heads", "head_dim", "embed"),
-            std=1 / math.sqrt(heads * h) / depth_scale(shape),
-        )
+        std, axes = 1 / math.sqrt(heads * h) / depth_scale(shape), ("heads", "head_dim", "embed")
+        self.w_out = normal_param(rngs, (heads, h, d), axes, std=std)
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         y_BLD, handed, write = self.before(x_BLD), {}, ()
@@ -78,9 +74,9 @@ class Attention(Sublayer):
         v_BGMH: jax.Array,
         keys: Side | None = None,
     ) -> jax.Array:
-        """Returns what the queries see, projected back, (B, L, D).
+        """Returns the attention's output, projected back to the stream, (B, L, D).
 
-        at: of the queries. keys: the positions of the keys; None: those of the queries.
+        at: of the queries. keys: the positions of the keys; None means those of the queries.
         """
         mask, softcap = self.spec.mask, self.spec.softcap
         out_BNLH = attend(q_BNLH, k_BGMH, v_BGMH, mask, side(at), keys, softcap)
@@ -98,12 +94,12 @@ class Attention(Sublayer):
 
 
 def side(at: At) -> Side:
-    """Returns the positions as attention reads them."""
+    """Returns the context's positions in the form that modjax.kernels reads."""
     return Side(at.positions_BL, at.segments_BL, at.valid_BL)
 
 
 def _heads(y_BLD: jax.Array, w_DNH: jax.Array) -> jax.Array:
-    """Returns a projection by heads, (B, N, L, H)."""
+    """Returns the projection to each head, (B, N, L, H)."""
     (batch, length, width), (_, heads, head_dim) = y_BLD.shape, w_DNH.shape
     z_BLNH = project(y_BLD, w_DNH.reshape(width, -1)).reshape(batch, length, heads, head_dim)
     return z_BLNH.transpose(0, 2, 1, 3)
@@ -119,7 +115,7 @@ def rotary_tables(
 
 
 def rotate(x_BNLH: jax.Array, rope_BLH: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each pair (x_i, x_{i + H/2}) by its position's angle."""
+    """Rotates each pair (x_i, x_{i + H/2}) by the angle of its position."""
     cos_B1LH, sin_B1LH = (table[:, None] for table in rope_BLH)
     a, b = jnp.split(x_BNLH, 2, axis=-1)
     return jnp.concatenate([a * cos_B1LH - b * sin_B1LH, b * cos_B1LH + a * sin_B1LH], axis=-1)

@@ -1,8 +1,9 @@
-"""Mixture-of-Depths around any block of yours, from any model.
+"""Mixture-of-Depths around any block of any model.
 
 Legend: B batch, L positions, K selected positions, N heads, D model width.
 """
 
+import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,14 +34,13 @@ NORM_EPS = 1e-6  # of a router that has norms
 class RoutedBlock(Routed):
     """The record of a MoDBlock, with those of its router and rules, and the inner block's output.
 
-    own: the records of router and rules, by their path in the block.
-    extra: everything that the inner block returned beside x, None for nothing: of a tuple all
-      entries but the first, of a named tuple a copy with x replaced by None, of a dictionary all
-      entries but x. The arrays are as the block returned them, for the selected positions. Records
-      of layers come back as `Inside`: pass them to `observe` too, by the path of their module, as
-      in "inner/moe".
+    own: the records of the router and the rules, by their path in the block.
+    extra: everything that the inner block returned beside x, or None. Of a tuple these are all
+      entries but the first; of a named tuple, a copy with x replaced by None; of a dictionary, all
+      entries but x. Arrays are those of the selected positions. Records of layers are wrapped as
+      `Inside`: pass them to `observe` too, by the path of their module, as in "inner/moe".
     indices_BK, valid_BK: the selected positions, ascending, and which of the K entries are real;
-      None where there is no extra.
+      None if there is no extra.
     """
 
     own: dict[str, Record]
@@ -49,17 +49,17 @@ class RoutedBlock(Routed):
     valid_BK: jax.Array | None = None
 
     def loss(self, tokens=None, totals=None):
-        """Returns what to add to the objective: the losses of the rules and of inner records.
+        """Returns the term to add to the objective: the losses of the rules and of inner records.
 
-        tokens: the loss of every position, for records that look at it. totals: as `totals` returns
-          them, of the batch that this record is a part of; None, the record's own.
+        tokens: the loss of every position, for records that depend on it.
+        totals: as `totals` returns them, of the whole batch; None means the record's own.
         """
         totals = totals or {}
         each = (record.loss(tokens, totals.get(path)) for path, record in self._all().items())
         return sum(each, jnp.float32(0))
 
     def totals(self):
-        """Returns the totals of the records within that have some, by their paths."""
+        """Returns the totals of the records in it that have some, by their paths."""
         found = {path: record.totals() for path, record in self._all().items()}
         return {path: sums for path, sums in found.items() if sums}
 
@@ -76,7 +76,7 @@ class RoutedBlock(Routed):
         return super().statistics(records, valid_BL) | statistics(inner, valid_BL)
 
     def _all(self) -> dict[str, Record]:
-        """Returns the records in `own` and `extra` by their paths; a key "" adds nothing to one."""
+        """Returns the records in `own` and `extra` by their paths, without keys "" at the end."""
         tree = {"own": self.own, "extra": self.extra}
         return {
             jax.tree_util.keystr(path, simple=True, separator="/").rstrip("/"): node
@@ -88,11 +88,11 @@ class RoutedBlock(Routed):
 class MoDBlock(RoutedLayer):
     """Routes the k = max(1, round(capacity * n)) best-scored of n valid positions through `inner`.
 
-    `inner` maps (x_BKD, *per_position, **pairwise, **whole) to x_BKD, to a tuple that begins with
-    it, or to a dictionary that has it under `output`. It sees the selected positions only, in
-    order, with their context. The record returns its other outputs.
+    See arXiv 2404.02258, Eq. 1. `inner` maps (x_BKD, *per_position, **pairwise, **whole) to x_BKD,
+    to a tuple that begins with it, or to a dictionary that has it under `output`. It sees only the
+    selected positions, in order, with their context. The record returns its other outputs.
 
-    output: the key of x where `inner` returns a dictionary.
+    output: the key of x if `inner` returns a dictionary.
     """
 
     def __init__(
@@ -120,59 +120,36 @@ class MoDBlock(RoutedLayer):
         routing: str = "trained",
         slots: int | None = None,
     ) -> tuple[jax.Array, RoutedBlock]:
-        """Returns x_BLD and the record of the routing; add its `loss()` to your objective.
+        """Returns the new x_BLD and the record; add the record's `loss()` to your objective.
 
-        A threshold that selects is measured by `modjax.observe`. Without it the threshold stays 0:
-        any `routing` but "trained" warns of that, and training does not.
+        A rule with a threshold needs `modjax.observe` after every update. Without it the threshold
+        stays 0, of which every `routing` but "trained" warns.
 
-        per_position: pytrees of arrays (B or 1, L, ...) that `inner` takes beside x: positions,
-          segment ids, rotary tables. Each is gathered like x. Entries beyond what a row selects
-          read 0, so that an array of ones says which of the K are real.
-        pairwise: keyword arguments of `inner` between two positions, (B or 1, heads or 1, L, L),
-          like the masks of nnx.make_causal_mask. Each is gathered along both. Where a row selects
-          fewer than K, the entries left over see themselves (1), and no other sees them (0): a
-          bias needs a mask beside it.
-        whole: keyword arguments that `inner` gets as they are, like the output of an encoder.
+        per_position: pytrees of arrays (B or 1, L, ...), gathered like x: positions, segment ids,
+          rotary tables. Where a row selects fewer than K positions, the entries left over are 0.
+        pairwise: keyword arguments (B or 1, heads or 1, L, L), gathered along both dims, like masks
+          of nnx.make_causal_mask. Entries left over see only themselves (1), and no other sees them
+          (0). A bias therefore needs a mask beside it.
+        whole: keyword arguments that are passed on as they are, like an encoder's output.
         valid_BL: False marks padding, which is never selected.
-        key: for random routing. handed: what a router needs of an earlier layer, by name.
-        routing: "trained" selects as in training; "causal" by the block's own rule that never looks
-          ahead; a name, such as "threshold", by that rule where the block has it.
-        slots: with these, at most the first so many positions of a row are taken; None drops none.
+        key: the PRNG key of random routing. handed: what a router needs of earlier layers, by name.
+        routing: "trained"; "causal", the block's own rule that never looks ahead; or a rule's name.
+        slots: without the future, at most this many positions of a row; None means all.
 
         Raises InputError for an argument of another shape.
         """
         batch, length = x_BLD.shape[:2]
-        _check_inputs(per_position, pairwise or {}, batch, length)
+        pairwise = pairwise or {}
+        _check_inputs(per_position, pairwise, batch, length)
         positions_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
         sequences_BL = number_rows(batch, length)
         at = At(positions_BL, None, valid_BL, {}, dict(handed or {}), sequences_BL)
-        call = Call(routing=routing, key=key)
         bound = length if slots is None else min(slots, length)
-        # Training programs call no host: jax would keep them out of its compilation cache.
-        if routing != "trained":
-            name, rule = self.decider(routing)
-            if name == "threshold":
-                _warn_unmeasured(jax.lax.stop_gradient(read(self.rules()[rule].threshold))[0])
+        self._warn_unmeasured(routing)
+        call = Call(routing=routing, key=key)
         selection, records, _ = self.route(x_BLD, at, call, self.start(batch), bound)
         own: Any = records.pop("")
-
-        def process(selection: Selection) -> tuple[jax.Array, Inside | None]:
-            selected = selection.indices_BK, selection.valid_BK
-            x_BKD, *others = gather((x_BLD, *per_position), selection.indices_BK)
-            pairs = jax.tree.map(lambda leaf: _gather_pairs(leaf, selection), dict(pairwise or {}))
-            x_BKD = constrain_stream(x_BKD)
-            out = self.inner(x_BKD, *others, **pairs, **(whole or {}))  # type: ignore[operator]
-            y_BKD, extra = _apart(out, self.output)
-            shape = getattr(y_BKD, "shape", type(y_BKD))
-            need = f"must return x with the shape {x_BKD.shape} that it got"
-            require(shape == x_BKD.shape, "inner", shape, need)
-            for leaf in jax.tree.leaves(extra):
-                need = "must return arrays and numbers beside x, nothing else"
-                require(isinstance(leaf, get_args(ArrayLike)), "inner", leaf, need)
-            update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)
-            beside = None if extra is None else Inside(inside(extra, *selected), *selected)
-            return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
-
+        process = functools.partial(self._process, x_BLD, per_position, pairwise, whole or {})
         x_BLD, beside = self.run(process, selection, own, bound)
         routed = RoutedBlock(**vars(own), own=records)
         if beside is None:
@@ -180,9 +157,48 @@ class MoDBlock(RoutedLayer):
         selected = {"indices_BK": beside.indices_BK, "valid_BK": beside.valid_BK}
         return x_BLD, replace(routed, extra=beside.record, **selected)
 
+    def _process(
+        self,
+        x_BLD: jax.Array,
+        per_position: tuple[Any, ...],
+        pairwise: Mapping[str, Any],
+        whole: Mapping[str, Any],
+        selection: Selection,
+    ) -> tuple[jax.Array, Inside | None]:
+        """Returns the new x_BLD, and what `inner` returned beside x, for a selection."""
+        selected = selection.indices_BK, selection.valid_BK
+        x_BKD, *others = gather((x_BLD, *per_position), selection.indices_BK)
+        pairs = jax.tree.map(lambda leaf: _gather_pairs(leaf, selection), dict(pairwise))
+        x_BKD = constrain_stream(x_BKD)
+        out = self.inner(x_BKD, *others, **pairs, **whole)  # type: ignore[operator]
+        y_BKD, extra = _split_output(out, self.output)
+        shape = getattr(y_BKD, "shape", type(y_BKD))
+        need = f"must return x with the shape {x_BKD.shape} that it got"
+        require(shape == x_BKD.shape, "inner", shape, need)
+        for leaf in jax.tree.leaves(extra):
+            need = "must return arrays and numbers beside x, nothing else"
+            require(isinstance(leaf, get_args(ArrayLike)), "inner", leaf, need)
+        update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)
+        beside = None if extra is None else Inside(inside(extra, *selected), *selected)
+        return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
 
-def _apart(out: Any, key: str) -> tuple[Any, Any]:
-    """Returns x and what an inner block returned beside it, None for nothing."""
+    def _warn_unmeasured(self, routing: str) -> None:
+        """Warns, when the program runs, if it selects by a threshold that is still 0."""
+        # Training programs call no host: jax would keep them out of its compilation cache.
+        name, rule = ("", "") if routing == "trained" else self.decider(routing)
+        if name != "threshold":
+            return
+        threshold = jax.lax.stop_gradient(read(self.rules()[rule].threshold))[0]
+        if isinstance(threshold, Tracer):
+            # The condition spares a program whose threshold is measured the call to the host.
+            warn = functools.partial(jax.debug.callback, _warn_of_zero, threshold)
+            jax.lax.cond(threshold == 0, warn, lambda: None)
+        else:
+            _warn_of_zero(threshold)
+
+
+def _split_output(out: Any, key: str) -> tuple[Any, Any]:
+    """Returns x and everything else that an inner block returned, or None."""
     if isinstance(out, Mapping):
         need = f"must have the key {key!r}, for x: see MoDBlock's `output`"
         require(key in out, "inner", sorted(map(str, out)), need)
@@ -199,7 +215,7 @@ def _apart(out: Any, key: str) -> tuple[Any, Any]:
 def _check_inputs(
     per_position: tuple[Any, ...], pairwise: Mapping[str, Any], batch: int, length: int
 ) -> None:
-    """Raises InputError for a leaf that lacks the dims that are gathered."""
+    """Raises InputError for a leaf without the dims that are gathered."""
 
     def check(field: str, tree: Any, dims: slice, gathered: tuple[int, ...], need: str) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -207,17 +223,17 @@ def _check_inputs(
             fits = shape[:1] in ((1,), (batch,)) and shape[dims] == gathered
             require(fits, name, shape, f"must have the shape ({batch} or 1, {need}")
 
-    need = "to be gathered like x; what has another goes into `pairwise` or `whole`"
+    need = "to be gathered like x; pass an array of another shape in `pairwise` or `whole`"
     check("per_position", per_position, slice(1, 2), (length,), f"{length}, ...) {need}")
-    need = "what is not to be gathered goes into `whole`"
+    need = "pass an array that is not to be gathered in `whole`"
     pairs = f"heads or 1, {length}, {length}); {need}"
     check("pairwise", pairwise, slice(2, None), (length, length), pairs)
 
 
 def _gather_pairs(x_BNLL: jax.Array, selection: Selection) -> jax.Array:
-    """Returns entries of (B or 1, N, L, L) between selected positions, (B, N, K, K).
+    """Returns the entries of (B or 1, N, L, L) between selected positions, (B, N, K, K).
 
-    One that is not valid sees itself only, so that no softmax is over nothing, and is not seen.
+    An entry that is not valid sees only itself, so that every softmax has a key. No other sees it.
     """
 
     def one(x_NLL: jax.Array, indices_K: jax.Array) -> jax.Array:
@@ -231,19 +247,7 @@ def _gather_pairs(x_BNLL: jax.Array, selection: Selection) -> jax.Array:
     return jnp.where(alone_BKK[:, None], jnp.ones((), x_BNKK.dtype), x_BNKK)
 
 
-def _warn_unmeasured(threshold: jax.Array) -> None:
-    """Warns, when the program runs, of a threshold that is still the 0 it began as."""
-
-    def warn(threshold: jax.Array) -> None:
-        if threshold == 0:
-            warnings.warn(
-                "a MoDBlock selects by a threshold that was never measured: call modjax.observe "
-                "after every update, and use what it returns",
-                stacklevel=2,
-            )
-
-    if isinstance(threshold, Tracer):
-        # The condition spares a program whose threshold is measured the call to the host.
-        jax.lax.cond(threshold == 0, lambda: jax.debug.callback(warn, threshold), lambda: None)
-    else:
-        warn(threshold)
+def _warn_of_zero(threshold: jax.Array) -> None:
+    if threshold == 0:
+        said = "a MoDBlock selects by a threshold that was never measured: call modjax.observe "
+        warnings.warn(said + "after every update, and use what it returns", stacklevel=2)

@@ -16,7 +16,7 @@ from modjax import specs
 from modjax.kernels import project, project_back
 from modjax.nn.build import LayerModule, build
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.params import normal_param, read, scale_param
+from modjax.nn.params import make_param, normal_param, read
 from modjax.nn.sharding import constrain_stream
 from modjax.specs.layers.dense import GATED
 
@@ -28,7 +28,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
-
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -36,7 +35,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a scale (arXiv 1910.07467, Eq. 4), in float32."""
 
     def __init__(self, d_model: int, *, eps: float):
-        self.scale = scale_param(d_model)
+        self.scale = make_param(jnp.ones((d_model,), jnp.float32), ("replicated",), role="norm")
         self.eps = eps
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
@@ -46,14 +45,18 @@ class RMSNorm(nnx.Module):
 def unit_rms(x_BLD: jax.Array, eps: float) -> jax.Array:
     """Returns x divided by its root mean square, in float32."""
     x32_BLD = x_BLD.astype(jnp.float32)
-    mean_square_BL1 = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
-    return x32_BLD * jax.lax.rsqrt(mean_square_BL1 + eps)
+    return x32_BLD * jax.lax.rsqrt(mean_square(x32_BLD) + eps)
+
+
+def mean_square(x_BLD: jax.Array) -> jax.Array:
+    """Returns the mean of x^2 at each position in float32, (B, L, 1)."""
+    return jnp.mean(jnp.square(x_BLD.astype(jnp.float32)), axis=-1, keepdims=True)
 
 
 class Sublayer(LayerModule):
     """Base class of layers that add to the stream, with a norm before, after, or both.
 
-    A subclass computes what it adds from `before(x)` alone: `nn.streams` relies on it.
+    A subclass computes its addition from `before(x)` alone; nn/layers/streams.py relies on it.
     """
 
     def __init__(self, norm: str, shape: specs.Shape):
@@ -69,7 +72,7 @@ class Sublayer(LayerModule):
 
 
 class MLP(Sublayer):
-    """Two matrices around an activation, or three for a gated one (arXiv 2002.05202)."""
+    """Two matrices around an activation, or three for a gated activation (arXiv 2002.05202)."""
 
     def __init__(self, spec: specs.MLP, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec.norm, shape)
@@ -79,7 +82,7 @@ class MLP(Sublayer):
         self.w_in = normal_param(rngs, (d, f), ("embed", "mlp"), std=std)
         if spec.activation in GATED:
             self.w_gate = normal_param(rngs, (d, f), ("embed", "mlp"), std=std)
-        # The long dim last: a lone position does little but read the matrix, and rows of d_ff
+        # The long dim last: a single position does little but read the matrix, and rows of d_ff
         # numbers are read faster than rows of d_model.
         output_std = 1 / math.sqrt(f) / depth_scale(shape)
         self.w_out = normal_param(rngs, (d, f), ("embed", "mlp"), std=output_std, transposed=True)
@@ -106,18 +109,16 @@ def mlp(
 
 
 class Seq(LayerModule):
-    """Layers one after another."""
+    """Runs layers one after another."""
 
     def __init__(self, spec: specs.Seq, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.spec = spec
-        self.parts = nnx.Dict(
-            {name: build(part, shape, rngs=rngs) for name, part in names(spec.parts).items()}
-        )
+        parts = names(spec.parts).items()
+        self.parts = nnx.Dict({name: build(part, shape, rngs=rngs) for name, part in parts})
 
     def __call__(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        out = in_order(
-            {name: self.parts[name] for name in names(self.spec.parts)}, x, at, call, cache
-        )
+        layers = {name: self.parts[name] for name in names(self.spec.parts)}
+        out = in_order(layers, x, at, call, cache)
         return out._replace(records=under("parts", out.records))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
@@ -127,9 +128,9 @@ class Seq(LayerModule):
 def in_order(
     layers: Mapping[str, Any], x: jax.Array, at: At, call: Call, cache: Any, first: int = 0
 ) -> Out:
-    """Returns the output of layers that run one after another; records and writes by their names.
+    """Runs layers in order; returns records and cache updates by their names.
 
-    cache: by the same names; None for none. first: the place of the first layer, for its key.
+    cache: the caches by the same names, or None. first: the first layer's place, for its key.
     """
     writes, records, depth_BL = {}, {}, 0
     handed: dict[str, jax.Array] = {}
@@ -144,10 +145,10 @@ def in_order(
 
 
 def names(parts: Iterable[specs.Layer], start: int = 0) -> dict[str, specs.Layer]:
-    """Returns layers by their place and class, as in 1_mod: so their modules are named."""
+    """Returns layers by the names of their modules, which are place and class, as in 1_mod."""
     return {f"{i}_{type(part).__name__.lower()}": part for i, part in enumerate(parts, start)}
 
 
 def depth_scale(shape: specs.Shape) -> float:
-    """Returns GPT-2's scale: all 2 * num_layers additions together start with variance 1."""
+    """Returns the square root of the number of additions, by which GPT-2 divides output weights."""
     return math.sqrt(2 * shape.num_layers)

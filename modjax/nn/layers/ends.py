@@ -1,8 +1,8 @@
-"""The ends of a model, and what is computed from its features in chunks of positions.
+"""The embedding and the head of a model, and functions of its features in chunks of positions.
 
-An embedding is called as embed(tokens_BL, dtype) -> x_BLD. A head's module is called as
-unembed(x_BLD, embed) -> logits (B, L, V) in float32, where `embed` is the embedding of a head that
-is tied and None for all others. `Transformer.head` is the two together.
+An embedding is called as embed(tokens_BL, dtype) -> x_BLD. A head is called as
+unembed(x_BLD, embed) -> logits (B, L, V) in float32, where `embed` is the embedding for a tied head
+and None for others. `Transformer.head` joins the two.
 
 Legend: B batch, L positions, D model width, V vocabulary.
 """
@@ -21,19 +21,20 @@ from modjax.kernels import product
 from modjax.nn.params import normal_param, read
 from modjax.nn.sharding import batch_shards, constrain, per_device
 
-# The most float32 numbers of logits that a device makes at once: half a gigabyte.
+# The most float32 numbers of logits that a device has at once: half a gigabyte.
 MOST_NUMBERS = 2**27
 
 
 class Tokens(nnx.Module):
+    """A table with a row for each token."""
+
     def __init__(self, spec: specs.Tokens, shape: specs.Shape, *, rngs: nnx.Rngs):
         d = shape.width
         self.scale = math.sqrt(d) if spec.scale else None
         # A tied table is also the head, whose logits should start near 1.
         std = 1 / math.sqrt(d) if shape.tied or spec.scale else 1.0
-        self.table = normal_param(
-            rngs, (shape.vocab_size, d), ("vocab", "embed"), std=std, role="embedding"
-        )
+        size, axes = (shape.vocab_size, d), ("vocab", "embed")
+        self.table = normal_param(rngs, size, axes, std=std, role="embedding")
 
     def __call__(self, tokens_BL: jax.Array, dtype: DTypeLike) -> jax.Array:
         x_BLD = constrain(read(self.table, dtype), "vocab", None)[tokens_BL]
@@ -41,15 +42,14 @@ class Tokens(nnx.Module):
 
 
 class Logits(nnx.Module):
-    """Both of specs.Logits and specs.Tied."""
+    """A head with weights of its own (specs.Logits), or those of the embedding (specs.Tied)."""
 
     def __init__(self, spec: specs.Logits, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.softcap = spec.softcap
-        d, axes = shape.width, ("embed", "vocab")
+        size, axes = (shape.width, shape.vocab_size), ("embed", "vocab")
         if not spec.tied:
-            self.w_logits = normal_param(
-                rngs, (d, shape.vocab_size), axes, std=1 / math.sqrt(d), role="embedding"
-            )
+            std = 1 / math.sqrt(shape.width)
+            self.w_logits = normal_param(rngs, size, axes, std=std, role="embedding")
 
     def __call__(self, x_BLD: jax.Array, embed: Any) -> jax.Array:
         w_DV = read(self.w_logits, None) if embed is None else read(embed.table, None).T
@@ -58,7 +58,7 @@ class Logits(nnx.Module):
 
 
 class Head(NamedTuple):
-    """A model's head with its weights, as a tree: head(x_BLD) are the logits (B, L, V)."""
+    """A model's head as a tree of weights: head(x_BLD) returns the logits (B, L, V)."""
 
     unembed: Any
     embed: Any
@@ -70,14 +70,14 @@ class Head(NamedTuple):
 def in_chunks(
     function: Callable[..., jax.Array], weights: Any, *arrays: jax.Array, numbers: int
 ) -> jax.Array:
-    """Returns function(weights, *arrays), (B, L), whose intermediate values are never whole.
+    """Returns function(weights, *arrays), (B, L), computed on one chunk of positions at a time.
 
-    function: reads arrays (B, L, ...), and of them one position for each that it returns.
-    weights: any tree of arrays that `function` reads, such as a Head; it closes over none.
-    numbers: float32 numbers that it makes for one position, such as the size of the vocabulary.
+    A gradient calls the function once more on each chunk. If all intermediate numbers are at most
+    MOST_NUMBERS, the function is called directly.
 
-    It is called on chunks of positions, one after another, and for a gradient once more on each.
-    Where all of its numbers are at most MOST_NUMBERS, it is called once, as if called directly.
+    function: maps arrays (B, L, ...) to (B, L), position by position.
+    weights: a tree of all arrays that `function` reads beside them, such as a Head.
+    numbers: the float32 numbers that it makes for one position, such as the vocabulary's size.
     """
     batch, length = arrays[0].shape[:2]
     chunks = -(-(batch // batch_shards(batch)) * length * numbers // MOST_NUMBERS)

@@ -1,7 +1,8 @@
-"""How the picks of a mixture of experts are computed: in slots, in groups, or expert by expert.
+"""Computation of a mixture's experts: in slots, in groups, or one expert after another.
 
-On a mesh every device works on its own rows. Experts lie over the `expert` axis: slots travel to
-their expert's device and back; groups, which have no fixed size, have the experts come to them.
+On a mesh every device works on its own rows, and the experts are split over the `expert` axis.
+Slots have a fixed size, so they travel to their expert's device and back. Groups have none, so the
+experts are gathered to them.
 
 Legend: B batch, L positions, P picks of a position, E experts, C slots of an expert, T rows,
 Y picks of all rows, Z rows of a block, D model width, F feed-forward width, R scores of a position.
@@ -25,11 +26,12 @@ MATRIX_AXES = ("experts", "embed", "mlp")
 
 
 class Picks(NamedTuple):
-    """Picks of each position.
+    """The picks of each position.
 
-    experts_BLP: E where a pick is of none. weights_BLP: their weights.
+    experts_BLP: the experts; E marks no expert.
+    weights_BLP: their weights.
     rows_BR: how often each row of the router was picked.
-    tied_BE: whether each expert's best positions end in a near tie; None where none chooses.
+    tied_BE: whether each expert's best positions end in a near tie; None if experts do not choose.
     """
 
     experts_BLP: jax.Array
@@ -41,7 +43,8 @@ class Picks(NamedTuple):
 class Slots(NamedTuple):
     """The positions that each expert takes.
 
-    tokens_BEC: L where a slot is empty. weights_BEC: their weights.
+    tokens_BEC: the positions; L marks an empty slot.
+    weights_BEC: their weights.
     taken_BL: how many experts take each position.
     """
 
@@ -51,7 +54,7 @@ class Slots(NamedTuple):
 
 
 def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
-    """Returns each expert's first size_B <= size positions: none displaces one before it."""
+    """Returns each expert's first size_B <= size positions: none displaces an earlier one."""
     mine_BLPE = jax.nn.one_hot(picks.experts_BLP, experts, dtype=bool)
     weights_BLE = jnp.sum(jnp.where(mine_BLPE, picks.weights_BLP[..., None], 0.0), axis=2)
     mine_BEL = jnp.any(mine_BLPE, axis=2).swapaxes(1, 2)
@@ -66,24 +69,23 @@ def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
 
 
 def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str) -> jax.Array:
-    """Returns what the experts add at the positions in their slots, (B, L, D)."""
+    """Returns the sum of the experts' outputs for the positions in their slots, (B, L, D)."""
 
-    def local(x_BLD, slots, matrices, experts_lie_apart):
+    def local(x_BLD, slots, matrices, split):
         batch, length, width = x_BLD.shape
         row_B11 = (length * jnp.arange(batch))[:, None, None]
         beyond = batch * length
         row_BEC = jnp.where(slots.tokens_BEC < length, row_B11 + slots.tokens_BEC, beyond)
-        row_EZ, weight_EZ = (
-            z.swapaxes(0, 1).reshape(z.shape[1], -1) for z in (row_BEC, slots.weights_BEC)
-        )
+        of_slots = row_BEC, slots.weights_BEC
+        row_EZ, weight_EZ = (z.swapaxes(0, 1).reshape(z.shape[1], -1) for z in of_slots)
         x_TD = x_BLD.reshape(beyond, width)
         x_EZD = x_TD.at[row_EZ].get(mode="fill", fill_value=0)
-        if experts_lie_apart:
+        if split:
             x_EZD = jax.lax.all_to_all(x_EZD, "expert", 0, 1, tiled=True)
         product = functools.partial(jnp.einsum, "EZD,EDF->EZF")
         back = functools.partial(jnp.einsum, "EZF,EDF->EZD")
         y_EZD = mlp(x_EZD, matrices, activation, product, back)
-        if experts_lie_apart:
+        if split:
             y_EZD = jax.lax.all_to_all(y_EZD, "expert", 1, 0, tiled=True)
         y_EZD = y_EZD * weight_EZ[..., None].astype(y_EZD.dtype)
         return jnp.zeros_like(x_TD).at[row_EZ].add(y_EZD, mode="drop").reshape(x_BLD.shape)
@@ -92,7 +94,7 @@ def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str
 
 
 def in_groups(x_BLD: jax.Array, picks: Picks, matrices: Matrices, activation: str) -> jax.Array:
-    """Returns what the experts add to every position that picked them, (B, L, D)."""
+    """Returns the sum of the experts' outputs for every pick, (B, L, D)."""
     experts = jax.tree.leaves(matrices)[0].shape[0]
 
     def local(x_BLD, picks, matrices, _):
@@ -113,7 +115,7 @@ def in_groups(x_BLD: jax.Array, picks: Picks, matrices: Matrices, activation: st
 def one_by_one(
     x_BLD: jax.Array, picks: Picks, experts: Sequence[Matrices], activation: str
 ) -> jax.Array:
-    """Returns what `in_groups` does; it reads the weights of the experts that are picked only."""
+    """Returns the sum of `in_groups`, reading only the weights of experts that are picked."""
     y_BLD = jnp.zeros_like(x_BLD)
     for e, matrices in enumerate(experts):
         mine_BLP = picks.experts_BLP == e
@@ -130,9 +132,10 @@ def one_by_one(
 def _on_each_device(
     local: Callable, x_BLD: jax.Array, routed: Any, matrices: Matrices, *, to_experts: bool
 ) -> jax.Array:
-    """Returns local(x, routed, matrices, whether experts lie apart), run on each device's rows.
+    """Returns local(x, routed, matrices, split), run by every device on its own rows.
 
-    Matrices are gathered to the rows, except over experts where the rows go to_experts.
+    split: whether the experts are split over devices. Then the rows travel, if `to_experts`.
+    Otherwise the matrices of all experts are gathered.
     """
     matrices = {name: w_EDF.astype(x_BLD.dtype) for name, w_EDF in matrices.items()}
     mesh = jax.sharding.get_abstract_mesh()
@@ -152,6 +155,6 @@ def _on_each_device(
         y_BLD = local(x_BLD, routed, gathered, to_experts and axes[0] is not None)
         return y_BLD if axes[2] is None else jax.lax.psum(y_BLD, axes[2])
 
-    return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(rows, rows, PartitionSpec(*axes)), out_specs=rows
-    )(x_BLD, routed, matrices)
+    in_specs = rows, rows, PartitionSpec(*axes)
+    run = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=rows)
+    return run(x_BLD, routed, matrices)

@@ -1,4 +1,4 @@
-"""Mixture-of-Depths: a layer that processes only a share of the positions, around any other.
+"""Mixture-of-Depths: a layer that passes only a share of the positions through another.
 
 Legend: B batch, L positions, K selected positions, S residual streams, D model width.
 """
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from modjax import specs
 from modjax.nn.build import LayerModule, build
-from modjax.nn.cache import unwritten, written
+from modjax.nn.cache import LayerCache, unwritten, where_read, written
 from modjax.nn.call import At, Call, Out
 from modjax.nn.routing.records import Routed
 from modjax.nn.routing.routed_layer import RoutedLayer
@@ -24,13 +24,14 @@ from modjax.specs.layers.mod import cache_slots
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MoDCache:
-    """The cache of the inner layer, with slots for `slots` positions of each row.
+class MoDCache(LayerCache):
+    """The cache of a routed layer. Its update has the same fields, for the new positions.
 
-    state: of the router and the rules. read_B, taken_B, overflow_B: positions that were read, that
-    are in the slots, and that were dropped.
-    As an update: the same for new positions. A row that was not run has read none, and the rest of
-    its update may be anything.
+    A row that was not run has read no position, and the rest of its update may be anything.
+
+    inner: the cache of the inner layer, with slots for `slots` positions of each row.
+    state: of the router and the rules.
+    read_B, taken_B, overflow_B: how many positions were read, are in the slots, and were dropped.
     """
 
     inner: Any
@@ -40,15 +41,15 @@ class MoDCache:
     overflow_B: jax.Array
     slots: int = field(metadata={"static": True})
 
-    def written(self, write: "MoDCache", *, fresh: bool = False) -> "MoDCache":
-        def after(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jnp.where(wide(write.read_B > 0, old), new, old)
+    def overflow(self) -> jax.Array:
+        return self.overflow_B
 
-        rules = ({**part.state, "router": ()} for part in (self, write))
+    def written(self, write: "MoDCache", *, fresh: bool = False) -> "MoDCache":
+        new, old = ({**part.state, "router": ()} for part in (write, self))
         router = written(self.state["router"], write.state["router"], fresh=fresh)
         return MoDCache(
             written(self.inner, write.inner, fresh=fresh),
-            {**jax.tree.map(after, *rules), "router": router},
+            {**where_read(write.read_B, new, old), "router": router},
             self.read_B + write.read_B,
             self.taken_B + write.taken_B,
             self.overflow_B + write.overflow_B,
@@ -59,8 +60,8 @@ class MoDCache:
 class MoD(RoutedLayer, LayerModule):
     """Routes the k = max(1, round(capacity * n)) best-scored of n valid positions through a layer.
 
-    Eq. 1 of arXiv 2404.02258. The inner layer sees the selected positions only, in order, with
-    their context; its records, and so its losses, are passed on.
+    See arXiv 2404.02258, Eq. 1. The inner layer sees only the selected positions, in order, with
+    their context. Its records are reported too, and so are its losses.
     """
 
     def __init__(self, spec: specs.MoD, shape: specs.Shape, *, rngs: nnx.Rngs):
@@ -99,16 +100,16 @@ class MoD(RoutedLayer, LayerModule):
         return out._replace(write=MoDCache(out.write, state, *counts, cache.slots))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:
-        """Returns a cache for at most `length` positions of a row, or slack * capacity of them."""
+        """Returns an empty cache, with slots for slack * capacity * length positions of a row."""
         slots = cache_slots(self.config.capacity, length, slack)
         state = self.start(batch, self.router.empty(batch, length, slack, dtype))
         inner, none_B = self.inner.empty(batch, slots, slack, dtype), jnp.zeros(batch, jnp.int32)
         return MoDCache(inner, state, none_B, none_B, none_B, slots)
 
     def _decode(self, x: jax.Array, at: At, call: Call, cache: Any, own: Routed) -> Out:
-        """Runs the inner layer on one position of each row that is selected.
+        """Runs the inner layer on the one new position of each row that selects it.
 
-        Where none is, the weights of the inner layer are not read. It reports nothing.
+        If no row does, the weights of the inner layer are not read. No record is reported.
         """
 
         def run(part: Any) -> Out:

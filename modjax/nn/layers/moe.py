@@ -1,4 +1,4 @@
-"""Mixture of experts in an MLP's place: a router, a rule, and the sum of the experts' outputs.
+"""Mixture of experts in place of an MLP: a router, a rule, and the sum of the experts' outputs.
 
 Legend: B batch, L positions, P picks of a position, R scores of a position, E experts, D model
 width.
@@ -23,12 +23,12 @@ from modjax.nn.routing.expert_rules import SCORES
 from modjax.nn.routing.records import Dispatched
 from modjax.nn.routing.selection import of_valid
 
-# So few positions are computed expert by expert: they do little but read the experts' weights.
+# At most this many positions are computed expert by expert: they do little but read weights.
 FEW = 16
 
 
 class MoE(Sublayer):
-    """Experts that a rule picks by the scores of a router; see the spec."""
+    """A weighted sum of the experts that a rule picks (arXiv 2101.03961, Eq. 2); see the spec."""
 
     def __init__(self, spec: specs.MoE, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec.norm, shape)
@@ -45,7 +45,7 @@ class MoE(Sublayer):
                 found[name] = normal_param(rngs, shape, axes, std=std, transposed=back)
             return nnx.Dict(found)
 
-        self.experts: Any = matrices(e, d, f)  # or a list of each one's, see take_apart
+        self.experts: Any = matrices(e, d, f)  # or a list of each expert's, see take_apart
         self.shared = matrices(d, f * spec.shared) if spec.shared else None
         self.rule: Any = build(spec.rule, shape, rngs=rngs, experts=e)
 
@@ -83,7 +83,7 @@ class MoE(Sublayer):
         return self.router.empty(batch, length, slack, dtype)
 
     def take_apart(self) -> None:
-        """Splits the experts from now on, so that a step reads those that it uses only."""
+        """Stores each expert apart, so that a step reads only the experts that it uses."""
         if not isinstance(self.experts, nnx.List):
             each = [{name: nnx.Param(w) for name, w in one.items()} for one in self._each()]
             self.experts = nnx.List([nnx.Dict(one) for one in each])

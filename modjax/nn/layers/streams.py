@@ -7,7 +7,7 @@ product sums over the last of two S.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +18,18 @@ from modjax import specs
 from modjax.kernels import product
 from modjax.nn.build import LayerModule, build
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.layers.dense import RMSNorm, Sublayer, unit_rms
+from modjax.nn.layers.dense import RMSNorm, Sublayer, mean_square, unit_rms
 from modjax.nn.params import make_param, normal_param, read
 from modjax.nn.routing.routers import linear
 
-# The least mean square that a stream is divided by, as in Gemma 3n.
-LEAST_SQUARE = 1e-5
-DYNAMIC_SCALE = 0.01  # of hyper-connections at the start
-LEAST_SHARE = 1e-6  # so that no column is 0, as DeepSeek V4
-NEAR = 0.9  # what a stream keeps of itself in mHC at the start
+LEAST_SQUARE = 1e-5  # least mean square that a stream is divided by, as in Gemma 3n
+DYNAMIC_SCALE = 0.01  # initial scale of what hyper-connections compute from their input
+LEAST_SHARE = 1e-6  # added to each weight so that no column is 0, as in DeepSeek V4
+NEAR = 0.9  # initial weight of a stream in itself, in mHC
 
 
 class Recycled(nnx.Module):
-    """Copies of the stream; their mean at the end."""
+    """Copies the embedding to all streams, and takes their mean at the end."""
 
     def __init__(self, spec: specs.Recycled, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.streams = spec.streams
@@ -43,7 +42,7 @@ class Recycled(nnx.Module):
 
 
 class Full(nnx.Module):
-    """Parts of a wide embedding; one wide vector of features at the end."""
+    """Splits a wide embedding into streams, and joins them to wide features at the end."""
 
     def __init__(self, spec: specs.Full, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.streams = spec.streams
@@ -56,14 +55,13 @@ class Full(nnx.Module):
 
 
 class Projected(nnx.Module):
-    """Learned projections there and back, each scaled to the size of the first stream."""
+    """Learned projections to the streams and back, each scaled to the size of the first stream."""
 
     def __init__(self, spec: specs.Projected, shape: specs.Shape, *, rngs: nnx.Rngs):
         d, axes = shape.d_model, (None, "embed", None)
-        self.w_open, self.w_close = (
-            normal_param(rngs, (spec.streams - 1, d, d), axes, std=1 / math.sqrt(d))
-            for _ in range(2)
-        )
+        size, std = (spec.streams - 1, d, d), 1 / math.sqrt(d)
+        self.w_open = normal_param(rngs, size, axes, std=std)
+        self.w_close = normal_param(rngs, size, axes, std=std)
 
     def open(self, x_BLD: jax.Array) -> jax.Array:
         others = [_sized(product(x_BLD, w_DD), x_BLD) for w_DD in read(self.w_open, None)]
@@ -79,48 +77,43 @@ class Projected(nnx.Module):
 
 
 def _sized(x_BLD: jax.Array, like_BLD: jax.Array) -> jax.Array:
-    """Returns x with the root mean square of `like` at each position."""
-    mine, wanted = (
-        jnp.mean(jnp.square(v.astype(jnp.float32)), axis=-1, keepdims=True)
-        for v in (x_BLD, like_BLD)
-    )
-    scale_BL1 = jnp.sqrt(wanted / jnp.maximum(mine, LEAST_SQUARE))
+    """Returns x, scaled to the root mean square of `like` at each position."""
+    own_BL1, wanted_BL1 = mean_square(x_BLD), mean_square(like_BLD)
+    scale_BL1 = jnp.sqrt(wanted_BL1 / jnp.maximum(own_BL1, LEAST_SQUARE))
     return (x_BLD.astype(jnp.float32) * scale_BL1).astype(x_BLD.dtype)
 
 
-class StreamWeights(NamedTuple):
-    """The weights of one layer in float32, see specs.Streams.
-
-    read: the index of a stream, or weights of all, (B, L, S).
-    write: a function from the inner layer's output to the weights of writing, (B, L, S).
-    """
-
-    read: int | jax.Array
-    mix_BLSS: jax.Array
-    write: Callable[[jax.Array], jax.Array]
+# The weights of a layer, (read, mix_BLSS, write), in float32. read: the index of one stream, or
+# weights of all, (B, L, S). write: from the inner layer's output to weights of writing, (B, L, S).
+StreamWeights = tuple[int | jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]
 
 
 class Streams(LayerModule):
-    """Base class of layers on several streams. A subclass computes the weights."""
+    """Base class of layers on several streams, see specs.Streams for the formula.
+
+    AltUp calls its steps predict (mix), compute (the inner layer) and correct (write)
+    (arXiv 2301.13310). A subclass computes the weights.
+    """
 
     def __init__(self, spec: specs.Streams, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.active, self.streams = spec.active, shape.streams
         self.inner = build(spec.inner, shape._replace(streams=1), rngs=rngs)
-        # A sublayer behind a norm makes the same change of x and of 2 x. No other layer does: after
-        # a first sublayer, or past a router that reads x itself, the size of x counts.
-        self.direction = isinstance(self.inner, Sublayer) and self.inner.norm is not None
+        # A sublayer behind a norm makes the same change of x and of 2 x: it reads a direction. No
+        # other layer does: after a first sublayer, or in a router of x itself, the size counts.
+        self.reads_direction = isinstance(self.inner, Sublayer) and self.inner.norm is not None
 
     def __call__(self, x_BLSD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         read, mix_BLSS, write = self.weights(x_BLSD)
-        kept_BLSD = self.keep(mix_BLSS, x_BLSD)
+        mixed_BLSD = self.mix(mix_BLSS, x_BLSD)
         if isinstance(read, int):
-            u_BLD, base_BLD = x_BLSD[:, :, read], kept_BLSD[:, :, read]
+            u_BLD, base_BLD = x_BLSD[:, :, read], mixed_BLSD[:, :, read]
         else:
-            base_BLD = mixed(read[:, :, None], x_BLSD, apart=self.direction)[:, :, 0]
+            base_BLSD = mixed(read[:, :, None], x_BLSD, skip_equal=self.reads_direction)
+            base_BLD = base_BLSD[:, :, 0]
             u_BLD = base_BLD.astype(x_BLSD.dtype)
         out = self.inner(u_BLD, at, call.inside(0), cache)
         change_BLD = out.x.astype(jnp.float32) - base_BLD
-        new_BLSD = kept_BLSD + mixed(write(out.x)[..., None], change_BLD[:, :, None])
+        new_BLSD = mixed_BLSD + mixed(write(out.x)[..., None], change_BLD[:, :, None])
         records = under("inner", out.records)
         return out._replace(x=new_BLSD.astype(x_BLSD.dtype), records=records)
 
@@ -130,12 +123,14 @@ class Streams(LayerModule):
     def weights(self, x_BLSD: jax.Array) -> StreamWeights:
         raise NotImplementedError
 
-    def keep(self, mix_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
-        """Returns the streams before their correction, float32."""
+    def mix(self, mix_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
+        """Returns the mixed streams, before the layer writes to them, in float32."""
         return mixed(mix_BLSS, x_BLSD)
 
 
 class AltUp(Streams):
+    """Alternating Updates (arXiv 2301.13310): mix = p and write = g, of a layer that reads one."""
+
     def __init__(self, spec: specs.AltUp, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
         self.learned = spec.learned
@@ -145,10 +140,12 @@ class AltUp(Streams):
     def weights(self, x_BLSD: jax.Array) -> StreamWeights:
         p_11SS = (read(self.p) if self.learned else jnp.eye(self.streams))[None, None]
         g_11S = (read(self.g) if self.learned else jnp.ones(self.streams))[None, None]
-        return StreamWeights(self.active, p_11SS, lambda _: g_11S)
+        return self.active, p_11SS, lambda _: g_11S
 
 
 class SimplifiedAltUp(Streams):
+    """Simplified AltUp: reads sum_j r_j x_j and writes to the active stream only."""
+
     def __init__(self, spec: specs.SimplifiedAltUp, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
         self.r = _mixing(jnp.full(shape.streams, 1 / shape.streams))
@@ -156,10 +153,12 @@ class SimplifiedAltUp(Streams):
     def weights(self, x_BLSD: jax.Array) -> StreamWeights:
         r_11S, eye_SS = read(self.r)[None, None], jnp.eye(self.streams)
         write_11S = self.streams * eye_SS[self.active][None, None]
-        return StreamWeights(r_11S, eye_SS[None, None], lambda _: write_11S)
+        return r_11S, eye_SS[None, None], lambda _: write_11S
 
 
 class HyperConnection(Streams):
+    """Hyper-connections, static or dynamic (arXiv 2409.19606), see the spec for their weights."""
+
     def __init__(self, spec: specs.HyperConnection, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
         eye_SS, d = jnp.eye(shape.streams), shape.d_model
@@ -181,10 +180,12 @@ class HyperConnection(Streams):
             a_m_BLS += alpha * found[..., 0]
             b_BLS += beta * found[..., 1]
             a_r_BLSS += alpha * found[..., 2:]
-        return StreamWeights(a_m_BLS, a_r_BLSS.swapaxes(2, 3), lambda _: b_BLS)
+        return a_m_BLS, a_r_BLSS.swapaxes(2, 3), lambda _: b_BLS
 
 
 class ManifoldHyperConnection(Streams):
+    """Hyper-connections whose mix is doubly stochastic (mHC, arXiv 2512.24880)."""
+
     def __init__(self, spec: specs.ManifoldHyperConnection, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
         s, self.eps = shape.streams, shape.norm_eps
@@ -203,9 +204,9 @@ class ManifoldHyperConnection(Streams):
         write_BLS = 2 * jax.nn.sigmoid(scaled[1] + read(self.b_write)[None, None])
         logits_BLSS = scaled[2].reshape(batch, length, s, s) + read(self.b_mix)[None, None]
         mix_BLSS = _doubly_stochastic(logits_BLSS).swapaxes(2, 3)
-        return StreamWeights(read_BLS, mix_BLSS, lambda _: write_BLS)
+        return read_BLS, mix_BLSS, lambda _: write_BLS
 
-    def keep(self, mix_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
+    def mix(self, mix_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
         # Each stream's weights sum to 1. Written by differences, equal streams stay equal to the
         # last bit, and their mix has a gradient of exactly 0 in place of rounding noise.
         x_BLSD = x_BLSD.astype(jnp.float32)
@@ -214,11 +215,11 @@ class ManifoldHyperConnection(Streams):
 
 
 def _doubly_stochastic(logits_BLSS: jax.Array) -> jax.Array:
-    """Returns exp(logits) with rows and columns scaled to sum to 1 in turn (Sinkhorn and Knopp)."""
+    """Returns exp(logits), its rows and columns scaled in turn to sum to 1 (Sinkhorn-Knopp)."""
 
     def one_round(_: int, m_BLSS: jax.Array) -> jax.Array:
-        for axis in (3, 2):
-            m_BLSS = m_BLSS / jnp.sum(m_BLSS, axis=axis, keepdims=True)
+        for dim in (3, 2):
+            m_BLSS = m_BLSS / jnp.sum(m_BLSS, axis=dim, keepdims=True)
         return m_BLSS
 
     positive_BLSS = jax.nn.softmax(logits_BLSS, axis=3) + LEAST_SHARE
@@ -226,9 +227,11 @@ def _doubly_stochastic(logits_BLSS: jax.Array) -> jax.Array:
 
 
 class Gemma3nAltUp(Streams):
+    """AltUp with weights of each position, which reads the predicted stream, as in Gemma 3n."""
+
     def __init__(self, spec: specs.Gemma3nAltUp, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
-        self.direction = False  # the weights of writing follow the size of what was read
+        self.reads_direction = False  # the weights of writing follow the size of what was read
         s, d = shape.streams, shape.d_model
         self.norm = RMSNorm(d, eps=shape.norm_eps)
         self.w = normal_param(rngs, (d, s), ("replicated", None), std=1 / math.sqrt(d))
@@ -239,40 +242,43 @@ class Gemma3nAltUp(Streams):
         mix = linear(self._modes(x_BLSD[:, :, self.active]), flat)
         mix_BLSS = mix.reshape(*x_BLSD.shape[:2], self.streams, -1)
         mix_BLSS += jnp.eye(self.streams)[None, None]
-        read_BLS = mix_BLSS[:, :, self.active]
 
         def write(y_BLD: jax.Array) -> jax.Array:
             return 1 + linear(self._modes(y_BLD), read(self.c))
 
-        return StreamWeights(read_BLS, mix_BLSS, write)
+        return mix_BLSS[:, :, self.active], mix_BLSS, write
 
     def _modes(self, x_BLD: jax.Array) -> jax.Array:
         return jnp.tanh(linear(self.norm(x_BLD), read(self.w)) / x_BLD.shape[2])
 
 
 def _mixing(value: jax.Array) -> nnx.Param:
-    """Returns a parameter of a few numbers without weight decay."""
+    """Returns a small parameter without weight decay."""
     return make_param(value, ("replicated",) * value.ndim, decays=False)
 
 
-def mixed(weights_BLSS: jax.Array, x_BLSD: jax.Array, *, apart: bool = False) -> jax.Array:
-    """Returns sum_j weights_j x_j, in float32: (B, L, S, D). Weights of 1 for B or L are shared.
+def mixed(weights_BLSS: jax.Array, x_BLSD: jax.Array, *, skip_equal: bool = False) -> jax.Array:
+    """Returns sum_j weights_ij x_j for each i, (B, L, S, D), in float32.
 
-    apart: positions whose streams are all equal give the weights no gradient. This is right only
-    where all that follows reads the direction of the sum. The sum is then the stream times a
-    number, the gradient is 0 but for rounding, and AdamW would make a full step of that noise.
+    skip_equal: positions whose streams are all equal give the weights no gradient. There the sum is
+      the stream times a number. If all that follows reads its direction only, the true gradient is
+      0, the computed one is rounding noise, and AdamW would make a full step of that noise.
     """
-    return _mixed(apart, weights_BLSS, x_BLSD)
+    return _mixed(skip_equal, weights_BLSS, x_BLSD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(apart: bool, weights_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
+def _mixed(skip_equal: bool, weights_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
     x32_BLSD = x_BLSD.astype(jnp.float32)
     each = [weights_BLSS[..., j, None] * x32_BLSD[:, :, j, None] for j in range(x_BLSD.shape[2])]
     return functools.reduce(jnp.add, each)
 
 
-def _mixed_back(apart: bool, inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax.Array) -> Any:
+def _forward(skip_equal: bool, weights_BLSS: jax.Array, x_BLSD: jax.Array) -> Any:
+    return _mixed(skip_equal, weights_BLSS, x_BLSD), (weights_BLSS, x_BLSD)
+
+
+def _backward(skip_equal: bool, inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax.Array) -> Any:
     """Multiplies position by position and sums over positions afterwards.
 
     XLA's CPU backend takes 2 to 6 times as long for the sum over positions and width at once.
@@ -281,9 +287,9 @@ def _mixed_back(apart: bool, inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax
     x32_BLSD = x_BLSD.astype(jnp.float32)
     exact = jax.lax.Precision.HIGHEST  # they sum over many positions
     products_BLSS = jnp.einsum("BLSD,BLJD->BLSJ", grad_BLSD, x32_BLSD, precision=exact)
-    if apart:
-        apart_BL = jnp.any(x_BLSD != x_BLSD[:, :, :1], axis=(2, 3))
-        products_BLSS = jnp.where(apart_BL[:, :, None, None], products_BLSS, 0.0)
+    if skip_equal:
+        differ_BL = jnp.any(x_BLSD != x_BLSD[:, :, :1], axis=(2, 3))
+        products_BLSS = jnp.where(differ_BL[:, :, None, None], products_BLSS, 0.0)
     products_BLSS = jax.lax.optimization_barrier(products_BLSS)
     shared = tuple(dim for dim in (0, 1) if weights_BLSS.shape[dim] == 1)
     grad_of_weights = jnp.sum(products_BLSS, axis=shared, keepdims=True)
@@ -291,8 +297,4 @@ def _mixed_back(apart: bool, inputs: tuple[jax.Array, jax.Array], grad_BLSD: jax
     return grad_of_weights, grad_of_x.astype(x_BLSD.dtype)
 
 
-def _mixed_ahead(apart: bool, weights_BLSS: jax.Array, x_BLSD: jax.Array) -> Any:
-    return _mixed(apart, weights_BLSS, x_BLSD), (weights_BLSS, x_BLSD)
-
-
-_mixed.defvjp(_mixed_ahead, _mixed_back)
+_mixed.defvjp(_forward, _backward)
