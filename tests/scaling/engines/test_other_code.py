@@ -18,6 +18,7 @@ from modjax.scaling.report.page import fit_workdir, render
 from modjax.scaling.status import status
 from modjax.specs import imports, layer
 from tests.scaling.small_sweep import CONFIG, SMALL, run_ids
+from tests.scaling.small_sweep import run as sweep
 from tests.specs.test_imports import LAYER
 
 pytestmark = pytest.mark.usefixtures("own_layers")
@@ -56,13 +57,6 @@ def fresh(config):
         del sys.modules[module]
     importlib.invalidate_caches()
     return load(str(config), SMALL)
-
-
-def sweep(folders, experiment, **changes):
-    return sweeps.sweep(
-        experiment, workdir=folders[0], data_dir=folders[1], command="test", data_fingerprint="f",
-        job="stand_in", **{"jobs": 1} | changes,
-    )  # fmt: skip
 
 
 def test_a_run_keeps_its_own_imports_with_their_path_and_a_dense_one_its_name(config):
@@ -190,10 +184,13 @@ def test_the_folder_of_a_sweep_imports_nothing(folders, config, tmp_path, monkey
 
 def test_fit_and_report_say_in_what_the_records_differ(make_sweep, make_workdir, capsys):
     made = make_sweep(arms=("dense",), budgets=(1e12,))
-    workdir = make_workdir([
-        dataclasses.replace(record, provenance={"code of modjax": "aa" if i else "bb"})
-        for i, record in enumerate(made)
-    ])  # fmt: skip
+    codes = ["bb", *["aa"] * (len(made) - 1)]
+    workdir = make_workdir(
+        [
+            dataclasses.replace(record, provenance={"code of modjax": code})
+            for record, code in zip(made, codes, strict=True)
+        ]
+    )
     assert main(["fit", f"--workdir={workdir}"]) == 0
     said = f"the runs differ in their code of modjax: bb (1: {made[0].run_id}); aa (4: "
     assert f"modjax: {said}" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from modjax.scaling.engines import local
 from modjax.scaling.engines.run_lock import lock
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.status import status
+from tests.scaling.engines.worker_messages import settings, worker_says
 from tests.scaling.small_sweep import CONFIG, SMALL, alive, lines, run_ids, start, sweep, wait_until
 from tests.scaling.stand_in import record_of
 
@@ -136,15 +137,8 @@ def test_an_exception_in_a_worker_reaches_the_launcher_and_ends_the_run(folders,
     ],
 )
 def test_a_worker_that_cannot_read_its_order_says_so(folders, line, event, words):
-    settings = {"cpus": [], "job": "stand_in", "workdir": str(folders[0]), "fingerprint": "f",
-                "data_dir": str(folders[1]), "execution": {}, "imports": {}, "code": {},
-                "other_code": False}  # fmt: skip
     order = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "modjax.scaling.engines.worker"], timeout=30, capture_output=True,
-        input=json.dumps(settings).encode() + b"\n" + order,
-    )  # fmt: skip
-    said = [json.loads(line) for line in done.stdout.splitlines()]
+    said, _ = worker_says(settings(folders[0], "stand_in"), order)
     assert [message["event"] for message in said] == ["ready", event]
     assert words in said[1]["error"]
 
