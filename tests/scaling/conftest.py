@@ -114,7 +114,10 @@ def make_workdir(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """(workdir, data_dir with orders for the stand-in), which every sweep here trains with."""
+    """A workdir, and a data_dir with orders for the stand-in, which every sweep then trains with.
+
+    The workers find the stand-in by PYTHONPATH.
+    """
     monkeypatch.setattr(sweep, "JOB", "stand_in")
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))

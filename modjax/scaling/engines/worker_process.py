@@ -1,5 +1,6 @@
 """Worker processes as their launcher sees them, and the signals that both receive."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -78,11 +78,9 @@ class Worker:
 
     def send(self, message: dict[str, Any]) -> None:
         assert self.process is not None and self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died; the end of its output says so
             self.process.stdin.write((json.dumps(message) + "\n").encode())
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; the end of its output says so
 
     def assign(self, spec: RunSpec) -> None:
         self.spec, self.step, self.loss = spec, 0, None
@@ -109,10 +107,8 @@ class Worker:
     def close_input(self) -> None:
         """Asks the process to save the state of its run and to end."""
         assert self.process is not None and self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        except BrokenPipeError:
-            pass
 
     def end(self) -> int:
         """Waits for the process to end, and returns its exit code."""
@@ -178,7 +174,7 @@ def share_of_cores(index: int, jobs: int) -> list[int]:
     return cores[index * len(cores) // jobs : (index + 1) * len(cores) // jobs]
 
 
-@contextmanager
+@contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
     """Yields a list that collects SIGINT and SIGTERM, which then do not end the process."""
     received: list[int] = []

@@ -130,9 +130,10 @@ def _read(config_file: str) -> dict[str, Any]:
 def _base_of(config: Path) -> Iterator[None]:
     """Lets a config import `base`: the base.py beside it, or else that of modjax's configs/."""
 
+    folder = config.parent.absolute()
+
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        folders = [str(config.parent), str(CONFIGS)]
-        return PathFinder.find_spec(name, folders) if name == "base" else None
+        return PathFinder.find_spec(name, [str(folder), str(CONFIGS)]) if name == "base" else None
 
     finder: Any = SimpleNamespace(find_spec=find_spec)
     earlier = sys.modules.pop("base", None)
@@ -141,7 +142,7 @@ def _base_of(config: Path) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         if error.name == "base":
-            error.msg += f"; copy base.py from modjax's configs/ to {config.parent.absolute()}"
+            error.msg += f"; copy base.py from modjax's configs/ to {folder}"
         raise
     finally:
         sys.meta_path.remove(finder)
@@ -187,7 +188,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     field, parent, part, value = f"--config.{name}", values, "", values
     for part in name.split("."):
         require(isinstance(value, dict), field, text, "is inside a plain value")
-        known = f"unknown; known here: {', '.join(sorted(value))}"
+        known = f"unknown; known here: {', '.join(sorted(map(str, value)))}"
         require(part in value, field, text, known)
         parent, value = value, value[part]
     parent[part] = _parse(field, text, value)
@@ -210,7 +211,7 @@ def _parse(field: str, text: str, old: Any) -> Any:
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         value = tuple(text.split(",")) if isinstance(old, tuple | list) else text
     if isinstance(old, dict):
-        accepted = f"is a group; set one of its fields: {', '.join(sorted(old))}"
+        accepted = f"is a group; set one of its fields: {', '.join(sorted(map(str, old)))}"
         require(isinstance(value, dict), field, text, accepted)
     elif isinstance(old, tuple | list) and not isinstance(value, tuple | list):
         return (value,)

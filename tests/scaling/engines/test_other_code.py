@@ -1,4 +1,4 @@
-"""Sweeps whose code is edited: one sweep, one code; only training is a stand-in."""
+"""Sweeps whose code is edited meanwhile: a sweep does not mix code. Training is a stand-in."""
 
 import dataclasses
 import importlib
@@ -36,7 +36,7 @@ def get_config():
 
 @pytest.fixture
 def config(tmp_path):
-    """A config beside a folder with a layer of one's own; its runs are those of SMALL."""
+    """A config beside a folder with a layer of one's own; it has the runs of SMALL."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "mine.py").write_text(LAYER.format(name="Mine"))
     (tmp_path / "config.py").write_text(OWN_CONFIG)
@@ -50,7 +50,7 @@ def edit(config) -> None:
 
 
 def fresh(config):
-    """The experiment, as a process that has imported nothing yet reads it."""
+    """Returns the experiment as a process reads it that has imported nothing yet."""
     for table in (layer.NAMES, layer.ORIGINS):
         table.pop("Mine", None)
     for module in [name for name in sys.modules if name.startswith("modjax_imports")]:

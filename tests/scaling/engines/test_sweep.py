@@ -1,4 +1,4 @@
-"""Sweeps with real worker processes and real kills; only the training function is a stand-in."""
+"""Sweeps with real worker processes and real kills. Training is a stand-in."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What goes wrong around a sweep: said in words, hiding nothing else, and never ending well."""
+"""Faults around a sweep: each is named in one line, hides no other run, and is no success."""
 
 import json
 import os
@@ -27,7 +27,7 @@ DEEP = "[" * 100_000
 
 
 def processes(folders, monkeypatch) -> Path:
-    """A file that gets a line from every worker process that starts."""
+    """Returns a file that gets a line from every worker process that starts."""
     path = folders[1] / "processes"
     path.touch()
     monkeypatch.setenv("STAND_IN_PROCESSES", str(path))
@@ -267,7 +267,7 @@ def test_the_status_of_someone_elses_sweep_needs_no_right_to_write(folders):
 
 
 def _as_nobody(code: str) -> subprocess.CompletedProcess:
-    """Runs code after the imports, as a user who owns nothing here (root may write anywhere)."""
+    """Runs code as a user who owns nothing here; root could write anywhere."""
     script = f"""
 import os
 from pathlib import Path

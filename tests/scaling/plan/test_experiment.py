@@ -1,4 +1,4 @@
-"""Config files and overrides: what they may hold, and errors of one line for all else."""
+"""Config files and overrides, and one line of error for those that cannot be used."""
 
 import dataclasses
 import signal
@@ -121,6 +121,25 @@ def test_a_number_out_of_scale_is_refused_in_one_line_and_at_once(overrides):
         signal.signal(signal.SIGALRM, old)
     assert str(caught.value).startswith(OUT_OF_SCALE[overrides])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.document_mask=true", True),
+        ("sweep.sizes=0x5", 5),
+        ("sweep.spread=1", 1.0),
+        ("data.name=3", "3"),
+        ("sweep.seeds=7", (7,)),
+        ("model.head_dim=8", 8),
+        ("sweep.arms.mod12={}", {}),
+    ],
+)
+def test_an_override_has_the_type_of_its_field(override, value):
+    found = load(TINY, [override]).config
+    for part in override.partition("=")[0].split("."):
+        found = found[part]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize("text", ["json,csv", "('json', 'csv')"])

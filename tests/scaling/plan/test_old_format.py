@@ -1,4 +1,4 @@
-"""Runs of the earlier format are named, refused and still read as results."""
+"""Runs of the earlier format are refused by name, and their results are still read."""
 
 import json
 
