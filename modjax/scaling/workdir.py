@@ -90,9 +90,9 @@ def claim(experiment: Experiment, workdir: Path, fingerprint: str) -> None:
         raise InputError("--workdir", str(workdir), reason) from error
     with lock(workdir / "plan.lock", patience=math.inf):
         earlier = check_claim(experiment, workdir, fingerprint)
-        run_ids = tuple(spec.run_id for spec in experiment.specs)
-        grown = earlier is None or len(earlier.runs) < len(run_ids)
-        command = experiment.command if grown else earlier.command
+        run_ids, command = tuple(spec.run_id for spec in experiment.specs), experiment.command
+        if earlier is not None and len(earlier.runs) == len(run_ids):
+            command = earlier.command
         for spec in experiment.specs:
             folder = run_dir(workdir, spec.run_id)
             folder.mkdir(parents=True, exist_ok=True)
