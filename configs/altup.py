@@ -1,17 +1,18 @@
 """Alternating Updates and its relatives at equal training FLOPs, alone and with MoD or experts.
 
-The controls: `sum`, every stream receives every update and only the embedding is wider; `same`, one
-stream is always the active one; `skip4` and `pool4`, Sequence-AltUp without its correction or with
-averages; `mod25`, a learned choice of as many positions as Sequence-AltUp 4 takes by stride.
+The controls:
+  sum            every stream receives every update; only the embedding is wider
+  same           the same stream is always active
+  skip4, pool4   Sequence-AltUp without its correction, and with averages
+  mod25          learns which positions to select, as many as Sequence-AltUp 4 takes by stride
 
 Command   modjax sweep --config=configs/altup.py --workdir=work/altup --jobs 2
-          the learning rate's check: --config=configs/altup.py:rates --workdir=work/altup_rates
+          to check the learning rate: --config=configs/altup.py:rates --workdir=work/altup_rates
           with a vocabulary of 8192: --config=configs/altup.py:vocabulary --workdir=work/altup_8192
-Cost      see experiments/altup/README.md
-Expected  as there
+Cost and expected result: see experiments/altup/README.md
 """
 
-import ml_collections
+from base import at_rates, sweep
 
 
 def alternating(layer: str, streams: int, inner: str = "Dense()", more: str = "") -> str:
@@ -19,13 +20,13 @@ def alternating(layer: str, streams: int, inner: str = "Dense()", more: str = ""
 
 
 def connected(layer: str, more: str = "") -> str:
-    """Around each sublayer, the first reading one of two streams, the second the other."""
+    """Wraps each sublayer: attention reads the first of two streams, the MLP the second."""
     pair = [f"{layer}({part}, active={i}{more})" for i, part in enumerate(("Attention()", "MLP()"))]
     return f"Seq({', '.join(pair)})"
 
 
 def between(layer: str) -> str:
-    """The first and the last block whole."""
+    """Repeats a layer between a first and a last dense block."""
     return f"Repeat(Dense(), times=1), Repeat({layer}), Repeat(Dense(), times=1)"
 
 
@@ -57,49 +58,22 @@ ARMS = {
 }
 RATES = (0.1, 0.2, 0.4)
 RATED = ("dense", "recycled2", "full2", "simplified4", "static2", "dynamic2", "manifold2")
-OF_VOCABULARY = {arm: ARMS[arm] for arm in ("dense", "recycled2", "full2", "sum2")}
+OF_VOCABULARY = ("dense", "recycled2", "full2", "sum2")
 
 
-def rates() -> dict[str, dict]:
-    """Seven arms, each at every rate."""
-    return {
-        f"{arm}-lr{rate}".replace(".", "_"): ARMS[arm] | {"recipe": {"learning_rate": rate}}
-        for arm in RATED
-        for rate in RATES
-    }
-
-
-def get_config(which: str = "arms") -> ml_collections.ConfigDict:
-    if which not in ("arms", "rates", "vocabulary"):
-        raise ValueError(f"must be arms, rates or vocabulary, not {which!r}")
-    config = ml_collections.ConfigDict()
-    config.model = {"vocab_size": 272}
-    config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 512}
-    config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
-    config.execution = {"log_every": 50}
-    config.sweep = {
-        "arms": {"rates": rates(), "vocabulary": OF_VOCABULARY}.get(which, ARMS),
-        "baseline": "dense",
-        "budgets": (5e10, 1.5e11),
-        "sizes": 5,
-        "spread": 0.5,
-        "seeds": (0, 1, 2),
-        "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.6},
-        "shape": {"width_multiple": 4, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
-        "recipe": {
-            "batch_size": 4,
-            "batch_exponent": 0.4,
-            "learning_rate": 0.2,
-            "warmup_fraction": 0.05,
-        },
-        "flops_per_second": 2.5e10,
-    }
+def get_config(which="arms"):
+    seeds, batch = (0, 1, 2), {"batch_exponent": 0.4}
+    if which == "arms":
+        return sweep(ARMS, budgets=(5e10, 1.5e11), seeds=seeds, recipe=batch)
     if which == "rates":
-        config.sweep.update({"baseline": "dense-lr0_2", "budgets": (1.5e11,), "sizes": 1})
-        config.sweep.recipe.batch_exponent = 0.0
-    if which == "vocabulary":
-        config.model.vocab_size, config.data.vocab = 8192, "sentencepiece:8192"
-        # A head of 8192 takes most of the FLOPs: three sizes more, all below.
-        config.sweep.update({"budgets": (6e11, 1.8e12), "sizes": 8, "spread": 0.875})
-        config.sweep.optimum.params *= 10**-0.375
+        arms = at_rates({arm: ARMS[arm] for arm in RATED}, RATES)
+        return sweep(arms, budgets=(1.5e11,), baseline="dense-lr0_2", sizes=1, seeds=seeds)
+    if which != "vocabulary":
+        raise ValueError(f"must be arms, rates or vocabulary, not {which!r}")
+    # A head of 8192 takes most of the FLOPs, so three smaller sizes are added.
+    arms = {arm: ARMS[arm] for arm in OF_VOCABULARY}
+    optimum = {"params": 3.5e4 * 10**-0.375}
+    grid = {"sizes": 8, "spread": 0.875, "optimum": optimum}
+    config = sweep(arms, budgets=(6e11, 1.8e12), seeds=seeds, recipe=batch, **grid)
+    config.model.vocab_size, config.data.vocab = 8192, "sentencepiece:8192"
     return config

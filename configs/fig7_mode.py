@@ -1,17 +1,16 @@
 """Figure 7: experts, MoD, and both together, staged and integrated, at equal training FLOPs.
 
-Two controls: experts whose capacity is cut to the integrated arm's executed FLOPs, which drops
-instead of choosing the residual path, and no-ops that are drawn at random.
+Two controls: `reduced` cuts the capacity of experts to the integrated arm's executed FLOPs, which
+drops tokens instead of letting them choose the residual path; `random` draws the no-ops at random.
 
 Command   modjax sweep --config=configs/fig7_mode.py --workdir=work/fig7 --jobs 2
-          the learning rate's check: --config=configs/fig7_mode.py:rates --workdir=work/fig7_rates
-Cost      see experiments/fig7_mode/README.md
-Expected  as there
+          to check the learning rate: --config=configs/fig7_mode.py:rates --workdir=work/fig7_rates
+Cost and expected result: see experiments/fig7_mode/README.md
 """
 
-import ml_collections
+from base import at_rates, sweep
 
-# Four experts as the figure draws, as wide as the dense MLP: a token's FLOPs stay the dense ones.
+# Four experts, as the figure draws, each as wide as the dense MLP: a token costs the dense FLOPs.
 MOE = "Seq(Attention(), MoE(experts=4))"
 MOD = "capacity=0.125, causal=Predictor()"
 ARMS = {
@@ -35,39 +34,10 @@ ARMS = {
 RATES = (0.1, 0.2, 0.4)
 
 
-def rates() -> dict[str, dict]:
-    """Three arms, each at every rate."""
-    return {
-        f"{arm}-lr{rate}".replace(".", "_"): ARMS[arm] | {"recipe": {"learning_rate": rate}}
-        for arm in ("dense", "moe", "integrated")
-        for rate in RATES
-    }
-
-
-def get_config(which: str = "arms") -> ml_collections.ConfigDict:
-    if which not in ("arms", "rates"):
-        raise ValueError(f"must be arms or rates, not {which!r}")
-    check = which == "rates"
-    config = ml_collections.ConfigDict()
-    config.model = {"vocab_size": 272}
-    config.train = {"seq_len": 128, "b2": 0.98, "eval_sequences": 512}
-    config.data = {"name": "stdlib", "vocab": "bytes", "seed": 0, "max_epochs": 1.0}
-    config.execution = {"log_every": 50}
-    config.sweep = {
-        "arms": rates() if check else ARMS,
-        "baseline": "dense-lr0_2" if check else "dense",
-        "budgets": (3e11,) if check else (1e11, 3e11),
-        "sizes": 1 if check else 5,
-        "spread": 0.5,
-        "seeds": (0, 1),
-        "optimum": {"budget": 3e11, "params": 3.5e4, "exponent": 0.6},
-        "shape": {"width_multiple": 4, "head_dim": 16, "aspect": 32.0, "layer_multiple": 4},
-        "recipe": {
-            "batch_size": 4,
-            "batch_exponent": 0.0 if check else 0.4,
-            "learning_rate": 0.2,
-            "warmup_fraction": 0.05,
-        },
-        "flops_per_second": 2.5e10,
-    }
-    return config
+def get_config(which="arms"):
+    if which == "arms":
+        return sweep(ARMS, budgets=(1e11, 3e11), recipe={"batch_exponent": 0.4})
+    if which == "rates":
+        rated = {arm: ARMS[arm] for arm in ("dense", "moe", "integrated")}
+        return sweep(at_rates(rated, RATES), budgets=(3e11,), baseline="dense-lr0_2", sizes=1)
+    raise ValueError(f"must be arms or rates, not {which!r}")

@@ -1,14 +1,14 @@
 """The budgets of Mixture-of-Depths (arXiv 2404.02258, figures 3, 4, 7): 6e18, 2e19, 1e20 FLOPs.
 
-Dense models of 90M to 3.3B total parameters, which at the same forward FLOPs become 134M to 5.6B
-for MoD of 12.5% and to 4.4B for 50%, 189M to 8.2B for experts, and to 12.7B and 14.6B for
-integrated and staged MoDE; batch 128, sequences of 2048, on C4. The baseline's optimum is
-the paper's at 6e18 FLOPs, 220M parameters (taken as non-embedding ones), and grows as the square
+Dense models have 90M to 3.3B total parameters. At the same forward FLOPs that gives 134M to 5.6B
+for MoD of 12.5% and to 4.4B for 50%, 189M to 8.2B for experts, and up to 12.7B and 14.6B for
+integrated and staged MoDE. Batches have 128 sequences of 2048 tokens of C4. The baseline's optimum
+is the paper's at 6e18 FLOPs, 220M parameters (taken as non-embedding ones). It grows as the square
 root of the budget.
 
 Command   modjax data prepare --tfds c4 --vocab sentencepiece:32000
           modjax sweep --config=configs/paper.py:6e18 --workdir=DIR        (or 2e19, or 1e20;
-          without an argument all three; launch/README.md says where)
+          without an argument all three; see launch/README.md)
 Cost      2.9e20 FLOPs for 6e18 (49 runs), 9.8e20 for 2e19, 4.9e21 for 1e20. The time that
           `modjax plan` prints assumes 5e15 FLOP/s, such as 64 TPU v5e chips at 40%: set
           --config.sweep.flops_per_second to yours.

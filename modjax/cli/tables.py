@@ -92,16 +92,16 @@ def plan_text(cells: Sequence[PlannedRun], jobs: int) -> str:
     flops, seconds = sum(c.train_flops for c in cells), sum(c.seconds for c in cells)
     flagged = sum(bool(c.flags) for c in cells)
     return (
-        f"{text_table(header, rows)}\n\n{_foretold_text(cells)}{len(cells)} runs, {flops:.3g} "
+        f"{text_table(header, rows)}\n\n{_prediction_text(cells)}{len(cells)} runs, {flops:.3g} "
         f"training FLOPs, about {clock(seconds / jobs)} on {jobs} worker{'s' * (jobs > 1)}; "
         f"{flagged} flagged"
     )
 
 
-def _foretold_text(cells: Sequence[PlannedRun]) -> str:
+def _prediction_text(cells: Sequence[PlannedRun]) -> str:
     """What the fit can tell, by budget and arm; empty where one size seeks no optimum."""
-    foretold = {(c.budget_flops, c.arm): c.foretold for c in cells if c.foretold.sizes > 1}
-    if not foretold:
+    predictions = {(c.budget_flops, c.arm): c.prediction for c in cells if c.prediction.sizes > 1}
+    if not predictions:
         return ""
     rows = [
         (
@@ -112,12 +112,12 @@ def _foretold_text(cells: Sequence[PlannedRun]) -> str:
             span(f.optimum_interval, count) if f.optimum_interval else "refused",
             span(f.exponent_interval, "{:.2f}".format) if f.exponent_interval else "-",
         )
-        for (budget, arm), f in foretold.items()
+        for (budget, arm), f in predictions.items()
     ]
     header = ("budget", "arm", "sizes", "freedom", "optimal N", "exponent of N")
     return (
         "What `modjax fit` can be expected to tell (95% intervals), where a run's loss has a noise "
-        f"of {cells[0].foretold.noise:g} nats (--noise) with so many degrees of freedom:\n"
+        f"of {cells[0].prediction.noise:g} nats (--noise) with so many degrees of freedom:\n"
         f"{text_table(header, rows)}\n\n"
     )
 

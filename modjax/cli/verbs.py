@@ -24,7 +24,7 @@ def print_json(value: Any) -> None:
 def _load(args: argparse.Namespace) -> Any:
     from modjax.scaling.plan.experiment import load
 
-    return load(args.config, args.overrides)
+    return load(args.config, args.overrides, args.command)
 
 
 def _load_sweep(args: argparse.Namespace) -> Any:
@@ -118,7 +118,6 @@ def _run_plan(
             workdir=args.workdir,
             data_dir=args.data_dir,
             jobs=jobs,
-            command=args.command,
             data_fingerprint=fingerprint,
             only=only,
             other_code=args.other_code,
@@ -230,21 +229,24 @@ def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: s
                 **where,
             )
             return 0
-        claim(experiment, args.workdir, args.command, fingerprint)
+        claim(experiment, args.workdir, fingerprint)
         done = run(
             spec,
-            experiment.execution,
-            workdir=args.workdir,
-            train=train_run,
-            progress=lambda line: print(json.dumps(line), file=sys.stderr),
-            other_code=args.other_code,
-            **where,
+            args.workdir,
+            lambda folder: train_run(
+                spec,
+                experiment.execution,
+                run_dir=folder,
+                progress=lambda line: print(json.dumps(line), file=sys.stderr),
+                other_code=args.other_code,
+                **where,
+            ),
         )
     except Preempted:
         return _stopped(STOPPED)
     if done is None:
         raise InputError("--run", spec.run_id, "another process is doing it")
-    print_json(to_dict(done.record))
+    print_json(to_dict(done[0]))
     return 0
 
 

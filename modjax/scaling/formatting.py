@@ -1,10 +1,10 @@
-"""How counts, FLOPs budgets and times are written, everywhere."""
+"""Formats of counts, FLOPs budgets and times."""
 
 import math
 
 
 def count(value: float) -> str:
-    """A count with three digits and a suffix: 842, 12.3k, 4.56M; FLOPs budgets by `budget`."""
+    """Returns a count as text with three digits and a suffix: 842, 12.3k, 4.56M."""
     if not math.isfinite(value):
         return "unbounded"
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -14,7 +14,7 @@ def count(value: float) -> str:
 
 
 def budget(flops: float) -> str:
-    """A FLOPs budget as one writes it: 6e18, 2.5e12."""
+    """Returns a FLOPs budget as text: 6e18, 2.5e12."""
     mantissa, _, exponent = f"{flops:.3g}".partition("e")
     if not exponent:
         mantissa, _, exponent = f"{flops:.2e}".partition("e")
@@ -23,7 +23,7 @@ def budget(flops: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 42s, 3m05s or 2h10m."""
+    """Returns seconds as text: 42s, 3m05s or 2h10m."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"

@@ -1,7 +1,6 @@
 """The state of a sweep, read from its folder alone."""
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +8,7 @@ from modjax.errors import MOST_NUMBER, InputError, require
 from modjax.files import Missing, read_json
 from modjax.flops import parameters
 from modjax.metrics_file import last_step
-from modjax.records import (
-    WRITTEN_AGAIN,
-    RunRecord,
-    causal_loss,
-    read_spec,
-    run_dir,
-    scan,
-)
+from modjax.records import WRITTEN_AGAIN, RunRecord, causal_loss, read_spec, run_dir, scan
 from modjax.scaling.engines.run_lock import is_running
 from modjax.scaling.plan.plan_table import flops_per_second
 from modjax.scaling.workdir import read_plan
@@ -28,31 +20,35 @@ STATES = ("done", "diverged", "running", "failed", "damaged", "waiting")
 
 @dataclass(frozen=True)
 class RunStatus:
-    """`state` is one of STATES; `step` counts the steps logged so far; `why` explains a failure.
+    """State of a run, one of STATES.
 
-    steps, budget_flops and the parameters are 0 where the run's spec is damaged. The parameters are
-    0 where it has layers from outside modjax, too, which `status` does not import. eval_loss: as
-    trained; causal_loss: under routing that never looks ahead, None where the run has none.
+    step: the steps logged so far.
+    steps, budget_flops: 0 if the run's spec is damaged.
+    params_total, params_active: 0 if the spec is damaged, or has layers from outside modjax, which
+      `status` does not import.
+    eval_loss: as trained.
+    why: explains a failure.
+    causal_loss: under routing that never looks ahead, or None if there is no such routing.
     """
 
     run_id: str
     state: str
-    step: int
-    steps: int
-    budget_flops: float
-    params_total: int
-    params_active: int
-    eval_loss: float | None
-    why: str
+    step: int = 0
+    steps: int = 0
+    budget_flops: float = 0.0
+    params_total: int = 0
+    params_active: int = 0
+    eval_loss: float | None = None
+    why: str = ""
     causal_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class Status:
-    """The state of every run of the plan.
+    """State of every run of the plan.
 
     remaining_seconds: for waiting and running runs, on as many workers as run now.
-    left_out: folders whose result counts for no run of the plan -> why; see records.Scan.
+    left_out: folder -> why its result counts for no run of the plan; see records.Scan.
     """
 
     runs: list[RunStatus]
@@ -65,16 +61,24 @@ class Status:
 
 
 def status(workdir: Path) -> Status:
-    """Returns where the sweep in `workdir` stands.
+    """Returns the status of the sweep in `workdir`.
 
-    Raises InputError where `workdir` holds no plan, or one that cannot be read.
+    Raises InputError if `workdir` holds no plan, or one that cannot be read.
     """
     plan = read_plan(workdir)
     if plan is None:
         raise InputError("--workdir", str(workdir), "holds no sweep: `modjax sweep` starts one")
     found = scan(workdir)
     records = {record.run_id: record for record in found.records}
-    runs = list(_statuses(workdir, plan.runs, records, found.left_out))
+    runs = []
+    for run_id in plan.runs:
+        folder = run_dir(workdir, run_id)
+        if run_id in records:
+            runs.append(_finished(folder, records[run_id]))
+        elif run_id in found.left_out:
+            runs.append(RunStatus(run_id, "damaged", why=found.left_out[run_id]))
+        else:
+            runs.append(_unfinished(folder, run_id))
     remaining = sum(
         run.budget_flops * (1 - run.step / run.steps)
         for run in runs
@@ -82,28 +86,16 @@ def status(workdir: Path) -> Status:
     )
     workers = max(1, sum(run.state == "running" for run in runs))
     rate = flops_per_second(plan.config, found.records) * workers
-    planned = set(plan.runs)  # what is wrong with these stands in their row
+    planned = set(plan.runs)  # their own rows say what is wrong
     others = {name: why for name, why in found.left_out.items() if name not in planned}
     return Status(runs, remaining / rate, others)
-
-
-def _statuses(
-    workdir: Path, run_ids: Iterable[str], records: dict[str, RunRecord], left_out: dict[str, str]
-) -> Iterable[RunStatus]:
-    for run_id in run_ids:
-        if run_id in records:
-            yield _finished(run_dir(workdir, run_id), records[run_id])
-        elif run_id in left_out:
-            yield RunStatus(run_id, "damaged", 0, 0, 0.0, 0, 0, None, left_out[run_id])
-        else:
-            yield _unfinished(run_dir(workdir, run_id), run_id)
 
 
 def _finished(folder: Path, record: RunRecord) -> RunStatus:
     state, steps, why = "done", record.steps, ""
     if record.status == "diverged":
         state, why = "diverged", f"loss not finite at step {record.diverged_step}"
-        with contextlib.suppress(InputError):  # the record says how far it came, not how far to go
+        with contextlib.suppress(InputError):  # the record has the last step, not the planned one
             steps = _read(folder, record.run_id)[0]
     return RunStatus(
         record.run_id,
@@ -123,27 +115,18 @@ def _unfinished(folder: Path, run_id: str) -> RunStatus:
     try:
         (steps, budget, sizes), step = _read(folder, run_id), last_step(folder)
     except InputError as error:
-        return RunStatus(run_id, "damaged", 0, 0, 0.0, 0, 0, None, str(error))
+        return RunStatus(run_id, "damaged", why=str(error))
     state, why = "waiting", ""
     if is_running(folder):
         state = "running"
     elif failure := _failure(folder / "failure.json"):
         state, why = "failed", failure
-    return RunStatus(
-        run_id,
-        state,
-        step,
-        steps,
-        budget,
-        sizes.get("total", 0),
-        sizes.get("active", 0),
-        None,
-        why,
-    )
+    total, active = sizes.get("total", 0), sizes.get("active", 0)
+    return RunStatus(run_id, state, step, steps, budget, total, active, None, why)
 
 
 def _read(folder: Path, run_id: str) -> tuple[int, float, dict[str, int]]:
-    """Returns a run's steps, its budget and its parameters; {} for layers that are not known."""
+    """Returns a run's steps, budget and parameter counts, {} if a layer is unknown."""
     try:
         spec = read_spec(folder, run_id)
     except UnknownName:
@@ -157,7 +140,7 @@ def _read(folder: Path, run_id: str) -> tuple[int, float, dict[str, int]]:
 
 
 def _failure(path: Path) -> str:
-    """Returns why a run was given up, or "" where it was not."""
+    """Returns why a run was given up, or "" if it was not."""
     try:
         values = read_json(path, "the next session of the sweep writes it again")
     except Missing:

@@ -1,4 +1,4 @@
-"""A whole sweep in its folder: planned, claimed, run through an engine, and accounted for."""
+"""A whole sweep in its folder: plans, claims, runs through an engine, and keeps the account."""
 
 import time
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from modjax.errors import InputError, require
 from modjax.provenance import require_same, source_code
 from modjax.records import RunRecord, read_records, run_dir
 from modjax.scaling.engines.local import Session
+from modjax.scaling.engines.worker import Settings
 from modjax.scaling.plan.experiment import Experiment
 from modjax.scaling.plan.plan_table import BUDGET_TOLERANCE, PlannedRun, cells, flops_per_second
 from modjax.scaling.plan.prediction import NOISE
@@ -19,9 +20,12 @@ from modjax.specs import RunSpec
 if TYPE_CHECKING:
     from modjax.data.cache import TokenCache
 
+# Workers call its `check` once before the plan is claimed, and its `train` for every run.
+JOB = "modjax.training.loop"
+
 
 def open_data(experiment: Experiment, data_dir: Path) -> "TokenCache":
-    """The token cache of the experiment. Raises InputError where it is missing or damaged."""
+    """Returns the experiment's token cache. Raises InputError if it is missing or damaged."""
     from modjax.data.cache import cache_dir, open_cache
 
     return open_cache(cache_dir(data_dir, experiment.specs[0].data))
@@ -33,10 +37,11 @@ def plan_table(
     records: Sequence[RunRecord] = (),
     noise: float = NOISE,
 ) -> list[PlannedRun]:
-    """The cells of a sweep; without a cache their epochs are unknown.
+    """Returns the plan table of a sweep. Without a cache its epochs are unknown.
 
-    noise: of a run's loss, in nats, for what the fits of the plan are expected to tell.
-    Raises InputError where the cache has more tokens than the model has embeddings.
+    records: finished runs, which measure the speed of a worker.
+    noise: standard deviation of a run's loss, in nats, for the predicted intervals.
+    Raises InputError if the cache has more tokens than the model has embeddings.
     """
     from modjax.data.cache import check_vocab, epochs
 
@@ -53,28 +58,29 @@ def plan_table(
 
 
 def check(experiment: Experiment, cache: "TokenCache") -> None:
-    """Raises InputError for a cell that a sweep refuses to start with."""
+    """Raises InputError for a run that a sweep refuses: off its budget, or too many epochs."""
+    limit = experiment.specs[0].data.max_epochs
     for cell in plan_table(experiment, cache):
-        if "off-budget" in cell.flags:
-            raise InputError(
-                "sweep.budgets",
-                cell.budget_flops,
-                f"{cell.run_id} can't spend it within {BUDGET_TOLERANCE:.0%} in {cell.steps} whole "
-                "steps: raise the budget, or lower sweep.recipe.batch_size or sweep.optimum.params",
-            )
+        off_budget = (
+            f"{cell.run_id} can't spend it within {BUDGET_TOLERANCE:.0%} in {cell.steps} whole "
+            "steps: raise the budget, or lower sweep.recipe.batch_size or sweep.optimum.params"
+        )
+        require("off-budget" not in cell.flags, "sweep.budgets", cell.budget_flops, off_budget)
         if "too many epochs" in cell.flags:
-            limit = experiment.specs[0].data.max_epochs
-            raise InputError(
-                "sweep.budgets",
-                cell.budget_flops,
+            accepted = (
                 f"too large for the data: {cell.run_id} would read it {cell.epochs:.2f} times, and "
-                f"data.max_epochs is {limit:g}: lower the budget, prepare more text, or raise it",
+                f"data.max_epochs is {limit:g}: lower the budget, prepare more text, or raise it"
             )
+            raise InputError("sweep.budgets", cell.budget_flops, accepted)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep ended with: the records of the plan, and run_id -> why it was given up."""
+    """Result of a sweep.
+
+    records: those of the plan's finished runs.
+    failures: run id -> why the run was given up.
+    """
 
     records: list[RunRecord]
     failures: dict[str, str]
@@ -86,20 +92,17 @@ def sweep(
     workdir: Path,
     data_dir: Path,
     jobs: int,
-    command: str,
     data_fingerprint: str,
     only: RunSpec | None = None,
-    job: str = "modjax.training.loop",
     other_code: bool = False,
 ) -> Outcome:
-    """Runs what is not finished of the plan on `jobs` local processes; see engines/local.py.
+    """Runs the unfinished runs of the plan on `jobs` local processes; see engines/local.py.
+
+    Call `check` first. The same call goes on after any error; it repeats no finished run.
 
     only: the one run of the plan to do.
-    job: the module whose `check` the workers call before the plan is claimed, for all runs that
-    are not finished, and whose `train` they call for each.
     other_code: go on with runs that other code began, or that were begun in another environment.
-    Call `check` first. Raises InputError for bad input, OSError for a full disk and
-    Stopped after a signal; what is finished is kept, and the same call goes on.
+    Raises InputError for bad input, OSError for a full disk and Stopped after a signal.
     """
     require(jobs > 0, "--jobs", jobs, "must be greater than 0")
     check_claim(experiment, workdir, data_fingerprint)
@@ -108,53 +111,54 @@ def sweep(
     if not other_code:
         require_same(workdir, specs)
     begun = {s.run_id for s in specs if (run_dir(workdir, s.run_id) / "metrics.jsonl").exists()}
-    session = Session(
-        specs=specs,
-        execution=experiment.execution,
-        workdir=workdir,
-        data_dir=data_dir,
+    settings = Settings(
+        job=JOB,
+        workdir=str(workdir),
+        data_dir=str(data_dir),
         fingerprint=data_fingerprint,
-        jobs=jobs,
-        job=job,
-        flops_per_second=flops_per_second(experiment.config, read_records(workdir)),
+        execution=experiment.execution,
         imports=experiment.imports,
         code=source_code(),
         other_code=other_code,
     )
+    rate = flops_per_second(experiment.config, read_records(workdir))
+    session = Session(specs, settings, jobs, rate)
     try:
-        session.run(lambda: claim(experiment, workdir, command, data_fingerprint))
+        session.run(lambda: claim(experiment, workdir, data_fingerprint))
     finally:
         if session.home is not None and session.home.is_there():
             wall = time.monotonic() - began
             log_session(workdir, {"started": started} | _account(workdir, wall, session, begun))
     assert session.home is not None
     session.home.check()
-    names = {spec.run_id for spec in specs}
-    records = [record for record in read_records(workdir) if record.run_id in names]
+    planned = {spec.run_id for spec in specs}
+    records = [record for record in read_records(workdir) if record.run_id in planned]
     return Outcome(records, session.failures)
 
 
 def _account(workdir: Path, wall: float, session: Session, begun: set[str]) -> dict[str, Any]:
-    """What the runs that the session finished itself spent, in seconds.
+    """Returns the seconds spent by a session of `wall` seconds, on the runs that it finished.
 
-    begun: runs that an earlier session had begun. A record counts the seconds of all sessions, so
-    `overhead`, the share of the workers' wall time that was neither training nor compilation, is
-    null where one of them was finished here, or where a run was left unfinished. `found`: runs
-    that another session finished meanwhile, of which nothing is counted.
+    overhead: the share of the workers' wall time that was neither training nor compilation. None
+      if a run was left unfinished, or if a finished run is in `begun`: the record of a run that an
+      earlier session began counts the seconds of both.
+    found: the runs that another session finished meanwhile, which add no seconds.
     """
     finished = set(session.finished)
     records = [record for record in read_records(workdir) if record.run_id in finished]
-    used = sum(record.train_seconds + record.compile_seconds for record in records)
-    partial = begun.intersection(session.finished) or any(w.spec for w in session.workers)
+
+    def total(field: str) -> float:
+        return sum(getattr(record, field) for record in records)
+
+    used = total("train_seconds") + total("compile_seconds")
+    partial = begun & finished or any(worker.spec for worker in session.workers)
     overhead = 1 - used / (wall * max(1, len(session.workers)))
+    seconds = ("train_seconds", "compile_seconds", "eval_seconds", "data_wait_seconds")
     return {
         "wall_seconds": wall,
         "jobs": len(session.workers),
         "busy_seconds": [worker.busy_seconds for worker in session.workers],
-        "train_seconds": sum(record.train_seconds for record in records),
-        "compile_seconds": sum(record.compile_seconds for record in records),
-        "eval_seconds": sum(record.eval_seconds for record in records),
-        "data_wait_seconds": sum(record.data_wait_seconds for record in records),
+        **{field: total(field) for field in seconds},
         "overhead": None if partial else overhead,
         "finished": list(session.finished),
         "found": list(session.found),

@@ -1,9 +1,9 @@
-"""The folder of a sweep: its plan, and the account of its sessions.
+"""Folder of a sweep: its plan, and the account of its sessions.
 
 workdir/plan.json               the config, the command and the runs of the sweep
-workdir/sweep.json              what every session of the sweep spent its time on
+workdir/sweep.json              the time that every session of the sweep spent
 workdir/runs/<run_id>/          lock, spec.json, provenance.json, log.txt, metrics.jsonl,
-                                checkpoints/, and at the end result.json, or failure.json where it
+                                checkpoints/, and at the end result.json; failure.json if the run
                                 was given up
 """
 
@@ -15,14 +15,7 @@ from typing import Any
 
 from modjax.errors import InputError, require
 from modjax.files import Missing, read_json
-from modjax.records import (
-    WRITTEN_AGAIN,
-    read_as,
-    require_format,
-    run_dir,
-    write_json,
-    write_spec,
-)
+from modjax.records import WRITTEN_AGAIN, read_as, require_format, run_dir, write_json, write_spec
 from modjax.scaling.engines.run_lock import lock
 from modjax.scaling.plan.experiment import Experiment
 from modjax.specs import from_dict, to_dict
@@ -33,7 +26,11 @@ logger = logging.getLogger("modjax")
 
 @dataclass(frozen=True)
 class Plan:
-    """The content of plan.json. runs: their ids; config: the experiment's values as plain data."""
+    """Content of plan.json.
+
+    config: the experiment's values as plain data.
+    runs: the ids of its runs.
+    """
 
     config_file: str
     command: str
@@ -44,9 +41,9 @@ class Plan:
 
 
 def read_plan(workdir: Path) -> Plan | None:
-    """Returns the plan of the sweep in `workdir`, or None where there is none.
+    """Returns the plan of the sweep in `workdir`, or None if there is no sweep.
 
-    Raises InputError where it cannot be read.
+    Raises InputError if the plan cannot be read.
     """
     try:
         return read_as(lambda values: from_dict(Plan, values), workdir / "plan.json", WRITTEN_AGAIN)
@@ -55,10 +52,10 @@ def read_plan(workdir: Path) -> Plan | None:
 
 
 def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan | None:
-    """Returns the plan that `workdir` holds so far; a plan may grow, but not change or shrink.
+    """Returns the plan that `workdir` has so far. A plan may grow, but not change or shrink.
 
-    Raises InputError where `workdir` holds runs of another format, that are not part of this plan,
-    or that were trained on other data.
+    Raises InputError if `workdir` has runs of another format, runs that are not part of this plan,
+    or runs on other data.
     """
     there = next(path for path in (workdir, *workdir.parents) if path.exists())
     require(there.is_dir(), "--workdir", str(workdir), f"cannot be made: {there} is a file")
@@ -66,29 +63,25 @@ def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan
     if earlier is not None:
         require_format(workdir / "plan.json", earlier.format)
         others = set(earlier.runs) - {spec.run_id for spec in experiment.specs}
-        require(
-            not others,
-            "--workdir",
-            str(workdir),
-            f"holds another plan ({len(others)} of its "
-            "runs are not in this one): choose another folder, or delete this one",
+        another = (
+            f"holds another plan ({len(others)} of its runs are not in this one): choose another "
+            "folder, or delete this one"
         )
-        require(
-            earlier.data_fingerprint == fingerprint,
-            "--workdir",
-            str(workdir),
-            "holds runs on "
-            "other data: the token cache was prepared anew since; choose another folder, or "
-            "delete this one",
+        require(not others, "--workdir", str(workdir), another)
+        prepared_anew = (
+            "holds runs on other data: the token cache was prepared anew since; choose another "
+            "folder, or delete this one"
         )
+        same_data = earlier.data_fingerprint == fingerprint
+        require(same_data, "--workdir", str(workdir), prepared_anew)
     return earlier
 
 
-def claim(experiment: Experiment, workdir: Path, command: str, fingerprint: str) -> None:
-    """Writes plan.json and every spec.json that is not there.
+def claim(experiment: Experiment, workdir: Path, fingerprint: str) -> None:
+    """Writes plan.json and every spec.json that is missing.
 
-    command: kept in plan.json until the plan grows; that of a later session is not.
-    Raises InputError as `check_claim`.
+    plan.json keeps the command that wrote it until the plan grows.
+    Raises InputError as `check_claim` does.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -97,29 +90,24 @@ def claim(experiment: Experiment, workdir: Path, command: str, fingerprint: str)
         raise InputError("--workdir", str(workdir), reason) from error
     with lock(workdir / "plan.lock", patience=math.inf):
         earlier = check_claim(experiment, workdir, fingerprint)
-        if earlier is not None and len(earlier.runs) == len(experiment.specs):
+        run_ids, command = tuple(spec.run_id for spec in experiment.specs), experiment.command
+        if earlier is not None and len(earlier.runs) == len(run_ids):
             command = earlier.command
         for spec in experiment.specs:
             folder = run_dir(workdir, spec.run_id)
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "spec.json").exists():
                 write_spec(folder, spec)
-        plan = Plan(
-            experiment.config_file,
-            command,
-            experiment.config,
-            fingerprint,
-            tuple(spec.run_id for spec in experiment.specs),
-            FORMAT,
-        )
+        file, config = experiment.config_file, experiment.config
+        plan = Plan(file, command, config, fingerprint, run_ids, FORMAT)
         write_json(workdir / "plan.json", to_dict(plan))
 
 
 def log_session(workdir: Path, entry: dict[str, Any]) -> None:
-    """Appends a session to sweep.json; one that is damaged is set aside as sweep.json.damaged."""
+    """Appends a session to sweep.json. Renames a damaged file to sweep.json.damaged."""
     path = workdir / "sweep.json"
     with lock(workdir / "plan.lock", patience=math.inf):
-        earlier: Any = []
+        earlier = []
         try:
             earlier = read_json(path, "")
             require(isinstance(earlier, list), str(path), "damaged", "must be a list")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from modjax.records import RunRecord, write_record
+from modjax.scaling import sweep
 
 
 def _record(**changes) -> RunRecord:
@@ -113,7 +114,11 @@ def make_workdir(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """(workdir, data_dir with orders for the stand-in); workers find the stand-in by path."""
+    """A workdir, and a data_dir with orders for the stand-in, which every sweep then trains with.
+
+    The workers find the stand-in by PYTHONPATH.
+    """
+    monkeypatch.setattr(sweep, "JOB", "stand_in")
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     orders = tmp_path / "orders"

@@ -1,4 +1,4 @@
-"""A sweep of six short runs with a stand-in for training, and what its tests ask of it."""
+"""A sweep of six short runs with a stand-in for training, and helpers of its tests."""
 
 import contextlib
 import subprocess
@@ -17,13 +17,14 @@ SMALL = ("sweep.sizes=3", "sweep.budgets=5e11")
 DRIVER = """
 import sys
 from pathlib import Path
+from modjax.scaling import sweep
 from modjax.scaling.engines.local import Stopped
 from modjax.scaling.plan.experiment import load
-from modjax.scaling.sweep import sweep
+sweep.JOB = "stand_in"
 config, workdir, data_dir, jobs = sys.argv[1:5]
 try:
-    outcome = sweep(load(config, sys.argv[5:]), workdir=Path(workdir), data_dir=Path(data_dir),
-                    jobs=int(jobs), command="driver", data_fingerprint="f", job="stand_in")
+    outcome = sweep.sweep(load(config, sys.argv[5:]), workdir=Path(workdir),
+                          data_dir=Path(data_dir), jobs=int(jobs), data_fingerprint="f")
 except Stopped as stopped:
     print(f"{stopped.saved=}", file=sys.stderr)
     raise
@@ -32,14 +33,24 @@ print(len(outcome.records), len(outcome.failures))
 
 
 def sweep(folders, *overrides: str, jobs: int = 2, fingerprint: str = "f"):
+    return run(folders, load(str(CONFIG), [*SMALL, *overrides]), jobs, fingerprint)
+
+
+def run(folders, experiment, jobs: int = 1, fingerprint: str = "f", **options):
+    """Runs an experiment in `folders`, which make the stand-in the job."""
+    workdir, data_dir = folders
     return sweeps.sweep(
-        load(str(CONFIG), [*SMALL, *overrides]), workdir=folders[0], data_dir=folders[1],
-        jobs=jobs, command="test", data_fingerprint=fingerprint, job="stand_in",
-    )  # fmt: skip
+        experiment,
+        workdir=workdir,
+        data_dir=data_dir,
+        jobs=jobs,
+        data_fingerprint=fingerprint,
+        **options,
+    )
 
 
 def start(folders, jobs: int = 2) -> subprocess.Popen:
-    """The same sweep in a process of its own, to be killed."""
+    """Starts the same sweep in a process of its own, to be killed."""
     arguments = [str(CONFIG), str(folders[0]), str(folders[1]), str(jobs), *SMALL]
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -1,12 +1,17 @@
-"""A stand-in for modjax.training.loop.train with real time, real files and real crashes.
+"""A stand-in for modjax.training.loop with real time, real files and real crashes.
 
-`data_dir` holds the orders, one file each: `seconds` (how long a run takes), and run ids in
-`crash` (these die by SIGKILL), `boom` (these raise), `refuse`, `diverge`, `disk_full` and `quick`
-(these take no time); `uncheckable` refuses the plan, `unforeseen` and
-`no_files` raise what a fault of the program or of the machine does, `stubborn` runs do not
-end by SIGTERM; $STAND_IN_ABORTS aborts every process as XLA does. Every start and every finish
-adds a line to the run's folder, and every process one to $STAND_IN_PROCESSES, so that a test can
-count them.
+`data_dir` has the orders, one file each:
+
+  seconds                    the time of a run
+  crash, boom                ids of runs that die by SIGKILL, and of runs that raise
+  refuse, diverge            ids of runs that are refused, and of runs that diverge
+  disk_full, quick           ids of runs that fill the disk, and of runs that take no time
+  uncheckable                refuses the plan
+  unforeseen, no_files       raises as a fault of the program does, and as one of the machine
+  stubborn                   runs ignore SIGTERM
+
+$STAND_IN_ABORTS aborts every process as XLA does. To let a test count them, every start and every
+finish adds a line to the run's folder, and every process adds one to $STAND_IN_PROCESSES.
 """
 
 import dataclasses
@@ -38,19 +43,43 @@ def record_of(spec: RunSpec, eval_loss: float = 2.0) -> RunRecord:
     counts = parameters(model)
     spent = train_flops(model, train.seq_len, train.steps * train.batch_size)
     return RunRecord(
-        run_id=spec.run_id, variant=spec.variant, status="finished", diverged_step=None,
-        budget_flops=spec.budget_flops, train_flops=spent,
+        run_id=spec.run_id,
+        variant=spec.variant,
+        status="finished",
+        diverged_step=None,
+        budget_flops=spec.budget_flops,
+        train_flops=spent,
         forward_flops_per_token=spent / 3 / train.tokens,
-        flops=forward_flops(model, train.seq_len), params_total=counts["total"],
-        params_non_embedding=counts["non_embedding"], params_active=counts["active"],
-        d_model=model.d_model, num_layers=model.num_layers, tokens=train.tokens, epochs=0.5,
-        steps=train.steps, batch_size=train.batch_size, seq_len=train.seq_len,
-        learning_rate=train.learning_rate, train_loss=eval_loss, eval_loss=eval_loss,
-        eval_loss_sem=0.01, eval_bits_per_byte=None, eval_tokens=1000, seed=train.seed,
-        data_seed=0, data_fingerprint="none", code_version="test", wall_seconds=1.0,
-        train_seconds=0.8, compile_seconds=0.1, eval_seconds=0.1, data_wait_seconds=0.0,
-        median_step_seconds=0.01, device="cpu", versions={},
-    )  # fmt: skip
+        flops=forward_flops(model, train.seq_len),
+        params_total=counts["total"],
+        params_non_embedding=counts["non_embedding"],
+        params_active=counts["active"],
+        d_model=model.d_model,
+        num_layers=model.num_layers,
+        tokens=train.tokens,
+        epochs=0.5,
+        steps=train.steps,
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+        learning_rate=train.learning_rate,
+        train_loss=eval_loss,
+        eval_loss=eval_loss,
+        eval_loss_sem=0.01,
+        eval_bits_per_byte=None,
+        eval_tokens=1000,
+        seed=train.seed,
+        data_seed=0,
+        data_fingerprint="none",
+        code_version="test",
+        wall_seconds=1.0,
+        train_seconds=0.8,
+        compile_seconds=0.1,
+        eval_seconds=0.1,
+        data_wait_seconds=0.0,
+        median_step_seconds=0.01,
+        device="cpu",
+        versions={},
+    )
 
 
 def check(specs, execution, *, data_dir: Path, fingerprint: str) -> None:

@@ -7,9 +7,15 @@ from modjax.scaling.formatting import budget, clock, count
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(842, "842"), (12_345, "12.3k"), (999_900, "1M"), (4.56e6, "4.56M"), (1.2e9, "1.2B"),
-     (math.inf, "unbounded")],
-)  # fmt: skip
+    [
+        (842, "842"),
+        (12_345, "12.3k"),
+        (999_900, "1M"),
+        (4.56e6, "4.56M"),
+        (1.2e9, "1.2B"),
+        (math.inf, "unbounded"),
+    ],
+)
 def test_counts_are_written_short(value, shown):
     assert count(value) == shown
 

@@ -1,8 +1,8 @@
-"""Runs a plan on local worker processes: it assigns, watches, retries, and stops in good order.
+"""Runs a plan on local worker processes: assigns, watches, retries, and stops in good order.
 
-Workers live as long as the sweep, so that jax is imported once per worker and not once per run;
-each has its own share of the cores, so that XLA's threads fit. The folders hold the truth: a run
-is done when its result.json is there, and belongs to whoever holds its lock.
+Workers live as long as the sweep, so that jax is imported once per worker and not once per run.
+Each has its own share of the cores, so that XLA's threads fit. The folders are the only state that
+counts: a run is done when its result.json is there, and the process that holds its lock does it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from modjax.files import Home, read
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.engines.progress import Display
 from modjax.scaling.engines.run_lock import is_running
+from modjax.scaling.engines.worker import Settings
 from modjax.scaling.engines.worker_process import (
     Refused,
     Worker,
@@ -32,7 +33,7 @@ from modjax.scaling.engines.worker_process import (
     signals,
 )
 from modjax.scaling.formatting import clock
-from modjax.specs import Execution, RunSpec, to_dict
+from modjax.specs import RunSpec, to_dict
 
 MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3
@@ -54,46 +55,39 @@ class Stopped(Exception):
         self.saved = True
 
 
-@dataclass
 class Session:
     """One call of a sweep: `run` returns when every run is finished or given up.
 
-    job: the module whose `check` and `train` the workers call. fingerprint: of the plan's data.
-    imports: where each of the plan's imports is. code: the source code that every worker must have,
-    see provenance.source_code. other_code: as training.loop.train takes it.
-    finished: run ids that this session's workers finished; found: that others finished meanwhile.
-    failures: run_id -> why it was given up. home: the sweep's folder, once it is claimed.
+    finished: ids of the runs that this session's workers finished.
+    found: ids of the runs that other sessions finished meanwhile.
+    failures: run id -> why the run was given up.
+    home: the sweep's folder, None until the plan is claimed.
     """
 
-    specs: Sequence[RunSpec]
-    execution: Execution
-    workdir: Path
-    data_dir: Path
-    fingerprint: str
-    jobs: int
-    job: str
-    flops_per_second: float
-    imports: dict[str, str]
-    code: dict[str, str]
-    other_code: bool
-    finished: list[str] = field(default_factory=list)
-    found: list[str] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    workers: list[Worker] = field(default_factory=list)
-    home: Home | None = None
-
-    def run(self, claim: Callable[[], None]) -> None:
-        """claim: called once a worker has found that no run would be refused."""
-        self.elsewhere: list[RunSpec] = []  # another sweep on this folder is doing these
+    def __init__(
+        self, specs: Sequence[RunSpec], settings: Settings, jobs: int, flops_per_second: float
+    ):
+        self.settings, self.workdir = settings, Path(settings.workdir)
+        self.home: Home | None = None
+        self.finished: list[str] = []
+        self.found: list[str] = []
+        self.failures: dict[str, str] = {}
         self.attempts: Counter[str] = Counter()
         self.failed_starts = 0
-        self.checker: Worker | None = None
-        self.said_idle = self.said_checking = False
+        self.display = Display(specs, jobs, flops_per_second)
+        self.elsewhere: list[RunSpec] = []  # runs that another sweep on this folder is doing
+        self.waiting = deque(spec for spec in specs if self._is_open(spec))
+        self.workers = [Worker(i) for i in range(min(jobs, len(self.waiting)))]
         self.selector = selectors.DefaultSelector()
-        self.display = Display(self.specs, self.jobs, self.flops_per_second)
-        self.waiting = deque(spec for spec in self.specs if self._is_open(spec))
+        self.checker: Worker | None = None
         self.checked = not self.waiting
-        self.workers = [Worker(i) for i in range(min(self.jobs, len(self.waiting)))]
+        self.said_idle = self.said_checking = False
+
+    def run(self, claim: Callable[[], None]) -> None:
+        """Does the runs.
+
+        claim: called as soon as a worker has found that no run would be refused.
+        """
         with signals() as self.received, self.display:
             try:
                 while not self.checked:
@@ -102,7 +96,7 @@ class Session:
                 self.home = Home(self.workdir)
                 while self.waiting or self.elsewhere or any(w.spec for w in self.workers):
                     self._attend()
-                    self._share_out()
+                    self._assign()
                     self.display.update(self.workers, len(self.elsewhere))
             except Stopped as stopped:
                 stopped.saved = self._stop()
@@ -111,19 +105,10 @@ class Session:
                 self._stop()
                 self.selector.close()
 
-    def _is_open(self, spec: RunSpec) -> bool:
-        """Whether a run is still to be done; one whose result cannot be read is given up."""
-        try:
-            record = read_record(run_dir(self.workdir, spec.run_id), spec.run_id)
-        except InputError as error:
-            self.failures[spec.run_id] = str(error)
-            return False
-        if record is not None:
-            self.display.found(record)
-        return record is None
+    # Mechanism: the workers are started, heard and stopped.
 
     def _attend(self) -> None:
-        """Hears what the workers say, and replaces those that have died."""
+        """Handles what the workers say, and replaces those that have died."""
         if self.received:
             raise Stopped(self.received[0])
         for worker in self.workers:
@@ -136,6 +121,9 @@ class Session:
         for key, _ in self.selector.select(timeout=0.5 if self.selector.get_map() else 0):
             for message in key.data.receive():
                 self._handle(key.data, message)
+        self._note_silence()
+
+    def _note_silence(self) -> None:
         now = time.monotonic()
         checker = None if self.checked or self.said_checking else self.checker
         if checker is not None and now - checker.heard > SECONDS_OF_CHECKING:
@@ -145,57 +133,13 @@ class Session:
             if worker.spec is not None and now - worker.heard > SECONDS_OF_SILENCE:
                 worker.heard = now
                 said = f"no progress for {clock(SECONDS_OF_SILENCE)}, compiling or stuck"
-                self.display.note(f"{worker.spec.run_id}: {said}; see {self._log(worker.spec)}")
+                log = self._folder(worker.spec) / "log.txt"
+                self.display.note(f"{worker.spec.run_id}: {said}; see {log}")
 
     def _start(self, worker: Worker) -> None:
-        worker.start(
-            {
-                "cpus": share_of_cores(worker.index, len(self.workers)),
-                "job": self.job,
-                "workdir": str(self.workdir),
-                "data_dir": str(self.data_dir),
-                "fingerprint": self.fingerprint,
-                "execution": to_dict(self.execution),
-                "imports": self.imports,
-                "code": self.code,
-                "other_code": self.other_code,
-            }
-        )
-        assert worker.process is not None and worker.process.stdout is not None
-        self.selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-
-    def _share_out(self) -> None:
-        for worker in self.workers:
-            if not (worker.ready and worker.spec is None and self.waiting):
-                continue
-            if worker.runs >= RUNS_OF_A_WORKER:
-                worker.close_input()  # it ends, and another takes its place
-                continue
-            self._require_home()
-            worker.assign(self.waiting.popleft())
-        if not self.waiting:
-            self._look_elsewhere()
-
-    def _look_elsewhere(self) -> None:
-        """Takes back what other sweeps on this folder have finished or dropped."""
-        for spec in list(self.elsewhere):
-            folder = run_dir(self.workdir, spec.run_id)
-            if is_running(folder):
-                continue
-            self.elsewhere.remove(spec)
-            if (folder / "result.json").exists():
-                self._finish(spec, here=False)
-            else:
-                self.waiting.append(spec)
-        idle = not self.waiting and not any(worker.spec for worker in self.workers)
-        if self.elsewhere and idle and not self.said_idle:
-            self.said_idle = True
-            names = ", ".join(spec.run_id for spec in self.elsewhere)
-            self.display.note(f"nothing left to do but to wait for another sweep's {names}")
-
-    def _require_home(self) -> None:
-        assert self.home is not None
-        self.home.check()
+        cores = share_of_cores(worker.index, len(self.workers))
+        worker.start(to_dict(replace(self.settings, cpus=tuple(cores))))
+        self.selector.register(worker.output, selectors.EVENT_READ, worker)
 
     def _handle(self, worker: Worker, message: dict[str, Any]) -> None:
         event = message["event"]
@@ -219,8 +163,58 @@ class Session:
         else:
             self._ended(worker.release(), event, message)
 
+    def _stop(self) -> bool:
+        """Ends the workers. Returns whether every run under way has saved its state."""
+        living = [worker for worker in self.workers if worker.process is not None]
+        busy = sum(worker.spec is not None for worker in living)
+        if busy and self.received:
+            self.display.note(f"stopping: {busy} run(s) save their state; a second signal kills")
+        return end_all(living, self.received)
+
+    # Policy: which runs are open, assigned, done once more, finished or given up.
+
+    def _is_open(self, spec: RunSpec) -> bool:
+        """Returns whether a run is still to be done. Gives up one whose result cannot be read."""
+        try:
+            record = read_record(self._folder(spec), spec.run_id)
+        except InputError as error:
+            self.failures[spec.run_id] = str(error)
+            return False
+        if record is not None:
+            self.display.found(record)
+        return record is None
+
+    def _assign(self) -> None:
+        """Gives every idle worker a run."""
+        for worker in self.workers:
+            if not (worker.ready and worker.spec is None and self.waiting):
+                continue
+            if worker.runs >= RUNS_OF_A_WORKER:
+                worker.close_input()  # it ends, and another takes its place
+                continue
+            self._require_home()
+            worker.assign(self.waiting.popleft())
+        if not self.waiting:
+            self._look_elsewhere()
+
+    def _look_elsewhere(self) -> None:
+        """Takes back the runs that other sweeps on this folder have finished or dropped."""
+        for spec in list(self.elsewhere):
+            if is_running(self._folder(spec)):
+                continue
+            self.elsewhere.remove(spec)
+            if (self._folder(spec) / "result.json").exists():
+                self._finish(spec, here=False)
+            else:
+                self.waiting.append(spec)
+        idle = not self.waiting and not any(worker.spec for worker in self.workers)
+        if self.elsewhere and idle and not self.said_idle:
+            self.said_idle = True
+            names = ", ".join(spec.run_id for spec in self.elsewhere)
+            self.display.note(f"nothing left to do but to wait for another sweep's {names}")
+
     def _ended(self, spec: RunSpec, event: str, message: dict[str, Any]) -> None:
-        """What a worker says of the run that it had."""
+        """Handles the event with which a worker gives back its run."""
         self.failed_starts = 0
         if event == "busy":
             self.elsewhere.append(spec)
@@ -234,25 +228,10 @@ class Session:
         else:
             self._finish(spec, here=event == "done")
 
-    def _finish(self, spec: RunSpec, here: bool) -> None:
-        self._require_home()
-        try:
-            record = read_record(run_dir(self.workdir, spec.run_id), spec.run_id)
-        except InputError as error:
-            return self._give_up(spec, str(error))
-        if record is None:
-            return self._give_up(spec, "its result.json has gone")
-        if here:
-            self.finished.append(spec.run_id)
-            self.display.finished(record)
-        else:
-            self.found.append(spec.run_id)
-            self.display.found(record)
-
     def _died(self, worker: Worker) -> None:
-        assert worker.process is not None
-        self.selector.unregister(worker.process.stdout)  # type: ignore[arg-type]
+        """Decides what becomes of a worker that has ended, and of its run."""
         was_ready, was_checker = worker.ready, worker is self.checker and not self.checked
+        self.selector.unregister(worker.output)
         code = worker.end()
         how = worker.error or end_of(code)
         asked_to = code == -signal.SIGTERM  # by whoever runs this machine: no fault of the run
@@ -266,32 +245,42 @@ class Session:
             return
         spec = worker.release()
         self._require_home()
-        folder = run_dir(self.workdir, spec.run_id)
         self.attempts[spec.run_id] += not asked_to
-        if (folder / "result.json").exists():  # it died between its result and saying so
-            self._finish(spec, here=True)
+        if (self._folder(spec) / "result.json").exists():
+            self._finish(spec, here=True)  # it died between its result and saying so
         elif self.attempts[spec.run_id] < MAX_ATTEMPTS:
             self.display.note(f"{spec.run_id}: {how}; once more")
             self.waiting.appendleft(spec)
         else:
             self._give_up(spec, how)
 
+    def _finish(self, spec: RunSpec, here: bool) -> None:
+        self._require_home()
+        try:
+            record = read_record(self._folder(spec), spec.run_id)
+        except InputError as error:
+            return self._give_up(spec, str(error))
+        if record is None:
+            return self._give_up(spec, "its result.json has gone")
+        if here:
+            self.finished.append(spec.run_id)
+            self.display.finished(record)
+        else:
+            self.found.append(spec.run_id)
+            self.display.found(record)
+
     def _give_up(self, spec: RunSpec, why: str) -> None:
-        log, tail = self._log(spec), []
+        log, tail = self._folder(spec) / "log.txt", []
         with contextlib.suppress(InputError):
             tail = read(log, "", last=LOG_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:]
         failure = {"run_id": spec.run_id, "why": why, "log": tail}
-        write_json(log.with_name("failure.json"), failure)
+        write_json(self._folder(spec) / "failure.json", failure)
         self.failures[spec.run_id] = why
         self.display.note(f"{spec.run_id}: given up, {why}; see {log}")
 
-    def _log(self, spec: RunSpec) -> Path:
-        return run_dir(self.workdir, spec.run_id) / "log.txt"
+    def _require_home(self) -> None:
+        assert self.home is not None
+        self.home.check()
 
-    def _stop(self) -> bool:
-        """Ends the workers. Returns whether every run under way has saved its state."""
-        living = [worker for worker in self.workers if worker.process is not None]
-        busy = sum(worker.spec is not None for worker in living)
-        if busy and self.received:
-            self.display.note(f"stopping: {busy} run(s) save their state; a second signal kills")
-        return end_all(living, self.received)
+    def _folder(self, spec: RunSpec) -> Path:
+        return run_dir(self.workdir, spec.run_id)

@@ -1,4 +1,4 @@
-"""What a running sweep shows: a live table on a terminal, sparse plain lines elsewhere."""
+"""Progress of a running sweep: a live table on a terminal, a few plain lines elsewhere."""
 
 import sys
 import time
@@ -11,15 +11,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from modjax.records import RunRecord
+from modjax.scaling.engines.worker_process import Worker
 from modjax.scaling.formatting import clock
 from modjax.scaling.report.comparison import loss_words
 from modjax.specs import RunSpec
 
-SECONDS_BETWEEN_LINES = 60.0  # off a terminal, where no run finishes
+SECONDS_BETWEEN_LINES = 60.0  # without a terminal, while no run finishes
 
 
 class Display:
-    """Progress on stderr, fed by engines/local.py; a context manager."""
+    """Context manager that shows progress on stderr."""
 
     def __init__(self, specs: Sequence[RunSpec], jobs: int, flops_per_second: float):
         self.budgets = {spec.run_id: spec.budget_flops for spec in specs}
@@ -45,18 +46,19 @@ class Display:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def found(self, record: RunRecord) -> None:
-        """Counts a run that has its result, but not from here."""
+        """Counts a run that another session finished."""
         self.done.add(record.run_id)
 
     def finished(self, record: RunRecord) -> None:
-        """Counts and announces a run that was finished here."""
+        """Counts and announces a run that this session finished."""
         self.done.add(record.run_id)
         self.flops_here += self.budgets[record.run_id]
         loss = "diverged" if record.eval_loss is None else loss_words(record)
         count = f"[{len(self.done):{len(str(len(self.budgets)))}}/{len(self.budgets)}]"
         self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
 
-    def update(self, workers: Sequence[Any], elsewhere: int) -> None:
+    def update(self, workers: Sequence[Worker], elsewhere: int) -> None:
+        """Shows the workers' runs. elsewhere: the number of runs that other sweeps are doing."""
         if not self.console.is_terminal and time.monotonic() - self.noted < SECONDS_BETWEEN_LINES:
             return
         table = Table(box=None, pad_edge=False)
@@ -90,7 +92,7 @@ class Display:
         self.live.update(Group(table, overall), refresh=True)
 
     def _rate(self, under_way: float) -> float:
-        """FLOP/s of all workers: as expected until a run has finished, then as measured."""
+        """Returns FLOP/s of all workers: expected until a run has finished, then measured."""
         if self.flops_here == 0:
             return self.expected_rate * self.jobs
         return (self.flops_here + under_way) / (time.monotonic() - self.began)

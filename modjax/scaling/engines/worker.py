@@ -1,21 +1,22 @@
-"""A worker process of engines/local.py: it imports jax once, then does runs one after another.
+"""Worker process of engines/local.py: imports jax once, then does one run after another.
 
-It speaks JSON lines. In: first the settings, then {"check": specs} or {"spec": spec}; the end of
-input means that the parent is gone or wants it to stop. Out: {"event": EVENT}, one of
+It reads and writes JSON lines. Input: first the Settings, then {"check": specs} or {"spec": spec}.
+The end of the input means that the parent is gone or wants the worker to stop. Output:
+{"event": EVENT}, one of
 
-  ready      it has imported what it needs
-  checked    none of the specs would be refused
+  ready      the worker has imported what it needs
+  checked    no spec would be refused
   progress   a line of metrics
-  done       the run has its result
+  done       the run has finished here
   found      the run had its result already
   busy       another process is doing the run
-  preempted  SIGTERM: the state of the run is saved, and this process ends
+  preempted  SIGTERM: the state of the run is saved, and the worker ends
   refused    bad input, in one line
-  fault      what stops every other run as well, in one line
+  fault      a fault that stops every other run as well, in one line
   disk full
-  broken     any other exception; this process ends, so that what broke reaches no other run
+  broken     any other exception; the worker ends, so that the fault reaches no other run
 
-Everything printed goes to the run's log.txt.
+Everything that libraries print goes to the run's log.txt.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,36 @@ from modjax.errors import InputError, Preempted, SharedFault, describe
 from modjax.faults import outside
 from modjax.files import is_disk_full
 from modjax.provenance import fix_settings, require_unchanged
-from modjax.records import run_dir
+from modjax.records import RunRecord, run_dir
 from modjax.scaling.engines.run_lock import run
 from modjax.specs import Execution, RunSpec, from_dict
 from modjax.specs.imports import import_all
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a worker, the same for all of its runs.
+
+    job: the module whose `check` and `train` it calls.
+    fingerprint: of the data that the plan is for.
+    imports: the place of each of the plan's imports, see specs.imports.places.
+    code: the source code that the worker must have, see provenance.source_code.
+    other_code: go on with runs that other code began, see training.loop.train.
+    cpus: the cores to use; () for all.
+    """
+
+    job: str
+    workdir: str
+    data_dir: str
+    fingerprint: str
+    execution: Execution
+    imports: dict[str, str]
+    code: dict[str, str]
+    other_code: bool
+    cpus: tuple[int, ...] = ()
 
 
 def main() -> None:
@@ -77,30 +102,31 @@ def _serve(send: Callable[..., None]) -> None:
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     working = threading.Event()
     threading.Thread(target=_listen, args=(lines, working), daemon=True).start()
-    settings = _next(lines)
-    if settings is None:
+    message = _next(lines)
+    if message is None:
         return
-    if settings["cpus"]:
-        os.sched_setaffinity(0, settings["cpus"])
+    settings = from_dict(Settings, message)
+    if settings.cpus:
+        os.sched_setaffinity(0, settings.cpus)
     with starting():
-        job = importlib.import_module(settings["job"])
-    import_all(settings["imports"], "model.imports")
-    require_unchanged(settings["code"])
+        job = importlib.import_module(settings.job)
+    import_all(settings.imports, "model.imports")
+    require_unchanged(settings.code)
     if "jax" in sys.modules:  # after the imports, which may set something of their own
         fix_settings()
     send("ready")
     while (message := _next(lines)) is not None:
         working.set()
         try:
-            send(
-                _check(message, settings, job)
-                if "check" in message
-                else _run(message, settings, job, send)
-            )
+            if "check" in message:
+                _check(message["check"], settings, job)
+                send("checked")
+            else:
+                send(_run(message["spec"], settings, job, send))
         except InputError as error:
             send("fault" if isinstance(error, SharedFault) else "refused", error=str(error))
         except Exception as error:
-            line = outside(error, settings["workdir"])
+            line = outside(error, settings.workdir)
             if is_disk_full(error):
                 send("disk full")
             elif "check" in message and line is not None:
@@ -112,11 +138,11 @@ def _serve(send: Callable[..., None]) -> None:
 
 
 def _forget() -> None:
-    """Gives back what the last run took and the next has no use for: 2 MB a run, without this."""
+    """Frees what the last run has left in memory, some 2 MB a run."""
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # of glibc, which keeps what is freed
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it, and keeps freed memory
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
@@ -135,22 +161,17 @@ def _listen(lines: queue.SimpleQueue, working: threading.Event) -> None:
     os._exit(1)
 
 
-def _execution(settings: dict[str, Any]) -> Execution:
-    return from_dict(Execution, settings["execution"])
-
-
-def _check(message: dict[str, Any], settings: dict[str, Any], job: Any) -> str:
-    specs = [from_dict(RunSpec, spec) for spec in message["check"]]
+def _check(specs: list[Any], settings: Settings, job: Any) -> None:
     job.check(
-        specs,
-        _execution(settings),
-        data_dir=Path(settings["data_dir"]),
-        fingerprint=settings["fingerprint"],
+        [from_dict(RunSpec, spec) for spec in specs],
+        settings.execution,
+        data_dir=Path(settings.data_dir),
+        fingerprint=settings.fingerprint,
     )
-    return "checked"
 
 
-def _run(message: dict[str, Any], settings: dict[str, Any], job: Any, send: Any) -> str:
+def _run(values: Any, settings: Settings, job: Any, send: Callable[..., None]) -> str:
+    """Does a run, and returns the event that tells how it ended."""
     last_sent = 0.0
 
     def progress(line: dict[str, Any]) -> None:
@@ -159,22 +180,24 @@ def _run(message: dict[str, Any], settings: dict[str, Any], job: Any, send: Any)
             last_sent = time.monotonic()
             send("progress", step=line.get("step"), loss=line.get("loss"))
 
-    spec = from_dict(RunSpec, message["spec"])
-    workdir = Path(settings["workdir"])
+    def train(folder: Path) -> RunRecord:
+        return job.train(
+            spec,
+            settings.execution,
+            run_dir=folder,
+            data_dir=Path(settings.data_dir),
+            fingerprint=settings.fingerprint,
+            progress=progress,
+            other_code=settings.other_code,
+        )
+
+    spec, workdir = from_dict(RunSpec, values), Path(settings.workdir)
     _print_to(run_dir(workdir, spec.run_id) / "log.txt")
-    done = run(
-        spec,
-        _execution(settings),
-        workdir=workdir,
-        data_dir=Path(settings["data_dir"]),
-        fingerprint=settings["fingerprint"],
-        train=job.train,
-        progress=progress,
-        other_code=settings["other_code"],
-    )
+    done = run(spec, workdir, train)
     if done is None:
         return "busy"
-    return "done" if done.here else "found"
+    _, here = done
+    return "done" if here else "found"
 
 
 def _print_to(path: Path) -> None:

@@ -1,5 +1,6 @@
-"""A worker process as its launcher sees it: started, told, heard, ended; and signals to both."""
+"""Worker processes as their launcher sees them, and the signals that both receive."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -20,7 +20,7 @@ SECONDS_TO_STOP = 90.0
 
 
 class Refused(InputError):
-    """A worker refused its run as bad input, in the worker's own words."""
+    """Bad input in the words of the worker that refused its run."""
 
     def __init__(self, line: str):
         ValueError.__init__(self, line)
@@ -28,10 +28,13 @@ class Refused(InputError):
 
 @dataclass
 class Worker:
-    """A place for a process; the process in it changes when one dies.
+    """Worker, whose process is replaced when it dies.
 
-    error: what the process said of its end. last_words: the end of what the last process in this
-    place printed while it had no run. heard, ended: when it last said anything, when it ended.
+    error: the process's own account of its end.
+    last_words: the end of what the last process printed outside its runs.
+    heard, ended: the times of the last message and of the last end.
+    first_step, first_seen: the first step reported, and its time. Earlier time is compilation.
+    runs: the number of runs that this process was given.
     """
 
     index: int
@@ -47,20 +50,26 @@ class Worker:
     began: float = 0.0
     step: int = 0
     loss: float | None = None
-    first_step: int = 0  # the first step reported, and when: what comes before is compilation
+    first_step: int = 0
     first_seen: float = 0.0
     busy_seconds: float = 0.0
-    runs: int = 0  # that this process was given
+    runs: int = 0
+
+    @property
+    def output(self) -> IO[bytes]:
+        """The pipe that the process writes its messages to."""
+        assert self.process is not None and self.process.stdout is not None
+        return self.process.stdout
 
     def start(self, settings: dict[str, Any]) -> None:
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            # -P: what lies in the current folder must not pass for a package.
+            # -P: a file in the current folder must not pass for a package.
             [sys.executable, "-P", "-m", "modjax.scaling.engines.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            # What libraries print goes to log.txt, whatever the locale.
+            # Whatever libraries print can be written to log.txt, in every locale.
             env=os.environ | compilation_cache() | {"PYTHONIOENCODING": "utf-8:backslashreplace"},
             start_new_session=True,  # Ctrl-C reaches the parent alone, which stops the workers
         )
@@ -69,11 +78,9 @@ class Worker:
 
     def send(self, message: dict[str, Any]) -> None:
         assert self.process is not None and self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died; the end of its output says so
             self.process.stdin.write((json.dumps(message) + "\n").encode())
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; the end of its output says so
 
     def assign(self, spec: RunSpec) -> None:
         self.spec, self.step, self.loss = spec, 0, None
@@ -82,16 +89,15 @@ class Worker:
         self.send({"spec": to_dict(spec)})
 
     def release(self) -> RunSpec:
-        """The run that it had, which it has no longer."""
+        """Takes the run away from the worker, and returns it."""
         spec, self.spec = self.spec, None
         assert spec is not None
         self.busy_seconds += time.monotonic() - self.began
         return spec
 
     def receive(self) -> Iterator[dict[str, Any]]:
-        """What it has said since, and at its end {"event": "died"}; blocks until there is any."""
-        assert self.process is not None and self.process.stdout is not None
-        chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+        """Yields the next messages, and {"event": "died"} at the end. Blocks until one arrives."""
+        chunk = os.read(self.output.fileno(), 1 << 16)
         self.heard = time.monotonic()
         *lines, self.unread = (self.unread + chunk).split(b"\n")
         yield from map(json.loads, lines)
@@ -99,18 +105,16 @@ class Worker:
             yield {"event": "died"}
 
     def close_input(self) -> None:
-        """Lets it save its state and end."""
+        """Asks the process to save the state of its run and to end."""
         assert self.process is not None and self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        except BrokenPipeError:
-            pass
 
     def end(self) -> int:
-        """Waits for the process to end, and returns its code."""
-        assert self.process is not None and self.process.stdout is not None
+        """Waits for the process to end, and returns its exit code."""
+        assert self.process is not None
         self.close_input()
-        self.process.stdout.close()
+        self.output.close()
         code = self.process.wait()
         self.process, self.ready, self.ended = None, False, time.monotonic()
         assert self.errors is not None
@@ -121,7 +125,7 @@ class Worker:
 
 
 def cannot_start(worker: Worker, how: str, times: int) -> Exception:
-    """Returns RuntimeError where a worker raised, InputError where workers were killed."""
+    """Returns RuntimeError if a worker raised, InputError if workers were killed."""
     if worker.error is not None:
         fault = RuntimeError(f"workers cannot start: {how}")
         fault.add_note(worker.last_words)
@@ -131,15 +135,15 @@ def cannot_start(worker: Worker, how: str, times: int) -> Exception:
 
 
 def end_of(code: int) -> str:
-    """A process's end in words."""
+    """Returns how a process with this exit code ended, in words."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def end_all(workers: Sequence[Worker], received: Sequence[int]) -> bool:
-    """The end of their input lets workers save their runs; a second signal kills them.
+    """Ends the workers once they have saved their runs; a second signal kills them.
 
-    received: the signals so far, as `signals` collects them.
-    Returns whether every run that was under way has saved its state.
+    received: the signals so far, which `signals` collects.
+    Returns whether every run under way has saved its state.
     """
     for worker in workers:
         worker.close_input()
@@ -154,14 +158,14 @@ def end_all(workers: Sequence[Worker], received: Sequence[int]) -> bool:
 
 
 def _lost_nothing(worker: Worker, code: int) -> bool:
-    """Whether a worker that ended with `code` has saved its run, or had nothing to save."""
+    """Returns whether a worker that ended with `code` saved its run, or had nothing to save."""
     # SIGTERM ends a worker by itself only until its training listens for it.
     unbegun = code == -signal.SIGTERM and worker.step == 0
     return code == 0 or worker.spec is None or unbegun
 
 
 def share_of_cores(index: int, jobs: int) -> list[int]:
-    """The cores of worker `index`; [] where the workers cannot or need not be kept apart."""
+    """Returns the cores of worker `index`, or [] if workers cannot or need not be separated."""
     if jobs == 1 or not hasattr(os, "sched_getaffinity"):
         return []
     cores = sorted(os.sched_getaffinity(0))
@@ -170,9 +174,9 @@ def share_of_cores(index: int, jobs: int) -> list[int]:
     return cores[index * len(cores) // jobs : (index + 1) * len(cores) // jobs]
 
 
-@contextmanager
+@contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them."""
+    """Yields a list that collects SIGINT and SIGTERM, which then do not end the process."""
     received: list[int] = []
     before = {
         number: signal.signal(number, lambda signum, frame: received.append(signum))

@@ -1,23 +1,26 @@
 """Config files: from `FILE.py` and `--config.a.b=value` to frozen dataclasses.
 
-A file has `get_config()`, which returns an ml_collections.ConfigDict with the groups `model`,
-`train`, `data`, `execution` and, where it describes a grid, `sweep`. Fields that have a default
-in modjax/specs/ may be left out and can still be overridden. A single run may have a `base`, the
-folder of a finished run whose weights it starts from.
+A file defines `get_config()`, which returns an ml_collections.ConfigDict with the groups `model`,
+`train`, `data`, `execution` and, for a grid of runs, `sweep`. A file may leave out the fields that
+have a default in modjax/specs/; overrides reach them all the same. The config of a single run may
+have a `base`: the folder of a finished run whose weights it starts from.
 """
 
 import ast
+import contextlib
 import dataclasses
 import os
 import runpy
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
 from modjax.errors import InputError, require
 from modjax.files import read_file
@@ -28,16 +31,21 @@ from modjax.specs import DataConfig, Execution, ModelSpec, RunSpec, Spec, TrainC
 from modjax.specs.imports import import_all, places, user_code, without_unused
 from modjax.specs.text import bounded
 
+CONFIGS = Path(__file__).parents[3] / "configs"  # in a clone; an installed package has none
 MOST_CONFIG = 2**20  # bytes of a config file
 GROUPS = {"model": ModelSpec, "train": TrainConfig, "data": DataConfig, "execution": Execution}
+PARSERS = {bool: flags.BooleanParser().parse, int: flags.IntegerParser().parse, float: float}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a config file asks for: its values as plain data, and the runs they mean.
+    """A config file's values and the runs that they describe.
 
-    `sweep` is None for a file that describes a single run. imports: where each of its imports is,
-    see spec.imports.places; all of them are imported.
+    config: the values as plain data.
+    sweep: None for a file that describes a single run.
+    imports: the place of each of the config's imports, see specs.imports.places. `load` imports
+      all of them.
+    command: the command line that asked for the experiment.
     """
 
     config_file: str
@@ -46,29 +54,35 @@ class Experiment:
     sweep: SweepConfig | None
     specs: list[RunSpec]
     imports: dict[str, str]
+    command: str = ""
 
 
-def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads `FILE.py` or `FILE.py:ARGUMENT`, and applies overrides "a.b=value".
+def load(config_file: str, overrides: Sequence[str] = (), command: str = "") -> Experiment:
+    """Reads `FILE.py` or `FILE.py:ARGUMENT`, applies overrides "a.b=value", and imports `imports`.
 
-    Imports what it names in `imports`. Raises InputError naming the field, its value and what is
-    known for an unknown override, a value of another type, or one that a config refuses.
+    Raises InputError naming the field, its value and what is accepted, for an unknown override, a
+    value of another type, or one that a spec refuses.
     """
-    config = _with_defaults(_as_text("", _read(config_file)))
+    values = _read(config_file)
+    _add_defaults(values)
     for override in overrides:
-        config = _override(config, override)
-    values = config.to_dict()
+        _override(values, override)
     for name in values:
         known = (*GROUPS, "sweep" if "sweep" in values else "base")
         require(name in known, f"config.{name}", "...", f"unknown; known: {', '.join(known)}")
     sweep = from_dict(SweepConfig, values["sweep"], "sweep.") if "sweep" in values else None
     arms = {f"sweep.arms.{name}": arm for name, arm in sweep.arms.items()} if sweep else {}
-    imports = _imported(config_file, {"model": values["model"]} | arms)
+    imports = _import(config_file, {"model": values["model"]} | arms)
     execution = from_dict(Execution, values["execution"], "execution.")
     data = from_dict(DataConfig, values["data"], "data.")
     if sweep is not None:
         specs = plan(sweep, values["model"], values["train"], data)
-        return Experiment(config_file, values, execution, sweep, specs, imports)
+    else:
+        specs = [_single_run(values, data)]
+    return Experiment(config_file, values, execution, sweep, specs, imports, command)
+
+
+def _single_run(values: dict[str, Any], data: DataConfig) -> RunSpec:
     model = without_unused(from_dict(ModelSpec, values["model"], "model."))
     train = from_dict(TrainConfig, values["train"], "train.")
     budget = run_flops(model, train, train.steps)
@@ -76,14 +90,13 @@ def load(config_file: str, overrides: Sequence[str] = ()) -> Experiment:
     base = values["base"]
     require(isinstance(base, str | None), "config.base", base, "must be a folder, or None")
     base = None if base is None else os.path.realpath(base)
-    spec = RunSpec(variant, budget, model, train, data, base)
-    return Experiment(config_file, values, execution, None, [spec], imports)
+    return RunSpec(variant, budget, model, train, data, base)
 
 
-def _imported(config_file: str, models: dict[str, Any]) -> dict[str, str]:
-    """Imports what these groups of fields name, by their name; returns the places of all that.
+def _import(config_file: str, models: dict[str, Any]) -> dict[str, str]:
+    """Imports what groups of model fields name in `imports`. Returns the place of each import.
 
-    Paths are relative to the config's folder.
+    models: the groups by their name. Paths are relative to the config's folder.
     """
     folder, found = Path(config_file.partition(":")[0]).parent, {}
     for group, fields in models.items():
@@ -95,12 +108,13 @@ def _imported(config_file: str, models: dict[str, Any]) -> dict[str, str]:
 
 
 def _read(config_file: str) -> dict[str, Any]:
+    """Returns the values of a config file; specs are text, as plans and overrides have them."""
     path, _, argument = config_file.partition(":")
     try:
         read_file(Path(path), MOST_CONFIG)
     except OSError as error:
         raise InputError("--config", path, f"cannot be read: {error.strerror}") from error
-    with user_code("--config", config_file, "its get_config() failed"):
+    with user_code("--config", config_file, "its get_config() failed"), _base_of(Path(path)):
         get_config = runpy.run_path(path)["get_config"]
         config = get_config(argument) if argument else get_config()
     require(
@@ -109,11 +123,36 @@ def _read(config_file: str) -> dict[str, Any]:
         config_file,
         "its get_config() must return an ml_collections.ConfigDict",
     )
-    return config.to_dict()
+    return _as_text("", config.to_dict())
+
+
+@contextlib.contextmanager
+def _base_of(config: Path) -> Iterator[None]:
+    """Lets a config import `base`: the base.py beside it, or else that of modjax's configs/."""
+
+    folder = config.parent.absolute()
+
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(folder), str(CONFIGS)]) if name == "base" else None
+
+    finder: Any = SimpleNamespace(find_spec=find_spec)
+    earlier = sys.modules.pop("base", None)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name == "base":
+            error.msg += f"; copy base.py from modjax's configs/ to {folder}"
+        raise
+    finally:
+        sys.meta_path.remove(finder)
+        sys.modules.pop("base", None)  # the next config may have another
+        if earlier is not None:
+            sys.modules["base"] = earlier
 
 
 def _as_text(name: str, value: Any) -> Any:
-    """Returns a value with all specs as text, in which plans are kept and overrides are given."""
+    """Returns a value with the text of every spec in its place."""
     if isinstance(value, dict):
         return {inner: _as_text(inner, item) for inner, item in value.items()}
     if name == "layers":
@@ -121,7 +160,7 @@ def _as_text(name: str, value: Any) -> Any:
     return str(value) if isinstance(value, Spec) else value
 
 
-def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:
+def _add_defaults(values: dict[str, Any]) -> None:
     """Adds the fields that have a default, so that overrides reach them."""
     for name, cls in GROUPS.items():
         _fill(values, name, cls)
@@ -129,7 +168,6 @@ def _with_defaults(values: dict[str, Any]) -> ml_collections.ConfigDict:
         _fill(values, "sweep", SweepConfig)
     else:
         values.setdefault("base", None)
-    return ml_collections.ConfigDict(values)
 
 
 def _fill(parent: dict[str, Any], name: str, cls: type) -> None:
@@ -144,33 +182,37 @@ def _fill(parent: dict[str, Any], name: str, cls: type) -> None:
             group.setdefault(field.name, field.default)
 
 
-def _override(config: ml_collections.ConfigDict, override: str) -> ml_collections.ConfigDict:
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one field, which must exist."""
     name, _, text = override.partition("=")
-    group: Any = config
-    parent: Any = config
+    field, parent, part, value = f"--config.{name}", values, "", values
     for part in name.split("."):
-        inside = isinstance(group, ml_collections.ConfigDict)
-        known = f"unknown; known here: {', '.join(group)}" if inside else "is inside a plain value"
-        require(inside and part in group, f"--config.{name}", text, known)
-        parent, group = group, group[part]
-    if group is None or isinstance(group, tuple):  # the spec that it is for knows its type
-        text = bounded(text, f"--config.{name}")
+        require(isinstance(value, dict), field, text, "is inside a plain value")
+        known = f"unknown; known here: {', '.join(sorted(map(str, value)))}"
+        require(part in value, field, text, known)
+        parent, value = value, value[part]
+    parent[part] = _parse(field, text, value)
+
+
+def _parse(field: str, text: str, old: Any) -> Any:
+    """Returns text as a value of the type of `old`. None takes any value, which its spec checks."""
+    kind = type(old)
+    if kind is str:
+        return text
+    if kind in PARSERS:
         try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            value = text if group is None else tuple(text.split(","))
-        one = group is not None and not isinstance(value, tuple | list)
-        parent[part] = (value,) if one else value
-        return config
-    # A private FlagValues keeps absl's own flags and its help out of the command line.
-    values = flags.FlagValues()
-    arguments = ["modjax", f"--config.{name}={text}"]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+            return PARSERS[kind](text)
+        except ValueError as error:
+            accepted = f"must be of type {kind.__name__}, like {old!r}"
+            raise InputError(field, text, accepted) from error
+    text = bounded(text, field)
     try:
-        values(arguments)
-        return values.config
-    except (flags.Error, ValueError, TypeError) as error:
-        kind = f"must be of type {type(group).__name__}, like {group!r}"
-        if isinstance(group, ml_collections.ConfigDict):
-            kind = f"is a group; set one of its fields: {', '.join(group)}"
-        raise InputError(f"--config.{name}", text, kind) from error
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        value = tuple(text.split(",")) if isinstance(old, tuple | list) else text
+    if isinstance(old, dict):
+        accepted = f"is a group; set one of its fields: {', '.join(sorted(map(str, old)))}"
+        require(isinstance(value, dict), field, text, accepted)
+    elif isinstance(old, tuple | list) and not isinstance(value, tuple | list):
+        return (value,)
+    return value

@@ -1,4 +1,4 @@
-"""The plan table: what every run of a sweep is and costs, and what is wrong with it."""
+"""Plan table: the size and cost of every run of a sweep, and flags for what is wrong with it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,18 +9,22 @@ from modjax.flops import parameters, run_flops, stream_bytes
 from modjax.records import RunRecord
 from modjax.scaling.plan.config import SweepConfig
 from modjax.scaling.plan.grid import forward_per_token, forward_ratio, non_embedding
-from modjax.scaling.plan.prediction import NOISE, Foretold, foretell
+from modjax.scaling.plan.prediction import NOISE, Prediction, predict
 from modjax.specs import RunSpec
 
 BUDGET_TOLERANCE = 0.01
 CENTRE_TOLERANCE_DECADES = 0.15
-# FLOP/s of a CPU core or two: for the remaining time of the first run without a sweep's estimate.
+# FLOP/s of a CPU core or two, to estimate the time of a run that no sweep's config estimates.
 UNMEASURED = 3e10
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A row of the plan table; `epochs` is None while the token cache is not prepared."""
+    """Row of the plan table.
+
+    epochs: None while the token cache is not prepared.
+    train_flops, achieved: what the run spends, and its ratio to budget_flops.
+    """
 
     run_id: str
     arm: str
@@ -43,7 +47,7 @@ class PlannedRun:
     achieved: float
     seconds: float
     flags: tuple[str, ...]
-    foretold: Foretold
+    prediction: Prediction
 
 
 def cells(
@@ -53,29 +57,33 @@ def cells(
     flops_per_second: float,
     noise: float = NOISE,
 ) -> list[PlannedRun]:
-    """The plan table, with what is wrong in `flags`: "off-budget" where the achieved FLOPs differ
-    from the budget by more than 1%, "off-centre" where the grid's centre misses the predicted
-    optimum by more than 0.15 decades, "can't tell" where runs of that noise are not expected to
-    tell the optimum within the sampled range (a grid of one size seeks none), "repeats data", and
-    "too many epochs" beyond data.max_epochs. A sweep refuses cells that are off-budget or have too
-    many epochs.
+    """Returns the plan table, one row per run.
+
+    epochs: returns how often a run reads its data, or None if that is not known.
+    flops_per_second: of one worker.
+    noise: standard deviation of a run's loss, in nats, for the predictions.
+
+    The flags of a row:
+      off-budget: the achieved FLOPs differ from the budget by more than 1%. A sweep refuses it.
+      off-centre: the grid's centre misses the predicted optimum by more than 0.15 decades.
+      can't tell: the predicted interval of the optimum is wider than the sampled range. A grid of
+        one size seeks no optimum.
+      repeats data: more than one epoch.
+      too many epochs: more than data.max_epochs. A sweep refuses it.
     """
     off_centre = _off_centre(specs, sweep)
-    sizes = [parameters(spec.model)["non_embedding"] for spec in specs]
-    foretold = foretell(
-        ((spec.variant, spec.budget_flops, n) for spec, n in zip(specs, sizes, strict=True)), noise
-    )
+    sizes = ((spec.variant, spec.budget_flops, non_embedding(spec.model)) for spec in specs)
+    predictions = predict(sizes, noise)
     table = []
     for spec in specs:
-        group = (spec.variant, spec.budget_flops)
-        table.append(
-            _cell(spec, epochs(spec), flops_per_second, group in off_centre, foretold[group])
-        )
+        group = spec.variant, spec.budget_flops
+        centred = group not in off_centre
+        table.append(_cell(spec, epochs(spec), flops_per_second, centred, predictions[group]))
     return table
 
 
 def flops_per_second(config: dict[str, Any], records: Sequence[RunRecord]) -> float:
-    """What one worker reaches: measured over the records, or as the sweep's config expects."""
+    """Returns FLOP/s of one worker, as the records measure or as the sweep's config expects."""
     seconds = sum(record.wall_seconds for record in records)
     if seconds > 0:
         return sum(record.train_flops for record in records) / seconds
@@ -83,17 +91,17 @@ def flops_per_second(config: dict[str, Any], records: Sequence[RunRecord]) -> fl
 
 
 def _cell(
-    spec: RunSpec, epochs: float | None, rate: float, off_centre: bool, foretold: Foretold
+    spec: RunSpec, epochs: float | None, rate: float, centred: bool, prediction: Prediction
 ) -> PlannedRun:
     model, train = spec.model, spec.train
     counts = parameters(model)
     spent = run_flops(model, train, train.steps)
     achieved = spent / spec.budget_flops
     limit = spec.data.max_epochs
-    marks = {
+    flags = {
         "off-budget": abs(achieved - 1) > BUDGET_TOLERANCE,
-        "off-centre": off_centre,
-        "can't tell": foretold.sizes > 1 and not foretold.tells,
+        "off-centre": not centred,
+        "can't tell": prediction.sizes > 1 and not prediction.resolves,
         "repeats data": epochs is not None and 1 < epochs <= limit,
         "too many epochs": epochs is not None and epochs > limit,
     }
@@ -118,15 +126,16 @@ def _cell(
         train_flops=spent,
         achieved=achieved,
         seconds=spent / rate,
-        flags=tuple(name for name, marked in marks.items() if marked),
-        foretold=foretold,
+        flags=tuple(name for name, raised in flags.items() if raised),
+        prediction=prediction,
     )
 
 
 def _off_centre(specs: Sequence[RunSpec], sweep: SweepConfig) -> set[tuple[str, float]]:
-    """(arm, budget) whose grid has its centre away from where it should be.
+    """Returns every (arm, budget) whose grid is off its centre.
 
-    The baseline's belongs at N*(C); the other arms' at the baseline's forward FLOPs.
+    The baseline's centre is N*(budget). An arm's is forward_ratio times the forward FLOPs at the
+    baseline's centre.
     """
     baseline = sweep.baseline
 
@@ -142,7 +151,7 @@ def _off_centre(specs: Sequence[RunSpec], sweep: SweepConfig) -> set[tuple[str, 
         size = centre(baseline, budget, lambda s: non_embedding(s.model))
         offsets = {baseline: size - math.log10(sweep.optimum.at(budget))}
         for arm in sweep.arms.keys() - {baseline}:
-            wanted = centre(baseline, budget, forward) + math.log10(forward_ratio(sweep, arm))
-            offsets[arm] = centre(arm, budget, forward) - wanted
+            expected = centre(baseline, budget, forward) + math.log10(forward_ratio(sweep, arm))
+            offsets[arm] = centre(arm, budget, forward) - expected
         found |= {(a, budget) for a, o in offsets.items() if abs(o) > CENTRE_TOLERANCE_DECADES}
     return found

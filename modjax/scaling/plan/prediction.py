@@ -1,7 +1,8 @@
-"""What a planned grid can tell: the intervals that `modjax fit` would print, before any training.
+"""Predicted confidence intervals of a planned grid: those that `modjax fit` would print.
 
-Every run gets the loss of a planted parabola whose minimum lies at the centre of its arm's grid, on
-the power law through these centres; the fit's own code makes the intervals, for a stated noise.
+Every run gets the loss of an assumed parabola, and the fit's own code makes the intervals for a
+stated noise. The minimum of the parabola lies at the centre of the arm's grid, moved to the power
+law through all centres of the arm.
 """
 
 from collections import Counter
@@ -24,13 +25,16 @@ DRAWS = 2000
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """What an arm's sizes and seeds at one budget can tell of its optimum.
+class Prediction:
+    """Predicted intervals of an arm at one budget.
 
-    sizes: how many. noise: standard deviation of a run's loss, as stated; freedom: degrees of
-    freedom with which the runs of the budget will tell it. low, high: sampled non-embedding
-    parameters. optimum_interval: the expected 95% interval, None where a fit refuses an optimum;
-    exponent_interval: that of the arm's power law over all budgets, None where there is none.
+    sizes: the number of sizes.
+    noise: the assumed standard deviation of a run's loss, in nats.
+    freedom: degrees of freedom with which the budget's runs estimate the noise.
+    low, high: the smallest and the largest size, in non-embedding parameters.
+    optimum_interval: the expected 95% interval of the optimum, or None if the fit refuses it.
+    exponent_interval: the same for the exponent of the arm's power law over all budgets, or None
+      if there is no power law.
     """
 
     sizes: int
@@ -42,17 +46,18 @@ class Foretold:
     exponent_interval: Range | None
 
     @property
-    def tells(self) -> bool:
-        """Whether the optimum is expected within less than the sampled range."""
+    def resolves(self) -> bool:
+        """True if the interval of the optimum is narrower than the sampled range."""
         ends = self.optimum_interval
         return ends is not None and ends[1] * self.low < ends[0] * self.high
 
 
-def foretell(
+def predict(
     runs: Iterable[tuple[str, float, int]], noise: float = NOISE
-) -> dict[tuple[str, float], Foretold]:
-    """By arm and budget. runs: arm, budget and non-embedding parameters of every run.
+) -> dict[tuple[str, float], Prediction]:
+    """Returns the prediction of every (arm, budget).
 
+    runs: arm, budget and non-embedding parameters of every run.
     Raises InputError for a noise that is not greater than 0.
     """
     require(0 < noise < np.inf, "--noise", noise, "must be greater than 0, in nats")
@@ -65,7 +70,7 @@ def foretell(
     optima: dict[str, dict[float, Estimate]] = {}
     fitted = []
     for budget, of_arms in sorted(sizes.items()):
-        cells = {arm: _planted(of, centres[arm, budget]) for arm, of in of_arms.items()}
+        cells = {arm: _assumed(counts, centres[arm, budget]) for arm, counts in of_arms.items()}
         freedom = next((f for f in freedoms(cells) if f), 0)
         for parabola, vertex in fit_budget(cells, budget, "parameters", shared_R, rng, noise):
             fitted.append((parabola, freedom))
@@ -74,22 +79,16 @@ def foretell(
     exponents = {
         arm: power_law(arm, "parameters", of).exponent_interval for arm, of in optima.items()
     }
-    return {
-        (p.arm, p.budget_flops): Foretold(
-            p.sizes,
-            noise,
-            freedom,
-            p.low or 0.0,
-            p.high or 0.0,
-            p.optimum_interval,
-            exponents.get(p.arm),
-        )
-        for p, freedom in fitted
-    }
+    predictions = {}
+    for p, freedom in fitted:
+        low, high, exponent = p.low or 0.0, p.high or 0.0, exponents.get(p.arm)
+        found = Prediction(p.sizes, noise, freedom, low, high, p.optimum_interval, exponent)
+        predictions[p.arm, p.budget_flops] = found
+    return predictions
 
 
 def _centres(sizes: dict[float, dict[str, Counter[int]]]) -> dict[tuple[str, float], float]:
-    """log10 of every grid's middle, moved to the line through all those of its arm."""
+    """Returns log10 of the middle of every grid, moved to the line through those of its arm."""
     found = {}
     for arm in {arm for of_arms in sizes.values() for arm in of_arms}:
         budgets = sorted(budget for budget, of_arms in sizes.items() if arm in of_arms)
@@ -99,7 +98,8 @@ def _centres(sizes: dict[float, dict[str, Counter[int]]]) -> dict[tuple[str, flo
     return found
 
 
-def _planted(sizes: Counter[int], centre: float) -> list[Cell]:
+def _assumed(sizes: Counter[int], centre: float) -> list[Cell]:
+    """Returns the cells of one arm and budget, on the assumed parabola."""
     return [
         Cell(float(x), float(CURVATURE * (np.log10(x) - centre) ** 2), 0.0, count, 0.0)
         for x, count in sorted(sizes.items())

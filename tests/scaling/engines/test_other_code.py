@@ -1,4 +1,4 @@
-"""Sweeps whose code is edited: one sweep, one code; only training is a stand-in."""
+"""Sweeps whose code is edited meanwhile: a sweep does not mix code. Training is a stand-in."""
 
 import dataclasses
 import importlib
@@ -18,6 +18,7 @@ from modjax.scaling.report.page import fit_workdir, render
 from modjax.scaling.status import status
 from modjax.specs import imports, layer
 from tests.scaling.small_sweep import CONFIG, SMALL, run_ids
+from tests.scaling.small_sweep import run as sweep
 from tests.specs.test_imports import LAYER
 
 pytestmark = pytest.mark.usefixtures("own_layers")
@@ -35,7 +36,7 @@ def get_config():
 
 @pytest.fixture
 def config(tmp_path):
-    """A config beside a folder with a layer of one's own; its runs are those of SMALL."""
+    """A config beside a folder with a layer of one's own; it has the runs of SMALL."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "mine.py").write_text(LAYER.format(name="Mine"))
     (tmp_path / "config.py").write_text(OWN_CONFIG)
@@ -49,20 +50,13 @@ def edit(config) -> None:
 
 
 def fresh(config):
-    """The experiment, as a process that has imported nothing yet reads it."""
+    """Returns the experiment as a process reads it that has imported nothing yet."""
     for table in (layer.NAMES, layer.ORIGINS):
         table.pop("Mine", None)
     for module in [name for name in sys.modules if name.startswith("modjax_imports")]:
         del sys.modules[module]
     importlib.invalidate_caches()
     return load(str(config), SMALL)
-
-
-def sweep(folders, experiment, **changes):
-    return sweeps.sweep(
-        experiment, workdir=folders[0], data_dir=folders[1], command="test", data_fingerprint="f",
-        job="stand_in", **{"jobs": 1} | changes,
-    )  # fmt: skip
 
 
 def test_a_run_keeps_its_own_imports_with_their_path_and_a_dense_one_its_name(config):
@@ -190,10 +184,13 @@ def test_the_folder_of_a_sweep_imports_nothing(folders, config, tmp_path, monkey
 
 def test_fit_and_report_say_in_what_the_records_differ(make_sweep, make_workdir, capsys):
     made = make_sweep(arms=("dense",), budgets=(1e12,))
-    workdir = make_workdir([
-        dataclasses.replace(record, provenance={"code of modjax": "aa" if i else "bb"})
-        for i, record in enumerate(made)
-    ])  # fmt: skip
+    codes = ["bb", *["aa"] * (len(made) - 1)]
+    workdir = make_workdir(
+        [
+            dataclasses.replace(record, provenance={"code of modjax": code})
+            for record, code in zip(made, codes, strict=True)
+        ]
+    )
     assert main(["fit", f"--workdir={workdir}"]) == 0
     said = f"the runs differ in their code of modjax: bb (1: {made[0].run_id}); aa (4: "
     assert f"modjax: {said}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Sweeps with real worker processes and real kills; only the training function is a stand-in."""
+"""Sweeps with real worker processes and real kills. Training is a stand-in."""
 
 import contextlib
 import json
@@ -150,12 +150,10 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_finished(folders):
     assert sum(map(bool, lines(folders, "finishes").values())) == 5
 
 
-def test_workers_that_cannot_start_end_the_sweep_with_their_words(folders):
+def test_workers_that_cannot_start_end_the_sweep_with_their_words(folders, monkeypatch):
+    monkeypatch.setattr(sweeps, "JOB", "no_such_module")
     with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
-        sweeps.sweep(
-            load(str(CONFIG), SMALL), workdir=folders[0], data_dir=folders[1], jobs=1,
-            command="test", data_fingerprint="f", job="no_such_module",
-        )  # fmt: skip
+        sweep(folders, jobs=1)
     assert not folders[0].exists()
 
 
@@ -172,7 +170,7 @@ def test_a_folder_of_another_plan_is_refused_but_a_plan_may_grow(folders):
 
 def test_the_plan_keeps_the_command_that_made_it(folders):
     def claimed(command: str, *overrides: str) -> str:
-        claim(load(str(CONFIG), [*SMALL, *overrides]), folders[0], command, "f")
+        claim(load(str(CONFIG), [*SMALL, *overrides], command), folders[0], "f")
         return json.loads((folders[0] / "plan.json").read_text())["command"]
 
     assert claimed("modjax sweep first") == "modjax sweep first"
@@ -197,15 +195,13 @@ def test_a_run_that_is_being_looked_at_still_starts(folders):
     folder.mkdir(parents=True)
 
     def run():
-        done = runs.run(spec, None, workdir=folders[0], data_dir=folders[1], fingerprint="f",
-                        train=lambda spec, *_, **__: spec.run_id)  # fmt: skip
-        return done and done.record
+        return runs.run(spec, folders[0], train=lambda folder: folder.name)
 
     with contextlib.ExitStack() as looking:
         (folder / "lock").touch()  # by the session before; whoever looks makes none
         looking.enter_context(runs.lock(folder / "lock", shared=True))
         threading.Timer(0.2, looking.close).start()
-        assert run() == spec.run_id
+        assert run() == (spec.run_id, True)
     with runs.lock(folder / "lock"):
         assert run() is None, "another process holds it for longer"
 

@@ -1,4 +1,4 @@
-"""What goes wrong around a sweep: said in words, hiding nothing else, and never ending well."""
+"""Faults around a sweep: each is named in one line, hides no other run, and is no success."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from modjax.scaling.engines import local
 from modjax.scaling.engines.run_lock import lock
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.status import status
+from tests.scaling.engines.worker_messages import settings, worker_says
 from tests.scaling.small_sweep import CONFIG, SMALL, alive, lines, run_ids, start, sweep, wait_until
 from tests.scaling.stand_in import record_of
 
@@ -26,7 +27,7 @@ DEEP = "[" * 100_000
 
 
 def processes(folders, monkeypatch) -> Path:
-    """A file that gets a line from every worker process that starts."""
+    """Returns a file that gets a line from every worker process that starts."""
     path = folders[1] / "processes"
     path.touch()
     monkeypatch.setenv("STAND_IN_PROCESSES", str(path))
@@ -136,15 +137,8 @@ def test_an_exception_in_a_worker_reaches_the_launcher_and_ends_the_run(folders,
     ],
 )
 def test_a_worker_that_cannot_read_its_order_says_so(folders, line, event, words):
-    settings = {"cpus": [], "job": "stand_in", "workdir": str(folders[0]), "fingerprint": "f",
-                "data_dir": str(folders[1]), "execution": {}, "imports": {}, "code": {},
-                "other_code": False}  # fmt: skip
     order = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "modjax.scaling.engines.worker"], timeout=30, capture_output=True,
-        input=json.dumps(settings).encode() + b"\n" + order,
-    )  # fmt: skip
-    said = [json.loads(line) for line in done.stdout.splitlines()]
+    said, _ = worker_says(settings(folders[0], "stand_in"), order)
     assert [message["event"] for message in said] == ["ready", event]
     assert words in said[1]["error"]
 
@@ -273,7 +267,7 @@ def test_the_status_of_someone_elses_sweep_needs_no_right_to_write(folders):
 
 
 def _as_nobody(code: str) -> subprocess.CompletedProcess:
-    """Runs code after the imports, as a user who owns nothing here (root may write anywhere)."""
+    """Runs code as a user who owns nothing here; root could write anywhere."""
     script = f"""
 import os
 from pathlib import Path

@@ -1,12 +1,11 @@
 """A worker sets jax's settings, whatever its environment and the user's imports say."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scaling.engines.worker_messages import settings, worker_says
 
 JOB = """
 import jax
@@ -24,24 +23,24 @@ def check(specs, execution, **where):
                      f"{drawn} {product}")
 """
 HOSTILE = {
-    "JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0",
-    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16", "JAX_RANDOM_SEED_OFFSET": "1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_OPTIMIZATION_LEVEL": "O1",
-}  # fmt: skip
+    "JAX_ENABLE_X64": "1",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+    "JAX_RANDOM_SEED_OFFSET": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_OPTIMIZATION_LEVEL": "O1",
+}
 
 
 def answer(tmp_path: Path, imports: dict[str, str], **environment: str) -> str:
+    """Returns the error of the worker's check."""
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = {"cpus": [], "job": "job", "workdir": str(tmp_path), "fingerprint": "f",
-                "data_dir": str(tmp_path), "execution": {}, "imports": imports, "code": {},
-                "other_code": False}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "modjax.scaling.engines.worker"], timeout=120, capture_output=True,
-        input="".join(json.dumps(line) + "\n" for line in (settings, {"check": []})).encode(),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
-    )  # fmt: skip
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [message["event"] for message in said] == ["ready", "refused"], (said, done.stderr)
+    environment |= {"PYTHONPATH": os.pathsep.join(paths)}
+    said, errors = worker_says(
+        settings(tmp_path, "job", imports), b'{"check": []}\n', **environment
+    )
+    assert [message["event"] for message in said] == ["ready", "refused"], (said, errors)
     return said[1]["error"]
 
 
@@ -58,13 +57,7 @@ def test_neither_the_environment_nor_an_import_changes_what_is_drawn_or_rounded(
 
 def test_an_import_that_fails_in_a_worker_is_a_fault_in_one_line(tmp_path):
     (tmp_path / "mine.py").write_text("raise SystemExit(0)")
-    settings = {"cpus": [], "job": "json", "workdir": "w", "fingerprint": "f", "data_dir": "d",
-                "execution": {}, "imports": {"mine.py": str(tmp_path / "mine.py")}, "code": {},
-                "other_code": False}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "modjax.scaling.engines.worker"], timeout=60, capture_output=True,
-        input=json.dumps(settings).encode() + b"\n",
-    )  # fmt: skip
-    (said,) = map(json.loads, done.stdout.splitlines())
+    imports = {"mine.py": str(tmp_path / "mine.py")}
+    ((said,), _) = worker_says(settings(tmp_path, "json", imports))
     assert said["event"] == "fault"
     assert said["error"] == "model.imports = 'mine.py': cannot be imported: SystemExit: 0"

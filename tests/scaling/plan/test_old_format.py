@@ -1,4 +1,4 @@
-"""Runs of the earlier format are named, refused and still read as results."""
+"""Runs of the earlier format are refused by name, and their results are still read."""
 
 import json
 
@@ -36,13 +36,13 @@ def test_a_run_of_the_earlier_format_is_refused_in_one_line(tmp_path):
 
 def test_a_sweep_does_not_go_on_in_a_workdir_of_the_earlier_format(tmp_path):
     sweep = experiment.load(str(CONFIG), ["sweep.sizes=1", "sweep.budgets=5e11"])
-    claim(sweep, tmp_path, "modjax sweep", "f")
-    claim(sweep, tmp_path, "modjax sweep", "f")
+    claim(sweep, tmp_path, "f")
+    claim(sweep, tmp_path, "f")
     plan = json.loads((tmp_path / "plan.json").read_text())
     del plan["format"]
     write_json(tmp_path / "plan.json", plan)
     with pytest.raises(InputError, match=SAID):
-        claim(sweep, tmp_path, "modjax sweep", "f")
+        claim(sweep, tmp_path, "f")
 
 
 def test_the_results_of_the_earlier_format_are_still_read(make_sweep, make_workdir, capsys):
