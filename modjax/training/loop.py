@@ -17,6 +17,9 @@ from modjax.files import Missing
 from modjax.provenance import begin, provenance
 from modjax.records import RunRecord, read_record, read_spec, write_record, write_spec
 from modjax.specs import Execution, RunSpec
+from modjax.training.results.evaluate import eval_batch_size
+from modjax.training.results.metrics import last_train_loss
+from modjax.training.results.record import make_record
 from modjax.training.trainer import Diverged, Trainer
 
 
@@ -43,19 +46,19 @@ def train(
     """
     if record := read_record(run_dir, spec.run_id):
         return record
-    run = Trainer(spec, execution, run_dir, data_dir, fingerprint)
+    run = Trainer(spec, execution, data_dir, fingerprint)
     _claim(run_dir, spec)
     writes, now = jax.process_index() == 0, provenance(spec.model, run.mesh)
     depends_on = begin(run_dir, now, write=writes, other_code=other_code)
     steps, eval_every = spec.train.steps, spec.train.eval_every
-    diverged_step, found = 0, {}
+    found = {}
 
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(_sigterm())
         stack.enter_context(jax.set_mesh(run.mesh))
-        start = run.restore(stack, progress)
+        start = run.restore(run_dir, stack, progress)
         run.compile(start)
-        try:
+        with contextlib.suppress(Diverged):
             for step in range(start + 1, steps + 1):
                 # Evaluates one step late: a state is saved before it is evaluated.
                 if eval_every and step > 1 and (step - 1) % eval_every == 0:
@@ -69,13 +72,21 @@ def train(
                     raise Preempted(step)
             run.save(steps)
             found = run.evaluate(steps)
-        except Diverged as error:
-            diverged_step = error.step
         run.finish()
 
     run.home.check()
     check_fingerprint(run.cache)
-    record = run.record(diverged_step, found, depends_on)
+    record = make_record(
+        spec,
+        run.cache,
+        run.clock,
+        diverged_step=run.diverged_step,
+        found=found,
+        train_loss=last_train_loss(run_dir),
+        device=f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
+        eval_batch_size=eval_batch_size(run.mesh),
+        provenance=depends_on,
+    )
     if writes:
         write_record(run_dir, record)
     return record

@@ -63,8 +63,7 @@ def make_train_step(
             merged = nnx.merge(model.graphdef, params, state.frozen, state.measured)
             return objective(merged, batch, **_from_batch(train, batch, key), **options)
 
-        key = stream_key(schedule.seed, TRAIN_STREAM, state.step)
-        parts = train.accumulation
+        key, parts = stream_key(schedule.seed, TRAIN_STREAM, state.step), train.accumulation
         grads, (loss, records, tokens) = _gradient(forward, state.params, batch, key, parts)
         optimizer = optimizer_for(model.roles, model.decays, train, schedule)
         grad_norm = gradient_norm(grads, model.roles)

@@ -17,21 +17,15 @@ from modjax.data.batches import Batch, train_batch
 from modjax.data.cache import TokenCache
 from modjax.data.prefetch import prefetch
 from modjax.files import Home
-from modjax.records import RunRecord
 from modjax.specs import Execution, RunSpec
 from modjax.training.base_weights import check_base, identity_of, initial_state
 from modjax.training.checkpoint import Checkpoints
 from modjax.training.mesh import make_mesh, put_batch
 from modjax.training.programs import compile_programs
 from modjax.training.results.clock import Clock
-from modjax.training.results.evaluate import (
-    eval_batch_size,
-    evaluate,
-    summary,
-    validation_batches,
-)
-from modjax.training.results.metrics import MetricsWriter, last_train_loss
-from modjax.training.results.record import make_record, progress_values
+from modjax.training.results.evaluate import evaluate, summary, validation_batches
+from modjax.training.results.metrics import MetricsWriter
+from modjax.training.results.record import progress_values
 from modjax.training.state import abstract_model, abstract_state, forget_losses, joined
 
 # Tokens of one read of the cache.
@@ -39,31 +33,21 @@ READ_TOKENS = 32_768
 
 
 class Diverged(Exception):
-    """A loss or gradient was not finite; `step` is the first such step."""
-
-    def __init__(self, step: int):
-        super().__init__(f"diverged at step {step}")
-        self.step = step
+    """A loss or gradient was not finite; see Trainer.diverged_step."""
 
 
 class Trainer:
     """State of a run in progress, and the steps that training is made of.
 
-    `update` leaves the device computing; `save` and `evaluate` wait for it. All three raise
-    Diverged.
+    `update` leaves the device computing; `save` and `evaluate` wait for it. All raise Diverged.
     """
 
     def __init__(
-        self,
-        spec: RunSpec,
-        execution: Execution,
-        run_dir: Path,
-        data_dir: Path,
-        fingerprint: str | None,
+        self, spec: RunSpec, execution: Execution, data_dir: Path, fingerprint: str | None
     ):
         """Checks the run and writes nothing. Raises InputError if it cannot start."""
-        self.clock = Clock()
-        self.spec, self.execution, self.run_dir = spec, execution, run_dir
+        self.spec, self.execution = spec, execution
+        self.clock, self.diverged_step = Clock(), 0
         self.cache = open_data(spec.data, data_dir, fingerprint)
         self.mesh = make_mesh(execution)
         check_run(spec, execution, self.cache, self.mesh)
@@ -71,30 +55,29 @@ class Trainer:
         check_base(spec, self.model)
         self.abstract = abstract_state(self.mesh, self.model, spec.train)
 
-    def restore(self, stack: contextlib.ExitStack, progress: Callable | None) -> int:
-        """Opens the run's files, restores the newest checkpoint, and returns its step or 0.
+    def restore(self, run_dir: Path, stack: contextlib.ExitStack, progress: Callable | None) -> int:
+        """Opens the files in `run_dir`, restores the newest checkpoint, and returns its step or 0.
 
         `stack` closes the files. `progress` is called with every line of metrics.
         """
-        self.home = Home(self.run_dir)
+        self.home = Home(run_dir)
         self.state: Any = None
         if self.model.weights.frozen:  # checkpoints leave them out
             self.state = initial_state(self.mesh, self.model, self.spec)
         frozen = self.state.frozen if self.state else {}
         data = self.cache.manifest.fingerprint
         identity = {"run_id": self.spec.run_id, "data_fingerprint": data} | identity_of(frozen)
-        folder, keep = self.run_dir / "checkpoints", self.execution.keep_checkpoints
+        folder, keep = run_dir / "checkpoints", self.execution.keep_checkpoints
         self.checkpoints = Checkpoints(folder, keep=keep, identity=identity)
         stack.callback(self.checkpoints.close)
         start, unlogged = 0, 0
         if restored := self.checkpoints.restore(self.abstract):
             self.state, self.clock.seconds = restored[0]._replace(frozen=frozen), restored[1]
             start, unlogged = int(self.state.step), int(self.state.loss_steps)
-        batches = _batches(self.cache, self.spec, self.mesh, start)
-        self.batches = stack.enter_context(batches)
+        self.batches = stack.enter_context(_batches(self.cache, self.spec, self.mesh, start))
         board = self.execution.tensorboard
         self.writer = MetricsWriter(
-            self.run_dir, start_step=start, unlogged=unlogged, tensorboard=board, progress=progress
+            run_dir, start_step=start, unlogged=unlogged, tensorboard=board, progress=progress
         )
         stack.callback(self.writer.close)
         self.clock.lap("setup")
@@ -105,8 +88,7 @@ class Trainer:
         self.programs = compile_programs(self.mesh, self.model, self.spec, self.execution)
         if self.state is None:
             self.state = initial_state(self.mesh, self.model, self.spec)
-        self.clock.lap("compile")
-        self.clock.restart_pace(start)
+        self.clock.lap("compile", start)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.saved_at = time.monotonic()
 
@@ -137,11 +119,11 @@ class Trainer:
         """Starts to write a checkpoint of the state after `step`."""
         self._log()
         self.writer.sync()
-        self._wait()
+        jax.block_until_ready(self.state)
+        self.clock.lap("train")
         self.home.check()  # orbax would make it anew
         self.checkpoints.save(step, self.state, self.clock.seconds)
-        self.clock.lap("checkpoint")
-        self.clock.restart_pace(step)
+        self.clock.lap("checkpoint", step)
         self.saved_at = time.monotonic()
 
     def evaluate(self, step: int) -> dict[str, Any]:
@@ -150,7 +132,8 @@ class Trainer:
         Raises Diverged if the loss after the last step is not finite.
         """
         self._log()
-        self._wait()
+        jax.block_until_ready(self.state)
+        self.clock.lap("train")
         weights = joined(self.state.params, self.state.frozen, self.state.measured)
         scores = {}
         for routing, eval_step in self.programs.eval_steps.items():
@@ -158,10 +141,10 @@ class Trainer:
             scores[routing] = evaluate(eval_step, weights, windows)
         found, metrics = summary(scores, self.cache.manifest)
         self.writer.write(step, metrics)
-        self.clock.lap("eval")
-        self.clock.restart_pace(step)
+        self.clock.lap("eval", step)
         if step == self.spec.train.steps and not math.isfinite(found["eval_loss"]):
-            raise Diverged(step)
+            self.diverged_step = step
+            raise Diverged
         return found
 
     def finish(self) -> None:
@@ -170,25 +153,6 @@ class Trainer:
         self.checkpoints.wait()
         self.clock.lap("checkpoint")
 
-    def record(
-        self, diverged_step: int, found: dict[str, Any], depends_on: dict[str, str]
-    ) -> RunRecord:
-        """Returns the record of the finished run. found: fields from the last evaluation."""
-        seconds = self.clock.seconds
-        return make_record(
-            self.spec,
-            self.cache,
-            diverged_step=diverged_step,
-            found=found,
-            seconds=seconds,
-            train_loss=last_train_loss(self.run_dir),
-            median_step_seconds=self.clock.median_step()
-            or seconds["train"] / self.spec.train.steps,
-            device=f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
-            eval_batch_size=eval_batch_size(self.mesh),
-            provenance=depends_on,
-        )
-
     def _log(self) -> None:
         """Writes the pending metrics once they are computed. Raises Diverged."""
         if self.pending is None:
@@ -196,16 +160,12 @@ class Trainer:
         (step, metrics), self.pending = self.pending, None
         values = jax.device_get(metrics)
         self.clock.reached(step)
-        diverged_step = int(values.pop("diverged_step"))
+        self.diverged_step = int(values.pop("diverged_step"))
         values["loss_steps"] = int(values["loss_steps"])
         self.home.check()
         self.writer.write(step, progress_values(self.spec, step) | values)
-        if diverged_step:
-            raise Diverged(diverged_step)
-
-    def _wait(self) -> None:
-        jax.block_until_ready(self.state)
-        self.clock.lap("train")
+        if self.diverged_step:
+            raise Diverged
 
 
 def _batches(cache: TokenCache, spec: RunSpec, mesh: Mesh, start: int) -> prefetch[Batch]:

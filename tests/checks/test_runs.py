@@ -12,6 +12,7 @@ from modjax.errors import InputError, SharedFault
 from modjax.records import read_record, scan, write_record
 from modjax.specs import Dense, Execution
 from modjax.training.loop import train
+from modjax.training.results.clock import Clock
 from modjax.training.results.record import make_record
 from tests.conftest import TINY_DATA
 from tests.outside.strided import Strided
@@ -112,14 +113,12 @@ def test_a_run_whose_folder_is_moved_says_so_makes_no_new_one_and_goes_on_when_i
 
 def test_a_causal_loss_that_is_not_finite_leaves_a_record_that_can_be_read(tiny_data_dir, tmp_path):
     spec = run_spec()
-    seconds = dict.fromkeys(("setup", "train", "compile", "eval", "data_wait"), 1.0)
     found = {"eval_loss": 2.0, "eval_loss_sem": float("inf"), "causal_loss": float("nan"),
               "causal_difference": float("inf"), "causal_difference_sem": float("nan"),
               "outcome": {"causal/accuracy": 0.5, "causal/most": float("nan")}}  # fmt: skip
     record = make_record(
-        spec, open_cache(cache_dir(tiny_data_dir, TINY_DATA)), diverged_step=0, train_loss=2.0,
-        found=found, seconds=seconds,
-        median_step_seconds=0.1, device="cpu", eval_batch_size=8, provenance={"devices": "1"},
+        spec, open_cache(cache_dir(tiny_data_dir, TINY_DATA)), Clock(), diverged_step=0,
+        train_loss=2.0, found=found, device="cpu", eval_batch_size=8, provenance={"devices": "1"},
     )  # fmt: skip
     folder = tmp_path / "runs" / spec.run_id
     folder.mkdir(parents=True)

@@ -37,6 +37,7 @@ from modjax.specs import (
 )
 from modjax.training.loop import train
 from modjax.training.mesh import make_mesh
+from modjax.training.results.clock import Clock
 from modjax.training.results.evaluate import validation_batches
 from modjax.training.results.record import make_record
 from modjax.training.step import EVAL_STREAM, stream_key
@@ -113,11 +114,10 @@ def test_a_record_says_by_which_routing_its_model_never_looks_ahead(
 ):
     layers, routing = KINDS[kind]
     measured = {} if routing in ("trained", None) or not evaluation else {"causal_loss": 2.75}
-    seconds = dict.fromkeys(("setup", "train", "compile", "eval", "data_wait"), 1.0)
     record = make_record(
-        run_spec(layers=layers), open_cache(cache_dir(tiny_data_dir, TINY_DATA)),
+        run_spec(layers=layers), open_cache(cache_dir(tiny_data_dir, TINY_DATA)), Clock(),
         diverged_step=0 if evaluation else 3, train_loss=2.0,
-        found=evaluation | measured, seconds=seconds, median_step_seconds=0.1, device="cpu",
+        found=evaluation | measured, device="cpu",
         eval_batch_size=8, provenance={},
     )  # fmt: skip
     assert causal_routing(record) == routing

@@ -16,18 +16,19 @@ class Clock:
         self._per_step: list[float] = []
         self._lap = time.perf_counter()
 
-    def lap(self, name: str) -> None:
-        """Adds the time since the last lap to the activity `name`."""
+    def lap(self, name: str, step: int | None = None) -> None:
+        """Adds the time since the last lap to the activity `name`.
+
+        step: starts to measure the time per step anew, after this step.
+        """
         now = time.perf_counter()
         self.seconds[name] += now - self._lap
         self._lap = now
-
-    def restart_pace(self, step: int) -> None:
-        """Measures the time per step from now on, so that an interruption does not count."""
-        self._step, self._reached = step, time.perf_counter()
+        if step is not None:
+            self._step, self._reached = step, now
 
     def reached(self, step: int) -> None:
-        """Measures the time per step since the last call of this or of `restart_pace`."""
+        """Measures the time per step until `step`, which has just been computed."""
         now = time.perf_counter()
         self._per_step.append((now - self._reached) / (step - self._step))
         self._step, self._reached = step, now

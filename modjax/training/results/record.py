@@ -12,6 +12,7 @@ from modjax.flops import forward_flops, parameters, run_flops, total_flops
 from modjax.provenance import PACKAGES
 from modjax.records import NO_ROUTING, RunRecord
 from modjax.specs import ModelSpec, RunSpec
+from modjax.training.results.clock import Clock
 
 
 @functools.cache
@@ -37,18 +38,18 @@ def progress_values(spec: RunSpec, step: int) -> dict[str, int | float]:
 def make_record(
     spec: RunSpec,
     cache: TokenCache,
+    clock: Clock,
     *,
     diverged_step: int,
-    seconds: dict[str, float],
     found: dict[str, Any],
     **fields: Any,
 ) -> RunRecord:
     """Returns the record of a run that finished, or that diverged at `diverged_step` > 0.
 
-    seconds: seconds by activity, see `clock.Clock`.
     found: fields from the last evaluation, see `evaluate.summary`; {} for a diverged run.
-    fields: all other fields that the spec and the data do not decide.
+    fields: train_loss, device, eval_batch_size and provenance.
     """
+    seconds = clock.seconds
     config, model = spec.train, spec.model
     components, params = forward_flops(model, config.seq_len), parameters(model)
     steps = diverged_step or config.steps
@@ -72,6 +73,7 @@ def make_record(
         data_seed=spec.data.seed,
         data_fingerprint=cache.manifest.fingerprint,
         code_version=code_version(),
+        median_step_seconds=clock.median_step() or seconds["train"] / config.steps,
         wall_seconds=sum(seconds.values()) - seconds["data_wait"],
         versions=versions,
         **progress_values(spec, steps),  # type: ignore[arg-type]
