@@ -1,4 +1,4 @@
-"""Mean and standard error of an evaluation."""
+"""Mean, standard error and counts of an evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -85,10 +85,16 @@ def test_decisions_are_judged_per_layer_over_scored_sequences_and_valid_position
     for g in range(2):
         want, take, right = (x[g, :3][valid_BL[:3]] for x in (wanted, selected, target))
         most = max(selected[g, b][valid_BL[b]].mean() for b in range(3))
-        expected.append((
-            np.mean(want == right), np.sum(want & right) / want.sum(),
-            np.sum(want & right) / right.sum(), take.mean(), np.mean(want & ~take), most,
-        ))  # fmt: skip
+        expected.append(
+            (
+                np.mean(want == right),
+                np.sum(want & right) / want.sum(),
+                np.sum(want & right) / right.sum(),
+                take.mean(),
+                np.mean(want & ~take),
+                most,
+            )
+        )
         layer = dict(zip(names, expected[g], strict=True))
         assert found[f"1_mod.{g}"] == pytest.approx(layer)
     mean = dict(zip(names, np.mean(expected, axis=0), strict=True))

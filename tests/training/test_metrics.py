@@ -1,4 +1,4 @@
-"""The metrics file: what stays of it when a run goes on, and TensorBoard."""
+"""The metrics file, its lines after a restart, and TensorBoard."""
 
 import json
 import sys
@@ -21,9 +21,11 @@ def write(run_dir, start, lines):
 
 LINES = [
     (1, {"loss": np.float32(3.3), "loss_steps": 1}),
-    (2, {"loss": np.float32(2.2), "loss_steps": 1}), (2, {"eval_loss": 2.5}),
-    (4, {"loss": np.float32(1.1), "loss_steps": 2}), (4, {"eval_loss": 1.5}),
-]  # fmt: skip
+    (2, {"loss": np.float32(2.2), "loss_steps": 1}),
+    (2, {"eval_loss": 2.5}),
+    (4, {"loss": np.float32(1.1), "loss_steps": 2}),
+    (4, {"eval_loss": 1.5}),
+]
 
 
 @pytest.mark.parametrize(("restored", "kept"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)])
