@@ -87,7 +87,7 @@ def check_run(spec: RunSpec, execution: Execution, cache: TokenCache, mesh: Mesh
     train = spec.train
     check_vocab(cache, spec.model)
     check_epochs(cache, spec.data, train.seq_len, train.batch_size * train.steps)
-    validation_batches(cache, train, mesh)  # raises where the validation split is too small
+    validation_batches(cache, train, mesh)  # raises if the validation split is too small
     check_batch(mesh, train)
     if execution.tensorboard:
         require_tensorboard()

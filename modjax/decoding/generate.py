@@ -188,7 +188,6 @@ def _warn_of_unmeasured(model: Any, params: Any, routing: str) -> None:
 def _first_state(
     logits_BV: jax.Array, cache: Any, key: jax.Array, reading: Reading, stop: Stop
 ) -> State:
-    """Returns the state after the prompts, before the first draw."""
     batch, longest_stop = len(logits_BV), max(map(len, stop), default=1)
     done_B = jnp.zeros(batch, bool)
     recent_BW = jnp.full((batch, longest_stop), -1, jnp.int32)

@@ -100,7 +100,6 @@ def _digits(leaf: jax.Array) -> jax.Array:
 
 
 def _base(spec: RunSpec) -> tuple[Path, RunSpec]:
-    """Returns the folder and the spec of the run that `spec` starts from."""
     there = os.path.exists(os.path.join(str(spec.base), "spec.json"))
     require(there, "base", spec.base, "must be the folder of a finished run")
     folder = Path(os.path.realpath(str(spec.base)))

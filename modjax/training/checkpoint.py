@@ -144,7 +144,6 @@ def read_checkpoint(
 
 
 def _read(folder: Path, **item: Any) -> Any:
-    """Returns one item of a checkpoint."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         (found,) = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**item)).values()
         return found

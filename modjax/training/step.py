@@ -177,7 +177,6 @@ def make_eval_step(
 
 
 def _from_batch(train: TrainConfig, batch: Any, key: jax.Array) -> dict[str, Any]:
-    """Returns the options of a forward pass that depend on the batch."""
     return {"segment_ids_BL": batch.segment_ids_BL if train.document_mask else None, "key": key}
 
 

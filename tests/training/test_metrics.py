@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.training.results.metrics import MetricsWriter, last_train_loss
+from modjax.training.results.metrics import MetricsWriter, last_train_loss, require_tensorboard
 
 
 def write(run_dir, start, lines):
@@ -106,10 +106,10 @@ def test_last_train_loss_skips_evaluations(tmp_path):
     assert last_train_loss(tmp_path) == pytest.approx(1.1)
 
 
-def test_tensorboard_without_its_package_is_refused_with_the_extra(tmp_path, monkeypatch):
+def test_tensorboard_without_its_package_is_refused_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(InputError, match=r"tensorboard"):
-        MetricsWriter(tmp_path, start_step=0, tensorboard=True)
+    with pytest.raises(InputError, match=r"execution.tensorboard = True: .*\[tensorboard\]"):
+        require_tensorboard()
 
 
 def test_tensorboard_gets_every_value_without_tensorflow(tmp_path):

@@ -48,7 +48,6 @@ class MetricsWriter:
         if jax.process_index() > 0:
             return  # one process writes for all
         if tensorboard:
-            require_tensorboard()
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)

@@ -95,10 +95,7 @@ def _evaluated(model: ModelSpec, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Returns `value` with None for numbers that are not finite, which JSON cannot store.
-
-    The run is finished as it was trained, even if its causal loss is not finite.
-    """
+    """Returns `value` with None for numbers that are not finite, which JSON cannot store."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
