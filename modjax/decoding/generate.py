@@ -198,8 +198,8 @@ def _draw(model: Any, params: Any, state: State, new: int, sampling: Sampling) -
     if new == 0:  # the prompt alone was to be read
         none_BO = jnp.zeros((state.done_B.shape[0], 0), jnp.int32)
         return Generated(none_BO, none_BO, none_BO, None, state)
-    drawn, state = _loop(model, params, state, new, sampling)
-    return Generated(*drawn, None, state)
+    (tokens_BO, depths_BO, overflow_BO), state = _loop(model, params, state, new, sampling)
+    return Generated(tokens_BO, depths_BO, overflow_BO, None, state)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "reading"))
