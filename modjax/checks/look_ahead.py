@@ -1,7 +1,7 @@
-"""Whether a layer looks ahead: an edit of one position must move no output before it.
+"""Probe that finds layers that look ahead: an edit of one position must not move earlier outputs.
 
-A spec claims under which routings its layer never looks ahead, and a layer from outside can claim
-what is not so: its loss would look better than any honest one.
+A spec claims under which routings its layer never looks ahead. A layer from outside can claim this
+wrongly, and its loss would then look better than any honest one.
 
 Legend: B batch, L positions, V vocabulary.
 """
@@ -25,16 +25,19 @@ LENGTH, VOCAB = 32, 40
 TINY = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 32}
 # Rounding moves an output by less: routed layers have programs for several sizes.
 TOLERANCE = 1e-4
-# Weights away from their start, where a gate of 0 would hide what is behind it.
+# Noise on the weights, as a gate that starts at 0 would hide what is behind it. The second value
+# is for layers whose output the first one makes infinite.
 SPREADS = (0.3, 0.01)
 # Each program runs some thirty times on small arrays: optimising it costs more than it saves.
 QUICK: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 
 class Leak(NamedTuple):
-    """An edit of position `edited` moved the logits of another one by `moved`, of their largest.
+    """Effect of an edit on a position that must not see it.
 
-    position: the one that moved; None: it belongs to another sequence.
+    edited: edited position.
+    position: position whose logits moved; None for a position of another sequence.
+    moved: how far they moved, as a fraction of the largest logit.
     """
 
     edited: int
@@ -47,9 +50,10 @@ class Leak(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A layer's claim under one routing, and the probe's result.
+    """Result of probing a layer under one routing.
 
-    claims: whether it says that it never looks ahead there. leak: None where none was seen.
+    claims: whether the layer's spec claims that it never looks ahead there.
+    leak: largest leak, or None if there is none.
     """
 
     layer: str
@@ -59,9 +63,9 @@ class Finding(NamedTuple):
 
 
 def alone(models: Iterable[ModelSpec]) -> list[ModelSpec]:
-    """Returns a model for every distinct layer of these, of which it is the last.
+    """Returns a model for every distinct layer, in which that layer is the last.
 
-    Before it stand the layers of its segment that hand on what it needs.
+    The layers that pass it what it needs come before it.
     """
     found: dict[tuple[str, ...], ModelSpec] = {}
     for model in models:
@@ -78,30 +82,29 @@ def alone(models: Iterable[ModelSpec]) -> list[ModelSpec]:
 
 
 def probe(model: ModelSpec, length: int) -> list[Finding]:
-    """Edits tokens before the last layer of a model, under every routing that the layer has.
+    """Returns a finding for each routing of the last layer of `model`.
 
-    The model is made tiny, or where it cannot be, keeps its own widths and reads sequences of
-    `length` tokens. Raises InputError for a layer that runs in neither.
+    The model is made tiny. If a layer refuses that, the model keeps its own widths and reads
+    sequences of `length` tokens. Raises InputError for a layer that runs in neither shape.
     """
     code = "model.layers", str(model.layers[-1]), "cannot run"
     try:
         with user_code(*code):
             return _findings(_with_layers(model, model.layers, head_dim=None, **TINY), LENGTH)
-    except InputError:  # a layer of the user's own may want another shape, and say so in any way
+    except InputError:  # a layer from outside may want another shape
         with user_code(*code):
             return _findings(_with_layers(model, model.layers, vocab_size=VOCAB), length)
 
 
 def broken(finding: Finding) -> InputError | None:
-    """Returns the error of a layer that looks ahead where it claims not to, or None."""
+    """Returns the error of a layer that looks ahead although it claims not to, or None."""
     if not finding.claims or finding.leak is None:
         return None
-    return InputError(
-        "model.layers",
-        finding.layer,
+    accepted = (
         f"looks ahead under routing {finding.routing!r}, where it claims not to: {finding.leak}; "
-        "the looks_ahead() of its spec must say so",
+        "the looks_ahead() of its spec must say so"
     )
+    return InputError("model.layers", finding.layer, accepted)
 
 
 def _with_layers(model: ModelSpec, layers: tuple[Layer, ...], **shape: Any) -> ModelSpec:
@@ -110,17 +113,14 @@ def _with_layers(model: ModelSpec, layers: tuple[Layer, ...], **shape: Any) -> M
 
 
 def _findings(model: ModelSpec, length: int) -> list[Finding]:
-    """Returns a finding for each routing of the model's last layer."""
-    layer = model.layers[-1]
-
     def make() -> Transformer:
         return Transformer(model, rngs=nnx.Rngs(0))
 
     graphdef = nnx.split(nnx.eval_shape(make))[0]
-    born = jax.jit(lambda: nnx.split(make())[1], compiler_options=QUICK)()
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, length))
+    initial = jax.jit(lambda: nnx.split(make())[1], compiler_options=QUICK)()
+    tokens_BL = np.random.default_rng(0).integers(0, VOCAB, (2, length))
     leaks: dict[str, Leak | None] = {}  # by program: most routings share one
-    findings = []
+    layer, findings = model.layers[-1], []
     for routing in model.routings:
 
         def run(state: Any, tokens_BL: jax.Array, routing: str = routing) -> jax.Array:
@@ -129,22 +129,22 @@ def _findings(model: ModelSpec, length: int) -> list[Finding]:
             return network(tokens_BL, **options)[0]
 
         with jax.default_matmul_precision("highest"):  # TOLERANCE is for float32 products
-            program = jax.jit(run).lower(born, tokens)
+            program = jax.jit(run).lower(initial, tokens_BL)
         text = program.as_text()
         if text not in leaks:
-            leaks[text] = _leak(born, program.compile(QUICK), tokens)
+            leaks[text] = _largest_leak(initial, program.compile(QUICK), tokens_BL)
         claims = not layer.looks_ahead("trained" if routing == "trained" else "causal")
         findings.append(Finding(str(layer), routing, claims, leaks[text]))
     return findings
 
 
-def _leak(born: Any, run: Any, tokens_BL: np.ndarray) -> Leak | None:
-    """Returns the largest move of an output before the edit, or in the other sequence.
+def _largest_leak(initial: Any, run: Any, tokens_BL: np.ndarray) -> Leak | None:
+    """Returns the largest leak to an earlier position or to the other sequence, if any.
 
-    None where all are within TOLERANCE. Long sequences are edited at some positions only.
+    Edits each position in turn, but only some of a long sequence.
     """
     for spread in SPREADS:
-        weights = _moved(born, spread)
+        weights = _with_noise(initial, spread)
         before_BLV = np.asarray(run(weights, tokens_BL))
         if np.isfinite(before_BLV).all():
             break
@@ -163,16 +163,14 @@ def _leak(born: Any, run: Any, tokens_BL: np.ndarray) -> Leak | None:
     return worst if worst.moved > TOLERANCE else None
 
 
-def _moved(weights: Any, spread: float) -> Any:
-    """Returns the weights with noise added to all trained and measured numbers."""
+def _with_noise(state: Any, spread: float) -> Any:
+    """Returns a state with noise added to all parameters and measured numbers."""
     rng = np.random.default_rng(0)
 
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, nnx.Param | Measured) or not jnp.issubdtype(
-            leaf.dtype, jnp.floating
-        ):
+    def noisy(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        noise = rng.normal(0, spread, leaf.shape).astype(leaf.dtype)
-        return leaf.replace(np.asarray(leaf[...]) + noise)
+        return leaf + rng.normal(0, spread, leaf.shape).astype(leaf.dtype)
 
-    return jax.tree.map(one, weights, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    numbers, rest = nnx.split_state(state, nnx.Any(nnx.Param, Measured), ...)
+    return nnx.merge_state(jax.tree.map(noisy, numbers), rest)

@@ -31,7 +31,7 @@ from modjax.training.state import abstract_model, abstract_weights
 def check(
     specs: Sequence[RunSpec], execution: Execution, *, data_dir: Path, fingerprint: str | None
 ) -> None:
-    """Raises InputError where one of these runs cannot start."""
+    """Raises InputError if one of these runs cannot start."""
     mesh = make_mesh(execution)
     caches: dict[DataConfig, TokenCache] = {}
     for spec in specs:
@@ -41,7 +41,7 @@ def check(
     if execution.fsdp * execution.tensor * execution.expert > 1:
         for config in dict.fromkeys(spec.model for spec in specs):
             abstract_weights(mesh, abstract_model(config))
-    for finding in probed(specs):  # a layer that looks ahead where it claims not to
+    for finding in probed(specs):
         if error := broken(finding):
             raise error
 
@@ -50,13 +50,13 @@ def probed(specs: Sequence[RunSpec]) -> list[Finding]:
     """Returns the findings about every distinct layer of these runs."""
     length, found = max(spec.train.seq_len for spec in specs), []
     for model in alone(spec.model for spec in specs):
-        look = probe if own_layers(model) else _probe_once  # code from outside may change
-        found += look(model, length)
+        # Findings about layers from outside are not stored: their code may change.
+        found += probe(model, length) if own_layers(model) else _stored_findings(model, length)
     return found
 
 
-def _probe_once(model: ModelSpec, length: int) -> list[Finding]:
-    """Returns the findings about modjax's own layers, stored in the user's cache by their code."""
+def _stored_findings(model: ModelSpec, length: int) -> list[Finding]:
+    """Returns findings from the user's cache, which stores them by the source code of modjax."""
     text = f"{', '.join(map(str, model.layers))}; {model.ends}; {source_code(model)}"
     path = user_cache("probes") / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     try:
@@ -64,7 +64,7 @@ def _probe_once(model: ModelSpec, length: int) -> list[Finding]:
             Finding(layer, routing, claims, None if leak is None else Leak(*leak))
             for layer, routing, claims, leak in read_json(path, "it is made again")
         ]
-    except (InputError, ValueError, TypeError):  # absent or damaged
+    except (InputError, ValueError, TypeError):  # missing or damaged
         findings = probe(model, length)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,18 +73,21 @@ def _probe_once(model: ModelSpec, length: int) -> list[Finding]:
 
 
 def open_data(data: DataConfig, data_dir: Path, fingerprint: str | None) -> TokenCache:
-    """Returns the token cache of a run. fingerprint: of the data of its plan, if it has one."""
+    """Returns the token cache of a run.
+
+    Raises SharedFault unless it has the fingerprint, if one is given.
+    """
     cache = open_cache(cache_dir(data_dir, data))
     check_fingerprint(cache, fingerprint)
     return cache
 
 
 def check_run(spec: RunSpec, execution: Execution, cache: TokenCache, mesh: Mesh) -> None:
-    """Raises InputError where data, model, batch and mesh do not fit each other."""
+    """Raises InputError unless data, model, batch and mesh fit each other."""
     train = spec.train
     check_vocab(cache, spec.model)
     check_epochs(cache, spec.data, train.seq_len, train.batch_size * train.steps)
-    validation_batches(cache, train, mesh)  # raises where the validation split is too small
+    validation_batches(cache, train, mesh)  # raises if the validation split is too small
     check_batch(mesh, train)
     if execution.tensorboard:
         require_tensorboard()

@@ -1,4 +1,4 @@
-"""How the next token is drawn.
+"""Random draws of the next token.
 
 Legend: B batch, V vocabulary.
 """
@@ -15,11 +15,12 @@ from modjax.errors import require
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Settings of random draws.
 
-    temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest; 0,
-    all. top_p: only the fewest likeliest that have this mass (arXiv 1904.09751). vocab_size: ids
-    from here on are never drawn; None, all may be.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: draws from the k most likely tokens only; 0 draws from all.
+    top_p: draws from the fewest most likely tokens that have this mass (arXiv 1904.09751).
+    vocab_size: never draws ids from this one on; None draws all.
     """
 
     temperature: float = 1.0
@@ -38,13 +39,13 @@ PLAIN = Sampling()
 
 
 def draw_tokens(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token per row, (B,); a row's draw depends on the key, its number and its logits."""
+    """Returns one token per row, (B,). It depends on the key, the row's number and its logits."""
     if sampling.vocab_size is not None:
         allowed_V = jnp.arange(logits_BV.shape[1]) < sampling.vocab_size
         logits_BV = jnp.where(allowed_V[None], logits_BV, -jnp.inf)
     if sampling.temperature < np.finfo(np.float32).tiny:  # 0 in float32
         return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
-    # The likeliest becomes 0, so that no temperature overflows.
+    # The largest logit becomes 0, so that no temperature overflows.
     logits_BV = (logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)) / sampling.temperature
     vocab = logits_BV.shape[1]
     if 0 < sampling.top_k < vocab:
@@ -53,7 +54,7 @@ def draw_tokens(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax
     if sampling.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=1, descending=True)
         p_BV = jax.nn.softmax(sorted_BV, axis=1)
-        # A token stays while those before it have less than the mass: the first always does.
+        # A token stays while those before it have less mass than top_p: the first always stays.
         kept_B = jnp.sum(jnp.cumsum(p_BV, axis=1) - p_BV < sampling.top_p, axis=1)
         least_B1 = jnp.take_along_axis(sorted_BV, kept_B[:, None] - 1, axis=1)
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

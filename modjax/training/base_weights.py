@@ -1,7 +1,6 @@
-"""The weights that a run starts from: those of its seed, or of a finished run.
+"""Initial weights of a run, drawn from its seed or taken from a finished run.
 
-A checkpoint leaves out the frozen ones. Its reader makes them again, and a fingerprint tells
-whether they are still the same.
+Checkpoints leave out frozen weights. A reader makes them again, and compares their fingerprint.
 """
 
 import hashlib
@@ -23,9 +22,9 @@ from modjax.training.state import Model, TrainState, abstract_model, abstract_we
 
 
 def initial_state(mesh: Mesh, model: Model, spec: RunSpec) -> TrainState:
-    """Returns the state before the first step; call it under `jax.set_mesh(mesh)`.
+    """Returns the state before the first step. Call it under `jax.set_mesh(mesh)`.
 
-    Raises InputError where `spec.base` is no finished run with the same weights.
+    Raises InputError if the weights of `spec.base` cannot be read.
     """
     weights = None
     if spec.base is not None:
@@ -35,7 +34,7 @@ def initial_state(mesh: Mesh, model: Model, spec: RunSpec) -> TrainState:
 
 
 def check_base(spec: RunSpec, model: Model) -> None:
-    """Raises InputError where `spec.base` is no finished run with weights of the same shapes."""
+    """Raises InputError unless `spec.base` is a finished run with weights of the same shapes."""
     if spec.base is None:
         return
     folder, base = _base(spec)
@@ -55,10 +54,12 @@ def _shapes(model: Model) -> set[tuple[str, tuple[int, ...]]]:
 def read_finished(
     mesh: Mesh, spec: RunSpec, folder: Path, identity: dict[str, str]
 ) -> tuple[Model, Any]:
-    """Returns the model of a finished run and its weights after the last step, one nested dict.
+    """Returns the model of a finished run and its final weights, as one nested dict.
 
-    Call it under `jax.set_mesh(mesh)`. Raises InputError where the run has not finished, and where
-    its weights, or those that it started from, are missing or have changed.
+    Call it under `jax.set_mesh(mesh)`. Raises InputError if the run has not finished. Raises it
+    also if the weights, or the weights that the run started from, are missing or have changed.
+
+    identity: see `read_checkpoint`.
     """
     model = abstract_model(spec.model, spec.train.trained)
     check_base(spec, model)
@@ -68,27 +69,27 @@ def read_finished(
     abstract = abstract_weights(mesh, model)
     try:
         weights, _ = read_checkpoint(checkpoint, abstract, identity | identity_of(frozen))
-    except Exception:  # orbax has many errors for files that vanish while it reads
+    except Exception:  # orbax raises many errors for files that vanish while it reads
         _require_whole(checkpoint)
         raise
     return model, joined(*weights._replace(frozen=frozen))
 
 
 def identity_of(frozen: Any) -> dict[str, str]:
-    """Returns what the meta data of a checkpoint says of the frozen parameters; {} for none."""
+    """Returns the entry for frozen parameters in a checkpoint's meta data; {} if none is frozen."""
     return {"base": fingerprint(frozen)} if frozen else {}
 
 
 def fingerprint(params: Any) -> str:
-    """Returns a digest of parameters, the same however they lie on devices."""
+    """Returns a digest of parameters that does not depend on their sharding."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    said = [(jax.tree_util.keystr(p), x.shape, str(x.dtype), int(_digits(x))) for p, x in leaves]
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+    listed = [(jax.tree_util.keystr(p), x.shape, str(x.dtype), int(_digits(x))) for p, x in leaves]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
 
 @jax.jit
 def _digits(leaf: jax.Array) -> jax.Array:
-    """Returns a number that depends on every bit of an array and its place, but on no sharding."""
+    """Returns a number that depends on every bit of an array and on its place."""
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
     places = jnp.arange(leaf.size, dtype=jnp.uint32).reshape(leaf.shape)
@@ -99,7 +100,6 @@ def _digits(leaf: jax.Array) -> jax.Array:
 
 
 def _base(spec: RunSpec) -> tuple[Path, RunSpec]:
-    """Returns the folder and the spec of the run that this one starts from."""
     there = os.path.exists(os.path.join(str(spec.base), "spec.json"))
     require(there, "base", spec.base, "must be the folder of a finished run")
     folder = Path(os.path.realpath(str(spec.base)))
@@ -107,7 +107,7 @@ def _base(spec: RunSpec) -> tuple[Path, RunSpec]:
 
 
 def _final_checkpoint(spec: RunSpec, folder: Path) -> Path:
-    """Returns the checkpoint after the last step. Raises InputError where the run has none."""
+    """Returns the folder of the last checkpoint. Raises InputError unless the run has finished."""
     record = read_record(folder, spec.run_id)
     if record is None:
         accepted = "the run has not finished; its weights can be read when it has a result.json"
@@ -118,9 +118,9 @@ def _final_checkpoint(spec: RunSpec, folder: Path) -> Path:
 
 
 def _require_whole(checkpoint: Path) -> None:
-    """Raises InputError where a final checkpoint is damaged or missing."""
+    """Raises InputError if a final checkpoint is damaged or missing."""
     remedy = (
-        "holds the run's final weights, for which no earlier checkpoint can stand: put it back, or "
+        "holds the run's final weights, which no earlier checkpoint can replace: put it back, or "
         "delete the run's result.json, and the same `modjax sweep` or `train` makes it again"
     )
     if damage := find_damage(checkpoint):

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: asynchronous, atomic, bounded in number, verified before they are used.
+"""Checkpoints of a run: asynchronous, atomic, bounded in number, and verified when they are read.
 
-`Checkpoints` is for the process that trains the run: it deletes what a killed write has left, and
-sets damaged checkpoints aside. Other readers call `read_checkpoint`, which changes nothing.
+`Checkpoints` is for the process that trains the run. It deletes half-written checkpoints and sets
+damaged ones aside. Other readers call `read_checkpoint`, which changes nothing.
 
-checkpoints/<step>/state        the arrays of TrainState but frozen parameters, by orbax
-checkpoints/<step>/meta         {"run_id", "data_fingerprint", "seconds"}, and where some are frozen
-                                "base", their fingerprint
+checkpoints/<step>/state        arrays of TrainState without frozen parameters, by orbax
+checkpoints/<step>/meta         {"run_id", "data_fingerprint", "seconds"}; if parameters are frozen,
+                                also "base", their fingerprint
 checkpoints/<step>/digest.json  {file: sha256}, written before orbax commits the folder
-checkpoints/damaged-<step>      set aside
+checkpoints/damaged-<step>      damaged checkpoint, set aside
 """
 
 import contextlib
@@ -36,10 +36,10 @@ WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
-    """The checkpoints of one run, for the process that holds the run's lock.
+    """Checkpoints of one run, for the process that holds the run's lock.
 
-    identity: "run_id", "data_fingerprint" and where something is frozen "base"; a checkpoint that
-      carries another is refused.
+    keep: number of checkpoints to keep.
+    identity: entries that the meta data of every checkpoint must have, see `read_checkpoint`.
     """
 
     def __init__(self, folder: Path, *, keep: int, identity: dict[str, str]):
@@ -48,28 +48,28 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.LatestN(keep),
             cleanup_tmp_directories=True,
-            # orbax checks the sums of its index, not of the arrays: keep our own.
+            # orbax verifies its index, but not the arrays: a digest of our own does.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digest),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, float]] | None:
-        """Returns the newest undamaged state, as `read_checkpoint` does, or None without one.
+        """Returns the newest undamaged state and its seconds, or None if there is none.
 
-        Sets damaged ones aside with a warning.
+        Sets damaged checkpoints aside with a warning. See `read_checkpoint`.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self._folder / str(step)
             damage = find_damage(folder)
             if damage is None:
                 return read_checkpoint(folder, abstract, self._identity)
-            self._set_aside(step, damage)
+            self._set_aside(folder, damage)
         return None
 
     def save(self, step: int, state: TrainState, seconds: dict[str, float]) -> None:
-        """Returns once `state` may be donated, and writes it in the background.
+        """Writes `state` in the background. Returns when `state` may be donated.
 
-        An error of an earlier write is raised here or in `wait`: OSError where the disk is full.
+        This method or `wait` raises the error of an earlier write: OSError for a full disk.
         """
         if step in self._manager.all_steps():
             return
@@ -81,7 +81,7 @@ class Checkpoints:
             self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
-        """Returns when everything is on the disk."""
+        """Waits until everything is on disk."""
         with self._disk():
             self._manager.wait_until_finished()
 
@@ -90,7 +90,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
-        """Raises OSError for a full disk, of which orbax and tensorstore tell in words only."""
+        """Raises OSError for a full disk, which orbax and tensorstore report as text only."""
         try:
             yield
         except Exception as error:
@@ -104,15 +104,15 @@ class Checkpoints:
             for folder in self._folder.glob("*orbax-checkpoint-tmp*"):
                 write_atomically(folder / DIGEST, json.dumps(_digest(folder), indent=1))
 
-    def _set_aside(self, step: int, damage: str) -> None:
-        target = self._folder / f"damaged-{step}"
+    def _set_aside(self, folder: Path, damage: str) -> None:
+        target = folder.with_name(f"damaged-{folder.name}")
         multihost_utils.sync_global_devices("modjax: every process has found the damage")
         if jax.process_index() == 0:
             while target.exists():
                 target = target.with_name(target.name + "-again")
-            (self._folder / str(step)).rename(target)
-            said = "modjax: checkpoint %d is damaged (%s): kept as %s, using the one before it"
-            logger.warning(said, step, damage, target)
+            folder.rename(target)
+            message = "modjax: checkpoint %s is damaged (%s): kept as %s, using the one before it"
+            logger.warning(message, folder.name, damage, target)
         multihost_utils.sync_global_devices("modjax: damaged checkpoint set aside")
         self._manager.reload()
 
@@ -122,17 +122,20 @@ def read_checkpoint(
 ) -> tuple[Part, dict[str, float]]:
     """Reads one undamaged checkpoint, without frozen parameters, and changes nothing in its folder.
 
-    Returns the arrays that `abstract` names, laid out alike, and the seconds it took to get there.
-    Raises InputError where `identity` says that it belongs to another run or other data.
+    abstract: shapes, dtypes and shardings of the arrays to read.
+    identity: entries that the checkpoint's meta data must have: "run_id", "data_fingerprint", and
+      "base" if parameters are frozen.
+    Returns the arrays, and the seconds by activity that the run had taken. Raises InputError if the
+    checkpoint has another identity.
     """
     meta = _read(folder, meta=ocp.args.JsonRestore())
     for name, value in identity.items():
         accepted = (
-            f"a checkpoint of another run: this one has {name} = {value!r}; choose another "
+            f"the frozen weights have changed since, to {value!r}: put the old ones back"
+            if name == "base"
+            else f"a checkpoint of another run: this one has {name} = {value!r}; choose another "
             "folder, or delete these checkpoints"
         )
-        if name == "base":
-            accepted = f"the frozen weights have changed since, to {value!r}: put the old ones back"
         require(meta[name] == value, str(folder.parent), meta[name], accepted)
     wanted = abstract._replace(frozen={})._asdict()
     placed = ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -141,14 +144,13 @@ def read_checkpoint(
 
 
 def _read(folder: Path, **item: Any) -> Any:
-    """Reads one item of a checkpoint."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         (found,) = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**item)).values()
         return found
 
 
 def find_damage(folder: Path) -> str | None:
-    """Returns what differs between `folder` and its digest, or None."""
+    """Returns how a checkpoint differs from its digest, as text, or None if it does not."""
     try:
         expected, found = json.loads(read_file(folder / DIGEST, MOST_JSON)), _digest(folder)
         changed = [name for name, digest in expected.items() if found.get(name) != digest]
@@ -161,7 +163,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _digest(folder: Path) -> dict[str, str]:
-    """Returns the sha256 of every file but the digest and those that orbax writes after it."""
+    """Returns the sha256 of every file, except the digest and files that orbax writes after it."""
     digest = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""The mesh, and what lies where on it; modjax/nn/sharding.py has the table of axes.
+"""The device mesh and the sharding of batches; modjax/nn/sharding.py has the table of axes.
 
 Legend: B batch, L positions.
 """
@@ -16,9 +16,10 @@ from modjax.specs import Execution, TrainConfig
 
 
 def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh with the axes of MESH_AXES; `execution.data` = 0 takes all other devices.
+    """Returns a mesh with the axes MESH_AXES.
 
-    Raises InputError where the sizes do not fit the number of devices.
+    devices: devices to use; None uses all. `execution.data` = 0 takes those that are left.
+    Raises InputError if the sizes of the axes do not fit the number of devices.
     """
     if devices is None:
         with starting():
@@ -41,7 +42,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Returns host arrays (B, L), equal on all processes, as global arrays on the mesh."""
+    """Returns a batch on the mesh. The host arrays, (B, L), must be equal on all processes."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -51,7 +52,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
-    """Raises InputError unless each forward pass splits evenly over the mesh."""
+    """Raises InputError unless the batch of each forward pass splits evenly over the mesh."""
     parts = ways(mesh, LOGICAL_TO_MESH["batch"])
     unit = parts * train.accumulation
     need = (

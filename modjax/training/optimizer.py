@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, a cosine that ends at the last step, and clipping."""
+"""AdamW with clipping, linear warm-up, and a cosine decay that ends at the last step."""
 
 import functools
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ from modjax.specs import TrainConfig
 
 
 class Schedule(NamedTuple):
-    """The numbers of a TrainConfig that a compiled step takes as arguments, not as constants.
+    """Fields of a TrainConfig that a compiled step takes as arguments, not as constants.
 
-    So runs that differ in them alone share their programs. See TrainConfig for the fields.
+    Runs that differ in these fields alone share their compiled programs.
     """
 
     seed: jax.Array
@@ -31,9 +31,9 @@ def make_schedule(train: TrainConfig) -> Schedule:
 def learning_rate(schedule: Schedule, updates: jax.Array) -> jax.Array:
     """Returns the learning rate of the update that follows `updates` earlier ones.
 
-    With t = updates + 1 counted from 1, W warm-up steps, T steps, peak p and floor f: p t / W up
-    to t = W, then p (f + (1 - f) (1 + cos(pi (t - W) / (T - W))) / 2) (arXiv 1608.03983, Eq. 5),
-    so that the last update, t = T, uses p f.
+    Let t = updates + 1, W the warm-up steps, T all steps, p the peak and f the final fraction. The
+    rate is p t / W up to t = W, and then p (f + (1 - f) (1 + cos(pi (t - W) / (T - W))) / 2)
+    (arXiv 1608.03983, Eq. 5). The last update, t = T, has the rate p f.
     """
     t, warmup, steps = (
         x.astype(jnp.float32) for x in (updates + 1, schedule.warmup_steps, schedule.steps)
@@ -48,10 +48,11 @@ def learning_rate(schedule: Schedule, updates: jax.Array) -> jax.Array:
 def optimizer_for(
     roles: Any, decays: Any, train: TrainConfig, schedule: Schedule
 ) -> optax.GradientTransformation:
-    """Returns clipping by global norm, then AdamW (arXiv 1711.05101), of some parameters.
+    """Returns clipping by global norm, followed by AdamW (arXiv 1711.05101).
 
-    roles, decays: what each parameter is for and whether it decays, see modjax.nn.params.
     Predictors are clipped apart, so that training one changes nothing else.
+
+    roles, decays: role of each parameter and whether it decays, see modjax.nn.params.
     """
     rate: Any = functools.partial(learning_rate, schedule)
     clip = optax.clip_by_global_norm(train.clip_norm)
@@ -65,6 +66,6 @@ def optimizer_for(
 
 
 def gradient_norm(grads: Any, roles: Any) -> jax.Array:
-    """Returns the global norm of the gradient without the predictors' part."""
+    """Returns the global norm of the gradients, without those of predictors."""
     pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(roles), strict=True)
     return optax.tree.norm([grad for grad, role in pairs if role != "predictor"])

@@ -1,4 +1,4 @@
-"""The compiled programs of a run: compiled ahead, so that their time is known apart."""
+"""Compiled programs of a run. They are compiled ahead, so that their time is known apart."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,12 +27,12 @@ from modjax.training.step import make_eval_step, make_train_step
 
 
 class Programs(NamedTuple):
-    """The compiled functions of a run.
+    """Compiled functions of a run.
 
-    train_step(state, batch) donates `state`.
-    eval_steps: see compile_eval_step; by routing, "trained" and, where that may look ahead,
-      "causal".
-    statistics(records) maps metrics["records"] of a train step to scalars.
+    train_step: maps (state, batch) to (state, metrics), and donates the state.
+    eval_steps: results of `compile_eval_step` by routing: "trained" and, for a model that has
+      another rule there, "causal".
+    statistics: maps the records of a train step's metrics to scalars.
     """
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
@@ -41,28 +41,28 @@ class Programs(NamedTuple):
 
 
 def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, execution: Execution) -> Programs:
-    """Compiles what a run needs; call under `jax.set_mesh(mesh)`."""
+    """Returns the compiled programs of a run. Call it under `jax.set_mesh(mesh)`."""
     train, schedule = spec.train, make_schedule(spec.train)
     lowered = lower_train_step(mesh, model, train, execution)
     compiled = lowered.compile()
     shapes, shardings = lowered.out_info[1]["records"], compiled.output_shardings[1]["records"]
     records = jax.tree.map(struct, shapes, shardings)
 
-    def described(records: Any) -> dict[str, jax.Array]:
+    def scalars(records: Any) -> dict[str, jax.Array]:
         return statistics(records, jnp.ones((train.batch_size, train.seq_len), bool))
 
     routings = dict.fromkeys(("trained", spec.model.causal_routing() or "trained"))
     return Programs(
         lambda state, batch: compiled(state, batch, schedule),
         {name: compile_eval_step(mesh, model, train, routing=name) for name in routings},
-        jax.jit(described).lower(records).compile() if records else dict,
+        jax.jit(scalars).lower(records).compile() if records else dict,
     )
 
 
 def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: Any) -> Callable:
-    """Returns a function (weights, batch, index), as make_eval_step's for the run's seed.
+    """Returns the function (weights, batch, index) of `make_eval_step` for the run's seed.
 
-    Its layers are scanned: that compiles in less time than unrolled ones save in a few evaluations.
+    Layers are scanned: a few evaluations save less than unrolled layers cost to compile.
     """
     step = make_eval_step(model.graphdef, train, layer_loop="scan", **routing)
     seed, weights = jnp.int32(train.seed), joined(*abstract_weights(mesh, model))
@@ -73,11 +73,12 @@ def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: A
 
 
 def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig, execution: Execution) -> Any:
-    """Returns the train step (state, batch, schedule), to be compiled.
+    """Returns the lowered train step (state, batch, schedule).
 
-    Outside `jax.set_mesh` it may be for devices that are not there, as of a TPU topology.
+    Outside `jax.set_mesh`, the mesh may consist of devices that are not there, such as those of a
+    TPU topology.
     """
-    # Both make small arrays, on the devices of a mesh that is set.
+    # Under `jax.set_mesh`, their small arrays would be made on devices that may not exist.
     state, schedule = abstract_state(mesh, model, train), make_schedule(train)
     step = jax.jit(
         make_train_step(model, train, layer_loop=execution.layer_loop, remat=execution.remat),
@@ -89,7 +90,7 @@ def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig, execution: Ex
 
 
 def init_state(mesh: Mesh, model: Model, train: TrainConfig, weights: Any = None) -> TrainState:
-    """Returns the state before the first step, born sharded; see make_init for its weights."""
+    """Returns the state before the first step, created sharded. weights: see `make_init`."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(mesh, model, train))
     init = jax.jit(make_init(model, train), out_shardings=shardings)
     arguments = jnp.int32(train.seed), weights
@@ -100,6 +101,6 @@ def init_state(mesh: Mesh, model: Model, train: TrainConfig, weights: Any = None
 
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Batch:
     shape, sharding = (batch_size, seq_len), batch_sharding(mesh)
-    dtypes = (np.int32, np.int32, np.int32, np.float32)
-    arrays: Any = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes]
-    return Batch(*arrays)
+    ids: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+    weights: Any = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+    return Batch(ids, ids, ids, weights)

@@ -1,4 +1,4 @@
-"""The state of training from step to step, and how it is created on a mesh."""
+"""State of training from step to step, and its creation on a mesh."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,9 +18,12 @@ from modjax.specs import ModelSpec, TrainConfig
 from modjax.specs.run import ROUTER_ROLES
 from modjax.training.optimizer import make_schedule, optimizer_for
 
+# The first values of the last four fields of TrainState.
+ZEROS = (np.int32(0), np.int32(0), np.float32(0), np.int32(0))
+
 
 class Weights(NamedTuple):
-    """The weights of a model in three parts, nested dicts of arrays.
+    """Weights of a model in three parts, each a nested dict of arrays.
 
     params: trained parameters, float32.
     frozen: all other parameters, in the dtype that the model computes in.
@@ -33,13 +36,14 @@ class Weights(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """The state between two steps.
+    """State of training between two steps.
 
-    params, frozen, measured: as in Weights. opt_state: of params.
-    step: updates made so far, int32.
-    diverged_step: the first step whose loss or gradient was not finite, 0 while there is none.
-    loss_sum, loss_steps: sum and number of the losses since the last line of metrics, so that a
-      line can tell their mean without the host waiting for each.
+    params, frozen, measured: weights, see Weights.
+    opt_state: state of the optimizer of `params`.
+    step: number of updates so far, int32.
+    diverged_step: first step whose loss or gradient was not finite, or 0.
+    loss_sum, loss_steps: sum and number of the losses since the last line of metrics. A line can
+      report their mean without the host waiting for each.
     """
 
     params: Any
@@ -53,10 +57,11 @@ class TrainState(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model without its arrays: `nnx.merge(graphdef, *weights)` is the model.
+    """A model without its arrays; `nnx.merge(graphdef, *weights)` is the model.
 
-    weights: shape and dtype of each weight, as a run stores it. axes: the logical axes of its dims.
-    roles, decays: of each trained parameter, see modjax.nn.params.
+    weights: shape and dtype of each weight, as a run stores it.
+    axes: logical axes of each weight's dims.
+    roles, decays: role of each trained parameter, and whether it decays, see modjax.nn.params.
     """
 
     config: ModelSpec
@@ -68,7 +73,7 @@ class Model(NamedTuple):
 
 
 def abstract_model(config: ModelSpec, trained: str = "all") -> Model:
-    """Returns the parts of a model. trained: what is trained, see TrainConfig.trained."""
+    """Returns a model without its arrays. trained: see TrainConfig."""
 
     def is_trained(path: Any, variable: nnx.Variable) -> bool:
         everything = trained == "all" and isinstance(variable, nnx.Param)
@@ -94,12 +99,15 @@ def abstract_model(config: ModelSpec, trained: str = "all") -> Model:
 
 
 def joined(*parts: Any) -> Any:
-    """Returns the nested dict of a model's weights from its parts, see Weights."""
+    """Returns one nested dict of weights from the parts of Weights."""
     return nnx.to_pure_dict(nnx.merge_state(*parts))
 
 
 def abstract_weights(mesh: Mesh, model: Model) -> Weights:
-    """Returns shapes, dtypes and shardings. Raises InputError for a dim that splits unevenly."""
+    """Returns the shape, dtype and sharding of each weight.
+
+    Raises InputError if a dim does not split evenly over the mesh.
+    """
 
     def one(path: Any, leaf: Any, axes: Any) -> jax.ShapeDtypeStruct:
         spec = partition_spec(axes)
@@ -115,7 +123,8 @@ def abstract_weights(mesh: Mesh, model: Model) -> Weights:
 def make_init(model: Model, train: TrainConfig) -> Callable[..., TrainState]:
     """Returns a pure function (seed, weights=None) that makes the state before the first step.
 
-    seed: int32. weights: a nested dict of weights to start from; None, those that the seed draws.
+    seed: int32.
+    weights: nested dict of weights to start from; None draws them from the seed.
     """
     optimizer = optimizer_for(model.roles, model.decays, train, make_schedule(train))
 
@@ -131,14 +140,16 @@ def make_init(model: Model, train: TrainConfig) -> Callable[..., TrainState]:
             return found.astype(leaf.dtype)
 
         parts: Weights = jax.tree_util.tree_map_with_path(one, model.weights)
-        counters: Any = [jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(0)]
-        return TrainState(*parts, optimizer.init(parts.params), *counters)
+        return TrainState(*parts, optimizer.init(parts.params), *map(jnp.asarray, ZEROS))
 
     return init
 
 
 def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
-    """Returns shapes and shardings of the state; moments lie where their parameters do."""
+    """Returns the shape, dtype and sharding of each array of the state.
+
+    The optimizer's moments are sharded like their parameters.
+    """
     optimizer = optimizer_for(model.roles, model.decays, train, make_schedule(train))
     weights, replicated = abstract_weights(mesh, model), NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
@@ -148,16 +159,14 @@ def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
         weights.params,
         transform_non_params=lambda leaf: struct(leaf, replicated),
     )
-    dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32)
-    counters: Any = [jax.ShapeDtypeStruct((), dtype, sharding=replicated) for dtype in dtypes]
-    return TrainState(*weights, opt_state, *counters)
+    return TrainState(*weights, opt_state, *(struct(zero, replicated) for zero in ZEROS))
 
 
-def struct(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """Returns shape, dtype and sharding of an array to come."""
+def struct(leaf: Any, sharding: Any) -> Any:
+    """Returns the shape and dtype of `leaf` with a sharding."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def forget_losses(state: TrainState) -> TrainState:
-    """Returns the state after its mean loss has been logged."""
+    """Returns the state with its losses set to 0, after their mean has been logged."""
     return state._replace(loss_sum=np.float32(0), loss_steps=np.int32(0))  # type: ignore[arg-type]

@@ -21,15 +21,15 @@ from modjax.training.state import Model, TrainState
 
 TRAIN_STREAM, EVAL_STREAM = 1, 2
 
-# objective(model, batch, **options) -> the loss of every position (B, L), and the records. The
-# options are for Transformer.features.
+# objective(model, batch, **options) returns the loss of every position, (B, L), and the records.
+# The options are passed to Transformer.features.
 Objective = Callable[..., tuple[jax.Array, dict[str, Record]]]
 
 
 def next_token(
     model: Transformer, batch: Any, **options: Any
 ) -> tuple[jax.Array, dict[str, Record]]:
-    """Returns the cross-entropy of every position (B, L) in nats, and the records."""
+    """Returns the cross-entropy of every position in nats, (B, L), and the records."""
     inputs_BL = constrain(batch.inputs_BL, "batch", "length")
     x_BLD, records = model.features(inputs_BL, **options)
     vocab = model.config.vocab_size
@@ -44,53 +44,36 @@ def _nll(head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, targets_BL: j
 def make_train_step(
     model: Model, train: TrainConfig, objective: Objective = next_token, **options: Any
 ) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, dict[str, Any]]]:
-    """Returns a pure function (state, batch, schedule) -> (state, metrics), to donate `state` to.
+    """Returns a pure function (state, batch, schedule) -> (state, metrics). Donate `state` to it.
 
-    With the objective's loss of each position, the loss is sum(weight * loss) / sum(weight) over
-    the whole batch, however it is accumulated. The layers' own losses are added to what is
-    minimised, not to what is reported. Steps count from 1; randomness is drawn from (seed, step).
+    The loss is sum(weight * loss) / sum(weight) over the whole batch, however it is accumulated.
+    Layers' own losses are minimised with it, but not reported. Randomness is drawn from the seed
+    and the number of earlier steps.
 
     options: for Transformer.features, such as layer_loop and remat.
-    metrics: loss, the mean over the loss_steps steps since `state.forget_losses`; of this step
-      grad_norm (before clipping, without predictors), learning_rate, diverged_step, and `records`,
-      the layers' reports from the forward pass.
+    metrics:
+      loss, loss_steps: mean loss, and number of steps, since `state.forget_losses`.
+      grad_norm: gradient norm before clipping, without predictors.
+      diverged_step: first step, counted from 1, whose loss or gradient was not finite, or 0.
+      records: the layers' reports from the forward pass.
     """
 
     def train_step(state, batch, schedule):
-        total_weight = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
-
         def forward(params, batch, key):
             merged = nnx.merge(model.graphdef, params, state.frozen, state.measured)
             return objective(merged, batch, **_from_batch(train, batch, key), **options)
 
-        def minimised(params, batch, key, sums=None):
-            loss_BL, records = forward(params, batch, key)
-            loss = jnp.sum(loss_BL * batch.weights_BL) / total_weight
-            tokens = TokenLoss(loss_BL, batch.weights_BL)
-            own = losses(records, tokens, sums) / train.accumulation
-            return loss + own, (loss, records, tokens)
-
-        grads, (loss, records, tokens) = _accumulated(
-            jax.grad(minimised, has_aux=True),
-            lambda item: totals(forward(state.params, *item)[1]),
-            state.params,
-            (batch, stream_key(schedule.seed, TRAIN_STREAM, state.step)),
-            train.accumulation,
-        )
+        key, parts = stream_key(schedule.seed, TRAIN_STREAM, state.step), train.accumulation
+        grads, (loss, records, tokens) = _gradient(forward, state.params, batch, key, parts)
         optimizer = optimizer_for(model.roles, model.decays, train, schedule)
         grad_norm = gradient_norm(grads, model.roles)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int counters with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        measured = state.measured
-        if measured:
-            old = measured["stack"]["blocks"]
-            blocks, _ = observe(old, records, state.step, tokens, stacked=True)
-            measured = {**measured, "stack": {"blocks": blocks}}
         step = state.step + 1
         diverged = (state.diverged_step == 0) & ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         new_state = state._replace(
             params=optax.apply_updates(state.params, updates),
-            measured=measured,
+            measured=_observed(state, records, tokens),
             opt_state=opt_state,
             step=step,
             diverged_step=jnp.where(diverged, step, state.diverged_step),
@@ -110,22 +93,36 @@ def make_train_step(
     return train_step
 
 
-def _accumulated(
-    gradient: Callable, sums_of: Callable, params: Any, item: tuple[Batch, jax.Array], parts: int
-) -> Any:
-    """Returns gradient(params, *item), computed in `parts` micro-batches, one after another.
+def _gradient(
+    forward: Callable, params: Any, batch: Batch, key: jax.Array, parts: int
+) -> tuple[Any, tuple[jax.Array, dict[str, Record], TokenLoss]]:
+    """Returns the gradient of a batch, and its loss, records and loss of every position.
 
-    item: a batch and its key. sums_of(item): sums over the whole batch that the layers' losses
-      need. Where some loss needs one, a forward pass over all parts goes before.
+    forward: maps (params, batch, key) to the loss of every position, (B, L), and the records.
+    parts: number of micro-batches to compute one after another. If a layer's loss needs sums over
+      the whole batch, a forward pass over all of them comes first.
     """
+    total_weight = jnp.maximum(jnp.sum(batch.weights_BL), 1.0)
+
+    def minimised(params, batch, key, sums=None):
+        loss_BL, records = forward(params, batch, key)
+        loss = jnp.sum(loss_BL * batch.weights_BL) / total_weight
+        tokens = TokenLoss(loss_BL, batch.weights_BL)
+        own = losses(records, tokens, sums) / parts
+        return loss + own, (loss, records, tokens)
+
+    gradient = jax.grad(minimised, has_aux=True)
     if parts == 1:
-        return gradient(params, *item)
-    batch, key = item
+        return gradient(params, batch, key)
     # Strided rows, so that every device keeps the rows that it already has.
     batch_UBL = jax.tree.map(
         lambda x_BL: x_BL.reshape(-1, parts, *x_BL.shape[1:]).swapaxes(0, 1), batch
     )
     items = (batch_UBL, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(parts)))
+
+    def sums_of(item):
+        return totals(forward(params, *item)[1])
+
     sums: Any = {}
     if jax.eval_shape(sums_of, jax.tree.map(lambda x: x[0], items)):
         sums = jax.tree.map(lambda x_U: jnp.mean(x_U, axis=0), jax.lax.map(sums_of, items))
@@ -136,22 +133,36 @@ def _accumulated(
 
     zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
     (grads, loss), (records_UAB, tokens_UB) = jax.lax.scan(add, zero, items)
+    tokens = jax.tree.map(lambda x_UB: _whole_batch(x_UB[:, None])[0], tokens_UB)
+    return grads, (loss, jax.tree.map(_whole_batch, records_UAB), tokens)
 
-    def one_batch(x_UAB):
-        x_ABU = jnp.moveaxis(x_UAB, 0, 2)
-        return x_ABU.reshape(x_ABU.shape[0], -1, *x_ABU.shape[3:])
 
-    tokens = jax.tree.map(lambda x_UB: one_batch(x_UB[:, None])[0], tokens_UB)
-    return grads, (loss, jax.tree.map(one_batch, records_UAB), tokens)
+def _whole_batch(x_UAB: jax.Array) -> jax.Array:
+    """Returns the rows of all parts in the order of the batch, (A, B, ...)."""
+    x_ABU = jnp.moveaxis(x_UAB, 0, 2)
+    return x_ABU.reshape(x_ABU.shape[0], -1, *x_ABU.shape[3:])
+
+
+def _observed(state: TrainState, records: dict[str, Record], tokens: TokenLoss) -> Any:
+    """Returns the measured numbers after the update."""
+    if not state.measured:
+        return state.measured
+    old = state.measured["stack"]["blocks"]
+    blocks, _ = observe(old, records, state.step, tokens, stacked=True)
+    return {**state.measured, "stack": {"blocks": blocks}}
 
 
 def make_eval_step(
     graphdef: Any, train: TrainConfig, objective: Objective = next_token, **options: Any
 ) -> Callable[[Any, Batch, jax.Array, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]:
-    """Returns a pure function (weights, batch, seed, index) of an evaluation batch.
+    """Returns a pure function (weights, batch, seed, index) that evaluates one batch.
 
     It returns the summed loss and the weight of each sequence, (B,), and the counts of each layer's
-    record, (B, G). weights: one nested dict. options: for Transformer.features.
+    record, (B, A).
+
+    weights: nested dict of all weights of the model.
+    index: number of the batch, from which its random key is derived.
+    options: for Transformer.features.
     """
 
     def eval_step(weights, batch, seed, index):
@@ -166,10 +177,9 @@ def make_eval_step(
 
 
 def _from_batch(train: TrainConfig, batch: Any, key: jax.Array) -> dict[str, Any]:
-    """Returns the options of a forward pass that differ from batch to batch."""
     return {"segment_ids_BL": batch.segment_ids_BL if train.document_mask else None, "key": key}
 
 
 def stream_key(seed: jax.Array, stream: int, index: jax.Array) -> jax.Array:
-    """Returns the key of a step, or of an evaluation batch."""
+    """Returns the random key of training step or evaluation batch `index`."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)

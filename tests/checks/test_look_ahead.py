@@ -1,4 +1,4 @@
-"""The probe sees layers that look ahead, in time or into another sequence, and no others.
+"""The probe finds layers that look ahead, in time or into another sequence, and no others.
 
 Legend: B batch, L positions, D model width.
 """
@@ -76,7 +76,7 @@ def model(*layers, **shape):
 
 
 def leaks(layer, *before):
-    """Whether the layer was seen to look ahead, by routing."""
+    """Returns, by routing, whether the probe found that the layer looks ahead."""
     (one,) = (m for m in alone([model(*before, layer)]) if m.layers[-1] == layer)
     return {found.routing: found.leak is not None for found in probe(one, 16)}
 
@@ -98,8 +98,12 @@ def test_a_layer_from_outside_is_seen_to_look_ahead_behind_a_gate_of_zero(layer,
 def test_what_modjax_trains_by_is_seen_and_what_it_claims_holds():
     expert_choice = MoD(Dense(), capacity=0.5, causal=Predictor())
     assert leaks(expert_choice) == {
-        "trained": True, "causal": False, "predictor": False, "paced": False, "threshold": False
-    }  # fmt: skip
+        "trained": True,
+        "causal": False,
+        "predictor": False,
+        "paced": False,
+        "threshold": False,
+    }
     assert leaks(MoE(2, ExpertChoice())) == {"trained": True}
     received = MoD(
         MLP(), capacity=0.5, router=Received(), rule=TopK(weight="one"), causal=Predictor()
@@ -136,7 +140,7 @@ def test_equal_layers_are_probed_once_with_what_they_need_before_them():
 
 @dataclasses.dataclass(frozen=True)
 class Passing(Layer):
-    """Needs what one layer passes on, and passes something else on."""
+    """Needs one value of an earlier layer, and passes another one on."""
 
     needed: str = ""
     passed: str = ""

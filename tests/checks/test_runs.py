@@ -1,4 +1,4 @@
-"""What a run is refused for, before it starts and where its ground is taken away meanwhile."""
+"""Checks of runs: before they start, and when their data or folder changes meanwhile."""
 
 import dataclasses
 import shutil
@@ -12,6 +12,7 @@ from modjax.errors import InputError, SharedFault
 from modjax.records import read_record, scan, write_record
 from modjax.specs import Dense, Execution
 from modjax.training.loop import train
+from modjax.training.results.clock import Clock
 from modjax.training.results.record import make_record
 from tests.conftest import TINY_DATA
 from tests.outside.strided import Strided
@@ -76,8 +77,13 @@ def test_a_run_refuses_other_data_than_its_plan_was_made_for(tiny_data_dir, tmp_
     with pytest.raises(SharedFault, match="anew"):
         check([run_spec()], ONE_DEVICE, data_dir=tiny_data_dir, fingerprint="another")
     with pytest.raises(SharedFault, match="anew"):
-        train(run_spec(), ONE_DEVICE, run_dir=tmp_path / "run", data_dir=tiny_data_dir,
-              fingerprint="another")  # fmt: skip
+        train(
+            run_spec(),
+            ONE_DEVICE,
+            run_dir=tmp_path / "run",
+            data_dir=tiny_data_dir,
+            fingerprint="another",
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -89,8 +95,13 @@ def test_a_run_whose_data_is_replaced_meanwhile_leaves_no_result(tiny_data_dir, 
         manifest.write_text(manifest.read_text().replace("tiny-1", "tiny-2"))
 
     with pytest.raises(SharedFault, match="anew"):
-        train(run_spec(), ONE_DEVICE, run_dir=tmp_path / "run", data_dir=tmp_path / "data",
-              progress=replace)  # fmt: skip
+        train(
+            run_spec(),
+            ONE_DEVICE,
+            run_dir=tmp_path / "run",
+            data_dir=tmp_path / "data",
+            progress=replace,
+        )
     assert read_record(tmp_path / "run") is None
 
 
@@ -102,8 +113,9 @@ def test_a_run_whose_folder_is_moved_says_so_makes_no_new_one_and_goes_on_when_i
             (tmp_path / "run").rename(tmp_path / "moved")
 
     with pytest.raises(SharedFault, match="moved or deleted in the middle of a run"):
-        train(run_spec(), ONE_DEVICE, run_dir=tmp_path / "run", data_dir=tiny_data_dir,
-              progress=move)  # fmt: skip
+        train(
+            run_spec(), ONE_DEVICE, run_dir=tmp_path / "run", data_dir=tiny_data_dir, progress=move
+        )
     assert not (tmp_path / "run").exists()
     (tmp_path / "moved").rename(tmp_path / "run")
     record = train(run_spec(), ONE_DEVICE, run_dir=tmp_path / "run", data_dir=tiny_data_dir)
@@ -112,15 +124,25 @@ def test_a_run_whose_folder_is_moved_says_so_makes_no_new_one_and_goes_on_when_i
 
 def test_a_causal_loss_that_is_not_finite_leaves_a_record_that_can_be_read(tiny_data_dir, tmp_path):
     spec = run_spec()
-    seconds = dict.fromkeys(("setup", "train", "compile", "eval", "data_wait"), 1.0)
-    found = {"eval_loss": 2.0, "eval_loss_sem": float("inf"), "causal_loss": float("nan"),
-              "causal_difference": float("inf"), "causal_difference_sem": float("nan"),
-              "outcome": {"causal/accuracy": 0.5, "causal/most": float("nan")}}  # fmt: skip
+    found = {
+        "eval_loss": 2.0,
+        "eval_loss_sem": float("inf"),
+        "causal_loss": float("nan"),
+        "causal_difference": float("inf"),
+        "causal_difference_sem": float("nan"),
+        "outcome": {"causal/accuracy": 0.5, "causal/most": float("nan")},
+    }
     record = make_record(
-        spec, open_cache(cache_dir(tiny_data_dir, TINY_DATA)), diverged_step=0, train_loss=2.0,
-        found=found, seconds=seconds,
-        median_step_seconds=0.1, device="cpu", eval_batch_size=8, provenance={"devices": "1"},
-    )  # fmt: skip
+        spec,
+        open_cache(cache_dir(tiny_data_dir, TINY_DATA)),
+        Clock(),
+        diverged_step=0,
+        train_loss=2.0,
+        found=found,
+        device="cpu",
+        eval_batch_size=8,
+        provenance={"devices": "1"},
+    )
     folder = tmp_path / "runs" / spec.run_id
     folder.mkdir(parents=True)
     write_record(folder, record)

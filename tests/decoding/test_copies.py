@@ -1,4 +1,4 @@
-"""A step of decoding writes into its caches in place: to copy one costs more than the step."""
+"""A step of decoding writes into its caches in place. Copying one costs more than the step."""
 
 import re
 

@@ -16,6 +16,7 @@ from modjax.training.mesh import make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_weights, joined
 from tests.nn.small import behind_a_block, key_values, random_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 CUBE = Execution(data=2, fsdp=2, tensor=2)
 LAYERS = behind_a_block("threshold", capacity=0.25, causal=Predictor())
 CONFIG = ModelSpec(24, 16, len(LAYERS), 2, 2, 32, layers=LAYERS)
@@ -26,21 +27,14 @@ PROMPTS_B, TURNS_B = np.array([6, 1, 3, 5]), np.array([2, 1, 0, 2])
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def model():
-    """A model as training splits it, and its weights on the host."""
+    """A model without its arrays, and its weights on the host."""
     return abstract_model(CONFIG), nnx.to_pure_dict(random_model(CONFIG, std=0.5, seed=8)[1])
 
 
 def on_both(model, run):
-    """run(graphdef, weights, put) on one device and on the mesh; `put` places a batch."""
+    """Returns run(graphdef, weights, put) on the mesh and on one device. `put` places a batch."""
     abstract, weights = model
     expected = jax.device_get(run(abstract.graphdef, weights, jnp.asarray))
     mesh = make_mesh(CUBE)
@@ -77,9 +71,16 @@ def test_the_causal_call_on_2x2x2_devices_equals_one_device(model):
 def test_generation_on_2x2x2_devices_equals_one_device(model, turns, routing):
     def talk(graphdef, params, put):
         drawn = generate(
-            graphdef, params, put(TOKENS_BL[:, :6]), lengths_B=PROMPTS_B, max_new_tokens=3,
-            max_length=12, routing=routing, slack=1.0, sampling=GREEDY,
-        )  # fmt: skip
+            graphdef,
+            params,
+            put(TOKENS_BL[:, :6]),
+            lengths_B=PROMPTS_B,
+            max_new_tokens=3,
+            max_length=12,
+            routing=routing,
+            slack=1.0,
+            sampling=GREEDY,
+        )
         state = drawn.state
         said = [drawn.tokens_BO, drawn.depths_BO, drawn.prompt_depths_BL]
         if turns == 2:
@@ -104,9 +105,14 @@ def test_generation_on_2x2x2_devices_equals_one_device(model, turns, routing):
 def test_rows_that_a_mesh_cannot_share_out_evenly_are_drawn_all_the_same(model):
     def draw(graphdef, params, put):
         found = generate(
-            graphdef, params, TOKENS_BL[:3, :6], lengths_B=PROMPTS_B[:3], max_new_tokens=2,
-            routing="paced", sampling=GREEDY,
-        )  # fmt: skip
+            graphdef,
+            params,
+            TOKENS_BL[:3, :6],
+            lengths_B=PROMPTS_B[:3],
+            max_new_tokens=2,
+            routing="paced",
+            sampling=GREEDY,
+        )
         return found.tokens_BO, found.depths_BO, found.state.logits_BV
 
     assert_close(*on_both(model, draw))

@@ -15,9 +15,14 @@ from modjax.specs import Dense, Execution, MoD, ModelSpec, Predictor
 from modjax.training.mesh import make_mesh
 
 SPEC = ModelSpec(
-    vocab_size=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, d_ff=64,
+    vocab_size=64,
+    d_model=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    d_ff=64,
     layers=(MoD(Dense(), capacity=0.5, causal=Predictor()),),
-)  # fmt: skip
+)
 TOKENS = np.random.default_rng(0).integers(0, 64, (16, 10)).astype(np.int32)
 
 

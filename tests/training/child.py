@@ -28,9 +28,12 @@ def main() -> None:
 
     try:
         train(
-            run_spec(**json.loads(changes)), EXECUTION,
-            run_dir=Path(run_dir), data_dir=Path(data_dir), progress=progress,
-        )  # fmt: skip
+            run_spec(**json.loads(changes)),
+            EXECUTION,
+            run_dir=Path(run_dir),
+            data_dir=Path(data_dir),
+            progress=progress,
+        )
     except Preempted:
         sys.exit(75)
     assert "tensorflow" not in sys.modules

@@ -1,4 +1,4 @@
-"""Programs that several tests or their processes compile are compiled once."""
+"""Compilation cache that the tests and their child processes share."""
 
 import os
 
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def child_environment(tmp_path_factory) -> dict[str, str]:
-    """Environment of child processes that shares this process's compiled programs."""
+    """Returns the environment of child processes, with this process's compilation cache."""
     folder = str(tmp_path_factory.mktemp("xla"))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

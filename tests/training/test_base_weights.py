@@ -1,4 +1,4 @@
-"""A run that starts from another's weights, and the frozen part that its checkpoints leave out."""
+"""Runs that start from another's weights, and frozen weights, which checkpoints leave out."""
 
 import dataclasses
 import os
@@ -30,7 +30,7 @@ FIELDS = {"layers": LAYERS, "dtype": "bfloat16", "steps": 3, "eval_sequences": 8
 
 
 def trained(folder, data_dir, **changes):
-    """The folder of a finished run and its spec. base: the folder that it starts from."""
+    """Trains a run from the weights in the folder `base`, and returns its folder and its spec."""
     base = changes.pop("base", None)
     spec = dataclasses.replace(run_spec(**FIELDS | changes), base=base and str(base))
     train(spec, ONE, run_dir=folder / spec.run_id, data_dir=data_dir)
@@ -44,7 +44,7 @@ def base(tiny_data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def routers(base, tiny_data_dir, tmp_path_factory):
-    """A run that trains the routers of the base alone."""
+    """A run that trains only the routers of the base."""
     changes = {"trained": "routers", "base": base[0]}
     return trained(tmp_path_factory.mktemp("routers"), tiny_data_dir, **changes)
 
@@ -153,8 +153,13 @@ def test_a_base_that_cannot_be_used_is_refused_before_anything_starts(
 
 def test_a_fingerprint_sees_each_bit_and_each_place():
     one = jnp.arange(12.0).reshape(3, 4)
-    others = [one.at[1, 2].set(np.nextafter(np.float32(6), np.float32(7))), one.T.reshape(3, 4),
-              one.astype(jnp.bfloat16), one[::-1], one.reshape(4, 3)]  # fmt: skip
+    others = [
+        one.at[1, 2].set(np.nextafter(np.float32(6), np.float32(7))),
+        one.T.reshape(3, 4),
+        one.astype(jnp.bfloat16),
+        one[::-1],
+        one.reshape(4, 3),
+    ]
     assert len({fingerprint({"a": x}) for x in (one, *others)} | {fingerprint({"b": one})}) == 7
     over = NamedSharding(make_mesh(Execution(data=2, fsdp=2)), PartitionSpec(None, "fsdp"))
     assert fingerprint({"a": jax.device_put(one, over)}) == fingerprint({"a": one})

@@ -1,4 +1,4 @@
-"""The causal loss in a run's record, for each kind of layer, and what arms are compared by.
+"""The causal loss in a run's record for each kind of layer, and the loss that compares arms.
 
 Legend: B sequences, L positions, T positions whose future is hidden, V vocabulary.
 """
@@ -37,6 +37,7 @@ from modjax.specs import (
 )
 from modjax.training.loop import train
 from modjax.training.mesh import make_mesh
+from modjax.training.results.clock import Clock
 from modjax.training.results.evaluate import validation_batches
 from modjax.training.results.record import make_record
 from modjax.training.step import EVAL_STREAM, stream_key
@@ -47,7 +48,7 @@ from tests.training.tiny import run_spec
 
 @dataclasses.dataclass(frozen=True)
 class Centred(Attention):
-    """A layer from outside that says that it looks ahead; its costs are those of a dense one."""
+    """Attention from outside that claims to look ahead; its costs are those of plain attention."""
 
     def looks_ahead(self, routing):
         return True
@@ -113,13 +114,17 @@ def test_a_record_says_by_which_routing_its_model_never_looks_ahead(
 ):
     layers, routing = KINDS[kind]
     measured = {} if routing in ("trained", None) or not evaluation else {"causal_loss": 2.75}
-    seconds = dict.fromkeys(("setup", "train", "compile", "eval", "data_wait"), 1.0)
     record = make_record(
-        run_spec(layers=layers), open_cache(cache_dir(tiny_data_dir, TINY_DATA)),
-        diverged_step=0 if evaluation else 3, train_loss=2.0,
-        found=evaluation | measured, seconds=seconds, median_step_seconds=0.1, device="cpu",
-        eval_batch_size=8, provenance={},
-    )  # fmt: skip
+        run_spec(layers=layers),
+        open_cache(cache_dir(tiny_data_dir, TINY_DATA)),
+        Clock(),
+        diverged_step=0 if evaluation else 3,
+        train_loss=2.0,
+        found=evaluation | measured,
+        device="cpu",
+        eval_batch_size=8,
+        provenance={},
+    )
     assert causal_routing(record) == routing
     wanted = {"trained": 2.5, None: None}.get(routing, 2.75)
     assert causal_loss(record) == (wanted if evaluation else None)
@@ -137,7 +142,7 @@ def test_a_record_says_by_which_routing_its_model_never_looks_ahead(
 def test_a_causal_loss_is_that_of_a_model_from_which_the_future_is_hidden(
     kind, tiny_data_dir, tmp_path
 ):
-    """A prediction at t may depend on tokens up to t: all others are drawn at random, t by t."""
+    """A prediction at t may depend on tokens up to t. All others are drawn at random, t by t."""
     layers, routing = KINDS[kind]
     spec = run_spec(layers=layers, eval_sequences=8)
     folder = run_dir(tmp_path, spec.run_id)

@@ -1,4 +1,4 @@
-"""Checkpoints: bounded, verified, and those of another run refused."""
+"""Checkpoints are bounded in number, verified, and refused if they belong to another run."""
 
 import json
 import subprocess
@@ -22,8 +22,9 @@ def state_at(step: int) -> TrainState:
     params = {"w": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)}
     measured = {"threshold": params["w"][0] * 3}
     moments = {"m": params["w"] * 2}
-    return TrainState(params, {}, measured, moments, jnp.int32(step), jnp.int32(0), jnp.float32(0),
-                      jnp.int32(0))  # fmt: skip
+    return TrainState(
+        params, {}, measured, moments, jnp.int32(step), jnp.int32(0), jnp.float32(0), jnp.int32(0)
+    )
 
 
 def opened(folder, identity=IDENTITY, keep=2):
@@ -32,7 +33,7 @@ def opened(folder, identity=IDENTITY, keep=2):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Holds the states of steps 3 and 5; that of step 1 has made room."""
+    """A folder with the states of steps 3 and 5. The state of step 1 was deleted."""
     checkpoints = opened(tmp_path / "checkpoints")
     for step in (1, 3, 5):
         checkpoints.save(step, state_at(step), {"train": float(step)})
@@ -65,7 +66,7 @@ def test_the_newest_comes_back_bit_for_bit_and_their_number_is_bounded(folder):
 
 
 def read_so_far() -> int:
-    """Returns how many bytes this process has read."""
+    """Returns the number of bytes that this process has read."""
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 
@@ -193,8 +194,13 @@ def test_a_full_disk_is_an_oserror_and_the_checkpoint_before_is_whole(tmp_path, 
     if subprocess.run([*enter, script, "sh", "true"], capture_output=True).returncode != 0:
         pytest.skip("needs permission to mount a small file system")
     command = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path), str(root)]
-    done = subprocess.run([*enter, script, "sh", *command], env=child_environment, cwd=root,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [*enter, script, "sh", *command],
+        env=child_environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "No space left on device\n"
 

@@ -1,4 +1,4 @@
-"""One run over two processes of this machine, started as Slurm starts them."""
+"""One run over two processes of this machine, started as by Slurm."""
 
 import json
 import socket
@@ -8,9 +8,16 @@ import pytest
 
 CONFIG = Path(__file__).parents[2] / "configs" / "single.py"
 OVERRIDES = [
-    "data.name=tiny", "model.d_model=32", "model.d_ff=64", "train.batch_size=8", "train.seq_len=64",
-    "train.steps=20", "train.warmup_steps=2", "train.eval_sequences=8", "execution.log_every=1",
-]  # fmt: skip
+    "data.name=tiny",
+    "model.d_model=32",
+    "model.d_ff=64",
+    "train.batch_size=8",
+    "train.seq_len=64",
+    "train.steps=20",
+    "train.warmup_steps=2",
+    "train.eval_sequences=8",
+    "execution.log_every=1",
+]
 
 
 def lines_of(workdir: Path) -> list[dict]:
@@ -22,8 +29,16 @@ def lines_of(workdir: Path) -> list[dict]:
 def test_two_processes_train_as_one_and_leave_one_result(modjax, tiny_data_dir, tmp_path):
     def train(workdir: Path, *more: str, **environment: str):
         overrides = [f"--config.{override}" for override in OVERRIDES]
-        return modjax("train", f"--config={CONFIG}", f"--workdir={workdir}", "--json",
-                      f"--data-dir={tiny_data_dir}", *overrides, *more, **environment)  # fmt: skip
+        return modjax(
+            "train",
+            f"--config={CONFIG}",
+            f"--workdir={workdir}",
+            "--json",
+            f"--data-dir={tiny_data_dir}",
+            *overrides,
+            *more,
+            **environment,
+        )
 
     # Two devices here as well: on one the sums round otherwise, and a router makes another choice
     # of that. test_sharding.py compares with one device.
@@ -36,12 +51,17 @@ def test_two_processes_train_as_one_and_leave_one_result(modjax, tiny_data_dir, 
         port = free.getsockname()[1]
     processes = [
         train(
-            tmp_path / "two", "--distributed", SLURM_JOB_ID="1", SLURM_STEP_NODELIST="127.0.0.1",
-            SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i),
+            tmp_path / "two",
+            "--distributed",
+            SLURM_JOB_ID="1",
+            SLURM_STEP_NODELIST="127.0.0.1",
+            SLURM_NTASKS="2",
+            SLURM_PROCID=str(i),
+            SLURM_LOCALID=str(i),
             JAX_COORDINATOR_PORT=str(port),
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     printed = [process.communicate(timeout=120) for process in processes]
     for process, (_, err) in zip(processes, printed, strict=True):
         assert process.returncode == 0, err

@@ -1,4 +1,4 @@
-"""Mean and standard error of an evaluation."""
+"""Mean, standard error and counts of an evaluation."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Experts in training: what is measured moves once per update, and a run's record tells of them."""
+"""Experts in training: measured numbers move once per update, and a record reports the experts."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Whole runs: real kills of real processes, divergence, records, and what is refused."""
+"""Whole runs: kills of real processes, divergence, records, and input that is refused."""
 
 import dataclasses
 import json
@@ -36,16 +36,19 @@ FORWARD = (
 
 @pytest.fixture
 def start(child_environment, tiny_data_dir):
-    """Starts a training process in a folder."""
+    """A function that starts a training process in a folder."""
     processes = []
 
     def start(run_dir: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "tests.training.child"]
         process = subprocess.Popen(
-            [*command, str(run_dir), str(tiny_data_dir), json.dumps(KILLED)], env=child_environment,
-            cwd=Path(__file__).parents[2], text=True, stdout=subprocess.PIPE,
+            [*command, str(run_dir), str(tiny_data_dir), json.dumps(KILLED)],
+            env=child_environment,
+            cwd=Path(__file__).parents[2],
+            text=True,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-        )  # fmt: skip
+        )
         processes.append(process)
         return process
 
@@ -57,18 +60,27 @@ def start(child_environment, tiny_data_dir):
 
 @pytest.fixture(scope="module")
 def undisturbed(child_environment, tiny_data_dir, tmp_path_factory):
-    """The folder of the same run, never stopped."""
+    """The folder of the same run, which was never stopped."""
     run_dir = tmp_path_factory.mktemp("undisturbed")
     subprocess.run(
-        [sys.executable, "-m", "tests.training.child", str(run_dir), str(tiny_data_dir),
-         json.dumps(KILLED)],
-        env=child_environment, cwd=Path(__file__).parents[2], check=True, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "tests.training.child",
+            str(run_dir),
+            str(tiny_data_dir),
+            json.dumps(KILLED),
+        ],
+        env=child_environment,
+        cwd=Path(__file__).parents[2],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     return run_dir
 
 
 def wait_for(process: subprocess.Popen, step: int) -> None:
-    """Returns when the process has told of a step at or after `step`."""
+    """Waits until the process has printed a step at or after `step`."""
     for line in process.stdout:
         if int(line.split()[1]) >= step:
             return
@@ -152,8 +164,13 @@ def finished(tiny_data_dir, tmp_path_factory):
     """A short run with a routed model, on 4 devices, and its record."""
     run_dir = tmp_path_factory.mktemp("finished")
     lines = []
-    record = train(run_spec(), Execution(log_every=5, data=2, fsdp=2), run_dir=run_dir,
-                   data_dir=tiny_data_dir, progress=lines.append)  # fmt: skip
+    record = train(
+        run_spec(),
+        Execution(log_every=5, data=2, fsdp=2),
+        run_dir=run_dir,
+        data_dir=tiny_data_dir,
+        progress=lines.append,
+    )
     return run_dir, record, lines
 
 
@@ -210,8 +227,9 @@ def test_divergence_is_recorded_with_its_step_whenever_it_is_noticed(tiny_data_d
     def diverge(log_every):
         spec = run_spec(learning_rate=1e19, warmup_steps=0, steps=40)
         run_dir = tmp_path / str(log_every)
-        record = train(spec, Execution(data=1, log_every=log_every), run_dir=run_dir,
-                       data_dir=tiny_data_dir)  # fmt: skip
+        record = train(
+            spec, Execution(data=1, log_every=log_every), run_dir=run_dir, data_dir=tiny_data_dir
+        )
         return record, metrics_of(run_dir)
 
     record, lines = diverge(1)

@@ -1,4 +1,4 @@
-"""The metrics file: what stays of it when a run goes on, and TensorBoard."""
+"""The metrics file, its lines after a restart, and TensorBoard."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.training.results.metrics import MetricsWriter, last_train_loss
+from modjax.training.results.metrics import MetricsWriter, last_train_loss, require_tensorboard
 
 
 def write(run_dir, start, lines):
@@ -21,9 +21,11 @@ def write(run_dir, start, lines):
 
 LINES = [
     (1, {"loss": np.float32(3.3), "loss_steps": 1}),
-    (2, {"loss": np.float32(2.2), "loss_steps": 1}), (2, {"eval_loss": 2.5}),
-    (4, {"loss": np.float32(1.1), "loss_steps": 2}), (4, {"eval_loss": 1.5}),
-]  # fmt: skip
+    (2, {"loss": np.float32(2.2), "loss_steps": 1}),
+    (2, {"eval_loss": 2.5}),
+    (4, {"loss": np.float32(1.1), "loss_steps": 2}),
+    (4, {"eval_loss": 1.5}),
+]
 
 
 @pytest.mark.parametrize(("restored", "kept"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)])
@@ -104,10 +106,10 @@ def test_last_train_loss_skips_evaluations(tmp_path):
     assert last_train_loss(tmp_path) == pytest.approx(1.1)
 
 
-def test_tensorboard_without_its_package_is_refused_with_the_extra(tmp_path, monkeypatch):
+def test_tensorboard_without_its_package_is_refused_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(InputError, match=r"tensorboard"):
-        MetricsWriter(tmp_path, start_step=0, tensorboard=True)
+    with pytest.raises(InputError, match=r"execution.tensorboard = True: .*\[tensorboard\]"):
+        require_tensorboard()
 
 
 def test_tensorboard_gets_every_value_without_tensorflow(tmp_path):

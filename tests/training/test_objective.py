@@ -1,4 +1,4 @@
-"""The objective of a train step: next tokens in chunks, and others that touch no model.
+"""Objectives of a train step: next tokens in chunks, and one from outside the model.
 
 Legend: B batch, L positions, D width, V vocabulary.
 """
@@ -46,7 +46,7 @@ def test_chunks_add_no_collective_to_a_step(execution, monkeypatch):
 
 
 def to_a_base(base):
-    """An objective: KL(base || model) at every position, whatever the heads of the two are."""
+    """Returns an objective: KL(base || model) at every position, for any two heads."""
 
     def kl(heads, *features):
         ours_BLV, base_BLV = (
@@ -64,7 +64,7 @@ def to_a_base(base):
 
 
 def network(config, seed):
-    """A model's graph definition, its weights, and the model."""
+    """Returns a model's graph definition, its weights, and the model."""
     state = initial_state(config, seed)
     graphdef, weights = abstract_model(config).graphdef, state.params
     return graphdef, weights, nnx.merge(graphdef, joined(weights, state.measured))

@@ -18,7 +18,7 @@ def config(**changes) -> TrainConfig:
 
 
 def numpy_learning_rate(train: TrainConfig, step: int) -> float:
-    """Of update `step`, counted from 1, as the text of the docstring says."""
+    """Returns the rate of update `step`, counted from 1, by the formula of the docstring."""
     if step <= train.warmup_steps:
         return train.learning_rate * step / train.warmup_steps
     share = (step - train.warmup_steps) / (train.steps - train.warmup_steps)
@@ -39,8 +39,13 @@ def test_every_step_has_the_rate_of_a_cosine_that_ends_at_the_last_step(warmup, 
     assert all(rate > 0 for rate in ours[:-1])
 
 
-ROLES = {"embedding": "embedding", "w": "weight", "heads": "weight", "scale": "norm",
-         "final": "norm"}  # fmt: skip
+ROLES = {
+    "embedding": "embedding",
+    "w": "weight",
+    "heads": "weight",
+    "scale": "norm",
+    "final": "norm",
+}
 DECAYS = {"embedding": True, "w": True, "heads": True, "scale": False, "final": False}
 
 

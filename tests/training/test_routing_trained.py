@@ -1,4 +1,4 @@
-"""What training does with routers: predictors apart, thresholds measured, capacity counted."""
+"""Routers in training: predictors apart, thresholds measured, capacity counted."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ PREDICTED = dataclasses.replace(ROUTED, layers=(MoD(capacity=0.25, causal=Predic
 
 
 def three_steps(config, drop=()):
-    """States before and after, and each step's metrics, under clipping that is active."""
+    """Returns the states before and after, and each step's metrics, while clipping is active."""
     train = train_config(clip_norm=0.05, warmup_steps=0)
     step = one_device_step(config, train)
     state = initial_state(PREDICTED)
@@ -57,8 +57,9 @@ def test_training_a_predictor_changes_nothing_else(predicted):
     trained = with_predictor[0]["stack"]["blocks"]["0_mod"].pop("causal")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        with_predictor, (without.params, without.measured),
-    )  # fmt: skip
+        with_predictor,
+        (without.params, without.measured),
+    )
     for name, value in before.params["stack"]["blocks"]["0_mod"]["causal"].items():
         assert np.all(value != trained[name])
 
@@ -73,7 +74,7 @@ def test_a_threshold_is_the_mean_of_the_kth_scores_so_far(predicted):
 
 
 def train_flops(k):
-    """Of one sequence: the layer of `run_spec` on k of 32 positions, its router and predictor."""
+    """Returns FLOPs of a sequence: the layer on k of 32 positions, its router and its predictor."""
     forward = 2 * k * (4 * 16 * 16 + 2 * 16 * 32) + 4 * k * k * 16 + 2 * 32 * 16 * (1 + 260)
     predictor = 2 * 32 * 4 * (16 + 1)  # its input takes no gradient
     return 3 * forward + 2 * predictor

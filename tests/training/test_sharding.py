@@ -43,19 +43,23 @@ CUBE = Execution(data=2, fsdp=2, tensor=2)
 SWIGLU = Dense("swiglu")
 # Every kind of layer and of parameter.
 EVERYTHING = model(
-    layers=(SWIGLU, *(MoD(SWIGLU, rule=rule, causal=Predictor())
-                      for rule in (TopK(), Random(), Binary()))),
+    layers=(
+        SWIGLU,
+        *(MoD(SWIGLU, rule=rule, causal=Predictor()) for rule in (TopK(), Random(), Binary())),
+    ),
     num_layers=4,
-)  # fmt: skip
+)
 
 
 def partition_specs() -> dict[str, list]:
-    """Of every parameter, and of what training measures."""
+    """Returns the partition spec of every parameter and measured number."""
     split = abstract_model(EVERYTHING)
     state = abstract_state(make_mesh(CUBE), split, train_config())
     leaves = jax.tree_util.tree_leaves_with_path(joined(state.params, state.measured))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.sharding.spec)
-            for path, leaf in leaves}  # fmt: skip
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.sharding.spec)
+        for path, leaf in leaves
+    }
 
 
 def compile_step(model_config, train, execution):
@@ -114,7 +118,7 @@ def test_2x2x2_gives_the_loss_and_gradients_of_one_device(accumulation):
 
 
 def collectives(model_config, execution) -> collections.Counter:
-    """How often each kind of collective stands in the compiled train step."""
+    """Returns the number of collectives of each kind in the compiled train step."""
     # More selected tokens on a device than the model is wide: with fewer, the partitioner would
     # rather move activations than parameters, in dense models too.
     compiled, _, _ = compile_step(model_config, train_config(seq_len=128), execution)

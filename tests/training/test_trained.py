@@ -1,4 +1,4 @@
-"""Training routers alone: what is frozen stays bit for bit, and costs no weight gradient."""
+"""Training of routers alone: frozen weights keep every bit and cost no weight gradient."""
 
 import jax
 import numpy as np
@@ -39,8 +39,10 @@ def batch_of(seed):
 
 
 def paths(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def test_only_routers_and_predictors_change_and_have_moments():
@@ -59,8 +61,9 @@ def test_only_routers_and_predictors_change_and_have_moments():
 
 
 def test_frozen_parameters_cost_no_weight_gradient():
-    counted = {trained: compiled(trained)[3].cost_analysis()["flops"]
-               for trained in ("all", "routers")}  # fmt: skip
+    counted = {
+        trained: compiled(trained)[3].cost_analysis()["flops"] for trained in ("all", "routers")
+    }
     ours = {trained: train_flops(MODEL, 64, 8, trained=trained) for trained in counted}
     assert counted["routers"] / counted["all"] == pytest.approx(
         ours["routers"] / ours["all"], rel=0.05

@@ -16,9 +16,14 @@ from modjax.training.step import make_train_step
 from tests.conftest import TINY_DATA
 
 MODEL = ModelSpec(
-    vocab_size=260, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, d_ff=32,
+    vocab_size=260,
+    d_model=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    d_ff=32,
     layers=(Dense(), MoD(capacity=0.25)),
-)  # fmt: skip
+)
 TRAIN = TrainConfig(
     batch_size=8, seq_len=32, steps=12, learning_rate=0.01, warmup_steps=2, eval_sequences=20
 )
@@ -33,7 +38,7 @@ def train_config(**changes: Any) -> TrainConfig:
 
 
 def run_spec(**changes: Any) -> RunSpec:
-    """`changes` replace fields of the model where it has them, and of the training otherwise."""
+    """Returns a tiny run. `changes` replace fields of its ModelSpec or its TrainConfig."""
     names = {field.name for field in dataclasses.fields(ModelSpec)}
     return RunSpec(
         variant="tiny",
@@ -45,7 +50,7 @@ def run_spec(**changes: Any) -> RunSpec:
 
 
 def random_batch(seed: int, batch_size: int, seq_len: int, *, vocab: int = 260) -> Batch:
-    """Random tokens in two documents, with some positions that are not scored."""
+    """Returns random tokens in two documents, with some positions that are not scored."""
     rng = np.random.default_rng(seed)
     inputs, targets = rng.integers(0, vocab, (2, batch_size, seq_len), dtype=np.int32)
     segments = 1 + (np.arange(seq_len) > seq_len // 3).astype(np.int32)
@@ -58,7 +63,7 @@ QUICK = {"xla_backend_optimization_level": "0"}
 
 
 def one_device_step(model_config: ModelSpec, train: TrainConfig) -> Any:
-    """A jitted train step without a mesh."""
+    """Returns a jitted train step without a mesh."""
     split = abstract_model(model_config)
     step = jax.jit(make_train_step(split, train), donate_argnums=0, compiler_options=QUICK)
     return lambda state, batch: step(state, batch, make_schedule(train))
@@ -72,5 +77,5 @@ def _initial_state(model_config: ModelSpec, seed: int) -> TrainState:
 
 
 def initial_state(model_config: ModelSpec, seed: int = 0) -> TrainState:
-    """A state on one device, to be donated."""
+    """Returns a state on one device, to be donated."""
     return jax.tree.map(jnp.copy, _initial_state(model_config, seed))

@@ -5,34 +5,34 @@ import time
 
 
 class Clock:
-    """Seconds by activity, over all restarts. All but `data_wait`, a part of `train`, add up."""
+    """Stopwatch of a run: seconds by activity over all restarts, and seconds per step.
+
+    The activities add up to the wall time, except `data_wait`, which is a part of `train`.
+    """
 
     def __init__(self):
         names = ("setup", "compile", "train", "eval", "checkpoint", "data_wait")
         self.seconds: dict[str, float] = dict.fromkeys(names, 0.0)
-        self._mark = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Counts the time since the last lap towards `name`."""
-        now = time.perf_counter()
-        self.seconds[name] += now - self._mark
-        self._mark = now
-
-
-class Pace:
-    """Seconds per step between logged steps that nothing interrupted."""
-
-    def __init__(self, step: int):
         self._per_step: list[float] = []
-        self.restart(step)
+        self._lap = time.perf_counter()
 
-    def restart(self, step: int) -> None:
-        self._step, self._mark = step, time.perf_counter()
+    def lap(self, name: str, step: int | None = None) -> None:
+        """Adds the time since the last lap to the activity `name`.
+
+        step: starts to measure the time per step anew, after this step.
+        """
+        now = time.perf_counter()
+        self.seconds[name] += now - self._lap
+        self._lap = now
+        if step is not None:
+            self._step, self._reached = step, now
 
     def reached(self, step: int) -> None:
+        """Measures the time per step until `step`, which has just been computed."""
         now = time.perf_counter()
-        self._per_step.append((now - self._mark) / (step - self._step))
-        self._step, self._mark = step, now
+        self._per_step.append((now - self._reached) / (step - self._step))
+        self._step, self._reached = step, now
 
-    def median(self) -> float:
+    def median_step(self) -> float:
+        """Returns the median of the measured seconds per step, or 0."""
         return statistics.median(self._per_step) if self._per_step else 0.0

@@ -19,13 +19,18 @@ from modjax.nn.sharding import LOGICAL_TO_MESH, ways
 from modjax.specs import TrainConfig
 from modjax.training.mesh import put_batch
 
-# Sequences of one pass, whatever the run's own batch: how many are computed at once decides how
-# sums are rounded, and that decides near ties.
+# Sequences per forward pass, whatever the run's own batch size. The number decides how sums are
+# rounded, and rounding decides near ties.
 EVAL_BATCH = 8
 
 
 class Scores(NamedTuple):
-    """Per sequence: summed loss in nats, tokens scored, and the counts of each layer's record."""
+    """Scores of each sequence of an evaluation.
+
+    loss_B: summed loss in nats.
+    weight_B: number of scored tokens; 0 for sequences that pad the last batch.
+    counts: counts of each layer's record, (B, A).
+    """
 
     loss_B: np.ndarray
     weight_B: np.ndarray
@@ -33,7 +38,12 @@ class Scores(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """loss: mean over tokens, in nats. sem: its standard error over sequences. tokens: scored."""
+    """Result of an evaluation.
+
+    loss: mean over tokens, in nats.
+    sem: standard error of the loss, over sequences.
+    tokens: number of scored tokens.
+    """
 
     loss: float
     sem: float
@@ -41,15 +51,15 @@ class Evaluation(NamedTuple):
 
 
 def eval_batch_size(mesh: Mesh) -> int:
-    """Returns EVAL_BATCH, or the next number of sequences that splits evenly over the mesh."""
+    """Returns EVAL_BATCH, rounded up to a number of sequences that splits evenly over the mesh."""
     parts = ways(mesh, LOGICAL_TO_MESH["batch"])
     return -(-EVAL_BATCH // parts) * parts
 
 
 def validation_batches(cache: TokenCache, train: TrainConfig, mesh: Mesh) -> Iterator[Batch]:
-    """Returns the windows of a run's evaluation on the devices of `mesh`.
+    """Returns an iterator over the validation windows of a run, on the devices of `mesh`.
 
-    Raises InputError, before the first one, where the validation split is too small.
+    Raises InputError, before the first batch, if the validation split is too small.
     """
     size, sequences = eval_batch_size(mesh), train.eval_sequences
     batches = eval_batches(cache, seq_len=train.seq_len, batch_size=size, sequences=sequences)
@@ -57,21 +67,21 @@ def validation_batches(cache: TokenCache, train: TrainConfig, mesh: Mesh) -> Ite
 
 
 def evaluate(eval_step: Callable, weights: Any, batches: Iterable[Any]) -> Scores:
-    """Runs `eval_step` (see programs.compile_eval_step) over batches that are on the device."""
+    """Runs `eval_step`, see `programs.compile_eval_step`, on batches that are on the device."""
     # Every batch is dispatched before the first result is fetched.
     results = [eval_step(weights, batch, jnp.int32(i)) for i, batch in enumerate(batches)]
     return Scores(*jax.tree.map(lambda *parts: np.concatenate(parts, dtype=np.float64), *results))
 
 
 def summarise(scores: Scores) -> Evaluation:
-    """Returns mean and standard error from each sequence's summed loss and weight.
+    """Returns the mean loss per token and its standard error.
 
-    The mean is the ratio R = sum(loss) / sum(weight); its standard error is the linearised one
-    of a ratio, sqrt(n / (n - 1) * sum((loss - R weight)^2)) / sum(weight) (Cochran 1977,
-    Sampling Techniques, section 2.11). Sequences of weight 0 are padding.
+    The mean is the ratio R = sum(loss) / sum(weight). Its standard error is that of a linearised
+    ratio, sqrt(n / (n - 1) * sum((loss - R weight)^2)) / sum(weight) (Cochran 1977, Sampling
+    Techniques, section 2.11).
     """
-    kept = scores.weight_B > 0
-    loss_B, weight_B = scores.loss_B[kept], scores.weight_B[kept]
+    scored = scores.weight_B > 0
+    loss_B, weight_B = scores.loss_B[scored], scores.weight_B[scored]
     n, total = len(weight_B), float(weight_B.sum())
     mean = float(loss_B.sum()) / total
     spread = float(np.square(loss_B - mean * weight_B).sum())
@@ -79,39 +89,36 @@ def summarise(scores: Scores) -> Evaluation:
 
 
 def difference(ours: Scores, theirs: Scores) -> Evaluation:
-    """Returns our loss less theirs on the same sequences, with the error of paired differences."""
+    """Returns our loss minus theirs on the same sequences, with the error of paired differences."""
     return summarise(ours._replace(loss_B=ours.loss_B - theirs.loss_B))
 
 
 def outcome(scores: Scores) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Returns the numbers of the layers' records in an evaluation: of all, and of each layer."""
-    kept = scores.weight_B > 0  # the others are padding
-    return outcomes(jax.tree.map(lambda count_BA: count_BA[kept], scores.counts))
+    """Returns the outcome numbers of all layers together, and those of each layer by name."""
+    scored = scores.weight_B > 0
+    return outcomes(jax.tree.map(lambda count_BA: count_BA[scored], scores.counts))
 
 
-def measured(
+def summary(
     scores: dict[str, Scores], manifest: Manifest
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Returns the fields of a run's record that an evaluation decides, and its line of metrics.
+    """Returns the fields of the record that an evaluation decides, and its line of metrics.
 
-    scores: by routing, "trained" and, where it was taken, "causal".
+    scores: by routing: "trained", and "causal" for a model that has another rule there.
     """
-    trained = scores["trained"]
-    loss, sem, tokens = summarise(trained)
+    loss, sem, tokens = summarise(scores["trained"])
     bits = bits_per_byte(manifest, loss)
     found: dict[str, Any] = {"eval_loss": loss, "eval_loss_sem": sem, "eval_bits_per_byte": bits}
     metrics, numbers = dict(found), {}
     for routing, one in scores.items():
         whole, layers = outcome(one)
         numbers |= {f"{routing}/{name}": value for name, value in whole.items()}
-        if routing == "trained":
-            continue
-        gap = difference(one, trained)
-        gaps = {"causal_difference": gap.loss, "causal_difference_sem": gap.sem}
-        losses = {"causal_loss": summarise(one).loss, **gaps}
-        found |= losses
-        metrics |= {f"eval_{name}": value for name, value in losses.items()}
-        for layer, of in layers.items():
-            metrics |= {f"eval_{routing}/{name}/{layer}": value for name, value in of.items()}
+        if routing == "causal":
+            loss, gap = summarise(one).loss, difference(one, scores["trained"])
+            losses = {"loss": loss, "difference": gap.loss, "difference_sem": gap.sem}
+            found |= {f"causal_{name}": value for name, value in losses.items()}
+            metrics |= {f"eval_causal_{name}": value for name, value in losses.items()}
+            for layer, of in layers.items():
+                metrics |= {f"eval_causal/{name}/{layer}": value for name, value in of.items()}
     metrics |= {f"eval_{name}": value for name, value in numbers.items()}
     return {**found, "eval_tokens": tokens, "outcome": numbers}, metrics

@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines always, TensorBoard when asked.
+"""Metrics of a run, as JSON lines and, on request, for TensorBoard.
 
 No line depends on the clock, so a resumed run writes the same bytes.
 """
@@ -22,13 +22,15 @@ logger = logging.getLogger("modjax")
 
 
 class MetricsWriter:
-    """Appends lines to `run_dir`/metrics.jsonl, after dropping those that a resumed run repeats.
+    """Appends lines to metrics.jsonl in `run_dir`, and to TensorBoard's files.
 
-    Warns of damaged lines, which it leaves out, and of the steps whose lines are lost.
+    First drops the lines that a resumed run writes again. Warns of damaged lines, which it drops,
+    and of steps whose lines are lost.
 
-    start_step: the step of the restored state. Its training line stays and its evaluation does not,
+    start_step: step of the restored state. Its training line is kept. Its evaluation is dropped,
       because a state is saved before it is evaluated.
-    unlogged: how many of the steps up to `start_step` the next training line will cover.
+    unlogged: number of steps up to `start_step` that the next training line will cover.
+    tensorboard: whether to write TensorBoard's files, too.
     progress: called with every line.
     """
 
@@ -46,28 +48,27 @@ class MetricsWriter:
         if jax.process_index() > 0:
             return  # one process writes for all
         if tensorboard:
-            require_tensorboard()
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         path, lines = run_dir / "metrics.jsonl", read_metrics(run_dir)
         while lines and lines[-1].values is None:
-            lines.pop()  # left by a kill
+            lines.pop()  # a kill cut it short
         for number, line in enumerate(lines, 1):
             if line.values is None:
                 logger.warning("modjax: %s: line %d is damaged: left out", path, number)
         kept = [line for line in lines if line.values and _stays(line.values, start_step)]
         if lost := lost_steps(kept, start_step - unlogged):
-            said = (
+            message = (
                 "modjax: %s: has lost its lines of steps %s: the run goes on from step %d, and its "
                 "learning curve lacks them"
             )
-            logger.warning(said, path, lost, start_step)
+            logger.warning(message, path, lost, start_step)
         write_atomically(path, b"".join(line.text + b"\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line. Values that are not finite become null."""
+        """Appends one line. Numbers that are not finite become null."""
         line = {"step": step} | {name: _json_number(value) for name, value in values.items()}
         if self._file is not None:
             with naming(Path(self._file.name)):
@@ -80,7 +81,7 @@ class MetricsWriter:
             self._progress(line)
 
     def sync(self) -> None:
-        """Returns when all lines are on the disk."""
+        """Waits until all lines are on disk."""
         if self._file is not None:
             with naming(Path(self._file.name)):
                 os.fsync(self._file.fileno())
@@ -106,14 +107,14 @@ def _stays(values: dict[str, Any], start_step: int) -> bool:
 
 
 def _json_number(value: Any) -> int | float | None:
-    """Returns a number, with the 7 digits of a float32 where it is an array; None for NaN, inf."""
+    """Returns a number for JSON: arrays with the 7 digits of a float32, None for NaN and inf."""
     if not math.isfinite(value):
         return None
     return value if isinstance(value, int | float) else float(f"{float(value):.7g}")
 
 
 def require_tensorboard() -> None:
-    """Raises InputError where tensorboardX is not installed."""
+    """Raises InputError if tensorboardX is not installed."""
     there = importlib.util.find_spec("tensorboardX") is not None
     need = "needs tensorboardX: pip install -e '.[tensorboard]'"
     require(there, "execution.tensorboard", True, need)
