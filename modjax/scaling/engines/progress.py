@@ -12,7 +12,7 @@ from rich.table import Table
 
 from modjax.records import RunRecord
 from modjax.scaling.formatting import clock
-from modjax.scaling.report.comparison import loss_words
+from modjax.scaling.report.prose import loss_words
 from modjax.specs import RunSpec
 
 SECONDS_BETWEEN_LINES = 60.0  # off a terminal, where no run finishes
