@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter
 from experiments.compare import best, cells, keep, loss
 from modjax.records import RunRecord
 from modjax.scaling.fit.cells import Repeated
-from modjax.scaling.fit.learning_curves import read_curves
+from modjax.scaling.report.learning_curves import read_curves
 from modjax.scaling.report.markers import COLOURS, RC, nth_style
 
 HERE = Path(__file__).parent

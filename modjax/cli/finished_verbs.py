@@ -80,7 +80,7 @@ def _check_code(args: argparse.Namespace, spec: RunSpec) -> None:
 
 def _comparison_text(found: "Comparison") -> str:
     from modjax.scaling.formatting import count
-    from modjax.scaling.report.prose import text_table
+    from modjax.scaling.report.terminal import text_table
 
     bound = "" if found.slack is None else f", room for {found.slack:g} times the capacity"
     gap = found.difference

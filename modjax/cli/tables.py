@@ -16,7 +16,8 @@ from modjax.flops import (
 from modjax.records import RunRecord, causal_loss
 from modjax.scaling.formatting import clock, count
 from modjax.scaling.plan.plan_table import PlannedRun
-from modjax.scaling.report.prose import span, text_table
+from modjax.scaling.report.prose import span
+from modjax.scaling.report.terminal import text_table
 from modjax.scaling.status import STATES, Status
 from modjax.scaling.sweep import Outcome
 from modjax.specs import RunSpec

@@ -154,9 +154,9 @@ def status(args: argparse.Namespace) -> None:
 
 def fit(args: argparse.Namespace) -> None:
     from modjax.provenance import differences
+    from modjax.scaling.fit.isoflop import fit_workdir
     from modjax.scaling.fit.results import to_json
-    from modjax.scaling.report.page import fit_workdir
-    from modjax.scaling.report.prose import render_text
+    from modjax.scaling.report.terminal import render_text
 
     found, fits = fit_workdir(args.workdir, args.loss, args.size)
     for difference in differences(found.records):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from modjax.cli.tables import outcome_text, status_text
-from modjax.scaling.report.comparison import loss_words
+from modjax.scaling.report.prose import loss_words
 from modjax.scaling.status import Status, _finished
 from modjax.scaling.sweep import Outcome
 from tests.scaling.conftest import _record

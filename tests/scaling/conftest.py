@@ -16,17 +16,43 @@ from modjax.scaling import sweep
 def _record(**changes) -> RunRecord:
     """A finished run of a plausible small model; `changes` replace fields."""
     values = dict(
-        run_id="dense-1e+12-d64-l4-00000000", variant="dense", status="finished",
-        diverged_step=None, budget_flops=1e12, train_flops=1e12, forward_flops_per_token=4e5,
-        flops={"mlp": 2e7, "qkv": 1e7, "logits": 5e6}, params_total=230_000,
-        params_non_embedding=200_000, params_active=200_000, d_model=64, num_layers=4,
-        tokens=800_000, epochs=0.1, steps=100, batch_size=32, seq_len=256, learning_rate=3e-3,
-        train_loss=2.0, eval_loss=2.0, eval_loss_sem=0.004, eval_bits_per_byte=2.9,
-        eval_tokens=65_536, seed=0, data_seed=0, data_fingerprint="abc", code_version="0.1.0",
-        wall_seconds=12.0, train_seconds=9.0, compile_seconds=2.0, eval_seconds=1.0,
-        data_wait_seconds=0.01, median_step_seconds=0.09, device="cpu",
+        run_id="dense-1e+12-d64-l4-00000000",
+        variant="dense",
+        status="finished",
+        diverged_step=None,
+        budget_flops=1e12,
+        train_flops=1e12,
+        forward_flops_per_token=4e5,
+        flops={"mlp": 2e7, "qkv": 1e7, "logits": 5e6},
+        params_total=230_000,
+        params_non_embedding=200_000,
+        params_active=200_000,
+        d_model=64,
+        num_layers=4,
+        tokens=800_000,
+        epochs=0.1,
+        steps=100,
+        batch_size=32,
+        seq_len=256,
+        learning_rate=3e-3,
+        train_loss=2.0,
+        eval_loss=2.0,
+        eval_loss_sem=0.004,
+        eval_bits_per_byte=2.9,
+        eval_tokens=65_536,
+        seed=0,
+        data_seed=0,
+        data_fingerprint="abc",
+        code_version="0.1.0",
+        wall_seconds=12.0,
+        train_seconds=9.0,
+        compile_seconds=2.0,
+        eval_seconds=1.0,
+        data_wait_seconds=0.01,
+        median_step_seconds=0.09,
+        device="cpu",
         versions={"jax": "0.10.2", "flax": "0.12.8"},
-    )  # fmt: skip
+    )
     return RunRecord(**(values | changes))
 
 
@@ -60,13 +86,22 @@ def _sweep(
             log_ratio = math.log10(parameters / optimum)
             loss = 6 * budget**-0.04 + (gap if i else 0) + 0.4 * log_ratio**2
             name = f"{arm}-{budget:.0e}-n{j}"
-            records.append(_record(
-                run_id=f"{name}-s{seed}", variant=arm, budget_flops=budget, train_flops=budget,
-                forward_flops_per_token=flops, params_non_embedding=parameters,
-                params_total=parameters + 16_384, params_active=parameters,
-                tokens=round(budget / 3 / flops), eval_loss=loss + noise * rng.standard_normal(),
-                d_model=32 * (j + 1), seed=seed,
-            ))  # fmt: skip
+            records.append(
+                _record(
+                    run_id=f"{name}-s{seed}",
+                    variant=arm,
+                    budget_flops=budget,
+                    train_flops=budget,
+                    forward_flops_per_token=flops,
+                    params_non_embedding=parameters,
+                    params_total=parameters + 16_384,
+                    params_active=parameters,
+                    tokens=round(budget / 3 / flops),
+                    eval_loss=loss + noise * rng.standard_normal(),
+                    d_model=32 * (j + 1),
+                    seed=seed,
+                )
+            )
     return records
 
 
@@ -91,12 +126,12 @@ def make_workdir(tmp_path):
             write_record(run_dir, record)
             last = record.eval_loss or 3.0
             steps = [1, *(record.steps * k // 20 for k in range(1, 21))]
-            lines = [
-                {"step": step, "tokens": record.tokens * step // record.steps,
-                 "train_flops": record.train_flops * step / record.steps,
-                 "loss": last + 3 * before / step, "loss_steps": step - before}
-                for before, step in itertools.pairwise([0, *steps])
-            ]  # fmt: skip
+            lines = []
+            for before, step in itertools.pairwise([0, *steps]):
+                loss = {"loss": last + 3 * before / step, "loss_steps": step - before}
+                tokens = record.tokens * step // record.steps
+                flops = record.train_flops * step / record.steps
+                lines.append({"step": step, "tokens": tokens, "train_flops": flops, **loss})
             lines.append({"step": record.steps, "eval_loss": last})
             (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
             spec = {"variant": record.variant, "model": {"d_model": record.d_model, "vocab": 259}}

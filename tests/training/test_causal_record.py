@@ -15,7 +15,7 @@ import modjax
 from modjax.data.cache import cache_dir, open_cache
 from modjax.nn.layers.attention import Attention as AttentionModule
 from modjax.records import causal_loss, causal_routing, run_dir
-from modjax.scaling.fit.results import as_compared, under
+from modjax.scaling.fit.comparable_runs import as_compared, under
 from modjax.specs import (
     MLP,
     Attention,

@@ -13,7 +13,7 @@ from rich.table import Table
 from modjax.records import RunRecord
 from modjax.scaling.engines.worker_process import Worker
 from modjax.scaling.formatting import clock
-from modjax.scaling.report.comparison import loss_words
+from modjax.scaling.report.prose import loss_words
 from modjax.specs import RunSpec
 
 SECONDS_BETWEEN_LINES = 60.0  # without a terminal, while no run finishes

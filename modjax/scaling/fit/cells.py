@@ -1,64 +1,57 @@
-"""Finished runs as the fits take them: cells of runs that differ in their seed only."""
+"""Finished runs grouped into cells. The runs of a cell differ in their seed only."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
 
 import numpy as np
 
 from modjax.records import RunRecord
-from modjax.scaling.fit.results import SIZES, SeedSpread, quantity_of
+from modjax.scaling.fit.results import SIZES, SeedSpread
 
 Repeated = list[RunRecord]  # runs that differ in their seed only
+
+_cell_of = attrgetter(
+    "variant",
+    "budget_flops",
+    "d_model",
+    "num_layers",
+    "params_total",
+    "forward_flops_per_token",
+    "batch_size",
+    "steps",
+    "learning_rate",
+)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model at one budget: the mean over its seeds."""
+    """One model at one budget, averaged over its seeds.
+
+    x: size, as `quantity_of` returns it.
+    loss, sem: mean loss over the seeds, and mean standard error of one evaluation.
+    squares: sum of squared deviations between seeds.
+    """
 
     x: float
     loss: float
     sem: float
     seeds: int
-    squares: float  # sum of squared deviations between seeds
+    squares: float
 
 
-def comparable(records: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[str, str]]:
-    """Sets aside the runs that were scored on other validation data than most finished runs.
-
-    Returns the other records, and run id -> how a run that is set aside differs. Keeps all where
-    no data scored more than half of the runs.
-    """
-    finished = (r for r in records if r.eval_loss is not None)
-    scored = {r.run_id: (r.data_fingerprint, r.eval_tokens) for r in finished}
-    counts = Counter(scored.values())
-    most = next((on for on, runs in counts.items() if 2 * runs > len(scored)), None)
-    apart = {
-        run_id: f"{run_id} was scored on {on[1]} tokens of data {on[0]}, and {counts[most]} other "
-        f"runs on {most[1]} tokens of {most[0]}"
-        for run_id, on in scored.items()
-        if most is not None and on != most
-    }
-    return [r for r in records if r.run_id not in apart], apart
+def quantity_of(record: RunRecord, quantity: str, size: str) -> float:
+    """Returns a run's forward FLOPs per token, or its parameters as `size` counts them."""
+    if quantity == "forward_flops":
+        return record.forward_flops_per_token
+    return getattr(record, SIZES[size])
 
 
 def by_cell(runs: Iterable[RunRecord]) -> dict[tuple[str, float], list[Repeated]]:
-    """The cells of every arm and budget."""
-    cells: dict[tuple[Any, ...], Repeated] = {}
+    """Returns the runs of every cell, by arm and budget."""
+    cells: dict[tuple, Repeated] = {}
     for r in runs:
-        same = (
-            r.variant,
-            r.budget_flops,
-            r.d_model,
-            r.num_layers,
-            r.params_total,
-            r.forward_flops_per_token,
-            r.batch_size,
-            r.steps,
-            r.learning_rate,
-        )
-        cells.setdefault(same, []).append(r)
+        cells.setdefault(_cell_of(r), []).append(r)
     grouped: dict[tuple[str, float], list[Repeated]] = {}
     for (arm, budget, *_), cell in cells.items():
         grouped.setdefault((arm, budget), []).append(cell)
@@ -66,29 +59,28 @@ def by_cell(runs: Iterable[RunRecord]) -> dict[tuple[str, float], list[Repeated]
 
 
 def make_cells(cells: Iterable[Repeated], quantity: str, size: str) -> list[Cell]:
-    """The cells of one arm and budget, by `quantity`."""
+    """Returns the cells of one arm and budget, sorted by `quantity`."""
     made = []
     for runs in cells:
         losses = np.array([r.eval_loss for r in runs], dtype=float)
-        sems = [r.eval_loss_sem or 0.0 for r in runs]
         made.append(
             Cell(
                 x=float(quantity_of(runs[0], quantity, size)),
                 loss=float(losses.mean()),
-                sem=float(np.mean(sems)),
+                sem=float(np.mean([r.eval_loss_sem or 0.0 for r in runs])),
                 seeds=len(runs),
                 squares=float(((losses - losses.mean()) ** 2).sum()),
             )
         )
-    return sorted(made, key=lambda cell: cell.x)
+    return sorted(made, key=attrgetter("x"))
 
 
-def repeats(cells: Iterable[Repeated], size: str, seeds: int = 2) -> list[SeedSpread]:
-    """Returns every cell that was run with `seeds` seeds or more, by budget and size."""
+def seed_spreads(cells: Iterable[Repeated], size: str, least: int = 2) -> list[SeedSpread]:
+    """Returns the mean loss of every cell of at least `least` seeds, by budget and width."""
     found = []
     for runs in cells:
         losses = [r.eval_loss for r in runs if r.eval_loss is not None]
-        if len(losses) >= seeds:
+        if len(losses) >= least:
             r = runs[0]
             found.append(
                 SeedSpread(
@@ -101,11 +93,14 @@ def repeats(cells: Iterable[Repeated], size: str, seeds: int = 2) -> list[SeedSp
                     deviation=float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
                 )
             )
-    return sorted(found, key=lambda cell: (cell.budget_flops, cell.d_model))
+    return sorted(found, key=attrgetter("budget_flops", "d_model"))
 
 
 def freedoms(cells: Mapping[str, Sequence[Cell]]) -> tuple[int, int]:
-    """Degrees of freedom of the noise of a budget: between seeds, and about its parabolas."""
-    sizes = (len({c.x for c in of}) for of in cells.values())
-    about = sum(len(of) - 3 for of, n in zip(cells.values(), sizes, strict=True) if n >= 3)
-    return sum(c.seeds - 1 for of in cells.values() for c in of), about
+    """Returns the degrees of freedom of a budget's noise: between seeds, and about its parabolas.
+
+    cells: the cells of each arm.
+    """
+    between = sum(c.seeds - 1 for of_arm in cells.values() for c in of_arm)
+    fitted = [of_arm for of_arm in cells.values() if len({c.x for c in of_arm}) >= 3]
+    return between, sum(len(of_arm) - 3 for of_arm in fitted)

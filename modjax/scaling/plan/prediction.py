@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from modjax.errors import require
+from modjax.scaling.fit.bootstrap import Estimate
 from modjax.scaling.fit.cells import Cell, freedoms
-from modjax.scaling.fit.parabola import Estimate, fit_budget
+from modjax.scaling.fit.optimum import fit_budget
 from modjax.scaling.fit.power_law import power_law
 from modjax.scaling.fit.results import Range
 

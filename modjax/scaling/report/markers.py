@@ -1,9 +1,9 @@
-"""How arms, runs, parabolas and optima are marked, alike in all figures.
+"""Marks of arms, runs, parabolas and optima, drawn alike in all figures.
 
-An arm keeps one colour (Okabe and Ito's palette), one marker and one line style in all figures;
-where there are more arms than colours, the same colour comes again with another of each.
-Every mark of a run carries the SVG id `run:<run_id>`, and every optimum `optimum:<arm>:<budget>`,
-which the report turns into tooltips. Of more than MANY runs nobody can point at one: they are
+An arm keeps one colour (Okabe and Ito's palette), one marker and one line style in all figures.
+With more arms than colours, a colour comes again with another marker and line style.
+Every mark of a run has the SVG id `run:<run_id>`, and every optimum `optimum:<arm>:<budget>`; the
+report turns these ids into tooltips. Nobody can point at one of more than MANY runs, so these are
 drawn together and have no ids.
 """
 
@@ -19,8 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from modjax.scaling.fit.results import Fits, Parabola, Range
 from modjax.scaling.formatting import count
-from modjax.scaling.report.comparison import mark
-from modjax.scaling.report.prose import open_ends
+from modjax.scaling.report.prose import mark, open_ends
 
 INK, FAINT, SURFACE = "#1a1a1a", "#d4d4d4", "#fefefe"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -59,68 +58,53 @@ RC: dict[Any, Any] = {
     "svg.fonttype": "path",
     "axes.formatter.useoffset": False,
 }
+EDGE = {"markeredgecolor": SURFACE, "markeredgewidth": 0.35}
 
 
 def style(fits: Fits, arm: str) -> tuple[str, str, Any]:
-    """The arm's colour, marker and line style."""
+    """Returns the arm's colour, marker and line style."""
     return nth_style(fits.arms.index(arm))
 
 
 def nth_style(place: int) -> tuple[str, str, Any]:
-    """The colour, marker and line style of the arm in this place."""
+    """Returns the colour, marker and line style of the arm in this place."""
     turn, i = divmod(place, len(COLOURS))
     return COLOURS[i], MARKERS[(i + turn) % len(MARKERS)], LINES[(i - turn) % len(LINES)]
 
 
 def trace(parabola: Parabola) -> tuple[np.ndarray, np.ndarray]:
-    """Points (x, loss) of an accepted parabola over the sampled range."""
+    """Returns points (x, loss) of an accepted parabola over the sampled range."""
     assert parabola.low is not None and parabola.high is not None
     x = np.geomspace(parabola.low, parabola.high, 100)
     return x, parabola.at(x)
 
 
 def draw_parabola(ax: Axes, fits: Fits, p: Parabola) -> None:
-    """The parabola over the sampled range; its vertex, dropped to the vertex's interval below."""
+    """Draws a parabola over the sampled range and its vertex.
+
+    A thin line drops from the vertex to its interval at the bottom of the axes.
+    """
     assert p.optimum is not None and p.loss is not None and p.optimum_interval is not None
     colour, marker, line = style(fits, p.arm)
     x, y = trace(p)
     ax.plot(x, y, color=colour, linestyle=line)
     height = 0.02 + 0.028 * fits.arms.index(p.arm)
+    bottom = ax.get_xaxis_transform()
     ax.plot(
         np.clip(p.optimum_interval, x[0], x[-1]),
         [height, height],
         color=colour,
         linestyle=":" if all(open_ends(p.optimum_interval)) else "-",
-        transform=ax.get_xaxis_transform(),
+        transform=bottom,
         linewidth=1.6,
         solid_capstyle="butt",
     )
-    ax.annotate(
-        "",
-        (p.optimum, height),
-        (p.optimum, p.loss),
-        xycoords=ax.get_xaxis_transform(),
-        textcoords="data",
-        arrowprops={
-            "arrowstyle": "-",
-            "color": colour,
-            "linewidth": 0.5,
-            "shrinkA": 3.2,
-            "shrinkB": 0,
-        },
-    )
-    (mark,) = ax.plot(
-        [p.optimum],
-        [p.loss],
-        marker=marker,
-        markersize=6.5,
-        color=colour,
-        markerfacecolor="none",
-        markeredgewidth=0.9,
-        linestyle="",
-        zorder=4,
-    )
-    mark.set_gid(f"optimum:{p.arm}:{p.budget_flops}")
+    drop = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 3.2, "shrinkB": 0}
+    foot, vertex = (p.optimum, height), (p.optimum, p.loss)
+    ax.annotate("", foot, vertex, xycoords=bottom, textcoords="data", arrowprops=drop)
+    hollow = {"markersize": 6.5, "markerfacecolor": "none", "markeredgewidth": 0.9, "zorder": 4}
+    (drawn,) = ax.plot(*vertex, marker=marker, color=colour, linestyle="", **hollow)
+    drawn.set_gid(f"optimum:{p.arm}:{p.budget_flops}")
 
 
 def draw_runs(
@@ -132,31 +116,20 @@ def draw_runs(
     *,
     together: bool = False,
 ) -> None:
-    """An arm's runs (run_id, x, y); a diverged one, whose y is None, is a cross on the upper edge.
+    """Draws an arm's runs (run_id, x, y). A diverged run has y None: a cross at the top edge.
 
-    together: as pixels, without ids.
+    together: whether to draw all as pixels, without ids.
     """
     colour, marker, _ = style(fits, arm)
-    cross: dict[str, Any] = {
-        "marker": "x",
-        "markersize": 4,
-        "zorder": 3,
-        "transform": ax.get_xaxis_transform(),
-    }
-    point = {
-        "marker": marker,
-        "alpha": strength,
-        "zorder": 5,
-        "markeredgecolor": SURFACE,
-        "markeredgewidth": 0.35,
-    }
+    cross = {"marker": "x", "markersize": 4, "zorder": 3, "transform": ax.get_xaxis_transform()}
+    point = {"marker": marker, "alpha": strength, "zorder": 5, **EDGE}
     crosses = [(run_id, x, 0.97) for run_id, x, y in runs if y is None]
     points = [(run_id, x, y) for run_id, x, y in runs if y is not None]
     for look, marked in ((cross, crosses), (point, points)):
         for group in _groups(marked, together):
             names, x, y = zip(*group, strict=True)
-            (mark,) = ax.plot(x, y, color=colour, linestyle="", rasterized=together, **look)
-            mark.set_gid(None if together else f"run:{names[0]}")
+            (drawn,) = ax.plot(x, y, color=colour, linestyle="", rasterized=together, **look)
+            drawn.set_gid(None if together else f"run:{names[0]}")
 
 
 def draw_curves(
@@ -167,7 +140,10 @@ def draw_curves(
     *,
     together: bool = False,
 ) -> None:
-    """An arm's learning curves (run_id, x, y), thin. together: as pixels, without ids."""
+    """Draws an arm's learning curves (run_id, x, y) as thin lines.
+
+    together: whether to draw all as pixels, without ids.
+    """
     for group in _groups(runs, together):
         lines = [np.stack([x, y], -1) for _, x, y in group]
         if together:  # matplotlib transforms line by line, and a NaN begins another
@@ -182,31 +158,24 @@ def draw_curves(
 
 
 def _groups(runs: Sequence[Any], together: bool) -> list[Sequence[Any]]:
-    """What is one artist: all runs where there are any, or each."""
-    return [runs] * bool(runs) if together else [[run] for run in runs]
+    """Returns the runs of each artist: all of them, or one."""
+    if together:
+        return [runs] if runs else []
+    return [[run] for run in runs]
 
 
-def draw_point(ax: Axes, fits: Fits, arm: str, x: float, y: float, ends: Range | None) -> None:
-    """An arm's value with its interval; one that is open at an end is a dotted line across."""
+def draw_interval(ax: Axes, fits: Fits, arm: str, x: float, y: float, ends: Range | None) -> None:
+    """Draws an arm's value with its interval; one that is open at an end is dotted, over all y."""
     colour, marker, _ = style(fits, arm)
     if ends is not None and not any(open_ends(ends)):
         ax.plot([x, x], ends, color=colour, linewidth=0.9)
     else:
         ax.axvline(x, color=colour, linewidth=0.7, linestyle=":")
-    ax.plot(
-        [x],
-        [y],
-        marker=marker,
-        color=colour,
-        markersize=4.2,
-        markeredgecolor=SURFACE,
-        markeredgewidth=0.35,
-        linestyle="",
-    )
+    ax.plot(x, y, marker=marker, color=colour, markersize=4.2, linestyle="", **EDGE)
 
 
 def log_ticks(ax: Axes, subs: tuple[int, ...], show: Any = lambda x, _: count(x)) -> None:
-    """A log abscissa with plain labels at `subs` times the powers of ten."""
+    """Sets a log x axis with plain labels at `subs` times the powers of ten."""
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=subs))
     ax.xaxis.set_major_formatter(FuncFormatter(show))
@@ -220,10 +189,9 @@ def legend(
     handles = []
     for arm in arms:
         colour, shape, line = style(fits, arm)
-        name, shape = mark(fits, arm), shape if marker else ""
-        handles.append(Line2D([], [], color=colour, linestyle=line, label=name, marker=shape))
+        look = {"color": colour, "linestyle": line, "marker": shape if marker else ""}
+        handles.append(Line2D([], [], label=mark(fits, arm), **look))
     if diverged:
         handles.append(Line2D([], [], color=INK, marker="x", linestyle="", label="diverged"))
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=min(4, len(handles)), columnspacing=1.6
-    )
+    columns = min(4, len(handles))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, columnspacing=1.6)

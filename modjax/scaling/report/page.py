@@ -1,98 +1,42 @@
-"""One self-contained HTML file for a sweep: figures, fits in words and numbers, and every run.
+"""The report of a sweep: one self-contained HTML file with figures, fits and every run.
 
-It refers to nothing outside itself: styles and the script (report.css, report.js beside this
-file) are written into it, and so are the figures, as SVG whose marks show their run on hover.
+The page refers to nothing outside itself: template/ holds its text, its styles and its script, and
+the figures are inline SVG whose marks show their run on hover.
 """
 
 import contextlib
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modjax.errors import InputError, require
-from modjax.files import read_json, write_atomically
+import jinja2
+from markupsafe import Markup
+
+from modjax.errors import InputError
+from modjax.files import write_atomically
 from modjax.provenance import differences
-from modjax.records import RunRecord, Scan, name_left_out, run_dir, scan, write_csv
-from modjax.scaling.fit.cells import comparable
-from modjax.scaling.fit.isoflop import fit_all
-from modjax.scaling.fit.learning_curves import FRONTIER_STEPS, SHARE, read_curves
-from modjax.scaling.fit.results import Fits, as_compared, save_json, under
+from modjax.records import RunRecord, run_dir, write_csv, write_json
+from modjax.scaling.fit.comparable_runs import as_compared, lenient_json, lenient_plan, under
+from modjax.scaling.fit.isoflop import fit_workdir
+from modjax.scaling.fit.results import Fits, to_json
 from modjax.scaling.formatting import budget, count
-from modjax.scaling.report import prose as words
-from modjax.scaling.report.comparison import LOSSES, loss_words, marked, no_causal_sentence
-from modjax.scaling.report.differences import Specs, compare, flatten
+from modjax.scaling.report import markers, prose, tables
 from modjax.scaling.report.figures import draw_all
-from modjax.scaling.report.html import bullets, details, inline_svg, script, table, text
-from modjax.scaling.report.markers import MANY
-from modjax.scaling.report.tables import (
-    gap_table,
-    law_table,
-    no_causal_table,
-    repeat_table,
-    run_table,
-)
-
-CAPTIONS = {
-    "isoflop": "{loss} against parameters, one panel per budget. Lines are parabolas in "
-    "log N over the sampled sizes; large hollow marks are their minima, dropped to the 95% "
-    "interval of the optimal size. A cross is a diverged run, placed by its size alone.",
-    "normalised": "{loss} relative to the optimal {baseline} model of the same budget against "
-    "forward FLOPs per token relative to it. Below 1 is better, left of 1 is cheaper to run.",
-    "curves": f"Training loss, as the mean over a trailing window of {SHARE:.0%} of the run's "
-    "steps, against training FLOPs: every run thin, and thick the least mean that any run of the "
-    f"arm has reached by then, of windows of {FRONTIER_STEPS} steps or more. The least of many "
-    "leans to the lucky by about the noise of such a mean. Runs decay their learning rate to the "
-    "end, so only their ends are comparable. These losses are those of training, which may look "
-    "ahead or drop picks of experts: arms are not compared by them.",
-    "optima": "Left: the optimal size with its power law. Right: {loss} at the arm's own optimum "
-    "against {baseline}'s at its own. Bars are 95% intervals; a dotted line is one that is open at "
-    "an end.",
-}
-DEEPEST = 20  # levels of groups and lists in the JSON of a sweep, with room
-
-
-def fit_workdir(
-    workdir: Path, loss: str = "causal", size: str = "non_embedding"
-) -> tuple[Scan, Fits]:
-    """Returns the runs that can be compared, those left out, and the fits. Warns of those left out.
-
-    loss: "causal" or "trained", see results.under. size: see results.SIZES. Arms are compared with
-    the plan's baseline; where no run of it can be compared, as in `fit_all`.
-
-    Raises InputError where no run that can be read has finished or diverged yet, or none has this
-    loss.
-    """
-    found = scan(workdir)
-    first = next(iter(found.left_out.values()), "")
-    require(
-        len(found.records) > 0,
-        "--workdir",
-        str(workdir),
-        f"holds no finished run; `modjax sweep` makes them{f'; left out: {first}' * bool(first)}",
-    )
-    records, apart = comparable(found.records)
-    found = Scan(records, found.left_out | apart)
-    name_left_out(found.left_out)
-    config = _plan(workdir).get("config")
-    sweep = config.get("sweep") if isinstance(config, dict) else None
-    planned = sweep.get("baseline") if isinstance(sweep, dict) else None
-    compared = under(records, loss).records
-    baseline = planned if any(record.variant == planned for record in compared) else None
-    return found, fit_all(records, size=size, loss=loss, baseline=baseline)
+from modjax.scaling.report.learning_curves import FRONTIER_STEPS, SHARE, read_curves
+from modjax.scaling.report.spec_differences import Specs, read_specs
+from modjax.scaling.report.tables import Table
 
 
 def report(workdir: Path, loss: str = "causal", size: str = "non_embedding") -> Path:
     """Writes report.html, results.csv, fit.json and figures/ into `workdir`.
 
-    Returns the path of the HTML file.
-
-    Raises InputError as `fit_workdir` does.
+    Returns the path of the HTML file. Raises InputError as `fit_workdir` does.
     """
     found, fits = fit_workdir(workdir, loss, size)
-    save_json(workdir / "fit.json", fits)
+    write_json(workdir / "fit.json", to_json(fits))
     write_csv(workdir / "results.csv", found.records)  # whatever loss is fitted
     compared = under(found.records, loss).records
     curves, lacking = read_curves(workdir, compared)
@@ -114,68 +58,89 @@ def render(
 ) -> str:
     """Returns the whole page.
 
-    figures: the SVG file of each by its name.
-    left_out, lacking: why a run is in no table, and what its curve lacks, by its folder's name.
+    figures: the SVG file of each figure, by name.
+    left_out: why a run is in no table, by its folder's name.
+    lacking: what is missing from a run's curve, by run id.
     """
-    plan = _plan(workdir)
-    specs = _specs(workdir, records)
+    plan = lenient_plan(workdir)
+    specs = read_specs(workdir, records)
     compared = [as_compared(r, fits.loss) for r in records]
-    tipped = len(records) <= MANY
-    tips = {f"run:{r.run_id}": run_tip(r) for r in records if tipped}
-    tips |= {
-        f"optimum:{p.arm}:{p.budget_flops}": words.parabola_sentence(p, fits.size)
-        for p in fits.parabolas
-        if p.quantity == "parameters"
-    }
-    fits = marked(fits)
-    others = [arm for arm in fits.arms if arm != fits.baseline]
-    title = f"modjax: {', '.join(others)}{' against ' * bool(others)}{fits.baseline}"
-    body = [
-        f"<h1>{text(title)}</h1>",
-        *_summary(workdir, compared, fits, plan),
-        "<h2>Figures</h2>",
-        *(_figure(name, path, fits) for name, path in figures.items()),
-        "<h2>Fits in words</h2>",
-        f"<p>{text(words.method(fits))}</p>",
-        bullets(words.sentences(fits)[len(fits.gaps) :]),  # the gaps open the page
-        "<h2>Fits in numbers</h2>",
-        table(words.HEADER, words.rows(fits)),
-        *gap_table(fits),
-        *law_table(fits),
-        *repeat_table(fits),
-        *no_causal_table(fits),
-        "<h2>Diverged, refused and missing</h2>",
-        bullets(_exceptions(workdir, compared, fits, plan, left_out, lacking)),
-        "<h2>Runs</h2>",
-        "<p>Click a heading to sort. N counts non-embedding parameters; losses are in nats per "
-        f"token, and arms are compared by the {fits.loss} loss. All fields are in results.csv "
-        "beside this file.</p>",
-        run_table(records, fits, specs, tipped),
-        "<h2>Config</h2>",
-        *_config(plan, specs),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title>\n<style>{_resource('report.css')}</style>"
-        f"</head>\n<body>\n<main>\n{chr(10).join(body)}\n</main>\n"
-        '<div id="tip" role="tooltip" hidden></div>\n'
-        f'<script type="application/json" id="tips">{script(tips)}</script>\n'
-        f"<script>{_resource('report.js')}</script>\n</body></html>\n"
+    tipped = len(records) <= markers.MANY
+    tips = _tips(records if tipped else [], fits)
+    fits = prose.marked(fits)
+    others = ", ".join(arm for arm in fits.arms if arm != fits.baseline)
+    exceptions = list(_exceptions(compared, fits, left_out, lacking))
+    exceptions += _missing(workdir, plan, {*left_out, *(r.run_id for r in records)})
+    no_causal_loss = [prose.no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss]
+    settings = {name: value for name, value in plan.items() if name != "runs"}
+    return _template().render(
+        title=f"modjax: {others} against {fits.baseline}" if others else f"modjax: {fits.baseline}",
+        fits=fits,
+        headline=[*no_causal_loss, *map(prose.gap_sentence, fits.gaps)],
+        facts=_facts(compared, plan),
+        figures={name: inline_svg(path.read_text("utf-8"), name) for name, path in figures.items()},
+        loss=prose.LOSSES[fits.loss],
+        share=f"{SHARE:.0%}",
+        frontier_steps=FRONTIER_STEPS,
+        method=prose.method(fits),
+        sentences=prose.sentences(fits)[len(fits.gaps) :],  # the gaps open the page
+        tables=[tables.optimum_table(fits), tables.gap_table(fits), tables.law_table(fits)],
+        seeds=tables.seed_table(fits.repeats),
+        no_causal_loss=no_causal_loss,
+        as_trained=tables.as_trained_table(fits.no_causal_loss),
+        exceptions=exceptions or ["None: every planned run finished and every fit was accepted."],
+        runs=tables.run_table(records, fits, specs),
+        tipped=tipped,
+        shared=_shared_table(specs),
+        arms=_arm_table(specs),
+        settings=json.dumps(settings, indent=1) if plan else "",
+        tips=tips,
     )
 
 
-def _resource(name: str) -> str:
-    return (files("modjax.scaling.report") / name).read_text("utf-8")
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("modjax.scaling.report", "template"),
+        autoescape=True,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template("page.html")
+
+
+def _cell(value: object) -> tuple[str, str]:
+    """Returns what a cell shows, and what to sort it by if that differs.
+
+    A number is rounded, text stays as it is, and the rest is JSON. The sort key has the 7 digits of
+    a float32. page.js reads numbers with commas.
+    """
+    if isinstance(value, float):
+        shown = budget(value) if 1e5 <= abs(value) < math.inf else f"{value:.4g}"
+        return shown, "" if float(shown) == value else f"{value:.7g}"
+    if type(value) is int:
+        return f"{value:,}", ""
+    if value is None or isinstance(value, str):
+        return value or "", ""
+    return json.dumps(value), ""
+
+
+def _tips(records: Sequence[RunRecord], fits: Fits) -> dict[str, str]:
+    """Returns the text that hovering a run or an optimum shows, by its mark's id."""
+    tips = {f"run:{r.run_id}": run_tip(r) for r in records}
+    for p in fits.parabolas:
+        if p.quantity == "parameters":
+            tips[f"optimum:{p.arm}:{p.budget_flops}"] = prose.parabola_sentence(p, fits.size)
+    return tips
 
 
 def run_tip(r: RunRecord) -> str:
     """Returns the text that hovering a run shows."""
-    loss = (
-        f"{loss_words(r)} ± {r.eval_loss_sem or 0:.4f} nats per token"
-        if r.eval_loss is not None
-        else f"diverged at step {r.diverged_step}"
-    )
+    loss = f"diverged at step {r.diverged_step}"
+    if r.eval_loss is not None:
+        loss = f"{prose.loss_words(r)} ± {r.eval_loss_sem or 0:.4f} nats per token"
     return (
         f"{r.run_id}\n{r.variant} at {budget(r.budget_flops)} FLOPs, seed {r.seed}\n{loss}\n"
         f"{count(r.params_non_embedding)} non-embedding parameters "
@@ -185,111 +150,79 @@ def run_tip(r: RunRecord) -> str:
     )
 
 
-def _summary(
-    workdir: Path, records: Sequence[RunRecord], fits: Fits, plan: dict[str, Any]
-) -> list[str]:
+def _facts(records: Sequence[RunRecord], plan: Mapping[str, Any]) -> dict[str, object]:
+    """Returns the facts of the sweep that open the page."""
     finished = sum(r.status == "finished" for r in records)
-    devices = sorted({r.device for r in records})
-    versions = sorted({f"{name} {v}" for r in records for name, v in r.versions.items()})
-    code = sorted({r.code_version for r in records})
-    facts = {
+    versions = {f"{name} {v}" for r in records for name, v in r.versions.items()}
+    code = {f"modjax {r.code_version}" for r in records}
+    return {
         "Command": plan.get("command", "not recorded: this folder has no plan.json"),
         "Config file": plan.get("config_file", "not recorded"),
         "Runs": f"{finished} finished, {len(records) - finished} diverged, of "
         f"{len(plan.get('runs', records))} planned",
         "Time": f"{sum(r.wall_seconds for r in records) / 60:.1f} minutes, summed over runs",
-        "Device": ", ".join(devices),
-        "Versions": ", ".join([*(f"modjax {c}" for c in code), *versions]),
+        "Device": ", ".join(sorted({r.device for r in records})),
+        "Versions": ", ".join([*sorted(code), *sorted(versions)]),
         "Data": ", ".join(sorted({r.data_fingerprint for r in records})),
     }
-    rows = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in facts.items())
-    headline = [no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss]
-    headline += [words.gap_sentence(gap) for gap in fits.gaps]
-    return [bullets(headline) if headline else "", f'<dl class="facts">{rows}</dl>']
-
-
-def _figure(name: str, path: Path, fits: Fits) -> str:
-    loss = LOSSES[fits.loss]
-    loss = loss if name == "optima" else loss.capitalize()
-    caption = CAPTIONS[name].format(baseline=fits.baseline, loss=loss)
-    svg = inline_svg(path.read_text(encoding="utf-8"), name)
-    return f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>"
 
 
 def _exceptions(
-    workdir: Path,
     records: Sequence[RunRecord],
     fits: Fits,
-    plan: dict[str, Any],
     left_out: Mapping[str, str],
     lacking: Mapping[str, str],
-) -> list[str]:
-    said = [f"{name} is left out: {why}." for name, why in left_out.items()]
-    said += [f"The learning curve of {run_id} {why}." for run_id, why in lacking.items()]
-    said += [
-        f"{r.run_id} diverged at step {r.diverged_step} and is left out of every fit."
-        for r in records
-        if r.status == "diverged"
-    ]
-    said += [f"{difference}." for difference in differences(records)]
-    said += [words.parabola_sentence(p, fits.size) for p in fits.parabolas if p.refusal is not None]
-    known = {*left_out, *(r.run_id for r in records)}
+) -> Iterator[str]:
+    """Yields a sentence for everything that is not as planned, except missing runs."""
+    for name, why in left_out.items():
+        yield f"{name} is left out: {why}."
+    for run_id, why in lacking.items():
+        yield f"The learning curve of {run_id} {why}."
+    for r in records:
+        if r.status == "diverged":
+            yield f"{r.run_id} diverged at step {r.diverged_step} and is left out of every fit."
+    for difference in differences(records):
+        yield f"{difference}."
+    for p in fits.parabolas:
+        if p.refusal is not None:
+            yield prose.parabola_sentence(p, fits.size)
+
+
+def _missing(workdir: Path, plan: Mapping[str, Any], known: set[str]) -> Iterator[str]:
+    """Yields planned runs that are not among `known`, with the reason if one is recorded."""
     for run_id in plan.get("runs", []):
         if run_id not in known:
             failure = None
             with contextlib.suppress(InputError):  # a damaged plan may name what is no run
-                failure = _json(run_dir(workdir, run_id) / "failure.json")
+                failure = lenient_json(run_dir(workdir, run_id) / "failure.json")
             why = f"given up: {json.dumps(failure)}" if failure else "not finished"
-            said.append(f"{run_id} has no result ({why}).")
-    return said or ["None: every planned run finished and every fit was accepted."]
+            yield f"{run_id} has no result ({why})."
 
 
-def _config(plan: dict[str, Any], specs: Specs) -> list[str]:
-    """What all runs share, what each arm has of its own, and the config as the plan keeps it."""
-    parts = []
-    if specs.shared:
-        rows = [(name, json.dumps(value)) for name, value in specs.shared.items()]
-        parts += ["<h3>The same in every run</h3>", table(("field", "value"), rows)]
+def _shared_table(specs: Specs) -> Table:
+    rows = [(name, json.dumps(value)) for name, value in specs.shared.items()]
+    return Table(("field", "value"), rows)
+
+
+def _arm_table(specs: Specs) -> Table:
     fields = [name for name in specs.arm_fields if name != "variant"]
-    if fields:
-        rows = [(arm, *map(of.get, fields)) for arm, of in specs.by_arm.items()]
-        parts += ["<h3>The same in every run of an arm</h3>", table(("arm", *fields), rows)]
-    if plan:
-        settings = {name: value for name, value in plan.items() if name != "runs"}
-        parts.append(details("plan.json, without its list of runs", settings))
-    return parts
+    rows = [(arm, *map(spec.get, fields)) for arm, spec in specs.by_arm.items()]
+    return Table(("arm", *fields), rows if fields else [])
 
 
-def _specs(workdir: Path, records: Sequence[RunRecord]) -> Specs:
-    read = ((r.run_id, _json(run_dir(workdir, r.run_id) / "spec.json")) for r in records)
-    found = {
-        run_id: {sys.intern(name): value for name, value in flatten(spec)}
-        for run_id, spec in read
-        if spec
-    }
-    return compare(found, {r.run_id: r.variant for r in records})
+def inline_svg(source: str, name: str) -> Markup:
+    """Returns a matplotlib SVG as part of a page, without prologue and namespaces.
 
-
-def _plan(workdir: Path) -> dict[str, Any]:
-    """plan.json, without a list of runs that is none."""
-    plan = _json(workdir / "plan.json")
-    runs = plan.get("runs")
-    if not (isinstance(runs, list) and all(isinstance(run_id, str) for run_id in runs)):
-        plan.pop("runs", None)
-    return plan
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object of the sweep's, or {} where it is missing or damaged: the report goes on."""
-    try:
-        values = read_json(path, "")
-    except InputError:
-        return {}
-    return values if isinstance(values, dict) and not _deeper(values, DEEPEST) else {}
-
-
-def _deeper(value: dict[str, Any] | list[Any], levels: int) -> bool:
-    """Whether groups and lists lie in one another more than `levels` deep."""
-    inner = value.values() if isinstance(value, dict) else value
-    groups = (item for item in inner if isinstance(item, dict | list))
-    return levels == 0 or any(_deeper(group, levels - 1) for group in groups)
+    Its colours follow the page. `id="run:..."` and `id="optimum:..."` become `data-tip`, because a
+    run is in several figures. Every other id gets the figure's name as a prefix.
+    """
+    svg = source[source.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'id="((?:run|optimum):[^"]*)"', r'data-tip="\1" tabindex="0"', svg)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    svg = svg.replace(markers.INK, "currentColor").replace(markers.SURFACE, "var(--surface)")
+    return Markup(svg.replace(markers.FAINT, "var(--faint)"))

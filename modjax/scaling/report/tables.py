@@ -1,15 +1,16 @@
-"""The tables of fits and of runs in a report."""
+"""The tables of fits and of runs, for the terminal and the page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from modjax.records import RunRecord, causal_loss
-from modjax.scaling.fit.results import Fits, as_compared
-from modjax.scaling.formatting import budget
-from modjax.scaling.report import prose as words
-from modjax.scaling.report.comparison import no_causal_sentence
-from modjax.scaling.report.differences import Specs
-from modjax.scaling.report.html import bullets, table
+from modjax.scaling.fit.comparable_runs import as_compared
+from modjax.scaling.fit.results import Fits, NoCausalLoss, SeedSpread
+from modjax.scaling.formatting import budget, count
+from modjax.scaling.report.prose import fixed, span
+from modjax.scaling.report.spec_differences import Specs
 
+# Columns of the table of runs -> the field of a record.
 RUN_COLUMNS = {
     "run": "run_id",
     "arm": "variant",
@@ -44,82 +45,93 @@ SPEC_COLUMNS = (
     "train.learning_rate",
     "train.seed",
 )
+INTERVAL = "95% interval"
 
 
-def gap_table(fits: Fits) -> list[str]:
-    """Every arm against the baseline, each at its own optimum; [] where there is none."""
-    if not fits.gaps:
-        return []
-    show = words.fixed(4, "+"), words.fixed(2, "+"), words.fixed(2)
-    rows = [
-        (g.arm, budget(g.budget_flops), "refused", *[""] * 5)
-        if g.loss is None or g.percent is None
-        else (
-            g.arm,
-            budget(g.budget_flops),
-            show[0](g.loss),
-            words.span(g.loss_interval, show[0]),
-            show[1](g.percent),
-            words.span(g.percent_interval, show[1]),
-            "" if g.flops_ratio is None else show[2](g.flops_ratio),
-            words.span(g.flops_ratio_interval, show[2]),
-        )
-        for g in fits.gaps
-    ]
-    header = (
-        f"against {fits.baseline}",
-        "budget",
-        "loss gap",
-        "95% interval",
-        "%",
-        "95% interval",
-        "FLOPs ratio",
-        "95% interval",
-    )
-    return [table(header, rows)]
+class Table(NamedTuple):
+    """A table. Every row has one cell per column of the header."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
 
 
-def law_table(fits: Fits) -> list[str]:
-    """The power laws that were fitted."""
+def optimum_table(fits: Fits) -> Table:
+    """Returns one row per arm and budget; a refused fit says so in place of its optimum."""
+    rows = []
+    for p in fits.parabolas:
+        if p.quantity != "parameters":
+            continue
+        start = (p.arm, budget(p.budget_flops), str(p.sizes))
+        if p.optimum is None or p.loss is None or p.off_centre is None:
+            rows.append((*start, "refused", *[""] * 5))
+            continue
+        ends = span(p.optimum_interval, count), span(p.loss_interval, fixed(4))
+        by_flops = fits.parabola(p.arm, p.budget_flops, "forward_flops")
+        flops = count(by_flops.optimum) if by_flops and by_flops.optimum else "refused"
+        found = (count(p.optimum), ends[0], f"{p.loss:.4f}", ends[1], f"{p.off_centre:+.2f}", flops)
+        rows.append((*start, *found))
+    header = ("arm", "budget", "sizes", "optimum N", INTERVAL, "loss", INTERVAL, "off-centre")
+    return Table((*header, "FLOPs/token"), rows)
+
+
+def gap_table(fits: Fits) -> Table:
+    """Returns one row per arm and budget, against the baseline, each at its own optimum."""
+    nats, percent, times = fixed(4, "+"), fixed(2, "+"), fixed(2)
+    rows = []
+    for g in fits.gaps:
+        start = (g.arm, budget(g.budget_flops))
+        if g.loss is None or g.percent is None:
+            rows.append((*start, "refused", *[""] * 5))
+            continue
+        loss = nats(g.loss), span(g.loss_interval, nats)
+        relative = percent(g.percent), span(g.percent_interval, percent)
+        ratio = "" if g.flops_ratio is None else times(g.flops_ratio)
+        rows.append((*start, *loss, *relative, ratio, span(g.flops_ratio_interval, times)))
+    header = (f"against {fits.baseline}", "budget", "loss gap", INTERVAL, "%", INTERVAL)
+    return Table((*header, "FLOPs ratio", INTERVAL), rows)
+
+
+def law_table(fits: Fits) -> Table:
+    """Returns one row per power law that was not refused."""
     rows = [
         (
             law.arm,
             law.quantity.replace("_", " "),
             f"{law.coefficient:.3g}",
             f"{law.exponent:.4f}",
-            words.span(law.exponent_interval, words.fixed(4)),
+            span(law.exponent_interval, fixed(4)),
             str(law.points),
         )
         for law in fits.laws
-        if law.coefficient is not None and law.exponent is not None
+        if law.refusal is None
     ]
-    header = ("arm", "at the optimum", "coefficient", "exponent of C", "95% interval", "optima")
-    return [table(header, rows)] if rows else []
+    header = ("arm", "at the optimum", "coefficient", "exponent of C", INTERVAL, "optima")
+    return Table(header, rows)
 
 
-def repeat_table(fits: Fits) -> list[str]:
-    """Returns the losses of cells with several seeds."""
-    if not fits.repeats:
-        return []
-    return ["<h3>Seeds</h3>", table(words.REPEAT_HEADER, words.repeat_rows(fits.repeats))]
+def seed_table(cells: Iterable[SeedSpread]) -> Table:
+    """Returns one row per cell, with the spread of its seeds."""
+    header = ("arm", "budget", "width", "N", "seeds", "mean loss", "std of a seed")
+    rows = []
+    for cell in cells:
+        model = (cell.arm, budget(cell.budget_flops), str(cell.d_model), count(cell.params))
+        deviation = "" if cell.deviation is None else f"{cell.deviation:.4f}"
+        rows.append((*model, str(cell.seeds), f"{cell.loss:.4f}", deviation))
+    return Table(header, rows)
 
 
-def no_causal_table(fits: Fits) -> list[str]:
-    """Returns the section of runs that have no causal loss; [] where there are none."""
-    if not fits.no_causal_loss:
-        return []
-    said = bullets(no_causal_sentence(one, fits.loss) for one in fits.no_causal_loss)
-    if fits.loss == "trained":
-        return ["<h2>Compared as trained alone</h2>", said]
-    rows = words.as_trained_rows(fits.no_causal_loss)
-    return ["<h2>Not compared</h2>", said, table(words.AS_TRAINED_HEADER, rows)]
+def as_trained_table(found: Sequence[NoCausalLoss]) -> Table:
+    """Returns one row per cell without a causal loss, with its loss as trained last."""
+    header, rows = seed_table(cell for one in found for cell in one.as_trained)
+    rows = [(*start, deviation, loss) for *start, loss, deviation in rows]
+    return Table((*header[:-2], "std of a seed", "loss as trained"), rows)
 
 
-def run_table(records: Sequence[RunRecord], fits: Fits, specs: Specs, marked: bool) -> str:
+def run_table(records: Sequence[RunRecord], fits: Fits, specs: Specs) -> Table:
     """Returns the table of all runs, with both of their losses.
 
-    Status and bits per byte are those under the loss that arms are compared by. Columns follow for
-    what the layers report of an evaluation, and for the fields of a run's spec that no other table
+    Status and bits per byte are those under the loss that arms are compared by. The last columns
+    are the layers' own numbers of an evaluation, and fields of a run's spec that no other table
     has.
     """
     outcomes = sorted({name for r in records for name in r.outcome})
@@ -132,5 +144,4 @@ def run_table(records: Sequence[RunRecord], fits: Fits, specs: Specs, marked: bo
         shown += [r.outcome.get(name) for name in outcomes]
         return [*shown, *(specs.by_run.get(r.run_id, {}).get(name) for name in more)]
 
-    rows = [f"run:{r.run_id}" for r in records] if marked else None
-    return table([*RUN_COLUMNS, *outcomes, *more], map(cells, records), rows)
+    return Table([*RUN_COLUMNS, *outcomes, *more], [cells(r) for r in records])

@@ -11,10 +11,10 @@ from modjax.cli.main import main
 from modjax.errors import InputError
 from modjax.records import causal_loss, causal_routing
 from modjax.scaling.fit.isoflop import fit_all
-from modjax.scaling.fit.learning_curves import read_curves
 from modjax.scaling.report.figures import curves_figure, isoflop_figure, normalised_figure
+from modjax.scaling.report.learning_curves import read_curves
 from modjax.scaling.report.page import report
-from modjax.scaling.report.prose import render_text
+from modjax.scaling.report.terminal import render_text
 
 COST = 0.05
 
@@ -22,20 +22,20 @@ COST = 0.05
 @pytest.fixture
 def records(make_sweep):
     """A planted sweep in which every routed run loses COST under causal routing."""
-    return [
-        r if r.variant == "dense" else dataclasses.replace(
-            r, flops=r.flops | {"router": 1e5}, causal_routing="predictor",
-            causal_loss=r.eval_loss + COST,
-        )
-        for r in make_sweep(budgets=(1e12, 1e13))
-    ]  # fmt: skip
+
+    def routed(r):
+        flops, loss = r.flops | {"router": 1e5}, r.eval_loss + COST
+        return dataclasses.replace(r, flops=flops, causal_routing="predictor", causal_loss=loss)
+
+    sweep = make_sweep(budgets=(1e12, 1e13))
+    return [r if r.variant == "dense" else routed(r) for r in sweep]
 
 
 def looks_ahead(record):
     """The record of a model that can select with the future only."""
+    changes = {"variant": "ec", "causal_routing": "none", "causal_loss": None}
     flops = record.flops | {"router": 1e5}
-    return dataclasses.replace(record, variant="ec", run_id=f"ec-{record.run_id}", flops=flops,
-                               causal_routing="none", causal_loss=None)  # fmt: skip
+    return dataclasses.replace(record, run_id=f"ec-{record.run_id}", flops=flops, **changes)
 
 
 @pytest.fixture

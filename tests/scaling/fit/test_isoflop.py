@@ -1,18 +1,17 @@
+"""isoFLOP fits of planted sweeps: optima, gaps, noise, and refusals."""
+
 import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from modjax.errors import InputError
-from modjax.scaling.fit import isoflop as fit
+from modjax.records import write_json
+from modjax.scaling.fit.bootstrap import interval
 from modjax.scaling.fit.isoflop import fit_all
-from modjax.scaling.fit.parabola import Estimate, interval
-from modjax.scaling.fit.parametric import Surface
-from modjax.scaling.fit.power_law import power_law
-from modjax.scaling.fit.results import QUANTITIES, save_json
+from modjax.scaling.fit.results import QUANTITIES, to_json
 
 
 def only(fits, **wanted):
@@ -162,81 +161,14 @@ def test_draws_without_an_answer_leave_an_interval_unbounded():
     np.testing.assert_allclose((low, high), (0.025, 0.975), atol=1e-3)
 
 
-def test_a_power_law_through_two_optima_says_it_is_exact_and_one_is_refused(make_sweep):
-    two = fit_all(make_sweep(arms=("dense",), budgets=(1e12, 1e13)), draws=50)
-    assert {law.freedom for law in two.laws} == {0}
-    one = fit_all(make_sweep(arms=("dense",), budgets=(1e12,)), draws=50)
-    assert all("at least 2 accepted optima" in law.refusal for law in one.laws)
-    assert one.gaps == () and all(p.refusal is None for p in one.parabolas)
-
-
-def law_of(fits, quantity="parameters"):
-    (found,) = [law for law in fits.laws if (law.arm, law.quantity) == ("dense", quantity)]
-    return found
-
-
-def test_the_exponent_is_the_one_numpy_fits_with_each_optimum_weighed_by_its_own_variance(
-    make_sweep, without_surfaces
-):
-    records = []
-    for budget, noise, seeds in ((1e12, 0.02, 1), (3e12, 0.005, 2), (1e13, 0.02, 4)):
-        records += make_sweep(arms=("dense",), budgets=(budget,), noise=noise, seeds=seeds,
-                              random_seed=seeds)  # fmt: skip
-    fits = fit_all(records, draws=50)
-    place, weight = [], []
-    for p in (q for q in fits.parabolas if q.quantity == "parameters"):
-        runs = [r for r in records if r.budget_flops == p.budget_flops]
-        x = np.log10([r.params_non_embedding for r in runs])
-        x0 = x.mean()
-        (c2, c1, _), covariance = np.polyfit(x - x0, [r.eval_loss for r in runs], 2, cov="unscaled")
-        step = 1e-6
-        slopes = [(-c1 / 2 / (c2 + step) + c1 / 2 / (c2 - step)) / 2 / step, -1 / 2 / c2, 0]
-        place.append(x0 - c1 / 2 / c2)
-        weight.append(1 / (p.noise * math.sqrt(slopes @ covariance @ slopes)))
-    exponent, height = np.polyfit(np.log10(fits.budgets), place, 1, w=weight)
-    np.testing.assert_allclose(law_of(fits).exponent, exponent, rtol=1e-7)
-    np.testing.assert_allclose(math.log10(law_of(fits).coefficient), height, rtol=1e-6)
-    assert max(weight) > 3 * min(weight)
-
-
-def test_draws_without_a_minimum_at_some_budgets_leave_the_exponent_determined(
-    make_sweep, without_surfaces
-):
-    fits = fit_all(make_sweep(arms=("dense",), budgets=GEOMETRIC[10], noise=0.04), draws=400)
-    ends = [p.optimum_interval for p in fits.parabolas if p.refusal is None]
-    assert any(math.isinf(high) for _, high in ends)
-    for quantity in (*QUANTITIES, "loss"):
-        low, high = law_of(fits, quantity).exponent_interval
-        assert high - low < 0.5
-
-
-@pytest.mark.parametrize("scatter", [0.0, 0.3])
-def test_scatter_beyond_the_variances_gives_the_interval_of_students_t(scatter):
-    rng = np.random.default_rng(3)
-    x = np.linspace(12, 14, 6)
-    y = 0.5 * x - 1 + scatter * np.array([1, -1, 0.5, -0.5, -1, 1])
-    optima = {
-        10**a: Estimate(b, 0.01, b + 0.1 * rng.standard_normal(40_000), np.full(40_000, 0.01))
-        for a, b in zip(x, y, strict=True)
-    }
-    plain = stats.linregress(x, y)
-    error = 0.1 / math.sqrt(((x - x.mean()) ** 2).sum())
-    reach = stats.t.ppf(0.975, 4) * plain.stderr if scatter else 1.96 * error
-    low, high = power_law("dense", "parameters", optima).exponent_interval
-    np.testing.assert_allclose(((low + high) / 2, (high - low) / 2), (plain.slope, reach),
-                               rtol=0.03)  # fmt: skip
-
-
-def test_the_noise_is_that_between_seeds_unless_the_parabolas_miss_their_cells(
-    make_sweep, without_surfaces
-):
+def test_the_noise_is_that_between_seeds_unless_the_parabolas_miss_their_cells(make_sweep):
     records = make_sweep(arms=("dense",), budgets=(1e12,), seeds=3, noise=0.01, random_seed=2)
     cells = {}
     for r in records:
         cells.setdefault(r.d_model, []).append(r.eval_loss)
     between = math.sqrt(np.mean([np.var(losses, ddof=1) for losses in cells.values()]))
-    np.testing.assert_allclose(only(fit_all(records, draws=50), quantity="parameters").noise,
-                               between)  # fmt: skip
+    noise = only(fit_all(records, draws=50), quantity="parameters").noise
+    np.testing.assert_allclose(noise, between)
     off = {32: 0.1, 64: -0.1, 96: 0.1, 128: -0.1, 160: 0.1}
     missed = [dataclasses.replace(r, eval_loss=r.eval_loss + off[r.d_model]) for r in records]
     assert only(fit_all(missed, draws=50), quantity="parameters").noise > 10 * between
@@ -253,75 +185,6 @@ def test_a_run_whose_causal_loss_was_not_finite_is_left_out_of_causal_fits_and_l
     assert fits.diverged == (lost.run_id,)
     assert only(fits, quantity="parameters").runs == 5
     assert fit_all([lost, *records[3:]], loss="trained", draws=50).diverged == ()
-
-
-GEOMETRIC = {count: tuple(1e12 * np.geomspace(1, 100, count)) for count in (3, 4, 5, 10)}
-
-
-@pytest.fixture
-def without_surfaces(monkeypatch):
-    """The parametric surfaces, which take most of the time, say nothing about the exponents."""
-
-    def refused(arm, n, *_, **__):
-        return Surface(arm, len(n), *[None] * 8, refusal="not asked for")
-
-    monkeypatch.setattr(fit, "fit_surface", refused)
-
-
-def coverage(sweeps, draws):
-    """How often the intervals of dense's three exponents hold the planted ones."""
-    hits = {"parameters": [], "forward_flops": [], "loss": []}
-    for trial, records in enumerate(sweeps):
-        for law in fit_all(records, draws=draws, seed=trial).laws:
-            if law.arm == "dense":
-                low, high = law.exponent_interval
-                hits[law.quantity].append(low <= (-0.04 if law.quantity == "loss" else 0.5) <= high)
-    return {quantity: np.mean(hit) for quantity, hit in hits.items()}
-
-
-def test_exponents_are_covered_though_some_draws_have_no_minimum(make_sweep, without_surfaces):
-    sweeps = (
-        make_sweep(arms=("dense",), budgets=GEOMETRIC[5], noise=0.03, random_seed=trial)
-        for trial in range(60)
-    )
-    covered = coverage(sweeps, draws=200)
-    assert all(0.85 <= share <= 1 for share in covered.values()), covered
-
-
-PLANTED = {
-    "little noise": dict(budgets=3, noise=0.003),
-    "draws without a minimum": dict(budgets=10, noise=0.04),
-    "more such draws, one arm": dict(budgets=10, noise=0.05, arms=("dense",)),
-    "two seeds": dict(budgets=3, noise=0.01, seeds=2),
-    "unequal noise": dict(budgets=5, noise=(0.005, 0.01, 0.02, 0.03, 0.04)),
-    "unequal seeds": dict(budgets=5, noise=0.02, seeds=(1, 2, 4, 1, 2)),
-    "optima off their law": dict(budgets=10, noise=0.01, off=0.05),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PLANTED)
-def test_intervals_of_exponents_cover_the_truth_as_often_as_they_claim(
-    name, make_sweep, without_surfaces
-):
-    planted = {"arms": ("dense", "mod"), "seeds": 1, "off": 0.0} | PLANTED[name]
-    budgets = GEOMETRIC[planted["budgets"]]
-    noises, seeds = (np.broadcast_to(planted[k], len(budgets)) for k in ("noise", "seeds"))
-
-    def sweep(trial):
-        off = planted["off"] * np.random.default_rng([trial, 1]).standard_normal(len(budgets))
-        return [
-            record
-            for i, budget in enumerate(budgets)
-            for record in make_sweep(
-                arms=planted["arms"], budgets=(budget,), noise=noises[i], seeds=seeds[i],
-                coefficient=0.2 * 10 ** off[i], random_seed=1000 * trial + i,
-            )
-        ]  # fmt: skip
-
-    covered = coverage((sweep(trial) for trial in range(200)), draws=400)
-    print(name, covered)
-    assert all(0.9 <= share <= 0.98 for share in covered.values()), covered
 
 
 def test_the_baseline_is_dense_unless_another_is_named(make_sweep):
@@ -343,7 +206,7 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(make_record):
 def test_saved_fits_are_strict_json_with_null_for_unbounded_ends(tmp_path, make_sweep):
     fits = fit_all(make_sweep(), draws=50)
     wide = dataclasses.replace(fits.parabolas[0], optimum_interval=(0.0, math.inf))
-    save_json(tmp_path / "fit.json", dataclasses.replace(fits, parabolas=(wide,)))
+    write_json(tmp_path / "fit.json", to_json(dataclasses.replace(fits, parabolas=(wide,))))
 
     def refuse(text):
         raise AssertionError(text)

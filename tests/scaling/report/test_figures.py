@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from modjax.scaling.fit.isoflop import fit_all
-from modjax.scaling.fit.learning_curves import Curve, read_curves
-from modjax.scaling.report import figures
+from modjax.scaling.report import markers
 from modjax.scaling.report.figures import (
     curves_figure,
     draw_all,
@@ -15,6 +14,7 @@ from modjax.scaling.report.figures import (
     normalised_figure,
     optima_figure,
 )
+from modjax.scaling.report.learning_curves import Curve, read_curves
 from modjax.scaling.report.markers import COLOURS
 
 
@@ -132,9 +132,9 @@ def test_without_an_accepted_baseline_the_figure_says_so(make_sweep):
 @pytest.mark.parametrize("ends", [(0.0, 3e5), (1e5, math.inf), (0.0, math.inf)])
 def test_an_interval_that_is_open_at_an_end_is_a_dotted_line(ends, make_sweep):
     fits = fit_all(make_sweep(noise=0.002), draws=50)
-    opened = [dataclasses.replace(p, optimum_interval=ends) if i == 0 else p
-              for i, p in enumerate(fits.parabolas)]  # fmt: skip
-    sizes = optima_figure(dataclasses.replace(fits, parabolas=tuple(opened))).axes[0]
+    first, *others = fits.parabolas
+    opened = (dataclasses.replace(first, optimum_interval=ends), *others)
+    sizes = optima_figure(dataclasses.replace(fits, parabolas=opened)).axes[0]
     first = [line for line in sizes.lines if list(line.get_xdata()) == [1e12, 1e12]]
     assert [line.get_linestyle() for line in first] == [":", "-"], "one arm's, and the other's"
 
@@ -147,7 +147,7 @@ def test_one_arm_at_one_budget_gives_what_it_can(make_sweep, tmp_path):
 
 
 def test_of_very_many_runs_an_arm_is_one_artist_without_ids(mixed, make_workdir, monkeypatch):
-    monkeypatch.setattr(figures, "MANY", len(mixed) - 1)
+    monkeypatch.setattr(markers, "MANY", len(mixed) - 1)
     workdir, fits = make_workdir(mixed), fit_all(mixed, draws=50)
     curves = read_curves(workdir, mixed).curves
     for name, path in draw_all(mixed, fits, curves, workdir / "f").items():

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -7,10 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from modjax.errors import InputError
-from modjax.scaling.fit.isoflop import fit_all
-from modjax.scaling.report import figures
-from modjax.scaling.report import page as report_module
-from modjax.scaling.report.page import fit_workdir, render, report
+from modjax.scaling.fit.isoflop import fit_all, fit_workdir
+from modjax.scaling.report import markers
+from modjax.scaling.report.page import render, report
 
 
 @pytest.fixture
@@ -69,6 +69,19 @@ def test_the_report_tells_the_whole_sweep_and_needs_no_network(page):
     assert json.loads((workdir / "fit.json").read_text())["baseline"] == "dense"
 
 
+def test_a_hostile_arm_name_is_text_wherever_it_is_shown(make_sweep, make_workdir):
+    arm = "</script><img src=x onerror='go()'>&amp;"
+    records = [
+        dataclasses.replace(r, run_id=f"run{i}")
+        for i, r in enumerate(make_sweep(arms=("dense", arm), budgets=(1e12, 1e13), seeds=2))
+    ]
+    text = report(make_workdir(records)).read_text()
+    assert "img" not in {tag for tag, _, _ in Page(text).attributes}
+    assert [row[0] for row in cells(section(text, "Seeds"))] == ["dense", arm] * 10
+    tips = json.loads(re.search(r'id="tips">(.*?)</script>', text, re.DOTALL)[1])
+    assert any(tip.startswith(f"{arm} at 1e12 FLOPs: the optimum is") for tip in tips.values())
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match="holds no finished run"):
@@ -89,9 +102,7 @@ def test_seeds_of_one_cell_have_a_table(make_record, make_workdir):
     records = [make_record(run_id=f"s{s}", seed=s, eval_loss=2 + 0.1 * s) for s in range(3)]
     text = report(make_workdir(records)).read_text()
     table = text[text.index("<h3>Seeds</h3>") : text.index("<h2>Diverged")]
-    assert re.findall(r"<td[^>]*>([^<]*)", table) == [
-        "dense", "1e12", "64", "200k", "3", "2.1000", "0.1000",
-    ]  # fmt: skip
+    assert cells(table) == [["dense", "1e12", "64", "200k", "3", "2.1000", "0.1000"]]
 
 
 def test_a_sweep_whose_every_run_diverged_still_has_a_report(make_record, make_workdir):
@@ -101,8 +112,9 @@ def test_a_sweep_whose_every_run_diverged_still_has_a_report(make_record, make_w
 
 
 def cells(table):
-    """The cells of every row of a table's text."""
-    return [re.findall(r"<td[^>]*>([^<\n]*)", row) for row in table.split("<tr")[2:]]
+    """Returns the text of every cell of a table, row by row."""
+    rows = (re.findall(r"<td[^>]*>([^<\n]*)", row) for row in table.split("<tr")[2:])
+    return [[html.unescape(cell) for cell in row] for row in rows]
 
 
 def section(text, title):
@@ -114,25 +126,24 @@ def test_a_spec_is_told_once_by_run_by_arm_or_for_all(make_sweep, make_workdir):
     workdir = make_workdir(records)
     for i, record in enumerate(records):
         routed = record.variant != "dense"
-        spec = {
-            "variant": record.variant, "model": {
-                "d_model": record.d_model, "d_ff": 4 * record.d_model,
-                "layers": ["Dense()", "MoD(Dense())"] if routed else ["Dense()"], "vocab": 259,
-            }, "train": {"warmup_steps": 20 if routed else 10 + i},
-        }  # fmt: skip
+        layers = ["Dense()", "MoD(Dense())"] if routed else ["Dense()"]
+        width = {"d_model": record.d_model, "d_ff": 4 * record.d_model}
+        model = {**width, "layers": layers, "vocab": 259}
+        train = {"warmup_steps": 20 if routed else 10 + i}
+        spec = {"variant": record.variant, "model": model, "train": train}
         (workdir / "runs" / record.run_id / "spec.json").write_text(json.dumps(spec))
     text = report(workdir).read_text()
     assert cells(section(text, "The same in every run")) == [["model.vocab", "259"]]
     assert cells(section(text, "The same in every run of an arm")) == [
-        ["dense", "[&quot;Dense()&quot;]"],
-        ["mod", "[&quot;Dense()&quot;, &quot;MoD(Dense())&quot;]"],
+        ["dense", '["Dense()"]'],
+        ["mod", '["Dense()", "MoD(Dense())"]'],
     ]
     runs = section(text, "Runs")
     heads = re.findall(r"<button>([^<]*)", runs)
     assert heads[-2:] == ["model.d_ff", "train.warmup_steps"] and "model.d_model" not in heads
-    wanted = [[str(4 * r.d_model), "20" if r.variant == "mod" else str(10 + i)]
-              for i, r in enumerate(records)]  # fmt: skip
-    assert [row[-2:] for row in cells(runs)] == wanted
+    warmup = ["20" if r.variant == "mod" else str(10 + i) for i, r in enumerate(records)]
+    assert [row[-1] for row in cells(runs)] == warmup
+    assert [row[-2] for row in cells(runs)] == [str(4 * r.d_model) for r in records]
 
 
 def test_a_cell_carries_what_to_sort_by_only_where_that_is_not_what_it_shows(
@@ -148,8 +159,7 @@ def test_of_very_many_runs_the_page_tells_each_in_the_table_alone(
     make_sweep, make_workdir, monkeypatch
 ):
     records = make_sweep()
-    for module in (figures, report_module):
-        monkeypatch.setattr(module, "MANY", len(records) - 1)
+    monkeypatch.setattr(markers, "MANY", len(records) - 1)
     text = report(make_workdir(records)).read_text()
     assert [row[0] for row in cells(section(text, "Runs"))] == [r.run_id for r in records]
     assert "run:" not in text and "optimum:dense:1000000000000.0" in text

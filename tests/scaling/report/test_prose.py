@@ -9,11 +9,11 @@ from modjax.scaling.report.prose import (
     gap_sentence,
     law_sentence,
     parabola_sentence,
-    render_text,
-    rows,
     sentences,
     span,
 )
+from modjax.scaling.report.tables import optimum_table
+from modjax.scaling.report.terminal import render_text
 
 
 def test_a_gap_names_both_arms_its_direction_and_whether_it_could_be_none(make_sweep):
@@ -92,23 +92,20 @@ def test_an_interval_that_is_open_at_both_ends_is_not_determined(ends, said):
 
 def test_no_sentence_and_no_table_speaks_of_a_number_that_is_not_there(make_sweep):
     fits = fit_all(make_sweep(budgets=(1e12, 1e13)), draws=50)
-    fits = dataclasses.replace(
-        fits,
-        parabolas=tuple(
-            dataclasses.replace(p, optimum_interval=POSITIVE, loss_interval=OPEN)
-            for p in fits.parabolas
-        ),
-        laws=tuple(dataclasses.replace(law, exponent_interval=OPEN) for law in fits.laws),
-        gaps=tuple(
-            dataclasses.replace(gap, loss_interval=OPEN, percent_interval=OPEN,
-                                flops_ratio_interval=POSITIVE) for gap in fits.gaps
-        ),
-    )  # fmt: skip
+    opened = {
+        "parabolas": {"optimum_interval": POSITIVE, "loss_interval": OPEN},
+        "laws": {"exponent_interval": OPEN},
+        "gaps": {field: OPEN for field in ("loss_interval", "percent_interval")}
+        | {"flops_ratio_interval": POSITIVE},
+    }
+    for field, intervals in opened.items():
+        results = tuple(dataclasses.replace(r, **intervals) for r in getattr(fits, field))
+        fits = dataclasses.replace(fits, **{field: results})
     text = render_text(fits)
     for word in ("unbounded", "inf", "nan", "determined nats", "determined%", "beyond"):
         assert not re.search(rf"\b{word}\b", text), word
-    for said in (parabola_sentence(fits.parabolas[0], fits.size), gap_sentence(fits.gaps[0]),
-                 law_sentence(fits.laws[0], fits.size)):  # fmt: skip
+    optimum = parabola_sentence(fits.parabolas[0], fits.size)
+    for said in (optimum, gap_sentence(fits.gaps[0]), law_sentence(fits.laws[0], fits.size)):
         assert "95% interval not determined" in said
-    assert [row[4] for row in rows(fits)] == ["not determined"] * 4
+    assert [row[4] for row in optimum_table(fits).rows] == ["not determined"] * 4
     assert "cannot tell from no difference" in gap_sentence(fits.gaps[0])

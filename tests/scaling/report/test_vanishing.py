@@ -38,8 +38,8 @@ def whole(tmp_path_factory):
         folder.mkdir(parents=True)
         write_spec(folder, spec)
         (folder / "lock").touch()
-        line = {"step": spec.train.steps, "loss": 2.0, "loss_steps": spec.train.steps,
-                "train_flops": 1e9}  # fmt: skip
+        steps = spec.train.steps
+        line = {"step": steps, "loss": 2.0, "loss_steps": steps, "train_flops": 1e9}
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         if i == 0:
             write_json(folder / "result.json", to_dict(record_of(spec)))

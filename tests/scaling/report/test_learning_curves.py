@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from modjax.scaling.fit.isoflop import fit_all
-from modjax.scaling.fit.learning_curves import Curve, frontier, read_curves
 from modjax.scaling.report.figures import curves_figure
+from modjax.scaling.report.learning_curves import Curve, frontier, read_curves
 from modjax.scaling.report.page import report
 
 
@@ -114,8 +114,10 @@ def test_a_curve_whose_file_or_end_is_lost_is_named(make_sweep, make_workdir):
     metrics[folder.run_id].unlink()
     metrics[folder.run_id].mkdir()
     # A run that diverges logs no mean for the step in which it does, and ends.
-    ends = [{"step": 30, "loss": 3.0, "loss_steps": 30, "train_flops": 1e9},
-            {"step": 40, "loss": None, "loss_steps": 10, "train_flops": 2e9}]  # fmt: skip
+    ends = [
+        {"step": 30, "loss": 3.0, "loss_steps": 30, "train_flops": 1e9},
+        {"step": 40, "loss": None, "loss_steps": 10, "train_flops": 2e9},
+    ]
     metrics[diverged.run_id].write_text("".join(json.dumps(line) + "\n" for line in ends))
     curves, lacking = read_curves(workdir, records)
     assert [c.run_id for c in curves] == [whole.run_id, cut.run_id, diverged.run_id]

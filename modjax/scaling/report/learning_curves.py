@@ -1,7 +1,7 @@
-"""Learning curves from the training losses that a run logs, and an arm's frontier of them.
+"""Learning curves from the training losses that runs log, and an arm's frontier of them.
 
-One step's loss is mostly the luck of its batch. A line of metrics.jsonl therefore holds the mean
-since the line before it, and a curve shows the mean over a trailing window of SHARE of the run.
+The loss of one step is mostly the luck of its batch. A line of metrics.jsonl therefore holds the
+mean since the line before, and a curve shows the mean over a trailing window of SHARE of the run.
 """
 
 import functools
@@ -19,15 +19,19 @@ from modjax.records import RunRecord, run_dir
 
 LINE = ("step", "loss_steps", "train_flops", "loss")
 SHARE = 0.05
-# The least of many means leans to the lucky, by about the deviation of one: that of one step over
-# the root of the window's steps. Shorter windows do not enter a frontier.
+# The minimum of many noisy means is biased low by about one standard deviation of a mean, which is
+# that of one step over the root of the window's steps. Shorter windows do not enter a frontier.
 FRONTIER_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run of `steps` steps logged: `loss`, in nats per token, is the mean over the
-    `loss_steps` steps up to `step`, where `flops` training FLOPs were spent.
+    """Training losses that a run of `steps` steps logged, line by line.
+
+    step: the step after which the line was logged.
+    loss_steps: the number of steps up to `step` that `loss` is the mean over.
+    flops: training FLOPs spent by then.
+    loss: in nats per token.
     """
 
     run_id: str
@@ -40,30 +44,30 @@ class Curve:
 
     @property
     def window(self) -> int:
-        """Over how many steps `smooth` takes its means."""
+        """Number of steps that `smooth` averages over."""
         return max(1, round(SHARE * self.steps))
 
     @functools.cached_property
     def smooth(self) -> tuple[np.ndarray, np.ndarray]:
         """(flops, loss) at every line whose window lies inside the run and was logged throughout.
 
-        The loss is the mean over the window that ends there. Within a line's steps each counts as
-        their mean.
+        The loss is the mean over the window that ends there. All steps of a line count with the
+        line's mean.
         """
         knots = np.stack([self.step - self.loss_steps, self.step], -1).ravel()
 
-        def within(weight: np.ndarray) -> np.ndarray:
-            """The sum of `weight`, given by line, over each window."""
+        def over_window(weight: np.ndarray) -> np.ndarray:
+            """Returns the sum of `weight`, given by line, over each window."""
             after = np.cumsum(weight)
             sums = np.stack([after - weight, after], -1).ravel()
             return after - np.interp(self.step - self.window, knots, sums)
 
-        whole = within(self.loss_steps) > self.window - 0.5
-        return self.flops[whole], within(self.loss * self.loss_steps)[whole] / self.window
+        whole = over_window(self.loss_steps) > self.window - 0.5
+        return self.flops[whole], over_window(self.loss * self.loss_steps)[whole] / self.window
 
 
 class Curves(NamedTuple):
-    """Learning curves, and run id -> what a run's curve lacks, in words."""
+    """Learning curves, and run id -> what is missing from a run's curve, in words."""
 
     curves: list[Curve]
     lacking: dict[str, str]
@@ -97,8 +101,9 @@ def read_curves(workdir: Path, records: Iterable[RunRecord]) -> Curves:
 
 
 def frontier(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray] | None:
-    """(flops, loss): the least smooth loss that any of the curves has reached by then, from
-    windows of FRONTIER_STEPS or more; None where there is none.
+    """Returns (flops, loss): the least smooth loss that any of the curves has reached by then.
+
+    Takes windows of FRONTIER_STEPS or more only. Returns None if there are none.
     """
     found = [curve.smooth for curve in curves if curve.window >= FRONTIER_STEPS]
     flops, loss = np.concatenate(found, axis=1) if found else np.empty((2, 0))
