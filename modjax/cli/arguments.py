@@ -41,7 +41,7 @@ Config values are overridden as --config.GROUP.FIELD=VALUE, for example
 """
 ROUTING = "causal (each layer's own rule that never looks ahead), or the name of a rule"
 RESUMES = """\
-The same command again continues where it was stopped.
+Run the same command again to continue where it stopped.
 
 """
 RESUMING = ("prepare", "sweep", "train")

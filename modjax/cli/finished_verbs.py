@@ -79,7 +79,7 @@ def _comparison_text(found: "Comparison") -> str:
     from modjax.scaling.formatting import count
     from modjax.scaling.report.prose import text_table
 
-    bound = "" if found.slack is None else f", room for {found.slack:g} times the capacity"
+    bound = "" if found.slack is None else f", cache slots for {found.slack:g} times the capacity"
     gap = found.difference
     header = (
         f"{found.run_id}\n"

@@ -98,8 +98,8 @@ def _predictions_text(cells: Sequence[PlannedRun]) -> str:
     ]
     header = ("budget", "arm", "sizes", "freedom", "optimal N", "exponent of N")
     return (
-        "Expected 95% intervals of `modjax fit`, if the loss of a run has a noise of "
-        f"{cells[0].foretold.noise:g} nats (--noise) with these degrees of freedom:\n"
+        "What `modjax fit` can be expected to tell (95% intervals), if the loss of a run has a "
+        f"noise of {cells[0].foretold.noise:g} nats (--noise) with these degrees of freedom:\n"
         f"{text_table(header, rows)}\n\n"
     )
 

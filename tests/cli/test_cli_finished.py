@@ -47,7 +47,7 @@ def test_eval_as_text_says_the_bound_and_passes_over_runs_that_cannot(said, wher
     assert float(trained) == pytest.approx(record.eval_loss, abs=6e-5)
     assert float(difference) == pytest.approx(float(causal) - float(trained), abs=1.5e-4)
     assert float(sem) > 0
-    assert losses.endswith("room for 0.1 times the capacity")
+    assert losses.endswith("cache slots for 0.1 times the capacity")
     names = "layer accuracy precision recall capacity overflow most near_ties"
     assert header.split() == names.split()
     values = dict(zip(header.split(), row.split(), strict=True))
