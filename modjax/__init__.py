@@ -1,153 +1,49 @@
 """Conditional computation in transformers, measured by isoFLOP sweeps.
 
-Public names are imported when they are first asked for: `import modjax` itself costs nothing, and
-never imports TensorFlow.
+The first use of a public name imports its module: `import modjax` itself imports no other package.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# ruff: noqa: F401, F403
 if TYPE_CHECKING:
     from modjax import flops
-    from modjax.decoding.generate import Sampling, extend, generate, resume
-    from modjax.errors import InputError
-    from modjax.finished.runs import load
-    from modjax.nn import MoDBlock, Transformer, observe, register, unstack
-    from modjax.specs import (
-        MLP,
-        AltUp,
-        Attention,
-        Bidirectional,
-        Binary,
-        Blocks,
-        Causal,
-        DataConfig,
-        Dense,
-        Execution,
-        ExpertChoice,
-        ExpertRule,
-        ExpertThreshold,
-        Full,
-        Gemma3nAltUp,
-        HyperConnection,
-        Layer,
-        Linear,
-        Logits,
-        ManifoldHyperConnection,
-        Mask,
-        MoD,
-        MoDConfig,
-        ModelSpec,
-        MoE,
-        Positional,
-        Predictor,
-        Prefix,
-        Projected,
-        Random,
-        Received,
-        Recycled,
-        Repeat,
-        Router,
-        Rule,
-        RunSpec,
-        Seq,
-        SequenceAltUp,
-        SimplifiedAltUp,
-        Sinusoids,
-        StridePool,
-        StrideSkip,
-        Threshold,
-        Tied,
-        TokenChoice,
-        Tokens,
-        TopK,
-        TrainConfig,
-        Window,
-    )
+    from modjax.decoding.generate import *
+    from modjax.errors import *
+    from modjax.finished.runs import *
+    from modjax.nn import *
+    from modjax.specs import *
 
 __version__ = "0.1.0"
-_FROM = {  # all others: modjax.specs
-    "modjax.errors": ("InputError",),
-    "modjax.nn": ("MoDBlock", "Transformer", "observe", "register", "unstack"),
-    "modjax.decoding.generate": ("Sampling", "extend", "generate", "resume"),
-    "modjax.finished.runs": ("load",),
+_NAMES = {
+    "modjax.flops": "flops",
+    "modjax.errors": "InputError",
+    "modjax.specs": """
+        AltUp Attention Bidirectional Binary Blocks Causal DataConfig Dense Execution ExpertChoice
+        ExpertRule ExpertThreshold Full Gemma3nAltUp HyperConnection Layer Linear Logits MLP
+        ManifoldHyperConnection Mask MoD MoDConfig MoE ModelSpec Positional Predictor Prefix
+        Projected Random Received Recycled Repeat Router Rule RunSpec Seq SequenceAltUp
+        SimplifiedAltUp Sinusoids StridePool StrideSkip Threshold Tied TokenChoice Tokens TopK
+        TrainConfig Window""",
+    "modjax.nn": "MoDBlock Transformer observe register unstack",
+    "modjax.decoding.generate": "Sampling extend generate resume",
+    "modjax.finished.runs": "load",
 }
-__all__ = [
-    "MLP",
-    "AltUp",
-    "Attention",
-    "Bidirectional",
-    "Binary",
-    "Blocks",
-    "Causal",
-    "DataConfig",
-    "Dense",
-    "Execution",
-    "ExpertChoice",
-    "ExpertRule",
-    "ExpertThreshold",
-    "Full",
-    "Gemma3nAltUp",
-    "HyperConnection",
-    "InputError",
-    "Layer",
-    "Linear",
-    "Logits",
-    "ManifoldHyperConnection",
-    "Mask",
-    "MoD",
-    "MoDBlock",
-    "MoDConfig",
-    "MoE",
-    "ModelSpec",
-    "Positional",
-    "Predictor",
-    "Prefix",
-    "Projected",
-    "Random",
-    "Received",
-    "Recycled",
-    "Repeat",
-    "Router",
-    "Rule",
-    "RunSpec",
-    "Sampling",
-    "Seq",
-    "SequenceAltUp",
-    "SimplifiedAltUp",
-    "Sinusoids",
-    "StridePool",
-    "StrideSkip",
-    "Threshold",
-    "Tied",
-    "TokenChoice",
-    "Tokens",
-    "TopK",
-    "TrainConfig",
-    "Transformer",
-    "Window",
-    "extend",
-    "flops",
-    "generate",
-    "load",
-    "observe",
-    "register",
-    "resume",
-    "unstack",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+if not TYPE_CHECKING:  # a type checker cannot read a computed list
+    __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module 'modjax' has no attribute {name!r}")
-    if name == "flops":
-        return importlib.import_module("modjax.flops")
-    others = (module for module, names in _FROM.items() if name in names)
-    module = next(others, "modjax.specs")
-    if module not in ("modjax.errors", "modjax.specs"):  # those need no other package
+    module = _MODULES[name]
+    if module not in ("modjax.errors", "modjax.flops", "modjax.specs"):  # they need no package
         importlib.import_module("modjax.packages").check_packages()
-    return getattr(importlib.import_module(module), name)
+    found = importlib.import_module(module)
+    return found if name == "flops" else getattr(found, name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*_MODULES, "__version__"]

@@ -1,4 +1,4 @@
-"""The start of jax, which an environment can prevent: by its variables, or for want of memory."""
+"""Starting jax, which environment variables or a lack of memory can prevent."""
 
 import contextlib
 import os
@@ -15,9 +15,9 @@ TRIAL = "import jax; jax.devices()"
 
 
 def start(imports: Mapping[str, str] | None = None) -> None:
-    """Sets up jax for a process that modjax owns, and imports modules that --imports names.
+    """Sets up jax for a process that modjax owns, then imports the modules of --imports.
 
-    Raises InputError where the environment prevents jax, or a module cannot be imported.
+    Raises InputError if the environment prevents jax, or if a module cannot be imported.
     """
     from modjax.provenance import fix_settings
     from modjax.specs.imports import import_all
@@ -31,9 +31,9 @@ def start(imports: Mapping[str, str] | None = None) -> None:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Raises InputError where what is inside, imports of jax or its first use, fails.
+    """Turns errors of importing jax, or of its first use, into an InputError.
 
-    A missing module is no matter of the environment's variables, and passes as it is.
+    Lets ModuleNotFoundError pass: no environment variable causes it.
     """
     try:
         yield
@@ -44,16 +44,16 @@ def starting() -> Iterator[None]:
 
 
 def try_first() -> None:
-    """Raises InputError where XLA would abort this process, which no handler survives.
+    """Raises InputError if XLA would abort this process, which no handler survives.
 
-    XLA aborts over flags that it does not know, and where memory is limited. Only then are the
-    seconds worth it that another process takes to try.
+    XLA aborts on unknown flags and if memory is limited. Only then is a trial in another process
+    worth its seconds.
     """
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if limited or os.environ.get("XLA_FLAGS"):
         tried = subprocess.run(
             [sys.executable, "-P", "-c", TRIAL],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},  # whose flags are those of all platforms
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},  # it knows the flags of every platform
             stdin=subprocess.DEVNULL,
             capture_output=True,
         )
@@ -62,16 +62,16 @@ def try_first() -> None:
 
 
 def last_line(output: str) -> str:
-    """Returns the last line that a process printed, before Python's account of a crash."""
+    """Returns the last line that a process printed before any report of a crash by Python."""
     said, crash, _ = output.strip().partition("Fatal Python error")
     last = said.strip().splitlines() or [crash or "it said nothing"]
-    return re.sub(r"^F\d+ .*?\] ", "", last[-1])  # the words of XLA's fatal lines
+    return re.sub(r"^F\d+ .*?\] ", "", last[-1])  # without the prefix of XLA's fatal errors
 
 
 def compilation_cache() -> dict[str, str]:
-    """Environment in which jax keeps every compiled program for the next process.
+    """Returns the environment variables that make jax cache every compiled program.
 
-    JAX_COMPILATION_CACHE_DIR moves the cache from its place in the user's cache folder.
+    The cache lies in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
     """
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": str(user_cache("xla")),
@@ -82,10 +82,9 @@ def compilation_cache() -> dict[str, str]:
 
 
 def _refused(why: str) -> InputError:
-    # modjax sets those of jax's cache itself.
     read = {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(("JAX_", "XLA_")) and "_CACHE_" not in name
+        if name.startswith(("JAX_", "XLA_")) and "_CACHE_" not in name  # modjax sets the cache's
     }
     return InputError("environment", read, f"jax cannot start: {why}")

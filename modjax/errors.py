@@ -1,31 +1,43 @@
-"""Input that cannot be used, and how errors are shown: on one line that can be printed."""
+"""Errors about unusable input, and how any error becomes one printable line."""
 
 import re
 
 MOST_SHOWN = 400  # characters of a value in a message
-MOST_SAID = 1000  # characters of what is accepted, which may be quoted from other libraries
+MOST_SAID = 1000  # characters of what is accepted, which may quote another library
 MOST_INTEGER, MOST_NUMBER = 2**63, 1e100  # so that sums and squares of numbers stay finite
-LONGEST_NAME = 100  # bytes of a name; folders are named by two, or by one and numbers
+LONGEST_NAME = 100  # bytes of a name; a folder's name joins two of them, or one and numbers
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
 
 
 class InputError(ValueError):
-    """Input that cannot be used: one line with the field, its value and what would be accepted."""
+    """Unusable input, as one line: the field, its value and what is accepted."""
 
     def __init__(self, field: str, value: object, accepted: str):
         self.field, self.value, self.accepted = field, value, accepted
         try:
             text = repr(value)
-        except Exception:  # an integer of very many digits, or a class of the user's
+        except Exception:  # an integer with too many digits, or a class of the user's
             text = f"<{type(value).__name__} that cannot be shown>"
-        fields = one_line(field, MOST_SHOWN), one_line(text, MOST_SHOWN)
-        super().__init__(f"{fields[0]} = {fields[1]}: {one_line(accepted, MOST_SAID)}")
+        field, text = one_line(field, MOST_SHOWN), one_line(text, MOST_SHOWN)
+        super().__init__(f"{field} = {text}: {one_line(accepted, MOST_SAID)}")
+
+
+class SharedFault(InputError):
+    """Unusable input that would stop every other run of the sweep too."""
+
+
+class Preempted(Exception):
+    """SIGTERM arrived. The state of `step` is saved, and the same call continues from it."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped by SIGTERM at step {step}; state saved")
+        self.step = step
 
 
 def one_line(text: str, most: int) -> str:
-    """Returns `text` on one line of about `most` characters, without its middle where it is longer.
+    """Returns `text` on one line of about `most` characters; a longer text loses its middle.
 
-    Control characters and lone surrogates become their escapes, so that a terminal shows them.
+    Control characters and lone surrogates become escapes, so that any terminal shows them.
     """
     if len(text) > most:
         text = f"{text[: most // 2]}...{text[-most // 2 :]}"
@@ -34,7 +46,7 @@ def one_line(text: str, most: int) -> str:
 
 
 def words(error: BaseException) -> str:
-    """Returns `str(error)`, or a substitute where `str` fails."""
+    """Returns `str(error)`, or a substitute if `str` fails."""
     try:
         return str(error)
     except BaseException:  # the class may be the user's
@@ -42,41 +54,29 @@ def words(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the type and the words of any exception, on one line."""
+    """Returns the type and the message of any exception, on one line."""
     return one_line(f"{type(error).__name__}: {words(error)}".removesuffix(": "), MOST_SAID)
 
 
-class SharedFault(InputError):
-    """Bad input that would stop every other run of the sweep, too: its data or folder is gone."""
-
-
-class Preempted(Exception):
-    """SIGTERM arrived: the state of `step` is saved, and the same call goes on from there."""
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped by SIGTERM at step {step}; state saved")
-        self.step = step
-
-
 def require(condition: bool, field: str, value: object, accepted: str) -> None:
-    """Raises `InputError` unless `condition` holds."""
+    """Raises InputError unless `condition` holds."""
     if not condition:
         raise InputError(field, value, accepted)
 
 
 def is_bounded(number: float) -> bool:
-    """Whether a number can be computed with: an integer of 64 bits, or a float of some size."""
+    """Returns whether arithmetic with a number stays finite."""
     return abs(number) <= (MOST_NUMBER if isinstance(number, float) else MOST_INTEGER)
 
 
 def require_bounded(field: str, value: object) -> None:
-    """Raises InputError for a number that is not finite, or beyond all that a spec can mean."""
+    """Raises InputError for a number that is not `is_bounded`; accepts all that is no number."""
     accepted = f"must be finite, and at most {MOST_NUMBER:g}, or 2**63 for an integer"
     require(not isinstance(value, int | float) or is_bounded(value), field, value, accepted)
 
 
 def require_name(field: str, name: str, most: int = LONGEST_NAME) -> None:
-    """Raises InputError unless `name` can be one part of a path on every system."""
+    """Raises InputError unless `name` can be one component of a path on every system."""
     usable = (
         0 < len(name.encode(errors="replace")) <= most
         and name.isprintable()
@@ -86,15 +86,15 @@ def require_name(field: str, name: str, most: int = LONGEST_NAME) -> None:
         and not _RESERVED.fullmatch(name)
     )
     accepted = (
-        f"names a folder: must be 1 to {most} bytes of printable characters, without any "
-        "of <>:\"/\\|?*, '.', '-' or space in front, '.' or space at the end, and no word that "
-        "Windows reserves"
+        f"names a folder: must be 1 to {most} bytes of printable characters, without any of "
+        "<>:\"/\\|?*, must not begin with '.', '-' or a space, must not end with '.' or a space, "
+        "and must not be a word that Windows reserves"
     )
     require(usable, field, name, accepted)
 
 
 def require_plain_name(field: str, name: str) -> None:
-    """Raises InputError unless `name` is as for `require_name`, and needs no quotes in a shell."""
+    """Raises InputError unless `name` passes `require_name` and needs no quotes in a shell."""
     accepted = "must be made of letters, digits, '-', '_' and '.'"
     require(all(c.isalnum() or c in "-_." for c in name), field, name, accepted)
     require_name(field, name)

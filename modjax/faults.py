@@ -1,33 +1,24 @@
-"""How an exception that no code has caught is shown: on one line, with its traceback in a file."""
+"""One line for an exception that nothing else has caught, with its traceback in a file."""
 
-import errno
 import platform
 import sys
 import tempfile
 import traceback
-from typing import Any
+from errno import EAGAIN, EFBIG, EIO, EMFILE, ENFILE, ENOENT, ENOMEM
+from pathlib import Path
 
 import modjax
 from modjax.errors import MOST_SHOWN, describe, one_line
 from modjax.files import is_disk_full
 
-# Errors of the machine even where they name no file.
-RESOURCES = (
-    errno.ENOENT,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.EAGAIN,
-    errno.EFBIG,
-    errno.EIO,
-)
+MACHINE = (ENOENT, EMFILE, ENFILE, ENOMEM, EAGAIN, EFBIG, EIO)  # even if they name no file
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED: Out of memory", "std::bad_alloc")  # in XLA's words
 
 
-def outside(error: BaseException, folder: Any = None) -> str | None:
-    """Returns one line for an error that is to be looked for outside modjax, None for any other.
+def outside(error: BaseException, folder: Path | None = None) -> str | None:
+    """Returns one line for an error that the machine caused, or None for any other error.
 
-    folder: where the work lies, named where the error itself names no file.
+    folder: the folder in use, named if the error itself names no file.
     """
     named = getattr(error, "filename", None)
     where = named or folder
@@ -36,14 +27,14 @@ def outside(error: BaseException, folder: Any = None) -> str | None:
         return f"{one_line(str(where or 'disk'), MOST_SHOWN)}: {said}"
     if isinstance(error, MemoryError) or any(words in describe(error) for words in OUT_OF_MEMORY):
         return f"out of memory: {describe(error)}"
-    if isinstance(error, OSError) and (named is not None or error.errno in RESOURCES):
+    if isinstance(error, OSError) and (named is not None or error.errno in MACHINE):
         shown = one_line(str(where or "this machine"), MOST_SHOWN)
         return one_line(f"{shown}: {error.strerror}", MOST_SHOWN * 2)
     return None
 
 
 def inside(error: BaseException, command: str) -> str:
-    """Returns one line for a fault of modjax, and where its traceback lies: a file, else stderr."""
+    """Returns one line for a fault of modjax. Writes its traceback to a file, or to stderr."""
     said = f"a fault of modjax, not of your input: {describe(error)}"
     text = f"{command}\nmodjax {modjax.__version__}, Python {sys.version}, {platform.platform()}\n"
     text += "".join(traceback.format_exception(error))

@@ -8,23 +8,26 @@ from typing import Any, NamedTuple
 
 from modjax.files import Missing, read
 
-REMEDY = "delete it, and the run goes on without its earlier lines"
-MOST_SPANS = 5  # of lost steps in a message
+REMEDY = "delete it, and the run continues without its earlier lines"
+MOST_SPANS = 5  # spans of lost steps in a message
 TAIL = 65_536  # bytes, which hold many lines
 
 
 class MetricsLine(NamedTuple):
-    """A line of metrics.jsonl without its end; values is None where it is damaged."""
+    """A line of metrics.jsonl.
+
+    text: the line without its line end.
+    values: the metrics, or None if the line is damaged.
+    """
 
     text: bytes
     values: dict[str, Any] | None
 
 
 def read_metrics(run_dir: Path, *, last: int | None = None) -> list[MetricsLine]:
-    """Returns the whole lines of a run's metrics.jsonl, or of its `last` bytes.
+    """Returns the complete lines of a run's metrics.jsonl, or of its `last` bytes.
 
-    Returns [] where there is no such file; a line without an end is left out.
-    Raises InputError where the file cannot be read.
+    Returns [] if there is no such file. Raises InputError if the file cannot be read.
     """
     try:
         return _lines(read(run_dir / "metrics.jsonl", REMEDY, last=last))
@@ -33,13 +36,13 @@ def read_metrics(run_dir: Path, *, last: int | None = None) -> list[MetricsLine]
 
 
 def last_step(run_dir: Path) -> int:
-    """Returns the last step that the run has logged, or 0. Raises as `read_metrics`."""
+    """Returns the last step that the run has logged, or 0. Raises as `read_metrics` does."""
     lines = read_metrics(run_dir, last=TAIL)
     return next((line.values["step"] for line in reversed(lines) if line.values), 0)
 
 
 def lost_steps(lines: Iterable[MetricsLine], steps: int) -> str:
-    """Returns which of the steps 1 to `steps` no training line covers: "11 to 20, 31 to 40", or "".
+    """Returns which of the steps 1 to `steps` no training line covers, as "11 to 20, 31 to 40".
 
     A training line covers its step and the `loss_steps` - 1 steps before it.
     """
@@ -58,7 +61,7 @@ def lost_steps(lines: Iterable[MetricsLine], steps: int) -> str:
 
 def _lines(content: bytes) -> list[MetricsLine]:
     texts = content.split(b"\n")[:-1]
-    with contextlib.suppress(ValueError, RecursionError):  # all at once, where none is damaged
+    with contextlib.suppress(ValueError, RecursionError):  # one parse is faster, if none is damaged
         values = json.loads(b"[" + b",".join(texts) + b"]")
         if len(values) == len(texts) and all(map(_is_metrics, values)):
             return list(map(MetricsLine, texts, values))

@@ -1,4 +1,4 @@
-"""The installed packages, held against what pyproject.toml accepts."""
+"""Checks the installed packages against the versions that pyproject.toml accepts."""
 
 import functools
 import re
@@ -9,29 +9,26 @@ from modjax.errors import require
 
 @functools.cache
 def check_packages() -> None:
-    """Raises InputError where a needed package is missing, too old or too new.
+    """Raises InputError if a required package is missing, too old or too new.
 
-    Compares what is recorded of the installed packages, and imports none of them. Where modjax
-    itself is not installed, nothing is recorded of its needs and all is accepted.
+    Reads the records of the installed packages and imports none of them. Accepts everything if
+    modjax itself is not installed, because no record then says what it requires.
     """
     try:
-        needed = metadata.requires("modjax") or []
+        required = metadata.requires("modjax") or []
     except metadata.PackageNotFoundError:
         return
-    for requirement in needed:
-        if ";" in requirement:  # of an extra
+    for requirement in required:
+        if ";" in requirement:  # belongs to an extra
             continue
         name, accepted = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()  # type: ignore[union-attr]
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             found = None
-        require(
-            found is not None and all(_meets(found, bound) for bound in accepted.split(",")),
-            name,
-            found,
-            f"must be installed as {accepted}: pip install '{name}{accepted}'",
-        )
+        meets = found is not None and all(_meets(found, bound) for bound in accepted.split(","))
+        remedy = f"must be installed as {accepted}: pip install '{name}{accepted}'"
+        require(meets, name, found, remedy)
 
 
 def _meets(version: str, bound: str) -> bool:
@@ -42,7 +39,7 @@ def _meets(version: str, bound: str) -> bool:
 
 
 def _numbers(version: str) -> list[int]:
-    """Returns the leading numbers of a version without zeros at the end."""
+    """Returns the leading numbers of a version, without trailing zeros."""
     found = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(number) for number in found[0].split(".")] if found else []
     while numbers and numbers[-1] == 0:

@@ -1,7 +1,7 @@
-"""Provenance: source code, packages, settings and devices of a run.
+"""The provenance of a run: source code, packages, settings and devices.
 
-A run's folder keeps it in provenance.json from its start on, and its record at the end. A value
-that has changed when a run goes on, with --other-code, becomes "EARLIER then LATER".
+A run's folder has it in provenance.json from the start, and its record has it at the end. If
+--other-code continues a run with another value, the value becomes "EARLIER then LATER".
 """
 
 import functools
@@ -20,11 +20,10 @@ from modjax.specs import ModelSpec, RunSpec
 from modjax.specs.imports import combined, layer_source, own_layers, registered
 
 logger = logging.getLogger("modjax")
-# modjax's own code that decides what a run computes.
-COMPUTING = ("data", "kernels", "nn", "specs", "training")
-SOURCES = "[!.]*.py"  # not the hidden links that an editor leaves beside a file
+COMPUTING = ("data", "kernels", "nn", "specs", "training")  # folders that decide a run's numbers
+SOURCES = "[!.]*.py"  # without the hidden links that an editor leaves beside a file
 PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax")
-# Settings of jax that change numbers, as modjax sets them where it owns the process.
+# jax's settings that change numbers, with the values for every process that modjax owns.
 SETTINGS: dict[str, Any] = {
     "jax_default_matmul_precision": None,
     "jax_default_prng_impl": "threefry2x32",
@@ -39,19 +38,19 @@ SETTINGS: dict[str, Any] = {
     "jax_use_direct_linearize": True,
 }
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-DEVICE_COUNT = "--xla_force_host_platform_device_count="  # no part of a value, as it is FREE
+DEVICE_COUNT = "--xla_force_host_platform_device_count="  # left out of the flags, because FREE
 CODE = "code of "
 THEN = " then "
 UNRECORDED = "not recorded"
-FREE = ("devices", "cores")  # their number: it moves near ties, but a run may go on with others
+FREE = ("devices", "cores")  # these counts move near ties, but a run may continue with others
 MOST_NAMED = 3
 
 
 def fix_settings() -> None:
-    """Sets what `SETTINGS` names, whatever the environment says. For processes that modjax owns."""
+    """Applies `SETTINGS`, whatever the environment says, in a process that modjax owns."""
     import jax
 
-    for name in SETTINGS.keys() & jax.config.values.keys():  # releases differ in what they have
+    for name in SETTINGS.keys() & jax.config.values.keys():  # each release of jax has its own
         jax.config.update(name, SETTINGS[name])
 
 
@@ -66,7 +65,7 @@ def _own_source() -> str:
 
 
 def source_code(model: ModelSpec | None = None) -> dict[str, str]:
-    """Returns the hashes of modjax's code and of layers from outside: those of `model`, or all."""
+    """Returns the hash of modjax's code and of each registered layer (only those of `model`)."""
     layers = registered() if model is None else own_layers(model)
     sources = {"modjax": _own_source()} | {name: layer_source(name) for name in layers}
     return {f"{CODE}{name}": digest for name, digest in sources.items() if digest}
@@ -75,19 +74,18 @@ def source_code(model: ModelSpec | None = None) -> dict[str, str]:
 def require_unchanged(code: Mapping[str, str]) -> None:
     """Raises SharedFault unless this process runs the source code that the sweep began with."""
     changed = [name for name, digest in source_code().items() if code.get(name, digest) != digest]
+    accepted = "was edited while the sweep ran, which ends: a sweep is computed by one code"
     if changed:
-        accepted = "was edited while the sweep ran, which ends: a sweep is computed by one code"
         raise SharedFault("source code", ", ".join(changed), accepted)
 
 
-def _outside_jax(model: ModelSpec) -> dict[str, str]:
-    """Returns what can be known without importing jax."""
+def _without_jax(model: ModelSpec) -> dict[str, str]:
+    """Returns the part of the provenance that is known without importing jax."""
     return source_code(model) | _versions() | {name: _flags(name) for name in FLAGS}
 
 
-def _flags(name: str) -> str:
-    """Returns the flags in a variable without the number of devices, or "none"."""
-    flags = os.environ.get(name, "").split()
+def _flags(variable: str) -> str:
+    flags = os.environ.get(variable, "").split()
     return " ".join(flag for flag in flags if not flag.startswith(DEVICE_COUNT)) or "none"
 
 
@@ -97,39 +95,39 @@ def _versions() -> dict[str, str]:
 
 
 def provenance(model: ModelSpec, mesh: Any) -> dict[str, str]:
-    """Returns what a run of `model` on the devices of `mesh` depends on in this process."""
+    """Returns the provenance of a run of `model` on `mesh` in this process."""
     import jax
 
     settings = {name: str(jax.config.values.get(name, SETTINGS[name])) for name in SETTINGS}
     hardware = {"device": mesh.devices.flat[0].device_kind, "devices": str(mesh.size)}
     if hasattr(os, "sched_getaffinity"):
         hardware["cores"] = str(len(os.sched_getaffinity(0)))
-    return _outside_jax(model) | settings | hardware
+    return _without_jax(model) | settings | hardware
 
 
 def begin(folder: Path, now: dict[str, str], *, write: bool, other_code: bool) -> dict[str, str]:
-    """Returns the provenance of the run in `folder`, updated by `now`.
+    """Returns the recorded provenance of the run in `folder`, updated by `now`.
 
-    write: into its provenance.json. Raises InputError where a recorded value differs, unless
-    `other_code`.
+    write: whether to store it in provenance.json.
+    Raises InputError if a recorded value differs, unless `other_code` is true.
     """
     earlier = _earlier(folder)
-    if not earlier and _has_state(folder):  # it began before this was kept
+    if not earlier and _has_state(folder):  # the run began before provenance was recorded
         earlier = dict.fromkeys(now, UNRECORDED)
     if not other_code:
         _refuse({folder.name: _differing(earlier, now)}, "choose another folder, delete this run")
     found = earlier | now
     for name in earlier.keys() & now.keys():
-        kept = earlier[name]
-        known = kept.split(THEN) if name in FREE else [_last(kept)]
-        found[name] = kept if now[name] in known else f"{kept}{THEN}{now[name]}"
+        recorded = earlier[name]
+        known = recorded.split(THEN) if name in FREE else [_last(recorded)]
+        found[name] = recorded if now[name] in known else f"{recorded}{THEN}{now[name]}"
     if write and found != earlier:
         write_provenance(folder, found)
     return found
 
 
 def _earlier(folder: Path) -> dict[str, str]:
-    """Returns the recorded provenance of a run that has a state; one without begins anew."""
+    """Returns the recorded provenance of a run, or {} if it has no state to continue from."""
     return read_provenance(folder) if _has_state(folder) else {}
 
 
@@ -140,19 +138,19 @@ def _has_state(folder: Path) -> bool:
 
 
 def require_same(workdir: Path, specs: Sequence[RunSpec]) -> None:
-    """Raises InputError naming the runs whose recorded provenance differs from this process's."""
-    fixed = {name: str(value) for name, value in SETTINGS.items()}
+    """Raises InputError that names the runs with another provenance than this process."""
+    settings = {name: str(value) for name, value in SETTINGS.items()}
     differing = {}
     for spec in specs:
         earlier = _earlier(run_dir(workdir, spec.run_id))
-        differing[spec.run_id] = _differing(earlier, _outside_jax(spec.model) | fixed)
+        differing[spec.run_id] = _differing(earlier, _without_jax(spec.model) | settings)
     _refuse(differing, "choose another folder, delete these runs")
 
 
 def require_readable(runs: Mapping[Path, ModelSpec]) -> None:
-    """Raises InputError that names the runs whose layers from outside had other code than now.
+    """Raises InputError that names the runs whose registered layers have other code now.
 
-    Only warns of other code of modjax. runs: the model of each run by its folder.
+    Only warns if modjax's own code differs. runs: the model of each run, by its folder.
     """
     found = {f: _differing(read_provenance(f), source_code(model)) for f, model in runs.items()}
     own = f"{CODE}modjax"
@@ -163,7 +161,7 @@ def require_readable(runs: Mapping[Path, ModelSpec]) -> None:
 
 
 def _refuse(differing: Mapping[str, Sequence[str]], remedy: str) -> None:
-    """differing: the names of what has changed, by run id."""
+    """Raises InputError if any run id has names of changed values."""
     concerned = [run_id for run_id, names in differing.items() if names]
     names = ", ".join(sorted(set().union(*differing.values())))
     accepted = (
@@ -174,7 +172,7 @@ def _refuse(differing: Mapping[str, Sequence[str]], remedy: str) -> None:
 
 
 def _differing(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Returns the names of changed values. Skips values that were not recorded."""
+    """Returns the names of changed values, without those that are FREE or were not recorded."""
     both = (earlier.keys() & now.keys()).difference(FREE)
     return sorted(name for name in both if _last(earlier[name]) not in (UNRECORDED, now[name]))
 
@@ -184,21 +182,22 @@ def _last(value: str) -> str:
 
 
 def differences(records: Iterable[RunRecord]) -> list[str]:
-    """Returns a sentence for each thing in which the records' provenance differs.
+    """Returns a sentence for each value in which the records' provenance differs.
 
-    The number of cores is left out: the workers of one sweep may have different shares.
+    Ignores the number of cores: the workers of one sweep may have different shares.
     """
     found = {record.run_id: record.provenance for record in records}
     without = [run_id for run_id, values in found.items() if not values]
-    said = [f"not recorded: the provenance of {_some(without)}"]
-    said = said if 0 < len(without) < len(found) else []
+    said = []
+    if 0 < len(without) < len(found):
+        said.append(f"not recorded: the provenance of {_some(without)}")
     for name in dict.fromkeys(name for values in found.values() for name in values):
-        by_value: dict[str, list[str]] = {}
+        runs_by_value: dict[str, list[str]] = {}
         for run_id, values in found.items():
             if name in values and name != "cores":
-                by_value.setdefault(str(values[name]), []).append(run_id)
-        if len(by_value) > 1:
-            each = (f"{v} ({len(ids)}: {_some(ids)})" for v, ids in by_value.items())
+                runs_by_value.setdefault(str(values[name]), []).append(run_id)
+        if len(runs_by_value) > 1:
+            each = (f"{v} ({len(ids)}: {_some(ids)})" for v, ids in runs_by_value.items())
             said.append(f"the runs differ in their {name}: {'; '.join(each)}")
     return said
 

@@ -1,4 +1,4 @@
-"""What a run's folder holds as JSON: its spec, and one record when it has finished."""
+"""The JSON files in a run's folder: its spec, its provenance and, at the end, its record."""
 
 import contextlib
 import csv
@@ -26,17 +26,17 @@ NO_ROUTING = "none"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The result of a run, as `result.json` in its folder. FLOPs by `modjax.flops`.
+    """The result of a run, stored as `result.json` in its folder.
 
-    Losses are in nats per token, eval_* as trained; `flops` maps a component to forward FLOPs per
-    sequence; `train_flops` is spent, `budget_flops` requested. `status` is "finished" or
-    "diverged"; a diverged run has no `eval_loss` and names the step in `diverged_step`.
-    causal_routing: the rules that never look ahead under which the other causal_* were taken:
-      "trained" where training itself never looks ahead, NO_ROUTING where the model has none, None
-      in earlier records, which `causal_routing` reads.
-    outcome: numbers of the layers' records in the evaluation, see `outcome` in modjax/nn: as
-      trained, as in "trained/capacity", and under the causal rules, as in "causal/accuracy".
-    provenance: see modjax/provenance.py; empty in records from before it was kept.
+    status: "finished" or "diverged"; a diverged run has `diverged_step` but no `eval_loss`.
+    budget_flops, train_flops: training FLOPs requested and spent.
+    flops: forward FLOPs per sequence of each component, as `modjax.flops` counts them.
+    train_loss, eval_loss: nats per token under the routing of training.
+    causal_routing: the rules behind the other causal_* fields: "trained" if training itself never
+      looks ahead, NO_ROUTING if no rule applies, None in earlier records (see `causal_routing`).
+    outcome: numbers of the layers' records in the evaluation, as trained ("trained/capacity") and
+      under the causal rules ("causal/accuracy"); see `Record` in nn/records.py.
+    provenance: see provenance.py; empty in records that are older than it.
     """
 
     run_id: str
@@ -84,7 +84,7 @@ class RunRecord:
     provenance: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-# Fields of earlier records -> the name of their number in `outcome`.
+# Field of earlier records -> name of the same number in `outcome`.
 EARLIER = {
     "causal_accuracy": "causal/accuracy",
     "causal_capacity": "causal/capacity",
@@ -96,20 +96,20 @@ EARLIER = {
 
 
 def record_from(values: Any) -> RunRecord:
-    """Returns the record with these fields, which an earlier modjax may have written."""
+    """Returns the record with these fields, which may come from an earlier modjax."""
     if isinstance(values, dict):
         outcome = {new: values[old] for old, new in EARLIER.items() if values.get(old) is not None}
-        kept = {name: value for name, value in values.items() if name not in EARLIER}
-        values = {**kept, "outcome": outcome} if outcome else kept
+        values = {name: value for name, value in values.items() if name not in EARLIER}
+        values |= {"outcome": outcome} if outcome else {}
     return from_dict(RunRecord, values)
 
 
 def causal_routing(record: RunRecord) -> str | None:
-    """Returns the routing under which `causal_loss` was taken, or None where the model has none.
+    """Returns the routing behind `causal_loss`, or None if the model has none.
 
-    Earlier records name no routing where training never looks ahead, and none where the model had
-    no other. Their costs tell the two apart: the first has no router, and all positions use all
-    parameters, or every k-th position does ("anchors").
+    An earlier record lacks it if training never looks ahead, and if no rule applies. Its costs
+    tell: in the first case it has no router, and each position, or every k-th one ("anchors"),
+    uses all parameters.
     """
     if record.causal_routing is not None:
         return None if record.causal_routing == NO_ROUTING else record.causal_routing
@@ -118,46 +118,44 @@ def causal_routing(record: RunRecord) -> str | None:
 
 
 def causal_loss(record: RunRecord) -> float | None:
-    """Returns the loss under routing that never looks ahead, None where there is none.
-
-    A dense run's is its loss as trained.
-    """
+    """Returns the loss under `causal_routing`; None without one. A dense run's is its loss."""
     as_trained = causal_routing(record) == "trained"
     return record.eval_loss if as_trained else record.causal_loss
 
 
 def run_dir(workdir: Path, run_id: str) -> Path:
-    """Returns the folder of a run of the sweep in `workdir`.
-
-    Raises InputError where `run_id`, which another's plan may name, leads out of it.
-    """
+    """Returns the folder of a run. Raises InputError for an id that would lead out of `workdir`."""
     require_name("run id", run_id, most=2 * LONGEST_NAME)
     return workdir / "runs" / run_id
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that `path` holds either its old content or the whole new one."""
+    """Replaces a JSON file, which at any time holds its old content or all of the new."""
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_as(make: Callable[[Any], T], path: Path, remedy: str) -> T:
-    """Returns what `make` makes of the values in a JSON file. Raises as `files.read_json`.
+    """Returns `make(value)` of the value in a JSON file. Raises as `files.read_json` does.
 
-    remedy: tells the user what to do about a file that cannot be read.
+    remedy: tells the user what to do about an unreadable file.
     """
-    values = read_json(path, remedy)
+    value = read_json(path, remedy)
     try:
-        return make(values)
+        return make(value)
     except InputError as error:
         raise damaged(path, remedy, error) from error
 
 
-def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
-    """Returns the spec of the run in this folder.
+def write_spec(run_dir: Path, spec: RunSpec) -> None:
+    """Writes spec.json, which defines what the run computes."""
+    write_json(run_dir / "spec.json", {"format": FORMAT} | to_dict(spec))
 
-    run_id: the run that the folder is for, where it is known.
-    Imports nothing that the folder names. Raises InputError where the spec cannot be read, has
-    another format or is another run's, and UnknownName where it has a layer that is not registered.
+
+def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
+    """Returns the spec of a run, whose id is `run_id` if known. Imports nothing that it names.
+
+    Raises InputError if the spec cannot be read, has another format or belongs to another run, and
+    UnknownName if it has a layer that is not registered.
     """
     path = run_dir / "spec.json"
     values = read_json(path, WRITTEN_AGAIN)
@@ -166,26 +164,20 @@ def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
     try:
         spec = from_dict(RunSpec, values)
     except UnknownName as error:
-        raise UnknownName(
-            str(path),
-            error.value,
+        accepted = (
             "is no layer of modjax's: give the file or module that registers it with --imports "
-            "(in Python, imports=[...]) if you trust it; the run's own are "
-            f"{values['model'].get('imports')}",
-        ) from error
+            "(in Python, imports=[...]) if you trust it; the run itself names "
+            f"{values['model'].get('imports')}"
+        )
+        raise UnknownName(str(path), error.value, accepted) from error
     except InputError as error:
         raise damaged(path, WRITTEN_AGAIN, error) from error
     _require_own(path, spec.run_id, run_id)
     return spec
 
 
-def write_spec(run_dir: Path, spec: RunSpec) -> None:
-    """Writes spec.json, which says what the run computes."""
-    write_json(run_dir / "spec.json", {"format": FORMAT} | to_dict(spec))
-
-
 def require_format(path: Path, found: Any) -> None:
-    """Raises InputError for a file of runs that another version of modjax has named."""
+    """Raises InputError for a file of runs in the format of another modjax."""
     accepted = (
         f"must be {FORMAT}: runs of another modjax can neither be resumed nor opened; choose "
         "another workdir (`modjax fit` and `modjax report` still read their results)"
@@ -193,8 +185,12 @@ def require_format(path: Path, found: Any) -> None:
     require(found == FORMAT, str(path), f"format {found}", accepted)
 
 
+def write_provenance(run_dir: Path, values: dict[str, str]) -> None:
+    write_json(run_dir / "provenance.json", values)
+
+
 def read_provenance(run_dir: Path) -> dict[str, str]:
-    """Returns what the run depends on beyond its spec; {} where that was not kept."""
+    """Returns the content of provenance.json, or {} if there is no such file."""
     path, remedy = run_dir / "provenance.json", "delete it, and nobody knows what code the run had"
     try:
         values = read_json(path, remedy)
@@ -205,21 +201,15 @@ def read_provenance(run_dir: Path) -> dict[str, str]:
     raise damaged(path, remedy, "it must hold names with text")
 
 
-def write_provenance(run_dir: Path, values: dict[str, str]) -> None:
-    """Writes provenance.json, see modjax/provenance.py."""
-    write_json(run_dir / "provenance.json", values)
-
-
 def write_record(run_dir: Path, record: RunRecord) -> None:
-    """Writes result.json, which says that the run has ended."""
+    """Writes result.json, whose presence means that the run has ended."""
     write_json(run_dir / "result.json", to_dict(record))
 
 
 def read_record(run_dir: Path, run_id: str | None = None) -> RunRecord | None:
-    """Returns the record of the run in this folder, or None where it has not finished.
+    """Returns the record of a run, whose id is `run_id` if known, or None if it has not ended.
 
-    run_id: the run that the folder is for, where it is known.
-    Raises InputError where the record cannot be read, or is another run's.
+    Raises InputError if the record cannot be read or belongs to another run.
     """
     path = run_dir / "result.json"
     try:
@@ -231,7 +221,6 @@ def read_record(run_dir: Path, run_id: str | None = None) -> RunRecord | None:
 
 
 def _require_own(path: Path, found: str, run_id: str | None) -> None:
-    """Raises InputError for a file of another run than the one that its folder is for."""
     accepted = f"must be {run_id}, as its folder is named; keep copies of runs outside runs/"
     require(run_id in (None, found), str(path), found, accepted)
 
@@ -240,8 +229,8 @@ class Scan(NamedTuple):
     """The runs in a sweep's folder that have finished or diverged.
 
     records: sorted by variant, budget, size and seed.
-    left_out: folder name -> why its result is not among them, in one line. A result that cannot be
-      read is left out, and so is a copy of a run: a folder that has another name than its run.
+    left_out: folder name -> why its result does not count, in one line. The result cannot be read,
+      or the folder is a copy: it has another name than its run.
     """
 
     records: list[RunRecord]
@@ -249,7 +238,7 @@ class Scan(NamedTuple):
 
 
 def scan(workdir: Path) -> Scan:
-    """Reads every result.json under `workdir`. A folder that is left out hides no other."""
+    """Reads every result.json under `workdir`; a damaged one hides no other."""
     records, left_out = [], {}
     for folder in entries(workdir / "runs"):
         try:
@@ -264,7 +253,7 @@ def scan(workdir: Path) -> Scan:
 
 
 def name_left_out(left_out: dict[str, str]) -> None:
-    """Warns of every folder that does not count, see `Scan`."""
+    """Logs a warning for each folder of `Scan.left_out`."""
     for why in left_out.values():
         logger.warning("modjax: left out: %s", why)
 
@@ -275,21 +264,20 @@ def read_records(workdir: Path) -> list[RunRecord]:
 
 
 def write_csv(path: Path, records: Iterable[RunRecord]) -> None:
-    """Writes a flat table of records; nested fields become JSON text."""
-    names = [field.name for field in dataclasses.fields(RunRecord)]
+    """Writes one row per record; nested fields become JSON text."""
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow(names)
+    writer.writerow(field.name for field in dataclasses.fields(RunRecord))
     for record in records:
-        values = (getattr(record, name) for name in names)
-        writer.writerow([json.dumps(v) if isinstance(v, dict) else v for v in values])
+        values = vars(record).values()
+        writer.writerow(json.dumps(v) if isinstance(v, dict) else v for v in values)
     write_atomically(path, table.getvalue().encode(errors="replace"))
 
 
 def read_csv(path: Path) -> list[RunRecord]:
-    """Returns the records in a table of `write_csv`; an older table may lack the newest columns.
+    """Returns the records in a table, which may lack the newest columns.
 
-    Raises InputError where a row is no record.
+    Raises InputError for a row that is not a record.
     """
     with open(path, newline="", encoding="utf-8") as file:
         return [
@@ -301,7 +289,7 @@ def read_csv(path: Path) -> list[RunRecord]:
 def _cell(name: str, text: str) -> Any:
     if text == "":
         return None
-    with contextlib.suppress(ValueError):  # `from_dict` says what is wrong with other text
+    with contextlib.suppress(ValueError):  # `from_dict` explains what is wrong with other text
         return text if name in _TEXTS else json.loads(text)
     return text
 

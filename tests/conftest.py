@@ -28,7 +28,7 @@ TINY_DATA = DataConfig(name="tiny")
 
 @pytest.fixture(scope="session")
 def tiny_data_dir(tmp_path_factory) -> Path:
-    """A data folder that holds the corpus of TINY_DATA."""
+    """Returns a data folder with the corpus of TINY_DATA."""
     data_dir = tmp_path_factory.mktemp("data")
     folder = cache_dir(data_dir, TINY_DATA)
     splits = {}
@@ -43,16 +43,21 @@ def tiny_data_dir(tmp_path_factory) -> Path:
         *_, written = write_split(array, documents, np.dtype(np.uint16), Written())
         splits[split] = Split(written.documents, written.tokens, written.bytes)
     manifest = Manifest(
-        name="tiny", vocab="bytes", vocab_size=259, eos_id=1, source="standard library",
-        fingerprint="tiny-1", splits=splits,
-    )  # fmt: skip
+        name="tiny",
+        vocab="bytes",
+        vocab_size=259,
+        eos_id=1,
+        source="standard library",
+        fingerprint="tiny-1",
+        splits=splits,
+    )
     (folder / "manifest.json").write_text(manifest.to_json())
     return data_dir
 
 
 @pytest.fixture(scope="session")
 def finished_workdir(tiny_data_dir, tmp_path_factory) -> Path:
-    """A sweep's folder with one finished run, on TINY_DATA; its routed layer has a predictor."""
+    """Returns a sweep's folder with one finished run on TINY_DATA, with a predictor."""
     from modjax.records import run_dir
     from modjax.specs import Dense, Execution, MoD
     from modjax.training.loop import train
@@ -68,7 +73,7 @@ def finished_workdir(tiny_data_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own_layers():
-    """Forgets what a test registers and imports, so that the next may use the same names."""
+    """Undoes what a test registers and imports, so that the next may use the same names."""
     tables = (NAMES, ORIGINS, IMPORTED)
     kept = [dict(table) for table in tables]
     yield
@@ -81,7 +86,7 @@ def own_layers():
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """A token cache of two million random letters, written as `modjax data prepare` does."""
+    """Returns a data folder with two million random letters, as `modjax data prepare` writes it."""
     folder = tmp_path_factory.mktemp("data")
     path = cache_dir(folder, DataConfig())
     rng = np.random.default_rng(0)
@@ -108,8 +113,11 @@ def modjax(tmp_path_factory):
         process = subprocess.Popen(
             [sys.executable, "-m", "modjax.cli", *map(str, arguments)],
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)} | environment,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         started.append(process)
         return process
 

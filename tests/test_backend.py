@@ -1,4 +1,4 @@
-"""An environment that keeps jax from starting is one line that names it."""
+"""An environment that prevents jax is named in one line."""
 
 import pytest
 

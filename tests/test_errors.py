@@ -1,4 +1,4 @@
-"""Errors are shown whatever value, name or exception they are about."""
+"""Errors can be shown for any value, name or exception."""
 
 import pytest
 
@@ -53,10 +53,32 @@ NAMES = [
     "con2",
 ]
 NO_NAMES = [
-    "", ".", "..", "../up", "a/b", "a\\b", ".hidden", "-rf", " a", "a ", "a.", "a\n", "a\x00",
-    "\udc80", "\u202eabc", "a:b", "a*", "a?", 'a"', "a|b", "CON", "nul.txt", "com1", "a" * 101,
+    "",
+    ".",
+    "..",
+    "../up",
+    "a/b",
+    "a\\b",
+    ".hidden",
+    "-rf",
+    " a",
+    "a ",
+    "a.",
+    "a\n",
+    "a\x00",
+    "\udc80",
+    "\u202eabc",
+    "a:b",
+    "a*",
+    "a?",
+    'a"',
+    "a|b",
+    "CON",
+    "nul.txt",
+    "com1",
+    "a" * 101,
     "ä" * 51,
-]  # fmt: skip
+]
 
 
 def test_a_name_is_one_printable_part_of_a_path_on_every_system():

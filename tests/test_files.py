@@ -1,3 +1,5 @@
+"""Files are written whole or not at all, and reading never waits for an endless one."""
+
 import errno
 import json
 import os
@@ -49,7 +51,7 @@ def test_a_full_disk_is_known_by_its_number_its_words_and_its_cause():
 
 @pytest.fixture(params=["fifo", "/dev/zero", "/dev/tty", "socket", "link to a fifo"])
 def endless(request, tmp_path) -> Path:
-    """A path whose reading would never end, or wait for ever."""
+    """Returns a path whose reading would never end, or would wait for ever."""
     path = tmp_path / "endless"
     if request.param.startswith("/"):
         path.symlink_to(request.param)

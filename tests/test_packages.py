@@ -1,4 +1,4 @@
-"""A set of packages that is too old, too new or not whole is one clear line."""
+"""Packages that are missing, too old or too new are named in one line."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def pins(name: str) -> dict[str, str]:
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Puts packages' records before all others: name, version, lines of Requires-Dist."""
+    """Adds the record of a package before all others: name, version, lines of Requires-Dist."""
 
     def install(name: str, version: str, *requires: str) -> None:
         folder = tmp_path / f"{name}-{version}.dist-info"
@@ -111,7 +111,7 @@ def test_make_installs_the_set_of_its_python_and_no_environment_serves_another(t
         shutil.copy(ROOT / name, tmp_path)
 
     def installs(version: str) -> list[str]:
-        """The sets of pins that `make install` takes, with a stand-in for that Python."""
+        """Returns the sets of pins that `make install` uses with a stand-in for that Python."""
         python = tmp_path / f"python{version}"
         python.write_text(INTERPRETER.format(version=version))
         python.chmod(0o755)

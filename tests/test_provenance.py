@@ -1,4 +1,4 @@
-"""A run keeps its provenance, which is checked when the run continues or is read."""
+"""A run records its provenance, which is checked when the run continues or is read."""
 
 import dataclasses
 import json
@@ -83,8 +83,10 @@ def test_the_runs_that_other_code_began_are_named_and_no_others(tmp_path, caplog
 
     path = run_dir(tmp_path, mine.run_id) / "provenance.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"code of Mine": "other"}))
-    for check in (lambda: p.require_same(tmp_path, [mine, dense]),
-                  lambda: p.require_readable(folders)):  # fmt: skip
+    for check in (
+        lambda: p.require_same(tmp_path, [mine, dense]),
+        lambda: p.require_readable(folders),
+    ):
         with pytest.raises(InputError) as caught:
             check()
         assert mine.run_id in str(caught.value) and dense.run_id not in str(caught.value)
@@ -137,10 +139,17 @@ def test_modjaxs_own_hash_is_of_the_code_that_computes(tmp_path, monkeypatch):
 
 
 def test_what_jax_is_set_to_is_set_back_and_kept():
-    changed = {"jax_enable_x64": True, "jax_default_prng_impl": "rbg", "jax_random_seed_offset": 3,
-               "jax_threefry_partitionable": False, "jax_default_matmul_precision": "bfloat16",
-               "jax_softmax_custom_jvp": True, "jax_use_direct_linearize": False,
-               "jax_disable_most_optimizations": True, "jax_optimization_level": "O0"}  # fmt: skip
+    changed = {
+        "jax_enable_x64": True,
+        "jax_default_prng_impl": "rbg",
+        "jax_random_seed_offset": 3,
+        "jax_threefry_partitionable": False,
+        "jax_default_matmul_precision": "bfloat16",
+        "jax_softmax_custom_jvp": True,
+        "jax_use_direct_linearize": False,
+        "jax_disable_most_optimizations": True,
+        "jax_optimization_level": "O0",
+    }
     before = {name: jax.config.values[name] for name in changed}
     mesh = make_mesh(Execution(data=2))
     kept = p.provenance(MODEL, mesh)

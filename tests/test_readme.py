@@ -1,4 +1,4 @@
-"""The README's example runs as printed."""
+"""The examples of the README run as printed."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 class YourBlock(nnx.Module):
-    """Adds to every position twice its own number, plus one."""
+    """Adds to each position one more than twice its index."""
 
     def __init__(self, width, *, rngs):
         self.one = nnx.Param(jnp.ones(width))
@@ -24,7 +24,7 @@ class YourBlock(nnx.Module):
 
 
 class Recorder(nnx.Module):
-    """Keeps what it is given."""
+    """Stores its arguments."""
 
     def __call__(self, x_BLD, *, mask, memory):
         self.mask, self.memory = np.asarray(mask), np.asarray(memory)

@@ -1,4 +1,4 @@
-"""Records as tables."""
+"""Tables of records."""
 
 import csv
 import dataclasses
@@ -9,17 +9,46 @@ from modjax.errors import InputError
 from modjax.records import RunRecord, read_csv, write_csv
 
 FINISHED = RunRecord(
-    run_id="moe-1e11-d8-l4-00ff00ff", variant="moe", status="finished", diverged_step=None,
-    budget_flops=1e11, train_flops=99876543210.0, forward_flops_per_token=1 / 3,
-    flops={"mlp": 2.5, "router": 0.0}, params_total=70, params_non_embedding=60, params_active=50,
-    d_model=8, num_layers=4, tokens=10**12, epochs=0.1, steps=7, batch_size=4, seq_len=128,
-    learning_rate=1e-3, train_loss=None, eval_loss=2.123456789012345, eval_loss_sem=0.01,
-    eval_bits_per_byte=3.0, eval_tokens=65536, seed=0, data_seed=0, data_fingerprint="123",
-    code_version="0.1.0+1234567", wall_seconds=1.0, train_seconds=1.0, compile_seconds=0.0,
-    eval_seconds=0.5, data_wait_seconds=0.0, median_step_seconds=1e-5, device='1 x "cpu", small',
-    versions={"jax": "0.10.2"}, causal_routing="predictor", causal_loss=2.0,
+    run_id="moe-1e11-d8-l4-00ff00ff",
+    variant="moe",
+    status="finished",
+    diverged_step=None,
+    budget_flops=1e11,
+    train_flops=99876543210.0,
+    forward_flops_per_token=1 / 3,
+    flops={"mlp": 2.5, "router": 0.0},
+    params_total=70,
+    params_non_embedding=60,
+    params_active=50,
+    d_model=8,
+    num_layers=4,
+    tokens=10**12,
+    epochs=0.1,
+    steps=7,
+    batch_size=4,
+    seq_len=128,
+    learning_rate=1e-3,
+    train_loss=None,
+    eval_loss=2.123456789012345,
+    eval_loss_sem=0.01,
+    eval_bits_per_byte=3.0,
+    eval_tokens=65536,
+    seed=0,
+    data_seed=0,
+    data_fingerprint="123",
+    code_version="0.1.0+1234567",
+    wall_seconds=1.0,
+    train_seconds=1.0,
+    compile_seconds=0.0,
+    eval_seconds=0.5,
+    data_wait_seconds=0.0,
+    median_step_seconds=1e-5,
+    device='1 x "cpu", small',
+    versions={"jax": "0.10.2"},
+    causal_routing="predictor",
+    causal_loss=2.0,
     outcome={"trained/moe/dropped": 0.125},
-)  # fmt: skip
+)
 DIVERGED = dataclasses.replace(
     FINISHED, status="diverged", diverged_step=3, eval_loss=None, causal_routing=None
 )
@@ -58,9 +87,12 @@ def test_an_earlier_table_has_columns_of_its_own_for_an_outcome(tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new", "field"),
-    [("2.123456789012345", "low", "eval_loss"), (",70,", ",,", "params_total"),
-     ("variant", "arm", "arm")],
-)  # fmt: skip
+    [
+        ("2.123456789012345", "low", "eval_loss"),
+        (",70,", ",,", "params_total"),
+        ("variant", "arm", "arm"),
+    ],
+)
 def test_a_row_that_is_no_record_is_refused(tmp_path, old, new, field):
     table = tmp_path / "runs.csv"
     write_csv(table, [FINISHED])

@@ -1,20 +1,35 @@
-"""The verbs of the command line, their options, and what `--help` says of them."""
+"""The parser of the command line: its verbs, their options and their help."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import modjax
 from modjax.bench import BENCHMARKS
-from modjax.cli import data_verbs, finished_verbs, verbs
-from modjax.cli.options import OPTIONS
+from modjax.cli import finished_verbs, verbs
+from modjax.cli.options import (
+    CONFIG,
+    DATA_DIR,
+    IMPORTS,
+    JOBS,
+    JSON,
+    LOSS,
+    OTHER_CODE,
+    RUN_OF_PLAN,
+    SIZE,
+    SLACK,
+    WORKDIR,
+    Option,
+    option,
+)
 from modjax.errors import MOST_SAID, one_line
 
 DESCRIPTION = """\
 isoFLOP sweeps of Mixture-of-Depths and other conditional computation, in JAX.
 
   modjax data prepare                                  make the token cache, once
-  modjax plan   --config=configs/tiny.py               what a sweep would run and cost
+  modjax plan   --config=configs/tiny.py               show the runs of a sweep and their cost
   modjax sweep  --config=configs/tiny.py --workdir=work/tiny --jobs 2
   modjax status --workdir=work/tiny                    from another terminal
   modjax report --workdir=work/tiny                    figures, fits and tables in one HTML file
@@ -24,22 +39,22 @@ Config values are overridden as --config.GROUP.FIELD=VALUE, for example
   modjax plan --config=configs/tiny.py --config.sweep.budgets=1e11,4e11 --config.train.b2=0.99
 
 """
-ROUTING = "causal, by each layer's own rule that never looks ahead, or the name of a rule"
+ROUTING = "causal (each layer's own rule that never looks ahead), or the name of a rule"
 RESUMES = """\
-The same command again goes on where it was stopped.
+Run the same command again to continue where it stopped.
 
 """
 RESUMING = ("prepare", "sweep", "train")
-KEEPING = (*RESUMING, "report")  # verbs whose work lies in files, whatever becomes of their output
+KEEPING = (*RESUMING, "report")  # verbs whose result is in files, so that lost output is no failure
 EPILOG = """\
-exit codes: 0 done; 2 bad input, or a machine that refuses (a full disk, no memory), said in one
-line; 3 ended, but with runs given up, or not evaluated; 70 a fault of modjax, in one line that
-names the file with its traceback; 75 stopped by SIGTERM, 130 by Ctrl-C; both saved their state.
+exit codes: 0 done; 2 bad input, or a machine that refuses (a full disk, no memory), explained in
+one line; 3 ended, but some runs were given up or not evaluated; 70 a fault of modjax, in one line
+that names the file with its traceback; 75 stopped by SIGTERM, 130 by Ctrl-C: both save the state.
 """
 
 
 class _Once(argparse.Action):
-    """Stores the value of an option, which may be given once."""
+    """Stores the value of an option, and refuses to store a second one."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         given = vars(namespace).setdefault("given", set())
@@ -50,178 +65,174 @@ class _Once(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, *args: Any, **keywords: Any):
-        super().__init__(*args, **keywords)
-        self.register("action", None, _Once)  # of every option that names no other
+    def __init__(self, **keywords: Any):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=raw, **keywords)
+        self.register("action", None, _Once)  # for every option that names no other action
 
     def error(self, message: str) -> NoReturn:
         said = one_line(message, MOST_SAID)
-        self.exit(verbs.BAD_INPUT, f"modjax: {said} (`{self.prog} --help` says more)\n")
+        self.exit(verbs.BAD_INPUT, f"modjax: {said} (see `{self.prog} --help`)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What it parses has a `verb`, the function to be called with it."""
-    parser = _Parser(
-        prog="modjax",
-        description=DESCRIPTION,
-        epilog=OVERRIDES + RESUMES + EPILOG,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Returns the parser. A parsed namespace has `verb`, the function to call with it."""
+    parser = _Parser(prog="modjax", description=DESCRIPTION, epilog=OVERRIDES + RESUMES + EPILOG)
     parser.add_argument("--version", action="version", version=f"modjax {modjax.__version__}")
-    commands = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
-
-    def add(name: str, function: Any, text: str, *options: str, to: Any = commands) -> Any:
-        verb = to.add_parser(
-            name,
-            help=text.split(":")[0].split(".")[0],
-            description=text,
-            epilog=OVERRIDES * ("config" in options) + RESUMES * (name in RESUMING) + EPILOG,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        verb.set_defaults(verb=function, called=name)
-        for option in options:
-            name_or_flag, keywords = OPTIONS[option]
-            verb.add_argument(name_or_flag, **keywords)
-        return verb
-
-    data = commands.add_parser("data", help="prepare text, or show what is prepared")
-    inner = data.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
-    prepare = add("prepare", data_verbs.prepare, PREPARE, "data_dir", to=inner)
-    source = prepare.add_mutually_exclusive_group()
-    source.add_argument(
-        "--text",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        type=Path,
-        help='plain text, or JSON lines with a "text" (.jsonl); either may be .xz or .gz',
-    )
-    source.add_argument("--tfds", metavar="NAME", help="c4, lm1b, or any TFDS name with text")
-    prepare.add_argument("--name", help="what to call it; default stdlib, text or the TFDS name")
-    prepare.add_argument(
-        "--vocab", default="bytes", help="bytes (the default), sentencepiece:SIZE or a .model"
-    )
-    prepare.add_argument("--force", action="store_true", help="prepare again what is there")
-    add(
-        "show",
-        data_verbs.show,
-        "the prepared corpora and their counts",
-        "data_dir",
-        "json",
-        to=inner,
-    )
-
-    plan = add("plan", verbs.plan, PLAN, "config", "data_dir", "jobs", "json")
-    plan.add_argument("--workdir", type=Path, help="take the speed from the runs finished here")
-    plan.add_argument(
-        "--noise",
-        type=float,
-        metavar="NATS",
-        help="standard deviation of a run's "
-        "loss, for what the sizes and seeds can tell (default 0.023, as measured in "
-        "experiments/isoflop)",
-    )
-    add("check", verbs.check, CHECK, "config", "json")
-    add(
-        "sweep",
-        verbs.sweep,
-        SWEEP,
-        "config",
-        "workdir",
-        "data_dir",
-        "jobs",
-        "other_code",
-        "json",
-    )
-    add("status", verbs.status, "what is done, running, failed or waiting", "workdir", "json")
-    add("fit", verbs.fit, FIT, "workdir", "loss", "size", "json")
-    add("report", verbs.report, REPORT, "workdir", "loss", "size")
-    train = add("train", verbs.train, TRAIN, "config", "workdir", "data_dir", "other_code", "json")
-    train.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
-    train.add_argument(
-        "--distributed",
-        action="store_true",
-        help="one of several hosts that run this same command; see launch/README.md",
-    )
-    finished = ("workdir", "data_dir", "imports", "other_code", "slack", "json")
-    evaluate = add("eval", finished_verbs.evaluate, EVAL, *finished)
-    evaluate.add_argument("--run", metavar="RUN_ID", help="one run; else every one with a router")
-    evaluate.add_argument("--routing", required=True, help=f"trained, {ROUTING}")
-    sample = add("sample", finished_verbs.sample, SAMPLE, *finished)
-    sample.add_argument("--run", metavar="RUN_ID", help="which run; may be left out for one")
-    sample.add_argument("--routing", default="causal", help=ROUTING)
-    prompt = sample.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="the text to continue")
-    prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line")
-    sample.add_argument("--tokens", type=int, default=256, metavar="N", help="default 256")
-    sample.add_argument("--temperature", type=float, default=1.0, help="default 1; 0 is greedy")
-    sample.add_argument("--top-k", type=int, default=0, help="of the k likeliest; default 0, all")
-    sample.add_argument("--top-p", type=float, default=1.0, help="of this mass; default 1, all")
-    sample.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
-    sample.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end before this text; may be given again",
-    )
-    sample.add_argument(
-        "--show-depth",
-        action="store_true",
-        help="colour each token by how many routed blocks it used; without colours (a pipe, "
-        "NO_COLOR), print that number and the token on a line of their own",
-    )
-    flops = add("flops", verbs.flops, FLOPS, "config", "json")
-    flops.add_argument("--run", metavar="RUN_ID", help="which run of a sweep's plan")
-    bench = add("bench", verbs.bench, BENCH, "json")
-    bench.add_argument("name", metavar="NAME", help="which figure, or `all`")
+    commands = parser.add_subparsers(metavar="VERB", required=True)
+    data = commands.add_parser("data", help="prepare text, or show the prepared corpora")
+    _add_data_verbs(data.add_subparsers(metavar="VERB", required=True))
+    _add_sweep_verbs(commands)
+    _add_finished_verbs(commands)
+    _add(commands, "flops", verbs.flops, FLOPS, CONFIG, JSON, RUN_OF_PLAN)
+    name = option("name", metavar="NAME", help="the figure, or `all`")
+    _add(commands, "bench", verbs.bench, BENCH, JSON, name)
     return parser
 
 
-PREPARE = """make the token cache of a corpus: the one step that needs TensorFlow.
+def _add(commands: Any, name: str, function: Callable, text: str, *options: Option) -> Any:
+    """Adds a verb and returns its parser. `modjax --help` shows the first clause of `text`."""
+    verb = commands.add_parser(
+        name,
+        help=text.split(":")[0].split(".")[0],
+        description=text,
+        epilog=OVERRIDES * (CONFIG in options) + RESUMES * (name in RESUMING) + EPILOG,
+    )
+    verb.set_defaults(verb=function, called=name)
+    _add_options(verb, *options)
+    return verb
+
+
+def _add_options(parser: Any, *options: Option) -> None:
+    for flag, keywords in options:
+        parser.add_argument(flag, **keywords)
+
+
+def _add_data_verbs(commands: Any) -> None:
+    prepare = _add(commands, "prepare", verbs.prepare, PREPARE, DATA_DIR)
+    _add_options(
+        prepare.add_mutually_exclusive_group(),
+        option(
+            "--text",
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            type=Path,
+            help='plain text, or JSON lines with a "text" (.jsonl); either may be .xz or .gz',
+        ),
+        option("--tfds", metavar="NAME", help="c4, lm1b, or any TFDS name with text"),
+    )
+    vocab = "bytes (the default), sentencepiece:SIZE or a .model"
+    _add_options(
+        prepare,
+        option("--name", help="the name of the corpus; default stdlib, text or the TFDS name"),
+        option("--vocab", default="bytes", help=vocab),
+        option("--force", action="store_true", help="replace a prepared corpus"),
+    )
+    show = "list the prepared corpora and their counts"
+    _add(commands, "show", verbs.show, show, DATA_DIR, JSON)
+
+
+def _add_sweep_verbs(commands: Any) -> None:
+    speed = option("--workdir", type=Path, help="take the speed from the finished runs in there")
+    noise = option(
+        "--noise",
+        type=float,
+        metavar="NATS",
+        help="standard deviation of a run's loss, for the prediction of the fit (default 0.023, "
+        "as measured in experiments/isoflop)",
+    )
+    distributed = option(
+        "--distributed",
+        action="store_true",
+        help="train together with other hosts that run the same command; see launch/README.md",
+    )
+    _add(commands, "plan", verbs.plan, PLAN, CONFIG, DATA_DIR, JOBS, JSON, speed, noise)
+    _add(commands, "check", verbs.check, CHECK, CONFIG, JSON)
+    running = (CONFIG, WORKDIR, DATA_DIR, OTHER_CODE, JSON)
+    _add(commands, "sweep", verbs.sweep, SWEEP, *running, JOBS)
+    _add(commands, "status", verbs.status, STATUS, WORKDIR, JSON)
+    _add(commands, "fit", verbs.fit, FIT, WORKDIR, LOSS, SIZE, JSON)
+    _add(commands, "report", verbs.report, REPORT, WORKDIR, LOSS, SIZE)
+    _add(commands, "train", verbs.train, TRAIN, *running, RUN_OF_PLAN, distributed)
+
+
+def _add_finished_verbs(commands: Any) -> None:
+    shared = (WORKDIR, DATA_DIR, IMPORTS, OTHER_CODE, SLACK, JSON)
+    evaluate = (
+        option("--run", metavar="RUN_ID", help="one run; default: every run with a router"),
+        option("--routing", required=True, help=f"trained, {ROUTING}"),
+    )
+    _add(commands, "eval", finished_verbs.evaluate, EVAL, *shared, *evaluate)
+    sample = _add(commands, "sample", finished_verbs.sample, SAMPLE, *shared)
+    _add_options(
+        sample.add_mutually_exclusive_group(required=True),
+        option("--prompt", help="the text to continue"),
+        option("--prompts", type=Path, metavar="FILE", help="a file with one prompt a line"),
+    )
+    top_p = "draw from the fewest likeliest tokens with this probability; default 1, all"
+    stop = "end before this text; may be repeated"
+    depth = (
+        "colour each token by how many routed blocks it used; without colours (a pipe, NO_COLOR), "
+        "print that number and the token on a line of their own"
+    )
+    _add_options(
+        sample,
+        option("--run", metavar="RUN_ID", help="the run; needed if there are several"),
+        option("--routing", default="causal", help=ROUTING),
+        option("--tokens", type=int, default=256, metavar="N", help="default 256"),
+        option("--temperature", type=float, default=1.0, help="default 1; 0 is greedy"),
+        option("--top-k", type=int, default=0, help="draw from the k likeliest; default 0, all"),
+        option("--top-p", type=float, default=1.0, help=top_p),
+        option("--seed", type=int, default=0, help="the seed of the draws; default 0"),
+        option("--stop", action="append", default=[], metavar="TEXT", help=stop),
+        option("--show-depth", action="store_true", help=depth),
+    )
+
+
+PREPARE = """make the token cache of a corpus: the only step that needs TensorFlow.
 
 Without options: the Python standard library's own source, which needs no download."""
-PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time, and what is wrong with them.
+PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time and problems.
 
 Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-centre (the grid's
 centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
-the optimum is wider than the sampled sizes), repeats data, too many epochs (beyond
-data.max_epochs). A sweep refuses off-budget cells and those with too many epochs. Where the data
-is not prepared the table is printed too, with epochs "?"; the exit code is then 2."""
-CHECK = """try whether the layers of a config look ahead: what each claims, and what was seen.
+the optimum is wider than the sampled sizes), repeats data, too many epochs (more than
+data.max_epochs). A sweep refuses cells that are off-budget or take too many epochs. If the data is
+not prepared, the table is printed with epochs "?" and the exit code is 2."""
+CHECK = """test whether the layers of a config look ahead: what each claims, and what was seen.
 
-Edits every token of a short text in turn, and compares all outputs before the edit, for every
+Edits each token of a short text in turn, and compares all outputs before the edit, for every
 distinct layer and every routing that it has. A sweep does so before it trains, and refuses a layer
-that looks ahead where it claims not to."""
-SWEEP = """run a plan on local worker processes, and end with a table.
+that looks ahead although it claims not to."""
+SWEEP = """run a plan on local worker processes, and print a table of the results.
 
-Finished runs are never repeated; what dies is run once more, what dies twice is given up; several
+Finished runs are never repeated. A run that dies is started once more, then given up. Several
 sweeps may share a folder."""
-FIT = """optima, power laws and the gap between arms.
+STATUS = "show which runs are done, running, failed or waiting"
+FIT = """print optima, power laws and the gap between arms.
 
-Arms are compared by their causal loss: under routing that never looks ahead, as a model is sampled
-from. Runs that have none, such as those of experts that choose, are named and shown apart."""
-REPORT = """figures, fits and tables in one HTML file.
+Arms are compared by their causal loss: under routing that never looks ahead, as sampling needs it.
+Runs that have none, such as runs with expert choice, are named and shown apart."""
+REPORT = """write figures, fits and tables into one HTML file.
 
-Arms are compared by the same loss as by `modjax fit`, see `modjax fit --help`."""
-TRAIN = """train one run, under the same folders and records as a sweep.
+Arms are compared by the same loss as in `modjax fit`, see `modjax fit --help`."""
+TRAIN = """train one run, with the same folders and records as a sweep.
 
 A config with a `sweep` group describes many runs: --run names one, as `modjax plan --json` does."""
-EVAL = """the validation loss of finished runs under another routing than they were trained with.
+EVAL = """evaluate finished runs on validation text under another routing than that of training.
 
-Prints the paired difference from the loss as trained with its standard error, and what
-every routed block decided: accuracy, precision and recall against top-k, the share of positions
-processed, the share that found no room (--slack), and the largest share of one sequence."""
+Prints the paired difference from the loss as trained, with its standard error. For every routed
+block it prints accuracy, precision and recall against top-k, the share of positions processed, the
+share dropped (--slack), and the largest share processed in one sequence."""
 SAMPLE = """continue a prompt with a finished run, under routing that never looks ahead.
 
-Caches hold what each block processed; the text of one prompt is printed while it is drawn."""
-FLOPS = """parameters and FLOPs of a model by component, and in sum under each convention.
+Each block caches the tokens that it processed. The continuation of a single prompt is printed
+while it is drawn."""
+FLOPS = """print the parameters and FLOPs of a model by component, and in sum under each convention.
 
 For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at
 the largest budget."""
-
 BENCH = """measure a performance figure against its target.
 
 """ + "\n".join(f"  {name:8} {text}" for name, text in BENCHMARKS.items())

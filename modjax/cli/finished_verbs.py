@@ -1,34 +1,45 @@
-"""The verbs that open finished runs again: eval and sample.
+"""The verbs that open finished runs: eval and sample.
 
-Imports are inside the functions, so that every verb starts as fast as what it needs.
+Imports are inside the functions, so that each verb imports only what it needs.
 """
 
 import argparse
 import io
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modjax.backend import start, starting
-from modjax.cli.verbs import RUNS_FAILED, print_json
+from modjax.cli.verbs import RUNS_FAILED, json_text
 from modjax.errors import InputError, require
 from modjax.files import read_file, reason
 from modjax.specs import RunSpec
 
 if TYPE_CHECKING:
     from modjax.finished.runs import Comparison
+    from modjax.finished.text import Sample
 
-# Caches are made for all of them at once.
-MOST_TOKENS = 1_000_000
+MOST_TOKENS = 1_000_000  # caches for all of them are allocated at once
 MOST_PROMPTS = 16 * 2**20  # bytes of a file of prompts
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    """Starts jax and imports the layers from outside, before anything of a run is read."""
+    """Checks --slack, starts jax and imports the modules of --imports, before reading any run."""
     from modjax.specs.imports import places
 
+    finite = args.slack is None or 0 < args.slack < math.inf
+    require(finite, "--slack", args.slack, "must be greater than 0, and finite")
     start(places(args.imports, Path(), "--imports"))
+
+
+def _check_code(args: argparse.Namespace, spec: RunSpec) -> None:
+    from modjax.provenance import require_readable
+    from modjax.records import run_dir
+
+    if not args.other_code:
+        require_readable({run_dir(args.workdir, spec.run_id): spec.model})
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -37,17 +48,11 @@ def evaluate(args: argparse.Namespace) -> int:
         from modjax.finished.runs import choose, compare, open_run
 
     specs, failures = choose(args.workdir, args.run, routed=True)
-    _check_slack(args.slack)
-    bounded = args.slack is None or args.routing != "trained"
-    require(
-        bounded,
-        "--slack",
-        args.slack,
-        "bounds routing that never looks ahead; training takes its capacity, no more",
-    )
+    causal = args.slack is None or args.routing != "trained"
+    accepted = "bounds routing that never looks ahead; training takes its capacity, no more"
+    require(causal, "--slack", args.slack, accepted)
     if args.run is None:  # a sweep may hold models that have not learned this routing
-        able = [spec for spec in specs if args.routing in spec.model.routings]
-        specs = able or specs
+        specs = [s for s in specs if args.routing in s.model.routings] or specs
     for spec in specs:
         spec.model.check_routing(args.routing, "--routing")
     found = []
@@ -61,28 +66,20 @@ def evaluate(args: argparse.Namespace) -> int:
             continue
         if not args.json:
             print(_comparison_text(found[-1]), flush=True)
-    if not found and len(set(map(str, failures.values()))) == 1:  # such as data that is missing
+    if not found and len(set(map(str, failures.values()))) == 1:  # such as missing data
         raise next(iter(failures.values()))
     if args.json:
-        print_json([_plain(comparison) for comparison in found])
+        print(json_text([_as_dicts(comparison) for comparison in found]))
     for run_id, why in failures.items():
         print(f"modjax: failed: {run_id}: {why}", file=sys.stderr)
     return RUNS_FAILED if failures else 0
-
-
-def _check_code(args: argparse.Namespace, spec: RunSpec) -> None:
-    from modjax.provenance import require_readable
-    from modjax.records import run_dir
-
-    if not args.other_code:
-        require_readable({run_dir(args.workdir, spec.run_id): spec.model})
 
 
 def _comparison_text(found: "Comparison") -> str:
     from modjax.scaling.formatting import count
     from modjax.scaling.report.terminal import text_table
 
-    bound = "" if found.slack is None else f", room for {found.slack:g} times the capacity"
+    bound = "" if found.slack is None else f", cache slots for {found.slack:g} times the capacity"
     gap = found.difference
     header = (
         f"{found.run_id}\n"
@@ -99,112 +96,106 @@ def _comparison_text(found: "Comparison") -> str:
 
 
 def _cell(value: float | None) -> str:
-    """Returns a share in percent; counts stay as they are."""
+    """Returns a share in percent; a count stays as it is."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.1%}"
 
 
-def _check_slack(slack: float | None) -> None:
-    finite = slack is None or 0 < slack < math.inf
-    require(finite, "--slack", slack, "must be greater than 0, and finite")
-
-
-def _plain(value: Any) -> Any:
-    """Named tuples as dicts."""
-    if hasattr(value, "_asdict"):
+def _as_dicts(value: Any) -> Any:
+    if hasattr(value, "_asdict"):  # a named tuple
         value = value._asdict()
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return {k: _as_dicts(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def sample(args: argparse.Namespace) -> None:
     _prepare(args)
     with starting():
-        from rich.console import Console
-
         from modjax.decoding.generate import Sampling
-        from modjax.finished.runs import choose, open_run
-        from modjax.finished.text import choose_routing, coloured, numbered, sample
+        from modjax.finished.runs import open_run
+        from modjax.finished.text import Request, sample
         from modjax.nn import unstack
 
-    prompts = _prompts(args)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    request = Request(
+        prompts=_prompts(args),
+        max_new_tokens=args.tokens,
+        stop=[_as_utf8(text) for text in args.stop],
+        sampling=Sampling(args.temperature, args.top_k, args.top_p),
+        routing=args.routing,
+        slack=args.slack,
+        seed=args.seed,
+    )
     require(args.tokens > 0, "--tokens", args.tokens, "must be greater than 0")
     require(args.tokens <= MOST_TOKENS, "--tokens", args.tokens, f"must be at most {MOST_TOKENS}")
-    _check_slack(args.slack)
-    # JAX takes the lower 32 bits without a word.
+    # JAX would silently take the lower 32 bits.
     require(0 <= args.seed < 2**32, "--seed", args.seed, "must be 0 or more, and below 2**32")
-    specs, failures = choose(args.workdir, args.run)
-    if failures:  # one of these may be the run that was meant
-        raise next(iter(failures.values()))
-    if args.routing is not None:
-        for spec in specs[-1:]:
-            spec.model.check_routing(args.routing, "--routing")
-    require(
-        len(specs) == 1,
-        "--run",
-        args.run,
-        f"must name one of the {len(specs)} finished runs, such as {specs[-1].run_id}",
-    )
-    _check_code(args, specs[0])
-    run = open_run(specs[0], workdir=args.workdir, data_dir=args.data_dir)
-    choose_routing(run, args.routing)
-    graphdef, weights = unstack(
-        run.model.graphdef, run.weights
-    )  # once, for every part of the stream
+    run = open_run(_choose_one(args), workdir=args.workdir, data_dir=args.data_dir)
+    # Unstacked once, rather than for every part of the stream.
+    graphdef, weights = unstack(run.model.graphdef, run.weights)
     run = run._replace(model=run.model._replace(graphdef=graphdef), weights=weights)
-    streams = len(prompts) == 1 and not (args.json or args.show_depth)
+    streams = len(request.prompts) == 1 and not (args.json or args.show_depth)
 
     def write(text: str) -> None:
         if streams:
             print(text, end="", flush=True)
 
-    samples = sample(
-        run,
-        prompts,
-        routing=args.routing,
-        slack=args.slack,
-        sampling=sampling,
-        max_new_tokens=args.tokens,
-        stop=[_as_utf8(text) for text in args.stop],
-        seed=args.seed,
-        write=write,
-    )
+    samples = sample(run, request, write)
     if streams:
-        return print()
-    if args.json:
+        print()
+    elif args.json:
         fields = ("prompt", "text", "depths", "routed_blocks", "overflow")
-        return print_json([{name: getattr(s, name) for name in fields} for s in samples])
-    if not args.show_depth:
-        return print("\n\n".join(s.prompt + s.text for s in samples))
-    console = Console()  # knows NO_COLOR, FORCE_COLOR, TERM and pipes
-    in_colour = console.color_system is not None and not console.no_color
-    print("\n\n".join(coloured(s) if in_colour else numbered(s) for s in samples))
+        print(json_text([{name: getattr(s, name) for name in fields} for s in samples]))
+    elif args.show_depth:
+        _print_depths(samples)
+    else:
+        print("\n\n".join(s.prompt + s.text for s in samples))
+
+
+def _choose_one(args: argparse.Namespace) -> RunSpec:
+    """Returns the spec of the run to sample from, whose routing and code it checks."""
+    from modjax.finished.runs import choose
+    from modjax.finished.text import check_routing
+
+    specs, failures = choose(args.workdir, args.run)
+    if failures:  # one of these may be the intended run
+        raise next(iter(failures.values()))
+    spec = specs[-1]
+    check_routing(spec.model, args.routing)
+    accepted = f"must name one of the {len(specs)} finished runs, such as {spec.run_id}"
+    require(len(specs) == 1, "--run", args.run, accepted)
+    _check_code(args, spec)
+    return spec
+
+
+def _print_depths(samples: "Sequence[Sample]") -> None:
+    from rich.console import Console
+
+    from modjax.cli.depths import coloured, numbered
+
+    console = Console()  # respects NO_COLOR, FORCE_COLOR, TERM and pipes
+    show = coloured if console.color_system is not None and not console.no_color else numbered
+    print("\n\n".join(map(show, samples)))
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         require(args.prompt != "", "--prompt", args.prompt, "is empty: give at least one character")
         return [_as_utf8(args.prompt)]
+    path = str(args.prompts)
     try:
         content = read_file(args.prompts, MOST_PROMPTS).decode()
-        lines = io.StringIO(content, newline=None).read().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError("--prompts", str(args.prompts), f"cannot be read: {why}") from error
-    require(
-        all(lines),
-        "--prompts",
-        str(args.prompts),
-        "must hold one prompt a line, none of them empty",
-    )
+        raise InputError("--prompts", path, f"cannot be read: {why}") from error
+    lines = io.StringIO(content, newline=None).read().removesuffix("\n").split("\n")
+    require(all(lines), "--prompts", path, "must hold one prompt a line, none of them empty")
     return lines
 
 
 def _as_utf8(argument: str) -> str:
-    """Returns an argument whose bytes are UTF-8, though the locale's encoding does not know them.
+    """Returns an argument read as UTF-8, whatever the locale's encoding.
 
-    Python decodes such bytes to surrogates one by one.
+    Python decodes bytes that are unknown to the locale to one surrogate each.
     """
     try:
         return argument.encode(errors="surrogateescape").decode()

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. What a verb does lives in the packages."""
+"""The command line: parses, calls a verb and prints. The packages do the work."""
 
 import argparse
 import contextlib
@@ -34,23 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_output(out: output.Lasting) -> int:
-    """Returns the exit code of output that is lost, and says so, or 0 where none is missed."""
+    """Returns 0, or reports lost output and returns its exit code."""
     out.flush()
-    if out.lost is None or isinstance(out.lost, BrokenPipeError):  # as `| head` does
+    if out.lost is None or isinstance(out.lost, BrokenPipeError):  # `| head` breaks the pipe
         return 0
     return _fail(f"standard output: {out.lost.strerror}: what was printed is lost")
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Runs the verb. Whatever it raises becomes one line and an exit code."""
+    """Runs the verb. Turns any exception into one line and an exit code."""
     try:
         check_packages()
         return args.verb(args) or 0
     except InputError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("modjax: interrupted; the same command goes on from here", file=sys.stderr)
-        return verbs.INTERRUPTED
+        line = "interrupted; the same command continues from here"
+        return _fail(line, verbs.INTERRUPTED)
     except BaseException as error:  # SystemExit, too: no verb raises it
         from modjax import faults
 
@@ -68,14 +68,14 @@ def _fail(line: str, code: int = verbs.BAD_INPUT) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Prints warnings of modjax as they are, and errors only of its libraries."""
+    """Prints all warnings of modjax, but only errors of other libraries."""
     os.environ["MPLBACKEND"] = "agg"  # figures go into files, whatever display the user has
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name in ("absl", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.addFilter(lambda r: r.name.startswith("modjax") or r.levelno >= logging.ERROR)
-    logging.getLogger().addHandler(handler)  # where there is none, orbax adds one of other words
+    logging.getLogger().addHandler(handler)  # without one, orbax adds its own with a prefix
     try:
         yield
     finally:
@@ -83,7 +83,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides as "a.b=value", and all other arguments."""
+    """Returns the overrides as "a.b=value", and all other arguments."""
     overrides: dict[str, str] = {}
     rest: list[str] = []
     remaining = list(arguments)

@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, full or read by nobody, and then end no work."""
+"""Standard output and error that may be closed, full or unread without ending any work."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Lasting:
-    """A text stream whose errors do not reach the writer.
+    """A text stream that hides its errors from the writer.
 
     lost: the first error, or None. Everything written after it is dropped.
     """
@@ -16,7 +16,7 @@ class Lasting:
     def __init__(self, stream: Any):
         self._stream = stream
         self.lost: OSError | None = None
-        if hasattr(stream, "reconfigure"):  # an alphabet without our letters is no error either
+        if hasattr(stream, "reconfigure"):  # characters outside the encoding are no error either
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
@@ -38,17 +38,17 @@ class Lasting:
         except OSError as error:
             self.lost = self.lost or error
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            with contextlib.suppress(OSError):  # without a number it has nothing left to flush
+            with contextlib.suppress(OSError):  # without a descriptor, nothing is left to flush
                 os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
 
 
 @contextlib.contextmanager
 def lasting() -> Iterator[Lasting]:
-    """Makes sys.stdout and sys.stderr `Lasting` while inside, and yields the first."""
-    for number in (0, 1, 2):  # the next file to be opened must not pass for a closed stream
+    """Replaces sys.stdout and sys.stderr by `Lasting` streams, and yields the first."""
+    for descriptor in (0, 1, 2):  # else the next open file would take that of a closed stream
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     streams = (sys.stdout, sys.stderr)

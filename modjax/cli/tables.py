@@ -1,7 +1,7 @@
 """Plain-text tables for the command line."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from modjax.data.manifest import Manifest
 from modjax.flops import (
@@ -13,7 +13,7 @@ from modjax.flops import (
     total_flops,
     train_flops,
 )
-from modjax.records import RunRecord, causal_loss
+from modjax.records import causal_loss
 from modjax.scaling.formatting import clock, count
 from modjax.scaling.plan.plan_table import PlannedRun
 from modjax.scaling.report.prose import span
@@ -25,82 +25,64 @@ from modjax.specs import RunSpec
 if TYPE_CHECKING:
     from modjax.checks.look_ahead import Finding
 
-LOSS_COLUMNS = ("causal loss", "as trained")
+Columns = Mapping[str, Callable[[Any], str]]  # header -> the cell of a row
+
+
+def _table(columns: Columns, rows: Iterable[Any], left: int = 1) -> str:
+    """Returns a table of one line per row. left: the number of left-aligned columns."""
+    cells = [[cell(row) for cell in columns.values()] for row in rows]
+    return text_table(list(columns), cells, left=left)
+
+
+CORPUS: Columns = {  # of (manifest, name of a split, split)
+    "corpus": lambda row: row[0].name,
+    "vocab": lambda row: row[0].vocab,
+    "ids": lambda row: str(row[0].vocab_size),
+    "split": lambda row: row[1],
+    "documents": lambda row: count(row[2].documents),
+    "tokens": lambda row: count(row[2].tokens),
+    "bytes": lambda row: count(row[2].bytes),
+}
 
 
 def data_text(manifests: Sequence[Manifest]) -> str:
-    header = ("corpus", "vocab", "ids", "split", "documents", "tokens", "bytes")
-    rows = [
-        (
-            m.name,
-            m.vocab,
-            str(m.vocab_size),
-            name,
-            count(split.documents),
-            count(split.tokens),
-            count(split.bytes),
-        )
-        for m in manifests
-        for name, split in m.splits.items()
-    ]
-    return text_table(header, rows)
+    return _table(CORPUS, ((m, name, split) for m in manifests for name, split in m.splits.items()))
+
+
+PLANNED: Columns = {
+    "arm": lambda run: run.arm,
+    "budget": lambda run: f"{run.budget_flops:.3g}",
+    "width": lambda run: str(run.d_model),
+    "layers": lambda run: str(run.num_layers),
+    "total": lambda run: count(run.params_total),
+    "non-emb": lambda run: count(run.params_non_embedding),
+    "active": lambda run: count(run.params_active),
+    "stream": lambda run: f"{count(run.stream_bytes)}B",
+    "tokens": lambda run: count(run.tokens),
+    "tok/par": lambda run: f"{run.tokens_per_param:.3g}",
+    "steps": lambda run: str(run.steps),
+    "batch": lambda run: str(run.batch_size),
+    "lr": lambda run: f"{run.learning_rate:.2e}",
+    "epochs": lambda run: "?" if run.epochs is None else f"{run.epochs:.2f}",
+    "FLOPs": lambda run: f"{run.train_flops:.3g}",
+    "achieved": lambda run: f"{run.achieved:.2%}",
+    "time": lambda run: clock(run.seconds),
+    "flags": lambda run: ", ".join(run.flags) or "-",
+}
 
 
 def plan_text(cells: Sequence[PlannedRun], jobs: int) -> str:
-    header = (
-        "arm",
-        "budget",
-        "width",
-        "layers",
-        "total",
-        "non-emb",
-        "active",
-        "stream",
-        "tokens",
-        "tok/par",
-        "steps",
-        "batch",
-        "lr",
-        "epochs",
-        "FLOPs",
-        "achieved",
-        "time",
-        "flags",
-    )
-    rows = [
-        (
-            c.arm,
-            f"{c.budget_flops:.3g}",
-            str(c.d_model),
-            str(c.num_layers),
-            count(c.params_total),
-            count(c.params_non_embedding),
-            count(c.params_active),
-            f"{count(c.stream_bytes)}B",
-            count(c.tokens),
-            f"{c.tokens_per_param:.3g}",
-            str(c.steps),
-            str(c.batch_size),
-            f"{c.learning_rate:.2e}",
-            "?" if c.epochs is None else f"{c.epochs:.2f}",
-            f"{c.train_flops:.3g}",
-            f"{c.achieved:.2%}",
-            clock(c.seconds),
-            ", ".join(c.flags) or "-",
-        )
-        for c in cells
-    ]
     flops, seconds = sum(c.train_flops for c in cells), sum(c.seconds for c in cells)
     flagged = sum(bool(c.flags) for c in cells)
     return (
-        f"{text_table(header, rows)}\n\n{_prediction_text(cells)}{len(cells)} runs, {flops:.3g} "
+        f"{_table(PLANNED, cells)}\n\n{_predictions_text(cells)}{len(cells)} runs, {flops:.3g} "
         f"training FLOPs, about {clock(seconds / jobs)} on {jobs} worker{'s' * (jobs > 1)}; "
         f"{flagged} flagged"
     )
 
 
-def _prediction_text(cells: Sequence[PlannedRun]) -> str:
-    """What the fit can tell, by budget and arm; empty where one size seeks no optimum."""
+def _predictions_text(cells: Sequence[PlannedRun]) -> str:
+    """Returns what `modjax fit` can determine, by budget and arm; "" if all have one size."""
     predictions = {(c.budget_flops, c.arm): c.prediction for c in cells if c.prediction.sizes > 1}
     if not predictions:
         return ""
@@ -108,131 +90,121 @@ def _prediction_text(cells: Sequence[PlannedRun]) -> str:
         (
             f"{budget:.3g}",
             arm,
-            f"{f.sizes}, {count(f.low)} to {count(f.high)}",
-            str(f.freedom),
-            span(f.optimum_interval, count) if f.optimum_interval else "refused",
-            span(f.exponent_interval, "{:.2f}".format) if f.exponent_interval else "-",
+            f"{p.sizes}, {count(p.low)} to {count(p.high)}",
+            str(p.freedom),
+            span(p.optimum_interval, count) if p.optimum_interval else "refused",
+            span(p.exponent_interval, "{:.2f}".format) if p.exponent_interval else "-",
         )
-        for (budget, arm), f in predictions.items()
+        for (budget, arm), p in predictions.items()
     ]
     header = ("budget", "arm", "sizes", "freedom", "optimal N", "exponent of N")
     return (
-        "What `modjax fit` can be expected to tell (95% intervals), where a run's loss has a noise "
-        f"of {cells[0].prediction.noise:g} nats (--noise) with so many degrees of freedom:\n"
+        "What `modjax fit` can be expected to tell (95% intervals), if the loss of a run has a "
+        f"noise of {cells[0].prediction.noise:g} nats (--noise) with these degrees of freedom:\n"
         f"{text_table(header, rows)}\n\n"
     )
 
 
+CLAIMS: Columns = {
+    "layer": lambda finding: finding.layer,
+    "routing": lambda finding: finding.routing,
+    "claims": lambda finding: "never looks ahead" if finding.claims else "may look ahead",
+    "seen": lambda finding: str(finding.leak or "nothing moves before an edit"),
+}
+
+
 def claims_text(findings: "Sequence[Finding]") -> str:
-    """Returns what each layer claims of looking ahead and what was seen, by routing."""
-    rows = [
-        (
-            f.layer,
-            f.routing,
-            "never looks ahead" if f.claims else "may look ahead",
-            "nothing moves before an edit" if f.leak is None else str(f.leak),
-        )
-        for f in findings
-    ]
-    return text_table(("layer", "routing", "claims", "seen"), rows, left=4)
+    """Returns, for each layer and routing, what it claims about looking ahead and what was seen."""
+    return _table(CLAIMS, findings, left=4)
+
+
+def _loss(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+STATE: Columns = {
+    "run": lambda run: run.run_id,
+    "state": lambda run: run.state,
+    "step": lambda run: f"{run.step}/{run.steps}",
+    "total": lambda run: count(run.params_total) if run.params_total else "",
+    "active": lambda run: count(run.params_active) if run.params_active else "",
+    # Both losses are empty until the run has finished.
+    "causal loss": lambda run: "" if run.eval_loss is None else _loss(run.causal_loss),
+    "as trained": lambda run: "" if run.eval_loss is None else _loss(run.eval_loss),
+    "": lambda run: run.why,
+}
 
 
 def status_text(status: Status) -> str:
-    rows = [
-        (
-            run.run_id,
-            run.state,
-            f"{run.step}/{run.steps}",
-            count(run.params_total) if run.params_total else "",
-            count(run.params_active) if run.params_active else "",
-            *_losses(run.causal_loss, run.eval_loss),
-            run.why,
-        )
-        for run in status.runs
-    ]
     counts = ", ".join(f"{status.count(state)} {state}" for state in STATES)
-    header = ("run", "state", "step", "total", "active", *LOSS_COLUMNS, "")
-    return f"{text_table(header, rows)}\n\n{counts}; about {clock(status.remaining_seconds)} left"
+    left = f"about {clock(status.remaining_seconds)} left"
+    return f"{_table(STATE, status.runs)}\n\n{counts}; {left}"
 
 
-def _losses(causal: float | None, trained: float | None) -> tuple[str, str]:
-    """Returns the cells of LOSS_COLUMNS, empty for a run that has not finished."""
-    if trained is None:
-        return "", ""
-    return "none" if causal is None else f"{causal:.4f}", f"{trained:.4f}"
+RESULT: Columns = {
+    "run": lambda record: record.run_id,
+    "state": lambda record: record.status,
+    "non-emb": lambda record: count(record.params_non_embedding),
+    "tokens": lambda record: count(record.tokens),
+    "causal loss": lambda record: "" if record.eval_loss is None else _loss(causal_loss(record)),
+    "as trained": lambda record: "" if record.eval_loss is None else _loss(record.eval_loss),
+    "+-": lambda record: "" if record.eval_loss_sem is None else f"{record.eval_loss_sem:.4f}",
+    "time": lambda record: clock(record.wall_seconds),
+}
 
 
 def outcome_text(outcome: Outcome) -> str:
-    rows = [_result(record) for record in outcome.records]
-    rows += [(run_id, "failed", *[""] * 6) for run_id in outcome.failures]
-    header = ("run", "state", "non-emb", "tokens", *LOSS_COLUMNS, "+-", "time")
+    rows = [[cell(record) for cell in RESULT.values()] for record in outcome.records]
+    rows += [[run_id, "failed", *[""] * 6] for run_id in outcome.failures]
     failures = [f"failed: {run_id}: {why}" for run_id, why in outcome.failures.items()]
-    return "\n".join([text_table(header, rows), *failures])
-
-
-def _result(record: RunRecord) -> tuple[str, ...]:
-    error = record.eval_loss_sem
-    return (
-        record.run_id,
-        record.status,
-        count(record.params_non_embedding),
-        count(record.tokens),
-        *_losses(causal_loss(record), record.eval_loss),
-        "" if error is None else f"{error:.4f}",
-        clock(record.wall_seconds),
-    )
+    return "\n".join([text_table(list(RESULT), rows), *failures])
 
 
 def flops_values(spec: RunSpec) -> dict:
-    """Parameters and FLOPs of a run's model by component, and in sum under each convention."""
+    """Returns a run's parameters and FLOPs by component, and in sum under each convention."""
     seq_len, sequences = spec.train.seq_len, spec.train.steps * spec.train.batch_size
     forward = forward_flops(spec.model, seq_len)
-    sums = {name: total_flops(forward, name) for name in CONVENTIONS}
     training = {name: train_flops(spec.model, seq_len, sequences, name) for name in CONVENTIONS}
-    tokens = spec.train.tokens
     return {
         "run_id": spec.run_id,
         "seq_len": seq_len,
-        "tokens": tokens,
+        "tokens": spec.train.tokens,
         "parameters": parameters(spec.model),
         "cache_bytes_per_sequence": {
             "exact": cache_bytes(spec.model, seq_len),
             "slack 1.5": cache_bytes(spec.model, seq_len, 1.5),
         },
         "forward_flops_per_sequence": forward,
-        "forward_flops": sums,
-        "train_flops": training | {"6ND": six_nd(spec.model, tokens)},
+        "forward_flops": {name: total_flops(forward, name) for name in CONVENTIONS},
+        "train_flops": training | {"6ND": six_nd(spec.model, spec.train.tokens)},
     }
 
 
 def flops_text(spec: RunSpec) -> str:
     values = flops_values(spec)
-    forward, seq_len = values["forward_flops_per_sequence"], values["seq_len"]
-    total = total_flops(forward, "all")
+    seq_len, forward, training = spec.train.seq_len, values["forward_flops"], values["train_flops"]
     parameter_rows = [(name, f"{n:,}") for name, n in values["parameters"].items()]
     cache_rows = [(name, f"{n:,}") for name, n in values["cache_bytes_per_sequence"].items()]
     component_rows = [
-        (name, f"{f:.4g}", f"{f / seq_len:.4g}", f"{f / total:.1%}") for name, f in forward.items()
+        (name, f"{f:.4g}", f"{f / seq_len:.4g}", f"{f / forward['all']:.1%}")
+        for name, f in values["forward_flops_per_sequence"].items()
     ]
     convention_rows = [
         (
             name,
-            f"{values['forward_flops'][name] / seq_len:.4g}" if name in CONVENTIONS else "",
-            f"{training:.4g}",
-            f"{training / values['train_flops']['6ND']:.3f}",
+            f"{forward[name] / seq_len:.4g}" if name in forward else "",
+            f"{f:.4g}",
+            f"{f / training['6ND']:.3f}",
         )
-        for name, training in values["train_flops"].items()
+        for name, f in training.items()
     ]
-    header = f"{spec.run_id}: layers {', '.join(map(str, spec.model.layers))}, {seq_len} positions"
-    return "\n\n".join(
-        (
-            header,
-            text_table(("parameters", ""), parameter_rows),
-            text_table(("key-value caches", "bytes of a sequence"), cache_rows),
-            text_table(("forward", "per sequence", "per token", "share"), component_rows),
-            text_table(
-                ("convention", "forward/token", f"train {count(values['tokens'])} tokens", "/6ND"),
-                convention_rows,
-            ),
-        )
+    trained = f"train {count(spec.train.tokens)} tokens"
+    layers = ", ".join(map(str, spec.model.layers))
+    tables = (
+        f"{spec.run_id}: layers {layers}, {seq_len} positions",
+        text_table(("parameters", ""), parameter_rows),
+        text_table(("key-value caches", "bytes of a sequence"), cache_rows),
+        text_table(("forward", "per sequence", "per token", "share"), component_rows),
+        text_table(("convention", "forward/token", trained, "/6ND"), convention_rows),
     )
+    return "\n\n".join(tables)

@@ -1,6 +1,6 @@
-"""What the verbs of the command line do: each calls a package and prints what it returns.
+"""The verbs of the command line: each calls a package and prints what it returns.
 
-Imports are inside the functions, so that every verb starts as fast as what it needs.
+Imports are inside the functions, so that each verb imports only what it needs.
 """
 
 import argparse
@@ -17,8 +17,38 @@ from modjax.specs import RunSpec, to_dict
 BAD_INPUT, RUNS_FAILED, FAULT, STOPPED, INTERRUPTED = 2, 3, 70, 75, 130
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=1)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    from modjax.data.prepare.prepare import prepare
+
+    path = prepare(
+        name=args.name,
+        text_files=args.text,
+        tfds_name=args.tfds,
+        vocab=args.vocab,
+        data_dir=args.data_dir,
+        force=args.force,
+    )
+    print(path)
+
+
+def show(args: argparse.Namespace) -> None:
+    from modjax.cli.tables import data_text
+    from modjax.data.cache import list_caches
+    from modjax.data.manifest import Manifest
+
+    caches = list_caches(args.data_dir)
+    manifests = [one for one in caches if isinstance(one, Manifest)]
+    for unreadable in caches:
+        if not isinstance(unreadable, Manifest):
+            print(f"modjax: {unreadable}", file=sys.stderr)
+    if args.json:
+        print(json_text([to_dict(manifest) for manifest in manifests]))
+    elif manifests or not caches:
+        print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -29,12 +59,8 @@ def _load(args: argparse.Namespace) -> Any:
 
 def _load_sweep(args: argparse.Namespace) -> Any:
     experiment = _load(args)
-    require(
-        experiment.sweep is not None,
-        "--config",
-        args.config,
-        "has no `sweep` group: `modjax train` runs it",
-    )
+    accepted = "has no `sweep` group: `modjax train` runs it"
+    require(experiment.sweep is not None, "--config", args.config, accepted)
     return experiment
 
 
@@ -50,16 +76,13 @@ def plan(args: argparse.Namespace) -> int:
     cache, unread = None, None
     try:
         cache = open_data(experiment, args.data_dir)
-    except InputError as error:  # the plan may be wanted before the data is prepared
+    except InputError as error:  # a plan may be made before its data is prepared
         unread = error
     found = scan(args.workdir) if args.workdir else Scan([], {})
     name_left_out(found.left_out)
     noise = NOISE if args.noise is None else args.noise
     cells = plan_table(experiment, cache, found.records, noise)
-    if args.json:
-        print_json([to_json(cell) for cell in cells])
-    else:
-        print(plan_text(cells, args.jobs))
+    print(json_text(list(map(to_json, cells))) if args.json else plan_text(cells, args.jobs))
     if unread is None:
         return 0
     print(f"modjax: epochs unknown: {unread}", file=sys.stderr)
@@ -79,12 +102,8 @@ def check(args: argparse.Namespace) -> int:
 
         jax.devices()
     findings = probed(specs)
-    if args.json:
-        print_json(
-            [found._asdict() | {"leak": found.leak and found.leak._asdict()} for found in findings]
-        )
-    else:
-        print(claims_text(findings))
+    values = [f._asdict() | {"leak": f.leak and f.leak._asdict()} for f in findings]
+    print(json_text(values) if args.json else claims_text(findings))
     errors = [error for error in map(broken, findings) if error is not None]
     for error in errors:
         print(f"modjax: {error}", file=sys.stderr)
@@ -97,14 +116,24 @@ def sweep(args: argparse.Namespace) -> int:
     experiment = _load_sweep(args)
     cache = open_data(experiment, args.data_dir)
     check(experiment, cache)
-    return _run_plan(args, experiment, cache.manifest.fingerprint, jobs=args.jobs)
+    return _run_plan(args, experiment, cache.manifest.fingerprint, args.jobs)
+
+
+def train(args: argparse.Namespace) -> int:
+    from modjax.scaling.sweep import open_data
+
+    experiment = _load(args)
+    spec = _choose(args, experiment.specs)
+    fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
+    if args.distributed:
+        return _train_distributed(args, experiment, spec, fingerprint)
+    return _run_plan(args, experiment, fingerprint, jobs=1, only=spec)
 
 
 def _run_plan(
     args: argparse.Namespace,
     experiment: Any,
     fingerprint: str,
-    *,
     jobs: int,
     only: RunSpec | None = None,
 ) -> int:
@@ -124,19 +153,67 @@ def _run_plan(
         )
     except Stopped as stopped:
         return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED, stopped.saved)
-    if args.json:
-        print_json(to_dict(outcome))
-    else:
-        print(outcome_text(outcome))
+    print(json_text(to_dict(outcome)) if args.json else outcome_text(outcome))
     return RUNS_FAILED if outcome.failures else 0
 
 
 def _stopped(code: int, saved: bool = True) -> int:
-    said = "state saved; the same command goes on from here"
+    said = "state saved; the same command continues from here"
     if not saved:
-        said = "state not saved; the same command goes on from the newest checkpoints"
+        said = "state not saved; the same command continues from the newest checkpoints"
     print(f"modjax: stopped, {said}", file=sys.stderr)
     return code
+
+
+def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
+    """Does this process's part of a run that all hosts of a slice train together."""
+    from modjax.records import run_dir
+    from modjax.scaling.engines.run_lock import run
+    from modjax.scaling.workdir import claim
+
+    start()
+    import jax
+
+    try:
+        jax.distributed.initialize()
+    except Exception as error:
+        accepted = f"no cluster was found, see launch/README.md: {describe(error)}"
+        raise InputError("--distributed", True, accepted) from error
+    from modjax.training.loop import check
+    from modjax.training.loop import train as train_run
+
+    execution = experiment.execution
+    where = {"data_dir": args.data_dir, "fingerprint": fingerprint}
+    options = {"other_code": args.other_code, **where}
+    try:
+        check([spec], execution, **where)
+        if jax.process_index() > 0:  # the first process holds the lock and writes the result
+            train_run(spec, execution, run_dir=run_dir(args.workdir, spec.run_id), **options)
+            return 0
+        claim(experiment, args.workdir, fingerprint)
+        options["progress"] = lambda line: print(json.dumps(line), file=sys.stderr)
+        done = run(
+            spec,
+            args.workdir,
+            lambda folder: train_run(spec, execution, run_dir=folder, **options),
+        )
+    except Preempted:
+        return _stopped(STOPPED)
+    if done is None:
+        raise InputError("--run", spec.run_id, "another process trains it")
+    record, _ = done
+    print(json_text(to_dict(record)))
+    return 0
+
+
+def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
+    if args.run is None and len(specs) == 1:
+        return specs[0]
+    for spec in specs:
+        if spec.run_id == args.run:
+            return spec
+    accepted = f"must be one of the plan's {len(specs)} run ids, such as {specs[0].run_id}"
+    raise InputError("--run", args.run, accepted)
 
 
 def status(args: argparse.Namespace) -> None:
@@ -148,8 +225,9 @@ def status(args: argparse.Namespace) -> None:
     name_left_out(found.left_out)
     if args.json:
         counts = {state: found.count(state) for state in STATES}
-        return print_json(counts | dataclasses.asdict(found))
-    print(status_text(found))
+        print(json_text(counts | dataclasses.asdict(found)))
+    else:
+        print(status_text(found))
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -161,93 +239,13 @@ def fit(args: argparse.Namespace) -> None:
     found, fits = fit_workdir(args.workdir, args.loss, args.size)
     for difference in differences(found.records):
         print(f"modjax: {difference}", file=sys.stderr)
-    if args.json:
-        return print_json(to_json(fits))
-    print(render_text(fits))
+    print(json_text(to_json(fits)) if args.json else render_text(fits))
 
 
 def report(args: argparse.Namespace) -> None:
     from modjax.scaling.report.page import report
 
     print(report(args.workdir, args.loss, args.size))
-
-
-def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
-    if args.run is None and len(specs) == 1:
-        return specs[0]
-    for spec in specs:
-        if spec.run_id == args.run:
-            return spec
-    raise InputError(
-        "--run",
-        args.run,
-        f"must be one of the plan's {len(specs)} run ids, such as {specs[0].run_id}",
-    )
-
-
-def train(args: argparse.Namespace) -> int:
-    from modjax.scaling.sweep import open_data
-
-    experiment = _load(args)
-    spec = _choose(args, experiment.specs)
-    fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
-    if args.distributed:
-        return _train_distributed(args, experiment, spec, fingerprint)
-    return _run_plan(args, experiment, fingerprint, jobs=1, only=spec)
-
-
-def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
-    """This process's part of a run that all hosts of a slice do together."""
-    from modjax.records import run_dir
-    from modjax.scaling.engines.run_lock import run
-    from modjax.scaling.workdir import claim
-
-    start()
-    import jax
-
-    try:
-        jax.distributed.initialize()
-    except Exception as error:
-        raise InputError(
-            "--distributed",
-            True,
-            f"no cluster was found, see launch/README.md: {describe(error)}",
-        ) from error
-    from modjax.training.loop import check
-    from modjax.training.loop import train as train_run
-
-    where = {"data_dir": args.data_dir, "fingerprint": fingerprint}
-    try:
-        check([spec], experiment.execution, **where)
-        if jax.process_index() > 0:  # the first process holds the lock and writes the result
-            folder = run_dir(args.workdir, spec.run_id)
-            train_run(
-                spec,
-                experiment.execution,
-                run_dir=folder,
-                other_code=args.other_code,
-                **where,
-            )
-            return 0
-        claim(experiment, args.workdir, fingerprint)
-        done = run(
-            spec,
-            args.workdir,
-            lambda folder: train_run(
-                spec,
-                experiment.execution,
-                run_dir=folder,
-                progress=lambda line: print(json.dumps(line), file=sys.stderr),
-                other_code=args.other_code,
-                **where,
-            ),
-        )
-    except Preempted:
-        return _stopped(STOPPED)
-    if done is None:
-        raise InputError("--run", spec.run_id, "another process is doing it")
-    print_json(to_dict(done[0]))
-    return 0
 
 
 def flops(args: argparse.Namespace) -> None:
@@ -257,13 +255,12 @@ def flops(args: argparse.Namespace) -> None:
     specs = experiment.specs
     if args.run is None and experiment.sweep is not None:
         largest = [s for s in specs if s.budget_flops == specs[0].budget_flops]
-        by_arm = {arm: [s for s in largest if s.variant == arm] for arm in experiment.sweep.arms}
-        specs = [of_arm[len(of_arm) // 2] for of_arm in by_arm.values()]
+        by_arm = [[s for s in largest if s.variant == arm] for arm in experiment.sweep.arms]
+        specs = [of_arm[len(of_arm) // 2] for of_arm in by_arm]  # the middle size
     else:
         specs = [_choose(args, specs)]
-    if args.json:
-        return print_json([flops_values(spec) for spec in specs])
-    print("\n\n\n".join(flops_text(spec) for spec in specs))
+    values = map(flops_values, specs)
+    print(json_text(list(values)) if args.json else "\n\n\n".join(map(flops_text, specs)))
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -1,1 +1,1 @@
-"""A finished run, opened again: to look at it in Python, to evaluate it, to sample from it."""
+"""Finished runs, opened again: to look at them in Python, to evaluate them, to sample from them."""

@@ -1,4 +1,4 @@
-"""A finished run, opened again: to evaluate it under another routing, or to sample from it."""
+"""Choosing and opening finished runs, and evaluating them under another routing."""
 
 import os
 from collections.abc import Sequence
@@ -28,29 +28,23 @@ from modjax.training.results.evaluate import (
 from modjax.training.state import Model
 
 
-class Finished(NamedTuple):
-    """A run's spec, the cache it was trained on, its model and its final weights on `mesh`."""
-
-    spec: RunSpec
-    cache: TokenCache
-    mesh: Mesh
-    model: Model
-    weights: Any
-
-
 class Chosen(NamedTuple):
-    """Finished runs to open, and run id -> why another one's spec cannot be used."""
+    """Finished runs to open.
+
+    specs: their specs.
+    failures: id of a finished run that is not among them -> why its spec cannot be used.
+    """
 
     specs: list[RunSpec]
     failures: dict[str, InputError]
 
 
 def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> Chosen:
-    """Returns the finished runs of `workdir`, or the one that `run_id` names.
+    """Returns the finished runs of `workdir`, or the one with this `run_id`.
 
-    routed: only those with a routed layer. A result that cannot be read, or that is a copy, is left
-    out with a warning.
-    Raises InputError where no run is left, and where the one that `run_id` names cannot be used.
+    routed: leave out the runs without a routed layer.
+    Warns of a result that cannot be read or belongs to another folder, and leaves it out.
+    Raises InputError if no run remains, and if the run with this `run_id` cannot be used.
     """
     found = scan(workdir)
     if run_id in found.left_out:
@@ -77,26 +71,46 @@ def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> Chosen
     return Chosen(kept, failures)
 
 
-def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
-    """Loads a finished run and changes nothing in its folder.
+class Finished(NamedTuple):
+    """A finished run.
 
-    Raises InputError where its data or its final weights are missing.
+    spec: what it computes.
+    cache: the token cache that it was trained on.
+    mesh: one device, which holds the weights.
+    model: its graph definition and the like.
+    weights: its final weights.
+    """
+
+    spec: RunSpec
+    cache: TokenCache
+    mesh: Mesh
+    model: Model
+    weights: Any
+
+
+def open_run(spec: RunSpec, *, workdir: Path, data_dir: Path) -> Finished:
+    """Opens a finished run and changes nothing in its folder.
+
+    Raises InputError if its data or its final weights are missing.
     """
     cache = open_cache(cache_dir(data_dir, spec.data))
     identity = {"run_id": spec.run_id, "data_fingerprint": cache.manifest.fingerprint}
-    model, weights, mesh = _restore(spec, run_dir(workdir, spec.run_id), identity)
+    mesh, model, weights = _restore(spec, run_dir(workdir, spec.run_id), identity)
     return Finished(spec, cache, mesh, model, weights)
 
 
-def _restore(spec: RunSpec, folder: Path, identity: dict[str, str]) -> tuple[Model, Any, Mesh]:
-    """Returns the model of a finished run, the weights after its last step, and their mesh."""
+def _restore(spec: RunSpec, folder: Path, identity: dict[str, str]) -> tuple[Mesh, Model, Any]:
     mesh = make_mesh(Execution(data=1))
     with jax.set_mesh(mesh):
-        return *read_finished(mesh, spec, folder, identity), mesh
+        return mesh, *read_finished(mesh, spec, folder, identity)
 
 
 class Comparison(NamedTuple):
-    """A run's loss under a causal routing against its loss as trained, and what each layer did."""
+    """The loss of a run under a causal routing against its loss as trained.
+
+    difference: causal - trained, paired by sequence.
+    layers: the outcome of each layer's records under the causal routing, by its path.
+    """
 
     run_id: str
     routing: str
@@ -108,7 +122,7 @@ class Comparison(NamedTuple):
 
 
 def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
-    """Evaluates a run on its validation windows as trained, and under `routing` and `slack`."""
+    """Evaluates a run on its validation text, as trained and under `routing` with `slack`."""
     train, scores = run.spec.train, []
     with jax.set_mesh(run.mesh):
         for arguments in ({"routing": "trained"}, {"routing": routing, "slack": slack}):
@@ -136,15 +150,16 @@ class Loaded(NamedTuple):
 
 
 def load(run_dir: str | Path, *, imports: Sequence[str] = (), other_code: bool = False) -> Loaded:
-    """Returns the spec of the finished run in `run_dir`, its model and its final weights.
+    """Returns the spec, the graph definition and the final weights of a finished run.
 
-    Needs no data and changes nothing in the folder.
-    graphdef, weights: as modjax.generate and modjax.unstack take them.
-    imports: files and modules to import first, which register layers of the run. What its folder
-      names is not imported.
-    other_code: read it though its layers from outside have been edited since.
-    Raises InputError where the folder holds no run, one that has not finished, or a copy under
-    another name, and where its final weights are missing.
+    Needs no data and changes nothing in the folder. `modjax.generate` and `modjax.unstack` take
+    the graph definition and the weights.
+
+    imports: files and modules that register layers of the run, imported first. Nothing that the
+      run's folder names is imported.
+    other_code: whether to read a run whose registered layers have been edited since.
+    Raises InputError if the folder holds no run, an unfinished run or a copy of another run, and
+    if the final weights are missing.
     """
     there = os.path.exists(os.path.join(run_dir, "spec.json"))  # False for a null byte, too
     require(there, "modjax.load", str(run_dir), "no such run")
@@ -153,5 +168,5 @@ def load(run_dir: str | Path, *, imports: Sequence[str] = (), other_code: bool =
     spec = read_spec(folder, folder.name)
     if not other_code:
         require_readable({folder: spec.model})
-    model, weights, _ = _restore(spec, folder, {"run_id": spec.run_id})
+    _, model, weights = _restore(spec, folder, {"run_id": spec.run_id})
     return Loaded(spec, model.graphdef, weights)

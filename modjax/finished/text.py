@@ -1,6 +1,6 @@
-"""Text from a finished run: prompts in, text out while it is drawn, and how deep each token went.
+"""Continuing prompts with a finished run.
 
-Legend: B batch, L prompt positions, N new tokens.
+Legend: B batch, L prompt positions, O new tokens.
 """
 
 import codecs
@@ -15,23 +15,45 @@ import numpy as np
 
 from modjax.data.cache import shown
 from modjax.data.vocabulary import Codec
-from modjax.decoding.generate import Generated, Sampling, generate, resume
+from modjax.decoding.generate import Generated, generate, resume
+from modjax.decoding.sampling import PLAIN, Sampling
 from modjax.errors import require
 from modjax.finished.runs import Finished
+from modjax.specs import ModelSpec
 
-# Tokens between two looks at what was drawn.
-STREAM_EVERY = 32
-# The time of reading a prompt grows with the square of it.
-MOST_PROMPT_TOKENS = 65_536
-# From "no routed block" to "every one": colours of a 256-colour terminal, light to dark.
-DEPTH_COLOURS = (255, 230, 229, 222, 215, 209, 203, 197, 161, 125)
+STREAM_EVERY = 32  # new tokens between two updates of the streamed text
+MOST_PROMPT_TOKENS = 65_536  # the time of reading a prompt grows with the square of its length
+EMPTY = "is empty: give at least one character"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompts to continue, and how to continue them.
+
+    prompts: at least one text.
+    max_new_tokens: upper bound for each continuation.
+    stop: texts before which a continuation ends. It also ends at the end of a document.
+    sampling, routing, slack, seed: as `modjax.generate` takes them.
+    """
+
+    prompts: Sequence[str]
+    max_new_tokens: int
+    stop: Sequence[str] = ()
+    sampling: Sampling = PLAIN
+    routing: str = "causal"
+    slack: float | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and its continuation. depths: routed blocks used, per token of both.
+    """One prompt and its continuation.
 
-    overflow: tokens that found no slot in the cache of a routed block, summed over blocks.
+    text: the continuation.
+    pieces: the bytes of each token of prompt and continuation.
+    depths: the number of routed blocks that processed each of these tokens.
+    routed_blocks: the number of routed blocks in the model.
+    overflow: tokens dropped for want of a cache slot, summed over routed blocks.
     """
 
     prompt: str
@@ -43,187 +65,139 @@ class Sample:
 
 
 def open_codec(run: Finished) -> Codec:
-    """The vocabulary of the data that the run was trained on."""
+    """Returns the vocabulary of the data that the run was trained on."""
     if run.cache.manifest.vocab == "bytes":
         return Codec(None)
-    require(
-        importlib.util.find_spec("sentencepiece") is not None,
-        "modjax sample",
-        "sentencepiece",
-        "missing package; pip install -e '.[data]'",
-    )
+    installed = importlib.util.find_spec("sentencepiece") is not None
+    require(installed, "sentencepiece", None, "missing package; pip install -e '.[data]'")
     return Codec(run.cache.vocabulary_model(), shown(run.cache.path))
 
 
-def choose_routing(run: Finished, routing: str | None) -> str:
-    """Returns `routing`, or "causal". Raises InputError for one that the model does not have."""
-    routing = routing or "causal"
+def check_routing(model: ModelSpec, routing: str) -> None:
+    """Raises InputError unless the model can select by `routing` without future tokens."""
     accepted = "looks at tokens that are not drawn yet: must be causal, or the name of a rule"
     require(routing != "trained", "--routing", routing, accepted)
-    run.spec.model.check_routing(routing, "--routing")
-    return routing
+    model.check_routing(routing, "--routing")
 
 
-def sample(
-    run: Finished,
-    prompts: Sequence[str],
-    *,
-    routing: str | None,
-    slack: float | None,
-    sampling: Sampling,
-    max_new_tokens: int,
-    stop: Sequence[str],
-    seed: int,
-    write: Callable[[str], None],
-) -> list[Sample]:
-    """Continues every prompt; `write` gets the first one and its continuation, while it is drawn.
+def sample(run: Finished, request: Request, write: Callable[[str], None]) -> list[Sample]:
+    """Continues every prompt, and streams the first prompt and its continuation to `write`.
 
-    A row ends at the end of a document, or before one of `stop`.
-    Raises InputError for an empty prompt or one outside the vocabulary, before anything compiles.
+    Raises InputError for a prompt that is empty, too long or outside the vocabulary, for an empty
+    stop and for an unusable routing, before anything compiles.
     """
-    routing = choose_routing(run, routing)
+    check_routing(run.spec.model, request.routing)
     codec = open_codec(run)
     vocab_size = min(run.cache.manifest.vocab_size, run.spec.model.vocab_size)
-    encoded = [codec.encode(prompt, "--prompt") for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        require(len(ids) > 0, "--prompt", prompt, "is empty: give at least one character")
-        require(
-            len(ids) <= MOST_PROMPT_TOKENS,
-            "--prompt",
-            prompt,
-            f"has {len(ids)} tokens; must have at most {MOST_PROMPT_TOKENS}",
-        )
-        require(
-            max(ids) < vocab_size,
-            "--prompt",
-            prompt,
-            f"has tokens beyond the vocabulary's {vocab_size}",
-        )
-    for text in stop:
-        require(
-            len(codec.encode(text, "--stop")) > 0,
-            "--stop",
-            text,
-            "is empty: give at least one character",
-        )
-    tokens_BL = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
-    for b, ids in enumerate(encoded):
-        tokens_BL[b, : len(ids)] = ids
-    lengths_B = np.array([len(ids) for ids in encoded], np.int32)
-    stops = [text.encode() for text in stop]
-    sampling = dataclasses.replace(sampling, vocab_size=vocab_size)
+    prompts = [_encode(prompt, codec, vocab_size) for prompt in request.prompts]
+    for text in request.stop:
+        require(len(codec.encode(text, "--stop")) > 0, "--stop", text, EMPTY)
+    stops = [text.encode() for text in request.stop]
+    sampling = dataclasses.replace(request.sampling, vocab_size=vocab_size)
 
-    write(prompts[0])
-    first = min(STREAM_EVERY, max_new_tokens)
-    drawn: list[Generated] = [
-        generate(
-            run.model.graphdef,
-            run.weights,
-            tokens_BL,
-            lengths_B=lengths_B,
-            routing=routing,
-            slack=slack,
-            sampling=sampling,
-            stop=((run.cache.manifest.eos_id,),),
-            seed=seed,
-            max_new_tokens=first,
-            max_length=int(lengths_B.max()) + max_new_tokens,
-        )
-    ]
-    stream = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    held_back = max(map(len, stops), default=1) - 1  # may be the beginning of a stop
-    shown, left = 0, max_new_tokens - first
+    write(request.prompts[0])
+    drawn = [_begin(run, request, prompts, sampling)]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    held_back = max(map(len, stops), default=1) - 1  # these bytes may be the beginning of a stop
+    written, left = 0, request.max_new_tokens - STREAM_EVERY
     while True:
         state = drawn[-1].state
         rows = [_row(drawn, b, codec, stops) for b in range(len(prompts))]
         done_B = np.asarray(state.done_B) | [row.stopped for row in rows]
-        over = left == 0 or bool(done_B.all())
+        over = left <= 0 or bool(done_B.all())
         data = b"".join(rows[0].pieces)
-        ready = len(data) if over or done_B[0] else max(shown, len(data) - held_back)
-        write(stream.decode(data[shown:ready], final=over))
-        shown = ready
+        ready = len(data) if over or done_B[0] else max(written, len(data) - held_back)
+        write(decoder.decode(data[written:ready], final=over))
+        written = ready
         if over:
-            break
-        now = min(STREAM_EVERY, left)
+            return _samples(run, request, prompts, drawn, rows, codec)
         state = dataclasses.replace(state, done_B=jnp.asarray(done_B))
+        now = min(STREAM_EVERY, left)
         drawn.append(
             resume(run.model.graphdef, run.weights, state, max_new_tokens=now, sampling=sampling)
         )
         left -= now
-    overflow_BO = np.concatenate([part.overflow_BO for part in drawn], axis=1)
-    prompts_B = np.asarray(drawn[-1].state.cache.overflow_B) - overflow_BO.sum(axis=1)
-    routed = run.spec.model.routed()
-    return [
-        Sample(
-            prompt=prompt,
-            text=b"".join(rows[b].pieces).decode(errors="replace"),
-            pieces=codec.pieces(encoded[b]) + rows[b].pieces,
-            depths=np.asarray(drawn[0].prompt_depths_BL)[b, : lengths_B[b]].tolist()
-            + rows[b].depths,
-            routed_blocks=routed,
-            overflow=int(prompts_B[b] + overflow_BO[b, : len(rows[b].depths)].sum()),
-        )
-        for b, prompt in enumerate(prompts)
-    ]
+
+
+def _encode(prompt: str, codec: Codec, vocab_size: int) -> list[int]:
+    ids = codec.encode(prompt, "--prompt")
+    length, fits = len(ids), f"must have at most {MOST_PROMPT_TOKENS}"
+    require(length > 0, "--prompt", prompt, EMPTY)
+    require(length <= MOST_PROMPT_TOKENS, "--prompt", prompt, f"has {length} tokens; {fits}")
+    known = f"has tokens beyond the vocabulary's {vocab_size}"
+    require(max(ids) < vocab_size, "--prompt", prompt, known)
+    return ids
+
+
+def _begin(
+    run: Finished, request: Request, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> Generated:
+    """Reads the prompts and draws the first STREAM_EVERY tokens of each."""
+    lengths_B = np.array([len(ids) for ids in prompts], np.int32)
+    tokens_BL = np.zeros((len(prompts), lengths_B.max()), np.int32)
+    for b, ids in enumerate(prompts):
+        tokens_BL[b, : len(ids)] = ids
+    return generate(
+        run.model.graphdef,
+        run.weights,
+        tokens_BL,
+        lengths_B=lengths_B,
+        routing=request.routing,
+        slack=request.slack,
+        sampling=sampling,
+        stop=((run.cache.manifest.eos_id,),),
+        seed=request.seed,
+        max_new_tokens=min(STREAM_EVERY, request.max_new_tokens),
+        max_length=int(lengths_B.max()) + request.max_new_tokens,
+    )
 
 
 class _Row(NamedTuple):
+    """The tokens drawn for one prompt. stopped: whether a stop ended them."""
+
     pieces: list[bytes]
     depths: list[int]
     stopped: bool
 
 
 def _row(drawn: Sequence[Generated], b: int, codec: Codec, stops: Sequence[bytes]) -> _Row:
-    """What was drawn in a row until now, up to the first of `stops`.
+    """Returns the tokens drawn so far for prompt b, up to the first of `stops`.
 
-    These are looked for in the text: the tokens that spell one may be others than its own.
+    Stops are searched in the text, because other tokens than a stop's own may spell it.
     """
     tokens_O = np.concatenate([part.tokens_BO[b] for part in drawn])
     depths_O = np.concatenate([part.depths_BO[b] for part in drawn])
     pieces = codec.pieces(tokens_O[depths_O >= 0].tolist())
     starts = [at for at in (b"".join(pieces).find(text) for text in stops) if at >= 0]
     kept: list[bytes] = []
-    room = min(starts, default=sum(map(len, pieces)))
+    left = min(starts, default=sum(map(len, pieces)))
     for piece in pieces:
-        if room == 0:
+        if left == 0:
             break
-        kept.append(piece[:room])
-        room -= len(kept[-1])
+        kept.append(piece[:left])
+        left -= len(kept[-1])
     return _Row(kept, depths_O[: len(kept)].tolist(), len(starts) > 0)
 
 
-def coloured(sample: Sample) -> str:
-    """Returns prompt and continuation for a terminal: the darker a token, the deeper it went."""
-    out, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for piece, depth in zip(sample.pieces, sample.depths, strict=True):
-        shade = round(depth / max(sample.routed_blocks, 1) * (len(DEPTH_COLOURS) - 1))
-        text = decoder.decode(piece).replace("\n", "\x1b[0m\n")
-        out.append(f"\x1b[48;5;{DEPTH_COLOURS[shade]}m\x1b[38;5;16m{text}")
-    legend = "".join(f"\x1b[48;5;{colour}m\x1b[38;5;16m  " for colour in DEPTH_COLOURS)
-    return (
-        "".join(out)
-        + decoder.decode(b"", final=True)
-        + f"\x1b[0m\n\n0 {legend}\x1b[0m {sample.routed_blocks} routed blocks used; "
-        f"{_mean(sample)} on average"
-    )
-
-
-def numbered(sample: Sample) -> str:
-    """Returns each token of prompt and continuation on a line of its own, after its depth."""
-    lines = [
-        f"{depth}\t{_quoted(piece)}"
-        for piece, depth in zip(sample.pieces, sample.depths, strict=True)
+def _samples(
+    run: Finished,
+    request: Request,
+    prompts: Sequence[Sequence[int]],
+    drawn: Sequence[Generated],
+    rows: Sequence[_Row],
+    codec: Codec,
+) -> list[Sample]:
+    overflow_BO = np.concatenate([part.overflow_BO for part in drawn], axis=1)
+    of_prompts_B = np.asarray(drawn[-1].state.cache.overflow_B) - overflow_BO.sum(axis=1)
+    depths_BL = np.asarray(drawn[0].prompt_depths_BL)
+    return [
+        Sample(
+            prompt=prompt,
+            text=b"".join(row.pieces).decode(errors="replace"),
+            pieces=codec.pieces(prompts[b]) + row.pieces,
+            depths=depths_BL[b, : len(prompts[b])].tolist() + row.depths,
+            routed_blocks=run.spec.model.routed(),
+            overflow=int(of_prompts_B[b] + overflow_BO[b, : len(row.depths)].sum()),
+        )
+        for b, (prompt, row) in enumerate(zip(request.prompts, rows, strict=True))
     ]
-    mean = f"{_mean(sample)} of {sample.routed_blocks} routed blocks used on average"
-    return "\n".join([*lines, "", mean])
-
-
-def _quoted(piece: bytes) -> str:
-    try:
-        return repr(piece.decode())
-    except UnicodeDecodeError:  # a token may be a part of a character
-        return repr(piece)
-
-
-def _mean(sample: Sample) -> str:
-    return f"{sum(sample.depths) / len(sample.depths):.2f}"

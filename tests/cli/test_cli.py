@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, one line for bad input, exit codes."""
+"""The command line as users see it: output, one line for bad input, exit codes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TINY = f"--config={CONFIGS / 'tiny.py'}"
 
 
 def said(capsys, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `modjax arguments...`"""
+    """Returns the exit code, stdout and stderr of `modjax ARGUMENTS...`."""
     try:
         code = main(arguments)
     except SystemExit as stop:
@@ -127,8 +127,16 @@ def test_plan_as_json_has_the_columns_of_the_table(data_dir, capsys):
 
 
 def test_overrides_may_be_separated_by_a_space(tmp_path, capsys):
-    arguments = ("plan", "--config", str(CONFIGS / "tiny.py"), "--config.sweep.seeds", "0,1",
-                 "--data-dir", str(tmp_path), "--json")  # fmt: skip
+    arguments = (
+        "plan",
+        "--config",
+        str(CONFIGS / "tiny.py"),
+        "--config.sweep.seeds",
+        "0,1",
+        "--data-dir",
+        str(tmp_path),
+        "--json",
+    )
     assert len(json.loads(said(capsys, *arguments)[1])) == 60
 
 
@@ -257,8 +265,9 @@ def test_a_workdir_that_cannot_be_one_is_one_line(verb, where, data_dir, tmp_pat
 )
 def test_a_sweep_refuses_bad_cells_before_it_starts(overrides, message, data_dir, tmp_path, capsys):
     workdir = tmp_path / "work"
-    code, _, err = said(capsys, "sweep", TINY, f"--data-dir={data_dir}", f"--workdir={workdir}",
-                        *overrides)  # fmt: skip
+    code, _, err = said(
+        capsys, "sweep", TINY, f"--data-dir={data_dir}", f"--workdir={workdir}", *overrides
+    )
     assert code == 2 and message in err and err.count("\n") == 1
     assert not workdir.exists()
 
@@ -276,23 +285,3 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_import_modjax_is_lazy_and_public_names_resolve():
-    script = """
-import sys, modjax
-assert not {"jax", "numpy", "tensorflow"} & set(sys.modules)
-for name in modjax.__all__:
-    assert getattr(modjax, name) is not None, name
-assert "tensorflow" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_an_unknown_public_name_is_an_attribute_error():
-    import modjax
-
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        _ = modjax.nonsense
-    assert "Transformer" in dir(modjax)

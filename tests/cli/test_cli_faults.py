@@ -1,4 +1,4 @@
-"""Unforeseen faults are one line, and exit codes stay true where output is lost."""
+"""Unexpected errors are one line, and lost output changes no exit code."""
 
 import errno
 import io
@@ -25,7 +25,7 @@ class MuteError(Exception):
 
 @pytest.fixture
 def raising(monkeypatch):
-    """Lets the verbs `status` and `sweep` raise an error."""
+    """Makes the verbs `status` and `sweep` raise an error."""
 
     def raising(error: BaseException) -> None:
         def verb(args):
@@ -58,8 +58,8 @@ def test_a_fault_is_one_line_with_its_traceback_in_a_file(
     code, out, err = said(capsys, *STATUS)
     assert (code, out) == (70, "")
     (kept,) = tmp_path.iterdir()
-    assert err == f"modjax: a fault of modjax, not of your input: {words}; please report it with " \
-        f"{kept}\n"  # fmt: skip
+    line = f"modjax: a fault of modjax, not of your input: {words}; please report it with {kept}"
+    assert err == f"{line}\n"
     text = kept.read_text()
     assert text.startswith("modjax status --workdir=somewhere\nmodjax 0.")
     assert "in verb\n    raise error\n" in text
@@ -173,15 +173,19 @@ LOST = "modjax: standard output: No space left on device: what was printed is lo
 def test_streams_that_are_closed_full_or_gone_change_no_exit_code(arguments, streams, code, words):
     command = f'"$@" {streams}'
     modjax = [sys.executable, "-P", "-m", "modjax.cli", *arguments]
-    done = subprocess.run(["bash", "-c", command, "bash", *modjax], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(CONFIGS.parent)})  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", command, "bash", *modjax],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(CONFIGS.parent)},
+    )
     assert done.returncode == code
     assert done.stderr == (words or "")
     assert (done.stdout != "") == (words is None)
 
 
 def test_a_closed_stream_is_no_name_for_the_next_file(tmp_path):
-    """Else what is printed would stand in a file of the sweep."""
+    """Otherwise printed text would end up in a file of the sweep."""
     script = f"""
 import os, sys
 from modjax.cli.output import lasting

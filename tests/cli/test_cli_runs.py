@@ -14,11 +14,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = f"--config={CONFIGS / 'tiny.py'}"
 # Two runs of a few seconds, most of it compilation: one size, two layers.
 SMALL = [
-    "--config.sweep.sizes=1", "--config.sweep.budgets=5e9", "--config.train.seq_len=32",
-    "--config.sweep.optimum.budget=5e9", "--config.sweep.optimum.params=6e3",
-    "--config.sweep.shape.layer_multiple=2", "--config.sweep.recipe.batch_size=2",
+    "--config.sweep.sizes=1",
+    "--config.sweep.budgets=5e9",
+    "--config.train.seq_len=32",
+    "--config.sweep.optimum.budget=5e9",
+    "--config.sweep.optimum.params=6e3",
+    "--config.sweep.shape.layer_multiple=2",
+    "--config.sweep.recipe.batch_size=2",
     "--config.train.eval_sequences=4",
-]  # fmt: skip
+]
 
 
 def test_a_sweep_from_config_to_status_with_real_training(modjax, data_dir, tmp_path, capsys):
@@ -51,12 +55,20 @@ def test_a_sweep_from_config_to_status_with_real_training(modjax, data_dir, tmp_
 @pytest.mark.slow
 def test_sigterm_saves_a_single_run_and_exits_with_75(modjax, data_dir, tmp_path):
     arguments = [
-        "train", f"--config={CONFIGS / 'single.py'}", f"--workdir={tmp_path}",
-        f"--data-dir={data_dir}", "--config.model.num_layers=2", "--config.model.d_model=16",
-        "--config.model.num_heads=1", "--config.model.num_kv_heads=1", "--config.model.d_ff=32",
-        "--config.train.steps=100000", "--config.train.seq_len=16", "--config.data.max_epochs=50",
+        "train",
+        f"--config={CONFIGS / 'single.py'}",
+        f"--workdir={tmp_path}",
+        f"--data-dir={data_dir}",
+        "--config.model.num_layers=2",
+        "--config.model.d_model=16",
+        "--config.model.num_heads=1",
+        "--config.model.num_kv_heads=1",
+        "--config.model.d_ff=32",
+        "--config.train.steps=100000",
+        "--config.train.seq_len=16",
+        "--config.data.max_epochs=50",
         "--config.execution.log_every=5",
-    ]  # fmt: skip
+    ]
     process = modjax(*arguments)
     deadline = time.monotonic() + 120
     while not any(p.stat().st_size for p in tmp_path.glob("runs/*/metrics.jsonl")):
@@ -66,6 +78,6 @@ def test_sigterm_saves_a_single_run_and_exits_with_75(modjax, data_dir, tmp_path
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     assert (
-        err.splitlines()[-1] == "modjax: stopped, state saved; the same command goes on from here"
+        err.splitlines()[-1] == "modjax: stopped, state saved; the same command continues from here"
     )
     assert list(tmp_path.glob("runs/*/checkpoints/*"))

@@ -26,7 +26,7 @@ RECORDS = [DENSE, MOD, CHOICE, LOST, DIVERGED]
 
 
 def columns(text: str, *names: str) -> dict[str, list[str]]:
-    """The cells under these headings, which end where their heading ends, by run."""
+    """Returns the cells under these headings, by run. A cell ends where its heading ends."""
     header, *rows = text.partition("\n\n")[0].splitlines()
     ends = [header.index(name) + len(name) for name in names]
     return {row.split()[0]: [row[end - 11 : end].split(" ")[-1] for end in ends] for row in rows}

@@ -28,7 +28,7 @@ def run(finished_workdir, tiny_data_dir):
 
 @pytest.fixture(scope="module")
 def compared(run):
-    """With room for every position, and for the least possible."""
+    """Returns comparisons by slack: with slots for every position, and with the fewest possible."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield {slack: compare(run, "predictor", slack) for slack in (None, 1e-9)}
     jax.config.update("jax_disable_most_optimizations", False)
@@ -36,12 +36,14 @@ def compared(run):
 
 @pytest.fixture(scope="module")
 def expected(run):
-    """Loss and masks of every position, from one forward pass and numpy, by routing."""
+    """Returns the loss and masks of every position by routing, from one forward pass and NumPy."""
     train = run.spec.train
     (batch,) = eval_batches(
-        run.cache, seq_len=train.seq_len, batch_size=train.eval_sequences,
+        run.cache,
+        seq_len=train.seq_len,
+        batch_size=train.eval_sequences,
         sequences=train.eval_sequences,
-    )  # fmt: skip
+    )
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def forward(weights, tokens_BL):
@@ -127,7 +129,7 @@ def test_runs_are_chosen_by_name_and_by_having_a_router(finished_workdir):
 
 
 def add_run(workdir, record, spec, **changes):
-    """A run without a checkpoint, whose record is `record` with `changes`."""
+    """Adds a run without a checkpoint, whose record is `record` with `changes`."""
     folder = run_dir(workdir, spec.run_id)
     folder.mkdir(parents=True)
     write_spec(folder, spec)

@@ -1,4 +1,4 @@
-"""modjax.load and the verbs that read: what they import, and what code a run is read with."""
+"""Readers of a run import only what the user names, and refuse a run of other code."""
 
 import dataclasses
 import json

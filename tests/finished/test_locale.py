@@ -1,4 +1,4 @@
-"""Verbs where the locale is not UTF-8: files are UTF-8 all the same, and no print fails."""
+"""In a locale other than UTF-8, files are UTF-8 all the same, and printing never fails."""
 
 import json
 import shutil
@@ -13,13 +13,13 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIO
 
 
 def our_encoding_warnings(err):
-    """The lines in which Python names an `open` of modjax without an encoding."""
+    """Returns Python's warnings of an `open` in modjax without an encoding."""
     return [line for line in err.splitlines() if "EncodingWarning" in line and "/modjax/" in line]
 
 
 @pytest.fixture
 def workdir(finished_workdir, tmp_path):
-    """A copy of the sweep with one finished run, which has been given up once, in other letters."""
+    """Copies the sweep with one finished run, and adds a failed run with non-ASCII messages."""
     workdir = tmp_path / "work"
     shutil.copytree(finished_workdir, workdir)
     plan = {
@@ -49,8 +49,13 @@ def test_a_report_is_the_same_bytes_whatever_the_locale(modjax, workdir):
 def test_a_sample_of_other_letters_is_drawn_and_printed_somehow(
     modjax, finished_workdir, tiny_data_dir
 ):
-    arguments = ["sample", f"--workdir={finished_workdir}", f"--data-dir={tiny_data_dir}",
-                 "--prompt=größe", "--tokens=9"]  # fmt: skip
+    arguments = [
+        "sample",
+        f"--workdir={finished_workdir}",
+        f"--data-dir={tiny_data_dir}",
+        "--prompt=größe",
+        "--tokens=9",
+    ]
     out, err = modjax(*arguments, "--json").communicate(timeout=300)
     (expected,) = json.loads(out)
     process = modjax(*arguments, PYTHONWARNDEFAULTENCODING="1", **ASCII)

@@ -1,9 +1,8 @@
-"""Text from a finished run: stops, streams, vocabularies, colours; the model here is a table.
+"""Text from a finished run: stops, streams and vocabularies. The model is a table.
 
-Legend: B batch, L positions, N new tokens, V vocabulary.
+Legend: B batch, L positions, V vocabulary.
 """
 
-import re
 import sys
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from modjax.data.vocabulary import Codec, train_sentencepiece
 from modjax.decoding.generate import Sampling
 from modjax.errors import InputError
 from modjax.finished import text as finished_text
-from modjax.finished.text import Sample, choose_routing, coloured, open_codec, sample
+from modjax.finished.text import Request, check_routing, open_codec, sample
 from modjax.nn import Cache
 from modjax.specs import Dense, MoD, Predictor, TopK
 from tests.nn.small import behind_a_block
@@ -34,7 +33,7 @@ class Layer(NamedTuple):
 
 
 class Script(nnx.Module):
-    """Says what it was told to: after the token at position i comes the one of i + 1."""
+    """A model that predicts a fixed text: token i + 1 after the token at position i."""
 
     def __init__(self, tokens_BL, vocab):
         self.tokens_BL = nnx.Param(jnp.array(tokens_BL, jnp.int32))
@@ -60,7 +59,7 @@ class Script(nnx.Module):
 
 
 def script(rows, codec=None, vocab=259):
-    """A finished run whose model continues prompts into the texts, or tokens, `rows`."""
+    """Returns a finished run whose model continues prompts to `rows`, given as text or tokens."""
     ids = [codec.encode(row, "row") if isinstance(row, str) else list(row) for row in rows]
     tokens_BL = np.zeros((len(rows), 120), np.int32)
     for b, row in enumerate(ids):
@@ -69,21 +68,21 @@ def script(rows, codec=None, vocab=259):
     layers = behind_a_block("expert_choice", capacity=0.25, causal=Predictor())
     spec = run_spec(layers=layers, vocab_size=300)
     return SimpleNamespace(
-        spec=spec, model=SimpleNamespace(graphdef=graphdef), weights=params,
+        spec=spec,
+        model=SimpleNamespace(graphdef=graphdef),
+        weights=params,
         cache=SimpleNamespace(
             path=None,
             manifest=SimpleNamespace(vocab="bytes", vocab_size=vocab, eos_id=EOS),
         ),
-    )  # fmt: skip
+    )
 
 
-def say(run, prompts, *, tokens=80, stop=(), sampling=GREEDY, routing=None):
-    """The samples, and what was streamed of the first."""
+def say(run, prompts, *, tokens=80, **options):
+    """Returns the samples, and the parts of the first that were streamed."""
     written = []
-    samples = sample(
-        run, prompts, routing=routing, slack=None, sampling=sampling, max_new_tokens=tokens,
-        stop=stop, seed=0, write=written.append,
-    )  # fmt: skip
+    request = Request(prompts, tokens, sampling=GREEDY, **options)
+    samples = sample(run, request, written.append)
     assert "".join(written) == samples[0].prompt + samples[0].text
     for s in samples:
         assert b"".join(s.pieces).decode(errors="replace") == s.prompt + s.text
@@ -157,16 +156,18 @@ def test_tokens_beyond_the_manifest_are_not_drawn():
         ("a", {"stop": ("",)}, "--stop = '': is empty"),
         ("a", {"stop": ("\udce9",)}, "--stop = .*: is not UTF-8"),
         (
-            "a", {"routing": "trained"},
+            "a",
+            {"routing": "trained"},
             "--routing = 'trained': looks at tokens that are not drawn yet",
         ),
         ("a", {"routing": "both"}, "--routing = 'both': must be one of"),
         (
-            "a", {"routing": "auxiliary"},
+            "a",
+            {"routing": "auxiliary"},
             "--routing = 'auxiliary': must be one of trained, causal, paced, predictor, threshold",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_before_anything_is_written(prompt, options, message):
     run = script(["ab"], BYTES)
     run.cache.manifest.vocab_size = 150
@@ -176,20 +177,20 @@ def test_bad_input_is_refused_before_anything_is_written(prompt, options, messag
     assert "\n" not in str(caught.value)
 
 
-def test_the_best_causal_routing_is_the_default():
-    def chosen(*layers, routing=None):
-        return choose_routing(SimpleNamespace(spec=run_spec(layers=layers)), routing)
+def test_a_routing_must_be_one_of_the_model_that_never_looks_ahead():
+    def check(*layers, routing="causal"):
+        check_routing(run_spec(layers=layers).model, routing)
 
     learned = MoD(Dense(), causal=Predictor(), rule=TopK(auxiliary=1.0))
-    assert chosen(Dense(), learned) == "causal"
-    assert chosen(Dense(), learned, routing="auxiliary") == "auxiliary"
-    assert chosen(Dense()) == "causal"
+    check(Dense(), learned)
+    check(Dense(), learned, routing="auxiliary")
+    check(Dense())
     with pytest.raises(InputError, match="--routing = 'paced': must be one of trained, causal, th"):
-        chosen(Dense(), MoD(Dense()), routing="paced")
+        check(Dense(), MoD(Dense()), routing="paced")
     with pytest.raises(InputError, match="'trained': looks at tokens that are not drawn yet"):
-        chosen(Dense(), routing="trained")
+        check(Dense(), routing="trained")
     with pytest.raises(InputError, match="has no rule that never looks ahead: MoD has causal=Pre"):
-        chosen(*behind_a_block("received"))
+        check(*behind_a_block("received"))
 
 
 def test_a_vocabulary_needs_its_package(monkeypatch):
@@ -198,28 +199,3 @@ def test_a_vocabulary_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(InputError, match=r"sentencepiece.*pip install -e '.\[data\]'"):
         open_codec(run)
-
-
-def shades(shown):
-    """(text, background colour) of each token, of what a terminal shows."""
-    tokens = shown[: shown.index("\n\n0 ")].split("\x1b[48;5;")[1:]
-    return [(plain(token.partition("m")[2]), int(token.partition("m")[0])) for token in tokens]
-
-
-def plain(shown):
-    return re.sub(r"\x1b\[[0-9;]*m", "", shown)
-
-
-def test_colours_tell_how_many_blocks_each_token_used():
-    pieces = [b"a", b"\xc3", b"\xbc", b"b\n", b"c"]
-    shown = coloured(Sample("a", "übc", pieces, [0, 1, 2, 4, 2], 4, 0))
-    (a, low), (none, _), (u, middle), (b, high), (c, again) = shades(shown)
-    assert (a, none, u, b, c) == ("a", "", "ü", "b\n", "c")
-    assert len({low, middle, high}) == 3 and again == middle
-    legend = shown.splitlines()[-1]
-    assert plain(legend).split() == "0 4 routed blocks used; 1.80 on average".split()
-    ends = re.findall(r"\x1b\[48;5;(\d+)m", legend)
-    assert (int(ends[0]), int(ends[-1])) == (low, high)
-    assert "b\x1b[0m\n" in shown, "no colour runs on over a line's end"
-    cut = coloured(Sample("a", "\ufffd", [b"a", b"\xc3"], [0, 1], 4, 0))
-    assert plain(cut).startswith("a\ufffd\n"), "as the text is printed without colours"

@@ -1,4 +1,4 @@
-"""Readers of a run's folder: they change nothing in it, and never take one thing for another."""
+"""Readers change nothing in a run's folder, and never mistake one run for another."""
 
 import dataclasses
 import hashlib
@@ -34,13 +34,13 @@ def workdir(finished_workdir, tmp_path):
 
 @pytest.fixture
 def folder(workdir):
-    """The folder of the run."""
+    """Returns the folder of the run."""
     (record,) = read_records(workdir)
     return run_dir(workdir, record.run_id)
 
 
 def snapshot(root):
-    """The name, times and bytes of everything below `root`, and of `root` itself."""
+    """Returns the name, times and bytes of `root` and everything below it."""
     found = {}
     for path in [root, *root.rglob("*")]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -50,7 +50,7 @@ def snapshot(root):
 
 
 def read(workdir, folder, data_dir):
-    """Opens the run by every reader, as far as that is allowed."""
+    """Opens the run with every reader that accepts it."""
     for verb in ("status", "fit", "report"):
         main([verb, f"--workdir={workdir}"])
     for open_it in (
@@ -157,7 +157,7 @@ def test_a_copy_of_a_run_is_no_run_and_every_reader_names_it(
 
 
 def test_a_folder_that_holds_another_planned_runs_result_is_no_result(workdir, folder, capsys):
-    """As left by `cp -r runs/A runs/B`: B has not been done."""
+    """After `cp -r runs/A runs/B`, run B is not done."""
     other = folder.with_name("mod-1e9-d8-l2-00000000")
     shutil.copytree(folder, other)
     plan = json.loads((workdir / "plan.json").read_text())

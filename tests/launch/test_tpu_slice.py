@@ -1,4 +1,4 @@
-"""launch/tpu_slice.sh, with a gcloud that runs the command in a shell of its own."""
+"""launch/tpu_slice.sh, with a stand-in for gcloud that runs the command in its own shell."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "tpu_slice.sh"
-# Writes down the arguments it gets; gcloud then runs the command, as a host's shell would.
+# Records its arguments; as gcloud it then runs the command, as a host's shell would.
 STAND_IN = f"""#!{sys.executable} -IS
 import json, os, subprocess, sys
 name = os.path.basename(sys.argv[0])
@@ -25,7 +25,7 @@ if name == "gcloud":
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs the script in an empty folder: what came of it, and every call of a stand-in."""
+    """Runs the script in an empty folder; returns its outcome and every call of a stand-in."""
     programs, here = tmp_path / "programs", tmp_path / "here"
     programs.mkdir()
     here.mkdir()
@@ -38,9 +38,13 @@ def launch(tmp_path):
 
     def run(*arguments: str, **more: str):
         done = subprocess.run(
-            ["bash", SCRIPT, *arguments], env=environment | more, cwd=here, capture_output=True,
-            text=True, timeout=60,
-        )  # fmt: skip
+            ["bash", SCRIPT, *arguments],
+            env=environment | more,
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert list(here.iterdir()) == [], "something else was run"
         lines = seen.read_text().splitlines() if seen.exists() else []
         return done, [json.loads(line) for line in lines]
@@ -69,8 +73,16 @@ def test_every_value_arrives_as_one_argument_and_runs_nothing(launch, value):
     overrides = ["--config.train.seed=1", f"--config.data.name={value}"]
     done, calls = launch("slice", "zone-a", f"c{value}", f"w{value}", *overrides, DATA_DIR=value)
     assert (done.returncode, done.stderr) == (0, "")
-    assert calls[0][:-1] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "slice",
-                             "--zone=zone-a", "--worker=all"]  # fmt: skip
+    assert calls[0][:-1] == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "ssh",
+        "slice",
+        "--zone=zone-a",
+        "--worker=all",
+    ]
     config = [f"--config=c{value}", *overrides, f"--data-dir={value}"]
     assert calls[1] == ["modjax", "plan", *config, "--json"]
     assert calls[2:] == [
@@ -84,8 +96,9 @@ def test_a_hostile_value_in_one_place_runs_nothing(launch, field):
     values = ["c.py", "w", "d", "1"]
     values[field] = "c.py; touch X #"
     config, workdir, data_dir, seed = values
-    done, calls = launch("slice", "zone-a", config, workdir, f"--config.seed={seed}",
-                         DATA_DIR=data_dir)  # fmt: skip
+    done, calls = launch(
+        "slice", "zone-a", config, workdir, f"--config.seed={seed}", DATA_DIR=data_dir
+    )
     assert done.returncode == 0 and len(calls) == 4
 
 

@@ -12,7 +12,7 @@ _COUNTS: Counter[str] = Counter()
 
 @pytest.fixture
 def count():
-    """count(what, n): n more of it."""
+    """Returns count(what, n), which adds n to a counter."""
 
     def count(what: str, n: int = 1) -> None:
         _COUNTS[what] += n

@@ -1,4 +1,4 @@
-"""A sweep of four real runs, a few seconds each, and what is asked of its folder."""
+"""A sweep of four real runs of a few seconds each, and checks of its folder."""
 
 import json
 import os
@@ -13,17 +13,31 @@ import orbax.checkpoint as ocp
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.py"
 RUNS = 4  # 2 sizes x 2 arms, of two layers
 OVERRIDES = [
-    "sweep.sizes=2", "sweep.budgets=3e9", "sweep.optimum.budget=3e9", "sweep.optimum.params=6e3",
-    "sweep.shape.layer_multiple=2", "sweep.recipe.batch_size=4", "train.seq_len=32",
-    "train.eval_sequences=8", "execution.log_every=10", "execution.checkpoint_seconds=0.3",
-]  # fmt: skip
+    "sweep.sizes=2",
+    "sweep.budgets=3e9",
+    "sweep.optimum.budget=3e9",
+    "sweep.optimum.params=6e3",
+    "sweep.shape.layer_multiple=2",
+    "sweep.recipe.batch_size=4",
+    "train.seq_len=32",
+    "train.eval_sequences=8",
+    "execution.log_every=10",
+    "execution.checkpoint_seconds=0.3",
+]
 
 
 def arguments(workdir: Path, data_dir: Path, *more: str) -> list[str]:
-    """Those of `modjax` for the sweep in `workdir`; `more` replace earlier ones."""
+    """Returns the arguments of `modjax` for the sweep in `workdir`; `more` replaces others."""
     overrides = [f"--config.{override}" for override in OVERRIDES]
-    options = [f"--config={CONFIG}", f"--workdir={workdir}", f"--data-dir={data_dir}",
-               *overrides, "--jobs=2", "--json", *more]  # fmt: skip
+    options = [
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+        f"--data-dir={data_dir}",
+        *overrides,
+        "--jobs=2",
+        "--json",
+        *more,
+    ]
     return ["sweep", *{option.partition("=")[0]: option for option in options}.values()]
 
 
@@ -46,7 +60,7 @@ def children(pid: int) -> list[int]:
 
 
 def kill_all(process) -> int:
-    """SIGKILL to the sweep and its workers, which are in sessions of their own; says how many."""
+    """Sends SIGKILL to the sweep and its workers, each in its own session; returns their number."""
     victims = [process.pid, *children(process.pid)]
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
@@ -59,13 +73,13 @@ def kill_all(process) -> int:
 
 
 def files(workdir: Path, name: str) -> dict[str, bytes]:
-    """The content of a file of every run that has it."""
+    """Returns the content of a file, by the run that has it."""
     found = workdir.glob(f"runs/*/{name}")
     return {path.parent.name: path.read_bytes() for path in found if path.is_file()}
 
 
 def final_state(run_dir: Path) -> list[np.ndarray]:
-    """Every array of the newest checkpoint: parameters, optimizer, counters."""
+    """Returns every array of the newest checkpoint: parameters, optimizer, counters."""
     newest = max(int(path.name) for path in (run_dir / "checkpoints").glob("[0-9]*"))
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore((run_dir / "checkpoints" / str(newest) / "state").absolute())
@@ -78,7 +92,7 @@ def losses(workdir: Path) -> dict[str, float]:
 
 
 def assert_same_bytes(workdir: Path, undisturbed: Path) -> int:
-    """Every metric line, every array and every loss; says how many arrays were compared."""
+    """Compares all metric lines, arrays and losses; returns the number of compared arrays."""
     assert files(workdir, "metrics.jsonl") == files(undisturbed, "metrics.jsonl")
     assert losses(workdir) == losses(undisturbed) and len(losses(workdir)) == RUNS
     compared = 0

@@ -1,4 +1,4 @@
-"""Every kind of file, damaged in every way: survived or named in one line, and never believed."""
+"""A damaged file of any kind is survived or named in one line, and never trusted."""
 
 import shutil
 
@@ -24,15 +24,27 @@ DAMAGES = {
     "missing": None,
     "a folder": None,
 }
-# Of the first run, by name: its result stays where it is, except where it is damaged itself.
+# Files of the sweep or of its first run, whose result stays unless it is the damaged file.
 SWEEP_FILES = [
-    "plan.json", "sweep.json", "plan.lock", "spec.json", "result.json", "metrics.jsonl", "log.txt",
-    "failure.json", "lock",
-]  # fmt: skip
+    "plan.json",
+    "sweep.json",
+    "plan.lock",
+    "spec.json",
+    "result.json",
+    "metrics.jsonl",
+    "log.txt",
+    "failure.json",
+    "lock",
+]
 CHECKPOINT_FILES = [
-    "digest.json", "_CHECKPOINT_METADATA", "meta/metadata", "state/manifest.ocdbt",
-    "state/_METADATA", "state/d/*", "state/ocdbt.process_0/manifest.ocdbt",
-]  # fmt: skip
+    "digest.json",
+    "_CHECKPOINT_METADATA",
+    "meta/metadata",
+    "state/manifest.ocdbt",
+    "state/_METADATA",
+    "state/d/*",
+    "state/ocdbt.process_0/manifest.ocdbt",
+]
 CACHE_FILES = ["manifest.json", "train/zarr.json", "train/c/0", "validation/c/0"]
 
 
@@ -49,7 +61,7 @@ def damage(path, how) -> None:
 
 
 def said(capsys, *arguments) -> tuple[int, str]:
-    """The exit code, and what stood on stderr; an exception would end the test."""
+    """Returns the exit code and stderr; an exception would end the test."""
     capsys.readouterr()
     try:
         code = main([str(argument) for argument in arguments])
@@ -77,8 +89,11 @@ def test_a_damaged_file_of_a_sweep_hides_nothing_else(
             code, err = said(capsys, verb, f"--workdir={workdir}")
             assert code in (0, 2), (how, verb, code)
             assert code == 0 or (verb, name) == ("status", "plan.json"), (how, err)
-        others = {run: text for run, text in files(undisturbed, "result.json").items()
-                  if run != first.name}  # fmt: skip
+        others = {
+            run: text
+            for run, text in files(undisturbed, "result.json").items()
+            if run != first.name
+        }
         if how in ("empty", "deep", "a flipped bit"):  # as half or as noise, to a sweep
             shutil.rmtree(workdir)
             count("damaged files of sweeps survived or named")
@@ -125,8 +140,11 @@ def test_a_damaged_token_cache_is_named_or_its_run_is_right(
         damaged = tmp_path / how / "data"
         shutil.copytree(data_dir, damaged)
         (cache,) = damaged.iterdir()
-        found = sorted(path for path in cache.rglob(name.split("/", 1)[-1])
-                       if name.split("/")[0] in path.parts or "/" not in name)  # fmt: skip
+        found = sorted(
+            path
+            for path in cache.rglob(name.split("/", 1)[-1])
+            if name.split("/")[0] in path.parts or "/" not in name
+        )
         damage(found[0], how)
         workdir = tmp_path / how / "work"
         process = sweep(workdir, f"--data-dir={damaged}")

@@ -1,4 +1,4 @@
-"""Full disks and disks that cannot be written, on file systems made for it."""
+"""Full disks and read-only disks, on file systems made for the tests."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def disk(tmp_path):
-    """disk(kilobytes): a folder of this size; disk.change(options) alters it."""
+    """Returns disk(*options), which remounts a file system in memory and returns its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -57,9 +57,10 @@ def test_a_disk_that_cannot_be_written_is_one_line_and_can_be_looked_at(
     (min((workdir / "runs").iterdir()) / "result.json").unlink()
     disk("ro")
     for process in (
-        sweep(workdir), modjax("report", f"--workdir={workdir}"),
+        sweep(workdir),
+        modjax("report", f"--workdir={workdir}"),
         modjax("data", "prepare", f"--data-dir={workdir}/data"),
-    ):  # fmt: skip
+    ):
         _, err = process.communicate(timeout=100)
         assert process.returncode == 2, err
         assert err.count("\n") == 1 and "Read-only file system" in err

@@ -7,16 +7,21 @@ from tests.reliability.small import assert_same_bytes, files, finish
 pytestmark = pytest.mark.slow
 
 HOSTILE = {
-    "JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0",
-    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16", "JAX_RANDOM_SEED_OFFSET": "1",
+    "JAX_ENABLE_X64": "1",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+    "JAX_RANDOM_SEED_OFFSET": "1",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-}  # fmt: skip
+}
 
 
 def test_no_variable_of_jax_changes_a_byte_of_the_results(sweep, undisturbed, tmp_path, count):
     finish(sweep(tmp_path / "work", **HOSTILE))
-    count("arrays that variables of jax left as they are",
-          assert_same_bytes(tmp_path / "work", undisturbed))  # fmt: skip
+    count(
+        "arrays that variables of jax left as they are",
+        assert_same_bytes(tmp_path / "work", undisturbed),
+    )
     kept = [files(folder, "provenance.json") for folder in (tmp_path / "work", undisturbed)]
     assert kept[0] == kept[1] and len(kept[0]) == 4
 

@@ -1,4 +1,4 @@
-"""Streams that fail, and machines that refuse: one line, and exit codes that stay true."""
+"""Failing streams and machines that refuse give one line, and the right exit code."""
 
 import os
 import re
@@ -19,7 +19,7 @@ LOST = "modjax: standard output: No space left on device: what was printed is lo
 
 @pytest.fixture
 def shell(data_dir, tmp_path_factory):
-    """shell(command): what bash makes of it, in which `modjax` and $DATA mean what they say."""
+    """Returns shell(command), which runs bash with `modjax` and $DATA defined."""
     cache = tmp_path_factory.getbasetemp() / "cache"
 
     def shell(command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -27,19 +27,25 @@ def shell(data_dir, tmp_path_factory):
         paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
         return subprocess.run(
             ["bash", "-c", f'modjax() {{ {python} "$@"; }}; {command}'],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
-            | {"PYTHONPATH": paths, "DATA": str(data_dir)} | environment,
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            env=os.environ
+            | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+            | {"PYTHONPATH": paths, "DATA": str(data_dir)}
+            | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     return shell
 
 
 VERBS = {
-    "status": "status", "fit": "fit", "report": "report",
+    "status": "status",
+    "fit": "fit",
+    "report": "report",
     "eval": 'eval --data-dir="$DATA" --routing=predictor',
     "sample": 'sample --data-dir="$DATA" --prompt=abc --tokens=4 --run="$RUN"',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -98,7 +104,7 @@ def test_an_environment_that_refuses_jax_is_one_line(
 def test_files_that_may_not_grow_are_named(shell, undisturbed, count):
     done = shell(f"ulimit -f 0; modjax report --workdir={undisturbed}")
     assert done.returncode == 2
-    kept = "nothing was written, and what was there is kept"
+    kept = "nothing was written, and the old content is kept"
     assert re.fullmatch(rf"modjax: {undisturbed}/\S+: File too large; {kept}\n", done.stderr)
     count("machines that refuse files")
 

@@ -1,4 +1,4 @@
-"""A worker that does one run after another does not grow."""
+"""A worker that trains one run after another needs no more memory."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ SEEDS = 9  # times four runs
 
 
 def resident(pid: int) -> float:
-    """Memory of a process in MB."""
+    """Returns the memory of a process in MB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 
@@ -34,9 +34,10 @@ def test_a_worker_does_not_grow_from_run_to_run(sweep, tmp_path, count):
         time.sleep(0.02)
     reader.join()
     assert process.returncode == 0 and len(after) > 20
-    early, late = (sorted(mb for run, mb in after.items() if run in some) for some in (
-        range(8, 16), range(28, 36)
-    ))  # fmt: skip
+    early, late = (
+        sorted(mb for run, mb in after.items() if run in some)
+        for some in (range(8, 16), range(28, 36))
+    )
     growth = late[len(late) // 2] - early[len(early) // 2]
     print(f"a worker's memory: {after}")
     assert growth < 20, "MB in 20 runs; it was 40 before"

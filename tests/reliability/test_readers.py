@@ -1,4 +1,4 @@
-"""Runs and folders that are read while others write, delete and rewrite them."""
+"""Reading runs and folders while other processes write, delete and rewrite them."""
 
 import contextlib
 import json
@@ -51,8 +51,12 @@ def test_a_folder_that_is_deleted_and_put_back_all_the_time_ends_no_verb_in_a_tr
     def disturb() -> None:
         while not over.is_set():
             with contextlib.suppress(OSError, shutil.Error):
-                shutil.copytree(undisturbed, workdir, dirs_exist_ok=True,
-                                ignore=shutil.ignore_patterns("checkpoints"))  # fmt: skip
+                shutil.copytree(
+                    undisturbed,
+                    workdir,
+                    dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("checkpoints"),
+                )
             time.sleep(0.02)
             shutil.rmtree(workdir, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Signals at a sweep with real training: what is said is true, and the same command goes on."""
+"""After a signal, a sweep tells the truth about its state, and the same command continues."""
 
 import os
 import random
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def wait_for_training(process, workdir) -> None:
-    """Returns when it has logged something that an earlier one had not, or has ended."""
+    """Waits until the sweep has logged something new, or has ended."""
     deadline, before = time.monotonic() + 120, files(workdir, "metrics.jsonl")
     while files(workdir, "metrics.jsonl") == before and process.poll() is None:
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""What `modjax status`, `fit` and `report` take on a folder of 10,000 finished runs."""
+"""Time and memory of `modjax status`, `fit` and `report` on a folder of 10,000 finished runs."""
 
 import itertools
 import json
@@ -19,23 +19,28 @@ BATCH, LENGTH = 8, 128
 
 
 def model(arm: int, size: int) -> ModelSpec:
-    """The first arm is dense; the others are routed, each at a capacity of its own."""
+    """Returns a dense model for the first arm, and models of different capacity for the others."""
     width = 16 * (size + 2)
     mod = MoD(capacity=round(0.125 + 0.05 * arm, 3), causal=Predictor())
     return ModelSpec(
-        vocab_size=272, d_model=width, num_layers=2 * (1 + size // 3), num_heads=width // 16,
-        num_kv_heads=width // 16, d_ff=4 * width, layers=(Dense(), mod) if arm else (Dense(),),
-    )  # fmt: skip
+        vocab_size=272,
+        d_model=width,
+        num_layers=2 * (1 + size // 3),
+        num_heads=width // 16,
+        num_kv_heads=width // 16,
+        d_ff=4 * width,
+        layers=(Dense(), mod) if arm else (Dense(),),
+    )
 
 
 def losses(budget: float, arm: int, size: int) -> float:
-    """A parabola in the size whose minimum moves up with the budget; arms differ by 0.01 nats."""
+    """Returns a loss on a parabola in the size, whose minimum moves up with the budget."""
     centre = 4 + np.log10(budget / 1e13) * 3
     return 6 * budget**-0.04 - 0.01 * arm + 0.002 * (size - centre) ** 2
 
 
 def build(workdir: Path) -> None:
-    """A sweep's folder as it is once every run of it has finished."""
+    """Writes the folder of a sweep whose runs have all finished."""
     rng = np.random.default_rng(0)
     names = []
     for arm, size in itertools.product(range(ARMS), range(SIZES)):
@@ -50,23 +55,50 @@ def build(workdir: Path) -> None:
             spec = RunSpec(f"arm{arm}", budget, config, train, DataConfig())
             loss = losses(budget, arm, size) + 0.004 * rng.standard_normal()
             record = RunRecord(
-                run_id=spec.run_id, variant=spec.variant, status="finished", diverged_step=None,
-                budget_flops=budget, train_flops=steps * step_flops,
-                forward_flops_per_token=step_flops / 3 / BATCH / LENGTH, flops=forward,
-                params_total=counts["total"], params_non_embedding=counts["non_embedding"],
-                params_active=counts["active"], d_model=config.d_model,
-                num_layers=config.num_layers, tokens=train.tokens, epochs=train.tokens / 1e11,
-                steps=steps, batch_size=BATCH, seq_len=LENGTH, learning_rate=rate,
-                train_loss=loss + 0.1 * rng.standard_normal(), eval_loss=loss,
-                eval_loss_sem=0.01 + 0.001 * rng.random(), eval_bits_per_byte=loss / np.log(2),
-                eval_tokens=65_536, seed=seed, data_seed=0, data_fingerprint="f" * 64,
-                code_version="0.1.0+1234567", wall_seconds=budget / 3e10 * (1 + rng.random()),
-                train_seconds=budget / 3e10, compile_seconds=2 + rng.random(),
-                eval_seconds=rng.random(), data_wait_seconds=rng.random() / 1000,
-                median_step_seconds=step_flops / 3e10, device="1 x cpu",
-                versions={"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "optax": "0.2.8",
-                          "orbax-checkpoint": "0.12.8", "numpy": "2.4.6"},
-            )  # fmt: skip
+                run_id=spec.run_id,
+                variant=spec.variant,
+                status="finished",
+                diverged_step=None,
+                budget_flops=budget,
+                train_flops=steps * step_flops,
+                forward_flops_per_token=step_flops / 3 / BATCH / LENGTH,
+                flops=forward,
+                params_total=counts["total"],
+                params_non_embedding=counts["non_embedding"],
+                params_active=counts["active"],
+                d_model=config.d_model,
+                num_layers=config.num_layers,
+                tokens=train.tokens,
+                epochs=train.tokens / 1e11,
+                steps=steps,
+                batch_size=BATCH,
+                seq_len=LENGTH,
+                learning_rate=rate,
+                train_loss=loss + 0.1 * rng.standard_normal(),
+                eval_loss=loss,
+                eval_loss_sem=0.01 + 0.001 * rng.random(),
+                eval_bits_per_byte=loss / np.log(2),
+                eval_tokens=65_536,
+                seed=seed,
+                data_seed=0,
+                data_fingerprint="f" * 64,
+                code_version="0.1.0+1234567",
+                wall_seconds=budget / 3e10 * (1 + rng.random()),
+                train_seconds=budget / 3e10,
+                compile_seconds=2 + rng.random(),
+                eval_seconds=rng.random(),
+                data_wait_seconds=rng.random() / 1000,
+                median_step_seconds=step_flops / 3e10,
+                device="1 x cpu",
+                versions={
+                    "jax": "0.10.2",
+                    "jaxlib": "0.10.2",
+                    "flax": "0.12.8",
+                    "optax": "0.2.8",
+                    "orbax-checkpoint": "0.12.8",
+                    "numpy": "2.4.6",
+                },
+            )
             folder = run_dir(workdir, spec.run_id)
             folder.mkdir(parents=True)
             write_spec(folder, spec)
@@ -75,9 +107,12 @@ def build(workdir: Path) -> None:
             names.append(spec.run_id)
     config = {"sweep": {"baseline": "arm0", "flops_per_second": 3e10}}
     plan = {
-        "config_file": "configs/large.py", "command": "modjax sweep --config=configs/large.py",
-        "config": config, "data_fingerprint": "f" * 64, "runs": names,
-    }  # fmt: skip
+        "config_file": "configs/large.py",
+        "command": "modjax sweep --config=configs/large.py",
+        "config": config,
+        "data_fingerprint": "f" * 64,
+        "runs": names,
+    }
     (workdir / "plan.json").write_text(json.dumps(plan))
 
 
@@ -87,11 +122,14 @@ def metrics(record: RunRecord, step_flops: float, routed: bool, rng: np.random.G
     for k in range(1, LINES + 1):
         step = max(1, record.steps * k // LINES)
         line = {
-            "step": step, "tokens": step * BATCH * LENGTH, "train_flops": step * step_flops,
+            "step": step,
+            "tokens": step * BATCH * LENGTH,
+            "train_flops": step * step_flops,
             "loss": round(record.eval_loss + 2 / k + 0.01 * rng.standard_normal(), 6),
-            "loss_steps": step - before, "grad_norm": round(rng.random(), 7),
+            "loss_steps": step - before,
+            "grad_norm": round(rng.random(), 7),
             "learning_rate": record.learning_rate,
-        }  # fmt: skip
+        }
         if routed:
             line |= {f"router/{name}/1": round(rng.random(), 7) for name in ("mean", "accuracy")}
         lines.append(json.dumps(line))
@@ -101,13 +139,13 @@ def metrics(record: RunRecord, step_flops: float, routed: bool, rng: np.random.G
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process: CPU seconds, and MB of memory at its peak."""
+    """The CPU seconds of a process, and its peak memory in MB."""
 
     seconds: float
     memory: float
 
 
-# A child counts the memory of the process that it was forked from: it is started by a small one.
+# A child inherits the memory count of the process that forks it, so a small one starts it.
 MEASURE = """
 import os, subprocess, sys
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
@@ -117,7 +155,7 @@ print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_
 
 
 def cost(*arguments: object) -> Cost:
-    """Runs `modjax ARGUMENTS...` to its end, which must be a good one."""
+    """Runs `modjax ARGUMENTS...`, which must succeed, and returns its cost."""
     command = [sys.executable, "-P", "-m", "modjax.cli", *map(str, arguments)]
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True, check=True

@@ -1,4 +1,4 @@
-"""A damaged vocabulary is used as it was, or named in one line; it never ends in a crash."""
+"""A damaged vocabulary is harmless or named in one line; it never crashes the process."""
 
 import subprocess
 import sys

@@ -126,7 +126,7 @@ def _serve(send: Callable[..., None]) -> None:
         except InputError as error:
             send("fault" if isinstance(error, SharedFault) else "refused", error=str(error))
         except Exception as error:
-            line = outside(error, settings.workdir)
+            line = outside(error, Path(settings.workdir))
             if is_disk_full(error):
                 send("disk full")
             elif "check" in message and line is not None:
