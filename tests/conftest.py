@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from modjax.data.cache import cache_dir
 from modjax.data.manifest import Manifest, Split
 from modjax.data.prepare.writer import Written, write_split
+from modjax.data.token_cache import cache_dir
 from modjax.specs import DataConfig, Predictor
 from modjax.specs.imports import IMPORTED
 from modjax.specs.layer import NAMES, ORIGINS

@@ -9,7 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from modjax.checks.look_ahead import Finding, Leak, alone, broken, probe
-from modjax.data.cache import (
+from modjax.data.token_cache import (
     TokenCache,
     cache_dir,
     check_epochs,

@@ -113,10 +113,10 @@ def sample(args: argparse.Namespace) -> None:
     with starting():
         from modjax.decoding.generate import Sampling
         from modjax.finished.runs import open_run
-        from modjax.finished.text import Request, sample
+        from modjax.finished.text import SampleRequest, sample
         from modjax.nn import unstack
 
-    request = Request(
+    request = SampleRequest(
         prompts=_prompts(args),
         max_new_tokens=args.tokens,
         stop=[_as_utf8(text) for text in args.stop],

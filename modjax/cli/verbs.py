@@ -37,8 +37,8 @@ def prepare(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     from modjax.cli.tables import data_text
-    from modjax.data.cache import list_caches
     from modjax.data.manifest import Manifest
+    from modjax.data.token_cache import list_caches
 
     caches = list_caches(args.data_dir)
     manifests = [one for one in caches if isinstance(one, Manifest)]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modjax.data.cache import TokenCache, num_windows, train_windows
+from modjax.data.token_cache import TokenCache, num_windows, train_windows
 from modjax.errors import require
 
 ROUNDS = 8

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from modjax.data.cache import TokenCache, cache_dir, open_cache
+from modjax.data.token_cache import TokenCache, cache_dir, open_cache
 from modjax.errors import InputError, require
 from modjax.provenance import require_readable
 from modjax.records import name_left_out, read_spec, run_dir, scan

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.data.cache import shown
+from modjax.data.token_cache import shown
 from modjax.data.vocabulary import Codec
 from modjax.decoding.generate import Generated, generate, resume
 from modjax.decoding.sampling import PLAIN, Sampling
@@ -27,7 +27,7 @@ EMPTY = "is empty: give at least one character"
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """Prompts to continue, and how to continue them.
 
     prompts: at least one text.
@@ -80,7 +80,7 @@ def check_routing(model: ModelSpec, routing: str) -> None:
     model.check_routing(routing, "--routing")
 
 
-def sample(run: Finished, request: Request, write: Callable[[str], None]) -> list[Sample]:
+def sample(run: Finished, request: SampleRequest, write: Callable[[str], None]) -> list[Sample]:
     """Continues every prompt, and streams the first prompt and its continuation to `write`.
 
     Raises InputError for a prompt that is empty, too long or outside the vocabulary, for an empty
@@ -130,7 +130,7 @@ def _encode(prompt: str, codec: Codec, vocab_size: int) -> list[int]:
 
 
 def _begin(
-    run: Finished, request: Request, prompts: Sequence[Sequence[int]], sampling: Sampling
+    run: Finished, request: SampleRequest, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> Generated:
     """Reads the prompts and draws the first STREAM_EVERY tokens of each."""
     lengths_B = np.array([len(ids) for ids in prompts], np.int32)
@@ -181,7 +181,7 @@ def _row(drawn: Sequence[Generated], b: int, codec: Codec, stops: Sequence[bytes
 
 def _samples(
     run: Finished,
-    request: Request,
+    request: SampleRequest,
     prompts: Sequence[Sequence[int]],
     drawn: Sequence[Generated],
     rows: Sequence[_Row],

@@ -2,5 +2,5 @@
 
 from modjax.kernels.attention import Side, attend, received_attention
 from modjax.kernels.grouped import grouped_matmul
-from modjax.kernels.products import product, project, project_back
+from modjax.kernels.matmul import product, project, project_back
 from modjax.kernels.target import target

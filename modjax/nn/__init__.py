@@ -11,7 +11,7 @@ from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, TokenLoss, losses, observe, statistics, totals
 from modjax.nn.routing import expert_rules, routers, rules
-from modjax.nn.routing.records import Routed
+from modjax.nn.routing.routing_records import Routed
 from modjax.nn.routing.within import within
 from modjax.nn.weights import named_weights, write_weights
 

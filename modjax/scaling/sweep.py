@@ -18,7 +18,7 @@ from modjax.scaling.workdir import check_claim, claim, log_session
 from modjax.specs import RunSpec
 
 if TYPE_CHECKING:
-    from modjax.data.cache import TokenCache
+    from modjax.data.token_cache import TokenCache
 
 # Workers call its `check` once before the plan is claimed, and its `train` for every run.
 JOB = "modjax.training.loop"
@@ -26,7 +26,7 @@ JOB = "modjax.training.loop"
 
 def open_data(experiment: Experiment, data_dir: Path) -> "TokenCache":
     """Returns the experiment's token cache. Raises InputError if it is missing or damaged."""
-    from modjax.data.cache import cache_dir, open_cache
+    from modjax.data.token_cache import cache_dir, open_cache
 
     return open_cache(cache_dir(data_dir, experiment.specs[0].data))
 
@@ -43,7 +43,7 @@ def plan_table(
     noise: standard deviation of a run's loss, in nats, for the predicted intervals.
     Raises InputError if the cache has more tokens than the model has embeddings.
     """
-    from modjax.data.cache import check_vocab, epochs
+    from modjax.data.token_cache import check_vocab, epochs
 
     if cache is not None:
         check_vocab(cache, experiment.specs[0].model)

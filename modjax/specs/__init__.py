@@ -2,7 +2,8 @@
 
 from modjax.specs.fields import Spec, canonical, from_dict, to_dict
 from modjax.specs.layer import Cost, Layer, Load, Repeat, Router, Shape, named
-from modjax.specs.layers.dense import MLP, Attention, Dense, Seq
+from modjax.specs.layers.attention import Attention
+from modjax.specs.layers.dense import MLP, Dense, Seq
 from modjax.specs.layers.ends import Embedding, Expansion, Head, Logits, Tied, Tokens
 from modjax.specs.layers.masks import Bidirectional, Blocks, Causal, Mask, Prefix, Window
 from modjax.specs.layers.mod import MoD, MoDConfig, cache_slots, selected_tokens

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from modjax.checks.runs import check as check  # engines call `check` and `train` of this module
-from modjax.data.cache import check_fingerprint
+from modjax.data.token_cache import check_fingerprint
 from modjax.errors import Preempted
 from modjax.files import Missing
 from modjax.provenance import begin, provenance
@@ -19,7 +19,7 @@ from modjax.records import RunRecord, read_record, read_spec, write_record, writ
 from modjax.specs import Execution, RunSpec
 from modjax.training.results.evaluate import eval_batch_size
 from modjax.training.results.metrics import last_train_loss
-from modjax.training.results.record import make_record
+from modjax.training.results.run_record import make_record
 from modjax.training.trainer import Diverged, Trainer
 
 

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from modjax.checks.runs import check_run, open_data
 from modjax.data.batches import Batch, train_batch
-from modjax.data.cache import TokenCache
 from modjax.data.prefetch import prefetch
+from modjax.data.token_cache import TokenCache
 from modjax.files import Home
 from modjax.specs import Execution, RunSpec
 from modjax.training.base_weights import check_base, identity_of, initial_state
@@ -25,7 +25,7 @@ from modjax.training.programs import compile_programs
 from modjax.training.results.clock import Clock
 from modjax.training.results.evaluate import evaluate, summary, validation_batches
 from modjax.training.results.metrics import MetricsWriter
-from modjax.training.results.record import progress_values
+from modjax.training.results.run_record import progress_values
 from modjax.training.state import abstract_model, abstract_state, forget_losses, joined
 
 # Tokens of one read of the cache.

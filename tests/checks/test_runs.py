@@ -7,13 +7,13 @@ import pytest
 
 from modjax.checks.look_ahead import Finding, Leak
 from modjax.checks.runs import check
-from modjax.data.cache import cache_dir, open_cache
+from modjax.data.token_cache import cache_dir, open_cache
 from modjax.errors import InputError, SharedFault
 from modjax.records import read_record, scan, write_record
 from modjax.specs import Dense, Execution
 from modjax.training.loop import train
 from modjax.training.results.clock import Clock
-from modjax.training.results.record import make_record
+from modjax.training.results.run_record import make_record
 from tests.conftest import TINY_DATA
 from tests.outside.strided import Strided
 from tests.training.tiny import run_spec

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from modjax.data.batches import Batch, eval_batches, permute, train_batch
-from modjax.data.cache import num_windows, open_cache
+from modjax.data.token_cache import num_windows, open_cache
 from modjax.errors import InputError
 
 

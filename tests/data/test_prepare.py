@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from modjax.data.cache import list_caches, open_cache
 from modjax.data.prepare.documents import scan_text, stdlib_documents, stdlib_split
 from modjax.data.prepare.prepare import prepare
+from modjax.data.token_cache import list_caches, open_cache
 from modjax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("tensorflow")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from modjax.data.cache import open_cache
 from modjax.data.prepare import documents, prepare
 from modjax.data.prepare.documents import scan_text
+from modjax.data.token_cache import open_cache
 from modjax.data.vocabulary import train_sentencepiece
 from modjax.errors import InputError
 

@@ -5,10 +5,10 @@ import types
 
 import pytest
 
-from modjax.data.cache import open_cache
 from modjax.data.prepare import corpus
 from modjax.data.prepare.documents import Document
 from modjax.data.prepare.prepare import prepare
+from modjax.data.token_cache import open_cache
 from modjax.errors import InputError
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from modjax.cli.main import main
-from modjax.data.cache import list_caches, open_cache
 from modjax.data.prepare.prepare import prepare
+from modjax.data.token_cache import list_caches, open_cache
 from modjax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("tensorflow")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.data.cache import check_fingerprint, open_cache
 from modjax.data.prepare import replace
 from modjax.data.prepare.prepare import prepare
+from modjax.data.token_cache import check_fingerprint, open_cache
 from modjax.errors import InputError
 
 OLD = np.random.default_rng(0).integers(2, 259, 200_000)

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from modjax.data.cache import list_caches, open_cache
 from modjax.data.prepare.upload import MANIFEST, TOGETHER, check_writable, upload
+from modjax.data.token_cache import list_caches, open_cache
 from modjax.errors import InputError
 
 URL = "gs://bucket/data/toy-bytes"

@@ -17,7 +17,7 @@ from modjax.data.vocabulary import Codec, train_sentencepiece
 from modjax.decoding.generate import Sampling
 from modjax.errors import InputError
 from modjax.finished import text as finished_text
-from modjax.finished.text import Request, check_routing, open_codec, sample
+from modjax.finished.text import SampleRequest, check_routing, open_codec, sample
 from modjax.nn import Cache
 from modjax.specs import Dense, MoD, Predictor, TopK
 from tests.nn.small import behind_a_block
@@ -81,7 +81,7 @@ def script(rows, codec=None, vocab=259):
 def say(run, prompts, *, tokens=80, **options):
     """Returns the samples, and the parts of the first that were streamed."""
     written = []
-    request = Request(prompts, tokens, sampling=GREEDY, **options)
+    request = SampleRequest(prompts, tokens, sampling=GREEDY, **options)
     samples = sample(run, request, written.append)
     assert "".join(written) == samples[0].prompt + samples[0].text
     for s in samples:

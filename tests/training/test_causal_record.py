@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import modjax
-from modjax.data.cache import cache_dir, open_cache
+from modjax.data.token_cache import cache_dir, open_cache
 from modjax.nn.layers.attention import Attention as AttentionModule
 from modjax.records import causal_loss, causal_routing, run_dir
 from modjax.scaling.fit.comparable_runs import as_compared, under
@@ -39,7 +39,7 @@ from modjax.training.loop import train
 from modjax.training.mesh import make_mesh
 from modjax.training.results.clock import Clock
 from modjax.training.results.evaluate import validation_batches
-from modjax.training.results.record import make_record
+from modjax.training.results.run_record import make_record
 from modjax.training.step import EVAL_STREAM, stream_key
 from tests.conftest import TINY_DATA
 from tests.outside.strided import Strided

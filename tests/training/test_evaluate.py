@@ -7,7 +7,7 @@ import pytest
 
 from modjax.nn import Routed
 from modjax.nn.records import Counts, counts
-from modjax.nn.routing.records import Dispatched
+from modjax.nn.routing.routing_records import Dispatched
 from modjax.specs import Execution
 from modjax.training.mesh import make_mesh
 from modjax.training.results.evaluate import (

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from modjax.data.cache import cache_dir, open_cache, read_manifest, shown, url
 from modjax.data.manifest import SPLITS, Manifest, Split
 from modjax.data.prepare.corpus import CORPORA, Corpus, Request, check_corpus, load_tasks, sha256
 from modjax.data.prepare.replace import begin, locked, put_in_place, tidy
 from modjax.data.prepare.upload import check_writable, upload
 from modjax.data.prepare.writer import Written, has_tokens, read_journal, write_journal, write_split
+from modjax.data.token_cache import cache_dir, open_cache, read_manifest, shown, url
 from modjax.data.vocabulary import MOST_MODEL, TRAINING_BYTES, parse_vocab, train_sentencepiece
 from modjax.errors import InputError, require
 from modjax.files import is_disk_full, read_file, user_cache, write_atomically

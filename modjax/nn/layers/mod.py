@@ -15,8 +15,8 @@ from modjax import specs
 from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import LayerCache, unwritten, where_read, written
 from modjax.nn.call import At, Call, Out
-from modjax.nn.routing.records import Routed
 from modjax.nn.routing.routed_layer import RoutedLayer
+from modjax.nn.routing.routing_records import Routed
 from modjax.nn.routing.selection import Selection, scatter_add, wide
 from modjax.nn.routing.within import run_rows, within
 from modjax.specs.layers.mod import cache_slots

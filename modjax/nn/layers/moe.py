@@ -20,7 +20,7 @@ from modjax.nn.layers.dense import Sublayer, depth_scale, mlp, mlp_weights
 from modjax.nn.layers.experts import MATRIX_AXES, in_groups, in_slots, one_by_one, slots_of
 from modjax.nn.params import normal_param, read
 from modjax.nn.routing.expert_rules import SCORES
-from modjax.nn.routing.records import Dispatched
+from modjax.nn.routing.routing_records import Dispatched
 from modjax.nn.routing.selection import of_valid
 
 # At most this many positions are computed expert by expert: they do little but read weights.

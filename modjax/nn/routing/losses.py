@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from modjax.nn.call import At
 from modjax.nn.records import Record
-from modjax.nn.routing.records import decision_shares, decisions, share
+from modjax.nn.routing.routing_records import decision_shares, decisions, share
 from modjax.nn.routing.selection import Selection, selected_mask
 from modjax.nn.routing.thresholds import moved
 

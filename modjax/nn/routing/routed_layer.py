@@ -17,7 +17,7 @@ from modjax.errors import require
 from modjax.nn.build import build
 from modjax.nn.call import At, Call, under
 from modjax.nn.records import Record
-from modjax.nn.routing.records import Routed
+from modjax.nn.routing.routing_records import Routed
 from modjax.nn.routing.rules import Choice
 from modjax.nn.routing.selection import (
     Selection,

@@ -23,7 +23,7 @@ from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.engines.progress import Display
 from modjax.scaling.engines.run_lock import is_running
 from modjax.scaling.engines.worker import Settings
-from modjax.scaling.engines.worker_process import (
+from modjax.scaling.engines.worker_handle import (
     Refused,
     Worker,
     cannot_start,

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from modjax.records import RunRecord
-from modjax.scaling.engines.worker_process import Worker
+from modjax.scaling.engines.worker_handle import Worker
 from modjax.scaling.formatting import clock
 from modjax.scaling.report.prose import loss_words
 from modjax.specs import RunSpec

@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar
 from modjax.errors import require
 from modjax.specs.fields import NotNegative, Positive, Spec, one_of
 from modjax.specs.layer import Cost, Costs, Layer, Load, Router, Shape, spec
-from modjax.specs.layers.dense import Activation, Norm, matrices, norm_params
+from modjax.specs.layers.attention import Norm, norm_params
+from modjax.specs.layers.dense import Activation, matrices
 from modjax.specs.layers.routers import Linear
 
 

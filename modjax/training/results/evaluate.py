@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from modjax.data.batches import Batch, eval_batches
-from modjax.data.cache import TokenCache
 from modjax.data.manifest import Manifest, bits_per_byte
+from modjax.data.token_cache import TokenCache
 from modjax.nn.records import Counts, outcomes
 from modjax.nn.sharding import LOGICAL_TO_MESH, ways
 from modjax.specs import TrainConfig

@@ -14,7 +14,7 @@ from flax import nnx
 
 from modjax.nn import Inside, Routed
 from modjax.nn.routing import routed_layer
-from modjax.nn.routing.records import Dispatched
+from modjax.nn.routing.routing_records import Dispatched
 from modjax.specs import Attention, Dense, MoD, ModelSpec, MoE, Predictor, Seq, TokenChoice
 from tests.nn.small import QUICK, random_model
 

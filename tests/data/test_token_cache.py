@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modjax.data.cache import (
+from modjax.data.manifest import Manifest, Split, bits_per_byte
+from modjax.data.token_cache import (
     cache_dir,
     check_epochs,
     check_vocab,
@@ -17,7 +18,6 @@ from modjax.data.cache import (
     num_windows,
     open_cache,
 )
-from modjax.data.manifest import Manifest, Split, bits_per_byte
 from modjax.errors import InputError
 from modjax.specs import DataConfig, ModelSpec
 
@@ -164,7 +164,7 @@ def test_describe_lists_whole_caches_only(make_cache, tmp_path):
 
 def test_reading_never_loads_tensorflow():
     code = (
-        "import sys, modjax.data.batches, modjax.data.cache, modjax.data.prefetch\n"
+        "import sys, modjax.data.batches, modjax.data.token_cache, modjax.data.prefetch\n"
         "import modjax.data.prepare.prepare\n"
         "assert not {'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules)"
     )

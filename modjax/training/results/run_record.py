@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from modjax.data.cache import TokenCache, epochs
+from modjax.data.token_cache import TokenCache, epochs
 from modjax.flops import forward_flops, parameters, run_flops, total_flops
 from modjax.provenance import PACKAGES
 from modjax.records import NO_ROUTING, RunRecord
