@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from modjax.backend import start, starting, try_first
-from modjax.errors import InputError, Preempted, describe, require
+from modjax.errors import InputError, Preempted, require
 from modjax.specs import RunSpec, to_dict
 
 BAD_INPUT, RUNS_FAILED, FAULT, STOPPED, INTERRUPTED = 2, 3, 70, 75, 130
@@ -126,7 +126,8 @@ def train(args: argparse.Namespace) -> int:
     spec = _choose(args, experiment.specs)
     fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
     if args.distributed:
-        return _train_distributed(args, experiment, spec, fingerprint)
+        data = {"data_dir": args.data_dir, "fingerprint": fingerprint}
+        return _train_together(args, experiment, spec, data)
     return _run_plan(args, experiment, fingerprint, jobs=1, only=spec)
 
 
@@ -165,44 +166,15 @@ def _stopped(code: int, saved: bool = True) -> int:
     return code
 
 
-def _train_distributed(args: Any, experiment: Any, spec: RunSpec, fingerprint: str) -> int:
-    """Does this process's part of a run that all hosts of a slice train together."""
-    from modjax.records import run_dir
-    from modjax.scaling.engines.run_lock import run
-    from modjax.scaling.workdir import claim
-
-    start()
-    import jax
+def _train_together(args: argparse.Namespace, experiment: Any, spec: RunSpec, data: Any) -> int:
+    from modjax.scaling.engines.distributed import train_together
 
     try:
-        jax.distributed.initialize()
-    except Exception as error:
-        accepted = f"no cluster was found, see launch/README.md: {describe(error)}"
-        raise InputError("--distributed", True, accepted) from error
-    from modjax.training.loop import check
-    from modjax.training.loop import train as train_run
-
-    execution = experiment.execution
-    where = {"data_dir": args.data_dir, "fingerprint": fingerprint}
-    options = {"other_code": args.other_code, **where}
-    try:
-        check([spec], execution, **where)
-        if jax.process_index() > 0:  # the first process holds the lock and writes the result
-            train_run(spec, execution, run_dir=run_dir(args.workdir, spec.run_id), **options)
-            return 0
-        claim(experiment, args.workdir, fingerprint)
-        options["progress"] = lambda line: print(json.dumps(line), file=sys.stderr)
-        done = run(
-            spec,
-            args.workdir,
-            lambda folder: train_run(spec, execution, run_dir=folder, **options),
-        )
+        record = train_together(experiment, spec, args.workdir, other_code=args.other_code, **data)
     except Preempted:
         return _stopped(STOPPED)
-    if done is None:
-        raise InputError("--run", spec.run_id, "another process trains it")
-    record, _ = done
-    print(json_text(to_dict(record)))
+    if record is not None:
+        print(json_text(to_dict(record)))
     return 0
 
 
