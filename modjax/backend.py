@@ -17,6 +17,7 @@ TRIAL = "import jax; jax.devices()"
 def start(imports: Mapping[str, str] | None = None) -> None:
     """Sets up jax for a process that modjax owns, then imports the modules of --imports.
 
+    imports: each value of --imports and its absolute path or module, as `places` returns them.
     Raises InputError if the environment prevents jax, or if a module cannot be imported.
     """
     from modjax.provenance import fix_settings
@@ -44,10 +45,10 @@ def starting() -> Iterator[None]:
 
 
 def try_first() -> None:
-    """Raises InputError if XLA would abort this process, which no handler survives.
+    """Raises InputError if XLA would abort this process, which no exception handler can catch.
 
-    XLA aborts on unknown flags and if memory is limited. Only then is a trial in another process
-    worth its seconds.
+    XLA aborts on unknown flags, and for lack of memory. If XLA_FLAGS or a memory limit is set,
+    starts jax in another process first, which takes seconds.
     """
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if limited or os.environ.get("XLA_FLAGS"):
@@ -62,7 +63,7 @@ def try_first() -> None:
 
 
 def last_line(output: str) -> str:
-    """Returns the last line that a process printed before any report of a crash by Python."""
+    """Returns the last line of `output`, without Python's crash report and XLA's log prefix."""
     said, crash, _ = output.strip().partition("Fatal Python error")
     last = said.strip().splitlines() or [crash or "it said nothing"]
     return re.sub(r"^F\d+ .*?\] ", "", last[-1])  # without the prefix of XLA's fatal errors

@@ -27,7 +27,7 @@ class SharedFault(InputError):
 
 
 class Preempted(Exception):
-    """SIGTERM arrived. The state of `step` is saved, and the same call continues from it."""
+    """A stop by SIGTERM. The state of `step` is saved, and the same call continues from it."""
 
     def __init__(self, step: int):
         super().__init__(f"stopped by SIGTERM at step {step}; state saved")
@@ -65,12 +65,12 @@ def require(condition: bool, field: str, value: object, accepted: str) -> None:
 
 
 def is_bounded(number: float) -> bool:
-    """Returns whether arithmetic with a number stays finite."""
+    """Returns whether |number| is at most MOST_NUMBER, or MOST_INTEGER for an integer."""
     return abs(number) <= (MOST_NUMBER if isinstance(number, float) else MOST_INTEGER)
 
 
 def require_bounded(field: str, value: object) -> None:
-    """Raises InputError for a number that is not `is_bounded`; accepts all that is no number."""
+    """Raises InputError for a number that is not `is_bounded`. Accepts any other value."""
     accepted = f"must be finite, and at most {MOST_NUMBER:g}, or 2**63 for an integer"
     require(not isinstance(value, int | float) or is_bounded(value), field, value, accepted)
 

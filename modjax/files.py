@@ -95,7 +95,7 @@ def entries(folder: Path) -> list[Path]:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file, which at any time holds its old content or all of the new.
 
-    Raises OSError that names the file.
+    Raises an OSError that names the file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -120,13 +120,13 @@ def damaged(
 
 
 def reason(error: BaseException) -> str:
-    """Returns the message of an error; that of an OSError without its number and file."""
+    """Returns the message of an error, without the number and the file of an OSError."""
     return getattr(error, "strerror", None) or words(error)
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds `path` to an OSError that names no file, as reading and writing raise it."""
+    """Adds `path` to an OSError that names no file. Errors of read() and write() name none."""
     try:
         yield
     except OSError as error:

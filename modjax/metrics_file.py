@@ -42,9 +42,10 @@ def last_step(run_dir: Path) -> int:
 
 
 def lost_steps(lines: Iterable[MetricsLine], steps: int) -> str:
-    """Returns which of the steps 1 to `steps` no training line covers, as "11 to 20, 31 to 40".
+    """Returns the steps from 1 to `steps` that no training line covers, as "11 to 20, 31 to 40".
 
-    A training line covers its step and the `loss_steps` - 1 steps before it.
+    Shows at most MOST_SPANS spans. A training line covers its step and the `loss_steps` - 1 steps
+    before it.
     """
     covered = []
     for values in (line.values or {} for line in lines):

@@ -1,7 +1,7 @@
 """The provenance of a run: source code, packages, settings and devices.
 
-A run's folder has it in provenance.json from the start, and its record has it at the end. If
---other-code continues a run with another value, the value becomes "EARLIER then LATER".
+A run stores it in provenance.json at its start and in its record at its end. If --other-code
+continues a run with another value, the value becomes "EARLIER then LATER".
 """
 
 import functools
@@ -56,7 +56,7 @@ def fix_settings() -> None:
 
 @functools.cache
 def _own_source() -> str:
-    """Returns the hash of modjax's code in COMPUTING, as this process first read it."""
+    """Returns the hash of modjax's code in the folders COMPUTING, at the first call."""
     root, digests = Path(__file__).parent, []
     for path in (path for folder in COMPUTING for path in (root / folder).rglob(SOURCES)):
         content = path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes()
@@ -65,16 +65,19 @@ def _own_source() -> str:
 
 
 def source_code(model: ModelSpec | None = None) -> dict[str, str]:
-    """Returns the hash of modjax's code and of each registered layer (only those of `model`)."""
+    """Returns the hash of modjax's code and of each registered layer, by name.
+
+    model: limits the layers to those of this model.
+    """
     layers = registered() if model is None else own_layers(model)
     sources = {"modjax": _own_source()} | {name: layer_source(name) for name in layers}
     return {f"{CODE}{name}": digest for name, digest in sources.items() if digest}
 
 
 def require_unchanged(code: Mapping[str, str]) -> None:
-    """Raises SharedFault unless this process runs the source code that the sweep began with."""
+    """Raises SharedFault unless this process runs `code`, the source code of the sweep's start."""
     changed = [name for name, digest in source_code().items() if code.get(name, digest) != digest]
-    accepted = "was edited while the sweep ran, which ends: a sweep is computed by one code"
+    accepted = "was edited while the sweep ran, which stops: its runs must use the same code"
     if changed:
         raise SharedFault("source code", ", ".join(changed), accepted)
 
@@ -138,7 +141,7 @@ def _has_state(folder: Path) -> bool:
 
 
 def require_same(workdir: Path, specs: Sequence[RunSpec]) -> None:
-    """Raises InputError that names the runs with another provenance than this process."""
+    """Raises InputError, naming the runs, if some have another provenance than this process."""
     settings = {name: str(value) for name, value in SETTINGS.items()}
     differing = {}
     for spec in specs:
@@ -148,9 +151,9 @@ def require_same(workdir: Path, specs: Sequence[RunSpec]) -> None:
 
 
 def require_readable(runs: Mapping[Path, ModelSpec]) -> None:
-    """Raises InputError that names the runs whose registered layers have other code now.
+    """Raises InputError, naming the runs, if the code of their registered layers has changed.
 
-    Only warns if modjax's own code differs. runs: the model of each run, by its folder.
+    Only warns if modjax's own code has changed. runs: the model of each run, by its folder.
     """
     found = {f: _differing(read_provenance(f), source_code(model)) for f, model in runs.items()}
     own = f"{CODE}modjax"
@@ -161,7 +164,7 @@ def require_readable(runs: Mapping[Path, ModelSpec]) -> None:
 
 
 def _refuse(differing: Mapping[str, Sequence[str]], remedy: str) -> None:
-    """Raises InputError if any run id has names of changed values."""
+    """Raises InputError if any run has changed values. differing: run id -> their names."""
     concerned = [run_id for run_id, names in differing.items() if names]
     names = ", ".join(sorted(set().union(*differing.values())))
     accepted = (
@@ -172,7 +175,7 @@ def _refuse(differing: Mapping[str, Sequence[str]], remedy: str) -> None:
 
 
 def _differing(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Returns the names of changed values, without those that are FREE or were not recorded."""
+    """Returns the names of the recorded values that have changed, except FREE ones."""
     both = (earlier.keys() & now.keys()).difference(FREE)
     return sorted(name for name in both if _last(earlier[name]) not in (UNRECORDED, now[name]))
 

@@ -32,11 +32,11 @@ class RunRecord:
     budget_flops, train_flops: training FLOPs requested and spent.
     flops: forward FLOPs per sequence of each component, as `modjax.flops` counts them.
     train_loss, eval_loss: nats per token under the routing of training.
-    causal_routing: the rules behind the other causal_* fields: "trained" if training itself never
+    causal_routing: names of the rules behind the other causal_* fields; "trained" if training never
       looks ahead, NO_ROUTING if no rule applies, None in earlier records (see `causal_routing`).
-    outcome: numbers of the layers' records in the evaluation, as trained ("trained/capacity") and
-      under the causal rules ("causal/accuracy"); see `Record` in nn/records.py.
-    provenance: see provenance.py; empty in records that are older than it.
+    outcome: what the layers measured in the evaluation, as trained ("trained/capacity") and under
+      the causal rules ("causal/accuracy"); see `Record` in nn/records.py.
+    provenance: see provenance.py; empty in earlier records.
     """
 
     run_id: str
@@ -96,7 +96,7 @@ EARLIER = {
 
 
 def record_from(values: Any) -> RunRecord:
-    """Returns the record with these fields, which may come from an earlier modjax."""
+    """Returns the record with the fields `values`, which an earlier modjax may have written."""
     if isinstance(values, dict):
         outcome = {new: values[old] for old, new in EARLIER.items() if values.get(old) is not None}
         values = {name: value for name, value in values.items() if name not in EARLIER}
@@ -107,9 +107,8 @@ def record_from(values: Any) -> RunRecord:
 def causal_routing(record: RunRecord) -> str | None:
     """Returns the routing behind `causal_loss`, or None if the model has none.
 
-    An earlier record lacks it if training never looks ahead, and if no rule applies. Its costs
-    tell: in the first case it has no router, and each position, or every k-th one ("anchors"),
-    uses all parameters.
+    An earlier record without the field counts as "trained" (training never looks ahead) if the
+    model has no router, and if every position, or every k-th one ("anchors"), uses all parameters.
     """
     if record.causal_routing is not None:
         return None if record.causal_routing == NO_ROUTING else record.causal_routing
@@ -118,7 +117,7 @@ def causal_routing(record: RunRecord) -> str | None:
 
 
 def causal_loss(record: RunRecord) -> float | None:
-    """Returns the loss under `causal_routing`; None without one. A dense run's is its loss."""
+    """Returns the loss under `causal_routing`, or None. If that is "trained", it is `eval_loss`."""
     as_trained = causal_routing(record) == "trained"
     return record.eval_loss if as_trained else record.causal_loss
 
@@ -177,7 +176,7 @@ def read_spec(run_dir: Path, run_id: str | None = None) -> RunSpec:
 
 
 def require_format(path: Path, found: Any) -> None:
-    """Raises InputError for a file of runs in the format of another modjax."""
+    """Raises InputError unless `found`, the format of the runs' file at `path`, is FORMAT."""
     accepted = (
         f"must be {FORMAT}: runs of another modjax can neither be resumed nor opened; choose "
         "another workdir (`modjax fit` and `modjax report` still read their results)"
@@ -191,7 +190,7 @@ def write_provenance(run_dir: Path, values: dict[str, str]) -> None:
 
 def read_provenance(run_dir: Path) -> dict[str, str]:
     """Returns the content of provenance.json, or {} if there is no such file."""
-    path, remedy = run_dir / "provenance.json", "delete it, and nobody knows what code the run had"
+    path, remedy = run_dir / "provenance.json", "delete it, and its values count as not recorded"
     try:
         values = read_json(path, remedy)
     except Missing:
@@ -238,7 +237,7 @@ class Scan(NamedTuple):
 
 
 def scan(workdir: Path) -> Scan:
-    """Reads every result.json under `workdir`; a damaged one hides no other."""
+    """Reads every result.json under `workdir`. Names unusable ones in `left_out`."""
     records, left_out = [], {}
     for folder in entries(workdir / "runs"):
         try:
@@ -259,7 +258,7 @@ def name_left_out(left_out: dict[str, str]) -> None:
 
 
 def read_records(workdir: Path) -> list[RunRecord]:
-    """Returns the records of `scan`."""
+    """Returns the records of finished and diverged runs, as `scan` reads them."""
     return scan(workdir).records
 
 
@@ -275,7 +274,7 @@ def write_csv(path: Path, records: Iterable[RunRecord]) -> None:
 
 
 def read_csv(path: Path) -> list[RunRecord]:
-    """Returns the records in a table, which may lack the newest columns.
+    """Returns the records in a file of `write_csv`, which may lack the newest columns.
 
     Raises InputError for a row that is not a record.
     """

@@ -219,7 +219,7 @@ REPORT = """write figures, fits and tables into one HTML file.
 Arms are compared by the same loss as in `modjax fit`, see `modjax fit --help`."""
 TRAIN = """train one run, with the same folders and records as a sweep.
 
-A config with a `sweep` group describes many runs: --run names one, as `modjax plan --json` does."""
+A config with a `sweep` group describes many runs: --run takes an id from `modjax plan --json`."""
 EVAL = """evaluate finished runs on validation text under another routing than that of training.
 
 Prints the paired difference from the loss as trained, with its standard error. For every routed

@@ -49,7 +49,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     specs, failures = choose(args.workdir, args.run, routed=True)
     causal = args.slack is None or args.routing != "trained"
-    accepted = "bounds routing that never looks ahead; training takes its capacity, no more"
+    accepted = "needs a routing that never looks ahead; training uses exactly its capacity"
     require(causal, "--slack", args.slack, accepted)
     if args.run is None:  # a sweep may hold models that have not learned this routing
         specs = [s for s in specs if args.routing in s.model.routings] or specs
@@ -96,7 +96,7 @@ def _comparison_text(found: "Comparison") -> str:
 
 
 def _cell(value: float | None) -> str:
-    """Returns a share in percent; a count stays as it is."""
+    """Returns a share in percent, an integer count as it is, and "" for None."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.1%}"
@@ -152,7 +152,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def _choose_one(args: argparse.Namespace) -> RunSpec:
-    """Returns the spec of the run to sample from, whose routing and code it checks."""
+    """Returns the spec of the run to sample from, after checking its routing and its code."""
     from modjax.finished.runs import choose
     from modjax.finished.text import check_routing
 
@@ -193,9 +193,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _as_utf8(argument: str) -> str:
-    """Returns an argument read as UTF-8, whatever the locale's encoding.
+    """Returns an argument decoded as UTF-8 under any locale.
 
-    Python decodes bytes that are unknown to the locale to one surrogate each.
+    Python decodes each byte that the locale does not know to a surrogate; this restores the bytes.
     """
     try:
         return argument.encode(errors="surrogateescape").decode()

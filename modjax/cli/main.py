@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_output(out: output.Lasting) -> int:
-    """Returns 0, or reports lost output and returns its exit code."""
+    """Returns 0, or prints that output was lost and returns the exit code for it."""
     out.flush()
     if out.lost is None or isinstance(out.lost, BrokenPipeError):  # `| head` breaks the pipe
         return 0

@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, full or unread without ending any work."""
+"""Standard output and error streams that may be closed, full or unread while work goes on."""
 
 import contextlib
 import os

@@ -82,7 +82,7 @@ def plan_text(cells: Sequence[PlannedRun], jobs: int) -> str:
 
 
 def _predictions_text(cells: Sequence[PlannedRun]) -> str:
-    """Returns what `modjax fit` can determine, by budget and arm; "" if all have one size."""
+    """Returns what `modjax fit` can determine, or "" if no arm has two sizes at one budget."""
     predictions = {(c.budget_flops, c.arm): c.prediction for c in cells if c.prediction.sizes > 1}
     if not predictions:
         return ""
@@ -114,7 +114,7 @@ CLAIMS: Columns = {
 
 
 def claims_text(findings: "Sequence[Finding]") -> str:
-    """Returns, for each layer and routing, what it claims about looking ahead and what was seen."""
+    """Returns a table of layers and routings: the claim about looking ahead, and any leak seen."""
     return _table(CLAIMS, findings, left=4)
 
 
@@ -161,7 +161,7 @@ def outcome_text(outcome: Outcome) -> str:
 
 
 def flops_values(spec: RunSpec) -> dict:
-    """Returns a run's parameters and FLOPs by component, and in sum under each convention."""
+    """Returns a run's parameters, cache bytes, and FLOPs by component and by convention."""
     seq_len, sequences = spec.train.seq_len, spec.train.steps * spec.train.batch_size
     forward = forward_flops(spec.model, seq_len)
     training = {name: train_flops(spec.model, seq_len, sequences, name) for name in CONVENTIONS}

@@ -2,8 +2,8 @@
 
 Legend: B batch (sequences), L positions.
 
-Window i holds the tokens [i * L, i * L + L], one more than L: all but the last are inputs, all but
-the first are targets. Every epoch visits all windows once, in an order drawn from (seed, epoch).
+Window i holds the L + 1 tokens from i * L on: all but the last are inputs, all but the first are
+targets. Every epoch visits all windows once, in an order drawn from (seed, epoch).
 """
 
 from collections.abc import Iterator
@@ -61,8 +61,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def train_batch(cache: TokenCache, *, seq_len: int, batch_size: int, seed: int, step: int) -> Batch:
-    """Returns the training batch of a step: windows [step * B, step * B + B) of the endless order.
+    """Returns the training batch of a step: windows [step * B, step * B + B) in training order.
 
+    Training order is that of epoch 0, then epoch 1, and so on; a batch may span two epochs.
     Raises InputError if the training split is shorter than one window.
     """
     size = train_windows(cache, seq_len)

@@ -27,8 +27,8 @@ class Manifest:
     """Description of a cache.
 
     vocab: as in `DataConfig.vocab`.
-    source: names the text, with a hash of it.
-    fingerprint: sha256 of the token streams and the vocabulary; equal exactly when those are.
+    source: describes the text and any given SentencePiece model, with hashes where known.
+    fingerprint: sha256 that identifies the token streams and the vocabulary.
     vocab_sha256: hash of vocabulary.model. None for bytes, and in caches of earlier versions,
         whose vocabulary.model is not checked.
     """
@@ -50,7 +50,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """Raises InputError, ValueError or RecursionError if `text` is not a manifest."""
+        """Returns the manifest in a JSON text.
+
+        Raises InputError, ValueError or RecursionError if `text` is not a manifest.
+        """
         values = json.loads(text)
         require(isinstance(values, dict), "manifest", values, "must be a group of fields")
         accepted = f"this version reads format {FORMAT}"
@@ -71,7 +74,7 @@ def bits_per_byte(manifest: Manifest, loss: float) -> float:
 
     The result is loss * tokens / bytes / ln 2. Tokens include the one eos of each document, since
     the loss does: knowing where a text ends is part of predicting it. Bytes are those of the text
-    alone. The extra token is the same for every vocabulary, so figures compare across vocabularies.
+    alone. Every vocabulary adds the same eos, so results compare across vocabularies.
     """
     counts = manifest.splits["validation"]
     return loss * counts.tokens / counts.bytes / math.log(2)

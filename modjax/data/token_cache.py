@@ -35,7 +35,10 @@ CACHE_POOL_BYTES = 512 * 2**20
 
 
 def cache_dir(data_dir: Path, data: DataConfig) -> Path:
-    """Returns the folder of a corpus under a vocabulary, a model being named by its file."""
+    """Returns the folder of a cache, DATA_DIR/NAME-VOCAB.
+
+    VOCAB is "bytes", "sentencepiece-SIZE" or the file name of a SentencePiece model.
+    """
     return Path(data_dir) / f"{data.name}-{data.vocabulary}"
 
 
@@ -49,7 +52,7 @@ def url(path: Path | str) -> str | None:
 
 
 def shown(path: Path | str) -> str:
-    """Returns `path` as a user writes it."""
+    """Returns `path` as text for messages. Restores the // of a URL, which Path() folds."""
     return url(path) or str(path)
 
 
@@ -89,7 +92,7 @@ class TokenCache:
 
     @contextlib.contextmanager
     def _store_errors(self) -> Iterator[None]:
-        """Raises InputError for a store error: the cache was replaced, or else is damaged."""
+        """Turns a store error into SharedFault if the cache was replaced, else into InputError."""
         try:
             yield
         except STORE_ERRORS as error:
@@ -138,7 +141,7 @@ def open_cache(path: Path | str) -> TokenCache:
 
 
 def list_caches(data_dir: Path | str) -> list[Manifest | InputError]:
-    """Returns, by name, the manifest of every cache in a folder, or the error of reading it.
+    """Returns the manifest of every cache in a folder, or the error of reading it, sorted by name.
 
     Returns [] if there is no folder. Raises InputError if the folder cannot be read.
     """
@@ -188,7 +191,7 @@ def parse_manifest(path: Path | str, manifest: bytes) -> Manifest:
 def _read(path: Path | str, name: str, most: int) -> bytes | None:
     """Returns a file of a cache, or None if there is none. Raises InputError if it is unreadable.
 
-    most: bytes that are read from a local folder; a longer file is an error.
+    most: size limit of a local file, in bytes.
     """
     try:
         if url(path) is None:  # tensorstore would wait for a fifo
@@ -211,7 +214,7 @@ def _damaged(path: Path | str, why: str) -> InputError:
 def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
     """Raises SharedFault unless the folder still holds the cache that was opened.
 
-    expected: the fingerprint that the cache must have, if any, such as that of a plan.
+    expected: fingerprint that the opened cache must have, such as that of a plan; None: any.
     """
     found = read_manifest(cache.path)
     where, opened = shown(cache.path), cache.manifest.fingerprint
@@ -234,7 +237,7 @@ def check_fingerprint(cache: TokenCache, expected: str | None = None) -> None:
 
 
 def num_windows(cache: TokenCache, split: str, seq_len: int) -> int:
-    """Returns the number of windows in a split: `seq_len` inputs and one more token to predict."""
+    """Returns the number of windows of seq_len + 1 tokens in a split; neighbours share a token."""
     return max(0, (cache.manifest.splits[split].tokens - 1) // seq_len)
 
 
@@ -248,7 +251,7 @@ def train_windows(cache: TokenCache, seq_len: int) -> int:
 
 
 def epochs(cache: TokenCache, seq_len: int, sequences: int) -> float:
-    """Returns how often training on `sequences` windows reads the training split.
+    """Returns the (fractional) number of epochs in training on `sequences` windows.
 
     Raises InputError if the split is shorter than one window.
     """
@@ -256,7 +259,7 @@ def epochs(cache: TokenCache, seq_len: int, sequences: int) -> float:
 
 
 def check_epochs(cache: TokenCache, data: DataConfig, seq_len: int, sequences: int) -> None:
-    """Raises InputError if training on `sequences` windows takes more than `data.max_epochs`."""
+    """Raises InputError if training on `sequences` windows exceeds `data.max_epochs`."""
     needed = epochs(cache, seq_len, sequences)
     remedy = f"this run reads {data.name} {needed:.2f} times; allow that, or prepare more text"
     require(needed <= data.max_epochs, "data.max_epochs", data.max_epochs, remedy)

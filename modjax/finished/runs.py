@@ -77,7 +77,7 @@ class Finished(NamedTuple):
     spec: what it computes.
     cache: the token cache that it was trained on.
     mesh: one device, which holds the weights.
-    model: its graph definition and the like.
+    model: its graph definition, with the axes and roles of its weights.
     weights: its final weights.
     """
 
@@ -106,10 +106,11 @@ def _restore(spec: RunSpec, folder: Path, identity: dict[str, str]) -> tuple[Mes
 
 
 class Comparison(NamedTuple):
-    """The loss of a run under a causal routing against its loss as trained.
+    """The loss of a run under another routing against its loss as trained, in nats per token.
 
+    trained, causal: the evaluation as trained, and the one under `routing`.
     difference: causal - trained, paired by sequence.
-    layers: the outcome of each layer's records under the causal routing, by its path.
+    layers: path of a layer -> name -> what it measured under `routing`, see `Record.outcome`.
     """
 
     run_id: str
@@ -122,7 +123,10 @@ class Comparison(NamedTuple):
 
 
 def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
-    """Evaluates a run on its validation text, as trained and under `routing` with `slack`."""
+    """Evaluates a run on its validation text, as trained and under `routing`.
+
+    slack: factor on the capacity of routed layers under `routing`, see modjax.nn.Call.
+    """
     train, scores = run.spec.train, []
     with jax.set_mesh(run.mesh):
         for arguments in ({"routing": "trained"}, {"routing": routing, "slack": slack}):

@@ -132,7 +132,7 @@ def _encode(prompt: str, codec: Codec, vocab_size: int) -> list[int]:
 def _begin(
     run: Finished, request: SampleRequest, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> Generated:
-    """Reads the prompts and draws the first STREAM_EVERY tokens of each."""
+    """Prefills the prompts and draws up to STREAM_EVERY tokens after each."""
     lengths_B = np.array([len(ids) for ids in prompts], np.int32)
     tokens_BL = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for b, ids in enumerate(prompts):
@@ -163,7 +163,7 @@ class _Row(NamedTuple):
 def _row(drawn: Sequence[Generated], b: int, codec: Codec, stops: Sequence[bytes]) -> _Row:
     """Returns the tokens drawn so far for prompt b, up to the first of `stops`.
 
-    Stops are searched in the text, because other tokens than a stop's own may spell it.
+    Searches the text and not the tokens: several sequences of tokens may spell the same stop.
     """
     tokens_O = np.concatenate([part.tokens_BO[b] for part in drawn])
     depths_O = np.concatenate([part.depths_BO[b] for part in drawn])

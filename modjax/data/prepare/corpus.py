@@ -18,9 +18,9 @@ CORPORA = ("stdlib", "c4", "lm1b")
 class Corpus:
     """A checked corpus.
 
-    source: describes the text in the manifest, with a hash where there is one.
-    files, scan: the user's files and the result of their first pass.
-    tfds_name: full name of a TFDS data set.
+    source: description of the text for the manifest, with its hash unless it is a TFDS data set.
+    files, scan: the user's files, if any, and the result of their first pass.
+    tfds_name: full name of a TFDS data set, or None.
     """
 
     name: str
@@ -45,7 +45,11 @@ class Request:
         return self.corpus.source + given
 
     def inputs(self, model: bytes) -> str:
-        """Returns a description of all that the tokens depend on. A run resumes only if equal."""
+        """Returns a description of everything that the tokens depend on.
+
+        A killed preparation resumes only if this is unchanged. model: the SentencePiece model, or
+        b"" for bytes.
+        """
         scan = self.corpus.scan
         files = scan.state if scan is not None else ""
         return f"{self.source}; files {files}; vocabulary {sha256(model)}"
@@ -54,7 +58,7 @@ class Request:
 def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:
     """Returns the requested corpus: the user's files, a TFDS data set or one of `CORPORA`.
 
-    Raises InputError if it does not exist, cannot be read or takes the name of another.
+    Raises InputError if it does not exist, cannot be read or has the name of a built-in corpus.
     """
     require(tfds_name != "", "--tfds", tfds_name, "is empty: name a data set, or leave it out")
     require(not (files and tfds_name), "--tfds", tfds_name, "cannot be combined with --text")

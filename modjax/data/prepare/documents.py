@@ -72,9 +72,9 @@ def text_documents(files: Sequence[Path]) -> Iterator[Document]:
     """Yields the documents of the user's files, in order.
 
     Files are UTF-8, plain or compressed with xz or gzip. In a file named .jsonl, .ndjson or .json
-    (before .xz or .gz), each line is an object with a "text", of at most LONGEST_LINE characters.
+    (before .xz or .gz), each line of at most LONGEST_LINE characters is an object with a "text".
     Any other file is plain text of any length, cut at blank lines into documents of about PIECE
-    characters. Raises InputError, naming the file and the line, for a file that cannot be used.
+    characters. Raises InputError for an unusable file, and names the line if it is JSON.
     """
     for path in files:
         suffixes = [s.lower() for s in path.suffixes if s.lower() not in (".xz", ".gz")]
@@ -97,7 +97,7 @@ def _decoded(path: Path, raw: IO[bytes]) -> IO[str]:
 
 
 def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
-    """Yields the number and the text of each line that is not blank."""
+    """Yields the line number, from 1, and the "text" of each line that is not blank."""
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
@@ -120,7 +120,7 @@ def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
 
 
 def _plain_pieces(file: IO[str]) -> Iterator[tuple[int, str]]:
-    """Yields the number and the text of each piece."""
+    """Yields the ordinal, from 1, and the text of each document in plain text."""
     piece: list[str] = []
     size = number = 0
     while line := file.readline(PIECE):
@@ -157,9 +157,9 @@ class TextScan:
 def scan_text(files: Sequence[Path]) -> TextScan:
     """Reads the user's files once and chooses their validation split.
 
-    The split takes documents in order of their hash until it holds 5% of the text, or one hash is
-    left for training. Raises InputError if a file cannot be used, or if there are not two distinct
-    documents.
+    The split takes whole buckets in ascending order until it holds 5% of the text; one bucket is
+    always left for training. Raises InputError if a file cannot be used, or if the documents fall
+    into fewer than two buckets.
     """
     require(len(files) > 0, "--text", [], "must name a file")
     state = _state(files)
@@ -188,9 +188,9 @@ def scan_text(files: Sequence[Path]) -> TextScan:
 
 
 def scanned_documents(files: Sequence[Path], scan: TextScan) -> Iterator[Document]:
-    """Yields `text_documents`.
+    """Yields the documents of the user's files, as `text_documents` does.
 
-    Raises InputError after the last one if the texts are not those of `scan`: a file has changed.
+    Raises InputError after the last one if a file has changed since `scan`.
     """
     digest = hashlib.sha256()
     for document in text_documents(files):

@@ -1,8 +1,8 @@
 """Preparation of token caches.
 
 A cache is made in a hidden folder beside its place, `.NAME-VOCAB.partial`, and moved there when it
-is whole. A run that was killed resumes after its last full shard and ends in the same cache. A
-cache for an object store is made in the user's cache folder, uploaded, and removed there.
+is whole. A killed preparation resumes after its last full shard and makes the same cache. A cache
+for an object store is made in the user's cache folder, uploaded, and removed there.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def prepare(
     """Makes the token cache of a corpus, unless it exists, and returns its folder.
 
     The corpus is the user's files, or a TFDS data set, or the corpus called `name`: stdlib (the
-    default), c4 or lm1b. For files or a data set, `name` is the name of the result.
+    default), c4 or lm1b. For files or a data set, `name` names the result.
 
     vocab: "bytes", "sentencepiece:SIZE" (trained on the corpus) or the path of a SentencePiece
         model.
@@ -102,7 +102,7 @@ def _check_same(final: Path, request: Request) -> None:
 def _make_remote(remote: str, name: str, request: Request, exists: bool) -> None:
     """Makes the cache in the user's cache folder, then moves it to the URL `remote`.
 
-    Does nothing if the remote cache exists and no earlier run was stopped while uploading it.
+    Does nothing if the remote cache exists, unless an earlier upload of it was stopped.
     """
     here = user_cache("upload") / sha256(remote.encode())[:16] / name
     try:
@@ -194,7 +194,7 @@ def _fill(partial: Path, request: Request, report: Report) -> None:
 
 
 def _open_source(tasks: Any, corpus: Corpus, scratch: Path) -> Any:
-    """Returns the seqio data source of a corpus. scratch: folder for the standard library."""
+    """Returns the seqio data source of a corpus. TFDS builds the standard library in `scratch`."""
     if corpus.scan is not None:
         return tasks.TextSource(corpus.files, corpus.scan)
     if corpus.tfds_name is not None:
@@ -222,7 +222,10 @@ def _train_vocabulary(tasks: Any, source: Any, request: Request) -> bytes:
 def _counted(
     batches: Iterator[Any], split: str, done: int, total: int, report: Report
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields documents one by one, and reports how many of `total` are done."""
+    """Yields the tokens and the bytes of text of each document, and reports progress.
+
+    done, total: numbers of documents, for the report.
+    """
     for batch in batches:
         yield from zip(batch.tokens, batch.bytes, strict=True)
         done += len(batch.tokens)
@@ -249,7 +252,10 @@ def _manifest(
 
 @contextlib.contextmanager
 def _reporting(what: str) -> Iterator[Report]:
-    """Shows one live line of progress on a terminal; prints a line now and then elsewhere."""
+    """Yields a function that shows progress, preceded by `what`, on stderr.
+
+    It updates one line on a terminal, else prints a line every SECONDS_BETWEEN_LINES.
+    """
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status(f"{what}: starting") as status:

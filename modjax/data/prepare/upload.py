@@ -1,4 +1,7 @@
-"""Uploads of a token cache to an object store, which holds a usable cache or none at any time."""
+"""Uploads of a token cache to an object store.
+
+At any time the store holds either a usable cache or none.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -66,7 +69,7 @@ def _listed(store: ts.KvStore) -> list[str]:
 
 @contextlib.contextmanager
 def _store_errors(folder: str, remedy: str = "") -> Iterator[None]:
-    """Raises InputError for an error of the store."""
+    """Turns a store error into an InputError whose message ends with `remedy`."""
     try:
         yield
     except STORE_ERRORS as error:

@@ -24,10 +24,11 @@ UNBOUNDED = 2**50  # length of an array before its end is known
 class Written:
     """Progress of a split. Counts whole shards only, until the split is done.
 
-    documents, bytes: counts of the documents that are wholly stored.
-    within: number of stored tokens of the document after these.
+    documents: number of documents that are wholly stored.
+    bytes: size of their text in UTF-8.
+    within: number of stored tokens of the next document, which is stored in part.
     tokens: number of all stored tokens.
-    digest: sha256 of the last shard and of the digest before it.
+    digest: chained sha256 of the shards: each of the previous digest and the shard.
     done: whether the whole split is stored.
     """
 
@@ -42,7 +43,8 @@ class Written:
 def read_journal(folder: Path, request: str) -> dict[str, Written]:
     """Returns the progress of each split in `folder`.
 
-    Empties the folder if its journal is missing, damaged or of another `request`.
+    Empties the folder if its journal is missing, damaged or of another `request`, which is a
+    description by `Request.inputs`.
     """
     found = _journal(folder)
     if found is not None and found[0] == request:
@@ -53,7 +55,7 @@ def read_journal(folder: Path, request: str) -> dict[str, Written]:
 
 
 def has_tokens(folder: Path) -> bool:
-    """Returns whether a later run can resume from the content of `folder`."""
+    """Returns whether `folder` holds tokens from which a later preparation can resume."""
     found = _journal(folder)
     return found is not None and any(written.tokens for written in found[1].values())
 
@@ -78,8 +80,8 @@ def write_split(
 ) -> Iterator[Written]:
     """Appends documents (tokens, bytes of text) end to end to the array in `folder`.
 
-    Yields the progress after every full shard, and at the end. `documents` begins after the first
-    `start.documents`.
+    Yields the progress after every full shard, and at the end. `documents` leaves out the first
+    `start.documents`, which are stored.
     """
     array = _open(folder, dtype, fresh=start.tokens == 0)
     buffer = np.empty(SHARD, dtype)
