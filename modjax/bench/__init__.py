@@ -24,7 +24,7 @@ from modjax.errors import InputError, describe
 BENCHMARKS = {
     "startup": "time to import modjax against jax and flax alone",
     "step": "train step: MoD against dense and its FLOP ratio, dense against PyTorch",
-    "decode": "decoding and prefill: MoD against dense, both against reading the memory",
+    "decode": "decoding and prefill: MoD against dense, dense against reading its parameters",
     "moe": "mixture of experts and MoDE: train step and decoding against dense, on a TPU slice",
     "altup": "Alternating Updates: train step and decoding against dense, Sequence-AltUp",
     "sweep": "a small sweep, twice: overhead, compilation from the cache, waiting for data",
@@ -49,7 +49,7 @@ class Row:
 
 
 def fill(rows: Sequence[Row], values: Sequence[float]) -> list[Row]:
-    """Returns the declared rows with their values."""
+    """Returns the declared rows with `values` filled in."""
     return [dataclasses.replace(r, value=v) for r, v in zip(rows, values, strict=True)]
 
 
@@ -68,7 +68,7 @@ def run(name: str, *, json: bool = False) -> None:
 
 
 def _measure(module: Any) -> list[Row]:
-    """Returns the module's rows. An error costs only their values, not those of other modules."""
+    """Returns the module's rows. An error leaves them without values; other modules still run."""
     try:
         return module.measure()
     except Exception as error:

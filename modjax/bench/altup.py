@@ -22,7 +22,7 @@ ROWS = (
 
 
 def models(dense: ModelSpec) -> Mapping[str, ModelSpec]:
-    """Returns the dense model and its AltUps, by name."""
+    """Returns name -> model: the dense one and its AltUp variants."""
 
     def recycled(streams: int) -> ModelSpec:
         layers = tuple(AltUp(active=i) for i in range(streams))

@@ -1,8 +1,8 @@
-"""Decoding: MoD against dense, both against the memory that they must read, and prefill.
+"""Decoding: MoD against dense, and dense against reading its parameters once. Also prefill.
 
-d 512, 12 layers, a context of 1024. The MoD model routes 12.5% in every other block by a predictor,
-whose line is set so that random weights route as often as a trained model. Its routing is paced, so
-its caches are bounded.
+d 512, 12 layers, a context of 1024. In every other block of the MoD model, a predictor routes 12.5%
+of the tokens. Its threshold is set so that random weights route as often as a trained model. The
+"paced" routing limits the tokens routed, so the KV caches are bounded.
 
 Legend: B batch, L positions, A layers of one kind, O new tokens.
 """
@@ -73,7 +73,7 @@ def measure() -> list[Row]:
 
 
 def draw_in_turn(configs: Mapping[str, ModelSpec]) -> dict[str, list[float]]:
-    """Returns the seconds in which each model draws NEW tokens at batch 1."""
+    """Returns the seconds that each model takes to generate NEW tokens at batch 1, by round."""
     models = {name: unstack(*split(config)) for name, config in configs.items()}
     states = {name: start(*model, 1, "causal") for name, model in models.items()}
     return _draw_in_turn(models, states, 1, {})
@@ -85,7 +85,7 @@ def _draw_in_turn(
     batch: int,
     others: Mapping[str, Callable[[], Any]],
 ) -> dict[str, list[float]]:
-    """Returns the seconds in which each model draws NEW tokens, and those of the `others`."""
+    """Returns the seconds that each model takes to generate NEW tokens, and those of `others`."""
     steps = {name: functools.partial(draw, *model) for name, model in models.items()}
     inputs = {name: functools.partial(copy, state) for name, state in states.items()}
     seconds = interleaved({**steps, **others}, inputs=inputs)
@@ -100,7 +100,7 @@ def split(config: ModelSpec) -> tuple[Any, Any]:
 
 
 def calibrated(model: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Returns the model with every predictor set to "the score is above the mean k-th score".
+    """Returns the model whose predictors accept scores above the mean k-th highest score.
 
     A predictor costs the same with any weights.
     """
@@ -117,7 +117,7 @@ def calibrated(model: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def start(graphdef: Any, params: Any, batch: int, routing: str) -> State:
-    """Returns the state after a prompt that leaves NEW tokens of the context."""
+    """Returns the decoding state after a prompt of CONTEXT - NEW tokens."""
     tokens_BL = np.random.default_rng(2).integers(0, DENSE.vocab_size, (batch, CONTEXT - NEW))
     read = functools.partial(generate, routing=routing, slack=SLACK)
     return read(graphdef, params, tokens_BL, max_new_tokens=0, max_length=CONTEXT).state
@@ -128,7 +128,10 @@ def copy(state: State) -> State:
 
 
 def draw(graphdef: Any, params: Any, state: State) -> jax.Array:
-    """Draws NEW tokens, which uses the state up, and returns their depths when they are done."""
+    """Generates NEW tokens, which consumes `state`.
+
+    Returns the number of routed blocks that processed each token, shape (B, O).
+    """
     found = resume(graphdef, params, state, max_new_tokens=NEW, sampling=Sampling())
     return jax.block_until_ready(found.depths_BO)
 

@@ -75,13 +75,13 @@ def measure() -> list[Row]:
 
 
 def decoding() -> float:
-    """Returns tokens per second of a MoE over those of the dense model of equal active size."""
+    """Returns a MoE's tokens per second over those of the dense model of equal active size."""
     moe = dataclasses.replace(DECODED, layers=(with_experts(MoE(8)),))
     return ratio(draw_in_turn({"dense": DECODED, "moe": moe}), "dense", "moe")
 
 
 def flops_on_a_slice() -> float:
-    """Returns the FLOPs that all chips of a slice execute, by XLA's count, over the useful ones."""
+    """Returns the FLOPs that a TPU slice executes, by XLA's count, over the useful FLOPs."""
     moe, tight = (with_experts(MoE(8, TokenChoice(2), capacity_factor=f)) for f in (1.25, 1.0))
     model = ModelSpec(1024, 512, 2, 4, 4, 2048, dtype="bfloat16", layers=moe)
     train = TrainConfig(16, 1024, 1000, 1e-3, 10)

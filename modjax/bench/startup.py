@@ -14,7 +14,7 @@ OURS = "import modjax; modjax.Transformer, modjax.MoDBlock, modjax.flops"
 
 
 def measure() -> list[Row]:
-    """Returns the median ratio of the times of both imports, each in processes of its own."""
+    """Returns the median ratio of the two import times. Each import has a fresh process."""
     seconds: dict[str, list[float]] = {BASE: [], OURS: []}
     for _ in range(ROUNDS + 1):  # the first round reads the files from disk
         for code, found in seconds.items():

@@ -2,7 +2,7 @@
 
 The sizes are those of the project's targets: d 256, 8 layers, 4 heads, 512 positions, batch 8.
 
-Legend: B batch, L positions and one more.
+Legend: B batch, L positions + 1 (inputs and targets overlap).
 """
 
 import dataclasses
@@ -62,9 +62,10 @@ def interleaved(
     rounds: int = ROUNDS,
     inputs: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each step, taken in turn, so that drift of the machine hits all alike.
+    """Returns the seconds of each step in each round.
 
-    inputs: name -> makes the argument that this step uses up; making it is not timed.
+    Steps take turns, so that drift of the machine affects all alike.
+    inputs: name -> function that makes the step's argument, which the step consumes. Not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 2):
@@ -86,7 +87,7 @@ def train_in_turn(steps: Mapping[str, Step]) -> dict[str, list[float]]:
 
 
 def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
-    """Returns the median of the ratios round by round."""
+    """Returns the median over rounds of the time of `over` divided by that of `under`."""
     pairs = zip(seconds[over], seconds[under], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
@@ -94,7 +95,7 @@ def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
 def per_flop(
     seconds: Mapping[str, list[float]], models: Mapping[str, ModelSpec], over: str, under: str
 ) -> float:
-    """Returns the `ratio` of two train steps over the ratio of their FLOPs."""
+    """Returns the `ratio` of two train steps, divided by the ratio of their FLOPs."""
     flops = {name: train_flops(models[name], TRAIN.seq_len, 1) for name in (over, under)}
     return ratio(seconds, over, under) / (flops[over] / flops[under])
 

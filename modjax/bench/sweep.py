@@ -1,7 +1,7 @@
 """A small sweep, run twice: its time outside training and compilation, and its waits for data.
 
 The sweep is configs/tiny.py without its largest budget: 2 arms x 5 sizes x 2 budgets (1e11 and 3e11
-FLOPs) = 20 runs on 2 worker processes. Its text is prepared before the clock starts. Nothing that
+FLOPs) = 20 runs on 2 worker processes. Its data are prepared before timing starts. Nothing that
 the user has prepared, compiled or trained is used.
 """
 

@@ -1,4 +1,4 @@
-"""A whole sweep in its folder: plans, claims, runs through an engine, and keeps the account."""
+"""A whole sweep in its folder: checks its plan, does its runs, and logs the time spent."""
 
 import time
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def check(experiment: Experiment, cache: "TokenCache") -> None:
 class Outcome:
     """Result of a sweep.
 
-    records: those of the plan's finished runs.
+    records: the records of the runs that were asked for and have finished.
     failures: run id -> why the run was given up.
     """
 
@@ -98,10 +98,10 @@ def sweep(
 ) -> Outcome:
     """Runs the unfinished runs of the plan on `jobs` local processes; see engines/local.py.
 
-    Call `check` first. The same call goes on after any error; it repeats no finished run.
+    Call `check` first. After an error, the same call resumes the sweep and repeats no finished run.
 
-    only: the one run of the plan to do.
-    other_code: go on with runs that other code began, or that were begun in another environment.
+    only: the single run of the plan to do; None does all.
+    other_code: whether to resume runs that other code, or another environment, began.
     Raises InputError for bad input, OSError for a full disk and Stopped after a signal.
     """
     require(jobs > 0, "--jobs", jobs, "must be greater than 0")

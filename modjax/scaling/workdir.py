@@ -1,4 +1,4 @@
-"""Folder of a sweep: its plan, and the account of its sessions.
+"""Folder of a sweep: its plan, and the log of its sessions.
 
 workdir/plan.json               the config, the command and the runs of the sweep
 workdir/sweep.json              the time that every session of the sweep spent
@@ -52,7 +52,9 @@ def read_plan(workdir: Path) -> Plan | None:
 
 
 def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan | None:
-    """Returns the plan that `workdir` has so far. A plan may grow, but not change or shrink.
+    """Checks that `workdir` can hold the experiment's plan, and returns the plan it has so far.
+
+    A plan may grow, but not shrink or change.
 
     Raises InputError if `workdir` has runs of another format, runs that are not part of this plan,
     or runs on other data.
@@ -78,7 +80,7 @@ def check_claim(experiment: Experiment, workdir: Path, fingerprint: str) -> Plan
 
 
 def claim(experiment: Experiment, workdir: Path, fingerprint: str) -> None:
-    """Writes plan.json and every spec.json that is missing.
+    """Writes plan.json, and spec.json for every run that lacks it.
 
     plan.json keeps the command that wrote it until the plan grows.
     Raises InputError as `check_claim` does.

@@ -1,8 +1,8 @@
-"""Runs a plan on local worker processes: assigns, watches, retries, and stops in good order.
+"""Scheduler of a sweep on local worker processes: assigns runs, retries them, and shuts down.
 
-Workers live as long as the sweep, so that jax is imported once per worker and not once per run.
-Each has its own share of the cores, so that XLA's threads fit. The folders are the only state that
-counts: a run is done when its result.json is there, and the process that holds its lock does it.
+A worker does many runs, so that it imports jax only once. Each worker has its own cores, so that
+the workers' XLA threads do not compete. All state is in the folders: a run is done when its
+result.json exists, and in progress while a process holds its lock.
 """
 
 import contextlib
@@ -56,12 +56,12 @@ class Stopped(Exception):
 
 
 class Session:
-    """One call of a sweep: `run` returns when every run is finished or given up.
+    """One invocation of a sweep: `run` returns when every run is finished or given up.
 
     finished: ids of the runs that this session's workers finished.
     found: ids of the runs that other sessions finished meanwhile.
     failures: run id -> why the run was given up.
-    home: the sweep's folder, None until the plan is claimed.
+    home: the sweep's folder; None until the plan is written there.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Session:
     def run(self, claim: Callable[[], None]) -> None:
         """Does the runs.
 
-        claim: called as soon as a worker has found that no run would be refused.
+        claim: writes the plan. Called once, when a worker has found no run that would be refused.
         """
         with signals() as self.received, self.display:
             try:
@@ -108,7 +108,7 @@ class Session:
     # Mechanism: the workers are started, heard and stopped.
 
     def _attend(self) -> None:
-        """Handles what the workers say, and replaces those that have died."""
+        """Handles the workers' messages, and replaces the workers that have died."""
         if self.received:
             raise Stopped(self.received[0])
         for worker in self.workers:
@@ -198,7 +198,7 @@ class Session:
             self._look_elsewhere()
 
     def _look_elsewhere(self) -> None:
-        """Takes back the runs that other sweeps on this folder have finished or dropped."""
+        """Records runs that other sweeps on this folder finished; requeues runs they dropped."""
         for spec in list(self.elsewhere):
             if is_running(self._folder(spec)):
                 continue
@@ -214,7 +214,7 @@ class Session:
             self.display.note(f"nothing left to do but to wait for another sweep's {names}")
 
     def _ended(self, spec: RunSpec, event: str, message: dict[str, Any]) -> None:
-        """Handles the event with which a worker gives back its run."""
+        """Handles the last event of a run: `event` tells how the run ended."""
         self.failed_starts = 0
         if event == "busy":
             self.elsewhere.append(spec)
@@ -229,7 +229,7 @@ class Session:
             self._finish(spec, here=event == "done")
 
     def _died(self, worker: Worker) -> None:
-        """Decides what becomes of a worker that has ended, and of its run."""
+        """Retries or gives up the run of a worker that ended. Raises if workers cannot start."""
         was_ready, was_checker = worker.ready, worker is self.checker and not self.checked
         self.selector.unregister(worker.output)
         code = worker.end()

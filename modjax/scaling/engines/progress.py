@@ -58,7 +58,7 @@ class Display:
         self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
 
     def update(self, workers: Sequence[Worker], elsewhere: int) -> None:
-        """Shows the workers' runs. elsewhere: the number of runs that other sweeps are doing."""
+        """Shows the runs in progress. elsewhere: the number in progress in other sweeps."""
         if not self.console.is_terminal and time.monotonic() - self.noted < SECONDS_BETWEEN_LINES:
             return
         table = Table(box=None, pad_edge=False)
@@ -92,7 +92,10 @@ class Display:
         self.live.update(Group(table, overall), refresh=True)
 
     def _rate(self, under_way: float) -> float:
-        """Returns FLOP/s of all workers: expected until a run has finished, then measured."""
+        """Returns FLOP/s of all workers: expected until a run has finished, then measured.
+
+        under_way: FLOPs that unfinished runs have spent so far.
+        """
         if self.flops_here == 0:
             return self.expected_rate * self.jobs
         return (self.flops_here + under_way) / (time.monotonic() - self.began)

@@ -1,4 +1,4 @@
-"""A run in its folder: the process that does it holds the lock runs/<run_id>/lock."""
+"""One run in its folder: the process that does it holds the lock runs/<run_id>/lock."""
 
 import contextlib
 import fcntl
@@ -15,8 +15,10 @@ from modjax.specs import RunSpec
 def lock(path: Path, *, patience: float = 0.0, shared: bool = False) -> Iterator[bool]:
     """Locks the file `path` for the `with` block; yields False if another process has locked it.
 
-    patience: seconds to keep trying. shared: only looks, and creates no file. The kernel releases
-    the lock when the process ends, however it ends.
+    patience: seconds to keep trying.
+    shared: takes a read lock, to see whether the file is locked. Raises FileNotFoundError if there
+      is no file.
+    The kernel releases the lock when the process ends, however it ends.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + patience

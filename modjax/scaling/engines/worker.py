@@ -12,9 +12,9 @@ The end of the input means that the parent is gone or wants the worker to stop. 
   busy       another process is doing the run
   preempted  SIGTERM: the state of the run is saved, and the worker ends
   refused    bad input, in one line
-  fault      a fault that stops every other run as well, in one line
+  fault      an error that would stop every other run as well, in one line
   disk full
-  broken     any other exception; the worker ends, so that the fault reaches no other run
+  broken     any other exception; the worker ends, so that no other run is affected
 
 Everything that libraries print goes to the run's log.txt.
 """
@@ -56,10 +56,10 @@ class Settings:
     """Settings of a worker, the same for all of its runs.
 
     job: the module whose `check` and `train` it calls.
-    fingerprint: of the data that the plan is for.
-    imports: the place of each of the plan's imports, see specs.imports.places.
-    code: the source code that the worker must have, see provenance.source_code.
-    other_code: go on with runs that other code began, see training.loop.train.
+    fingerprint: the fingerprint of the data that the plan was made for.
+    imports: import name -> file path or module name, see specs.imports.places.
+    code: hashes of the source code that the worker must have, see provenance.source_code.
+    other_code: whether to resume runs that other code began, see training.loop.train.
     cpus: the cores to use; () for all.
     """
 
@@ -138,7 +138,7 @@ def _serve(send: Callable[..., None]) -> None:
 
 
 def _forget() -> None:
-    """Frees what the last run has left in memory, some 2 MB a run."""
+    """Frees the memory that the last run has left, about 2 MB."""
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
     gc.collect()
@@ -171,7 +171,7 @@ def _check(specs: list[Any], settings: Settings, job: Any) -> None:
 
 
 def _run(values: Any, settings: Settings, job: Any, send: Callable[..., None]) -> str:
-    """Does a run, and returns the event that tells how it ended."""
+    """Does the run of the spec `values`, and returns the event that tells how it ended."""
     last_sent = 0.0
 
     def progress(line: dict[str, Any]) -> None:

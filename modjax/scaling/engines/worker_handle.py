@@ -1,4 +1,4 @@
-"""Worker processes as their launcher sees them, and the signals that both receive."""
+"""Worker processes as their launcher sees them, and the signals that the launcher receives."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ SECONDS_TO_STOP = 90.0
 
 
 class Refused(InputError):
-    """Bad input in the words of the worker that refused its run."""
+    """Bad input, with the message of the worker that found it."""
 
     def __init__(self, line: str):
         ValueError.__init__(self, line)
@@ -28,13 +28,16 @@ class Refused(InputError):
 
 @dataclass
 class Worker:
-    """Worker, whose process is replaced when it dies.
+    """Worker slot, whose process is replaced when it dies.
 
-    error: the process's own account of its end.
-    last_words: the end of what the last process printed outside its runs.
-    heard, ended: the times of the last message and of the last end.
-    first_step, first_seen: the first step reported, and its time. Earlier time is compilation.
-    runs: the number of runs that this process was given.
+    error: the exception that the process reported before it ended.
+    last_words: the end of what the last ended process printed outside its runs.
+    heard, ended: when the last message arrived, and when the last process ended.
+    began, first_seen: when the run was assigned, and when it reported its first step, `first_step`.
+      The time between is compilation.
+    runs: the number of runs assigned to this process.
+
+    Times are those of time.monotonic, in seconds.
     """
 
     index: int
@@ -89,14 +92,14 @@ class Worker:
         self.send({"spec": to_dict(spec)})
 
     def release(self) -> RunSpec:
-        """Takes the run away from the worker, and returns it."""
+        """Makes the worker idle, and returns its run."""
         spec, self.spec = self.spec, None
         assert spec is not None
         self.busy_seconds += time.monotonic() - self.began
         return spec
 
     def receive(self) -> Iterator[dict[str, Any]]:
-        """Yields the next messages, and {"event": "died"} at the end. Blocks until one arrives."""
+        """Blocks for output and yields its messages; {"event": "died"} if the output has ended."""
         chunk = os.read(self.output.fileno(), 1 << 16)
         self.heard = time.monotonic()
         *lines, self.unread = (self.unread + chunk).split(b"\n")
@@ -125,7 +128,10 @@ class Worker:
 
 
 def cannot_start(worker: Worker, how: str, times: int) -> Exception:
-    """Returns RuntimeError if a worker raised, InputError if workers were killed."""
+    """Returns the error for failed starts: RuntimeError if a worker raised, else InputError.
+
+    how: how the last process ended, in words. times: the number of failed starts.
+    """
     if worker.error is not None:
         fault = RuntimeError(f"workers cannot start: {how}")
         fault.add_note(worker.last_words)
@@ -140,9 +146,10 @@ def end_of(code: int) -> str:
 
 
 def end_all(workers: Sequence[Worker], received: Sequence[int]) -> bool:
-    """Ends the workers once they have saved their runs; a second signal kills them.
+    """Ends the workers once they have saved their runs.
 
-    received: the signals so far, which `signals` collects.
+    Kills them after SECONDS_TO_STOP, or at a second signal.
+    received: the signals so far, from `signals`.
     Returns whether every run under way has saved its state.
     """
     for worker in workers:
@@ -176,7 +183,7 @@ def share_of_cores(index: int, jobs: int) -> list[int]:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Yields a list that collects SIGINT and SIGTERM, which then do not end the process."""
+    """Collects SIGINT and SIGTERM in the yielded list, so that they do not end the process."""
     received: list[int] = []
     before = {
         number: signal.signal(number, lambda signum, frame: received.append(signum))

@@ -1,4 +1,4 @@
-"""Bootstrap of the losses at one budget: the noise that its arms share, and intervals of draws.
+"""Bootstrap of the losses at one budget: a noise estimate shared by all arms, and intervals.
 
 One parametric bootstrap gives every interval. A draw replaces the loss of each cell by its fitted
 value plus two terms:
@@ -6,12 +6,12 @@ value plus two terms:
 * Evaluation noise: z * eval_loss_sem, with one z per draw for all runs. Every run is scored on the
   same validation sequences, so the error of that sample moves all losses together. It widens the
   interval of a loss and nearly cancels in a gap.
-* Noise between runs: sigma / sqrt(seeds). sigma^2 is the variance about the parabolas of all arms
-  at the budget. Where cells repeat with other seeds, it is the variance between seeds, unless the
-  variance about the parabolas is larger than an F test at CHANCE allows. Always taking the larger
-  of the two would be biased: its intervals cover 99%. Each draw takes sigma^2 from its scaled
-  inverse chi-squared distribution, so few degrees of freedom widen the interval as Student's t
-  does.
+* Noise between runs, of standard deviation sigma / sqrt(seeds). If cells have several seeds,
+  sigma^2 is the variance between seeds. It is the variance about the parabolas of all arms at the
+  budget if every cell has one seed, or if an F test at level CHANCE finds that variance larger.
+  Always taking the larger of the two would be biased: its intervals cover 99%. Each draw takes
+  sigma^2 from its scaled inverse chi-squared distribution, so few degrees of freedom widen the
+  interval as Student's t does.
 
 Legend: J cells of one arm and budget, R bootstrap draws.
 """
@@ -32,7 +32,7 @@ CHANCE = 0.05
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its variance, and both in every draw.
+    """A value and its variance, as estimated and in every draw.
 
     A draw that does not determine the value has value NaN and variance inf.
     """
@@ -48,8 +48,9 @@ class Noise:
     """Standard deviation of one run's loss, in nats.
 
     sigma: the estimate; None if the runs do not determine it.
-    sigma_R: the value in every draw.
-    found_R: the estimate that each draw would make, with the same degrees of freedom.
+    sigma_R: the true value that each draw assumes.
+    found_R: a simulated estimate of sigma_R, of the same degrees of freedom as sigma. It sets the
+      weights of each draw.
     """
 
     sigma: float | None
@@ -60,6 +61,7 @@ class Noise:
 def noise_variance(cells: Mapping[str, Sequence[Cell]], about: float) -> tuple[float, int]:
     """Returns the variance of one run's loss and its degrees of freedom, 0 if undetermined.
 
+    cells: the cells of each arm.
     about: the weighted sum of squares about the parabolas of all arms.
     """
     freedom, about_freedom = freedoms(cells)
@@ -103,7 +105,7 @@ def draw_losses(
 
 
 def interval(draws_R: np.ndarray) -> Range:
-    """Returns the central 95% of the draws. A NaN draw has no answer and counts in both tails."""
+    """Returns the central 95% of the draws. A NaN draw is undetermined and counts in both tails."""
     missing_R = np.isnan(draws_R)
     tail = (1 - LEVEL) / 2
     low = np.quantile(np.where(missing_R, -np.inf, draws_R), tail, method="lower")

@@ -41,14 +41,14 @@ class Cell:
 
 
 def quantity_of(record: RunRecord, quantity: str, size: str) -> float:
-    """Returns a run's forward FLOPs per token, or its parameters as `size` counts them."""
+    """Returns a run's forward FLOPs per token, or its parameters (counted by `size`, see SIZES)."""
     if quantity == "forward_flops":
         return record.forward_flops_per_token
     return getattr(record, SIZES[size])
 
 
 def by_cell(runs: Iterable[RunRecord]) -> dict[tuple[str, float], list[Repeated]]:
-    """Returns the runs of every cell, by arm and budget."""
+    """Returns (arm, budget) -> its cells, each a list of runs."""
     cells: dict[tuple, Repeated] = {}
     for r in runs:
         cells.setdefault(_cell_of(r), []).append(r)
@@ -59,7 +59,7 @@ def by_cell(runs: Iterable[RunRecord]) -> dict[tuple[str, float], list[Repeated]
 
 
 def make_cells(cells: Iterable[Repeated], quantity: str, size: str) -> list[Cell]:
-    """Returns the cells of one arm and budget, sorted by `quantity`."""
+    """Returns the `Cell` of each list of runs of one arm and budget, sorted by `quantity`."""
     made = []
     for runs in cells:
         losses = np.array([r.eval_loss for r in runs], dtype=float)
@@ -76,7 +76,7 @@ def make_cells(cells: Iterable[Repeated], quantity: str, size: str) -> list[Cell
 
 
 def seed_spreads(cells: Iterable[Repeated], size: str, least: int = 2) -> list[SeedSpread]:
-    """Returns the mean loss of every cell of at least `least` seeds, by budget and width."""
+    """Returns the spread of every cell of at least `least` seeds, sorted by budget and width."""
     found = []
     for runs in cells:
         losses = [r.eval_loss for r in runs if r.eval_loss is not None]
@@ -97,7 +97,7 @@ def seed_spreads(cells: Iterable[Repeated], size: str, least: int = 2) -> list[S
 
 
 def freedoms(cells: Mapping[str, Sequence[Cell]]) -> tuple[int, int]:
-    """Returns the degrees of freedom of a budget's noise: between seeds, and about its parabolas.
+    """Returns the noise's degrees of freedom at one budget: between seeds, and about parabolas.
 
     cells: the cells of each arm.
     """

@@ -16,8 +16,8 @@ DEEPEST = 20  # nesting levels of a sweep's JSON, with room to spare
 def comparable(records: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[str, str]]:
     """Sets aside runs that were scored on other validation data than most finished runs.
 
-    Returns the other records, and run id -> how a run that is set aside differs. If no data scored
-    more than half of the runs, all are returned.
+    Returns the remaining records, and run id -> how a run that is set aside differs. Sets none
+    aside unless more than half of the finished runs share their validation data.
     """
     finished = (r for r in records if r.eval_loss is not None)
     scored = {r.run_id: (r.data_fingerprint, r.eval_tokens) for r in finished}
@@ -73,10 +73,10 @@ def under(records: Sequence[RunRecord], loss: str) -> Compared:
 
 
 def as_compared(r: RunRecord, loss: str) -> RunRecord:
-    """Returns the record with `loss`, and its bits per byte, as those of its evaluation.
+    """Returns the record with its evaluation's loss and bits per byte replaced by those of `loss`.
 
-    A run whose causal loss is not finite becomes a diverged one. The standard error stays that of
-    the loss as trained.
+    A run whose causal loss is not finite becomes diverged. The standard error stays that of the
+    loss as trained.
     """
     value = r.eval_loss if loss == "trained" else causal_loss(r)
     if r.status != "finished" or r.eval_loss is None or value == r.eval_loss:
@@ -98,7 +98,7 @@ def lenient_plan(workdir: Path) -> dict[str, Any]:
 
 
 def lenient_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON object of the sweep, or {} if it is missing or damaged: reports go on."""
+    """Returns the JSON object in `path`, or {} if it is missing or damaged."""
     try:
         values = read_json(path, "")
     except InputError:

@@ -24,8 +24,7 @@ def fit_workdir(
 
     loss: "causal" or "trained", see comparable_runs.under.
     size: see results.SIZES.
-    Arms are compared with the plan's baseline. If none of its runs can be compared, the baseline is
-    that of `fit_all`.
+    The baseline is the plan's, or the default of `fit_all` if none of its runs can be compared.
     Raises InputError if no readable run has finished or diverged, or none has this loss.
     """
     found = scan(workdir)
@@ -148,7 +147,7 @@ def _surface(arm: str, finished: Sequence[RunRecord], size: str, draws: int, see
 
 
 def _routings(finished: Sequence[RunRecord]) -> dict[str, tuple[str, ...]]:
-    """Returns the arms whose causal loss was taken under each routing; "trained" comes first."""
+    """Returns routing -> the arms whose causal loss was taken under it; "trained" comes first."""
     found: dict[str, list[str]] = {"trained": []}
     for routing, arm in dict.fromkeys((causal_routing(r), r.variant) for r in finished):
         if routing is not None:

@@ -1,12 +1,12 @@
 """The optimum of each arm at one budget: the minimum of a parabola of loss against log10 of size.
 
-The loss of each cell weighs as many times as it has seeds. bootstrap.py draws the losses again, and
-every draw repeats the fit. A draw whose parabola has no minimum counts in both tails of the
-optimum's interval, so the interval can be unbounded.
+Each cell is weighted by its number of seeds. bootstrap.py draws the losses again, and every draw
+repeats the fit. A draw whose parabola has no minimum counts in both tails of the optimum's
+interval, so the interval can be unbounded.
 
-The variance of an optimum weighs it in a power law (power_law.py). It is the variance of the delta
-method for a ratio: finite where the ratio's own moments are not, and growing without bound as the
-curvature goes to 0. A draw without a minimum is the limit of one that determines nothing.
+A power law (power_law.py) weights each optimum by its inverse variance. The optimum is a ratio of
+coefficients, whose own moments may be infinite; the delta method gives a finite variance. It grows
+without bound as the curvature goes to 0, so a draw without a minimum has infinite variance.
 
 Legend: J cells of one arm and budget, R bootstrap draws, 3 coefficients of a parabola.
 """
@@ -52,7 +52,7 @@ class _Solved:
     """Weighted least squares of one arm: coefficients_3 = solve_3J @ loss_J.
 
     centre, half: centre and half width of the sampled range of log10(x).
-    place: the vertex, from `centre`; inf for a straight line.
+    place: the vertex's log10(x) less `centre`; inf for a straight line.
     squares: weighted residual sum of squares.
     """
 
@@ -89,7 +89,7 @@ def fit_budget(
     rng: np.random.Generator,
     noise: float | None = None,
 ) -> list[tuple[Parabola, Vertex | None]]:
-    """Returns the parabola of every arm at one budget; all share one estimate of the noise.
+    """Returns each arm's parabola at one budget, and its vertex if accepted; all share one noise.
 
     shared_R: the evaluation noise of every draw, in standard errors.
     noise: standard deviation of a run's loss, in nats, in place of the estimate.
@@ -177,7 +177,7 @@ def _vertex(
 
 
 def _minimum(c_3: np.ndarray, spread_33: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns place and value of the minimum of parabolas (..., 3), and the variances of both.
+    """Returns position and value of the minimum of parabolas (..., 3), and variances of both.
 
     The variances follow from the delta method: with u = -c1 / 2 c2,
     du = -(dc1 + 2 u dc2) / 2 c2 and dL = dc0 + u dc1 + u^2 dc2.

@@ -192,8 +192,8 @@ def minima(theta_R5: np.ndarray, weight_RM: np.ndarray, data: Data) -> np.ndarra
     """Returns the minimum reached from every row of `theta_R5`, shape (R, 5).
 
     weight_RM: the weight of every run.
-    Runs Levenberg-Marquardt with Huber's weights on all rows at once, for 10,000 runs and more.
-    Runs with the same N and D share their prediction.
+    Runs Levenberg-Marquardt with Huber's weights on all rows at once. Runs with the same N and D
+    share their prediction, so that 10,000 runs and more are feasible.
     """
     both_M2 = np.stack([data.log_n_M, data.log_d_M], -1)
     places_J2, place_M = np.unique(both_M2, axis=0, return_inverse=True)
@@ -237,7 +237,10 @@ def minima(theta_R5: np.ndarray, weight_RM: np.ndarray, data: Data) -> np.ndarra
 def _damped_step(
     damping_R: np.ndarray, pull_RJ: np.ndarray, push_RJ: np.ndarray, slopes_RJ5: np.ndarray
 ) -> np.ndarray:
-    """Returns the step of Levenberg-Marquardt from sums of weights and of weighted residuals."""
+    """Returns the Levenberg-Marquardt step, shape (R, 5).
+
+    pull_RJ, push_RJ: sums of weights, and of weighted residuals, over the runs of each (N, D).
+    """
     slopes_R5J = np.swapaxes(slopes_RJ5, -1, -2)
     normal_R55 = (pull_RJ[:, None] * slopes_R5J) @ slopes_RJ5
     diagonal_R5 = np.einsum("Rii->Ri", normal_R55)
@@ -256,8 +259,8 @@ def fit_surface(
 ) -> Surface:
     """Returns the surface of one arm from parameters N, tokens D and losses L of its runs.
 
-    Takes the better of the two methods. The intervals resample runs. Refuses too few runs, a term
-    of the formula that vanishes, and a minimum that was not reached.
+    Takes the better of the two methods. The intervals resample runs. Its `refusal` names too few
+    runs, a term of the formula that vanishes, or a minimum that was not reached.
     """
     require(draws >= 0, "draws", draws, "must be 0 or more")
     runs = len(loss_M)

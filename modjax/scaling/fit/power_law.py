@@ -1,15 +1,14 @@
-"""Power laws through the optima of one arm, each optimum weighed by its own variance.
+"""Power laws through the optima of one arm, each optimum weighted by its inverse variance.
 
-The fit is weighted least squares in log10. Every bootstrap draw repeats the whole estimate: its
-optima deviate from the estimated ones, and its weights are those that the draw itself would find.
-An optimum that a draw does not determine has little weight in that draw. One whose drawn parabola
-has no minimum has none: the draw leaves out that optimum, not the law.
+The fit is weighted least squares in log10. Every bootstrap draw repeats it with its own optima and
+its own weights. An optimum that a draw hardly determines has little weight in that draw. If the
+drawn parabola has no minimum, the draw fits its law without that optimum.
 
 Scatter of the optima about the law: chi^2 = sum of w (y - fit)^2 should be about the number of
-optima less 2. The variances do not explain a larger scatter (a Birge ratio above 1) if fewer than
-UNEXPLAINED of the draws scatter as much about their own laws. Then every draw's deviation is scaled
-by the root of the estimated scatter over the draw's own. The interval becomes that of Student's t
-with the degrees of freedom of the scatter (the bootstrap of the studentised exponent).
+optima less 2. A larger scatter (a Birge ratio above 1) is taken as unexplained by the variances if
+less than a share UNEXPLAINED of the draws scatter as much about their own laws. Every draw's
+deviation is then multiplied by sqrt(estimated scatter / the draw's scatter). This bootstrap of the
+studentised exponent gives the interval of Student's t with the scatter's degrees of freedom.
 
 Legend: P optima, R bootstrap draws.
 """
@@ -68,9 +67,10 @@ def power_law(arm: str, quantity: str, optima: Mapping[float, Estimate]) -> Powe
 
 
 def _line(x_P: np.ndarray, y_P: np.ndarray, variance_P: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns slope, height at x = 0 and chi^2 per degree of freedom of lines through (..., P).
+    """Returns slope, intercept and chi^2 per degree of freedom of lines through points (..., P).
 
-    A point of infinite variance is left out; the result is NaN if too few points are left.
+    Leaves out points of infinite variance. With fewer than 2 points left, slope and intercept are
+    NaN; with fewer than 3, chi^2 is NaN.
     """
     weight_P = 1 / np.maximum(variance_P, LEAST_VARIANCE)
     y_P = np.where(weight_P > 0, y_P, 0)
@@ -87,7 +87,7 @@ def _line(x_P: np.ndarray, y_P: np.ndarray, variance_P: np.ndarray) -> tuple[np.
 
 
 def _log10(loss: Estimate) -> Estimate:
-    """Returns log10 of a loss. A drawn loss below 0 has no logarithm: that draw has no answer."""
+    """Returns log10 of a loss. A drawn loss of 0 or less becomes NaN with infinite variance."""
     loss_R = np.where(loss.value_R > 0, loss.value_R, np.nan)
     per_R = np.where(np.isnan(loss_R), np.inf, 1 / (loss_R * np.log(10)) ** 2)
     return Estimate(

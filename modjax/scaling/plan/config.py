@@ -48,7 +48,7 @@ class Optimum:
         check(self, "sweep.optimum")
 
     def at(self, budget: float) -> float:
-        """Returns N*(budget). Raises InputError where it is out of all proportion."""
+        """Returns N*(budget). Raises InputError unless it is between 1e-100 and 1e100."""
         decades = math.log10(self.params) + self.exponent * (
             math.log10(budget) - math.log10(self.budget)
         )
@@ -64,9 +64,10 @@ class Optimum:
 class ShapeRule:
     """Rule that derives a model's shape from its width d, a multiple of `width_multiple`.
 
-    heads: as many as divide d into even widths of at least `head_dim`.
-    layers: d / aspect, rounded to a multiple of `layer_multiple`, and at least one multiple. This
-      must be a common multiple of the arms' pattern lengths, so that every arm can use every shape.
+    heads: the most that divide d into even widths of at least `head_dim`, or 1.
+    layers: d / aspect, rounded to a multiple of `layer_multiple`, and at least one multiple.
+      `layer_multiple` must be a common multiple of the arms' pattern lengths, so that every arm can
+      use every shape.
     feed-forward width: ff_multiple * d.
     """
 

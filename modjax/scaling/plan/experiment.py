@@ -43,7 +43,7 @@ class Experiment:
 
     config: the values as plain data.
     sweep: None for a file that describes a single run.
-    imports: the place of each of the config's imports, see specs.imports.places. `load` imports
+    imports: import name -> file path or module name, see specs.imports.places. `load` imports
       all of them.
     command: the command line that asked for the experiment.
     """
@@ -94,9 +94,10 @@ def _single_run(values: dict[str, Any], data: DataConfig) -> RunSpec:
 
 
 def _import(config_file: str, models: dict[str, Any]) -> dict[str, str]:
-    """Imports what groups of model fields name in `imports`. Returns the place of each import.
+    """Imports the files and modules listed in the `imports` field of each group.
 
-    models: the groups by their name. Paths are relative to the config's folder.
+    models: name -> group of model fields. File names are relative to the config's folder.
+    Returns import name -> file path or module name.
     """
     folder, found = Path(config_file.partition(":")[0]).parent, {}
     for group, fields in models.items():
@@ -108,7 +109,7 @@ def _import(config_file: str, models: dict[str, Any]) -> dict[str, str]:
 
 
 def _read(config_file: str) -> dict[str, Any]:
-    """Returns the values of a config file; specs are text, as plans and overrides have them."""
+    """Returns the values of a config file, with specs as text, as in plans and overrides."""
     path, _, argument = config_file.partition(":")
     try:
         read_file(Path(path), MOST_CONFIG)
@@ -152,7 +153,7 @@ def _base_of(config: Path) -> Iterator[None]:
 
 
 def _as_text(name: str, value: Any) -> Any:
-    """Returns a value with the text of every spec in its place."""
+    """Returns the value of field `name`, with every spec in it replaced by its text."""
     if isinstance(value, dict):
         return {inner: _as_text(inner, item) for inner, item in value.items()}
     if name == "layers":

@@ -213,7 +213,7 @@ def _decide(
     model: ModelSpec,
     train: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns RECIPE_FIELDS without the seed: as many steps of the recipe as the budget pays."""
+    """Returns RECIPE_FIELDS without the seed, with the number of steps that the budget pays for."""
     batch = recipe.batch_at(budget / sweep.optimum.budget)
     per_step = train_flops(model, train["seq_len"], batch, trained=train.get("trained", "all"))
     steps = round(budget / per_step)

@@ -83,7 +83,7 @@ def cells(
 
 
 def flops_per_second(config: dict[str, Any], records: Sequence[RunRecord]) -> float:
-    """Returns FLOP/s of one worker, as the records measure or as the sweep's config expects."""
+    """Returns FLOP/s of one worker: measured by the records, or else expected by the config."""
     seconds = sum(record.wall_seconds for record in records)
     if seconds > 0:
         return sum(record.train_flops for record in records) / seconds

@@ -1,8 +1,7 @@
 """Predicted confidence intervals of a planned grid: those that `modjax fit` would print.
 
-Every run gets the loss of an assumed parabola, and the fit's own code makes the intervals for a
-stated noise. The minimum of the parabola lies at the centre of the arm's grid, moved to the power
-law through all centres of the arm.
+Every run gets the loss of an assumed parabola, and the code of the fit computes the intervals for a
+given noise. Each parabola's minimum lies on the power law through the centres of the arm's grids.
 """
 
 from collections import Counter
@@ -89,7 +88,7 @@ def predict(
 
 
 def _centres(sizes: dict[float, dict[str, Counter[int]]]) -> dict[tuple[str, float], float]:
-    """Returns log10 of the middle of every grid, moved to the line through those of its arm."""
+    """Returns log10 of each grid's centre, moved to the line through the centres of its arm."""
     found = {}
     for arm in {arm for of_arms in sizes.values() for arm in of_arms}:
         budgets = sorted(budget for budget, of_arms in sizes.items() if arm in of_arms)

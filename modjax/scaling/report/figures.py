@@ -30,7 +30,7 @@ def draw_all(
 ) -> dict[str, Path]:
     """Draws every figure as PNG (300 dpi) and SVG. Returns the SVG of each by name.
 
-    Up to MANY runs have marks of their own, with their id. More are pixels, one artist per arm.
+    Up to MANY runs have a mark each, with its id. More are rasterised, as one artist per arm.
     """
     folder.mkdir(exist_ok=True)  # no parents: a sweep's folder that was deleted stays so
     figures = {
@@ -151,7 +151,10 @@ def _draw_normalised(
     shade: float,
     together: bool,
 ) -> None:
-    """Draws the runs and the parabolas of one budget relative to `best`, the baseline's."""
+    """Draws the runs and the parabolas of one budget relative to `best`, the baseline's parabola.
+
+    shade: opacity, from 0 to 1.
+    """
     assert best.optimum is not None and best.loss is not None
     for arm in fits.arms:
         colour, _, line = markers.style(fits, arm)
@@ -169,7 +172,7 @@ def _draw_normalised(
 
 
 def curves_figure(curves: Sequence[Curve], fits: Fits) -> Figure | None:
-    """Draws smooth training loss against training FLOPs: runs thin, each arm's frontier thick."""
+    """Draws smoothed training loss against FLOPs: runs thin, each arm's frontier thick."""
     curves = [curve for curve in curves if len(curve.smooth[0])]
     if not curves:
         return None

@@ -28,10 +28,9 @@ FRONTIER_STEPS = 50
 class Curve:
     """Training losses that a run of `steps` steps logged, line by line.
 
-    step: the step after which the line was logged.
-    loss_steps: the number of steps up to `step` that `loss` is the mean over.
+    step: the step after which each line was logged.
+    loss: mean over the `loss_steps` steps up to `step`, in nats per token.
     flops: training FLOPs spent by then.
-    loss: in nats per token.
     """
 
     run_id: str
@@ -49,10 +48,10 @@ class Curve:
 
     @functools.cached_property
     def smooth(self) -> tuple[np.ndarray, np.ndarray]:
-        """(flops, loss) at every line whose window lies inside the run and was logged throughout.
+        """FLOPs and smoothed loss at every line whose whole window was logged.
 
-        The loss is the mean over the window that ends there. All steps of a line count with the
-        line's mean.
+        The smoothed loss is the mean over the window that ends at the line. Every step counts with
+        the mean of its line.
         """
         knots = np.stack([self.step - self.loss_steps, self.step], -1).ravel()
 
@@ -74,7 +73,7 @@ class Curves(NamedTuple):
 
 
 def read_curves(workdir: Path, records: Iterable[RunRecord]) -> Curves:
-    """Returns the curve of every record whose metrics.jsonl holds means, without damaged lines."""
+    """Returns the curves of the records that logged mean losses. Skips damaged lines."""
     curves, lacking = [], {}
     for record in records:
         try:
@@ -101,9 +100,9 @@ def read_curves(workdir: Path, records: Iterable[RunRecord]) -> Curves:
 
 
 def frontier(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns (flops, loss): the least smooth loss that any of the curves has reached by then.
+    """Returns (flops, loss), with the lowest smoothed loss of all curves up to those FLOPs.
 
-    Takes windows of FRONTIER_STEPS or more only. Returns None if there are none.
+    Leaves out curves whose window is shorter than FRONTIER_STEPS. Returns None if no curve is left.
     """
     found = [curve.smooth for curve in curves if curve.window >= FRONTIER_STEPS]
     flops, loss = np.concatenate(found, axis=1) if found else np.empty((2, 0))

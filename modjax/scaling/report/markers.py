@@ -1,9 +1,9 @@
 """Marks of arms, runs, parabolas and optima, drawn alike in all figures.
 
 An arm keeps one colour (Okabe and Ito's palette), one marker and one line style in all figures.
-With more arms than colours, a colour comes again with another marker and line style.
+With more arms than colours, a colour recurs with another marker and line style.
 Every mark of a run has the SVG id `run:<run_id>`, and every optimum `optimum:<arm>:<budget>`; the
-report turns these ids into tooltips. Nobody can point at one of more than MANY runs, so these are
+report turns these ids into tooltips. More than MANY runs are too dense to point at, so they are
 drawn together and have no ids.
 """
 
@@ -67,7 +67,7 @@ def style(fits: Fits, arm: str) -> tuple[str, str, Any]:
 
 
 def nth_style(place: int) -> tuple[str, str, Any]:
-    """Returns the colour, marker and line style of the arm in this place."""
+    """Returns the colour, marker and line style of arm number `place`, from 0."""
     turn, i = divmod(place, len(COLOURS))
     return COLOURS[i], MARKERS[(i + turn) % len(MARKERS)], LINES[(i - turn) % len(LINES)]
 
@@ -118,7 +118,8 @@ def draw_runs(
 ) -> None:
     """Draws an arm's runs (run_id, x, y). A diverged run has y None: a cross at the top edge.
 
-    together: whether to draw all as pixels, without ids.
+    strength: opacity, from 0 to 1.
+    together: whether to rasterise all runs as one artist, without ids.
     """
     colour, marker, _ = style(fits, arm)
     cross = {"marker": "x", "markersize": 4, "zorder": 3, "transform": ax.get_xaxis_transform()}
@@ -142,7 +143,7 @@ def draw_curves(
 ) -> None:
     """Draws an arm's learning curves (run_id, x, y) as thin lines.
 
-    together: whether to draw all as pixels, without ids.
+    together: whether to rasterise all curves as one artist, without ids.
     """
     for group in _groups(runs, together):
         lines = [np.stack([x, y], -1) for _, x, y in group]
@@ -158,14 +159,14 @@ def draw_curves(
 
 
 def _groups(runs: Sequence[Any], together: bool) -> list[Sequence[Any]]:
-    """Returns the runs of each artist: all of them, or one."""
+    """Returns the runs that each artist draws: all runs if `together`, or else one run each."""
     if together:
         return [runs] if runs else []
     return [[run] for run in runs]
 
 
 def draw_interval(ax: Axes, fits: Fits, arm: str, x: float, y: float, ends: Range | None) -> None:
-    """Draws an arm's value with its interval; one that is open at an end is dotted, over all y."""
+    """Draws an arm's value with its interval. An open or unknown one is dotted over full height."""
     colour, marker, _ = style(fits, arm)
     if ends is not None and not any(open_ends(ends)):
         ax.plot([x, x], ends, color=colour, linewidth=0.9)

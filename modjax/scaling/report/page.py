@@ -59,8 +59,8 @@ def render(
     """Returns the whole page.
 
     figures: the SVG file of each figure, by name.
-    left_out: why a run is in no table, by its folder's name.
-    lacking: what is missing from a run's curve, by run id.
+    left_out: folder name -> why the run is in no table.
+    lacking: run id -> what is missing from the run's curve.
     """
     plan = lenient_plan(workdir)
     specs = read_specs(workdir, records)
@@ -114,8 +114,8 @@ def _template() -> jinja2.Template:
 def _cell(value: object) -> tuple[str, str]:
     """Returns what a cell shows, and what to sort it by if that differs.
 
-    A number is rounded, text stays as it is, and the rest is JSON. The sort key has the 7 digits of
-    a float32. page.js reads numbers with commas.
+    Rounds floats, leaves text as it is, and shows other values as JSON. The sort key has the 7
+    digits of a float32. page.js can sort integers with thousands separators.
     """
     if isinstance(value, float):
         shown = budget(value) if 1e5 <= abs(value) < math.inf else f"{value:.4g}"

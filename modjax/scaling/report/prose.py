@@ -34,7 +34,7 @@ def fixed(digits: int, sign: str = "") -> Callable[[float], str]:
 
 
 def span(ends: Range | None, show: Callable[[float], str], unit: str = "") -> str:
-    """Returns an interval in words. An interval that is open at both ends is not determined."""
+    """Returns an interval in words: "1 to 2", "at most 2", or "not determined" without ends."""
     if ends is None:
         return "not known"
     open_low, open_high = open_ends(ends)
@@ -47,13 +47,13 @@ def span(ends: Range | None, show: Callable[[float], str], unit: str = "") -> st
 
 
 def open_ends(ends: Range) -> tuple[bool, bool]:
-    """Returns whether each end is infinite. A lower end of 0 is 10 to the power of -infinity."""
+    """Returns whether each end is open: infinite, or a lower end of 0, which is 10^-infinity."""
     low, high = ends
     return low == -math.inf or low == 0 < high, high == math.inf
 
 
 def mark(fits: Fits, arm: str) -> str:
-    """Returns the arm's name, with a * if the fits rank it although it has no causal loss."""
+    """Returns the arm's name, with a * if the fits compare it by a loss that is not causal."""
     without = fits.loss == "trained" and any(found.arm == arm for found in fits.no_causal_loss)
     return f"{arm}*" if without else arm
 

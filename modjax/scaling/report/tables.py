@@ -130,9 +130,8 @@ def as_trained_table(found: Sequence[NoCausalLoss]) -> Table:
 def run_table(records: Sequence[RunRecord], fits: Fits, specs: Specs) -> Table:
     """Returns the table of all runs, with both of their losses.
 
-    Status and bits per byte are those under the loss that arms are compared by. The last columns
-    are the layers' own numbers of an evaluation, and fields of a run's spec that no other table
-    has.
+    Status and bits per byte belong to the loss that arms are compared by. The last columns are the
+    metrics that layers report in the evaluation, and the spec fields that are in no other table.
     """
     outcomes = sorted({name for r in records for name in r.outcome})
     more = [name for name in specs.run_fields if name not in SPEC_COLUMNS]
