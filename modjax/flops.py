@@ -1,9 +1,9 @@
 """FLOPs, parameters and bytes of a ModelSpec by component: sums over the costs of its parts.
 
 A multiply-add is 2 FLOPs. Attention is counted without causal halving, though modjax.kernels skips
-most future keys of sequences longer than 128. A window counts its own keys, though up to 127 more
-are computed, or a sixteenth of a sequence longer than 2,048. Components follow Chinchilla
-(arXiv 2203.15556, appendix F), one by one, so that any published convention can be applied.
+most future keys of sequences longer than 128. A window counts the keys within its reach. Its kernel
+computes more, up to 127 keys per query, or a sixteenth of a sequence longer than 2,048. Components
+are those of Chinchilla (arXiv 2203.15556, appendix F), so that any published convention can apply.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,9 +25,9 @@ CONVENTIONS: dict[str, Callable[[str], bool]] = {
 
 
 def costs(model: ModelSpec, seq_len: int, *, in_order: bool = False) -> Iterator[Cost]:
-    """Yields the costs of one sequence, part by part, multiplied by a layer's repetitions.
+    """Yields the costs of one sequence, part by part. A layer's costs cover all its repetitions.
 
-    in_order: yields each repetition by itself, in the order of the model.
+    in_order: yields each repetition separately, in the order of the model.
     """
     layers = model.repeated()
     if in_order:
@@ -58,7 +58,7 @@ def train_flops(
     """Returns the training FLOPs of `sequences` sequences.
 
     A backward pass costs two forward passes, for the gradients of activations and of parameters.
-    Frozen layers save the second, and both before the first layer with trained parameters.
+    Frozen layers save the second. Those before the first trained parameters save both.
     """
     found, reached = 0.0, trained == "all"  # whether the first trained parameters are reached
     for cost in costs(model, seq_len, in_order=trained != "all"):  # only frozen layers need order
@@ -114,9 +114,9 @@ def cache_bytes(model: ModelSpec, length: int, slack: float | None = None) -> in
 
 
 def stream_bytes(model: ModelSpec, tokens: int) -> int:
-    """Returns the bytes of the residual streams of `tokens` tokens, between all layers.
+    """Returns the bytes of the inputs of all layers for `tokens` tokens.
 
-    A backward pass keeps at least these, and with Execution.remat "full" little else.
+    A backward pass needs at least these stored, and little else with Execution.remat "full".
     """
     shape = model.shape
     return _bytes(model, tokens * shape.d_model * shape.streams * shape.num_layers)

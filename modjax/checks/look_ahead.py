@@ -65,7 +65,7 @@ class Finding(NamedTuple):
 def alone(models: Iterable[ModelSpec]) -> list[ModelSpec]:
     """Returns a model for every distinct layer, in which that layer is the last.
 
-    The layers that pass it what it needs come before it.
+    Before it come the layers that pass it the values it needs.
     """
     found: dict[tuple[str, ...], ModelSpec] = {}
     for model in models:
@@ -84,8 +84,8 @@ def alone(models: Iterable[ModelSpec]) -> list[ModelSpec]:
 def probe(model: ModelSpec, length: int) -> list[Finding]:
     """Returns a finding for each routing of the last layer of `model`.
 
-    The model is made tiny. If a layer refuses that, the model keeps its own widths and reads
-    sequences of `length` tokens. Raises InputError for a layer that runs in neither shape.
+    A tiny copy of the model is probed. If a layer refuses its shape, the copy has the model's own
+    widths and reads `length` tokens. Raises InputError for a layer that runs in neither shape.
     """
     code = "model.layers", str(model.layers[-1]), "cannot run"
     try:

@@ -56,7 +56,7 @@ def probed(specs: Sequence[RunSpec]) -> list[Finding]:
 
 
 def _stored_findings(model: ModelSpec, length: int) -> list[Finding]:
-    """Returns findings from the user's cache, which stores them by the source code of modjax."""
+    """Returns findings about modjax's own layers, cached per user and version of the source."""
     text = f"{', '.join(map(str, model.layers))}; {model.ends}; {source_code(model)}"
     path = user_cache("probes") / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     try:

@@ -27,7 +27,7 @@ Stop = tuple[tuple[int, ...], ...]
 
 
 class Reading(NamedTuple):
-    """Arguments of a model's `reader` for which a program is compiled."""
+    """Arguments of a model's `reader`. They are static: each value compiles its own program."""
 
     max_length: int
     routing: str
@@ -41,7 +41,10 @@ class Reading(NamedTuple):
 )
 @dataclass(frozen=True)
 class State:
-    """State of a generation. `resume` and `extend` continue it, also after it was saved."""
+    """State of a generation, which can be saved; `resume` and `extend` continue it.
+
+    recent_BW: the last tokens, to find a stop sequence; here W is the longest one's length.
+    """
 
     logits_BV: jax.Array
     cache: Any
@@ -58,7 +61,7 @@ class Generated(NamedTuple):
 
     tokens_BO: new tokens, up to and including a stop sequence, and then 0.
     depths_BO: number of routed blocks that processed each new token; -1 after the end.
-    overflow_BO: number of routed blocks that dropped each new token for want of a slot.
+    overflow_BO: number of routed blocks that had no free slot for each new token.
     prompt_depths_BL: depths of the prompt's tokens; None after `resume`.
     state: state to continue from.
     """
@@ -88,8 +91,8 @@ def generate(
 
     model, params: graph definition and parameters, as `nnx.split(model)` returns them.
     tokens_BL: prompts. Row b has lengths_B[b] tokens and then padding; None means no padding.
-    routing: "causal", by which each layer uses its own rule that never looks ahead, or the name of
-      a rule for all layers that have it.
+    routing: "causal" lets each layer use its first causal rule. The name of a causal rule selects
+      it in every layer that has it.
     max_length: capacity of the caches, for prompt and continuation. None fits this call; give more
       to continue with `resume` or `extend`.
     slack: see Transformer.reader.
@@ -222,7 +225,7 @@ def _read(model, params, state, tokens_BL, lengths_B):
 
 @functools.partial(jax.jit, static_argnames=("model", "new", "sampling"), donate_argnames="state")
 def _loop(model, params, state, new, sampling):
-    """Returns the tokens, depths and overflows of up to `new` draws, (B, O), and the new state."""
+    """Draws up to `new` tokens: returns (tokens, depths, overflows), (B, O) each, and the state."""
     read = _reader(model, params, state)
 
     def more(carry):

@@ -15,7 +15,7 @@ from modjax.specs.layer import add_name
 
 
 class LayerModule(nnx.Module):
-    """Base class of layer modules: the one call, and neutral defaults for the rest."""
+    """Base class of layer modules. All methods but the call have neutral defaults."""
 
     def __call__(self, x: jax.Array, at: At, call: Call, cache: Any = None, /) -> Out:
         """Returns the layer's output, see modjax.nn.call."""
@@ -26,14 +26,14 @@ class LayerModule(nnx.Module):
         return ()
 
     def take_apart(self) -> None:
-        """Stores apart those weights of which a decoding step reads only some."""
+        """Unstacks weights of which a decoding step reads only some, such as those of experts."""
 
 
 MODULES: dict[type[Spec], Callable[..., nnx.Module]] = {}
 
 
 def register(spec: type[Spec], module: type[nnx.Module]) -> None:
-    """Adds a layer, router, rule or end to modjax, usable wherever modjax's own are, and in text.
+    """Adds a layer, router, rule or end to modjax, usable like modjax's own, also in text.
 
     spec: a frozen dataclass, a subclass of modjax.Layer, Router or Rule, or of Embedding, Head or
       Expansion in modjax.specs.

@@ -33,8 +33,9 @@ class LayerCache:
 class KVWrite(NamedTuple):
     """New keys and values of one attention.
 
-    k, v: (B, G, L, H). count_B: how many of them each row has; they come first.
-    positions_BL: their positions in the sequence.
+    k, v: (B, G, L, H).
+    count_B: number of new positions in each row; they come first, before padding.
+    positions_BL: positions in the sequence.
     updated: the cache with this update, if the layer has applied it already.
     """
 
@@ -48,11 +49,11 @@ class KVWrite(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache(LayerCache):
-    """Keys and values of one attention, in a ring: the i-th of a row is in slot i mod W.
+    """Keys and values of one attention, in a ring buffer: key i of a row is in slot i mod W.
 
     k, v: (B, G, W, H). The keys are rotated already.
-    length_B: how many each row has had, including those that were overwritten.
-    positions_BW: their positions in the sequence.
+    length_B: number of keys written to each row, including those that were overwritten.
+    positions_BW: positions in the sequence.
     """
 
     k_BGWH: jax.Array
@@ -62,17 +63,17 @@ class KVCache(LayerCache):
 
     @property
     def side(self) -> Side:
-        """The positions of the slots, for attention."""
+        """The positions of the slots, and which slots are filled."""
         filled_BW = jnp.arange(self.k_BGWH.shape[2])[None] < self.length_B[:, None]
         return Side(self.positions_BW, None, filled_BW)
 
     def read(
         self, write: KVWrite, *, ring: bool
     ) -> tuple[tuple[jax.Array, jax.Array, Side], KVWrite]:
-        """Returns what new positions see, (keys, values, their side), and the update.
+        """Returns the (keys, values, side) that new queries may see, and the update.
 
         The keys and values are (B, G, M, H).
-        ring: a row may have more positions than the cache has slots.
+        ring: whether a row may have more positions than the cache has slots.
         """
         if write.k_BGLH.shape[2] == 1 or not ring:
             # Written before it is read: XLA copies a cache that is read and then written.
@@ -115,7 +116,7 @@ class KVCache(LayerCache):
 
 
 def written(cache: Any, write: Any, *, fresh: bool) -> Any:
-    """Returns a cache with its update applied: that of a layer, a dictionary of caches, or ()."""
+    """Returns a cache with its update applied. It is a LayerCache, a dictionary of them, or ()."""
     if isinstance(cache, dict):
         return {name: written(part, write[name], fresh=fresh) for name, part in cache.items()}
     if isinstance(cache, LayerCache):
@@ -133,7 +134,7 @@ def overflow(cache: Any) -> Any:
 
 
 def unwritten(write: Any) -> Any:
-    """Returns an update without the updated caches in it: a branch should return few arrays."""
+    """Returns an update without the updated caches in it, so that a branch returns few arrays."""
 
     def one(part: Any) -> Any:
         return part._replace(updated=None) if isinstance(part, KVWrite) else part
@@ -142,5 +143,5 @@ def unwritten(write: Any) -> Any:
 
 
 def where_read(read_B: jax.Array, new: Any, old: Any) -> Any:
-    """Returns the new arrays (B, ...) in rows that read a position, and the old ones elsewhere."""
+    """Returns the new arrays (B, ...) in rows where read_B > 0, and the old ones elsewhere."""
     return jax.tree.map(lambda n, o: jnp.where(wide(read_B > 0, o), n, o), new, old)

@@ -1,6 +1,6 @@
 """The one call of every layer: `layer(x, at, call, cache) -> Out`.
 
-It trains, reads a prompt, extends a filled cache, and decodes by extending it by one position.
+It serves training, reading a prompt, extending a filled cache, and decoding one position.
 
 Legend: B batch, L positions, D model width, H head width.
 """
@@ -23,8 +23,8 @@ class At(NamedTuple):
     valid_BL: False marks padding, which is never routed, written or counted; None means none.
     ropes: base -> cos and sin, each (B or 1, L, H/2).
     handed: arrays (B, L, ...) that earlier layers passed on, by name.
-    sequences_BL: the sequence of each position, which seeds random routing. A row that moves within
-      its batch keeps its number. None forbids random routing.
+    sequences_BL: the id of each position's sequence, which seeds random routing. A row that moves
+      within its batch keeps its id. None forbids random routing.
     """
 
     positions_BL: jax.Array
@@ -47,16 +47,16 @@ def number_rows(batch: int, length: int) -> jax.Array:
 
 
 class Call(NamedTuple):
-    """The purpose of a call. All fields but the key are static.
+    """The settings of a call. All fields but the key are static.
 
     routing: "trained" selects as in training. "causal" lets each layer use its own rule that never
       looks ahead. The name of such a rule selects it in every layer that has it.
-    slack: without the future, a routed layer processes at most the first slack * capacity * L
-      requested positions of a row, as many as a cache has slots for. L includes padding. None
-      processes all.
+    slack: in a causal routing, a routed layer processes at most the first slack * capacity * L
+      requested positions of a row. A cache has as many slots. L includes padding. None processes
+      all.
     key: the PRNG key of random routing.
     fresh: the caches are empty, so nothing has to be read from them.
-    selected: the positions were selected by content. The place of a position in the selection then
+    selected: the positions were selected by content. The index of a position in the selection then
       depends on other documents, so no layer may use it.
     layer_loop, remat: how the stack runs its layers, see specs.Execution.
     """
@@ -70,7 +70,7 @@ class Call(NamedTuple):
     remat: str = "none"
 
     def inside(self, index: int | jax.Array) -> "Call":
-        """Returns the call of a layer within another, with a key of its own."""
+        """Returns the call for layer number `index` within another, with its own key."""
         key = None if self.key is None else jax.random.fold_in(self.key, index)
         return self._replace(key=key)
 
@@ -93,5 +93,5 @@ class Out(NamedTuple):
 
 
 def under(path: str, records: Mapping[str, Record]) -> dict[str, Record]:
-    """Returns the records of a layer that is at `path` within another."""
+    """Returns a layer's records with its `path` within another layer before their names."""
     return {f"{path}/{name}" if name else path: record for name, record in records.items()}

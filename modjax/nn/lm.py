@@ -58,7 +58,7 @@ class Transformer(nnx.Module):
 
     @property
     def head(self) -> Head:
-        """The function from features (B, L, D) to logits (B, L, V), which is a tree of weights."""
+        """The function from features (B, L, D) to logits (B, L, V), as a pytree of weights."""
         return Head(self.unembed, self.embed if self.config.head.tied else None)
 
     def features(
@@ -108,11 +108,11 @@ class Transformer(nnx.Module):
 
         Call `reader` outside any loop: it unstacks the layers.
 
-        max_length: the most tokens that a row reads in all calls.
+        max_length: bound on the tokens that a row reads, summed over all calls.
         routing, slack: see modjax.nn.Call. A routed layer's cache has slots for slack * capacity *
-          max_length positions of a row. "trained" looks ahead, so it can read a first text only.
+          max_length positions of a row. "trained" looks ahead, so it cannot extend a cache.
 
-        Raises InputError for a routing that the model does not have, or that cannot be read with.
+        Raises InputError for a routing that the model does not have, or that cannot use a cache.
         """
         self._check_reading(routing, slack)
         layers = self.stack.repetitions()
@@ -153,7 +153,7 @@ class Transformer(nnx.Module):
             require(slack is None or slack >= 1, "slack", slack, accepted)
 
     def _ropes(self, positions_BL: jax.Array) -> dict[float, tuple[jax.Array, jax.Array]]:
-        """Returns the rotary tables that the layers read, by their bases."""
+        """Returns the rotary tables, cos and sin, that the layers read, by base."""
         dtype, width = jnp.dtype(self.config.dtype), self.config.shape.head_dim
         bases = {rope for layer, _ in self.config.repeated() for rope in layer.ropes()}
         return {base: rotary_tables(positions_BL, width, base, dtype) for base in sorted(bases)}
@@ -169,10 +169,10 @@ class Transformer(nnx.Module):
 
 
 def unstack(model: Any, params: Any) -> tuple[Any, Any]:
-    """Returns the graph definition and parameters of the same Transformer, with unstacked layers.
+    """Returns the graph definition and parameters of a Transformer with its layers unstacked.
 
     Unstack once before decoding: `generate`, `resume` and `extend` copy stacked layers in every
-    call. The model computes the same.
+    call. The outputs stay the same.
     """
     merged = nnx.merge(model, params)
     merged.stack.unstack()

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 
 class Measured(nnx.Variable):
-    """A number that training measures, without gradient and optimizer moments."""
+    """Variable that training measures, such as a threshold; it has no gradient."""
 
 
 def make_param(
@@ -35,7 +35,7 @@ def read(param: nnx.Variable, dtype: DTypeLike | None = jnp.float32) -> jax.Arra
     """Returns a parameter in the dtype to compute in. Layers read all weights through this.
 
     Trained weights are stored in float32, frozen ones in the model's dtype.
-    dtype: None leaves the cast to the product, where XLA may skip the rounding.
+    dtype: None returns it as stored. The product then casts it, and XLA may skip the rounding.
     """
     return param[...] if dtype is None else param[...].astype(dtype)
 
@@ -54,6 +54,6 @@ def normal_param(
 
 
 def measured(shape: tuple[int, ...]) -> Measured:
-    """Returns numbers to measure, 0 at first, replicated on every device."""
+    """Returns a Measured of zeros, replicated on every device."""
     axes = ("replicated",) * len(shape)
     return Measured(jnp.zeros(shape), out_sharding=axes, eager_sharding=False)

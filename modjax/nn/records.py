@@ -53,7 +53,7 @@ class Record:
     def observed(
         self, measured: Mapping[str, Any], updates: jax.Array, tokens: TokenLoss | None = None
     ) -> dict[str, Any]:
-        """Returns the new values of the module's measured numbers, after `updates` updates."""
+        """Returns the module's measured numbers after one more update. updates: earlier updates."""
         return {}
 
     @classmethod
@@ -65,19 +65,19 @@ class Record:
         return {}
 
     def counts(self, valid_BL: jax.Array) -> dict[str, jax.Array]:
-        """Returns counts of every sequence, (B,), for `outcome`."""
+        """Returns counts per sequence, (B,) each, for `outcome`."""
         return {}
 
     @classmethod
     def outcome(cls, counts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Returns numbers for the result of a run from the `counts` of an evaluation, (B,).
+        """Returns the numbers that a run's result reports, from the `counts` of an evaluation.
 
-        counts: of all layers with records of this type. It is also called for one layer alone.
+        counts: `counts` by layer, (B,) each, of all layers with this type of record, or of one.
         """
         return {}
 
     def parts(self) -> Mapping[str, "Record"]:
-        """Returns this record as "", and the records within it by the path of their module."""
+        """Returns this record under "", and the records within it under their module's path."""
         return {"": self}
 
 
@@ -104,7 +104,7 @@ class Inside(Record):
 
     @classmethod
     def statistics(cls, records, valid_BL):
-        """Returns the statistics of each layer by itself: it has valid positions of its own."""
+        """Returns the statistics of each layer separately, as each has its own valid positions."""
         found = {}
         for name, inside in records.items():
 
@@ -188,7 +188,7 @@ def statistics(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counts:
-    """The counts of a layer's record, see `Record.counts`: (B, A). kind: the record's type."""
+    """The counts of a layer's record, (B, A) each. found: by name. kind: the record's type."""
 
     found: dict[str, Any]
     kind: type[Record] = field(metadata={"static": True})
@@ -206,7 +206,7 @@ def counts(records: Mapping[str, Record], valid_BL: jax.Array) -> dict[str, Coun
 
 
 def outcomes(found: Mapping[str, Counts]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Returns the numbers of a whole evaluation, and those of each layer, as in "1_mod.0"."""
+    """Returns the outcome of all layers together, and of each layer by name, such as "1_mod.0"."""
     by_kind: dict[type[Record], dict[str, Mapping[str, np.ndarray]]] = {}
     for name, counted in found.items():
         for a in range(next(iter(counted.found.values())).shape[1]):
@@ -228,9 +228,9 @@ def observe(
     *,
     stacked: bool = False,
 ) -> tuple[Any, int]:
-    """Returns the measured numbers after one more forward pass, and how many of them it updated.
+    """Returns the measured numbers after one more forward pass, and how many were updated.
 
-    Call it once per update of the parameters: thresholds and biases learn from it alone.
+    Call it once per update of the parameters: nothing else updates thresholds and biases.
 
     measured: nested like the modules: `nnx.state(model)`, a part of it, or a plain dictionary.
     records: the layers' reports by the paths of their modules, as in "layers/0/routed"; "" is the
@@ -290,7 +290,7 @@ def unmeasured(weights: Any) -> list[str]:
 
 
 def _module_and_name(path: tuple[Any, ...]) -> tuple[str, str]:
-    """Returns the path of the module that a leaf belongs to, and the leaf's name there."""
+    """Returns the path of a leaf's module, and the leaf's name in it."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # an nnx.Variable's own
         path = path[:-1]
     module, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")

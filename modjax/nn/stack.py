@@ -25,7 +25,7 @@ from modjax.nn.records import Record
 
 
 class Segment(NamedTuple):
-    """A repeated pattern of layers, by name. first: how many layers the patterns before it have."""
+    """A repeated pattern of layers, by name. first: number of layers in the patterns before it."""
 
     layers: dict[str, specs.Layer]
     first: int
@@ -40,7 +40,7 @@ class Repetition(NamedTuple):
     index: int | jax.Array
 
     def run(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        """Returns the output of its layers in order. Nothing is passed on from earlier layers."""
+        """Runs its layers in order. `At.handed` starts empty: repetitions pass nothing on."""
         blocks = {name: self.blocks[name] for name in self.segment.layers}
         call = call.inside(self.index)
         return in_order(blocks, x, at._replace(handed={}), call, cache, self.segment.first)
@@ -180,7 +180,7 @@ def _unstacked(params: Any, repeats: int) -> list[Any]:
 
 
 def _with_weights_apart(blocks: Any) -> Any:
-    """Returns blocks, after `LayerModule.take_apart` of every layer in them."""
+    """Calls `LayerModule.take_apart` on every layer in `blocks`, and returns them."""
     for _, module in list(nnx.iter_modules(blocks)):
         if isinstance(module, LayerModule):
             module.take_apart()

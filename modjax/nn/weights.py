@@ -46,7 +46,7 @@ def _parameters(model: Transformer) -> Any:
 
 
 def _matrices(model: Transformer, storage: Mapping[Any, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns named views of `storage`, which has an array for the path of each parameter.
+    """Returns the named matrices, as views of `storage`: an array for each parameter's path.
 
     A parameter stacks the matrices of several layers and experts, and may store them as (out, in).
     """

@@ -14,8 +14,8 @@ T = TypeVar("T")
 class Accepts(NamedTuple):
     """Condition on a field, for its annotation: Annotated[float, Accepts("must be ...", check)].
 
-    said: what is accepted, for the error. fits: returns whether a value is accepted. A None that
-    the type allows is accepted too.
+    said: accepted values in words, for errors. fits: returns whether a value is accepted. None is
+    accepted wherever the type allows it.
     """
 
     said: str
@@ -33,7 +33,7 @@ def one_of(*names: str) -> Accepts:
 class _Field(NamedTuple):
     """Field of a dataclass.
 
-    hint: its annotation without conditions. kinds: the types that the annotation unites.
+    hint: its type, without conditions. kinds: the members of a union type, or the one type.
     needed: whether the field has no default.
     """
 
@@ -113,7 +113,7 @@ def parts(config: Any, *, deep: bool = False) -> Iterator[Spec]:
 
 
 def canonical(config: Any) -> dict[str, Any]:
-    """Returns to_dict(config) without defaults, so that a new field leaves old forms unchanged.
+    """Returns to_dict(config) without defaults, so that adding a field changes no earlier form.
 
     Raises InputError for a value of the wrong type.
     """
@@ -140,7 +140,7 @@ def to_dict(value: Any, *, defaults: bool = True) -> Any:
 
 
 def _number(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """Returns a whole number in the type of its field, float or int; other values unchanged."""
+    """Converts a whole number to the type of its field, float or int; keeps other values."""
     if float in kinds:
         return float(value) if type(value) is int and abs(value) <= MOST_NUMBER else value
     return int(value) if int in kinds and isinstance(value, float) and value.is_integer() else value

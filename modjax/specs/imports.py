@@ -1,4 +1,4 @@
-"""Modules of the user: their import within a limit of time, and the hash of their source."""
+"""Import of user modules under a time limit, and the hash of their source."""
 
 import ast
 import contextlib
@@ -29,13 +29,13 @@ IMPORTED: dict[str, ModuleType] = {}  # by the name in a config or in --imports
 
 
 class TooLong(BaseException):
-    """User code that takes too long. Not an Exception, which user code may catch."""
+    """Error for user code that takes too long. Not an Exception, which that code may catch."""
 
 
 def places(names: Any, folder: Path, field: str) -> dict[str, str]:
-    """Returns the absolute path of each FILE.py, and each module's name as it is, by given name.
+    """Returns the place of each name: the absolute path of a FILE.py, a module's name unchanged.
 
-    folder: start of relative paths. Raises InputError for anything but a list of names.
+    folder: where relative paths start. Raises InputError for anything but a list of names.
     """
     fits = isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)
     require(fits, field, names, "must be a list of files and modules")
@@ -76,10 +76,12 @@ def _import(place: str) -> ModuleType:
 
 @contextlib.contextmanager
 def user_code(field: str, value: str, failed: str) -> Iterator[None]:
-    """Runs user code in its body, and turns all that it raises into an InputError with `failed`.
+    """Runs its body, which is user code, and turns what it raises into an InputError.
 
-    Prints go to stderr. In the main thread, a line after SECONDS_UNSAID says that the code still
-    runs, and SECONDS_AT_MOST ends it.
+    field, value: the setting that the error names. failed: start of the reason, such as "cannot be
+      imported".
+    Prints go to stderr. In the main thread, a message after SECONDS_UNSAID says that the code still
+    runs, and SECONDS_AT_MOST ends it. Ctrl-C stays a KeyboardInterrupt.
     """
     interrupts: list[int] = []
     try:
@@ -96,7 +98,10 @@ def user_code(field: str, value: str, failed: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limited(what: str, interrupts: list[int]) -> Iterator[None]:
-    """Reports code that still runs, raises TooLong, and appends to `interrupts` at Ctrl-C."""
+    """Limits the time of its body, in the main thread: first reports `what`, then raises TooLong.
+
+    interrupts: gets an entry at each Ctrl-C.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -136,14 +141,14 @@ def _limited(what: str, interrupts: list[int]) -> Iterator[None]:
 
 
 class Source(NamedTuple):
-    """A module with the user modules that it imports, and the hash of all their files."""
+    """Names of a module and of the user modules that it imports, and the hash of their files."""
 
     modules: frozenset[str]
     digest: str
 
 
 def own_layers(model: Any) -> list[str]:
-    """Returns the names of the layers and ends of a ModelSpec from outside modjax."""
+    """Returns the names of the specs in a ModelSpec, such as layers, from outside modjax."""
     used = {type(spec).__name__ for spec in parts(model, deep=True)}
     return sorted(used.intersection(registered()))
 
@@ -154,7 +159,7 @@ def registered() -> list[str]:
 
 
 def without_unused(model: Any) -> Any:
-    """Returns a ModelSpec whose imports register its layers; it drops the others.
+    """Returns a ModelSpec without the imports that register none of its layers.
 
     All imports remain if a layer cannot be traced to one, as for a module that imports by variable.
     """
@@ -171,14 +176,14 @@ def without_unused(model: Any) -> Any:
 
 
 def layer_source(name: str) -> str:
-    """Returns the hash of the source that registers a layer, read once in this process."""
+    """Returns the hash of the source that registers a layer; it is read once per process."""
     module = sys.modules.get(ORIGINS[name].module)
     return source_of(module, NAMES[name]).digest if module is not None else ""
 
 
 @functools.cache
 def source_of(module: ModuleType, layer: Any = None) -> Source:
-    """Returns the Source of a module, read again for each class `layer` that it registered."""
+    """Returns the Source of a module. It is cached by `layer`: a redefined class is read again."""
     top = module.__name__.partition(".")[0]
     waiting, modules, contents = [module.__name__], set(), []
     while waiting:
@@ -205,7 +210,7 @@ def _is_installed(file: str) -> bool:
 
 
 def _imports(content: bytes, package: str) -> Iterator[str]:
-    """Yields the names in import statements; some may be no modules."""
+    """Yields the names in import statements, of modules and of other imported objects."""
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # a compiled module, for one
@@ -220,5 +225,5 @@ def _imports(content: bytes, package: str) -> Iterator[str]:
 
 
 def combined(digests: Iterable[str]) -> str:
-    """Returns one short hash of many, in any order."""
+    """Returns one short hash of many, which does not depend on their order."""
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Base classes of layers and routers, segments of layers, and the names of the text form.
+"""Base classes of layers and routers, segments of layers, and the registry of spec names.
 
 A spec is a frozen dataclass that checks its fields. Specs compose by containing other specs.
 """
@@ -16,7 +16,7 @@ C = TypeVar("C", bound=type)
 
 
 class Origin(NamedTuple):
-    """Module that gave a name, and its file ("" in a notebook)."""
+    """Module that registered a name, and its file ("" in a notebook)."""
 
     module: str
     file: str
@@ -27,10 +27,10 @@ ORIGINS: dict[str, Origin] = {}
 
 
 def add_name(function: Any, scope: Mapping[str, Any]) -> None:
-    """Adds a spec, or a function that makes one, to the names that the text form calls.
+    """Registers a spec, or a function that makes one, by its name for the text form.
 
-    scope: globals of the calling module, which may be imported again and give the name again.
-    Raises InputError for a name of another module or class.
+    scope: globals of the calling module. If it is imported again, it may register the name again.
+    Raises InputError for a name that another module or class has registered.
     """
     name, file = function.__name__, scope.get("__file__")
     origin = Origin(scope["__name__"], os.path.realpath(file) if file else "")
@@ -43,14 +43,14 @@ def add_name(function: Any, scope: Mapping[str, Any]) -> None:
 
 
 def named(function: Any) -> Any:
-    """Decorates a spec, or a function that makes one: adds its name to the text form."""
+    """Decorates a spec, or a function that makes one: registers it for the text form."""
     add_name(function, sys._getframe(1).f_globals)
     return function
 
 
 @dataclass_transform(frozen_default=True)
 def spec(cls: C) -> C:
-    """Decorates a spec of modjax: a frozen dataclass, whose name joins the text form."""
+    """Decorates a class of modjax: makes it a frozen dataclass, registered for the text form."""
     made = dataclass(frozen=True)(cls)
     add_name(made, sys._getframe(1).f_globals)
     return made
@@ -59,8 +59,8 @@ def spec(cls: C) -> C:
 class Shape(NamedTuple):
     """Sizes that the parts of a model share.
 
-    streams: residual streams that the layers see.
-    The ends alone read the rest:
+    streams: number of residual streams that the layers see.
+    Only the ends read vocab_size, width and tied.
     width: width of the embedding and of the features that the head reads.
     tied: whether the head reads the table of the embedding.
     """
@@ -79,7 +79,7 @@ class Shape(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Work on one sequence. tokens: positions computed. keys: positions whose keys are made."""
+    """Work on one sequence. tokens: positions computed. keys: positions with computed keys."""
 
     tokens: int
     keys: int
@@ -90,8 +90,8 @@ class Cost(NamedTuple):
 
     name: name of the component, such as "mlp".
     forward: FLOPs of a forward pass.
-    params: learned numbers.
-    active: share of the learned numbers that a token uses.
+    params: number of parameters.
+    active: share of the parameters that a token uses.
     backward: FLOPs of a backward pass, in multiples of `forward`: 2, or 1 without a gradient of the
       input.
     role: role of the parameters, see nn/params.py.
@@ -116,7 +116,7 @@ class Layer(Spec):
         return tuple(part for part in parts(self) if isinstance(part, Layer))
 
     def check(self, shape: Shape) -> None:
-        """Raises InputError for a shape that the layer cannot have."""
+        """Raises InputError for a shape that the layer does not support."""
         around = any(not isinstance(layer, Router) for layer in self.inside())
         accepted = "works on one residual stream: with model.streams it needs AltUp around it"
         require(shape.streams == 1 or around, "model.layers", str(self), accepted)
@@ -132,15 +132,15 @@ class Layer(Spec):
         return any(layer.looks_ahead(routing) for layer in self.inside())
 
     def names(self) -> tuple[str, ...]:
-        """Returns the names of its own ways to select without the future, see Rule.names."""
+        """Returns the names of this layer's causal rules, see Rule.names."""
         return ()
 
     def routed(self) -> int:
-        """Returns how many selections may take a position in this layer."""
+        """Returns the largest number of routed layers that can process one position."""
         return sum(layer.routed() for layer in self.inside())
 
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
-        """Returns the cached numbers of a sequence of at most `length` tokens.
+        """Returns the number of cached array elements for a sequence of at most `length` tokens.
 
         slack: a routed layer caches slack * capacity * length positions; None caches all.
         """
@@ -171,7 +171,7 @@ class Router(Layer):
         super().check(shape._replace(streams=1))
 
     def cost(self, shape: Shape, load: Load, outputs: int = 1) -> Costs:
-        """Yields the costs of a router with `outputs` scores of each position."""
+        """Yields the costs of a router with `outputs` scores per position."""
         numbers = shape.d_model * outputs
         yield Cost("router", 2.0 * load.tokens * numbers, numbers, role="router")
 
@@ -180,7 +180,7 @@ class Router(Layer):
 
 
 def check_parts(name: str, parts: tuple[Any, ...]) -> None:
-    """Raises InputError unless `parts` contains layers, at least one."""
+    """Raises InputError unless `parts` contains only layers, and at least one."""
     require(len(parts) > 0, name, parts, "must contain a layer")
     for part in parts:
         require(isinstance(part, Layer), name, part, "must contain layers")
@@ -190,9 +190,9 @@ def check_parts(name: str, parts: tuple[Any, ...]) -> None:
 class Repeat(Spec):
     """Segment of a model: a pattern of layers, repeated.
 
-    parts: layers, at least one, given one after another.
-    times: number of repetitions, greater than 0. One segment of a model may leave it out (None),
-      and fills the rest of the depth.
+    parts: layers, at least one, as positional arguments.
+    times: number of repetitions, greater than 0. One segment of a model may leave it out (None) and
+      then fills the rest of the depth.
     """
 
     parts: tuple[Layer, ...]

@@ -28,12 +28,12 @@ class ModelSpec:
     norm_eps: added to the mean square in every RMSNorm, greater than 0.
     dtype: "float32" or "bfloat16", in which layers compute.
     imports: files and modules from outside modjax that register layers. A spec does not import
-      them: the caller does so before the text of `layers` is read, if the caller trusts them.
+      them. A caller that trusts them does, before the text of `layers` is read.
     streams: an expansion, such as Recycled(2), or None for one residual stream.
     embed: an embedding, such as Tokens().
     head: a head, such as Logits() or Tied().
 
-    Raises InputError for a field, or a combination of fields, that makes no model.
+    Raises InputError for an invalid field, or an invalid combination of fields.
     """
 
     vocab_size: Positive[int]
@@ -107,7 +107,7 @@ class ModelSpec:
         return [(part, s.times) for s in self.segments for part in s.parts if s.times]
 
     def routed(self) -> int:
-        """Returns how many selections may take a token in the model."""
+        """Returns the largest number of routed layers that can process one token."""
         return sum(times * layer.routed() for layer, times in self.repeated())
 
     def looks_ahead(self, routing: str) -> bool:
@@ -115,7 +115,7 @@ class ModelSpec:
         return any(layer.looks_ahead(routing) for layer, _ in self.repeated())
 
     def rules(self, routing: str | None = None) -> frozenset[str]:
-        """Returns the names of the causal rules that `routing` uses; None: all that exist."""
+        """Returns the names of the causal rules that `routing` uses, or of all for None."""
         each = [part.names() for part in parts(self, deep=True) if isinstance(part, Layer)]
         if routing == "causal":
             return frozenset(names[0] for names in each if names)
@@ -130,7 +130,7 @@ class ModelSpec:
         return ("trained", "causal", *sorted(self.rules()))
 
     def check_routing(self, routing: str, field: str) -> None:
-        """Raises InputError for a routing by which this model cannot select."""
+        """Raises InputError for a routing that this model does not support."""
         for layer, _ in self.repeated():
             fits = routing == "trained" or not layer.looks_ahead("causal")
             accepted = f"{layer} has no rule that never looks ahead: MoD has causal=Predictor(), "
@@ -140,7 +140,7 @@ class ModelSpec:
         require(routing in self.routings, field, routing, accepted)
 
     def causal_routing(self) -> str | None:
-        """Returns the routing for the loss without the future, or None if the model has none.
+        """Returns the routing for the causal loss, or None if the model has none.
 
         This is "causal", or "trained" for a model that selects nothing.
         """
@@ -150,7 +150,7 @@ class ModelSpec:
 
 
 def read_end(name: str, value: Any) -> End | None:
-    """Returns the end of a field of ENDS, given as text or as a spec."""
+    """Returns the end for a field of ENDS, from text or from a spec."""
     (kind, accepted), found = ENDS[name], _read(value, f"model.{name}")
     shown = value if isinstance(value, int) else str(value)  # str refuses very long ones
     fits = len(found) == 1 and isinstance(found[0], kind)
@@ -159,7 +159,7 @@ def read_end(name: str, value: Any) -> End | None:
 
 
 def read_layers(layers: Any, field: str = "model.layers") -> tuple[Any, ...]:
-    """Returns layers or segments, given as text or as specs. Raises InputError for others."""
+    """Returns layers or segments, from text or from specs. Raises InputError for others."""
     given = layers if isinstance(layers, list | tuple) else [layers]
     found = tuple(spec for item in given for spec in _read(item, field))
     require(len(found) > 0, field, layers, "must name a layer")

@@ -1,4 +1,4 @@
-"""Specs of a run, whose hash is its name, and of its execution, which changes no name."""
+"""Specs of a run, whose hash names it, and of its execution, which does not affect the name."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ class TrainConfig:
     document_mask: whether attention stays within documents.
     eval_sequences: held-out sequences of an evaluation, greater than 0.
     eval_every: steps between evaluations; 0 evaluates after the last step only.
-    trained: "all" parameters, or "routers" with predictors; the rest stays the same bit for bit.
+    trained: "all" parameters, or "routers" with predictors; all others stay bit-identical.
     seed: of the initial weights and of random routing, 0 to 2**31 - 1.
     """
 
@@ -95,7 +95,7 @@ class DataConfig:
 
     @property
     def vocabulary(self) -> str:
-        """The vocabulary in the name of the cache: of a file its name without folders."""
+        """Part of the cache's name: "bytes", "sentencepiece-SIZE", or a file without folders."""
         return Path(self.vocab).name.replace(":", "-")
 
 
@@ -106,7 +106,7 @@ class RunSpec:
     variant: name of the arm, of letters, digits, '-', '_' and '.'.
     budget_flops: training FLOPs that the run was sized for, greater than 0.
     model, train, data: specs of the model, its training and its data.
-    base: folder of a finished run whose weights this run starts from; None draws them by the seed.
+    base: folder of a finished run whose weights start this run; None draws them from the seed.
     """
 
     variant: str

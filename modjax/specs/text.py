@@ -32,10 +32,11 @@ class UnknownName(InputError):
 
 
 def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tuple[Any, ...]:
-    """Returns the specs that `text`, such as "Dense(), MoD(Dense())", calls by `names`.
+    """Returns the specs that `text` constructs, such as "Dense(), MoD(Dense())".
 
-    Raises UnknownName for another name. Raises InputError, which names `field`, for text that is no
-    call with plain values, and for values that a spec refuses.
+    names: classes and functions that `text` may call. Raises UnknownName for another name. Raises
+    InputError, which names `field`, for other text than calls with plain values, and for values
+    that a spec refuses.
     """
 
     def value(node: ast.expr) -> Any:
@@ -82,7 +83,7 @@ def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tupl
 
 
 def _unknown(name: str, make: Callable[..., Any], given: Mapping[str, Any]) -> InputError | None:
-    """Returns the error of the first field that `make` does not know, or None."""
+    """Returns an error for the first field that `make` does not accept, or None."""
     known = inspect.signature(make).parameters
     for field, value in given.items():
         if field not in known:

@@ -1,6 +1,6 @@
 """Initial weights of a run, drawn from its seed or taken from a finished run.
 
-Checkpoints leave out frozen weights. A reader makes them again, and compares their fingerprint.
+Checkpoints leave out frozen weights. A reader recreates them and compares their fingerprint.
 """
 
 import hashlib

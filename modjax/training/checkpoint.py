@@ -90,7 +90,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
-        """Raises OSError for a full disk, which orbax and tensorstore report as text only."""
+        """Raises OSError for a full disk, which orbax and tensorstore report in the text only."""
         try:
             yield
         except Exception as error:

@@ -50,7 +50,7 @@ def optimizer_for(
 ) -> optax.GradientTransformation:
     """Returns clipping by global norm, followed by AdamW (arXiv 1711.05101).
 
-    Predictors are clipped apart, so that training one changes nothing else.
+    Predictors are clipped separately, so that training one changes nothing else.
 
     roles, decays: role of each parameter and whether it decays, see modjax.nn.params.
     """

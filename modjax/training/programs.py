@@ -1,4 +1,4 @@
-"""Compiled programs of a run. They are compiled ahead, so that their time is known apart."""
+"""Compiled programs of a run. They are compiled ahead, to time compilation separately."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,8 +30,8 @@ class Programs(NamedTuple):
     """Compiled functions of a run.
 
     train_step: maps (state, batch) to (state, metrics), and donates the state.
-    eval_steps: results of `compile_eval_step` by routing: "trained" and, for a model that has
-      another rule there, "causal".
+    eval_steps: results of `compile_eval_step` by routing: "trained", and "causal" for a model that
+      then selects by another rule.
     statistics: maps the records of a train step's metrics to scalars.
     """
 

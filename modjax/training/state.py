@@ -163,7 +163,7 @@ def abstract_state(mesh: Mesh, model: Model, train: TrainConfig) -> TrainState:
 
 
 def struct(leaf: Any, sharding: Any) -> Any:
-    """Returns the shape and dtype of `leaf` with a sharding."""
+    """Returns a ShapeDtypeStruct like `leaf`, with a sharding."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -138,7 +138,7 @@ def _gradient(
 
 
 def _whole_batch(x_UAB: jax.Array) -> jax.Array:
-    """Returns the rows of all parts in the order of the batch, (A, B, ...)."""
+    """Merges the parts of a batch: returns (A, B, ...), with rows in the order of the batch."""
     x_ABU = jnp.moveaxis(x_UAB, 0, 2)
     return x_ABU.reshape(x_ABU.shape[0], -1, *x_ABU.shape[3:])
 

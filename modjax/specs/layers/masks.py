@@ -15,25 +15,25 @@ Reach = tuple[int | None, int | None]
 class Mask(Spec):
     """Base class of masks. A mask defines `seen` and `reach`; `a & b` is their intersection.
 
-    reach: bounds on the positions that a query sees back and ahead, None for no bound. Keys beyond
-      them are neither computed nor cached.
+    reach: how many positions a query sees back and ahead at most, None for no bound. Keys beyond
+      reach are not cached.
     """
 
     reach: ClassVar[Reach] = None, None
 
     def seen(self, query: Any, key: Any) -> Any:
-        """Returns whether queries may see keys, from arrays of positions of NumPy or JAX."""
+        """Returns whether queries may see keys. Both are NumPy or JAX arrays of positions."""
         raise NotImplementedError
 
     def pairs(self, tokens: int, keys: int) -> int:
-        """Returns the pairs of queries and keys that FLOPs count: hidden keys in reach count."""
+        """Returns the number of query-key pairs for FLOPs, hidden keys within reach included."""
         back, ahead = self.reach
         if back is None or ahead is None:
             return tokens * keys
         return tokens * min(keys, back + 1 + ahead)
 
     def kept(self, length: int) -> int:
-        """Returns how many of the last keys a cache of at most `length` positions keeps."""
+        """Returns how many of the latest keys a cache for at most `length` positions keeps."""
         back, _ = self.reach
         return length if back is None else min(length, back + 1)
 
@@ -122,7 +122,7 @@ class Blocks(Sized):
 
 @spec
 class Prefix(Sized):
-    """Causal mask that also shows the first `size` positions to all. Do not add `Causal() &`."""
+    """Causal mask that also shows the first `size` positions to all; `Causal() &` would undo it."""
 
     def seen(self, query: Any, key: Any) -> Any:
         return (key <= query) | (key < self.size)

@@ -14,12 +14,12 @@ LINEAR, TOP_K = Linear(), TopK()
 
 
 def selected_tokens(capacity: float, seq_len: int) -> int:
-    """Returns k, the capacity of a routed layer in positions; seq_len excludes padding."""
+    """Returns k, the number of positions within capacity; seq_len excludes padding."""
     return max(1, round(capacity * seq_len))
 
 
 def cache_slots(capacity: float, length: int, slack: float | None) -> int:
-    """Returns the cache slots of a routed layer for `length` positions; slack None: one each."""
+    """Returns a routed layer's cache slots for `length` positions: all of them if slack is None."""
     return length if slack is None else min(length, max(1, math.ceil(slack * capacity * length)))
 
 
@@ -31,8 +31,8 @@ class MoDConfig:
       (0, 1].
     router: layer that scores the positions.
     rule: selects positions by their scores in training.
-    causal: selects without the future: a rule that never looks ahead, by one score of each
-      position. None leaves this to `rule`.
+    causal: rule for causal routings, which never looks ahead and reads one score per position.
+      None leaves these to the causal rules of `rule`.
     residual: "delta" for x + r (f(x) - x), "literal" for x + r f(x), where f is the inner layer and
       r the weight of the position.
     """
@@ -51,7 +51,7 @@ class MoDConfig:
         require(able, "MoD.causal", causal, accepted)
 
     def names(self) -> tuple[str, ...]:
-        """Returns the names of the layer's ways to select without the future, see Rule.names."""
+        """Returns the names of its causal rules, see Rule.names; those of `causal` come first."""
         own = self.causal.names() if self.causal else ()
         return own if self.router.looks_ahead("causal") else own + self.rule.names()
 

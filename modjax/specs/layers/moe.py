@@ -20,11 +20,11 @@ class ExpertRule(Spec):
     """Base class of rules that pick experts for each position.
 
     top_k: average number of experts of a position, greater than 0.
-    scores: "softmax" over all rows of the router, or "sigmoid" of each row.
+    scores: "softmax" over all outputs of the router, or "sigmoid" of each output.
     scale: factor of the scores, greater than 0; the product is the weight of an expert.
 
-    bounded: whether experts always have slots, so that MoE needs a capacity_factor.
-    ways: names of the rule's ways to pick without the future; the default is the first.
+    bounded: whether the rule fills a fixed number of slots, so that MoE needs a capacity_factor.
+    ways: names of its causal rules, see Rule.names.
     """
 
     bounded = False
@@ -34,27 +34,27 @@ class ExpertRule(Spec):
     scale: Positive[float] = 1.0
 
     def rows(self, experts: int) -> int:
-        """Returns the number of scores of each position that the rule reads."""
+        """Returns the number of router outputs that the rule reads."""
         return experts
 
     def real(self, experts: int) -> float:
-        """Returns the share of picks that are of experts, for an even load."""
+        """Returns the share of picks that go to experts, not no-ops, at an even load."""
         return 1.0
 
 
 @spec
 class TokenChoice(ExpertRule):
-    """Each position picks its top_k best rows of the router (arXiv 2101.03961, 2202.08906).
+    """Each position picks its top_k best router outputs (arXiv 2101.03961, 2202.08906).
 
     renormalise: whether to divide a weight by the sum over the position's picks, no-ops included;
       needs top_k > 1.
-    no_ops: rows beside the experts, which leave a position unchanged (arXiv 2404.02258, section
-      4.3).
-    random_no_ops: a control, in which as many picks become no-ops at random; needs no_ops.
+    no_ops: further router outputs, whose picks leave a position unchanged (arXiv 2404.02258,
+      section 4.3).
+    random_no_ops: a control in which as many picks become no-ops at random; needs no_ops.
     balance: weight of the balance loss (arXiv 2101.03961, Eq. 4), 0 or more.
     z: weight of the z-loss (arXiv 2202.08906, Eq. 5), 0 or more.
-    bias_rate: step by which every update moves a bias of each row against its load; the bias ranks
-      rows and weighs nothing (arXiv 2408.15664). 0 or more.
+    bias_rate: step by which every update moves each output's bias against its load. The bias
+      affects the ranking, not the weights (arXiv 2408.15664). 0 or more.
     """
 
     ways = ("token_choice",)
@@ -84,7 +84,7 @@ class TokenChoice(ExpertRule):
 class ExpertChoice(ExpertRule):
     """Each expert picks its best positions of a sequence (arXiv 2202.09368).
 
-    It looks ahead, in training and after.
+    It looks ahead, and has no causal rule.
     """
 
     bounded = True
@@ -111,7 +111,7 @@ class MoE(Layer):
     activation, norm: see MLP.
     capacity_factor: in training, an expert takes at most its first
       C = ceil(capacity_factor top_k L real / experts) positions of a sequence and drops its other
-      picks. L excludes padding; `real` is the share of picks that are of experts. Greater than 0;
+      picks. L excludes padding; `real` is the share of picks that go to experts. Greater than 0;
       None drops none.
     shared: number of further experts that process every position, unweighted.
     """
@@ -137,7 +137,7 @@ class MoE(Layer):
 
     @property
     def real(self) -> float:
-        """The share of picks that are of experts, for an even load."""
+        """The share of picks that go to experts, not no-ops, at an even load."""
         return self.rule.real(self.experts)
 
     def slots(self, tokens: int) -> int:
@@ -149,7 +149,7 @@ class MoE(Layer):
         return min(tokens, max(1, math.ceil(self.capacity_factor * fair - 1e-9)))
 
     def computed(self, tokens: int) -> float:
-        """Returns how many positions of a sequence all experts compute, empty slots included."""
+        """Returns the number of positions that all experts together compute, with empty slots."""
         if self.capacity_factor is None:
             return self.rule.top_k * tokens * self.real
         return self.experts * self.slots(tokens)

@@ -26,8 +26,8 @@ class Sinusoids(Router):
 class Received(Router):
     """Router whose score is the attention that a position received (A-MoD, arXiv 2412.20875).
 
-    It needs an earlier layer Attention(received=True) in its segment. It looks ahead, because later
-    positions attend too.
+    The score is relative to uniform attention, see modjax.kernels.received_attention. It needs
+    an earlier Attention(received=True) in its segment, and looks ahead: later positions attend too.
     """
 
     def cost(self, shape: Shape, load: Load, outputs: int = 1) -> Costs:
@@ -43,9 +43,9 @@ class Received(Router):
 class Rule(Spec):
     """Base class of rules that select positions by the scores of a router.
 
-    outputs: number of scores of each position that the rule reads.
-    causal: whether the selection of training never looks ahead.
-    ways: names of the rule's ways to select without the future, see `names`.
+    outputs: number of scores per position that the rule reads.
+    causal: whether the selection in training never looks ahead.
+    ways: names of its causal rules, which are its selections that never look ahead.
     """
 
     outputs = 1
@@ -53,11 +53,11 @@ class Rule(Spec):
     ways: ClassVar[tuple[str, ...]] = ()
 
     def names(self) -> tuple[str, ...]:
-        """Returns the ways that a call may request by name. The default is the first."""
+        """Returns its causal rules, for `Call.routing`. The routing "causal" uses the first."""
         return self.ways
 
     def room(self, capacity: float) -> float:
-        """Returns the share of positions for which training has slots, all of them computed."""
+        """Returns the share of positions with slots in training. Empty slots are computed too."""
         return capacity
 
     def cost(self, shape: Shape, load: Load) -> Costs:
@@ -79,7 +79,7 @@ class Weighed(Rule):
 class TopK(Weighed):
     """Selects the k best positions of a sequence (arXiv 2404.02258).
 
-    Training looks ahead. Without the future, "threshold" selects the positions that score above a
+    Training looks ahead. The causal rule "threshold" selects the positions that score above a
     running mean of the k-th best score.
     weight: see Weighed.
     auxiliary: weight of a cross-entropy loss that teaches scores to be above 0 exactly at selected
@@ -125,7 +125,8 @@ class Threshold(Weighed):
 class Binary(Rule):
     """Token choice between the layer and skipping it, by a softmax over both.
 
-    balance: weight of the balance loss, Eq. 4 of arXiv 2101.03961 for unequal targets, 0 or more.
+    balance: weight of the balance loss, Eq. 4 of arXiv 2101.03961 with the targets capacity and
+      1 - capacity, 0 or more.
     z: weight of the z-loss (arXiv 2202.08906, Eq. 5), 0 or more.
     """
 
@@ -138,8 +139,8 @@ class Binary(Rule):
 class Predictor(Rule):
     """Predicts the selection of training by a small network (arXiv 2404.02258, section 3.5).
 
-    "predictor" selects the predicted positions. "paced" raises the threshold for a row that is
-    ahead of its capacity, and lowers it for one that lags.
+    It is for `MoD.causal` only. "predictor" selects the predicted positions. "paced" raises the
+    threshold for a row that is ahead of its capacity, and lowers it for one that lags.
     weight: weight of its cross-entropy loss, greater than 0. Only the predictor gets its gradient.
     """
 

@@ -15,13 +15,13 @@ class Anchored(Layer):
     stride: distance between anchors in positions, greater than 0.
 
     A position reads anchors of its own document only, and skips the layer before the first one.
-    The first position of a row is an anchor. Within MoD, anchors are counted among the selected
-    positions of each document. There, only the document with segment id 1, which begins the row,
-    starts with an anchor; the others have theirs from the `stride`-th position on. So K positions
-    have at most ceil(K / stride) anchors.
+    The first position of a row is an anchor. Within MoD, anchors are counted in each document,
+    among its selected positions. The document with segment id 1, which begins the row, starts with
+    an anchor. The others have their first anchor at the `stride`-th selected position, so that K
+    positions have at most ceil(K / stride) anchors.
 
-    flops, more: the layer costs flops + more / stride FLOPs per number of the stream beside
-      `inner`. params: learned numbers.
+    flops, more: FLOPs per element of the stream, flops + more / stride, in addition to `inner`.
+    params: number of parameters.
     """
 
     flops, more, params = 1, 1, 0

@@ -77,7 +77,7 @@ class Streams(Layer):
         yield Cost("streams", load.tokens * flops, params)
 
     def weights(self, s: int, d: int) -> tuple[float, int]:
-        """Returns (flops, params): FLOPs per position of weights and read, learned numbers."""
+        """Returns the FLOPs per position of the coefficients and of u, and the parameter count."""
         raise NotImplementedError
 
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:

@@ -19,7 +19,7 @@ class Clock:
     def lap(self, name: str, step: int | None = None) -> None:
         """Adds the time since the last lap to the activity `name`.
 
-        step: starts to measure the time per step anew, after this step.
+        step: the time per step is then measured anew, from the end of this step.
         """
         now = time.perf_counter()
         self.seconds[name] += now - self._lap
@@ -28,7 +28,7 @@ class Clock:
             self._step, self._reached = step, now
 
     def reached(self, step: int) -> None:
-        """Measures the time per step until `step`, which has just been computed."""
+        """Records the seconds per step since the last measured step. `step` has just ended."""
         now = time.perf_counter()
         self._per_step.append((now - self._reached) / (step - self._step))
         self._step, self._reached = step, now

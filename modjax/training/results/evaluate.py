@@ -102,9 +102,9 @@ def outcome(scores: Scores) -> tuple[dict[str, float], dict[str, dict[str, float
 def summary(
     scores: dict[str, Scores], manifest: Manifest
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Returns the fields of the record that an evaluation decides, and its line of metrics.
+    """Returns the fields of the run's record, and the line of metrics, from an evaluation.
 
-    scores: by routing: "trained", and "causal" for a model that has another rule there.
+    scores: by routing: "trained", and "causal" for a model that then selects by another rule.
     """
     loss, sem, tokens = summarise(scores["trained"])
     bits = bits_per_byte(manifest, loss)
