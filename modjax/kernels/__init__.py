@@ -1,4 +1,4 @@
-"""Heavy operations, computed as suits each platform. No other folder knows a platform."""
+"""Expensive operations, implemented to suit the platform."""
 
 from modjax.kernels.attention import Side, attend, received_attention
 from modjax.kernels.grouped import grouped_matmul

@@ -1,7 +1,7 @@
 """Softmax attention of queries over the keys that a mask shows to them.
 
 Legend: B batch, L positions, M key positions, N heads, G kv heads, Q query heads of a kv head,
-T rows, H head width. B may be 1 in a Side. T stands for Q and L.
+T rows, H head width. B may be 1 in a Side. T is Q and L, as one dim or two.
 """
 
 import math
@@ -20,8 +20,9 @@ LEAST = float(jnp.finfo(jnp.float32).min)
 
 
 class Side(NamedTuple):
-    """The queries, or the keys, of attention, by their positions in the sequence.
+    """Queries or keys of attention.
 
+    positions_BL: their positions in the sequence.
     segments_BL: a query sees the keys of its own segment; None means one segment.
     valid_BL: a key that is not valid is hidden; None means that all are valid.
     """
@@ -74,8 +75,8 @@ def received_attention(
     The result is (B, L) float32: the mean over heads of sum_i a_ij / sum_i (1 / n_i). The sums are
     over the queries i that see position j, and n_i is the number of positions that query i sees.
     A position that no query sees gets 0. A-MoD (arXiv 2412.20875) sums the columns of attention
-    that is not causal. A causal mask makes the columns of early positions longer, hence the
-    division. No gradient passes.
+    without a causal mask. Under one, more queries see early positions, hence the division. No
+    gradient passes.
     """
     q_BNLH, k_BGMH = jax.lax.stop_gradient((q_BNLH, k_BGMH))
     batch, _, length, _ = q_BNLH.shape
@@ -93,10 +94,11 @@ def received_attention(
 
 
 def _chunks(mask: Mask, queries: int, keys: int, *, own: bool) -> list[tuple[slice, slice]]:
-    """Returns the queries of each chunk, and the keys that they may see.
+    """Returns slices of the queries of each chunk, and of the keys that they may see.
 
-    own: the keys are at the queries' own positions. These ascend, so two positions are at least as
-    far apart as their places in the arrays. The mask's reach therefore bounds the places too.
+    own: whether the keys are at the queries' own positions. These ascend, so two positions are at
+    least as far apart as their places in the arrays. The mask's reach therefore bounds the places
+    too.
     """
     back, ahead = mask.reach if own else (None, None)
     most = QUERY_CHUNKS[(back is not None) + (ahead is not None)]

@@ -6,7 +6,7 @@ import jax
 def target() -> str:
     """Returns "cpu", "gpu" or "tpu": the platform of the mesh that is set, or else of the process.
 
-    Programs are compiled for TPUs on hosts that have none: there only the mesh knows.
+    A host without TPUs may compile for them. Only the mesh tells the platform then.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

@@ -1,4 +1,4 @@
-"""Attention, with queries apart from keys and values, and rotary positions.
+"""Attention with rotary positions, and separate methods for queries and for keys and values.
 
 Legend: B batch, L positions, M key positions, W slots of a cache, D model width, N heads, G kv
 heads, H head width.
@@ -25,8 +25,8 @@ MANY = 2**31  # positions: more than any row has
 class Attention(Sublayer):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions.
 
-    `queries`, `keys` and `attend` take inputs that are normalised already, see `before`. Keys may
-    come from other positions than the queries, or from another source.
+    `queries` and `keys` take inputs that are already normalised, see `before`. Keys may come from
+    other positions than the queries, or from another source.
     """
 
     def __init__(self, spec: specs.Attention, shape: specs.Shape, *, rngs: nnx.Rngs):
@@ -62,7 +62,7 @@ class Attention(Sublayer):
         return rotate(_heads(y_BLD, read(self.w_q, None)), at.ropes[self.spec.rope])
 
     def keys(self, source_BMD: jax.Array, at: At) -> tuple[jax.Array, jax.Array]:
-        """Returns rotated keys and values, each (B, G, M, H). at: of the source."""
+        """Returns rotated keys and values, each (B, G, M, H). at: the source's context."""
         k_BGMH = rotate(_heads(source_BMD, read(self.w_k, None)), at.ropes[self.spec.rope])
         return k_BGMH, _heads(source_BMD, read(self.w_v, None))
 
@@ -76,7 +76,7 @@ class Attention(Sublayer):
     ) -> jax.Array:
         """Returns the attention's output, projected back to the stream, (B, L, D).
 
-        at: of the queries. keys: the positions of the keys; None means those of the queries.
+        at: the queries' context. keys: the positions of the keys; None means the queries' own.
         """
         mask, softcap = self.spec.mask, self.spec.softcap
         out_BNLH = attend(q_BNLH, k_BGMH, v_BGMH, mask, side(at), keys, softcap)
@@ -85,7 +85,7 @@ class Attention(Sublayer):
         return project(out_BLD, read(self.w_out, None).reshape(heads * head_dim, -1))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> KVCache:
-        """Returns a cache for at most `length` positions of each row."""
+        """Returns an empty cache for `length` positions of each row; a window needs fewer slots."""
         _, heads, width = self.w_k.shape
         slots = self.spec.mask.kept(length)
         k_BGWH = jnp.zeros((batch, heads, slots, width), dtype)
@@ -94,7 +94,7 @@ class Attention(Sublayer):
 
 
 def side(at: At) -> Side:
-    """Returns the context's positions in the form that modjax.kernels reads."""
+    """Returns the positions, segments and validity of `at`, as modjax.kernels reads them."""
     return Side(at.positions_BL, at.segments_BL, at.valid_BL)
 
 

@@ -32,13 +32,13 @@ NORM_EPS = 1e-6  # of a router that has norms
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoutedBlock(Routed):
-    """The record of a MoDBlock, with those of its router and rules, and the inner block's output.
+    """Record of a MoDBlock, of its router and rules, and of the inner block's other outputs.
 
     own: the records of the router and the rules, by their path in the block.
-    extra: everything that the inner block returned beside x, or None. Of a tuple these are all
-      entries but the first; of a named tuple, a copy with x replaced by None; of a dictionary, all
-      entries but x. Arrays are those of the selected positions. Records of layers are wrapped as
-      `Inside`: pass them to `observe` too, by the path of their module, as in "inner/moe".
+    extra: everything that the inner block returned beside x, at the selected positions, or None. A
+      tuple loses its first entry, a dictionary its entry x, and a named tuple's x becomes None.
+      Records of layers are wrapped as `Inside`: pass them to `observe` too, by the path of their
+      module, as in "inner/moe".
     indices_BK, valid_BK: the selected positions, ascending, and which of the K entries are real;
       None if there is no extra.
     """
@@ -59,7 +59,7 @@ class RoutedBlock(Routed):
         return sum(each, jnp.float32(0))
 
     def totals(self):
-        """Returns the totals of the records in it that have some, by their paths."""
+        """Returns the totals of the records in `own` and `extra`, by path, where they have any."""
         found = {path: record.totals() for path, record in self._all().items()}
         return {path: sums for path, sums in found.items() if sums}
 
@@ -76,7 +76,7 @@ class RoutedBlock(Routed):
         return super().statistics(records, valid_BL) | statistics(inner, valid_BL)
 
     def _all(self) -> dict[str, Record]:
-        """Returns the records in `own` and `extra` by their paths, without keys "" at the end."""
+        """Returns the records in `own` and `extra` by path. A key "" at the end is left out."""
         tree = {"own": self.own, "extra": self.extra}
         return {
             jax.tree_util.keystr(path, simple=True, separator="/").rstrip("/"): node
@@ -123,18 +123,19 @@ class MoDBlock(RoutedLayer):
         """Returns the new x_BLD and the record; add the record's `loss()` to your objective.
 
         A rule with a threshold needs `modjax.observe` after every update. Without it the threshold
-        stays 0, of which every `routing` but "trained" warns.
+        stays 0, and a `routing` that selects by it warns.
 
         per_position: pytrees of arrays (B or 1, L, ...), gathered like x: positions, segment ids,
-          rotary tables. Where a row selects fewer than K positions, the entries left over are 0.
+          rotary tables. Where a row selects fewer than K positions, the unused entries are 0.
         pairwise: keyword arguments (B or 1, heads or 1, L, L), gathered along both dims, like masks
-          of nnx.make_causal_mask. Entries left over see only themselves (1), and no other sees them
-          (0). A bias therefore needs a mask beside it.
+          of nnx.make_causal_mask. An unused entry sees only itself (1), and no other sees it (0). A
+          bias therefore needs a mask beside it.
         whole: keyword arguments that are passed on as they are, like an encoder's output.
         valid_BL: False marks padding, which is never selected.
-        key: the PRNG key of random routing. handed: what a router needs of earlier layers, by name.
+        key: the PRNG key of random routing.
+        handed: arrays (B, L, ...) that a router needs from earlier layers, by name.
         routing: "trained"; "causal", the block's own rule that never looks ahead; or a rule's name.
-        slots: without the future, at most this many positions of a row; None means all.
+        slots: under causal routing, the most positions that a row processes; None means no bound.
 
         Raises InputError for an argument of another shape.
         """
@@ -215,7 +216,7 @@ def _split_output(out: Any, key: str) -> tuple[Any, Any]:
 def _check_inputs(
     per_position: tuple[Any, ...], pairwise: Mapping[str, Any], batch: int, length: int
 ) -> None:
-    """Raises InputError for a leaf without the dims that are gathered."""
+    """Raises InputError for an array without the batch and position dims to gather along."""
 
     def check(field: str, tree: Any, dims: slice, gathered: tuple[int, ...], need: str) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

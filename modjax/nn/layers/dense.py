@@ -130,7 +130,7 @@ def in_order(
 ) -> Out:
     """Runs layers in order; returns records and cache updates by their names.
 
-    cache: the caches by the same names, or None. first: the first layer's place, for its key.
+    cache: the caches by the same names, or None. first: index of the first layer, for PRNG keys.
     """
     writes, records, depth_BL = {}, {}, 0
     handed: dict[str, jax.Array] = {}
@@ -145,10 +145,10 @@ def in_order(
 
 
 def names(parts: Iterable[specs.Layer], start: int = 0) -> dict[str, specs.Layer]:
-    """Returns layers by the names of their modules, which are place and class, as in 1_mod."""
+    """Returns layers by the names of their modules: index and class, as in 1_mod."""
     return {f"{i}_{type(part).__name__.lower()}": part for i, part in enumerate(parts, start)}
 
 
 def depth_scale(shape: specs.Shape) -> float:
-    """Returns the square root of the number of additions, by which GPT-2 divides output weights."""
+    """Returns the root of the number of residual additions; GPT-2 divides output weights by it."""
     return math.sqrt(2 * shape.num_layers)

@@ -1,4 +1,4 @@
-"""The embedding and the head of a model, and functions of its features in chunks of positions.
+"""The embedding and the head of a model, and chunked computation of functions of its features.
 
 An embedding is called as embed(tokens_BL, dtype) -> x_BLD. A head is called as
 unembed(x_BLD, embed) -> logits (B, L, V) in float32, where `embed` is the embedding for a tied head
@@ -72,12 +72,12 @@ def in_chunks(
 ) -> jax.Array:
     """Returns function(weights, *arrays), (B, L), computed on one chunk of positions at a time.
 
-    A gradient calls the function once more on each chunk. If all intermediate numbers are at most
-    MOST_NUMBERS, the function is called directly.
+    The backward pass recomputes each chunk. If all positions make at most MOST_NUMBERS numbers on a
+    device, the function is called directly.
 
     function: maps arrays (B, L, ...) to (B, L), position by position.
-    weights: a tree of all arrays that `function` reads beside them, such as a Head.
-    numbers: the float32 numbers that it makes for one position, such as the vocabulary's size.
+    weights: a tree of all other arrays that `function` reads, such as a Head.
+    numbers: how many float32 numbers `function` makes for one position, such as V.
     """
     batch, length = arrays[0].shape[:2]
     chunks = -(-(batch // batch_shards(batch)) * length * numbers // MOST_NUMBERS)

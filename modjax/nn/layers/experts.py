@@ -1,12 +1,12 @@
 """Computation of a mixture's experts: in slots, in groups, or one expert after another.
 
 On a mesh every device works on its own rows, and the experts are split over the `expert` axis.
-Slots have a fixed size, so they travel to their expert's device and back. Groups have none, so the
-experts are gathered to them.
+Each expert has a fixed number of slots, so slots travel to their expert's device and back. Groups
+vary in size, so instead every device gathers the weights of all experts.
 
 Legend: B batch, L positions, P picks of a position, E experts, C slots of an expert, T rows,
 Y picks of all rows, Z rows of a block, D model width, F feed-forward width, R scores of a position.
-A block has the slots of an expert in all sequences.
+A block has all slots of one expert, over all sequences.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Picks(NamedTuple):
 
     experts_BLP: the experts; E marks no expert.
     weights_BLP: their weights.
-    rows_BR: how often each row of the router was picked.
+    rows_BR: how often each output of the router, an expert or a no-op, was picked.
     tied_BE: whether each expert's best positions end in a near tie; None if experts do not choose.
     """
 
@@ -54,7 +54,7 @@ class Slots(NamedTuple):
 
 
 def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
-    """Returns each expert's first size_B <= size positions: none displaces an earlier one."""
+    """Returns slots with each expert's first size_B <= size positions. Later ones are dropped."""
     mine_BLPE = jax.nn.one_hot(picks.experts_BLP, experts, dtype=bool)
     weights_BLE = jnp.sum(jnp.where(mine_BLPE, picks.weights_BLP[..., None], 0.0), axis=2)
     mine_BEL = jnp.any(mine_BLPE, axis=2).swapaxes(1, 2)
@@ -69,7 +69,7 @@ def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
 
 
 def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str) -> jax.Array:
-    """Returns the sum of the experts' outputs for the positions in their slots, (B, L, D)."""
+    """Returns the weighted sum of the experts' outputs for the positions in slots, (B, L, D)."""
 
     def local(x_BLD, slots, matrices, split):
         batch, length, width = x_BLD.shape
@@ -94,7 +94,7 @@ def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str
 
 
 def in_groups(x_BLD: jax.Array, picks: Picks, matrices: Matrices, activation: str) -> jax.Array:
-    """Returns the sum of the experts' outputs for every pick, (B, L, D)."""
+    """Returns the weighted sum of the experts' outputs over all picks, (B, L, D)."""
     experts = jax.tree.leaves(matrices)[0].shape[0]
 
     def local(x_BLD, picks, matrices, _):
@@ -115,7 +115,7 @@ def in_groups(x_BLD: jax.Array, picks: Picks, matrices: Matrices, activation: st
 def one_by_one(
     x_BLD: jax.Array, picks: Picks, experts: Sequence[Matrices], activation: str
 ) -> jax.Array:
-    """Returns the sum of `in_groups`, reading only the weights of experts that are picked."""
+    """Returns the result of `in_groups`, but reads only the weights of experts that are picked."""
     y_BLD = jnp.zeros_like(x_BLD)
     for e, matrices in enumerate(experts):
         mine_BLP = picks.experts_BLP == e
@@ -134,8 +134,8 @@ def _on_each_device(
 ) -> jax.Array:
     """Returns local(x, routed, matrices, split), run by every device on its own rows.
 
-    split: whether the experts are split over devices. Then the rows travel, if `to_experts`.
-    Otherwise the matrices of all experts are gathered.
+    split: whether `matrices` are those of the device's own experts, so that rows must travel.
+    to_experts: keep the experts split; False gathers the matrices of all experts on each device.
     """
     matrices = {name: w_EDF.astype(x_BLD.dtype) for name, w_EDF in matrices.items()}
     mesh = jax.sharding.get_abstract_mesh()

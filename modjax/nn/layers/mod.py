@@ -25,13 +25,13 @@ from modjax.specs.layers.mod import cache_slots
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MoDCache(LayerCache):
-    """The cache of a routed layer. Its update has the same fields, for the new positions.
+    """Cache of a routed layer. Its update has the same fields, for the new positions.
 
-    A row that was not run has read no position, and the rest of its update may be anything.
+    In the update, a row that did not run has a read_B of 0; its other entries are arbitrary.
 
     inner: the cache of the inner layer, with slots for `slots` positions of each row.
-    state: of the router and the rules.
-    read_B, taken_B, overflow_B: how many positions were read, are in the slots, and were dropped.
+    state: the state of the router and the rules, see `RoutedLayer.start`.
+    read_B, taken_B, overflow_B: numbers of positions that were read, processed and dropped.
     """
 
     inner: Any
@@ -58,10 +58,10 @@ class MoDCache(LayerCache):
 
 
 class MoD(RoutedLayer, LayerModule):
-    """Routes the k = max(1, round(capacity * n)) best-scored of n valid positions through a layer.
+    """Layer that routes k = max(1, round(capacity * n)) of n valid positions through `inner`.
 
     See arXiv 2404.02258, Eq. 1. The inner layer sees only the selected positions, in order, with
-    their context. Its records are reported too, and so are its losses.
+    their context. Its records and losses are reported too.
     """
 
     def __init__(self, spec: specs.MoD, shape: specs.Shape, *, rngs: nnx.Rngs):
@@ -100,7 +100,7 @@ class MoD(RoutedLayer, LayerModule):
         return out._replace(write=MoDCache(out.write, state, *counts, cache.slots))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:
-        """Returns an empty cache, with slots for slack * capacity * length positions of a row."""
+        """Returns an empty cache with slack * capacity * length slots a row; slack None: length."""
         slots = cache_slots(self.config.capacity, length, slack)
         state = self.start(batch, self.router.empty(batch, length, slack, dtype))
         inner, none_B = self.inner.empty(batch, slots, slack, dtype), jnp.zeros(batch, jnp.int32)

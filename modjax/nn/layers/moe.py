@@ -28,7 +28,7 @@ FEW = 16
 
 
 class MoE(Sublayer):
-    """A weighted sum of the experts that a rule picks (arXiv 2101.03961, Eq. 2); see the spec."""
+    """A weighted sum of the experts that a rule picks (arXiv 2101.03961, Eq. 2), see specs.MoE."""
 
     def __init__(self, spec: specs.MoE, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec.norm, shape)
@@ -83,7 +83,7 @@ class MoE(Sublayer):
         return self.router.empty(batch, length, slack, dtype)
 
     def take_apart(self) -> None:
-        """Stores each expert apart, so that a step reads only the experts that it uses."""
+        """Stores each expert's weights separately, so that a step reads only those that it uses."""
         if not isinstance(self.experts, nnx.List):
             each = [{name: nnx.Param(w) for name, w in one.items()} for one in self._each()]
             self.experts = nnx.List([nnx.Dict(one) for one in each])

@@ -4,7 +4,8 @@ The anchors of a row are every k-th position from the first: training slices the
 After n earlier positions of a row, the next anchor is the (-n mod k)-th new position. Within a
 selection of packed documents, the anchors follow from the documents, see `_anchors_of_documents`.
 
-Legend: B batch, L positions, K selected positions, J anchors, I anchors with the last one before.
+Legend: B batch, L positions, K selected positions, J anchors, I the last earlier anchor and the J
+anchors.
 """
 
 import functools
@@ -30,11 +31,11 @@ from modjax.nn.routing.within import run_rows
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AnchorCache(LayerCache):
-    """The cache of an anchored layer. Its update has the same fields, for the new positions.
+    """Cache of an anchored layer. Its update has the same fields, for the new positions.
 
     inner: the cache of the inner layer.
     count_B: the number of positions that each row has read.
-    base: the input of the last anchor, or the sum of positions that are not pooled yet, (B, ...).
+    base: the input of the last anchor; in StridePool the sum of positions since then, (B, ...).
     change: the change that the inner layer made to the last anchor, (B, ...).
     """
 
@@ -58,7 +59,7 @@ class Places(NamedTuple):
     indices_BJ: the anchors, ascending; some may be beyond the end.
     anchor_BL: which positions are anchors.
     number_BL: the number of anchors up to each position, itself included.
-    regular: the anchors are every stride-th position from the first.
+    regular: whether the anchors are every stride-th position from the first.
     """
 
     indices_BJ: jax.Array
@@ -72,7 +73,7 @@ class Places(NamedTuple):
         return leaf[:, :: self.stride] if self.regular else gather(leaf, self.indices_BJ)
 
     def spread(self, leaf_BI: jax.Array) -> jax.Array:
-        """Returns the entry of every position's last anchor, (B, L, ...)."""
+        """Returns for each position the entry of its last anchor, (B, L, ...)."""
         if self.regular:
             length = self.anchor_BL.shape[1]
             return jnp.repeat(leaf_BI[:, 1:], self.stride, axis=1)[:, :length]
@@ -112,7 +113,7 @@ def _anchors_of_documents(
 
 
 class Anchored(LayerModule):
-    """Base class: anchors run through the inner layer; a subclass computes the other positions."""
+    """Base class of layers that run `inner` on the anchors and compute the other positions."""
 
     def __init__(self, spec: specs.Anchored, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.stride = spec.stride
@@ -170,11 +171,14 @@ class Anchored(LayerModule):
     def corrected(
         self, x: jax.Array, places: Places, base_BI: jax.Array, change_BI: jax.Array
     ) -> jax.Array:
-        """Returns the new x. base, change: `AnchorCache.base` and `change` after each anchor."""
+        """Returns the new x; by default each position adds the change of its last anchor.
+
+        base, change: `AnchorCache.base` and `change` after each anchor.
+        """
         return x + places.spread(change_BI)
 
     def _run(self, inputs: tuple[jax.Array, At, Any], call: Call, *, step: bool) -> Out:
-        """Returns the output of the inner layer at the anchors.
+        """Returns the output of the inner layer from its inputs: x, context and cache.
 
         A decoding step runs it only in rows whose new position is an anchor, and reports nothing.
         """
@@ -193,7 +197,7 @@ class Anchored(LayerModule):
 
 
 class SequenceAltUp(Anchored):
-    """Predicts each position from itself and its anchor (Sequence-AltUp, arXiv 2301.13310)."""
+    """Layer that predicts each position from itself and its anchor (arXiv 2301.13310)."""
 
     def __init__(self, spec: specs.SequenceAltUp, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
@@ -208,7 +212,7 @@ class SequenceAltUp(Anchored):
 
 
 class StrideSkip(Anchored):
-    """Changes the anchors only."""
+    """Layer that changes the anchors only."""
 
     def corrected(self, x, places, base_BI, change_BI):
         new = super().corrected(x, places, base_BI, change_BI)
@@ -216,7 +220,7 @@ class StrideSkip(Anchored):
 
 
 class StridePool(Anchored):
-    """Reads the mean of the positions up to each anchor, since the one before."""
+    """Layer whose `inner` reads the mean of the positions since the previous anchor."""
 
     def see(self, x, at, places, old):
         # Every position belongs to the next anchor: its number, J if it is beyond these.

@@ -1,7 +1,7 @@
 """Residual streams: their expansions, and layers that read one vector from them and write to all.
 
 Legend: B batch, L positions, S residual streams, D model width. B and L may be 1 in a weight. A
-product sums over the last of two S.
+product with a weight (B, L, S, S) sums over its last dim.
 """
 
 import functools
@@ -29,7 +29,7 @@ NEAR = 0.9  # initial weight of a stream in itself, in mHC
 
 
 class Recycled(nnx.Module):
-    """Copies the embedding to all streams, and takes their mean at the end."""
+    """Copies of the embedding in all streams, averaged at the end."""
 
     def __init__(self, spec: specs.Recycled, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.streams = spec.streams
@@ -42,7 +42,7 @@ class Recycled(nnx.Module):
 
 
 class Full(nnx.Module):
-    """Splits a wide embedding into streams, and joins them to wide features at the end."""
+    """Streams split from a wide embedding, joined to wide features at the end."""
 
     def __init__(self, spec: specs.Full, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.streams = spec.streams
@@ -55,7 +55,7 @@ class Full(nnx.Module):
 
 
 class Projected(nnx.Module):
-    """Learned projections to the streams and back, each scaled to the size of the first stream."""
+    """Learned projections to the streams and back, each scaled to the RMS of the first stream."""
 
     def __init__(self, spec: specs.Projected, shape: specs.Shape, *, rngs: nnx.Rngs):
         d, axes = shape.d_model, (None, "embed", None)
@@ -124,12 +124,12 @@ class Streams(LayerModule):
         raise NotImplementedError
 
     def mix(self, mix_BLSS: jax.Array, x_BLSD: jax.Array) -> jax.Array:
-        """Returns the mixed streams, before the layer writes to them, in float32."""
+        """Returns the mixed streams in float32, before the inner layer's output is added."""
         return mixed(mix_BLSS, x_BLSD)
 
 
 class AltUp(Streams):
-    """Alternating Updates (arXiv 2301.13310): mix = p and write = g, of a layer that reads one."""
+    """Alternating Updates (arXiv 2301.13310): mix = p, write = g, and the active stream is read."""
 
     def __init__(self, spec: specs.AltUp, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
@@ -144,7 +144,7 @@ class AltUp(Streams):
 
 
 class SimplifiedAltUp(Streams):
-    """Simplified AltUp: reads sum_j r_j x_j and writes to the active stream only."""
+    """Simplified AltUp, which reads sum_j r_j x_j and writes to the active stream only."""
 
     def __init__(self, spec: specs.SimplifiedAltUp, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
@@ -157,7 +157,7 @@ class SimplifiedAltUp(Streams):
 
 
 class HyperConnection(Streams):
-    """Hyper-connections, static or dynamic (arXiv 2409.19606), see the spec for their weights."""
+    """Hyper-connections, static or dynamic (arXiv 2409.19606), see specs.HyperConnection."""
 
     def __init__(self, spec: specs.HyperConnection, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
@@ -227,7 +227,7 @@ def _doubly_stochastic(logits_BLSS: jax.Array) -> jax.Array:
 
 
 class Gemma3nAltUp(Streams):
-    """AltUp with weights of each position, which reads the predicted stream, as in Gemma 3n."""
+    """Gemma 3n's AltUp: reads the predicted stream, with weights computed at each position."""
 
     def __init__(self, spec: specs.Gemma3nAltUp, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec, shape, rngs=rngs)
@@ -260,9 +260,9 @@ def _mixing(value: jax.Array) -> nnx.Param:
 def mixed(weights_BLSS: jax.Array, x_BLSD: jax.Array, *, skip_equal: bool = False) -> jax.Array:
     """Returns sum_j weights_ij x_j for each i, (B, L, S, D), in float32.
 
-    skip_equal: positions whose streams are all equal give the weights no gradient. There the sum is
-      the stream times a number. If all that follows reads its direction only, the true gradient is
-      0, the computed one is rounding noise, and AdamW would make a full step of that noise.
+    skip_equal: positions whose streams are all equal give the weights no gradient. There the
+      weights only scale the sum. If later layers read only its direction, the true gradient is 0.
+      The computed one is rounding noise, from which AdamW would make a full step.
     """
     return _mixed(skip_equal, weights_BLSS, x_BLSD)
 

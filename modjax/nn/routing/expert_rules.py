@@ -43,16 +43,16 @@ class ExpertRule(nnx.Module):
         slots: Callable[[int], int],
         call: Call,
     ) -> Picks:
-        """Returns the experts of each valid position.
+        """Returns the experts that process each valid position, with their weights.
 
-        slots: maps the valid positions of a row to C, an expert's slots in training.
+        slots: maps the number of valid positions of a row to C, an expert's slots in training.
         """
         raise NotImplementedError
 
     def report(
         self, logits_BLR: jax.Array, scores_BLR: jax.Array, picks: Picks, valid_BL: jax.Array
     ) -> RouterLoad:
-        """Returns the rule's record: losses, measured numbers, statistics."""
+        """Returns the router's load, for losses, running statistics and metrics."""
         probability_BLR = scores_BLR / jnp.sum(scores_BLR, axis=2, keepdims=True)
         return RouterLoad(
             picks_BR=picks.rows_BR.astype(jnp.float32),
@@ -63,7 +63,7 @@ class ExpertRule(nnx.Module):
 
 
 class TokenChoice(ExpertRule):
-    """Each position picks its best rows of the router."""
+    """Token choice: each position picks its highest-scoring experts or no-ops."""
 
     def __init__(
         self, spec: specs.TokenChoice, shape: specs.Shape, *, experts: int, rngs: nnx.Rngs
@@ -99,7 +99,7 @@ class TokenChoice(ExpertRule):
         return replace(load, balance=spec.balance, z=spec.z, bias=spec.bias_rate)
 
     def _random_no_ops(self, at: At, key: jax.Array | None) -> jax.Array:
-        """Returns the picks that become no-ops at random, (B, L, P) bool."""
+        """Returns a random mask of the picks that become no-ops, (B, L, P) bool."""
         if key is None:
             raise ValueError("random no-ops need a PRNG key: model(tokens, key=...)")
         keys = [jax.random.fold_in(key, pick) for pick in range(self.spec.top_k)]
@@ -108,7 +108,7 @@ class TokenChoice(ExpertRule):
 
 
 class ExpertChoice(ExpertRule):
-    """Each expert picks its best positions of a sequence."""
+    """Expert choice: each expert picks its highest-scoring positions of a sequence."""
 
     def pick(self, scores_BLR, at, valid_BL, slots, call):
         batch, length, experts = scores_BLR.shape
@@ -123,7 +123,10 @@ class ExpertChoice(ExpertRule):
 
 
 class ExpertThreshold(ExpertChoice):
-    """Each expert picks the positions that score above its running mean."""
+    """Expert threshold: each expert picks the positions that score above its own threshold.
+
+    The threshold is the running mean of the k-th best score, k being an even share of the picks.
+    """
 
     def __init__(self, spec: specs.ExpertRule, shape: specs.Shape, *, experts: int, rngs: nnx.Rngs):
         super().__init__(spec, shape, experts=experts, rngs=rngs)
@@ -144,7 +147,7 @@ class ExpertThreshold(ExpertChoice):
 def _best_positions(
     scores_BLE: jax.Array, valid_BL: jax.Array, count: Callable[[int], int]
 ) -> Selection:
-    """Selects each expert's count(n) best of the n valid positions of a sequence, in B * E rows."""
+    """Selects each expert's count(n) best of n valid positions. The selection has B * E rows."""
     batch, length, experts = scores_BLE.shape
     rows_TL = scores_BLE.swapaxes(1, 2).reshape(-1, length)
     size_B = of_valid(count, valid_BL, batch, length)

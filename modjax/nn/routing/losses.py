@@ -20,11 +20,13 @@ from modjax.nn.routing.thresholds import moved
 def path_losses(
     odds_BL: jax.Array, logits_BLR: jax.Array, valid_BL: jax.Array | None, capacity: float
 ) -> dict[str, jax.Array]:
-    """Returns the losses of a choice between a layer and skipping it, by name, (B,) each.
+    """Returns the losses of a choice between a layer and skipping it, by name, each (B,).
+
+    odds_BL: log-odds of the layer. logits_BLR: logits of both paths, to skip and the layer.
 
     balance: sum_i f_i P_i / t_i over both paths, Eq. 4 of arXiv 2101.03961 for unequal targets. f_i
-      is the share of positions that choose path i, P_i its mean probability, and t = (1 - capacity,
-      capacity). It is 1 for f = P = t.
+      is the share of positions that choose path i, P_i its mean probability, and t_i its target:
+      1 - capacity to skip, capacity for the layer. The loss is 1 for f = P = t.
     z: the mean of logsumexp(logits)^2 (arXiv 2202.08906, Eq. 5).
     """
     share_B = masked_mean((odds_BL > 0).astype(jnp.float32), valid_BL)
@@ -37,17 +39,17 @@ def path_losses(
 
 
 def row_balance(picks_R: jax.Array, mean_R: jax.Array) -> jax.Array:
-    """Returns the balance loss of a router's rows, R sum_r f_r P_r (arXiv 2101.03961, Eq. 4).
+    """Returns the balance loss of a router's R outputs, R sum_r f_r P_r (arXiv 2101.03961, Eq. 4).
 
-    f is the share of the picks and P = mean_R the mean probability. The loss is 1 for even rows
-    and R at collapse.
+    f_r is output r's share of the picks, and P = mean_R its mean probability. The loss is 1 for an
+    even load, and R if one output gets all picks.
     """
     share_R = picks_R / jnp.maximum(jnp.sum(picks_R), 1e-9)
     return picks_R.shape[0] * jnp.sum(share_R * mean_R)
 
 
 def squared_logsumexp(logits: jax.Array) -> jax.Array:
-    """Returns logsumexp(logits)^2 over the last dim, of which the z-loss is the mean."""
+    """Returns logsumexp(logits)^2 over the last dim. The z-loss is its mean."""
     return jnp.square(jax.nn.logsumexp(logits, axis=-1))
 
 
@@ -62,13 +64,13 @@ def masked_mean(x_BL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RuleRecord(Record):
-    """The losses of a rule of positions, and what its threshold is measured by.
+    """Losses of a rule of positions, and the numbers that its threshold averages.
 
     losses: weighted losses by name, each (B,).
-    logits_BL: logits that the only loss teaches to be above 0 at target_BL.
+    logits_BL: logits trained to be above 0 exactly at target_BL; `losses` then has one entry.
     target_BL: the positions that training selects.
-    kth_B: the k-th best rank of each row, infinite for a row of padding.
-    The last three are None for a rule without them.
+    kth_B: the k-th highest ranking score of each row, infinite for a row of padding.
+    A rule without the last three leaves them None.
     """
 
     losses: dict[str, jax.Array]
@@ -87,8 +89,8 @@ class RuleRecord(Record):
         """Returns the losses, and how well the logits predict the selection.
 
         loss/NAME: summed over layers.
-        NAME/accuracy, precision, recall, capacity: averaged over layers; and of one layer as
-          NAME/accuracy/LAYER, where LAYER is its place and its repetition, as in 1_mod.0.
+        NAME/accuracy, precision, recall, capacity: averaged over layers.
+        NAME/accuracy/LAYER, ...: of one layer. LAYER is its path and repetition, as in 1_mod.0.
         """
         found: dict[str, Any] = {}
         means: dict[str, list[jax.Array]] = {}
@@ -111,7 +113,7 @@ class RuleRecord(Record):
 def selection_loss(
     name: str, weight: float, logits_BL: jax.Array, selection: Selection, at: At
 ) -> RuleRecord:
-    """Returns a record with the cross-entropy between logits and the selection of training.
+    """Returns a record of the cross-entropy between logits and the selection of training.
 
     The loss teaches the logits to be above 0 exactly at the selected positions.
     """
@@ -124,15 +126,15 @@ def selection_loss(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RouterLoad(Record):
-    """The load of each row of a router, by which experts are balanced.
+    """Load of each output of a router, an expert or a no-op, by which experts are balanced.
 
-    picks_BR: picks of each row, before any is dropped.
-    probability_BR: sums of the probabilities. z_B: sums of logsumexp(logits)^2.
-    positions_B: valid positions.
-    kth_BE: the score at which each expert would fill its share, infinite for a row of padding;
-      None without thresholds.
+    picks_BR: picks of each output, before any is dropped.
+    probability_BR: probabilities, summed over positions. z_B: sums of logsumexp(logits)^2.
+    positions_B: number of valid positions.
+    kth_BE: each expert's k-th best score, k being an even share of the picks; infinite for a row
+      of padding. None without thresholds.
     balance, z: weights of the two losses.
-    bias: step of a bias against the load; 0 without one.
+    bias: step of the bias that balances the load, per update; 0 without one.
     """
 
     picks_BR: jax.Array
@@ -145,9 +147,9 @@ class RouterLoad(Record):
     bias: float = field(default=0.0, metadata={"static": True})
 
     def losses(self, totals: Mapping[str, jax.Array] | None = None) -> dict[str, jax.Array]:
-        """Returns the balance loss and the z-loss (arXiv 2202.08906, Eq. 5) without weights.
+        """Returns the unweighted balance loss and z-loss (arXiv 2202.08906, Eq. 5).
 
-        totals: those of the batch that this record is a part of; None takes the record's own.
+        totals: as `totals` returns them, of the whole batch; None means the record's own.
         """
         totals = totals or self._sums()
         mean_R = jnp.sum(self.probability_BR, axis=0) / totals["positions"]
@@ -164,7 +166,7 @@ class RouterLoad(Record):
         return self._sums() if self.balance + self.z > 0 else {}
 
     def observed(self, measured, updates, tokens=None):
-        """Returns the bias, moved against the load (arXiv 2408.15664), and the thresholds."""
+        """Returns the new bias, moved against the load (arXiv 2408.15664), and new thresholds."""
         found = moved(measured, self.kth_BE, updates)
         if self.bias:
             load_R = jnp.sum(self.picks_BR, axis=0)
@@ -176,8 +178,8 @@ class RouterLoad(Record):
     def statistics(cls, records, valid_BL):
         """Returns scalars of one forward pass.
 
-        moe/balance: the balance loss without its weight, averaged over layers.
-        moe/most_load: the largest load of a row over the mean one, averaged over layers.
+        moe/balance: the unweighted balance loss, averaged over layers.
+        moe/most_load: the largest load of an output over the mean load, averaged over layers.
         loss/moe_balance, loss/moe_z: weighted losses, summed over layers.
         """
 
@@ -198,6 +200,6 @@ class RouterLoad(Record):
         }
 
     def _sums(self) -> dict[str, jax.Array]:
-        """Returns the picks of each row, and the valid positions or 1e-9 for none."""
+        """Returns the picks of each output, and the number of valid positions, at least 1e-9."""
         picks_R = jax.lax.stop_gradient(jnp.sum(self.picks_BR, axis=0))
         return {"picks_R": picks_R, "positions": jnp.maximum(jnp.sum(self.positions_B), 1e-9)}

@@ -34,7 +34,7 @@ Process = Callable[[Selection], Any]  # runs a layer on the selected positions
 
 
 class RoutedLayer(nnx.Module):
-    """A router, the rule that selects in training, and perhaps another without the future."""
+    """Router with a rule that selects in training, and perhaps another for causal routing."""
 
     def __init__(self, config: MoDConfig, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.config = config
@@ -48,11 +48,11 @@ class RoutedLayer(nnx.Module):
         self.causal = None if config.causal is None else made(config.causal)
 
     def rules(self) -> dict[str, Any]:
-        """Returns the rules by their attribute."""
+        """Returns the rules by the names of their attributes."""
         return {"rule": self.rule} | ({} if self.causal is None else {"causal": self.causal})
 
     def start(self, batch: int, router: Any = ()) -> dict[str, Any]:
-        """Returns the state before the first position. router: the router's empty cache."""
+        """Returns the state before the first position. router: an empty cache of the router."""
         return {"router": router} | {n: rule.start(batch) for n, rule in self.rules().items()}
 
     def route(
@@ -60,12 +60,13 @@ class RoutedLayer(nnx.Module):
     ) -> tuple[Selection | None, dict[str, Record], dict[str, Any]]:
         """Selects positions by the scores of the router.
 
-        limit: without the future, a row processes at most its first `limit` requested positions;
-          an int or (B, 1).
+        state: as `start` returns it.
+        limit: under causal routing, a row processes its first `limit` requested positions and drops
+          the others; an int or (B, 1).
 
         Returns
-          the selection of training, None under another `call.routing`;
-          the records, of which "" is this layer's own `Routed`;
+          the selection of training, or None under causal routing;
+          the records; "" is this layer's own `Routed`;
           the state after these positions, with the update of the router's cache.
         """
         scored = self.router(x_BLD, at, call, state["router"] or None)
@@ -94,11 +95,11 @@ class RoutedLayer(nnx.Module):
         return trained, records, {**state, "router": scored.write}
 
     def run(self, process: Process, selection: Selection | None, own: Routed, bound: int) -> Any:
-        """Returns process(selection), or without a selection, `process` of those in `own`.
+        """Returns process(selection). None selects the positions of own.selected_BL.
 
-        The number of positions in `own` varies, but shapes are static. So `process` is compiled for
-        a few bucket sizes, and the smallest one that fits every row runs. The result has the shapes
-        of the largest, `bound`.
+        Their number varies, but shapes are static. So `process` is compiled for a few bucket sizes,
+        and the smallest one that fits every row runs. The result has the shapes of the largest,
+        `bound`.
         """
         if selection is not None:
             return process(selection)
@@ -115,9 +116,9 @@ class RoutedLayer(nnx.Module):
         return jax.lax.switch(jnp.searchsorted(jnp.array(buckets), largest), branches)
 
     def decider(self, routing: str) -> tuple[str, str]:
-        """Returns the name of the way to select under a routing, and the attribute of its rule.
+        """Returns the name of the rule's method under a causal routing, and the rule's attribute.
 
-        A routing that this layer does not know stands for the layer's own way.
+        A routing that the layer does not know, such as "causal", means its default method.
         """
         names = self.config.names()
         need = "its router looks ahead: give it a rule that does not, such as causal=Predictor()"
@@ -127,13 +128,13 @@ class RoutedLayer(nnx.Module):
         return name, "causal" if causal is not None and name in causal.names() else "rule"
 
     def update(self, scores_BK: jax.Array, x_BKD: jax.Array, y_BKD: jax.Array) -> jax.Array:
-        """Returns the update of the stream at selected positions, see `MoDConfig.residual`."""
+        """Returns the weighted updates of selected positions, (B, K, D), see `MoDConfig`."""
         weight = wide(self.rule.weigh(scores_BK).astype(x_BKD.dtype), x_BKD)
         y_BKD = y_BKD.astype(x_BKD.dtype)
         return weight * (y_BKD - x_BKD if self.config.residual == "delta" else y_BKD)
 
     def _seen_by(self, attribute: str, choice: Choice) -> Choice:
-        """Returns the choice as a rule may see it: with ones in place of scores that look ahead."""
+        """Returns the choice as a rule sees it: `causal` gets ones for scores that look ahead."""
         if attribute == "rule" or not self.config.router.looks_ahead("causal"):
             return choice
         ones_BL = jnp.ones_like(choice.scores_BL)
@@ -143,7 +144,7 @@ class RoutedLayer(nnx.Module):
         return selected_tokens(self.config.capacity, positions)
 
     def _trained(self, choice: Choice, at: At, k_B: jax.Array) -> Selection:
-        """Returns the selection of training."""
+        """Returns the selection of training: the top k_B, or the requested ones that fit."""
         scores_BL, (batch, length) = choice.scores_BL, choice.scores_BL.shape
         best = select_top_k(choice.ranking_BL, scores_BL, self._k(length), at.valid_BL, k_B)
         if choice.wanted_BL is None:
@@ -159,5 +160,5 @@ def _valid(wanted_BL: jax.Array, at: At) -> jax.Array:
 
 
 def _buckets(k: int, bound: int) -> list[int]:
-    """Returns sizes to compile: 3/2 k for most rows, 3 k, and `bound`. Each costs compile time."""
+    """Returns the sizes to compile: 1.5 k, which fits most rows, 3 k, and `bound`."""
     return [size for size in (math.ceil(1.5 * k), 3 * k) if size < bound] + [bound]

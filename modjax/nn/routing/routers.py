@@ -16,7 +16,7 @@ from modjax.nn.params import normal_param, read
 
 
 class Linear(LayerModule):
-    """Scores r = x w (arXiv 2404.02258, Eq. 1)."""
+    """Linear scores r = x w (arXiv 2404.02258, Eq. 1)."""
 
     def __init__(self, spec: specs.Router, shape: specs.Shape, *, outputs: int, rngs: nnx.Rngs):
         size, std = (shape.d_model, outputs), 1 / math.sqrt(shape.d_model)
@@ -42,7 +42,7 @@ class Sinusoids(Linear):
 class Received(LayerModule):
     """Scores that an earlier attention layer passed on (A-MoD, arXiv 2412.20875).
 
-    With a cache no layer passes them on and no rule reads them: they are 1.
+    With a cache, no layer passes them on and no rule reads them, so they are 1.
     """
 
     def __init__(self, spec: specs.Received, shape: specs.Shape, *, outputs: int, rngs: nnx.Rngs):

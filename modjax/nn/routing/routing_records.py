@@ -20,12 +20,12 @@ PARTS = 4  # of a sequence, for which dropped picks are reported apart
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routed(Record):
-    """The positions of a routed layer.
+    """Record of the positions that a routed layer requested and processed.
 
     scores_BL: raw scores.
     target_BL: positions that training selects.
     wanted_BL: positions that were requested.
-    selected_BL: positions that were processed.
+    selected_BL: positions that were processed; the other requested ones were dropped.
     k_B: the capacity of each row, in positions.
     tied_B: whether training's top k ended in a near tie, see Selection; None without a top k.
     """
@@ -45,13 +45,13 @@ class Routed(Record):
 
     @classmethod
     def outcome(cls, counts):
-        """Returns shares of positions, averaged over layers, and counts.
+        """Returns metrics by name, from the counts of each layer by its path.
 
-        accuracy, precision, recall: of requests, against the selection of training. To request
-          nothing has the accuracy 1 - capacity.
-        capacity: processed. overflow: dropped.
-        most: the largest share of one sequence that a layer processed.
-        near_ties: selections that end in a near tie, summed over layers and sequences.
+        accuracy, precision, recall: of the requested positions as a prediction of training's
+          selection, averaged over layers. Requesting nothing has an accuracy of 1 - capacity.
+        capacity, overflow: shares of positions processed and dropped, averaged over layers.
+        most: the largest share of one sequence that any layer processed.
+        near_ties: number of selections that end in a near tie, over all layers and sequences.
         """
         each = []
         for of in counts.values():
@@ -70,8 +70,8 @@ class Routed(Record):
         """Returns scalars over the valid positions of one forward pass.
 
         router/score_mean, score_std: of the raw scores, averaged over layers.
-        router/position_entropy: entropy of the processed positions, from the counts of the batch,
-          averaged over layers and divided by log L. It is 1 for a uniform distribution.
+        router/position_entropy: entropy, over the places in a row, of the batch's processed
+          positions, divided by log L and averaged over layers. It is 1 if all places are equal.
         router/chosen_by_all, chosen_by_none: shares of positions that all, or no, layers processed.
         router/capacity, overflow: shares of positions that were processed, and that were dropped.
         router/underload: unused capacity, as a share of positions.
@@ -108,13 +108,13 @@ class Routed(Record):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dispatched(Record):
-    """The picks of a mixture of experts, at valid positions.
+    """Record of the picks of a mixture of experts, at valid positions.
 
-    asked_BL: picks of experts. taken_BL: picks of experts that were computed.
-    valid_BL: positions that count.
+    asked_BL: number of experts that were picked. taken_BL: number of these that computed.
+    valid_BL: False marks padding.
     experts_BLP: the experts that each position picked, E for none.
-    picks_B: picks of the router, including no-ops.
-    computed_B: positions that the experts computed, including empty slots.
+    picks_B: number of picks, including no-ops.
+    computed_B: number of positions that the experts computed, including empty slots.
     tied_BE: whether an expert's best positions end in a near tie; None unless experts choose.
     """
 
@@ -138,7 +138,7 @@ class Dispatched(Record):
 
     @classmethod
     def outcome(cls, counts):
-        """Returns moe/dropped, no_op and useful, see `statistics`, and the sum of near ties."""
+        """Returns moe/dropped, no_op and useful, see `statistics`, and the number of near ties."""
         names = ("picks", "asked", "taken", "computed")
         found = _pick_shares(*(sum(of[name].sum() for of in counts.values()) for name in names))
         shares = {name: float(value) for name, value in found.items()}
@@ -148,10 +148,10 @@ class Dispatched(Record):
     def statistics(cls, records, valid_BL):
         """Returns scalars of one forward pass.
 
-        moe/dropped: share of the experts' picks that found no free slot.
+        moe/dropped: share of the picks of experts that found no free slot.
         moe/dropped/N of 4: the same share in the N-th quarter of the sequences.
-        moe/no_op: share of the picks that are of no expert.
-        moe/useful: share of the positions computed by experts that were picked, not empty slots.
+        moe/no_op: share of the picks that are no-ops.
+        moe/useful: share of the experts' computations that are of picks, not of empty slots.
         moe/idle: share of positions that no expert computed.
         """
         asked_ABL, taken_ABL, valid_ABL, picks_AB, computed_AB = _stacked(
@@ -166,16 +166,16 @@ class Dispatched(Record):
 
 
 def share(part: Any, whole: Any) -> Any:
-    """Returns part / whole, or part where `whole` is less than 1."""
+    """Returns part / max(whole, 1)."""
     return part / whole.clip(1)
 
 
 def decisions(
     wanted_BL: jax.Array, target_BL: jax.Array, valid_BL: jax.Array
 ) -> dict[str, jax.Array]:
-    """Returns counts of the valid positions of every sequence, (..., B).
+    """Returns counts of the valid positions of every sequence by name, each (..., B).
 
-    wanted: requested without the future. target: selected by training.
+    wanted: requested. target: selected by training.
     both: requested and selected. agreed: both, or neither. positions: all.
     """
     masks = {
@@ -192,7 +192,7 @@ def decisions(
 
 
 def decision_shares(counts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns shares of the counts of `decisions`; capacity is the share that is requested."""
+    """Returns accuracy, precision, recall and capacity (the share requested) from `decisions`."""
     parts = {
         "accuracy": ("agreed", "positions"),
         "precision": ("both", "wanted"),
@@ -211,7 +211,7 @@ def _pick_shares(picks: Any, asked: Any, taken: Any, computed: Any) -> dict[str,
 
 
 def _stacked(records: Mapping[str, Record], *names: str) -> tuple[jax.Array, ...]:
-    """Returns fields of all records, one after another along A."""
+    """Returns each named field of all records, concatenated along A."""
     return tuple(jnp.concatenate([getattr(r, name) for r in records.values()]) for name in names)
 
 

@@ -33,13 +33,13 @@ WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Choice(NamedTuple):
-    """The scores as a rule reads them in training.
+    """Scores by which training selects.
 
-    ranking_BL: ranks of the positions.
-    scores_BL: raw scores that weigh the updates.
-    wanted_BL: positions that are requested, of which the first are processed; None processes the
-      k that rank best.
-    scores_BLR: scores as the router made them.
+    ranking_BL: ranking scores; higher is better.
+    scores_BL: raw scores, from which the updates get their weights.
+    wanted_BL: requested positions, processed from the first on until the slots are full. None
+      processes the k best by ranking_BL.
+    scores_BLR: all scores of the router.
     """
 
     ranking_BL: jax.Array
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
 
 
 class Rule(nnx.Module):
-    """Base class of rules. A rule implements the methods for its uses.
+    """Base class of rules. A rule implements only the methods that its uses need.
 
     `MoD.rule` needs `choose` and `weigh`. `MoD.causal` needs `decide`, unless training requests
     positions.
@@ -60,7 +60,7 @@ class Rule(nnx.Module):
         self.capacity = capacity
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
-        """Returns the scores as training selects by them."""
+        """Returns the choice of training, from the router's scores."""
         raise NotImplementedError
 
     def weigh(self, scores_BK: jax.Array) -> jax.Array:
@@ -70,10 +70,12 @@ class Rule(nnx.Module):
     def decide(
         self, name: str, x_BLD: jax.Array, choice: Choice, at: At, state: Any
     ) -> tuple[jax.Array, Any]:
-        """Returns the requested positions, (B, L), and the state after them.
+        """Returns the positions requested under causal routing, (B, L), and the state after them.
 
         The default requests the positions that training requests. No position may depend on a later
-        one, neither in x_BLD nor in `choice`. name: one of the spec's names.
+        one, neither through x_BLD nor through `choice`.
+
+        name: the method, one of the spec's `names`, such as "threshold" or "paced".
         """
         if choice.wanted_BL is None:
             raise NotImplementedError
@@ -86,7 +88,7 @@ class Rule(nnx.Module):
     def report(
         self, x_BLD: jax.Array, choice: Choice, selection: Selection, at: At
     ) -> Record | None:
-        """Returns the rule's record: losses, measured numbers, statistics.
+        """Returns the rule's record, for losses, running statistics and metrics, or None.
 
         selection: the selection of training.
         """
@@ -94,7 +96,7 @@ class Rule(nnx.Module):
 
 
 class Weighed(Rule):
-    """Base class of rules whose updates are weighed by a function of the raw score."""
+    """Base class of rules that weight each update by a function of its raw score."""
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         scores_BL = scores_BLR[..., 0]
@@ -105,7 +107,7 @@ class Weighed(Rule):
 
 
 class KthBest(Weighed):
-    """Base class of rules with a threshold: the running mean of the k-th best rank."""
+    """Base class of rules with a threshold: the running mean of the k-th highest ranking score."""
 
     def __init__(self, spec: specs.Rule, shape: specs.Shape, *, capacity: float, rngs: nnx.Rngs):
         super().__init__(spec, shape, capacity=capacity, rngs=rngs)
@@ -119,7 +121,11 @@ class KthBest(Weighed):
 
 
 class TopK(KthBest):
-    """The k best positions; with an auxiliary loss also those whose score is above 0."""
+    """Top-k selection. Under causal routing, selection by a threshold or by an auxiliary loss.
+
+    "threshold" requests scores above the threshold. "auxiliary" requests scores above 0, and an
+    auxiliary loss trains them to agree with the top k.
+    """
 
     def decide(self, name, x_BLD, choice, at, state):
         if name == "auxiliary":
@@ -135,7 +141,7 @@ class TopK(KthBest):
 
 
 class Random(KthBest):
-    """The k positions with the largest noise, drawn by key, sequence and position."""
+    """Random selection: the k positions with the largest `position_noise`."""
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         if call.key is None:
@@ -145,7 +151,7 @@ class Random(KthBest):
 
 
 class Threshold(KthBest):
-    """The positions above the threshold, in training too."""
+    """Selection of the positions above the threshold, in training too."""
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         choice = super().choose(scores_BLR, at, call)
@@ -153,7 +159,7 @@ class Threshold(KthBest):
 
 
 class Positional(Weighed):
-    """Evenly spread positions, whatever they contain."""
+    """Selection of evenly spread positions, whatever they contain."""
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         choice = super().choose(scores_BLR, at, call)
@@ -165,7 +171,10 @@ class Positional(Weighed):
 
 
 class Binary(Rule):
-    """The positions whose softmax prefers the layer to skipping; the probability is the weight."""
+    """Selection of the positions for which a softmax prefers the layer to skipping.
+
+    The probability of the layer is the weight of the update.
+    """
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         odds_BL = scores_BLR[..., 1] - scores_BLR[..., 0]
@@ -181,10 +190,10 @@ class Binary(Rule):
 
 
 class Predictor(Rule):
-    """Predicts the selection of training without the future (arXiv 2404.02258, section 3.5).
+    """Causal predictor of the selection of training (arXiv 2404.02258, section 3.5).
 
-    The logit is a silu MLP of the normalised activations, plus a line in the router's own score:
-    the predictor mostly learns where the k-th score lies. No gradient passes to its inputs.
+    The logit is a silu MLP of the normalised activations, plus a linear function of the router's
+    score: the predictor mostly learns where the k-th score lies. Its inputs get no gradient.
     """
 
     def __init__(
@@ -202,7 +211,7 @@ class Predictor(Rule):
         self.line = make_param(jnp.array([1.0, 0.0]), ("replicated",), role="predictor")
 
     def start(self, batch: int) -> tuple[jax.Array, jax.Array]:
-        """Returns how many positions of each row were read and requested, (B,) each: none."""
+        """Returns zero counts of each row's positions that were read, and requested, each (B,)."""
         return jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
 
     def decide(self, name, x_BLD, choice, at, state):
@@ -231,7 +240,7 @@ class Predictor(Rule):
 
 
 def evenly_spread(positions_BL: jax.Array, capacity: float) -> jax.Array:
-    """Returns the positions p at which floor((p + 1) capacity) passes a whole number, (B, L) bool.
+    """Returns a mask of the positions p with floor((p + 1) capacity) > floor(p capacity), (B, L).
 
     At a capacity of 1 / n these are the last of every n positions.
     """

@@ -1,6 +1,6 @@
 """Selections of positions: top-k and first-k make them, gather and scatter use them.
 
-Each sequence is selected from by itself, and all shapes are static.
+Positions are selected within each sequence separately, and all shapes are static.
 
 Legend: B batch, L positions, K selected positions, D model width.
 """
@@ -22,13 +22,13 @@ ROUNDING = 2.0**-18
 class Selection(NamedTuple):
     """K positions of each sequence.
 
-    indices_BK: positions, ascending. Entries that are not valid lie beyond L, so that gathers read
+    indices_BK: positions, ascending. Entries that are not valid are L or more, so that gathers read
       zeros and scatters drop them.
     scores_BK: the router's raw scores at these positions, differentiable; 0 where not valid.
     valid_BK: False for the entries that a sequence leaves unused.
-    tied_B: whether a top k left out a position that ranks like the last one taken, to within
-      ROUNDING; None for other selections.
-    kth_B: the k-th best rank, infinite where k is 0; None for selections without ranks.
+    tied_B: whether a top k left out a position that ties with the k-th best, to within ROUNDING;
+      None for other selections.
+    kth_B: the k-th highest ranking score, infinite where k is 0; None without a ranking.
     """
 
     indices_BK: jax.Array
@@ -43,8 +43,8 @@ def position_noise(
 ) -> jax.Array:
     """Returns Gaussian noise (B, L) that depends on the key, the sequence and the position alone.
 
-    So a token meets the same noise at once and token by token, in any row of a batch and at any
-    place of a selection.
+    A token therefore gets the same noise in a whole sequence and token by token, in any row of a
+    batch and at any place of a selection.
     """
     if sequences_BL is None:
         raise ValueError("random routing needs At.sequences_BL, the sequence of each position")
@@ -73,7 +73,7 @@ def of_valid(
 def select_first_k(
     wanted_BL: jax.Array, scores_BL: jax.Array, k: int, k_B: jax.Array | None = None
 ) -> Selection:
-    """Selects each row's first k requested positions, or k_B <= k; the others are dropped."""
+    """Selects each row's first k (or k_B <= k) requested positions and drops the others."""
     # A top-k gives ties to the earlier position.
     count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(wanted_BL, axis=1))
     return _best(wanted_BL.astype(jnp.float32), scores_BL, k, count_B)
@@ -88,9 +88,9 @@ def select_top_k(
 ) -> Selection:
     """Selects each row's k highest-ranked valid positions, in order of position.
 
-    Positions that rank like the k-th best, to within ROUNDING, are taken from the first one on, so
-    that the last bits of equal inputs do not decide. The band is a share of the largest absolute
-    rank of the row: one outlier widens it.
+    Positions that tie with the k-th best, to within ROUNDING, are taken from the first one on, so
+    that rounding does not decide. ROUNDING is a share of the row's largest absolute ranking score:
+    an outlier widens it.
 
     valid_BL: None if all are valid and every row selects k; otherwise a row selects k_B <= k.
     """
@@ -117,7 +117,7 @@ def select_top_k(
 def _best(
     ranking_BL: jax.Array, scores_BL: jax.Array, k: int, count_B: jax.Array | None
 ) -> Selection:
-    """Selects each row's count_B <= k best ranks (None: k), the earlier of equal ones."""
+    """Selects each row's count_B <= k best (None: k). The earlier of two equal positions wins."""
     indices_BK = per_sequence(lambda ranking_BL: jax.lax.top_k(ranking_BL, k)[1], ranking_BL)
     valid_BK = jnp.ones(indices_BK.shape, bool)
     if count_B is not None:

@@ -1,4 +1,4 @@
-"""Thresholds: scores above them are selected, and they follow the capacity.
+"""Thresholds on scores, which select about as many positions as the capacity allows.
 
 A measured threshold is the running mean of the score at which training fills the capacity. A paced
 one rises and falls with what a row has selected so far.
@@ -18,7 +18,7 @@ from modjax.nn.records import running_mean
 
 
 def above(scores: jax.Array, threshold: nnx.Variable) -> jax.Array:
-    """Returns which scores are above a measured threshold, without a gradient.
+    """Returns a mask of the scores above a measured threshold, without a gradient.
 
     threshold: one number, (1,), or one for each entry of the last dim of the scores.
     """
@@ -29,9 +29,10 @@ def above(scores: jax.Array, threshold: nnx.Variable) -> jax.Array:
 def moved(
     measured: Mapping[str, Any], kth_BX: jax.Array | None, updates: jax.Array
 ) -> dict[str, jax.Array]:
-    """Returns the threshold after one more batch, by name; {} without k-th best scores.
+    """Returns the threshold after one more batch, as {"threshold": ...}; {} if kth_BX is None.
 
     kth_BX: the k-th best score of each row, infinite for a row that has none.
+    updates: number of earlier updates.
     """
     if kth_BX is None:
         return {}
@@ -41,13 +42,13 @@ def moved(
 def paced(
     odds_BL: jax.Array, capacity: float, valid_BL: jax.Array, seen_B: jax.Array, spent_B: jax.Array
 ) -> jax.Array:
-    """Returns which log-odds are above a threshold that follows their row's spending, (B, L).
+    """Returns a mask of the log-odds above a threshold that keeps each row near capacity, (B, L).
 
-    Let a row have selected n of its first t positions. With a capacity c it is
-    z = (n - c t) / sqrt(c t + 4) ahead, in standard deviations of a count; the 4 keeps the first
-    positions calm. The threshold is z exp(z^2 / 2), which is below 0 for a row that lags. No
-    position depends on a later one. Documents packed into one row share its capacity, as in
-    training. A row that requests every position may end about 2 sqrt(c t + 4) above its capacity.
+    A row that selected n of its first t positions, at capacity c, is z = (n - c t) / sqrt(c t + 4)
+    standard deviations of a count ahead. The 4 damps z at the first positions. The threshold,
+    z exp(z^2 / 2), is below 0 for a row that is behind. No position depends on a later one. Packed
+    documents share the capacity of their row, as in training. A row that requests every position
+    may end about 2 sqrt(c t + 4) above its capacity.
 
     valid_BL: positions that count. seen_B, spent_B: t and n before the first of these positions.
     """

@@ -21,12 +21,12 @@ from modjax.nn.sharding import batch_shards, constrain_stream
 def within(
     selection: Selection, layer: Any, x: jax.Array, at: At, call: Call, cache: Any = None
 ) -> tuple[jax.Array, Out]:
-    """Runs `layer` on the selected positions of x (B, L, ...), gathered with their part of `at`.
+    """Runs `layer` on the selected positions of x (B, L, ...), gathered with their context.
 
-    Returns the layer's input, (B, K, ...), and its output, of which
-      x is (B, K, ...): `scatter_add` puts its update in place;
-      records are wrapped as `Inside` of the selection;
-      depth_BL counts this selection too.
+    Returns the layer's input, (B, K, ...), and its output:
+      x: (B, K, ...); the caller adds its update with `scatter_add`;
+      records: wrapped as `Inside` of the selection;
+      depth_BL: the layer's own, plus 1 at the selected positions.
     """
     part, part_at = gather((x, at._replace(valid_BL=None)), selection.indices_BK)
     part, part_at = constrain_stream(part), part_at._replace(valid_BL=selection.valid_BK)
@@ -40,9 +40,9 @@ def within(
 
 
 def widened(tree: Any, like: Any) -> Any:
-    """Returns arrays of a selection, padded to the shapes of a larger one.
+    """Returns the arrays of a selection, padded to the shapes of a larger one, `like`.
 
-    The added positions are not valid: they contain zeros, and their indices lie beyond all.
+    The added positions are not valid: they contain zeros, and their indices lie beyond L.
     """
 
     def one(node: Any, like: Any) -> Any:
@@ -59,10 +59,11 @@ def widened(tree: Any, like: Any) -> Any:
 
 
 def run_rows(function: Callable[[Any], Any], inputs: Any, active_B: jax.Array) -> Any:
-    """Returns function(inputs), of arrays (B, ...), in the active rows; zeros in the others.
+    """Returns function(inputs), of arrays (B, ...), in the active rows.
 
-    The function is compiled for a few numbers of rows, and the smallest one that fits the active
-    rows runs; without any, nothing does. Rows move within a shard of the batch only.
+    Other rows are zeros, or the function's output if they ran too: mask them. The function is
+    compiled for a few numbers of rows, and the smallest one that fits the active rows runs. If no
+    row is active, it does not run. Rows move within a shard of the batch only.
     """
     shards = batch_shards(active_B.shape[0])
     active_UZ = active_B.reshape(shards, -1)
