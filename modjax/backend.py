@@ -24,7 +24,7 @@ def start(imports: Mapping[str, str] | None = None) -> None:
     from modjax.specs.imports import import_all
 
     os.environ.update(compilation_cache())
-    try_first()
+    check_xla_starts()
     import_all(imports or {}, "--imports")
     with starting():
         fix_settings()
@@ -44,7 +44,7 @@ def starting() -> Iterator[None]:
         raise _refused(describe(error)) from error
 
 
-def try_first() -> None:
+def check_xla_starts() -> None:
     """Raises InputError if XLA would abort this process, which no exception handler can catch.
 
     XLA aborts on unknown flags, and for lack of memory. If XLA_FLAGS or a memory limit is set,

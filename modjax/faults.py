@@ -15,7 +15,7 @@ MACHINE = (ENOENT, EMFILE, ENFILE, ENOMEM, EAGAIN, EFBIG, EIO)  # even if they n
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED: Out of memory", "std::bad_alloc")  # in XLA's words
 
 
-def outside(error: BaseException, folder: Path | None = None) -> str | None:
+def machine_error_line(error: BaseException, folder: Path | None = None) -> str | None:
     """Returns one line for an error that the machine caused, or None for any other error.
 
     folder: the folder in use, named if the error itself names no file.
@@ -33,7 +33,7 @@ def outside(error: BaseException, folder: Path | None = None) -> str | None:
     return None
 
 
-def inside(error: BaseException, command: str) -> str:
+def bug_line(error: BaseException, command: str) -> str:
     """Returns one line for a fault of modjax. Writes its traceback to a file, or to stderr."""
     said = f"a fault of modjax, not of your input: {describe(error)}"
     text = f"{command}\nmodjax {modjax.__version__}, Python {sys.version}, {platform.platform()}\n"

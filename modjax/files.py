@@ -149,7 +149,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-class Home:
+class WatchedFolder:
     """A folder in use, which notices that it was moved or deleted."""
 
     def __init__(self, folder: Path):

@@ -251,7 +251,7 @@ def scan(workdir: Path) -> Scan:
     return Scan(records, left_out)
 
 
-def name_left_out(left_out: dict[str, str]) -> None:
+def warn_left_out(left_out: dict[str, str]) -> None:
     """Logs a warning for each folder of `Scan.left_out`."""
     for why in left_out.values():
         logger.warning("modjax: left out: %s", why)

@@ -34,10 +34,10 @@ def test_what_fails_at_the_start_of_jax_names_the_variables_that_it_reads(monkey
 def test_xla_is_tried_in_another_process_where_it_may_abort(code, words, monkeypatch):
     monkeypatch.setattr(backend, "TRIAL", code)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    backend.try_first()  # nothing to fear
+    backend.check_xla_starts()  # nothing to fear
     monkeypatch.setenv("XLA_FLAGS", "--nonsense")
     with pytest.raises(InputError, match=r"'XLA_FLAGS': '--nonsense'.*jax cannot") as caught:
-        backend.try_first()
+        backend.check_xla_starts()
     assert words in str(caught.value).partition("jax cannot start: ")[2]
     monkeypatch.setattr(backend, "TRIAL", "")
-    backend.try_first()
+    backend.check_xla_starts()

@@ -73,7 +73,7 @@ def alone(models: Iterable[ModelSpec]) -> list[ModelSpec]:
             for index, layer in enumerate(segment.parts):
                 before, needed = [], layer.needs()
                 for part in reversed(segment.parts[:index]):
-                    if part.hands_on() & needed:
+                    if part.passes_on() & needed:
                         before.insert(0, part)
                         needed |= part.needs()
                 one = _with_layers(model, (*before, layer))

@@ -55,10 +55,10 @@ def _run(args: argparse.Namespace) -> int:
         from modjax import faults
 
         kept = "; what is finished is kept" if args.called in RESUMING else ""
-        line = faults.outside(error, getattr(args, "workdir", None))
+        line = faults.machine_error_line(error, getattr(args, "workdir", None))
         if line is not None:
             return _fail(line + kept)
-        return _fail(faults.inside(error, args.command) + kept, verbs.FAULT)
+        return _fail(faults.bug_line(error, args.command) + kept, verbs.FAULT)
 
 
 def _fail(line: str, code: int = verbs.BAD_INPUT) -> int:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from modjax.backend import start, starting, try_first
+from modjax.backend import check_xla_starts, start, starting
 from modjax.errors import InputError, Preempted, require
 from modjax.specs import RunSpec, to_dict
 
@@ -66,7 +66,7 @@ def _load_sweep(args: argparse.Namespace) -> Any:
 
 def plan(args: argparse.Namespace) -> int:
     from modjax.cli.tables import plan_text
-    from modjax.records import Scan, name_left_out, scan
+    from modjax.records import Scan, scan, warn_left_out
     from modjax.scaling.fit.results import to_json
     from modjax.scaling.plan.prediction import NOISE
     from modjax.scaling.sweep import open_data, plan_table
@@ -79,7 +79,7 @@ def plan(args: argparse.Namespace) -> int:
     except InputError as error:  # a plan may be made before its data is prepared
         unread = error
     found = scan(args.workdir) if args.workdir else Scan([], {})
-    name_left_out(found.left_out)
+    warn_left_out(found.left_out)
     noise = NOISE if args.noise is None else args.noise
     cells = plan_table(experiment, cache, found.records, noise)
     print(json_text(list(map(to_json, cells))) if args.json else plan_text(cells, args.jobs))
@@ -190,11 +190,11 @@ def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
 
 def status(args: argparse.Namespace) -> None:
     from modjax.cli.tables import status_text
-    from modjax.records import name_left_out
+    from modjax.records import warn_left_out
     from modjax.scaling.status import STATES, status
 
     found = status(args.workdir)
-    name_left_out(found.left_out)
+    warn_left_out(found.left_out)
     if args.json:
         counts = {state: found.count(state) for state in STATES}
         print(json_text(counts | dataclasses.asdict(found)))
@@ -238,5 +238,5 @@ def flops(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     from modjax import bench
 
-    try_first()
+    check_xla_starts()
     bench.run(args.name, json=args.json)

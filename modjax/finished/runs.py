@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from modjax.data.token_cache import TokenCache, cache_dir, open_cache
 from modjax.errors import InputError, require
 from modjax.provenance import require_readable
-from modjax.records import name_left_out, read_spec, run_dir, scan
+from modjax.records import read_spec, run_dir, scan, warn_left_out
 from modjax.specs import Execution, RunSpec
 from modjax.specs.imports import import_all, places
 from modjax.training.base_weights import read_finished
@@ -49,7 +49,7 @@ def choose(workdir: Path, run_id: str | None, *, routed: bool = False) -> Chosen
     found = scan(workdir)
     if run_id in found.left_out:
         raise InputError("--run", run_id, found.left_out[run_id])
-    name_left_out(found.left_out)
+    warn_left_out(found.left_out)
     finished = [record.run_id for record in found.records if record.status == "finished"]
     if run_id is not None and finished:
         accepted = f"must be one of {len(finished)} finished runs, such as {finished[-1]}"

@@ -25,7 +25,7 @@ class LayerModule(nnx.Module):
         """Returns an empty cache for `length` positions: a LayerCache, a dict of them, or ()."""
         return ()
 
-    def take_apart(self) -> None:
+    def split_weights(self) -> None:
         """Unstacks weights of which a decoding step reads only some, such as those of experts."""
 
 

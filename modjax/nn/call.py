@@ -22,7 +22,7 @@ class At(NamedTuple):
     segments_BL: attention stays within equal ids; None means one segment.
     valid_BL: False marks padding, which is never routed, written or counted; None means none.
     ropes: base -> cos and sin, each (B or 1, L, H/2).
-    handed: arrays (B, L, ...) that earlier layers passed on, by name.
+    passed: arrays (B, L, ...) that earlier layers passed on, by name.
     sequences_BL: the id of each position's sequence, which seeds random routing. A row that moves
       within its batch keeps its id. None forbids random routing.
     """
@@ -31,7 +31,7 @@ class At(NamedTuple):
     segments_BL: jax.Array | None
     valid_BL: jax.Array | None
     ropes: Mapping[float, tuple[jax.Array, jax.Array]]
-    handed: Mapping[str, jax.Array]
+    passed: Mapping[str, jax.Array]
     sequences_BL: jax.Array | None = None
 
     def count(self, batch: int, length: int) -> jax.Array:
@@ -81,14 +81,14 @@ class Out(NamedTuple):
     x: (B, L, ...).
     write: the update of the cache; () without a cache.
     records: what the layer reports, by the paths of its modules; "" is its own record.
-    handed: arrays (B, L, ...) that are passed to later layers, by name.
+    passed: arrays (B, L, ...) that are passed to later layers, by name.
     depth_BL: how many selections took each position; 0 for a layer that selects none.
     """
 
     x: jax.Array
     write: Any = ()
     records: Mapping[str, Record] = MappingProxyType({})
-    handed: Mapping[str, jax.Array] = MappingProxyType({})
+    passed: Mapping[str, jax.Array] = MappingProxyType({})
     depth_BL: Any = 0
 
 

@@ -146,7 +146,7 @@ class Transformer(nnx.Module):
     def _check_reading(self, routing: str, slack: float | None) -> None:
         self.config.check_routing(routing, "routing")
         if routing == "trained":
-            needs = {name for layer, _ in self.config.repeated() for name in layer.hands_on()}
+            needs = {name for layer, _ in self.config.repeated() for name in layer.passes_on()}
             passed = f"ranks by {', '.join(needs)}, which later positions decide: "
             require(not needs, "routing", routing, passed + "reading needs another routing")
             accepted = "must be 1 or more, or None, to read with routing = 'trained'"

@@ -40,7 +40,7 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(LOGICAL_TO_MESH[name] for name in logical_axes))
 
 
-def ways(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
+def num_shards(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
     """Returns the number of parts into which the mesh splits a dim on these axes."""
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     return math.prod(mesh.shape[name] for name in names)
@@ -70,7 +70,7 @@ def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) ->
     mesh = jax.sharding.get_abstract_mesh()
     if not _is_ours(mesh):
         return _row_by_row(function, x_BL) if jax.device_count() > 1 else function(x_BL)
-    if mesh.size == 1 or x_BL.shape[0] % ways(mesh, LOGICAL_TO_MESH["batch"]) != 0:
+    if mesh.size == 1 or x_BL.shape[0] % num_shards(mesh, LOGICAL_TO_MESH["batch"]) != 0:
         return function(x_BL)
     spec = partition_spec(("batch",))
     return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(x_BL)
@@ -124,7 +124,7 @@ def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> 
 def batch_shards(batch: int) -> int:
     """Returns the number of equal parts into which the mesh splits a batch; 1 if it cannot."""
     mesh = jax.sharding.get_abstract_mesh()
-    parts = ways(mesh, LOGICAL_TO_MESH["batch"]) if _is_ours(mesh) else 1
+    parts = num_shards(mesh, LOGICAL_TO_MESH["batch"]) if _is_ours(mesh) else 1
     return parts if batch % parts == 0 else 1
 
 

@@ -40,10 +40,10 @@ class Repetition(NamedTuple):
     index: int | jax.Array
 
     def run(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        """Runs its layers in order. `At.handed` starts empty: repetitions pass nothing on."""
+        """Runs its layers in order. `At.passed` starts empty: repetitions pass nothing on."""
         blocks = {name: self.blocks[name] for name in self.segment.layers}
         call = call.inside(self.index)
-        return in_order(blocks, x, at._replace(handed={}), call, cache, self.segment.first)
+        return in_order(blocks, x, at._replace(passed={}), call, cache, self.segment.first)
 
 
 class Stack(nnx.Module):
@@ -180,8 +180,8 @@ def _unstacked(params: Any, repeats: int) -> list[Any]:
 
 
 def _with_weights_apart(blocks: Any) -> Any:
-    """Calls `LayerModule.take_apart` on every layer in `blocks`, and returns them."""
+    """Calls `LayerModule.split_weights` on every layer in `blocks`, and returns them."""
     for _, module in list(nnx.iter_modules(blocks)):
         if isinstance(module, LayerModule):
-            module.take_apart()
+            module.split_weights()
     return blocks

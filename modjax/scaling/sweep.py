@@ -128,7 +128,9 @@ def sweep(
     finally:
         if session.home is not None and session.home.is_there():
             wall = time.monotonic() - began
-            log_session(workdir, {"started": started} | _account(workdir, wall, session, begun))
+            log_session(
+                workdir, {"started": started} | _session_entry(workdir, wall, session, begun)
+            )
     assert session.home is not None
     session.home.check()
     planned = {spec.run_id for spec in specs}
@@ -136,7 +138,7 @@ def sweep(
     return Outcome(records, session.failures)
 
 
-def _account(workdir: Path, wall: float, session: Session, begun: set[str]) -> dict[str, Any]:
+def _session_entry(workdir: Path, wall: float, session: Session, begun: set[str]) -> dict[str, Any]:
     """Returns the seconds spent by a session of `wall` seconds, on the runs that it finished.
 
     overhead: the share of the workers' wall time that was neither training nor compilation. None

@@ -131,8 +131,8 @@ class Layer(Spec):
         """Returns whether a position may depend on later ones. routing: "trained" or "causal"."""
         return any(layer.looks_ahead(routing) for layer in self.inside())
 
-    def names(self) -> tuple[str, ...]:
-        """Returns the names of this layer's causal rules, see Rule.names."""
+    def causal_rules(self) -> tuple[str, ...]:
+        """Returns the names of this layer's causal rules, see Rule.causal_rules."""
         return ()
 
     def routed(self) -> int:
@@ -150,9 +150,9 @@ class Layer(Spec):
         """Returns the bases of the rotary angles that the layer reads."""
         return frozenset().union(*(layer.ropes() for layer in self.inside()))
 
-    def hands_on(self) -> frozenset[str]:
+    def passes_on(self) -> frozenset[str]:
         """Returns the names of values that the layer passes to later layers."""
-        return frozenset().union(*(layer.hands_on() for layer in self.inside()))
+        return frozenset().union(*(layer.passes_on() for layer in self.inside()))
 
     def needs(self) -> frozenset[str]:
         """Returns the names of values that earlier layers must pass to this one."""
@@ -160,7 +160,7 @@ class Layer(Spec):
         passed: frozenset[str] = frozenset()
         for layer in self.inside():
             found |= layer.needs() - passed
-            passed |= layer.hands_on()
+            passed |= layer.passes_on()
         return found
 
 
@@ -175,7 +175,7 @@ class Router(Layer):
         numbers = shape.d_model * outputs
         yield Cost("router", 2.0 * load.tokens * numbers, numbers, role="router")
 
-    def hands_on(self) -> frozenset[str]:
+    def passes_on(self) -> frozenset[str]:
         return frozenset()  # only the scores leave a router
 
 

@@ -66,7 +66,7 @@ class ModelSpec:
                 missing = ", ".join(sorted(layer.needs() - passed))
                 accepted = f"needs an earlier layer of its segment that passes on {missing}"
                 require(not missing, "model.layers", str(layer), accepted)
-                passed |= layer.hands_on()
+                passed |= layer.passes_on()
 
     @property
     def shape(self) -> Shape:
@@ -116,7 +116,7 @@ class ModelSpec:
 
     def rules(self, routing: str | None = None) -> frozenset[str]:
         """Returns the names of the causal rules that `routing` uses, or of all for None."""
-        each = [part.names() for part in parts(self, deep=True) if isinstance(part, Layer)]
+        each = [part.causal_rules() for part in parts(self, deep=True) if isinstance(part, Layer)]
         if routing == "causal":
             return frozenset(names[0] for names in each if names)
         known = frozenset(name for names in each for name in names)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from modjax.backend import starting
 from modjax.errors import require
-from modjax.nn.sharding import LOGICAL_TO_MESH, MESH_AXES, partition_spec, ways
+from modjax.nn.sharding import LOGICAL_TO_MESH, MESH_AXES, num_shards, partition_spec
 from modjax.specs import Execution, TrainConfig
 
 
@@ -53,7 +53,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
     """Raises InputError unless the batch of each forward pass splits evenly over the mesh."""
-    parts = ways(mesh, LOGICAL_TO_MESH["batch"])
+    parts = num_shards(mesh, LOGICAL_TO_MESH["batch"])
     unit = parts * train.accumulation
     need = (
         f"must be a multiple of {unit}, the mesh's data * fsdp * expert = {parts} times "

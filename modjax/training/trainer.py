@@ -16,7 +16,7 @@ from modjax.checks.runs import check_run, open_data
 from modjax.data.batches import Batch, train_batch
 from modjax.data.prefetch import prefetch
 from modjax.data.token_cache import TokenCache
-from modjax.files import Home
+from modjax.files import WatchedFolder
 from modjax.specs import Execution, RunSpec
 from modjax.training.base_weights import check_base, identity_of, initial_state
 from modjax.training.checkpoint import Checkpoints
@@ -60,7 +60,7 @@ class Trainer:
 
         `stack` closes the files. `progress` is called with every line of metrics.
         """
-        self.home = Home(run_dir)
+        self.home = WatchedFolder(run_dir)
         self.state: Any = None
         if self.model.weights.frozen:  # checkpoints leave them out
             self.state = initial_state(self.mesh, self.model, self.spec)

@@ -148,7 +148,7 @@ class Passing(Layer):
     def needs(self):
         return frozenset({self.needed} - {""})
 
-    def hands_on(self):
+    def passes_on(self):
         return frozenset({self.passed} - {""})
 
 

@@ -86,7 +86,7 @@ OUTSIDE = {
 
 def test_a_machine_without_files_is_named_where_nothing_else_can_be():
     error = OSError(errno.EMFILE, "Too many open files")
-    assert faults.outside(error) == "this machine: Too many open files"
+    assert faults.machine_error_line(error) == "this machine: Too many open files"
 
 
 @pytest.mark.parametrize("words", OUTSIDE)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from modjax.cli.tables import outcome_text, status_text
-from modjax.scaling.report.prose import loss_words
+from modjax.scaling.report.prose import loss_text
 from modjax.scaling.status import Status, _finished
 from modjax.scaling.sweep import Outcome
 from tests.scaling.conftest import _record
@@ -50,4 +50,4 @@ def test_status_and_the_outcome_of_a_sweep_show_the_causal_loss_beside_that_as_t
     ],
 )
 def test_what_is_said_of_a_finished_run_names_both_losses_where_they_differ(record, said):
-    assert loss_words(record) == said
+    assert loss_text(record) == said

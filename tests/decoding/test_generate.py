@@ -269,7 +269,7 @@ def test_what_finds_no_slot_is_counted_token_by_token():
     valid_BL = np.arange(MAX_LENGTH) < (LENGTHS_B + NEW)[:, None]
     model = nnx.merge(graphdef, params)
     _, records = model(tokens_BL, jnp.asarray(valid_BL, jnp.int32), routing="predictor", slack=0.5)
-    missed_BL = np.asarray(records["1_mod"].wanted_BL & ~records["1_mod"].selected_BL)[0]
+    missed_BL = np.asarray(records["1_mod"].requested_BL & ~records["1_mod"].selected_BL)[0]
     assert missed_BL.any()
     for b, length in enumerate(LENGTHS_B):
         np.testing.assert_array_equal(found.overflow_BO[b], missed_BL[b, length : length + NEW])

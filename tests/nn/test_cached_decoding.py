@@ -76,7 +76,7 @@ def both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS, seed=33):
             tokens_BL, valid_BL.astype(jnp.int32), key=key, routing=routing, slack=slack
         )
         masks = {
-            name: {mask: getattr(record, mask) for mask in ("wanted_BL", "selected_BL")}
+            name: {mask: getattr(record, mask) for mask in ("requested_BL", "selected_BL")}
             for name, record in records.items()
             if isinstance(record, Routed)
         }
@@ -142,7 +142,7 @@ def check_both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS, seed
             wanted, selected = (
                 (total, total)
                 if layer is None
-                else (layer["wanted_BL"][b].sum(), layer["selected_BL"][b].sum())
+                else (layer["requested_BL"][b].sum(), layer["selected_BL"][b].sum())
             )
             (held,) = key_values(layer_cache)
             assert held.length_B[b] == selected
@@ -155,7 +155,7 @@ def check_both_ways(config, routing, slack, lengths=LENGTHS, totals=TOTALS, seed
 
 
 def overflows(layer):
-    return int(np.sum(layer["wanted_BL"] & ~layer["selected_BL"]))
+    return int(np.sum(layer["requested_BL"] & ~layer["selected_BL"]))
 
 
 DEFAULT = [("causal", None), ("threshold", 1.0), ("paced", 1.0)]
@@ -184,7 +184,7 @@ def test_every_way_to_select_is_decoded_by_every_causal_routing_that_it_has():
     for name in SCHEMES:
         for causal in (None, Predictor()):
             (layer,) = behind_a_block(name, auxiliary=1.0, causal=causal)[1:]
-            for routing in layer.names():
+            for routing in layer.causal_rules():
                 assert name in KINDS[routing if routing in KINDS else "causal"]
 
 

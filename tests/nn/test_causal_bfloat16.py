@@ -108,10 +108,10 @@ def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass
     for name, record in records.items():
         if not isinstance(record, Routed):
             continue
-        wanted_BL = yes_V[tokens_BL]
+        requested_BL = yes_V[tokens_BL]
         if layers[int(name[0])].rule == Positional():
-            wanted_BL = np.broadcast_to(np.arange(LENGTH) % 2 == 1, tokens_BL.shape)
-        selected_BL = wanted_BL & (np.cumsum(wanted_BL, axis=1) <= SLOTS)
+            requested_BL = np.broadcast_to(np.arange(LENGTH) % 2 == 1, tokens_BL.shape)
+        selected_BL = requested_BL & (np.cumsum(requested_BL, axis=1) <= SLOTS)
         for found in (record, exact_records[name]):
             np.testing.assert_array_equal(found.selected_BL[0], selected_BL)
         scores_BL = record.scores_BL
@@ -120,6 +120,6 @@ def test_cached_decoding_in_bfloat16_is_as_close_to_float32_as_the_uncached_pass
             assert records[f"{name}/causal"].logits_BL.dtype == np.float32
         assert relative_error(scores_BL, exact_records[name].scores_BL) < 2**-9
         expected_depth_BL += selected_BL
-        dropped += np.sum(wanted_BL & ~selected_BL)
+        dropped += np.sum(requested_BL & ~selected_BL)
     np.testing.assert_array_equal(depth_BL, expected_depth_BL)
     assert dropped > 0

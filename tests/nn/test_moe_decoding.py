@@ -87,7 +87,7 @@ def test_staged_mode_by_every_routing_with_bounds_that_are_hit_and_not(routing):
     tight = dataclasses.replace(MODELS["staged"][1], capacity=0.1)
     for slack, layers in ((None, MODELS["staged"]), (1.0, [Dense(), tight])):
         masks = check(layers, routing, slack)
-        missed = sum(np.sum(m["wanted_BL"] & ~m["selected_BL"]) for m in masks.values())
+        missed = sum(np.sum(m["requested_BL"] & ~m["selected_BL"]) for m in masks.values())
         hit = slack is not None and routing == "threshold"  # the others stay below their bounds
         assert (missed > 0) == hit
 

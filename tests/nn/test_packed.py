@@ -67,7 +67,7 @@ def reader(config, routing, **options):
             tokens_BL, segment_ids_BL, routing=routing, key=jax.random.key(0), **options
         )
         return logits_BLV, [
-            {mask: getattr(record, mask)[0] for mask in ("wanted_BL", "selected_BL")}
+            {mask: getattr(record, mask)[0] for mask in ("requested_BL", "selected_BL")}
             for record in records.values()
             if isinstance(record, Routed)
         ]
@@ -105,7 +105,7 @@ def test_packed_documents_are_routed_and_read_as_if_alone(routing):
         np.testing.assert_array_equal(
             layer["selected_BL"][1, SECOND], layer["selected_BL"][0, SECOND]
         )
-        assert not np.any(layer["wanted_BL"][:2, SEGMENTS_L == 0])
+        assert not np.any(layer["requested_BL"][:2, SEGMENTS_L == 0])
     # Both documents go both ways.
     for part in (FIRST, SECOND):
         share = np.mean([layer["selected_BL"][0, part] for layer in layers])
@@ -181,7 +181,7 @@ def test_documents_of_a_row_share_its_slots_and_the_first_takes_them_first():
     length = SECOND.stop - SECOND.start
     tokens_1L = np.random.default_rng(4).integers(0, 20, (1, LENGTH))
     logits_1LV, (layer,) = reader(config, "predictor", slack=1.0)(tokens_1L, SEGMENTS_L[None])
-    wanted_L, selected_L = layer["wanted_BL"][0], layer["selected_BL"][0]
+    wanted_L, selected_L = layer["requested_BL"][0], layer["selected_BL"][0]
     slots = 4  # ceil(1.0 * 0.3 * 13)
     np.testing.assert_array_equal(selected_L, wanted_L & (np.cumsum(wanted_L) <= slots))
     left = slots - np.sum(selected_L[FIRST])

@@ -14,17 +14,17 @@ from modjax.nn.routing.rules import Choice, Rule
 
 @dataclasses.dataclass(frozen=True)
 class Rising(modjax.Rule):
-    causal, ways = True, ("rising",)
+    causal, causal_names = True, ("rising",)
 
-    def room(self, capacity: float) -> float:
+    def slot_share(self, capacity: float) -> float:
         return 1.0  # all may rise
 
 
 class RisingModule(Rule):
     def choose(self, scores_BLR, at, call) -> Choice:
         scores_BL = scores_BLR[..., 0]
-        wanted_BL = scores_BL > jnp.pad(scores_BL[:, :-1], ((0, 0), (1, 0)))
-        return Choice(scores_BL, scores_BL, wanted_BL, scores_BLR)
+        requested_BL = scores_BL > jnp.pad(scores_BL[:, :-1], ((0, 0), (1, 0)))
+        return Choice(scores_BL, scores_BL, requested_BL, scores_BLR)
 
     def weigh(self, scores_BK):
         return jax.nn.sigmoid(scores_BK)

@@ -22,10 +22,10 @@ class Sampled(modjax.Rule):
     weight: float = 0.01
     causal = True
 
-    def names(self) -> tuple[str, ...]:
+    def causal_rules(self) -> tuple[str, ...]:
         return ("sampled",)
 
-    def room(self, capacity: float) -> float:
+    def slot_share(self, capacity: float) -> float:
         return min(1.0, 2 * capacity)
 
 
@@ -86,7 +86,7 @@ class SampledModule(Rule):
         return jnp.ones_like(scores_BK)
 
     def report(self, x_BLD, choice, selection, at):
-        sign_BL = jnp.where(choice.wanted_BL, 1.0, -1.0)
+        sign_BL = jnp.where(choice.requested_BL, 1.0, -1.0)
         baseline_B = jnp.broadcast_to(
             jax.lax.stop_gradient(self.baseline[...]), choice.scores_BL.shape[:1]
         )

@@ -105,7 +105,7 @@ def test_a_reward_reaches_the_router_and_its_baseline_follows_the_loss():
     grads, records = jax.jit(jax.grad(own, has_aux=True))(params)
     pure = nnx.to_pure_dict(grads)["stack"]["blocks"]["1_mod"]
     record = records["1_mod/rule"]
-    drawn_BL = np.asarray(records["1_mod"].wanted_BL[0])
+    drawn_BL = np.asarray(records["1_mod"].requested_BL[0])
     chance_BL, old = np.asarray(record.chance_BL[0]), float(record.baseline_B[0, 0])
     # d loss / d score = -weight (baseline - nll) (drawn - chance), averaged over what counts.
     slope_BL = -0.01 * (old - nll_BL) * (drawn_BL - chance_BL) * weights_BL / weights_BL.sum()

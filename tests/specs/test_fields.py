@@ -59,6 +59,7 @@ class NoWay(Rule):
                 ("rule", TokenChoice(), "must be of type Rule"),
                 ("causal", "best", "must be of type Rule or None"),
                 ("causal", NoWay(), "must be a rule that never looks ahead"),
+                ("rule", Predictor(), "must be a rule that selects in training, such as TopK()"),
                 ("causal", Binary(), "must be a rule that never looks ahead, by one score of each"),
                 ("residual", "x", "must be one of delta"),
             )

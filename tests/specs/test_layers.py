@@ -186,7 +186,7 @@ def test_what_a_router_contains_belongs_to_the_layer_around_it(layer, ropes, num
     shape = model("Dense()").shape
     assert layer.ropes() == ropes
     assert layer.cache_numbers(shape, 10, None) == numbers  # 2 * 2 heads * 8 * 10, each attention
-    assert layer.hands_on() == frozenset(), "only the scores leave a router"
+    assert layer.passes_on() == frozenset(), "only the scores leave a router"
     with pytest.raises(InputError, match=r"model\.head_dim = 7: must be even"):
         layer.check(shape._replace(head_dim=7))
 

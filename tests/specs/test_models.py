@@ -29,7 +29,7 @@ PREDICTED = dataclasses.replace(BY_RECEIVED, causal=Predictor(0.1))
 
 def capacity_and_room(model):
     return tuple(
-        (layer.capacity, layer.rule.room(layer.capacity))
+        (layer.capacity, layer.rule.slot_share(layer.capacity))
         for layer in model.layers
         if isinstance(layer, MoD)
     )

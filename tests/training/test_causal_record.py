@@ -15,7 +15,7 @@ import modjax
 from modjax.data.token_cache import cache_dir, open_cache
 from modjax.nn.layers.attention import Attention as AttentionModule
 from modjax.records import causal_loss, causal_routing, run_dir
-from modjax.scaling.fit.comparable_runs import as_compared, under
+from modjax.scaling.fit.comparable_runs import under, with_loss
 from modjax.specs import (
     MLP,
     Attention,
@@ -177,6 +177,6 @@ def test_a_causal_loss_is_that_of_a_model_from_which_the_future_is_hidden(
         assert causal_loss(record) is None
         return
     assert causal_loss(record) == pytest.approx(loss, rel=1e-5)
-    assert as_compared(record, "causal").eval_loss == causal_loss(record)
+    assert with_loss(record, "causal").eval_loss == causal_loss(record)
     if kind in DROPS_OR_SELECTS:
         assert abs(record.eval_loss - loss) > 1e-4, "as trained, the loss is another"

@@ -74,7 +74,7 @@ def test_decisions_are_judged_per_layer_over_scored_sequences_and_valid_position
     weight_B = np.array([9.0, 6.0, 8.0, 0.0])  # the last sequence pads the batch
     wanted, target = (rng.random((2, 2, 4, 10)) < 0.5) & valid_BL
     selected = wanted & (np.cumsum(wanted, axis=2) <= 3)
-    masks = {"wanted_BL": wanted, "selected_BL": selected, "target_BL": target}
+    masks = {"requested_BL": wanted, "selected_BL": selected, "target_BL": target}
     unread = dict.fromkeys(("scores_BL", "k_B", "tied_B"))
     record = Routed(**{name: jnp.asarray(mask) for name, mask in masks.items()}, **unread)
     counted = jax.device_get(counts({"1_mod": record}, jnp.asarray(valid_BL)))

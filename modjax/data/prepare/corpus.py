@@ -31,7 +31,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Request:
+class CacheRequest:
     """A checked request for a cache."""
 
     corpus: Corpus

@@ -19,7 +19,14 @@ import numpy as np
 from rich.console import Console
 
 from modjax.data.manifest import SPLITS, Manifest, Split
-from modjax.data.prepare.corpus import CORPORA, Corpus, Request, check_corpus, load_tasks, sha256
+from modjax.data.prepare.corpus import (
+    CORPORA,
+    CacheRequest,
+    Corpus,
+    check_corpus,
+    load_tasks,
+    sha256,
+)
 from modjax.data.prepare.replace import begin, locked, put_in_place, tidy
 from modjax.data.prepare.upload import check_writable, upload
 from modjax.data.prepare.writer import Written, has_tokens, read_journal, write_journal, write_split
@@ -59,7 +66,7 @@ def prepare(
     _check_packages()
     vocabulary = parse_vocab(vocab)
     corpus = check_corpus(name, [Path(file) for file in text_files], tfds_name)
-    request = Request(corpus, vocabulary)
+    request = CacheRequest(corpus, vocabulary)
     final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=vocabulary.name))
     exists = read_manifest(final) is not None and not force
     if exists:
@@ -83,7 +90,7 @@ def _check_packages() -> None:
     require(not missing, "modjax data prepare", missing, remedy)
 
 
-def _check_same(final: Path, request: Request) -> None:
+def _check_same(final: Path, request: CacheRequest) -> None:
     """Raises InputError unless the cache `final` is whole and was made from the requested input."""
     cache = open_cache(final)
     made_from, name = cache.manifest.source, request.corpus.name
@@ -99,7 +106,7 @@ def _check_same(final: Path, request: Request) -> None:
         cache.vocabulary_model()  # raises InputError if it is damaged
 
 
-def _make_remote(remote: str, name: str, request: Request, exists: bool) -> None:
+def _make_remote(remote: str, name: str, request: CacheRequest, exists: bool) -> None:
     """Makes the cache in the user's cache folder, then moves it to the URL `remote`.
 
     Does nothing if the remote cache exists, unless an earlier upload of it was stopped.
@@ -119,7 +126,7 @@ def _make_remote(remote: str, name: str, request: Request, exists: bool) -> None
         shutil.rmtree(here.parent)
 
 
-def _make(final: Path, request: Request) -> None:
+def _make(final: Path, request: CacheRequest) -> None:
     """Makes the cache in the local folder `final`, replacing an existing one."""
     if request.corpus.tfds_name is not None:
         load_tasks().download(request.corpus.tfds_name)
@@ -154,7 +161,7 @@ def _full_disk_as_input_error(where: str) -> Iterator[None]:
         raise InputError("--data-dir", where, remedy) from error
 
 
-def _fill(partial: Path, request: Request, report: Report) -> None:
+def _fill(partial: Path, request: CacheRequest, report: Report) -> None:
     """Completes the cache in the folder `partial`, writing the manifest last."""
     vocab, path = request.vocab, partial / "vocabulary.model"
     model = read_file(path, MOST_MODEL) if path.exists() else b""
@@ -205,7 +212,7 @@ def _open_source(tasks: Any, corpus: Corpus, scratch: Path) -> Any:
     return source
 
 
-def _train_vocabulary(tasks: Any, source: Any, request: Request) -> bytes:
+def _train_vocabulary(tasks: Any, source: Any, request: CacheRequest) -> bytes:
     """Returns a SentencePiece model trained on the corpus."""
     assert request.vocab.size is not None
     scan = request.corpus.scan
@@ -233,7 +240,7 @@ def _counted(
 
 
 def _manifest(
-    request: Request, model: bytes, vocabulary: Any, written: dict[str, Written]
+    request: CacheRequest, model: bytes, vocabulary: Any, written: dict[str, Written]
 ) -> Manifest:
     fingerprint = hashlib.sha256(model)
     for split in SPLITS:

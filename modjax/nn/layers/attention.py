@@ -44,18 +44,18 @@ class Attention(Sublayer):
         self.w_out = normal_param(rngs, (heads, h, d), axes, std=std)
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        y_BLD, handed, write = self.before(x_BLD), {}, ()
+        y_BLD, passed, write = self.before(x_BLD), {}, ()
         q_BNLH, (k_BGLH, v_BGLH) = self.queries(y_BLD, at), self.keys(y_BLD, at)
         seen: tuple[jax.Array, jax.Array, Side | None] = k_BGLH, v_BGLH, None
         if cache is None and self.spec.received:
-            handed["received"] = received_attention(q_BNLH, k_BGLH, self.spec.mask, side(at))
+            passed["received"] = received_attention(q_BNLH, k_BGLH, self.spec.mask, side(at))
         if cache is not None:
             batch, _, length, _ = k_BGLH.shape
             positions_BL = jnp.broadcast_to(at.positions_BL, (batch, length)).astype(jnp.int32)
             write = KVWrite(k_BGLH, v_BGLH, at.count(batch, length), positions_BL)
             if not call.fresh:
                 seen, write = cache.read(write, ring=self.spec.mask.kept(MANY) < MANY)
-        return Out(self.added(x_BLD, self.attend(q_BNLH, at, *seen)), write, {}, handed)
+        return Out(self.added(x_BLD, self.attend(q_BNLH, at, *seen)), write, {}, passed)
 
     def queries(self, y_BLD: jax.Array, at: At) -> jax.Array:
         """Returns rotated queries, (B, N, L, H)."""

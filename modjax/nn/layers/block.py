@@ -116,7 +116,7 @@ class MoDBlock(RoutedLayer):
         whole: Mapping[str, Any] | None = None,
         valid_BL: jax.Array | None = None,
         key: jax.Array | None = None,
-        handed: Mapping[str, jax.Array] | None = None,
+        passed: Mapping[str, jax.Array] | None = None,
         routing: str = "trained",
         slots: int | None = None,
     ) -> tuple[jax.Array, RoutedBlock]:
@@ -133,7 +133,7 @@ class MoDBlock(RoutedLayer):
         whole: keyword arguments that are passed on as they are, like an encoder's output.
         valid_BL: False marks padding, which is never selected.
         key: the PRNG key of random routing.
-        handed: arrays (B, L, ...) that a router needs from earlier layers, by name.
+        passed: arrays (B, L, ...) that a router needs from earlier layers, by name.
         routing: "trained"; "causal", the block's own rule that never looks ahead; or a rule's name.
         slots: under causal routing, the most positions that a row processes; None means no bound.
 
@@ -144,7 +144,7 @@ class MoDBlock(RoutedLayer):
         _check_inputs(per_position, pairwise, batch, length)
         positions_BL = jnp.broadcast_to(jnp.arange(length), (batch, length))
         sequences_BL = number_rows(batch, length)
-        at = At(positions_BL, None, valid_BL, {}, dict(handed or {}), sequences_BL)
+        at = At(positions_BL, None, valid_BL, {}, dict(passed or {}), sequences_BL)
         bound = length if slots is None else min(slots, length)
         self._warn_unmeasured(routing)
         call = Call(routing=routing, key=key)

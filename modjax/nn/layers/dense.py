@@ -133,15 +133,15 @@ def in_order(
     cache: the caches by the same names, or None. first: index of the first layer, for PRNG keys.
     """
     writes, records, depth_BL = {}, {}, 0
-    handed: dict[str, jax.Array] = {}
+    passed: dict[str, jax.Array] = {}
     for index, (name, layer) in enumerate(layers.items(), first):
-        here = at._replace(handed={**at.handed, **handed})
+        here = at._replace(passed={**at.passed, **passed})
         out = layer(x, here, call.inside(index), None if cache is None else cache[name])
         x, writes[name] = constrain_stream(out.x), out.write
         records |= under(name, out.records)
-        handed |= out.handed
+        passed |= out.passed
         depth_BL = depth_BL + out.depth_BL
-    return Out(x, () if cache is None else writes, records, handed, depth_BL)
+    return Out(x, () if cache is None else writes, records, passed, depth_BL)
 
 
 def names(parts: Iterable[specs.Layer], start: int = 0) -> dict[str, specs.Layer]:

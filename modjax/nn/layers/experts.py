@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from modjax.kernels import grouped_matmul, project, project_back
 from modjax.nn.layers.dense import mlp
-from modjax.nn.sharding import LOGICAL_TO_MESH, batch_shards, partition_spec, ways
+from modjax.nn.sharding import LOGICAL_TO_MESH, batch_shards, num_shards, partition_spec
 
 Matrices = Mapping[str, jax.Array]  # of an MLP, stacked over experts: (E, D, F)
 MATRIX_AXES = ("experts", "embed", "mlp")
@@ -142,7 +142,7 @@ def _on_each_device(
     if mesh.empty or mesh.size == 1 or batch_shards(x_BLD.shape[0]) == 1:
         return local(x_BLD, routed, matrices, False)
     axes: list[Any] = [LOGICAL_TO_MESH[name] for name in MATRIX_AXES]
-    axes = [axis if ways(mesh, axis) > 1 else None for axis in axes]
+    axes = [axis if num_shards(mesh, axis) > 1 else None for axis in axes]
     rows = partition_spec(("batch",))
 
     def on_device(x_BLD, routed, matrices):

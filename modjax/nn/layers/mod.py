@@ -94,9 +94,9 @@ class MoD(RoutedLayer, LayerModule):
             out = self._decode(x, at, call, inner_cache, own)
         if cache is None:
             return out
-        masks = own.selected_BL, own.wanted_BL
-        taken_B, wanted_B = (jnp.sum(mask_BL, axis=1, dtype=jnp.int32) for mask_BL in masks)
-        counts = at.count(batch, length), taken_B, wanted_B - taken_B
+        masks = own.selected_BL, own.requested_BL
+        taken_B, requested_B = (jnp.sum(mask_BL, axis=1, dtype=jnp.int32) for mask_BL in masks)
+        counts = at.count(batch, length), taken_B, requested_B - taken_B
         return out._replace(write=MoDCache(out.write, state, *counts, cache.slots))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:

@@ -34,7 +34,7 @@ class MoE(Sublayer):
         super().__init__(spec.norm, shape)
         self.spec = spec
         d, f, e = shape.d_model, spec.expert_width(shape), spec.experts
-        self.router = build(spec.router, shape, rngs=rngs, outputs=spec.rule.rows(e))
+        self.router = build(spec.router, shape, rngs=rngs, outputs=spec.rule.outputs(e))
         stds = dict.fromkeys(mlp_weights(spec.activation), 1 / math.sqrt(d))
         stds["w_out"] = 1 / math.sqrt(f) / depth_scale(shape)
 
@@ -45,7 +45,7 @@ class MoE(Sublayer):
                 found[name] = normal_param(rngs, shape, axes, std=std, transposed=back)
             return nnx.Dict(found)
 
-        self.experts: Any = matrices(e, d, f)  # or a list of each expert's, see take_apart
+        self.experts: Any = matrices(e, d, f)  # or a list of each expert's, see split_weights
         self.shared = matrices(d, f * spec.shared) if spec.shared else None
         self.rule: Any = build(spec.rule, shape, rngs=rngs, experts=e)
 
@@ -56,8 +56,8 @@ class MoE(Sublayer):
         scored = self.router(y_BLD, at, call, cache or None)
         scores_BLR = SCORES[spec.rule.scores](scored.x)
         picks = self.rule.pick(scores_BLR, at, valid_BL, spec.slots, call)
-        asked_BL = taken_BL = jnp.sum(picks.experts_BLP < spec.experts, axis=2)
-        computed_B = jnp.sum(asked_BL, axis=1)
+        picked_BL = taken_BL = jnp.sum(picks.experts_BLP < spec.experts, axis=2)
+        computed_B = jnp.sum(picked_BL, axis=1)
         if call.routing == "trained" and spec.capacity_factor is not None:
             size_B = of_valid(spec.slots, at.valid_BL, batch, length)
             slots = slots_of(picks, spec.experts, spec.slots(length), size_B)
@@ -72,7 +72,7 @@ class MoE(Sublayer):
             z_BLD += mlp(y_BLD, _read(self.shared), spec.activation, project, project_back)
         picks_B = jnp.sum(picks.rows_BR, axis=1)
         own = Dispatched(
-            asked_BL, taken_BL, valid_BL, picks.experts_BLP, picks_B, computed_B, picks.tied_BE
+            picked_BL, taken_BL, valid_BL, picks.experts_BLP, picks_B, computed_B, picks.tied_BE
         )
         rule = self.rule.report(scored.x, scores_BLR, picks, valid_BL)
         records = {"": own, "rule": rule, **under("router", scored.records)}
@@ -82,7 +82,7 @@ class MoE(Sublayer):
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> Any:
         return self.router.empty(batch, length, slack, dtype)
 
-    def take_apart(self) -> None:
+    def split_weights(self) -> None:
         """Stores each expert's weights separately, so that a step reads only those that it uses."""
         if not isinstance(self.experts, nnx.List):
             each = [{name: nnx.Param(w) for name, w in one.items()} for one in self._each()]

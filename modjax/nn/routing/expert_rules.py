@@ -69,7 +69,7 @@ class TokenChoice(ExpertRule):
         self, spec: specs.TokenChoice, shape: specs.Shape, *, experts: int, rngs: nnx.Rngs
     ):
         super().__init__(spec, shape, experts=experts, rngs=rngs)
-        self.bias = measured((spec.rows(experts),)) if spec.bias_rate else None
+        self.bias = measured((spec.outputs(experts),)) if spec.bias_rate else None
 
     def pick(self, scores_BLR, at, valid_BL, slots, call):
         ranking_BLR = jax.lax.stop_gradient(scores_BLR)

@@ -18,19 +18,19 @@ from modjax.nn.routing.thresholds import moved
 
 
 def path_losses(
-    odds_BL: jax.Array, logits_BLR: jax.Array, valid_BL: jax.Array | None, capacity: float
+    log_odds_BL: jax.Array, logits_BLR: jax.Array, valid_BL: jax.Array | None, capacity: float
 ) -> dict[str, jax.Array]:
     """Returns the losses of a choice between a layer and skipping it, by name, each (B,).
 
-    odds_BL: log-odds of the layer. logits_BLR: logits of both paths, to skip and the layer.
+    log_odds_BL: log-odds of the layer. logits_BLR: logits of both paths, to skip and the layer.
 
     balance: sum_i f_i P_i / t_i over both paths, Eq. 4 of arXiv 2101.03961 for unequal targets. f_i
       is the share of positions that choose path i, P_i its mean probability, and t_i its target:
       1 - capacity to skip, capacity for the layer. The loss is 1 for f = P = t.
     z: the mean of logsumexp(logits)^2 (arXiv 2202.08906, Eq. 5).
     """
-    share_B = masked_mean((odds_BL > 0).astype(jnp.float32), valid_BL)
-    probability_B = masked_mean(jax.nn.sigmoid(odds_BL), valid_BL)
+    share_B = masked_mean((log_odds_BL > 0).astype(jnp.float32), valid_BL)
+    probability_B = masked_mean(jax.nn.sigmoid(log_odds_BL), valid_BL)
     balance_B = jnp.ones_like(share_B)  # at capacity 1 there is nothing to balance
     if capacity < 1:
         skipped_B = (1 - share_B) * (1 - probability_B) / (1 - capacity)

@@ -71,21 +71,21 @@ class RoutedLayer(nnx.Module):
         """
         scored = self.router(x_BLD, at, call, state["router"] or None)
         choice = self.rule.choose(scored.x, at, call)
-        if choice.wanted_BL is not None:
-            choice = choice._replace(wanted_BL=_valid(choice.wanted_BL, at))
+        if choice.requested_BL is not None:
+            choice = choice._replace(requested_BL=_valid(choice.requested_BL, at))
         k_B = of_valid(self._k, at.valid_BL, *x_BLD.shape[:2])
         selection = self._trained(choice, at, k_B)
-        target_BL = wanted_BL = selected_BL = selected_mask(selection, x_BLD.shape[1])
+        target_BL = requested_BL = selected_BL = selected_mask(selection, x_BLD.shape[1])
         if call.routing != "trained":
             name, attribute = self.decider(call.routing)
             rule, seen = self.rules()[attribute], self._seen_by(attribute, choice)
-            wanted_BL, after = rule.decide(name, x_BLD, seen, at, state[attribute])
-            wanted_BL, state = _valid(wanted_BL, at), {**state, attribute: after}
-            selected_BL = wanted_BL & (jnp.cumsum(wanted_BL, axis=1) <= limit)
-        elif choice.wanted_BL is not None:
-            wanted_BL = choice.wanted_BL
+            requested_BL, after = rule.decide(name, x_BLD, seen, at, state[attribute])
+            requested_BL, state = _valid(requested_BL, at), {**state, attribute: after}
+            selected_BL = requested_BL & (jnp.cumsum(requested_BL, axis=1) <= limit)
+        elif choice.requested_BL is not None:
+            requested_BL = choice.requested_BL
         tied_B = selection.tied_B
-        own = Routed(choice.scores_BL, target_BL, wanted_BL, selected_BL, k_B, tied_B)
+        own = Routed(choice.scores_BL, target_BL, requested_BL, selected_BL, k_B, tied_B)
         records: dict[str, Record] = {"": own, **under("router", scored.records)}
         for attribute, rule in self.rules().items():
             record = rule.report(x_BLD, self._seen_by(attribute, choice), selection, at)
@@ -120,12 +120,12 @@ class RoutedLayer(nnx.Module):
 
         A routing that the layer does not know, such as "causal", means its default method.
         """
-        names = self.config.names()
+        names = self.config.causal_rules()
         need = "its router looks ahead: give it a rule that does not, such as causal=Predictor()"
         require(len(names) > 0, "routing", routing, need)
         name = routing if routing in names else names[0]
         causal = self.config.causal
-        return name, "causal" if causal is not None and name in causal.names() else "rule"
+        return name, "causal" if causal is not None and name in causal.causal_rules() else "rule"
 
     def update(self, scores_BK: jax.Array, x_BKD: jax.Array, y_BKD: jax.Array) -> jax.Array:
         """Returns the weighted updates of selected positions, (B, K, D), see `MoDConfig`."""
@@ -147,16 +147,18 @@ class RoutedLayer(nnx.Module):
         """Returns the selection of training: the top k_B, or the requested ones that fit."""
         scores_BL, (batch, length) = choice.scores_BL, choice.scores_BL.shape
         best = select_top_k(choice.ranking_BL, scores_BL, self._k(length), at.valid_BL, k_B)
-        if choice.wanted_BL is None:
+        if choice.requested_BL is None:
             return best
-        slots = functools.partial(selected_tokens, self.config.rule.room(self.config.capacity))
+        slots = functools.partial(
+            selected_tokens, self.config.rule.slot_share(self.config.capacity)
+        )
         slots_B = of_valid(slots, at.valid_BL, batch, length)
-        first = select_first_k(choice.wanted_BL, scores_BL, slots(length), slots_B)
+        first = select_first_k(choice.requested_BL, scores_BL, slots(length), slots_B)
         return first._replace(kth_B=best.kth_B)
 
 
-def _valid(wanted_BL: jax.Array, at: At) -> jax.Array:
-    return wanted_BL if at.valid_BL is None else wanted_BL & at.valid_BL
+def _valid(requested_BL: jax.Array, at: At) -> jax.Array:
+    return requested_BL if at.valid_BL is None else requested_BL & at.valid_BL
 
 
 def _buckets(k: int, bound: int) -> list[int]:

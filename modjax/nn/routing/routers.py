@@ -50,7 +50,7 @@ class Received(LayerModule):
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
         ones_BL = jnp.ones(x_BLD.shape[:2], jnp.float32)
-        received_BL = at.handed.get("received", ones_BL)
+        received_BL = at.passed.get("received", ones_BL)
         return Out(jnp.repeat(received_BL[..., None], self.outputs, axis=2))
 
 

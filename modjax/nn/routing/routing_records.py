@@ -24,7 +24,7 @@ class Routed(Record):
 
     scores_BL: raw scores.
     target_BL: positions that training selects.
-    wanted_BL: positions that were requested.
+    requested_BL: positions that were requested.
     selected_BL: positions that were processed; the other requested ones were dropped.
     k_B: the capacity of each row, in positions.
     tied_B: whether training's top k ended in a near tie, see Selection; None without a top k.
@@ -32,13 +32,13 @@ class Routed(Record):
 
     scores_BL: jax.Array
     target_BL: jax.Array
-    wanted_BL: jax.Array
+    requested_BL: jax.Array
     selected_BL: jax.Array
     k_B: jax.Array
     tied_B: jax.Array | None
 
     def counts(self, valid_BL):
-        counts = decisions(self.wanted_BL, self.target_BL, valid_BL)
+        counts = decisions(self.requested_BL, self.target_BL, valid_BL)
         counts["selected"] = jnp.sum(self.selected_BL & valid_BL, axis=-1, dtype=jnp.float32)
         ties = {} if self.tied_B is None else {"near_ties": self.tied_B.astype(jnp.float32)}
         return counts | ties
@@ -77,7 +77,7 @@ class Routed(Record):
         router/underload: unused capacity, as a share of positions.
         """
         scores_ABL, selected_ABL, wanted_ABL, k_AB = _stacked(
-            records, "scores_BL", "selected_BL", "wanted_BL", "k_B"
+            records, "scores_BL", "selected_BL", "requested_BL", "k_B"
         )
         count = jnp.sum(valid_BL).astype(jnp.float32)
         positions = count * len(k_AB)
@@ -110,7 +110,7 @@ class Routed(Record):
 class Dispatched(Record):
     """Record of the picks of a mixture of experts, at valid positions.
 
-    asked_BL: number of experts that were picked. taken_BL: number of these that computed.
+    picked_BL: number of experts that were picked. taken_BL: number of these that computed.
     valid_BL: False marks padding.
     experts_BLP: the experts that each position picked, E for none.
     picks_B: number of picks, including no-ops.
@@ -118,7 +118,7 @@ class Dispatched(Record):
     tied_BE: whether an expert's best positions end in a near tie; None unless experts choose.
     """
 
-    asked_BL: jax.Array
+    picked_BL: jax.Array
     taken_BL: jax.Array
     valid_BL: jax.Array
     experts_BLP: jax.Array
@@ -129,7 +129,7 @@ class Dispatched(Record):
     def counts(self, valid_BL):
         counts = {
             "picks": self.picks_B,
-            "asked": jnp.sum(self.asked_BL, axis=1),
+            "asked": jnp.sum(self.picked_BL, axis=1),
             "taken": jnp.sum(self.taken_BL, axis=1),
             "computed": self.computed_B,
         }
@@ -154,11 +154,11 @@ class Dispatched(Record):
         moe/useful: share of the experts' computations that are of picks, not of empty slots.
         moe/idle: share of positions that no expert computed.
         """
-        asked_ABL, taken_ABL, valid_ABL, picks_AB, computed_AB = _stacked(
-            records, "asked_BL", "taken_BL", "valid_BL", "picks_B", "computed_B"
+        picked_ABL, taken_ABL, valid_ABL, picks_AB, computed_AB = _stacked(
+            records, "picked_BL", "taken_BL", "valid_BL", "picks_B", "computed_B"
         )
-        found = _pick_shares(*map(jnp.sum, (picks_AB, asked_ABL, taken_ABL, computed_AB)))
-        parts = (jnp.array_split(count_ABL, PARTS, axis=2) for count_ABL in (asked_ABL, taken_ABL))
+        found = _pick_shares(*map(jnp.sum, (picks_AB, picked_ABL, taken_ABL, computed_AB)))
+        parts = (jnp.array_split(count_ABL, PARTS, axis=2) for count_ABL in (picked_ABL, taken_ABL))
         for part, (asked, taken) in enumerate(zip(*parts, strict=True), 1):
             found[f"moe/dropped/{part} of {PARTS}"] = share(jnp.sum(asked - taken), jnp.sum(asked))
         idle_ABL = valid_ABL & (taken_ABL == 0)
@@ -171,7 +171,7 @@ def share(part: Any, whole: Any) -> Any:
 
 
 def decisions(
-    wanted_BL: jax.Array, target_BL: jax.Array, valid_BL: jax.Array
+    requested_BL: jax.Array, target_BL: jax.Array, valid_BL: jax.Array
 ) -> dict[str, jax.Array]:
     """Returns counts of the valid positions of every sequence by name, each (..., B).
 
@@ -179,11 +179,11 @@ def decisions(
     both: requested and selected. agreed: both, or neither. positions: all.
     """
     masks = {
-        "wanted": wanted_BL,
+        "wanted": requested_BL,
         "target": target_BL,
-        "both": wanted_BL & target_BL,
-        "agreed": wanted_BL == target_BL,
-        "positions": jnp.ones_like(wanted_BL),
+        "both": requested_BL & target_BL,
+        "agreed": requested_BL == target_BL,
+        "positions": jnp.ones_like(requested_BL),
     }
     return {
         name: jnp.sum(mask_BL & valid_BL, axis=-1, dtype=jnp.float32)

@@ -37,14 +37,14 @@ class Choice(NamedTuple):
 
     ranking_BL: ranking scores; higher is better.
     scores_BL: raw scores, from which the updates get their weights.
-    wanted_BL: requested positions, processed from the first on until the slots are full. None
+    requested_BL: requested positions, processed from the first on until the slots are full. None
       processes the k best by ranking_BL.
     scores_BLR: all scores of the router.
     """
 
     ranking_BL: jax.Array
     scores_BL: jax.Array
-    wanted_BL: jax.Array | None
+    requested_BL: jax.Array | None
     scores_BLR: jax.Array
 
 
@@ -75,11 +75,11 @@ class Rule(nnx.Module):
         The default requests the positions that training requests. No position may depend on a later
         one, neither through x_BLD nor through `choice`.
 
-        name: the method, one of the spec's `names`, such as "threshold" or "paced".
+        name: the method, one of the spec's `causal_rules()`, such as "threshold" or "paced".
         """
-        if choice.wanted_BL is None:
+        if choice.requested_BL is None:
             raise NotImplementedError
-        return choice.wanted_BL, state
+        return choice.requested_BL, state
 
     def start(self, batch: int) -> Any:
         """Returns the state of `decide` before the first position of each row."""
@@ -155,7 +155,7 @@ class Threshold(KthBest):
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         choice = super().choose(scores_BLR, at, call)
-        return choice._replace(wanted_BL=above(choice.ranking_BL, self.threshold))
+        return choice._replace(requested_BL=above(choice.ranking_BL, self.threshold))
 
 
 class Positional(Weighed):
@@ -163,7 +163,7 @@ class Positional(Weighed):
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
         choice = super().choose(scores_BLR, at, call)
-        return choice._replace(wanted_BL=evenly_spread(at.positions_BL, self.capacity))
+        return choice._replace(requested_BL=evenly_spread(at.positions_BL, self.capacity))
 
     def decide(self, name, x_BLD, choice, at, state):
         # Not the default: another rule may make the choice of training.
@@ -177,8 +177,8 @@ class Binary(Rule):
     """
 
     def choose(self, scores_BLR: jax.Array, at: At, call: Call) -> Choice:
-        odds_BL = scores_BLR[..., 1] - scores_BLR[..., 0]
-        return Choice(odds_BL, odds_BL, odds_BL > 0, scores_BLR)
+        log_odds_BL = scores_BLR[..., 1] - scores_BLR[..., 0]
+        return Choice(log_odds_BL, log_odds_BL, log_odds_BL > 0, scores_BLR)
 
     def weigh(self, scores_BK: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(scores_BK)
@@ -215,19 +215,21 @@ class Predictor(Rule):
         return jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
 
     def decide(self, name, x_BLD, choice, at, state):
-        odds_BL = self.odds(x_BLD, choice.scores_BL)
-        valid_BL = jnp.ones(odds_BL.shape, bool) if at.valid_BL is None else at.valid_BL
-        wanted_BL = odds_BL > 0
+        log_odds_BL = self.logits(x_BLD, choice.scores_BL)
+        valid_BL = jnp.ones(log_odds_BL.shape, bool) if at.valid_BL is None else at.valid_BL
+        requested_BL = log_odds_BL > 0
         if name == "paced":
-            wanted_BL = paced(odds_BL, self.capacity, valid_BL, *state)
-        more = (jnp.sum(mask, axis=1, dtype=jnp.int32) for mask in (valid_BL, wanted_BL & valid_BL))
-        return wanted_BL, tuple(map(jnp.add, state, more))
+            requested_BL = paced(log_odds_BL, self.capacity, valid_BL, *state)
+        more = (
+            jnp.sum(mask, axis=1, dtype=jnp.int32) for mask in (valid_BL, requested_BL & valid_BL)
+        )
+        return requested_BL, tuple(map(jnp.add, state, more))
 
     def report(self, x_BLD, choice, selection, at):
-        odds_BL = self.odds(x_BLD, choice.scores_BL)
-        return selection_loss("predictor", self.spec.weight, odds_BL, selection, at)
+        log_odds_BL = self.logits(x_BLD, choice.scores_BL)
+        return selection_loss("predictor", self.spec.weight, log_odds_BL, selection, at)
 
-    def odds(self, x_BLD: jax.Array, scores_BL: jax.Array) -> jax.Array:
+    def logits(self, x_BLD: jax.Array, scores_BL: jax.Array) -> jax.Array:
         """Returns float32 logits (B, L), above 0 for positions that should be processed."""
         x_BLD, scores_BL = jax.lax.stop_gradient((x_BLD, scores_BL))
         x32_BLD = x_BLD.astype(jnp.float32)

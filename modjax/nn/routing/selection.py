@@ -71,12 +71,12 @@ def of_valid(
 
 
 def select_first_k(
-    wanted_BL: jax.Array, scores_BL: jax.Array, k: int, k_B: jax.Array | None = None
+    requested_BL: jax.Array, scores_BL: jax.Array, k: int, k_B: jax.Array | None = None
 ) -> Selection:
     """Selects each row's first k (or k_B <= k) requested positions and drops the others."""
     # A top-k gives ties to the earlier position.
-    count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(wanted_BL, axis=1))
-    return _best(wanted_BL.astype(jnp.float32), scores_BL, k, count_B)
+    count_B = jnp.minimum(k if k_B is None else k_B, jnp.sum(requested_BL, axis=1))
+    return _best(requested_BL.astype(jnp.float32), scores_BL, k, count_B)
 
 
 def select_top_k(

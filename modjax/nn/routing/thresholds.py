@@ -40,7 +40,11 @@ def moved(
 
 
 def paced(
-    odds_BL: jax.Array, capacity: float, valid_BL: jax.Array, seen_B: jax.Array, spent_B: jax.Array
+    log_odds_BL: jax.Array,
+    capacity: float,
+    valid_BL: jax.Array,
+    seen_B: jax.Array,
+    spent_B: jax.Array,
 ) -> jax.Array:
     """Returns a mask of the log-odds above a threshold that keeps each row near capacity, (B, L).
 
@@ -54,10 +58,13 @@ def paced(
     """
 
     def step(state, now):
-        (seen_B, spent_B), (odds_B, valid_B) = state, now
+        (seen_B, spent_B), (log_odds_B, valid_B) = state, now
         fair_B = capacity * seen_B.astype(jnp.float32)
         ahead_B = (spent_B.astype(jnp.float32) - fair_B) / jnp.sqrt(fair_B + 4)
-        wanted_B = (odds_B > ahead_B * jnp.exp(ahead_B**2 / 2)) & valid_B
-        return (seen_B + valid_B.astype(jnp.int32), spent_B + wanted_B.astype(jnp.int32)), wanted_B
+        requested_B = (log_odds_B > ahead_B * jnp.exp(ahead_B**2 / 2)) & valid_B
+        return (
+            seen_B + valid_B.astype(jnp.int32),
+            spent_B + requested_B.astype(jnp.int32),
+        ), requested_B
 
-    return jax.lax.scan(step, (seen_B, spent_B), (odds_BL.T, valid_BL.T))[1].T
+    return jax.lax.scan(step, (seen_B, spent_B), (log_odds_BL.T, valid_BL.T))[1].T

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.errors import InputError
-from modjax.files import Home, read
+from modjax.files import WatchedFolder, read
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.engines.progress import Display
 from modjax.scaling.engines.run_lock import is_running
@@ -27,8 +27,8 @@ from modjax.scaling.engines.worker_handle import (
     Refused,
     Worker,
     cannot_start,
+    describe_exit,
     end_all,
-    end_of,
     share_of_cores,
     signals,
 )
@@ -68,7 +68,7 @@ class Session:
         self, specs: Sequence[RunSpec], settings: Settings, jobs: int, flops_per_second: float
     ):
         self.settings, self.workdir = settings, Path(settings.workdir)
-        self.home: Home | None = None
+        self.home: WatchedFolder | None = None
         self.finished: list[str] = []
         self.found: list[str] = []
         self.failures: dict[str, str] = {}
@@ -91,11 +91,11 @@ class Session:
         with signals() as self.received, self.display:
             try:
                 while not self.checked:
-                    self._attend()
+                    self._handle_messages()
                 claim()
-                self.home = Home(self.workdir)
+                self.home = WatchedFolder(self.workdir)
                 while self.waiting or self.elsewhere or any(w.spec for w in self.workers):
-                    self._attend()
+                    self._handle_messages()
                     self._assign()
                     self.display.update(self.workers, len(self.elsewhere))
             except Stopped as stopped:
@@ -107,7 +107,7 @@ class Session:
 
     # Mechanism: the workers are started, heard and stopped.
 
-    def _attend(self) -> None:
+    def _handle_messages(self) -> None:
         """Handles the workers' messages, and replaces the workers that have died."""
         if self.received:
             raise Stopped(self.received[0])
@@ -155,13 +155,13 @@ class Session:
         elif event == "broken":
             worker.error = message["error"]
         elif event == "died":
-            self._died(worker)
+            self._worker_died(worker)
         elif event == "fault" or (event == "refused" and worker.spec is None):
             raise Refused(message["error"])
         elif event == "disk full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.workdir))
         else:
-            self._ended(worker.release(), event, message)
+            self._run_ended(worker.release(), event, message)
 
     def _stop(self) -> bool:
         """Ends the workers. Returns whether every run under way has saved its state."""
@@ -195,9 +195,9 @@ class Session:
             self._require_home()
             worker.assign(self.waiting.popleft())
         if not self.waiting:
-            self._look_elsewhere()
+            self._poll_other_sweeps()
 
-    def _look_elsewhere(self) -> None:
+    def _poll_other_sweeps(self) -> None:
         """Records runs that other sweeps on this folder finished; requeues runs they dropped."""
         for spec in list(self.elsewhere):
             if is_running(self._folder(spec)):
@@ -213,7 +213,7 @@ class Session:
             names = ", ".join(spec.run_id for spec in self.elsewhere)
             self.display.note(f"nothing left to do but to wait for another sweep's {names}")
 
-    def _ended(self, spec: RunSpec, event: str, message: dict[str, Any]) -> None:
+    def _run_ended(self, spec: RunSpec, event: str, message: dict[str, Any]) -> None:
         """Handles the last event of a run: `event` tells how the run ended."""
         self.failed_starts = 0
         if event == "busy":
@@ -228,16 +228,16 @@ class Session:
         else:
             self._finish(spec, here=event == "done")
 
-    def _died(self, worker: Worker) -> None:
+    def _worker_died(self, worker: Worker) -> None:
         """Retries or gives up the run of a worker that ended. Raises if workers cannot start."""
         was_ready, was_checker = worker.ready, worker is self.checker and not self.checked
         self.selector.unregister(worker.output)
         code = worker.end()
-        how = worker.error or end_of(code)
-        asked_to = code == -signal.SIGTERM  # by whoever runs this machine: no fault of the run
+        how = worker.error or describe_exit(code)
+        picked_to = code == -signal.SIGTERM  # by whoever runs this machine: no fault of the run
         if was_checker:
             self.checker = None
-        if (was_checker or not was_ready) and not asked_to:
+        if (was_checker or not was_ready) and not picked_to:
             self.failed_starts += 1
             if self.failed_starts >= MAX_FAILED_STARTS:
                 raise cannot_start(worker, how, self.failed_starts)
@@ -245,7 +245,7 @@ class Session:
             return
         spec = worker.release()
         self._require_home()
-        self.attempts[spec.run_id] += not asked_to
+        self.attempts[spec.run_id] += not picked_to
         if (self._folder(spec) / "result.json").exists():
             self._finish(spec, here=True)  # it died between its result and saying so
         elif self.attempts[spec.run_id] < MAX_ATTEMPTS:

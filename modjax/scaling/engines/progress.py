@@ -13,7 +13,7 @@ from rich.table import Table
 from modjax.records import RunRecord
 from modjax.scaling.engines.worker_handle import Worker
 from modjax.scaling.formatting import clock
-from modjax.scaling.report.prose import loss_words
+from modjax.scaling.report.prose import loss_text
 from modjax.specs import RunSpec
 
 SECONDS_BETWEEN_LINES = 60.0  # without a terminal, while no run finishes
@@ -53,7 +53,7 @@ class Display:
         """Counts and announces a run that this session finished."""
         self.done.add(record.run_id)
         self.flops_here += self.budgets[record.run_id]
-        loss = "diverged" if record.eval_loss is None else loss_words(record)
+        loss = "diverged" if record.eval_loss is None else loss_text(record)
         count = f"[{len(self.done):{len(str(len(self.budgets)))}}/{len(self.budgets)}]"
         self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
 

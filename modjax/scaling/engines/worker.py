@@ -39,7 +39,7 @@ from typing import Any
 
 from modjax.backend import starting
 from modjax.errors import InputError, Preempted, SharedFault, describe
-from modjax.faults import outside
+from modjax.faults import machine_error_line
 from modjax.files import is_disk_full
 from modjax.provenance import fix_settings, require_unchanged
 from modjax.records import RunRecord, run_dir
@@ -126,7 +126,7 @@ def _serve(send: Callable[..., None]) -> None:
         except InputError as error:
             send("fault" if isinstance(error, SharedFault) else "refused", error=str(error))
         except Exception as error:
-            line = outside(error, Path(settings.workdir))
+            line = machine_error_line(error, Path(settings.workdir))
             if is_disk_full(error):
                 send("disk full")
             elif "check" in message and line is not None:

@@ -140,7 +140,7 @@ def cannot_start(worker: Worker, how: str, times: int) -> Exception:
     return InputError("worker", how, said)
 
 
-def end_of(code: int) -> str:
+def describe_exit(code: int) -> str:
     """Returns how a process with this exit code ended, in words."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 

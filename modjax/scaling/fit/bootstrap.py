@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modjax.scaling.fit.cells import Cell, freedoms
+from modjax.scaling.fit.cells import Cell, degrees_of_freedom
 from modjax.scaling.fit.results import Range
 
 LEVEL = 0.95
@@ -64,7 +64,7 @@ def noise_variance(cells: Mapping[str, Sequence[Cell]], about: float) -> tuple[f
     cells: the cells of each arm.
     about: the weighted sum of squares about the parabolas of all arms.
     """
-    freedom, about_freedom = freedoms(cells)
+    freedom, about_freedom = degrees_of_freedom(cells)
     between = sum(c.squares for of_arm in cells.values() for c in of_arm)
     if about_freedom == 0 or (freedom > 0 and about / about_freedom <= between / freedom):
         return between / max(freedom, 1), freedom

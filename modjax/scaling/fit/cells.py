@@ -96,7 +96,7 @@ def seed_spreads(cells: Iterable[Repeated], size: str, least: int = 2) -> list[S
     return sorted(found, key=attrgetter("budget_flops", "d_model"))
 
 
-def freedoms(cells: Mapping[str, Sequence[Cell]]) -> tuple[int, int]:
+def degrees_of_freedom(cells: Mapping[str, Sequence[Cell]]) -> tuple[int, int]:
     """Returns the noise's degrees of freedom at one budget: between seeds, and about parabolas.
 
     cells: the cells of each arm.

@@ -69,10 +69,10 @@ def under(records: Sequence[RunRecord], loss: str) -> Compared:
         "--loss=trained compares them as they were trained",
     )
     kept = (r for r in records if r.run_id not in dropped and r.variant not in gone)
-    return Compared([as_compared(r, loss) for r in kept], without)
+    return Compared([with_loss(r, loss) for r in kept], without)
 
 
-def as_compared(r: RunRecord, loss: str) -> RunRecord:
+def with_loss(r: RunRecord, loss: str) -> RunRecord:
     """Returns the record with its evaluation's loss and bits per byte replaced by those of `loss`.
 
     A run whose causal loss is not finite becomes diverged. The standard error stays that of the

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from modjax.errors import require
-from modjax.records import RunRecord, Scan, causal_routing, name_left_out, scan
+from modjax.records import RunRecord, Scan, causal_routing, scan, warn_left_out
 from modjax.scaling.fit.cells import Repeated, by_cell, make_cells, quantity_of, seed_spreads
 from modjax.scaling.fit.comparable_runs import comparable, lenient_plan, under
 from modjax.scaling.fit.gaps import fit_gaps
@@ -34,7 +34,7 @@ def fit_workdir(
     require(len(found.records) > 0, "--workdir", str(workdir), accepted)
     records, apart = comparable(found.records)
     found = Scan(records, found.left_out | apart)
-    name_left_out(found.left_out)
+    warn_left_out(found.left_out)
     config = lenient_plan(workdir).get("config")
     sweep = config.get("sweep") if isinstance(config, dict) else None
     planned = sweep.get("baseline") if isinstance(sweep, dict) else None

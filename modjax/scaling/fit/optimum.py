@@ -27,7 +27,7 @@ from modjax.scaling.fit.bootstrap import (
     noise_variance,
     power_of_ten,
 )
-from modjax.scaling.fit.cells import Cell, freedoms
+from modjax.scaling.fit.cells import Cell, degrees_of_freedom
 from modjax.scaling.fit.results import Parabola
 
 MIN_SIZES = 4
@@ -98,7 +98,7 @@ def fit_budget(
     if noise is None:
         variance, freedom = noise_variance(cells, sum(s.squares for s in solved.values()))
     else:
-        variance, freedom = noise**2, next((f for f in freedoms(cells) if f), 0)
+        variance, freedom = noise**2, next((f for f in degrees_of_freedom(cells) if f), 0)
     drawn = draw_noise(variance, freedom, len(shared_R), rng)
     results = []
     for arm, of_arm in cells.items():

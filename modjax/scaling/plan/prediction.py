@@ -12,7 +12,7 @@ import numpy as np
 
 from modjax.errors import require
 from modjax.scaling.fit.bootstrap import Estimate
-from modjax.scaling.fit.cells import Cell, freedoms
+from modjax.scaling.fit.cells import Cell, degrees_of_freedom
 from modjax.scaling.fit.optimum import fit_budget
 from modjax.scaling.fit.power_law import power_law
 from modjax.scaling.fit.results import Range
@@ -71,7 +71,7 @@ def predict(
     fitted = []
     for budget, of_arms in sorted(sizes.items()):
         cells = {arm: _assumed(counts, centres[arm, budget]) for arm, counts in of_arms.items()}
-        freedom = next((f for f in freedoms(cells) if f), 0)
+        freedom = next((f for f in degrees_of_freedom(cells) if f), 0)
         for parabola, vertex in fit_budget(cells, budget, "parameters", shared_R, rng, noise):
             fitted.append((parabola, freedom))
             if vertex is not None:

@@ -19,7 +19,7 @@ from modjax.errors import InputError
 from modjax.files import write_atomically
 from modjax.provenance import differences
 from modjax.records import RunRecord, run_dir, write_csv, write_json
-from modjax.scaling.fit.comparable_runs import as_compared, lenient_json, lenient_plan, under
+from modjax.scaling.fit.comparable_runs import lenient_json, lenient_plan, under, with_loss
 from modjax.scaling.fit.isoflop import fit_workdir
 from modjax.scaling.fit.results import Fits, to_json
 from modjax.scaling.formatting import budget, count
@@ -64,7 +64,7 @@ def render(
     """
     plan = lenient_plan(workdir)
     specs = read_specs(workdir, records)
-    compared = [as_compared(r, fits.loss) for r in records]
+    compared = [with_loss(r, fits.loss) for r in records]
     tipped = len(records) <= markers.MANY
     tips = _tips(records if tipped else [], fits)
     fits = prose.marked(fits)
@@ -140,7 +140,7 @@ def run_tip(r: RunRecord) -> str:
     """Returns the text that hovering a run shows."""
     loss = f"diverged at step {r.diverged_step}"
     if r.eval_loss is not None:
-        loss = f"{prose.loss_words(r)} ± {r.eval_loss_sem or 0:.4f} nats per token"
+        loss = f"{prose.loss_text(r)} ± {r.eval_loss_sem or 0:.4f} nats per token"
     return (
         f"{r.run_id}\n{r.variant} at {budget(r.budget_flops)} FLOPs, seed {r.seed}\n{loss}\n"
         f"{count(r.params_non_embedding)} non-embedding parameters "

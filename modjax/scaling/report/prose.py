@@ -77,7 +77,7 @@ def marked(fits: Fits) -> Fits:
     )
 
 
-def loss_words(r: RunRecord) -> str:
+def loss_text(r: RunRecord) -> str:
     """Returns the loss of a finished run, or both losses if the causal one differs."""
     assert r.eval_loss is not None
     causal = causal_loss(r)

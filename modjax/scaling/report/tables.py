@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from modjax.records import RunRecord, causal_loss
-from modjax.scaling.fit.comparable_runs import as_compared
+from modjax.scaling.fit.comparable_runs import with_loss
 from modjax.scaling.fit.results import Fits, NoCausalLoss, SeedSpread
 from modjax.scaling.formatting import budget, count
 from modjax.scaling.report.prose import fixed, span
@@ -138,7 +138,7 @@ def run_table(records: Sequence[RunRecord], fits: Fits, specs: Specs) -> Table:
 
     def cells(r: RunRecord) -> list[object]:
         losses = {"causal_loss": causal_loss(r), "eval_loss": r.eval_loss}
-        compared = as_compared(r, fits.loss)
+        compared = with_loss(r, fits.loss)
         shown = [losses.get(f, getattr(compared, f)) for f in RUN_COLUMNS.values()]
         shown += [r.outcome.get(name) for name in outcomes]
         return [*shown, *(specs.by_run.get(r.run_id, {}).get(name) for name in more)]

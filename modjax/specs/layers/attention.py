@@ -63,5 +63,5 @@ class Attention(Layer):
     def ropes(self) -> frozenset[float]:
         return frozenset({self.rope})
 
-    def hands_on(self) -> frozenset[str]:
+    def passes_on(self) -> frozenset[str]:
         return frozenset({"received"} if self.received else ())

@@ -45,15 +45,17 @@ class MoDConfig:
 
     def __post_init__(self):
         check(self, "MoD", typed=True)
+        accepted = "must be a rule that selects in training, such as TopK()"
+        require(self.rule.trains, "MoD.rule", self.rule, accepted)
         causal = self.causal
-        able = causal is None or (len(causal.names()) > 0 and causal.outputs == 1)
+        able = causal is None or (len(causal.causal_rules()) > 0 and causal.outputs == 1)
         accepted = "must be a rule that never looks ahead, by one score of each position"
         require(able, "MoD.causal", causal, accepted)
 
-    def names(self) -> tuple[str, ...]:
-        """Returns the names of its causal rules, see Rule.names; those of `causal` come first."""
-        own = self.causal.names() if self.causal else ()
-        return own if self.router.looks_ahead("causal") else own + self.rule.names()
+    def causal_rules(self) -> tuple[str, ...]:
+        """Returns the names of its causal rules, those of `causal` first; see Rule.causal_rules."""
+        own = self.causal.causal_rules() if self.causal else ()
+        return own if self.router.looks_ahead("causal") else own + self.rule.causal_rules()
 
 
 @spec
@@ -67,7 +69,7 @@ class MoD(MoDConfig, Layer):
     inner: Layer = DENSE
 
     def cost(self, shape: Shape, load: Load) -> Costs:
-        k = selected_tokens(self.rule.room(self.capacity), load.tokens)
+        k = selected_tokens(self.rule.slot_share(self.capacity), load.tokens)
         for cost in self.inner.cost(shape, Load(k, k)):
             yield cost._replace(active=cost.active * self.capacity)
         yield from self.router.cost(shape, load, self.rule.outputs)
@@ -79,7 +81,7 @@ class MoD(MoDConfig, Layer):
         if routing == "trained":
             own = not self.rule.causal or self.router.looks_ahead(routing)
         else:
-            own = not self.names()
+            own = not self.causal_rules()
         return own or self.inner.looks_ahead(routing)
 
     def routed(self) -> int:
@@ -90,5 +92,5 @@ class MoD(MoDConfig, Layer):
         found = self.inner.cache_numbers(shape, slots, slack)
         return found + self.router.cache_numbers(shape._replace(streams=1), length, slack)
 
-    def hands_on(self) -> frozenset[str]:
+    def passes_on(self) -> frozenset[str]:
         return frozenset()  # only the selected positions have such values

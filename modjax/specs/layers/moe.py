@@ -24,16 +24,16 @@ class ExpertRule(Spec):
     scale: factor of the scores, greater than 0; the product is the weight of an expert.
 
     bounded: whether the rule fills a fixed number of slots, so that MoE needs a capacity_factor.
-    ways: names of its causal rules, see Rule.names.
+    causal_names: names of its causal rules, see Rule.causal_rules.
     """
 
     bounded = False
-    ways: ClassVar[tuple[str, ...]] = ()
+    causal_names: ClassVar[tuple[str, ...]] = ()
     top_k: Positive[int] = 1
     scores: Annotated[str, one_of("softmax", "sigmoid")] = "softmax"
     scale: Positive[float] = 1.0
 
-    def rows(self, experts: int) -> int:
+    def outputs(self, experts: int) -> int:
         """Returns the number of router outputs that the rule reads."""
         return experts
 
@@ -57,7 +57,7 @@ class TokenChoice(ExpertRule):
       affects the ranking, not the weights (arXiv 2408.15664). 0 or more.
     """
 
-    ways = ("token_choice",)
+    causal_names = ("token_choice",)
     renormalise: bool = False
     no_ops: NotNegative[int] = 0
     random_no_ops: bool = False
@@ -73,7 +73,7 @@ class TokenChoice(ExpertRule):
         fits = not self.random_no_ops or self.no_ops > 0
         require(fits, "TokenChoice.random_no_ops", self.random_no_ops, "needs no_ops")
 
-    def rows(self, experts: int) -> int:
+    def outputs(self, experts: int) -> int:
         return experts + (0 if self.random_no_ops else self.no_ops)
 
     def real(self, experts: int) -> float:
@@ -97,7 +97,7 @@ class ExpertThreshold(ExpertRule):
     The threshold is the running mean of the score at which the expert gets its fair share.
     """
 
-    ways = ("expert_threshold",)
+    causal_names = ("expert_threshold",)
 
 
 @spec
@@ -161,7 +161,7 @@ class MoE(Layer):
         d = shape.d_model
         one = matrices(self.activation) * d * self.expert_width(shape)
         yield Cost("norm", params=norm_params(self.norm, d))
-        yield from self.router.cost(shape, load, self.rule.rows(self.experts))
+        yield from self.router.cost(shape, load, self.rule.outputs(self.experts))
         share = self.rule.top_k * self.real / self.experts
         computed = self.computed(load.tokens)
         yield Cost("experts", 2.0 * computed * one, one * self.experts, active=share)
@@ -170,10 +170,12 @@ class MoE(Layer):
 
     def looks_ahead(self, routing: str) -> bool:
         # In training, the length of a sequence decides which picks are dropped.
-        return routing == "trained" or not self.rule.ways or self.router.looks_ahead(routing)
+        return (
+            routing == "trained" or not self.rule.causal_names or self.router.looks_ahead(routing)
+        )
 
-    def names(self) -> tuple[str, ...]:
-        return self.rule.ways
+    def causal_rules(self) -> tuple[str, ...]:
+        return self.rule.causal_names
 
     def routed(self) -> int:
         return 1 if self.real < 1 else 0

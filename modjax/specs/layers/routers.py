@@ -44,19 +44,21 @@ class Rule(Spec):
     """Base class of rules that select positions by the scores of a router.
 
     outputs: number of scores per position that the rule reads.
+    trains: whether the rule selects in training, as `MoD.rule` must.
     causal: whether the selection in training never looks ahead.
-    ways: names of its causal rules, which are its selections that never look ahead.
+    causal_names: names of its causal rules, which are its selections that never look ahead.
     """
 
     outputs = 1
+    trains = True
     causal = False
-    ways: ClassVar[tuple[str, ...]] = ()
+    causal_names: ClassVar[tuple[str, ...]] = ()
 
-    def names(self) -> tuple[str, ...]:
+    def causal_rules(self) -> tuple[str, ...]:
         """Returns its causal rules, for `Call.routing`. The routing "causal" uses the first."""
-        return self.ways
+        return self.causal_names
 
-    def room(self, capacity: float) -> float:
+    def slot_share(self, capacity: float) -> float:
         """Returns the share of positions with slots in training. Empty slots are computed too."""
         return capacity
 
@@ -88,7 +90,7 @@ class TopK(Weighed):
 
     auxiliary: NotNegative[float] = 0.0
 
-    def names(self) -> tuple[str, ...]:
+    def causal_rules(self) -> tuple[str, ...]:
         return ("auxiliary", "threshold") if self.auxiliary else ("threshold",)
 
 
@@ -96,14 +98,14 @@ class TopK(Weighed):
 class Random(Weighed):
     """Control of arXiv 2404.02258: training selects k positions at random; scores weigh them."""
 
-    ways = ("threshold",)
+    causal_names = ("threshold",)
 
 
 @spec
 class Positional(Weighed):
     """Control that selects evenly spread positions, whatever they contain."""
 
-    causal, ways = True, ("positional",)
+    causal, causal_names = True, ("positional",)
 
 
 @spec
@@ -115,9 +117,9 @@ class Threshold(Weighed):
     """
 
     slack: Annotated[float, Accepts("must be 1 or more", lambda slack: slack >= 1)] = 1.5
-    causal, ways = True, ("threshold",)
+    causal, causal_names = True, ("threshold",)
 
-    def room(self, capacity: float) -> float:
+    def slot_share(self, capacity: float) -> float:
         return min(1.0, self.slack * capacity)
 
 
@@ -132,7 +134,7 @@ class Binary(Rule):
 
     balance: NotNegative[float] = 0.01
     z: NotNegative[float] = 0.001
-    outputs, causal, ways = 2, True, ("binary",)
+    outputs, causal, causal_names = 2, True, ("binary",)
 
 
 @spec
@@ -145,7 +147,7 @@ class Predictor(Rule):
     """
 
     weight: Positive[float] = 1.0
-    ways = ("predictor", "paced")
+    trains, causal_names = False, ("predictor", "paced")
 
     def cost(self, shape: Shape, load: Load) -> Costs:
         d, hidden = shape.d_model, predictor_width(shape.d_model)

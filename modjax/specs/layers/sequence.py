@@ -42,7 +42,7 @@ class Anchored(Layer):
         kept = 2 * shape.d_model * shape.streams
         return kept + self.inner.cache_numbers(shape, self.anchors(length), slack)
 
-    def hands_on(self) -> frozenset[str]:
+    def passes_on(self) -> frozenset[str]:
         return frozenset()  # only anchors have such values
 
 

@@ -15,7 +15,7 @@ from modjax.data.batches import Batch, eval_batches
 from modjax.data.manifest import Manifest, bits_per_byte
 from modjax.data.token_cache import TokenCache
 from modjax.nn.records import Counts, outcomes
-from modjax.nn.sharding import LOGICAL_TO_MESH, ways
+from modjax.nn.sharding import LOGICAL_TO_MESH, num_shards
 from modjax.specs import TrainConfig
 from modjax.training.mesh import put_batch
 
@@ -52,7 +52,7 @@ class Evaluation(NamedTuple):
 
 def eval_batch_size(mesh: Mesh) -> int:
     """Returns EVAL_BATCH, rounded up to a number of sequences that splits evenly over the mesh."""
-    parts = ways(mesh, LOGICAL_TO_MESH["batch"])
+    parts = num_shards(mesh, LOGICAL_TO_MESH["batch"])
     return -(-EVAL_BATCH // parts) * parts
 
 

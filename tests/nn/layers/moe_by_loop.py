@@ -34,7 +34,7 @@ CASES = {
 
 
 def rows_of(spec):
-    return spec.rule.rows(spec.experts)
+    return spec.rule.outputs(spec.experts)
 
 
 def layer_of(spec, seed=0):
@@ -43,7 +43,7 @@ def layer_of(spec, seed=0):
     rng = np.random.default_rng(seed)
     rule = layer.rule
     if getattr(rule, "bias", None) is not None:
-        rule.bias[...] = jnp.float32(0.3 * rng.standard_normal(spec.rule.rows(spec.experts)))
+        rule.bias[...] = jnp.float32(0.3 * rng.standard_normal(spec.rule.outputs(spec.experts)))
     if hasattr(rule, "threshold"):
         rule.threshold[...] = jnp.float32([0.2, 0.25, 0.3, 0.35][: spec.experts])
     return layer

@@ -41,7 +41,7 @@ def test_equals_a_loop_over_positions(spec, valid_BL):
     valid = np.ones((B, S), bool) if valid_BL is None else np.array(valid_BL)
     np.testing.assert_allclose(out.x[valid], expected_BLD[valid], atol=2e-5)
     record = out.records[""]
-    assert int(jnp.sum(record.asked_BL - record.taken_BL)) == dropped
+    assert int(jnp.sum(record.picked_BL - record.taken_BL)) == dropped
     assert ("drops" in next(n for n, s in CASES.items() if s == spec)) <= (dropped > 0)
 
 
@@ -78,10 +78,10 @@ def test_without_looking_ahead_no_pick_is_dropped_and_few_positions_are_as_many(
     many = call(layer, x_BLD, routing="causal")
     expected_BLD, dropped = by_loop(spec, *arrays(layer), x_BLD, routing="causal")
     np.testing.assert_allclose(many.x, expected_BLD, atol=2e-5)
-    assert dropped == 0 and jnp.array_equal(many.records[""].asked_BL, many.records[""].taken_BL)
+    assert dropped == 0 and jnp.array_equal(many.records[""].picked_BL, many.records[""].taken_BL)
     few = call(layer, x_BLD[:, :4], routing="causal")  # expert by expert
     np.testing.assert_allclose(few.x, many.x[:, :4], atol=1e-5)
-    layer.take_apart()
+    layer.split_weights()
     assert jnp.array_equal(call(layer, x_BLD, routing="causal").x, many.x)
     assert jnp.array_equal(call(layer, x_BLD[:, :4], routing="causal").x, few.x)
 
@@ -111,7 +111,7 @@ def test_enough_capacity_never_drops_and_is_dropless():
     groups = layer_of(dataclasses.replace(spec, capacity_factor=None))
     out = call(slots, x_BLD)
     np.testing.assert_allclose(out.x, call(groups, x_BLD).x, atol=1e-6)
-    assert jnp.array_equal(out.records[""].asked_BL, out.records[""].taken_BL)
+    assert jnp.array_equal(out.records[""].picked_BL, out.records[""].taken_BL)
 
 
 @pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
@@ -121,7 +121,7 @@ def test_every_pick_is_accounted_for(spec):
     stacked = jax.tree.map(lambda z: z[None], {f"a/{name}": one for name, one in records.items()})
     found = {name: float(v) for name, v in statistics(stacked).items()}
     asked, taken, picks, computed = (
-        np.array(z) for z in (record.asked_BL, record.taken_BL, record.picks_B, record.computed_B)
+        np.array(z) for z in (record.picked_BL, record.taken_BL, record.picks_B, record.computed_B)
     )
     assert (taken <= asked).all() and not asked[~np.array(VALID_BL)].any()
     if isinstance(spec.rule, TokenChoice):
@@ -166,7 +166,7 @@ def test_renormalised_weights_beside_no_ops_still_teach_the_router(scores, no_op
     def loss(w_DR):
         return jnp.sum(jnp.sin(call(with_arrays(layer, {"w": w_DR}), x_BLD).x))
 
-    asked = np.array(call(layer, x_BLD).records[""].asked_BL)
+    asked = np.array(call(layer, x_BLD).records[""].picked_BL)
     assert np.sum(asked == 1) > 4 * np.sum(asked == 2)
     gradient_DR = jax.jit(jax.grad(loss))(layer.router.w[...])
     assert float(jnp.linalg.norm(gradient_DR)) > 0.1

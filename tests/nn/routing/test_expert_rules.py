@@ -100,9 +100,9 @@ def test_random_no_ops_are_as_many_and_depend_on_key_row_and_position_alone():
     spec = MoE(4, TokenChoice(no_ops=4, random_no_ops=True), capacity_factor=None)
     layer, x_BLD = layer_of(spec), inputs(8, 200)
     out = call(layer, x_BLD)
-    assert abs(float(jnp.mean(out.records[""].asked_BL)) - 0.5) < 0.03
+    assert abs(float(jnp.mean(out.records[""].picked_BL)) - 0.5) < 0.03
     other = call(layer, -x_BLD)
-    assert jnp.array_equal(out.records[""].asked_BL, other.records[""].asked_BL)
+    assert jnp.array_equal(out.records[""].picked_BL, other.records[""].picked_BL)
     assert not jnp.array_equal(
-        out.records[""].asked_BL, call(layer, x_BLD, key=4).records[""].asked_BL
+        out.records[""].picked_BL, call(layer, x_BLD, key=4).records[""].picked_BL
     )

@@ -28,7 +28,7 @@ def test_statistics_describe_a_routing_counted_by_hand():
     routed = record(
         scores_BL=scores,
         selected_BL=selected,
-        wanted_BL=wanted,
+        requested_BL=wanted,
         k_B=np.array([[2], [3]]),
     )
     records = {"1_mod": jax.tree.map(jnp.asarray, routed)}
@@ -59,7 +59,7 @@ def described():
         own = record(
             scores_BL=scores,
             target_BL=target,
-            wanted_BL=wanted,
+            requested_BL=wanted,
             selected_BL=wanted & (np.cumsum(wanted, axis=2) <= 2),
             k_B=np.full((2, 3), 2),
         )
@@ -106,7 +106,7 @@ def test_capacity_and_overflow_are_shares_of_the_valid_positions(described):
     records, valid_BL, got = described
     selected, wanted = (
         sum(getattr(records[place], name).sum() for place in ("1_mod", "3_mod"))
-        for name in ("selected_BL", "wanted_BL")
+        for name in ("selected_BL", "requested_BL")
     )
     assert wanted > selected
     assert got["router/capacity"] == pytest.approx(selected / (4 * valid_BL.sum()))
@@ -130,7 +130,7 @@ def test_nothing_is_said_of_methods_that_were_not_taught():
         scores_BL=jnp.zeros((1, 2, 4)),
         target_BL=none,
         selected_BL=none,
-        wanted_BL=none,
+        requested_BL=none,
         k_B=jnp.ones((1, 2), int),
     )
     ranked = RuleRecord({}, kth_B=jnp.zeros((1, 2)))

@@ -52,7 +52,7 @@ def test_every_wanted_position_is_processed_or_counted_whatever_their_number(slo
         y, record = jax.device_get(call(params, x))
         wanted &= VALID
         selected = first_k(wanted, slots or LENGTH)
-        np.testing.assert_array_equal(record.wanted_BL, wanted)
+        np.testing.assert_array_equal(record.requested_BL, wanted)
         np.testing.assert_array_equal(record.selected_BL, selected)
         assert_close(y, plain_block(block, 0.7 * x[..., 0], selected, x))
         untouched = ~selected

@@ -68,7 +68,7 @@ def test_received_attention_equals_plain_numpy_across_chunk_borders(monkeypatch,
 
 def test_attention_routing_has_no_parameters_and_adds_the_whole_update():
     received = RNG.random((BATCH, LENGTH)).astype(np.float32)
-    block, y, record = run_block("received", handed={"received": received}, valid_BL=VALID)
+    block, y, record = run_block("received", passed={"received": received}, valid_BL=VALID)
     assert not jax.tree.leaves(nnx.state(block.router))
     selected = best_k(received, VALID)
     np.testing.assert_array_equal(record.selected_BL, selected)

@@ -39,7 +39,7 @@ def test_token_choice_equals_numpy_in_output_and_losses():
     wanted = (probability > 0.5) & VALID
     selected = first_k(wanted, KS)
     assert np.any(wanted & ~selected)
-    np.testing.assert_array_equal(record.wanted_BL, wanted)
+    np.testing.assert_array_equal(record.requested_BL, wanted)
     np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, probability, selected))
 
@@ -80,7 +80,7 @@ def test_a_threshold_selects_exactly_what_scores_above_it_up_to_its_slack():
     slots = (6, 4, 1)  # 1.5 times a quarter of 16, 11 and 2 positions
     selected = first_k(wanted, slots)
     assert np.any(wanted & ~selected) and np.any(wanted.sum(axis=1) < slots)
-    np.testing.assert_array_equal(record.wanted_BL, wanted)
+    np.testing.assert_array_equal(record.requested_BL, wanted)
     np.testing.assert_array_equal(record.selected_BL, selected)
     assert_close(y, plain_block(block, scores, selected))
     # What the threshold is to become: the k-th best score.
