@@ -6,26 +6,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax.sharding import Mesh
-
 from modjax.checks.look_ahead import Finding, Leak, alone, broken, probe
-from modjax.data.token_cache import (
-    TokenCache,
-    cache_dir,
-    check_epochs,
-    check_fingerprint,
-    check_vocab,
-    open_cache,
-)
+from modjax.data.token_cache import TokenCache
 from modjax.errors import InputError
 from modjax.files import read_json, user_cache, write_atomically
 from modjax.provenance import source_code
 from modjax.specs import DataConfig, Execution, ModelSpec, RunSpec
 from modjax.specs.imports import own_layers
-from modjax.training.mesh import check_batch, make_mesh
-from modjax.training.results.evaluate import validation_batches
-from modjax.training.results.metrics import require_tensorboard
+from modjax.training.mesh import make_mesh
 from modjax.training.state import abstract_model, abstract_weights
+from modjax.training.trainer import check_run, open_data
 
 
 def check(
@@ -70,24 +60,3 @@ def _stored_findings(model: ModelSpec, length: int) -> list[Finding]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(findings))
     return findings
-
-
-def open_data(data: DataConfig, data_dir: Path, fingerprint: str | None) -> TokenCache:
-    """Returns the token cache of a run.
-
-    Raises SharedFault unless it has the fingerprint, if one is given.
-    """
-    cache = open_cache(cache_dir(data_dir, data))
-    check_fingerprint(cache, fingerprint)
-    return cache
-
-
-def check_run(spec: RunSpec, execution: Execution, cache: TokenCache, mesh: Mesh) -> None:
-    """Raises InputError unless data, model, batch and mesh fit each other."""
-    train = spec.train
-    check_vocab(cache, spec.model)
-    check_epochs(cache, spec.data, train.seq_len, train.batch_size * train.steps)
-    validation_batches(cache, train, mesh)  # raises if the validation split is too small
-    check_batch(mesh, train)
-    if execution.tensorboard:
-        require_tensorboard()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from modjax.data.token_cache import TokenCache
 
 # Workers call its `check` once before the plan is claimed, and its `train` for every run.
-JOB = "modjax.training.loop"
+JOB = "modjax.scaling.engines.job"
 
 
 def open_data(experiment: Experiment, data_dir: Path) -> "TokenCache":

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from modjax.checks.runs import check as check  # engines call `check` and `train` of this module
 from modjax.data.token_cache import check_fingerprint
 from modjax.errors import Preempted
 from modjax.files import Missing

@@ -12,19 +12,25 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from modjax.checks.runs import check_run, open_data
 from modjax.data.batches import Batch, train_batch
 from modjax.data.prefetch import prefetch
-from modjax.data.token_cache import TokenCache
+from modjax.data.token_cache import (
+    TokenCache,
+    cache_dir,
+    check_epochs,
+    check_fingerprint,
+    check_vocab,
+    open_cache,
+)
 from modjax.files import WatchedFolder
-from modjax.specs import Execution, RunSpec
+from modjax.specs import DataConfig, Execution, RunSpec
 from modjax.training.base_weights import check_base, identity_of, initial_state
 from modjax.training.checkpoint import Checkpoints
-from modjax.training.mesh import make_mesh, put_batch
+from modjax.training.mesh import check_batch, make_mesh, put_batch
 from modjax.training.programs import compile_programs
 from modjax.training.results.clock import Clock
 from modjax.training.results.evaluate import evaluate, summary, validation_batches
-from modjax.training.results.metrics import MetricsWriter
+from modjax.training.results.metrics import MetricsWriter, require_tensorboard
 from modjax.training.results.run_record import progress_values
 from modjax.training.state import abstract_model, abstract_state, forget_losses, joined
 
@@ -188,3 +194,24 @@ def _batches(cache: TokenCache, spec: RunSpec, mesh: Mesh, start: int) -> prefet
         return put_batch(Batch(*(x[rows] for x in read(index))), mesh)
 
     return prefetch(make, start, config.steps, depth=2 * steps_per_read)
+
+
+def open_data(data: DataConfig, data_dir: Path, fingerprint: str | None) -> TokenCache:
+    """Returns the token cache of a run.
+
+    Raises SharedFault unless it has the fingerprint, if one is given.
+    """
+    cache = open_cache(cache_dir(data_dir, data))
+    check_fingerprint(cache, fingerprint)
+    return cache
+
+
+def check_run(spec: RunSpec, execution: Execution, cache: TokenCache, mesh: Mesh) -> None:
+    """Raises InputError unless data, model, batch and mesh fit each other."""
+    train = spec.train
+    check_vocab(cache, spec.model)
+    check_epochs(cache, spec.data, train.seq_len, train.batch_size * train.steps)
+    validation_batches(cache, train, mesh)  # raises if the validation split is too small
+    check_batch(mesh, train)
+    if execution.tensorboard:
+        require_tensorboard()

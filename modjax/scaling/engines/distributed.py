@@ -32,7 +32,7 @@ def train_together(
     except Exception as error:
         accepted = f"no cluster was found, see launch/README.md: {describe(error)}"
         raise InputError("--distributed", True, accepted) from error
-    from modjax.training.loop import check, train  # they ask for the devices of the cluster
+    from modjax.scaling.engines.job import check, train  # they ask for the devices of the cluster
 
     def train_in(folder: Path, **options: Any) -> RunRecord:
         options |= {"other_code": other_code, **data}
