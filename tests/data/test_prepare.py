@@ -194,7 +194,10 @@ def test_any_tfds_data_set_with_a_text_feature_will_do(tensorflow, tmp_path):
     [
         ({"name": "nonesuch"}, "--name = 'nonesuch': unknown corpus; must be one of stdlib, c4"),
         ({"name": "../up", "text_files": ["x"]}, r"--name = '../up': must be made of letters"),
-        ({"name": "-x", "text_files": ["x"]}, "--name = '-x': .*without any of .* '-' or space in"),
+        (
+            {"name": "-x", "text_files": ["x"]},
+            "--name = '-x': .*without any of .*must not begin with '.', '-' or a space",
+        ),
         ({"name": "x" * 101, "text_files": ["missing.txt"]}, "--name = 'x*': names a folder"),
         ({"name": ""}, "--name = '': .*must be 1 to 100 bytes"),
         ({"name": "", "text_files": ["x"]}, "--name = '': .*must be 1 to 100 bytes"),
