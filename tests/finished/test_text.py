@@ -4,8 +4,8 @@ Legend: B batch, L positions, V vocabulary.
 """
 
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from modjax.decoding.generate import Sampling
 from modjax.errors import InputError
 from modjax.finished import text as finished_text
 from modjax.finished.text import SampleRequest, check_routing, open_codec, sample
-from modjax.nn import Cache
+from modjax.nn import Cache, LayerCache
 from modjax.specs import Dense, MoD, Predictor, TopK
 from tests.nn.small import behind_a_block
 from tests.training.tiny import run_spec
@@ -28,8 +28,13 @@ GREEDY = Sampling(temperature=0)
 EOS = 1
 
 
-class Layer(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layer(LayerCache):
     overflow_B: jax.Array
+
+    def overflow(self) -> jax.Array:
+        return self.overflow_B
 
 
 class Script(nnx.Module):
