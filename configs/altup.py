@@ -1,10 +1,11 @@
 """Alternating Updates and its relatives at equal training FLOPs, alone and with MoD or experts.
 
 The controls:
-  sum            every stream receives every update; only the embedding is wider
-  same           the same stream is always active
-  skip4, pool4   Sequence-AltUp without its correction, and with averages
-  mod25          learns which positions to select, as many as Sequence-AltUp 4 takes by stride
+  sum2           every stream receives every update; only the embedding is wider
+  same2          the same stream is always active
+  skip4          stride 4 without Sequence-AltUp: other positions skip the layer
+  pool4          stride 4, where each fourth position reads the mean of the last four
+  mod25          learns which positions to select, as many as seq4 takes by stride
 
 Command   modjax sweep --config=configs/altup.py --workdir=work/altup --jobs 2
           to check the learning rate: --config=configs/altup.py:rates --workdir=work/altup_rates

@@ -1,7 +1,7 @@
-"""Defaults that the other configs share. Each states its arms, its budgets, and what differs.
+"""Defaults that the other configs share. Each of them states its arms, budgets, and what differs.
 
 A config imports this file by `from base import sweep`. modjax looks for base.py beside the config,
-then here. The plan.json of a sweep holds all of its values.
+then in this folder. The plan.json of a sweep stores all values, the defaults included.
 """
 
 import ml_collections

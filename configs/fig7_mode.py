@@ -1,7 +1,7 @@
 """Figure 7: experts, MoD, and both together, staged and integrated, at equal training FLOPs.
 
-Two controls: `reduced` cuts the capacity of experts to the integrated arm's executed FLOPs, which
-drops tokens instead of letting them choose the residual path; `random` draws the no-ops at random.
+Two controls. `reduced` executes as many FLOPs as the integrated arm by a smaller capacity of the
+experts: it drops tokens instead of letting them choose a no-op. `random` draws no-ops at random.
 
 Command   modjax sweep --config=configs/fig7_mode.py --workdir=work/fig7 --jobs 2
           to check the learning rate: --config=configs/fig7_mode.py:rates --workdir=work/fig7_rates

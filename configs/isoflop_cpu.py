@@ -1,7 +1,7 @@
 """isoFLOP curves of MoD, its dense baseline and the stochastic control, in about an hour.
 
-The control routes by Gaussian noise instead of learned scores: without it a gain of MoD can't be
-told from the gain of seeing more tokens per FLOP.
+The control routes by Gaussian noise instead of learned scores. Without it you could not tell
+whether MoD gains by learned routing, or only by seeing more tokens per FLOP.
 
 Command   modjax sweep --config=configs/isoflop_cpu.py --workdir=work/isoflop_cpu --jobs 2
 Cost      about an hour on 2 cores

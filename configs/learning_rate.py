@@ -1,4 +1,4 @@
-"""Check that the sweeps' learning rate is fair: dense and MoD at one size and four rates.
+"""Check that one learning rate suits dense and MoD alike: one size, four rates.
 
 Command   modjax sweep --config=configs/learning_rate.py --workdir=work/learning_rate --jobs 2
 Cost      see experiments/learning_rate/README.md

@@ -1,10 +1,11 @@
 """The budgets of Mixture-of-Depths (arXiv 2404.02258, figures 3, 4, 7): 6e18, 2e19, 1e20 FLOPs.
 
-Dense models have 90M to 3.3B total parameters. At the same forward FLOPs that gives 134M to 5.6B
-for MoD of 12.5% and to 4.4B for 50%, 189M to 8.2B for experts, and up to 12.7B and 14.6B for
-integrated and staged MoDE. Batches have 128 sequences of 2048 tokens of C4. The baseline's optimum
-is the paper's at 6e18 FLOPs, 220M parameters (taken as non-embedding ones). It grows as the square
-root of the budget.
+Dense models have 90M to 3.3B total parameters. Models of the other arms have the same forward
+FLOPs, and therefore more parameters: 134M to 5.6B for MoD of 12.5%, up to 4.4B for MoD of 50%, 189M
+to 8.2B for experts, up to 12.7B for integrated MoDE and up to 14.6B for staged MoDE. Batches have
+128 sequences of 2048 tokens of C4. The sizes lie around the expected optimum of the baseline. At
+6e18 FLOPs this is the paper's, 220M parameters (taken as non-embedding ones). It grows as the
+square root of the budget.
 
 Command   modjax data prepare --tfds c4 --vocab sentencepiece:32000
           modjax sweep --config=configs/paper.py:6e18 --workdir=DIR        (or 2e19, or 1e20;

@@ -2,7 +2,7 @@
 
 Command   modjax sweep --config=configs/router_weight.py --workdir=work/router_weight --jobs 2
 Cost      see experiments/router_weight/README.md
-Expected  differences below the noise of a seed; the paper's linear weight is among the best
+Expected  differences within the noise of the seeds; the paper's linear weight is among the best
 """
 
 from base import sweep

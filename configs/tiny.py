@@ -2,8 +2,8 @@
 
 Command   make demo     (or: modjax sweep --config=configs/tiny.py --workdir=work/tiny --jobs 2)
 Cost      about 7 minutes on 2 cores, after the text is prepared
-Expected  three parabolas per arm with their vertex inside the range; at this size expect no
-          claim about which arm is better: one seed, and losses of very small models.
+Expected  three parabolas per arm, each with its minimum inside the range of sizes. The models are
+          very small and have one seed, so they cannot show which arm is better.
 """
 
 from base import sweep

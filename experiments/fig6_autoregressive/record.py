@@ -209,5 +209,6 @@ GIVEN = (
     "more than 1.5 times the capacity",
     "would process 36% of its most demanding sequence, and its loss is then 0.009 below top-k's",
     "which differ by 0.01 and more",
-    "ends at 24 to 31 of its 24 slots, and one of 1024 at 149 to 167 of its 192",
+    "gets 24 slots, and pacing lets 24 to 31 positions through",
+    "One of 1024 gets 192 slots, and pacing lets 149 to 167 through",
 )
