@@ -1,7 +1,7 @@
 """The demo: isoFLOP curves of Mixture-of-Depths against its dense baseline, in minutes on a CPU.
 
 Command   make demo     (or: modjax sweep --config=configs/tiny.py --workdir=work/tiny --jobs 2)
-Cost      about 7 minutes on 2 cores, after the text is prepared
+Cost      about 5 minutes on 2 cores, after the text is prepared
 Expected  three parabolas per arm, each with its minimum inside the range of sizes. The models are
           very small and have one seed, so they cannot show which arm is better.
 """
