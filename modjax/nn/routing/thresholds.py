@@ -62,9 +62,7 @@ def paced(
         fair_B = capacity * seen_B.astype(jnp.float32)
         ahead_B = (spent_B.astype(jnp.float32) - fair_B) / jnp.sqrt(fair_B + 4)
         requested_B = (log_odds_B > ahead_B * jnp.exp(ahead_B**2 / 2)) & valid_B
-        return (
-            seen_B + valid_B.astype(jnp.int32),
-            spent_B + requested_B.astype(jnp.int32),
-        ), requested_B
+        counts = seen_B + valid_B.astype(jnp.int32), spent_B + requested_B.astype(jnp.int32)
+        return counts, requested_B
 
     return jax.lax.scan(step, (seen_B, spent_B), (log_odds_BL.T, valid_BL.T))[1].T

@@ -234,10 +234,10 @@ class Session:
         self.selector.unregister(worker.output)
         code = worker.end()
         how = worker.error or describe_exit(code)
-        picked_to = code == -signal.SIGTERM  # by whoever runs this machine: no fault of the run
+        asked_to = code == -signal.SIGTERM  # by whoever runs this machine: no fault of the run
         if was_checker:
             self.checker = None
-        if (was_checker or not was_ready) and not picked_to:
+        if (was_checker or not was_ready) and not asked_to:
             self.failed_starts += 1
             if self.failed_starts >= MAX_FAILED_STARTS:
                 raise cannot_start(worker, how, self.failed_starts)
@@ -245,7 +245,7 @@ class Session:
             return
         spec = worker.release()
         self._require_home()
-        self.attempts[spec.run_id] += not picked_to
+        self.attempts[spec.run_id] += not asked_to
         if (self._folder(spec) / "result.json").exists():
             self._finish(spec, here=True)  # it died between its result and saying so
         elif self.attempts[spec.run_id] < MAX_ATTEMPTS:

@@ -11,7 +11,6 @@ Legend: M runs, R resamplings, J distinct pairs of N and D. A theta has shape (5
 log E, log A', log B', alpha, beta.
 """
 
-import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,10 +54,7 @@ def make_data(n_M: np.ndarray, d_M: np.ndarray, loss_M: np.ndarray) -> Data:
 
 
 def residuals(theta: np.ndarray, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Returns log L_predicted - log L, (..., M), and its derivatives, (..., M, 5).
-
-    theta: shape (..., 5).
-    """
+    """Returns log L_predicted - log L, (..., M), and its slopes, (..., M, 5), at theta (..., 5)."""
     log_e, log_a, log_b, alpha, beta = np.moveaxis(theta[..., None], -2, 0)
     log_a = log_a - alpha * data.log_n_M
     log_b = log_b - beta * data.log_d_M
@@ -299,5 +295,5 @@ def _sample(data: Data) -> Data:
     if runs <= SEARCHED:
         return data
     picked = np.random.default_rng(0).permutation(runs)[:SEARCHED]
-    names = ("log_n_M", "log_d_M", "log_loss_M")
-    return dataclasses.replace(data, **{name: getattr(data, name)[picked] for name in names})
+    n_M, d_M, loss_M = data.log_n_M[picked], data.log_d_M[picked], data.log_loss_M[picked]
+    return Data(n_M, d_M, loss_M, data.centre_n, data.centre_d)
