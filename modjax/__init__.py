@@ -20,12 +20,13 @@ _NAMES = {
     "modjax.flops": "flops",
     "modjax.errors": "InputError",
     "modjax.specs": """
-        AltUp Attention Bidirectional Binary Blocks Causal DataConfig Dense Execution ExpertChoice
-        ExpertRule ExpertThreshold Full Gemma3nAltUp HyperConnection Layer Linear Logits MLP
+        AltUp Attention Bidirectional Binary Blocks ByWavelength Causal DataConfig Dense Divided
+        Execution ExpertChoice ExpertRule ExpertThreshold Full Gemma3nAltUp HyperConnection
+        Interpolated Layer Linear Logits MLP
         ManifoldHyperConnection Mask MoD MoDConfig MoE ModelSpec Positional Predictor Prefix
-        Projected Random Received Recycled Repeat Router Rule RunSpec Seq SequenceAltUp
+        Projected Random Received Recycled Repeat Rope Router Rule RunSpec Seq SequenceAltUp
         SimplifiedAltUp Sinusoids StridePool StrideSkip Threshold Tied TokenChoice Tokens TopK
-        TrainConfig Window""",
+        TrainConfig Window Yarn""",
     "modjax.nn": "MoDBlock Transformer observe register unstack",
     "modjax.decoding.generate": "Sampling extend generate resume",
     "modjax.finished.runs": "load",

@@ -35,14 +35,25 @@ class Side(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[:, places], self)
 
 
+class Scoring(NamedTuple):
+    """Scores of pairs of query and key: scale q . k, capped, where the mask shows the key.
+
+    scale: None takes 1 / sqrt(H).
+    softcap: replaces scores s by c tanh(s / c) with this c; None means no cap.
+    """
+
+    mask: Mask
+    scale: float | None = None
+    softcap: float | None = None
+
+
 def attend(
     q_BNLH: jax.Array,
     k_BGMH: jax.Array,
     v_BGMH: jax.Array,
-    mask: Mask,
+    scoring: Scoring,
     queries: Side,
     keys: Side | None = None,
-    softcap: float | None = None,
 ) -> jax.Array:
     """Returns softmax attention (arXiv 1706.03762, Eq. 1), (B, N, L, H).
 
@@ -50,15 +61,14 @@ def attend(
     products take the dtype of the inputs.
 
     keys: None means the queries' own positions, which ascend, with invalid ones last.
-    softcap: replaces scores s by c tanh(s / c) with this c; None means no cap.
     """
     own = keys is None
     keys = queries if keys is None else keys
     parts = []
-    for rows, columns in _chunks(mask, q_BNLH.shape[2], k_BGMH.shape[2], own=own):
-        seen_BLM = _seen(mask, queries.part(rows), keys.part(columns))
+    for rows, columns in _chunks(scoring.mask, q_BNLH.shape[2], k_BGMH.shape[2], own=own):
+        seen_BLM = _seen(scoring.mask, queries.part(rows), keys.part(columns))
         scored = q_BNLH[:, :, rows], k_BGMH[:, :, columns], seen_BLM
-        p_BGQLM, total_BGQL1 = _probabilities(*scored, softcap, own=own)
+        p_BGQLM, total_BGQL1 = _probabilities(*scored, scoring, own=own)
         value_BGMH = v_BGMH[:, :, columns]
         out_BGQLH = jnp.einsum("BGQLM,BGMH->BGQLH", p_BGQLM.astype(v_BGMH.dtype), value_BGMH)
         # Normalising after the product with the values divides H numbers a query, not M.
@@ -68,7 +78,7 @@ def attend(
 
 
 def received_attention(
-    q_BNLH: jax.Array, k_BGMH: jax.Array, mask: Mask, positions: Side
+    q_BNLH: jax.Array, k_BGMH: jax.Array, scoring: Scoring, positions: Side
 ) -> jax.Array:
     """Returns the attention that each position receives, relative to uniform attention.
 
@@ -81,10 +91,10 @@ def received_attention(
     q_BNLH, k_BGMH = jax.lax.stop_gradient((q_BNLH, k_BGMH))
     batch, _, length, _ = q_BNLH.shape
     received_BM = uniform_BM = jnp.zeros((batch, length), jnp.float32)
-    for rows, columns in _chunks(mask, length, length, own=True):
-        seen_BLM = _seen(mask, positions.part(rows), positions.part(columns))
+    for rows, columns in _chunks(scoring.mask, length, length, own=True):
+        seen_BLM = _seen(scoring.mask, positions.part(rows), positions.part(columns))
         scored = q_BNLH[:, :, rows], k_BGMH[:, :, columns], seen_BLM
-        p_BGQLM, total_BGQL1 = _probabilities(*scored, None, own=True)
+        p_BGQLM, total_BGQL1 = _probabilities(*scored, scoring, own=True)
         column_BM = jnp.mean(jnp.sum(p_BGQLM / total_BGQL1, axis=3), axis=(1, 2))
         received_BM = received_BM.at[:, columns].add(column_BM)
         seen_BLM = seen_BLM.astype(jnp.float32)
@@ -121,12 +131,13 @@ def _seen(mask: Mask, queries: Side, keys: Side) -> jax.Array:
 
 
 def _probabilities(
-    q_BNLH: jax.Array, k_BGMH: jax.Array, seen_BLM: jax.Array, softcap: float | None, *, own: bool
+    q_BNLH: jax.Array, k_BGMH: jax.Array, seen_BLM: jax.Array, scoring: Scoring, *, own: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention before normalisation, (B, G, Q, L, M), and its sums. own: see `_chunks`."""
     batch, heads, length, head_dim = q_BNLH.shape
-    kv_heads = k_BGMH.shape[1]
-    q_BNLH = q_BNLH * jnp.asarray(1 / math.sqrt(head_dim), q_BNLH.dtype)
+    kv_heads, (_, scale, softcap) = k_BGMH.shape[1], scoring
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    q_BNLH = q_BNLH * jnp.asarray(scale, q_BNLH.dtype)
     # With two dims of queries, XLA's CPU backend transposes all keys of a cache at every step.
     # Training keeps both: one dim would be rounded otherwise.
     dims = (heads // kv_heads, length) if own else (-1,)

@@ -21,7 +21,7 @@ class At(NamedTuple):
     positions_BL: the position of each token in its sequence.
     segments_BL: attention stays within equal ids; None means one segment.
     valid_BL: False marks padding, which is never routed, written or counted; None means none.
-    ropes: base -> cos and sin, each (B or 1, L, H/2).
+    ropes: text of a specs.Rope -> cos and sin, each (B or 1, L, H/2) for the H dims that turn.
     passed: arrays (B, L, ...) that earlier layers passed on, by name.
     sequences_BL: the id of each position's sequence, which seeds random routing. A row that moves
       within its batch keeps its id. None forbids random routing.
@@ -30,7 +30,7 @@ class At(NamedTuple):
     positions_BL: jax.Array
     segments_BL: jax.Array | None
     valid_BL: jax.Array | None
-    ropes: Mapping[float, tuple[jax.Array, jax.Array]]
+    ropes: Mapping[str, tuple[jax.Array, jax.Array]]
     passed: Mapping[str, jax.Array]
     sequences_BL: jax.Array | None = None
 

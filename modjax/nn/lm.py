@@ -48,7 +48,7 @@ class Transformer(nnx.Module):
         self.embed = build(config.embed, shape, rngs=rngs)
         self.streams = None if streams is None else build(streams, shape, rngs=rngs)
         self.stack = Stack(config, rngs=rngs)
-        self.final_norm = RMSNorm(shape.width, eps=config.norm_eps)
+        self.final_norm = RMSNorm(shape.width, shape)
         self.unembed = build(config.head, shape, rngs=rngs)
 
     def __call__(self, *args: Any, **options: Any) -> tuple[jax.Array, dict[str, Record]]:
@@ -86,7 +86,7 @@ class Transformer(nnx.Module):
         valid_BL = None if segment_ids_BL is None else segment_ids_BL > 0
         positions_1L = jnp.arange(tokens_BL.shape[1])[None]
         sequences_BL = number_rows(*tokens_BL.shape)
-        ropes = self._ropes(positions_1L)
+        ropes = self._ropes(positions_1L, tokens_BL.shape[1])
         at = At(positions_1L, segment_ids_BL, valid_BL, ropes, {}, sequences_BL)
         call = Call(routing, slack, key, layer_loop=layer_loop, remat=remat)
         x, records = self.stack(self._open(tokens_BL), at, call)
@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
         self._check_reading(routing, slack)
         layers = self.stack.repetitions()
         # Looked up: XLA's CPU backend would compute the cosines in every layer.
-        tables = self._ropes(jnp.arange(max_length)[None])
+        tables = self._ropes(jnp.arange(max_length)[None], max_length)
         dtype = jnp.dtype(self.config.dtype)
 
         def read(tokens_BL, lengths_B, cache):
@@ -152,11 +152,16 @@ class Transformer(nnx.Module):
             accepted = "must be 1 or more, or None, to read with routing = 'trained'"
             require(slack is None or slack >= 1, "slack", slack, accepted)
 
-    def _ropes(self, positions_BL: jax.Array) -> dict[float, tuple[jax.Array, jax.Array]]:
-        """Returns the rotary tables, cos and sin, that the layers read, by base."""
-        dtype, width = jnp.dtype(self.config.dtype), self.config.shape.head_dim
-        bases = {rope for layer, _ in self.config.repeated() for rope in layer.ropes()}
-        return {base: rotary_tables(positions_BL, width, base, dtype) for base in sorted(bases)}
+    def _ropes(
+        self, positions_BL: jax.Array, length: int
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Returns the rotary tables, cos and sin, that the layers read, by the text of a Rope."""
+        dtype, head_dim = jnp.dtype(self.config.dtype), self.config.shape.head_dim
+        ropes = {rope for layer, _ in self.config.repeated() for rope in layer.ropes()}
+        return {
+            str(rope): rotary_tables(positions_BL, rope, head_dim, length, dtype)
+            for rope in sorted(ropes, key=str)
+        }
 
     def _open(self, tokens_BL: jax.Array) -> jax.Array:
         """Returns the residual stream, or streams, before the first layer."""

@@ -53,6 +53,11 @@ def normal_param(
     return make_param(value, axes, **about)
 
 
+def bias_param(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """Returns a float32 parameter of zeros, which does not decay."""
+    return make_param(jnp.zeros(shape, jnp.float32), axes, decays=False)
+
+
 def measured(shape: tuple[int, ...]) -> Measured:
     """Returns a Measured of zeros, replicated on every device."""
     axes = ("replicated",) * len(shape)

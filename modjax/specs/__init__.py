@@ -8,6 +8,7 @@ from modjax.specs.layers.ends import Embedding, Expansion, Head, Logits, Tied, T
 from modjax.specs.layers.masks import Bidirectional, Blocks, Causal, Mask, Prefix, Window
 from modjax.specs.layers.mod import MoD, MoDConfig, cache_slots, selected_tokens
 from modjax.specs.layers.moe import ExpertChoice, ExpertRule, ExpertThreshold, MoE, TokenChoice
+from modjax.specs.layers.rope import ByWavelength, Divided, Interpolated, Rope, Scaling, Yarn
 from modjax.specs.layers.routers import (
     Binary,
     Linear,

@@ -89,10 +89,11 @@ def check(config: Any, name: str, *, typed: bool = False) -> None:
     for field, (_, kinds, conditions, *_) in _fields(type(config)).items():
         value, where = getattr(config, field), f"{name}.{field}"
         if typed:
-            specs = kinds if isinstance(value, Spec) else ()  # a subclass of a spec fits
+            types_of = tuple(get_origin(kind) or kind for kind in kinds)
+            specs = types_of if isinstance(value, Spec) else ()  # a subclass of a spec fits
             whole = float in kinds and type(value) is int
-            if not (type(value) in kinds or isinstance(value, specs) or whole):
-                names = ("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+            if not (type(value) in types_of or isinstance(value, specs) or whole):
+                names = ("None" if kind is types.NoneType else kind.__name__ for kind in types_of)
                 raise InputError(where, value, f"must be of type {' or '.join(names)}")
             require_bounded(where, value)
         optional = types.NoneType in kinds

@@ -63,6 +63,7 @@ class Shape(NamedTuple):
     Only the ends read vocab_size, width and tied.
     width: width of the embedding and of the features that the head reads.
     tied: whether the head reads the table of the embedding.
+    norm_eps, norm_offset: see ModelSpec.
     """
 
     d_model: int
@@ -76,6 +77,7 @@ class Shape(NamedTuple):
     vocab_size: int = 0
     width: int = 0
     tied: bool = False
+    norm_offset: float = 0.0
 
 
 class Load(NamedTuple):
@@ -146,8 +148,8 @@ class Layer(Spec):
         """
         return sum(layer.cache_numbers(shape, length, slack) for layer in self.inside())
 
-    def ropes(self) -> frozenset[float]:
-        """Returns the bases of the rotary angles that the layer reads."""
+    def ropes(self) -> frozenset[Any]:
+        """Returns the rotary positions (Rope) that the layer reads."""
         return frozenset().union(*(layer.ropes() for layer in self.inside()))
 
     def passes_on(self) -> frozenset[str]:

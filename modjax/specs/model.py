@@ -26,6 +26,7 @@ class ModelSpec:
       `Repeat(..., times=...)`, of which one may leave `times` open.
     head_dim: greater than 0; None takes d_model / num_heads.
     norm_eps: added to the mean square in every RMSNorm, greater than 0.
+    norm_offset: added to the scale of every RMSNorm: x / rms(x) * (norm_offset + scale).
     dtype: "float32" or "bfloat16", in which layers compute.
     imports: files and modules from outside modjax that register layers. A spec does not import
       them. A caller that trusts them does, before the text of `layers` is read.
@@ -50,6 +51,7 @@ class ModelSpec:
     streams: Any = None
     embed: Any = "Tokens()"
     head: Any = "Logits()"
+    norm_offset: float = 0.0
 
     def __post_init__(self):
         check(self, "model")
@@ -74,7 +76,8 @@ class ModelSpec:
         heads = self.num_heads, self.num_kv_heads, self.head_dim or d_model // self.num_heads
         width = streams.width(d_model) if streams else d_model
         ends = streams.streams if streams else 1, self.vocab_size, width, self.head.tied
-        return Shape(d_model, self.num_layers, *heads, self.d_ff, self.norm_eps, *ends)
+        sizes = d_model, self.num_layers, *heads, self.d_ff
+        return Shape(*sizes, self.norm_eps, *ends, self.norm_offset)
 
     @property
     def ends(self) -> tuple[tuple[End, ...], tuple[End, ...]]:

@@ -63,6 +63,8 @@ def read(text: str, names: Mapping[str, Callable[..., Any]], field: str) -> tupl
                 with contextlib.suppress(Exception):  # a registered spec is the user's code
                     if dataclasses.is_dataclass(one):
                         return one & other  # type: ignore[operator]
+            case ast.Tuple(elts=elements):
+                return tuple(map(value, elements))
             case ast.Constant(value=None | bool() | int() | float() | str() as plain):
                 require_bounded(field, plain)
                 return plain

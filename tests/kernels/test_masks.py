@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.kernels import Side, attend, attention
+from modjax.kernels import Scoring, Side, attend, attention
 from modjax.specs import Bidirectional, Blocks, Causal, Prefix, Window
 
 B, N, G, L, H = 2, 4, 2, 11, 6
@@ -66,7 +66,7 @@ def test_a_query_sees_what_the_mask_says_across_chunk_borders(monkeypatch, mask)
             shown = MASKS[mask](POSITIONS[b, i], POSITIONS[b, j])
             return shown and (not segmented or SEGMENTS[b, i] == SEGMENTS[b, j])
 
-        got = attend(q, k, v, mask, side, softcap=softcap)
+        got = attend(q, k, v, Scoring(mask, softcap=softcap), side)
         close(got, plain(q, k, v, seen, softcap))
 
 
@@ -80,7 +80,7 @@ def test_queries_and_keys_may_be_at_different_positions_and_some_keys_hidden(mas
     def seen(b, i, j):
         return valid[b, j] and MASKS[mask](queries[b, i], keys[b, j])
 
-    got = attend(q, k, v, mask, Side(queries), Side(keys, None, valid))
+    got = attend(q, k, v, Scoring(mask), Side(queries), Side(keys, None, valid))
     close(got, plain(q, k, v, seen))
 
 
@@ -89,7 +89,7 @@ def test_a_query_that_sees_no_key_is_given_nothing_and_no_gradient_is_lost():
     side = Side(jnp.asarray(POSITIONS), None, jnp.zeros((B, L), bool).at[0].set(True))
 
     def total(q, k, v):
-        out = attend(q, k, v, Causal(), side)
+        out = attend(q, k, v, Scoring(Causal()), side)
         return jnp.sum(jnp.sin(out)), out
 
     gradients, out = jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
@@ -103,7 +103,7 @@ def test_the_gradient_of_a_capped_score_is_that_of_finite_differences():
     q, k, v = tensors()
 
     def total(scale):
-        out = attend(q * scale, k, v, Causal() & Window(3), Side(POSITIONS), softcap=0.5)
+        out = attend(q * scale, k, v, Scoring(Causal() & Window(3), softcap=0.5), Side(POSITIONS))
         return jnp.sum(jnp.sin(out))
 
     step = 1e-2

@@ -12,7 +12,7 @@ from flax.nnx import bridge
 from modjax import flops
 from modjax.nn import At, Call, MoDBlock, Transformer
 from modjax.nn.layers.attention import rotary_tables
-from modjax.specs import Dense, Logits, MoD, MoDConfig, ModelSpec, Random, Tied
+from modjax.specs import Dense, Logits, MoD, MoDConfig, ModelSpec, Random, Rope, Tied
 from tests.nn.small import QUICK, build
 
 ROUTED = MoD(Dense(), capacity=0.25)
@@ -71,7 +71,7 @@ def test_a_pattern_of_twelve_runs_its_blocks_in_order():
 
     dense = nnx.split(model.stack.blocks["0_seq"])[0]
     positions = jnp.arange(6)[None]
-    ropes = {1e4: rotary_tables(positions, config.shape.head_dim, 1e4, jnp.float32)}
+    ropes = {"Rope()": rotary_tables(positions, Rope(), config.shape.head_dim, 8, jnp.float32)}
     at = At(positions, None, None, ropes, {})
     one_block = jax.jit(lambda p, x: nnx.merge(dense, p)(x, at, Call()).x)
     x_BLD = params["embed"]["table"][...][tokens]

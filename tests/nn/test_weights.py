@@ -22,6 +22,7 @@ from modjax.specs import (
     MoE,
     Recycled,
     Repeat,
+    Rope,
     Seq,
     SequenceAltUp,
     Tied,
@@ -48,7 +49,7 @@ def paths(spec):
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
-CAPPED = Seq(Attention(softcap=20.0, rope=500.0), MLP("silu"))
+CAPPED = Seq(Attention(softcap=20.0, rope=Rope(500.0)), MLP("silu"))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ OVERRIDES = {
         "MoD(capacity='x')",
         "MoD(slack=None)",
         "MoD(causal=Predictor(weight=1e999))",
-        "Attention(rope=1e999)",
+        "Attention(rope=Rope(1e999))",
         "",
         "3",
         "dense",

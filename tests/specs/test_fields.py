@@ -23,6 +23,7 @@ from modjax.specs import (
     Predictor,
     Random,
     Repeat,
+    Rope,
     Rule,
     RunSpec,
     Threshold,
@@ -72,7 +73,7 @@ class NoWay(Rule):
         (Binary, {}, "balance", -0.1, "Binary.balance = -0.1: must be 0 or more"),
         (Binary, {}, "z", -0.1, "Binary.z = -0.1: must be 0 or more"),
         (MoD, {}, "inner", "dense", "MoD.inner = 'dense': must be of type Layer"),
-        (Attention, {}, "rope", 0.0, "Attention.rope = 0.0: must be greater than 0"),
+        (Rope, {}, "base", 0.0, "Rope.base = 0.0: must be greater than 0"),
         (Attention, {}, "norm", "never", "Attention.norm = 'never': must be one of before"),
         (Attention, {}, "mask", 8, "Attention.mask = 8: must be of type Mask"),
         (Window, {"size": 4}, "size", 1.5, "Window.size = 1.5: must be of type int"),
@@ -204,9 +205,9 @@ def test_a_value_out_of_range_is_refused_in_one_line(cls, base, field, value, sa
                 "Attention(**{})",
             )
         ),
-        ({"layers": "Attention(rope=1e999)"}, "model.layers = inf: must be finite"),
-        ({"layers": "Attention(rope=-1e999)"}, "model.layers = -inf: must be finite"),
-        ({"layers": f"Attention(rope=1{'0' * 400})"}, "model.layers = 1000"),
+        ({"layers": "Attention(rope=Rope(1e999))"}, "model.layers = inf: must be finite"),
+        ({"layers": "Attention(rope=Rope(-1e999))"}, "model.layers = -inf: must be finite"),
+        ({"layers": f"Attention(rope=Rope(1{'0' * 400}))"}, "model.layers = 1000"),
         ({"norm_eps": float("nan")}, "model.norm_eps = nan: must be finite"),
         ({"norm_eps": 10**400}, "model.norm_eps = 1000"),
     ],
@@ -291,4 +292,4 @@ def test_a_whole_number_for_a_float_is_that_float_so_that_equal_layers_have_one_
     assert str(MoD(capacity=1, rule=Threshold(slack=2))) == str(
         MoD(capacity=1.0, rule=Threshold(slack=2.0))
     )
-    assert MoD(capacity=1) == MoD(capacity=1.0) and Attention(rope=10_000) == Attention()
+    assert MoD(capacity=1) == MoD(capacity=1.0) and Attention(rope=Rope(10_000)) == Attention()

@@ -16,6 +16,7 @@ from modjax.specs import (
     ModelSpec,
     MoE,
     Repeat,
+    Rope,
     Router,
     RunSpec,
     Seq,
@@ -42,9 +43,14 @@ def model(layers, **changes):
 TEXTS = [
     "Dense()",
     "Dense('swiglu')",
+    "Seq(Attention(rope=Rope(scaling=Interpolated(factor=4.0)), bias='qkv'), MLP(bias=True))",
+    "Attention(rope=None, qk_norm='head', clip=8.0, scale=0.1)",
+    "MLP(), Attention(rope=Rope(share=0.5, scaling=Divided((1.0, 2.0), (2.0, 4.0), context=9)))",
+    "Attention(rope=Rope(scaling=Yarn(factor=4.0, context=64, magnitude=1.1)))",
+    "Attention(rope=Rope(scaling=ByWavelength(factor=8.0, low=1.0, high=4.0, context=64)))",
     "Dense(), MoD(Dense(), capacity=0.5, causal=Predictor())",
     "MoD(MoD(Seq(Attention(softcap=30.0), MLP('geglu', norm='both')), capacity=0.5))",
-    "Seq(MoD(Attention(rope=1000.0), rule=Binary()), MLP())",
+    "Seq(MoD(Attention(rope=Rope(base=1000.0)), rule=Binary()), MLP())",
     "Seq(Attention(received=True), MLP()), MoD(Dense(), router=Received(), rule=TopK('one'))",
     "Repeat(Dense(), times=1), Repeat(MoD(Dense())), Repeat(Dense(), Dense(), times=1)",
     "MoD(Seq(Attention(), MoE(8, TokenChoice(2, no_ops=4, renormalise=True))), capacity=0.25)",
@@ -168,7 +174,7 @@ def test_nested_capacities_multiply_in_what_a_token_uses():
     assert found["active"] == round(block / 4 + 6 * 16 / 2 + 6 * 16 + 16)
 
 
-LOOKING = Attention(rope=5.0, received=True)
+LOOKING = Attention(rope=Rope(5.0), received=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +186,10 @@ class Looking(Router):
 
 @pytest.mark.parametrize(
     "layer, ropes, numbers",
-    [(MoD(router=Looking()), {5.0, 10_000.0}, 640), (MoE(4, router=Looking()), {5.0}, 320)],
+    [
+        (MoD(router=Looking()), {Rope(5.0), Rope()}, 640),
+        (MoE(4, router=Looking()), {Rope(5.0)}, 320),
+    ],
 )
 def test_what_a_router_contains_belongs_to_the_layer_around_it(layer, ropes, numbers):
     shape = model("Dense()").shape

@@ -13,11 +13,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from modjax import specs
-from modjax.kernels import Side, attend, project, received_attention
+from modjax.kernels import Scoring, Side, attend, project, received_attention
 from modjax.nn.cache import KVCache, KVWrite
 from modjax.nn.call import At, Call, Out
-from modjax.nn.layers.dense import Sublayer, depth_scale
-from modjax.nn.params import make_param, normal_param, read
+from modjax.nn.layers.dense import RMSNorm, Sublayer, depth_scale, plus
+from modjax.nn.params import bias_param, make_param, normal_param, read
 
 MANY = 2**31  # positions: more than any row has
 
@@ -32,6 +32,7 @@ class Attention(Sublayer):
     def __init__(self, spec: specs.Attention, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec.norm, shape)
         self.spec = spec
+        self.scoring = Scoring(spec.mask, spec.scale, spec.softcap)
         d, h, heads, kv_heads = shape.d_model, shape.head_dim, shape.num_heads, shape.num_kv_heads
         # One draw for all three matrices: for each kv head its queries, its key and its value.
         each = heads // kv_heads
@@ -42,13 +43,23 @@ class Attention(Sublayer):
         self.w_k, self.w_v = (make_param(w[:, :, 0], axes) for w in (w_k, w_v))
         std, axes = 1 / math.sqrt(heads * h) / depth_scale(shape), ("heads", "head_dim", "embed")
         self.w_out = normal_param(rngs, (heads, h, d), axes, std=std)
+        if spec.bias is not None:
+            self.b_q = bias_param((heads, h), ("heads", "head_dim"))
+            self.b_k, self.b_v = (
+                bias_param((kv_heads, h), ("kv_heads", "head_dim")) for _ in range(2)
+            )
+        if spec.bias == "all":
+            self.b_out = bias_param((d,), ("embed",))
+        if spec.qk_norm is not None:
+            q_heads, k_heads = (1, 1) if spec.qk_norm == "head" else (heads, kv_heads)
+            self.q_norm, self.k_norm = (RMSNorm(n * h, shape) for n in (q_heads, k_heads))
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         y_BLD, passed, write = self.before(x_BLD), {}, ()
         q_BNLH, (k_BGLH, v_BGLH) = self.queries(y_BLD, at), self.keys(y_BLD, at)
         seen: tuple[jax.Array, jax.Array, Side | None] = k_BGLH, v_BGLH, None
         if cache is None and self.spec.received:
-            passed["received"] = received_attention(q_BNLH, k_BGLH, self.spec.mask, side(at))
+            passed["received"] = received_attention(q_BNLH, k_BGLH, self.scoring, side(at))
         if cache is not None:
             batch, _, length, _ = k_BGLH.shape
             positions_BL = jnp.broadcast_to(at.positions_BL, (batch, length)).astype(jnp.int32)
@@ -59,12 +70,30 @@ class Attention(Sublayer):
 
     def queries(self, y_BLD: jax.Array, at: At) -> jax.Array:
         """Returns rotated queries, (B, N, L, H)."""
-        return rotate(_heads(y_BLD, read(self.w_q, None)), at.ropes[self.spec.rope])
+        return self._turned(self._heads(y_BLD, "q"), at)
 
     def keys(self, source_BMD: jax.Array, at: At) -> tuple[jax.Array, jax.Array]:
         """Returns rotated keys and values, each (B, G, M, H). at: the source's context."""
-        k_BGMH = rotate(_heads(source_BMD, read(self.w_k, None)), at.ropes[self.spec.rope])
-        return k_BGMH, _heads(source_BMD, read(self.w_v, None))
+        return self._turned(self._heads(source_BMD, "k"), at), self._heads(source_BMD, "v")
+
+    def _heads(self, y_BLD: jax.Array, name: str) -> jax.Array:
+        """Returns the projection to each head, (B, N, L, H). name: "q", "k" or "v"."""
+        w_DNH, clip = getattr(self, f"w_{name}"), self.spec.clip
+        (batch, length, width), (_, heads, head_dim) = y_BLD.shape, w_DNH.shape
+        z_BLNH = project(y_BLD, read(w_DNH, None).reshape(width, -1))
+        z_BLNH = z_BLNH.reshape(batch, length, heads, head_dim)
+        if self.spec.bias is not None:
+            z_BLNH = plus(z_BLNH, read(getattr(self, f"b_{name}"), None))
+        if self.spec.qk_norm is not None and name != "v":
+            normed = (heads, head_dim) if self.spec.qk_norm == "head" else (1, heads * head_dim)
+            z_BLNH = getattr(self, f"{name}_norm")(z_BLNH.reshape(batch, length, *normed))
+            z_BLNH = z_BLNH.reshape(batch, length, heads, head_dim)
+        z_BLNH = z_BLNH if clip is None else jnp.clip(z_BLNH, -clip, clip)
+        return z_BLNH.transpose(0, 2, 1, 3)
+
+    def _turned(self, x_BNLH: jax.Array, at: At) -> jax.Array:
+        rope = self.spec.rope
+        return x_BNLH if rope is None else rotate(x_BNLH, at.ropes[str(rope)])
 
     def attend(
         self,
@@ -78,11 +107,11 @@ class Attention(Sublayer):
 
         at: the queries' context. keys: the positions of the keys; None means the queries' own.
         """
-        mask, softcap = self.spec.mask, self.spec.softcap
-        out_BNLH = attend(q_BNLH, k_BGMH, v_BGMH, mask, side(at), keys, softcap)
+        out_BNLH = attend(q_BNLH, k_BGMH, v_BGMH, self.scoring, side(at), keys)
         batch, heads, length, head_dim = out_BNLH.shape
         out_BLD = out_BNLH.transpose(0, 2, 1, 3).reshape(batch, length, heads * head_dim)
-        return project(out_BLD, read(self.w_out, None).reshape(heads * head_dim, -1))
+        out_BLD = project(out_BLD, read(self.w_out, None).reshape(heads * head_dim, -1))
+        return plus(out_BLD, read(self.b_out, None)) if self.spec.bias == "all" else out_BLD
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> KVCache:
         """Returns an empty cache for `length` positions of each row; a window needs fewer slots."""
@@ -98,24 +127,30 @@ def side(at: At) -> Side:
     return Side(at.positions_BL, at.segments_BL, at.valid_BL)
 
 
-def _heads(y_BLD: jax.Array, w_DNH: jax.Array) -> jax.Array:
-    """Returns the projection to each head, (B, N, L, H)."""
-    (batch, length, width), (_, heads, head_dim) = y_BLD.shape, w_DNH.shape
-    z_BLNH = project(y_BLD, w_DNH.reshape(width, -1)).reshape(batch, length, heads, head_dim)
-    return z_BLNH.transpose(0, 2, 1, 3)
-
-
 def rotary_tables(
-    positions_BL: jax.Array, head_dim: int, base: float, dtype: DTypeLike
+    positions_BL: jax.Array, rope: specs.Rope, head_dim: int, length: int, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin, (B, L, H/2), of position * base^(-2i/H) (arXiv 2104.09864, Eq. 34)."""
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angle_BLH = positions_BL[..., None].astype(jnp.float32) * (base**-exponent)[None, None]
-    return jnp.cos(angle_BLH).astype(dtype), jnp.sin(angle_BLH).astype(dtype)
+    """Returns cos and sin, (B, L, H/2), of the angles of specs.Rope; H dims of a head turn.
+
+    length: positions of the longest row, which may decide a scaling.
+    """
+    width, scaling = rope.width(head_dim), rope.scaling
+    exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
+    frequency_H = rope.base**-exponent
+    if scaling is not None:
+        frequency_H *= jnp.asarray(scaling.multipliers(rope.base, width, length), jnp.float32)
+    angle_BLH = positions_BL[..., None].astype(jnp.float32) * frequency_H[None, None]
+    tables = jnp.cos(angle_BLH), jnp.sin(angle_BLH)
+    if scaling is not None and scaling.magnitude != 1:
+        tables = tuple(scaling.magnitude * table for table in tables)
+    cos_BLH, sin_BLH = (table.astype(dtype) for table in tables)
+    return cos_BLH, sin_BLH
 
 
 def rotate(x_BNLH: jax.Array, rope_BLH: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each pair (x_i, x_{i + H/2}) by the angle of its position."""
+    """Rotates each pair (x_i, x_{i + H/2}) of the first H dims by the angle of its position."""
     cos_B1LH, sin_B1LH = (table[:, None] for table in rope_BLH)
-    a, b = jnp.split(x_BNLH, 2, axis=-1)
-    return jnp.concatenate([a * cos_B1LH - b * sin_B1LH, b * cos_B1LH + a * sin_B1LH], axis=-1)
+    half = cos_B1LH.shape[-1]
+    a, b, rest = jnp.split(x_BNLH, (half, 2 * half), axis=-1)
+    turned = [a * cos_B1LH - b * sin_B1LH, b * cos_B1LH + a * sin_B1LH]
+    return jnp.concatenate(turned + ([rest] if rest.shape[-1] else []), axis=-1)

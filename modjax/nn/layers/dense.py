@@ -16,7 +16,7 @@ from modjax import specs
 from modjax.kernels import project, project_back
 from modjax.nn.build import LayerModule, build
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.params import make_param, normal_param, read
+from modjax.nn.params import bias_param, make_param, normal_param, read
 from modjax.nn.sharding import constrain_stream
 from modjax.specs.layers.dense import GATED
 
@@ -34,12 +34,14 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a scale (arXiv 1910.07467, Eq. 4), in float32."""
 
-    def __init__(self, d_model: int, *, eps: float):
-        self.scale = make_param(jnp.ones((d_model,), jnp.float32), ("replicated",), role="norm")
-        self.eps = eps
+    def __init__(self, width: int, shape: specs.Shape):
+        self.eps, self.offset = shape.norm_eps, shape.norm_offset
+        scale = jnp.full((width,), 1 - self.offset, jnp.float32)
+        self.scale = make_param(scale, ("replicated",), role="norm")
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        return (unit_rms(x_BLD, self.eps) * read(self.scale)[None, None]).astype(x_BLD.dtype)
+        scale = read(self.scale) + self.offset if self.offset else read(self.scale)
+        return (unit_rms(x_BLD, self.eps) * scale[None, None]).astype(x_BLD.dtype)
 
 
 def unit_rms(x_BLD: jax.Array, eps: float) -> jax.Array:
@@ -60,9 +62,8 @@ class Sublayer(LayerModule):
     """
 
     def __init__(self, norm: str, shape: specs.Shape):
-        d, eps = shape.d_model, shape.norm_eps
-        self.norm = RMSNorm(d, eps=eps) if norm != "after" else None
-        self.norm_after = RMSNorm(d, eps=eps) if norm != "before" else None
+        self.norm = RMSNorm(shape.d_model, shape) if norm != "after" else None
+        self.norm_after = RMSNorm(shape.d_model, shape) if norm != "before" else None
 
     def before(self, x_BLD: jax.Array) -> jax.Array:
         return x_BLD if self.norm is None else self.norm(x_BLD)
@@ -77,7 +78,7 @@ class MLP(Sublayer):
     def __init__(self, spec: specs.MLP, shape: specs.Shape, *, rngs: nnx.Rngs):
         super().__init__(spec.norm, shape)
         d, f = shape.d_model, shape.d_ff
-        self.activation = spec.activation
+        self.spec = spec
         std = 1 / math.sqrt(d)
         self.w_in = normal_param(rngs, (d, f), ("embed", "mlp"), std=std)
         if spec.activation in GATED:
@@ -86,10 +87,17 @@ class MLP(Sublayer):
         # numbers are read faster than rows of d_model.
         output_std = 1 / math.sqrt(f) / depth_scale(shape)
         self.w_out = normal_param(rngs, (d, f), ("embed", "mlp"), std=output_std, transposed=True)
+        if spec.bias:
+            self.b_in, self.b_out = bias_param((f,), ("mlp",)), bias_param((d,), ("embed",))
+            if spec.activation in GATED:
+                self.b_gate = bias_param((f,), ("mlp",))
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
-        weights = {name: read(getattr(self, name), None) for name in mlp_weights(self.activation)}
-        y_BLD = mlp(self.before(x_BLD), weights, self.activation, project, project_back)
+        names = mlp_weights(self.spec.activation)
+        if self.spec.bias:
+            names += tuple(name.replace("w_", "b_") for name in names)
+        weights = {name: read(getattr(self, name), None) for name in names}
+        y_BLD = mlp(self.before(x_BLD), weights, self.spec.activation, project, project_back)
         return Out(self.added(x_BLD, y_BLD))
 
 
@@ -103,9 +111,16 @@ def mlp(
 ) -> jax.Array:
     """Returns the output of an MLP. product, back: multiply by a matrix and by its transpose."""
     act = ACTIVATIONS[activation]
-    h = product(x, weights["w_in"])
-    h = act(product(x, weights["w_gate"])) * h if "w_gate" in weights else act(h)
-    return back(h, weights["w_out"])
+    h = plus(product(x, weights["w_in"]), weights.get("b_in"))
+    if "w_gate" in weights:
+        h = act(plus(product(x, weights["w_gate"]), weights.get("b_gate"))) * h
+    else:
+        h = act(h)
+    return plus(back(h, weights["w_out"]), weights.get("b_out"))
+
+
+def plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + bias.astype(x.dtype)
 
 
 class Seq(LayerModule):

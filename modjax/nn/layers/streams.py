@@ -166,7 +166,7 @@ class HyperConnection(Streams):
         self.b = _mixing(jnp.ones(shape.streams))
         self.dynamic = spec.dynamic
         if spec.dynamic:
-            self.norm = RMSNorm(d, eps=shape.norm_eps)
+            self.norm = RMSNorm(d, shape)
             self.w = make_param(jnp.zeros((d, shape.streams + 2)), ("embed", None))
             self.scales = _mixing(jnp.full(2, DYNAMIC_SCALE))
 
@@ -233,7 +233,7 @@ class Gemma3nAltUp(Streams):
         super().__init__(spec, shape, rngs=rngs)
         self.reads_direction = False  # the weights of writing follow the size of what was read
         s, d = shape.streams, shape.d_model
-        self.norm = RMSNorm(d, eps=shape.norm_eps)
+        self.norm = RMSNorm(d, shape)
         self.w = normal_param(rngs, (d, s), ("replicated", None), std=1 / math.sqrt(d))
         self.p, self.c = _mixing(jnp.zeros((s, s, s))), _mixing(jnp.zeros((s, s)))
 

@@ -21,15 +21,18 @@ class MLP(Layer):
 
     activation: "gelu", "silu" or "relu2"; gated: "geglu" or "swiglu".
     norm: place of the RMSNorm: "before" the sublayer, "after" it, or "both".
+    bias: whether to add a bias to each product.
     """
 
     activation: Activation = "gelu"
     norm: Norm = "before"
+    bias: bool = False
 
     def cost(self, shape: Shape, load: Load) -> Costs:
-        params = matrices(self.activation) * shape.d_model * shape.d_ff
-        yield Cost("norm", params=norm_params(self.norm, shape.d_model))
-        yield Cost("mlp", 2.0 * load.tokens * params, params)
+        d, f, count = shape.d_model, shape.d_ff, matrices(self.activation)
+        biases = d + (count - 1) * f if self.bias else 0
+        yield Cost("norm", params=norm_params(self.norm, d))
+        yield Cost("mlp", 2.0 * load.tokens * count * d * f, count * d * f + biases)
 
 
 @spec

@@ -45,7 +45,7 @@ class Expansion(End):
 class Tokens(Embedding):
     """Embedding table with a row for each token.
 
-    scale: whether to multiply rows by sqrt(width), as Gemma does.
+    scale: whether to multiply rows by sqrt(width).
     """
 
     scale: bool = False

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.kernels import Side, attend, attention
+from modjax.kernels import Scoring, Side, attend, attention
 from modjax.nn import At, Call, build
 from modjax.nn.layers.attention import rotary_tables, rotate, side
-from modjax.specs import Attention, Bidirectional, Causal, Shape, Window
+from modjax.specs import Attention, Bidirectional, Causal, Rope, Shape, Window
 
 
 def plain_attention(q, k, v, segments):
@@ -39,7 +39,7 @@ def test_attention_equals_plain_numpy_across_chunk_borders(monkeypatch, length, 
     q, k, v = inputs(length)
     segments = np.random.default_rng(0).integers(1, 3, (2, length)).cumsum(1) // 4
     segments = segments if segmented else None
-    got = attend(q, k, v, Causal(), Side(jnp.arange(length)[None], segments))
+    got = attend(q, k, v, Scoring(Causal()), Side(jnp.arange(length)[None], segments))
     expected = plain_attention(*(np.asarray(t, np.float64) for t in (q, k, v)), segments)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -54,7 +54,7 @@ def test_attention_gradients_equal_those_of_another_implementation(monkeypatch):
 
     ours, theirs = (
         jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(q, k, v)
-        for f in (lambda *a: attend(*a, Causal(), Side(jnp.arange(19)[None])), other)
+        for f in (lambda *a: attend(*a, Scoring(Causal()), Side(jnp.arange(19)[None])), other)
     )
     for one, another in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, another, rtol=1e-4, atol=1e-5)
@@ -64,7 +64,7 @@ def test_scores_and_softmax_are_float32_where_bfloat16_would_be_far_off():
     # At scores of about 50, neighbours in bfloat16 are 0.25 apart: a quarter of a weight.
     q, k, v = (t.astype(jnp.bfloat16) for t in inputs(32, width=16))
     q = q * 20
-    got = attend(q, k, v, Causal(), Side(jnp.arange(32)[None]))
+    got = attend(q, k, v, Scoring(Causal()), Side(jnp.arange(32)[None]))
     assert got.dtype == jnp.bfloat16
     expected = plain_attention(*(np.asarray(t, np.float64) for t in (q, k, v)), None)
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0.01, atol=0.04)
@@ -73,7 +73,7 @@ def test_scores_and_softmax_are_float32_where_bfloat16_would_be_far_off():
 def test_rotary_equals_complex_multiplication_at_the_given_positions():
     positions = np.array([[0, 3, 11]])
     x = np.random.default_rng(0).normal(size=(1, 2, 3, 8)).astype(np.float32)
-    tables = rotary_tables(jnp.asarray(positions), 8, 100.0, jnp.float32)
+    tables = rotary_tables(jnp.asarray(positions), Rope(100.0), 8, 8, jnp.float32)
     got = np.asarray(rotate(jnp.asarray(x), tables))
     frequency = 100.0 ** -(np.arange(0, 8, 2) / 8)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[0][:, None] * frequency)
@@ -90,7 +90,9 @@ def layer_and_at(mask, positions, valid=None):
 
 def at_of(positions, valid=None):
     positions = jnp.asarray(positions)[None]
-    return At(positions, None, valid, {1e4: rotary_tables(positions, 6, 1e4, jnp.float32)}, {})
+    return At(
+        positions, None, valid, {"Rope()": rotary_tables(positions, Rope(), 6, 8, jnp.float32)}, {}
+    )
 
 
 def test_keys_of_all_positions_serve_the_queries_of_some():

@@ -24,12 +24,13 @@ from modjax.specs import (
     ModelSpec,
     Predictor,
     Random,
+    Rope,
     Seq,
     TopK,
 )
 from tests.nn.small import QUICK, WIDTH, Mixer, build, mod_block, stream
 
-LENGTH = 16
+LENGTH, ROPE = 16, Rope(100.0)
 
 
 SMALL = {"batch": 2, "length": 10}
@@ -182,14 +183,14 @@ class WithTables(nnx.Module):
         self.layer = layer
 
     def __call__(self, x_BLD, rope_BLH, segments_BL):
-        at = At(jnp.arange(x_BLD.shape[1])[None], segments_BL, None, {100.0: rope_BLH}, {})
+        at = At(jnp.arange(x_BLD.shape[1])[None], segments_BL, None, {str(ROPE): rope_BLH}, {})
         return self.layer(x_BLD, at, Call()).x
 
 
 @pytest.mark.parametrize("as_layer", [True, False])
 def test_selected_tokens_keep_their_original_rotary_positions_and_segments(as_layer):
     # Faults: positions compacted to 0..k-1; segment ids not gathered.
-    shape, dense = ModelSpec(32, 16, 1, 2, 1, 32).shape, Seq(Attention(rope=100.0), MLP())
+    shape, dense = ModelSpec(32, 16, 1, 2, 1, 32).shape, Seq(Attention(rope=ROPE), MLP())
     rngs = nnx.Rngs(1)
     if as_layer:
         block = nn.build(MoD(dense, capacity=0.4), shape, rngs=rngs)
@@ -201,18 +202,18 @@ def test_selected_tokens_keep_their_original_rotary_positions_and_segments(as_la
     def route(x, rope, segments):
         if not as_layer:
             return block(x, rope, segments)
-        at = At(jnp.arange(20)[None], segments, None, {100.0: rope}, {})
+        at = At(jnp.arange(20)[None], segments, None, {str(ROPE): rope}, {})
         out = block(x, at, Call())
         return out.x, out.records[""]
 
     x = stream(width=16, length=20)
     segments = jnp.repeat(jnp.array([[1, 2], [1, 1], [1, 2]]), 10, axis=1)
-    rope = rotary_tables(jnp.arange(20)[None], 8, 100.0, jnp.float32)
+    rope = rotary_tables(jnp.arange(20)[None], ROPE, 8, 20, jnp.float32)
     y, record = jax.jit(route, compiler_options=QUICK)(x, rope, segments)
     run = jax.jit(inner, compiler_options=QUICK)
     for b in range(3):
         chosen = np.flatnonzero(record.selected_BL[b])
-        rope_chosen = rotary_tables(jnp.asarray(chosen)[None], 8, 100.0, jnp.float32)
+        rope_chosen = rotary_tables(jnp.asarray(chosen)[None], ROPE, 8, 20, jnp.float32)
         f = run(x[b : b + 1, chosen], rope_chosen, segments[b : b + 1, chosen])[0]
         r = np.asarray(x[b, chosen] @ block.router.w[..., 0])[:, None]
         expected = np.asarray(x[b, chosen]) + r * np.asarray(f - x[b, chosen])

@@ -29,6 +29,7 @@ from modjax.specs import (
     Projected,
     Recycled,
     Repeat,
+    Rope,
     Seq,
     SequenceAltUp,
     SimplifiedAltUp,
@@ -145,9 +146,9 @@ def test_anchors_attend_to_anchors_at_their_own_rotary_angles():
     layer = build(StrideSkip(Attention(), stride=3), ONE, rngs=nnx.Rngs(0))
     x_BLD = jnp.float32(np.random.default_rng(3).normal(size=(B, L, D)))
     positions_BL = jnp.arange(L)[None]
-    at = here(L)._replace(ropes={10_000.0: rotary_tables(positions_BL, 2, 10_000.0, jnp.float32)})
-    cos_sin = tuple(table[:, ::3] for table in at.ropes[10_000.0])
-    alone = at._replace(positions_BL=positions_BL[:, ::3], ropes={10_000.0: cos_sin})
+    at = here(L)._replace(ropes={"Rope()": rotary_tables(positions_BL, Rope(), 2, L, jnp.float32)})
+    cos_sin = tuple(table[:, ::3] for table in at.ropes["Rope()"])
+    alone = at._replace(positions_BL=positions_BL[:, ::3], ropes={"Rope()": cos_sin})
     expected = layer.inner(x_BLD[:, ::3], alone, Call()).x
     found = layer(x_BLD, at, Call()).x
     np.testing.assert_allclose(found[:, ::3], expected, atol=1e-6)

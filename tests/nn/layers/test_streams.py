@@ -22,6 +22,7 @@ from modjax.specs import (
     MoD,
     MoE,
     Projected,
+    Rope,
     Seq,
     SimplifiedAltUp,
     TokenChoice,
@@ -145,7 +146,9 @@ def test_read_weights_of_equal_streams_have_the_gradient_of_finite_differences(
     rng = np.random.default_rng(3)
     x_BLSD = jnp.float32(np.repeat(rng.normal(size=(B, L, 1, D)), S, axis=2))
     weight_BLSD = jnp.float32(rng.normal(size=x_BLSD.shape))
-    at = here(L)._replace(ropes={1e4: rotary_tables(jnp.arange(L)[None], 2, 1e4, jnp.float32)})
+    at = here(L)._replace(
+        ropes={"Rope()": rotary_tables(jnp.arange(L)[None], Rope(), 2, L, jnp.float32)}
+    )
 
     def loss(read):
         out = nnx.merge(graphdef, params | {name: read})(x_BLSD, at, Call())

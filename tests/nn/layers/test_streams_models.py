@@ -140,7 +140,7 @@ def test_a_full_altup_at_the_start_reads_one_residual_against_each_part_of_its_t
     rows, updates = [table[TOKENS] for table in tables], 0.0
     built = nnx.merge(graphdef, params)
     layers = [build(Dense(), config.shape._replace(streams=1), rngs=nnx.Rngs(0)) for _ in range(4)]
-    ropes = built._ropes(jnp.arange(TOKENS.shape[1])[None])
+    ropes = built._ropes(jnp.arange(TOKENS.shape[1])[None], TOKENS.shape[1])
     at = here(TOKENS.shape[1])._replace(ropes=ropes)
     for number, layer in enumerate(layers):
         active = number % 2

@@ -3,16 +3,18 @@
 Legend: B batch, L positions, D width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.kernels import Side, received_attention
+from modjax.kernels import Scoring, Side, received_attention
 from modjax.nn import At
 from modjax.nn.layers.attention import rotary_tables
-from modjax.specs import Causal, ModelSpec, Predictor
+from modjax.specs import Causal, ModelSpec, Predictor, Rope
 from tests.nn.routing.plain import (
     BATCH,
     LENGTH,
@@ -62,7 +64,8 @@ def test_received_attention_equals_plain_numpy_across_chunk_borders(monkeypatch,
     k = rng.normal(size=(2, 2, 11, 6)).astype(np.float32)
     segments = rng.integers(0, 2, (2, 11)).cumsum(axis=1) // 2 if segmented else None
     side = Side(jnp.arange(11)[None], segments)
-    run = jax.jit(lambda q, k: received_attention(q, k, Causal(), side), compiler_options=QUICK)
+    received = functools.partial(received_attention, scoring=Scoring(Causal()), positions=side)
+    run = jax.jit(received, compiler_options=QUICK)
     assert_close(run(q, k), plain_received(q, k, segments))
 
 
@@ -90,7 +93,7 @@ def test_attention_blocks_rank_by_the_dense_block_before_them_of_their_own_repet
         block = nnx.merge(dense, jax.tree.map(lambda leaf: leaf[0], first))
         attention = block.parts["0_attention"]
         positions = jnp.arange(LENGTH)[None]
-        ropes = {10_000.0: rotary_tables(positions, 4, 10_000.0, jnp.float32)}
+        ropes = {"Rope()": rotary_tables(positions, Rope(), 4, 8, jnp.float32)}
         at = At(positions, None, None, ropes, {})
         y_BLD = attention.norm(model.embed.table[...][tokens])
         found = records["1_mod"], records["1_mod/causal"].logits_BL
