@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from modjax.errors import *
     from modjax.finished.runs import *
     from modjax.nn import *
+    from modjax.pretrained import *
     from modjax.specs import *
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _NAMES = {
     "modjax.nn": "MoDBlock Transformer observe register unstack",
     "modjax.decoding.generate": "Sampling extend generate resume",
     "modjax.finished.runs": "load",
+    "modjax.pretrained": "from_pretrained save_pretrained",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 if not TYPE_CHECKING:  # a type checker cannot read a computed list

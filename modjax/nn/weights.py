@@ -1,7 +1,7 @@
 """Reading and writing a model's weights as named matrices, for checkpoints of other libraries."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -10,6 +10,41 @@ from modjax.errors import require
 from modjax.nn.lm import Transformer
 
 STACKED = ("layers", "experts")  # logical axes along which a parameter has several matrices
+
+
+class Place(NamedTuple):
+    """The place of a named matrix in a model.
+
+    path: of the parameter that holds it.
+    index: of the matrix in the parameter, along the stacked axes.
+    shape: of the matrix as it is stored there.
+    transposed: whether it is stored as (out, in), and not as (in, out).
+    """
+
+    path: tuple[Any, ...]
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+def places(model: Transformer) -> dict[str, Place]:
+    """Returns the place of each named matrix. The model may be without arrays (nnx.eval_shape).
+
+    Its layers must be stacked, see `unstack`.
+    """
+    depths, found = model.stack.depths(), {}
+    for path, param in _parameters(model):
+        about = param.get_metadata()
+        stacked = [axis for axis in about["out_sharding"] if axis in STACKED]
+        for index in np.ndindex(param.shape[: len(stacked)]):
+            parts = [str(part) for part in path]
+            if "experts" in stacked:
+                parts.insert(-1, str(index[-1]))
+            if "layers" in stacked:
+                parts[2] = str(depths[parts[2]][index[0]])
+            shape, transposed = param.shape[len(stacked) :], about.get("transposed", False)
+            found[".".join(parts)] = Place(path, index, shape, transposed)
+    return found
 
 
 def named_weights(model: Transformer) -> dict[str, np.ndarray]:
@@ -29,14 +64,14 @@ def write_weights(model: Transformer, weights: Mapping[str, Any]) -> None:
     """
     state = _parameters(model)
     storage = {path: np.empty(param.shape, param.dtype) for path, param in state}
-    places = _matrices(model, storage)
-    for name in places.keys() ^ weights.keys():
-        said = "missing" if name in places else "unknown: no weight of the model has this name"
+    matrices = _matrices(model, storage)
+    for name in matrices.keys() ^ weights.keys():
+        said = "missing" if name in matrices else "unknown: no weight of the model has this name"
         require(False, "weights", name, said)
-    for name, place in places.items():
+    for name, matrix in matrices.items():
         given = np.shape(weights[name])
-        require(given == place.shape, f"weights.{name}", given, f"must have shape {place.shape}")
-        place[...] = weights[name]
+        require(given == matrix.shape, f"weights.{name}", given, f"must have shape {matrix.shape}")
+        matrix[...] = weights[name]
     new = [(path, param.replace(storage[path])) for path, param in state]
     nnx.update(model, nnx.from_flat_state(new))
 
@@ -46,20 +81,10 @@ def _parameters(model: Transformer) -> Any:
 
 
 def _matrices(model: Transformer, storage: Mapping[Any, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the named matrices, as views of `storage`: an array for each parameter's path.
-
-    A parameter stacks the matrices of several layers and experts, and may store them as (out, in).
-    """
-    depths, found = model.stack.depths(), {}
-    for path, param in _parameters(model):
-        about = param.get_metadata()
-        stacked = [axis for axis in about["out_sharding"] if axis in STACKED]
-        for index in np.ndindex(param.shape[: len(stacked)]):
-            parts = [str(part) for part in path]
-            if "experts" in stacked:
-                parts.insert(-1, str(index[-1]))
-            if "layers" in stacked:
-                parts[2] = str(depths[parts[2]][index[0]])
-            matrix = storage[path][index]
-            found[".".join(parts)] = matrix.T if about.get("transposed", False) else matrix
-    return found
+    """Returns the named matrices, as views of `storage`: an array for each parameter's path."""
+    return {
+        name: storage[place.path][place.index].T
+        if place.transposed
+        else storage[place.path][place.index]
+        for name, place in places(model).items()
+    }

@@ -3,9 +3,10 @@
 A spec is a frozen dataclass that checks its fields. Specs compose by containing other specs.
 """
 
+import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
@@ -206,3 +207,17 @@ class Repeat(Spec):
         check_parts("Repeat", parts)
         fits = times is None or (type(times) is int and times > 0)
         require(fits, "Repeat.times", times, "must be greater than 0, or left out")
+
+
+def segments_of(layers: Sequence[Layer]) -> tuple[Repeat, ...]:
+    """Returns segments with these layers: the shortest pattern that repeats, and its rest."""
+    depth = len(layers)
+    fits = (p for p in range(1, depth) if layers[p:] == layers[:-p])
+    period = next(fits, depth)
+    whole = depth - depth % period
+    found = [Repeat(*layers[:period], times=whole // period)]
+    if 2 * period > depth:  # no pattern: runs of equal layers
+        found = [Repeat(one, times=len(list(run))) for one, run in itertools.groupby(layers)]
+    elif whole < depth:
+        found.append(Repeat(*layers[whole:], times=1))
+    return tuple(found)

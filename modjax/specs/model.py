@@ -109,6 +109,10 @@ class ModelSpec:
         """Returns every layer of the patterns with its number of repetitions."""
         return [(part, s.times) for s in self.segments for part in s.parts if s.times]
 
+    def blocks(self) -> list[Layer]:
+        """Returns every layer, in order."""
+        return [part for s in self.segments for _ in range(s.times or 0) for part in s.parts]
+
     def routed(self) -> int:
         """Returns the largest number of routed layers that can process one token."""
         return sum(times * layer.routed() for layer, times in self.repeated())

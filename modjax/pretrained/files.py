@@ -1,0 +1,126 @@
+"""Files of pretrained models: a folder with config.json and safetensors, or a GGUF file."""
+
+import importlib.util
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  with it, safetensors knows bfloat16
+import numpy as np
+
+from modjax.errors import InputError, describe, require
+from modjax.files import MOST_JSON, read_file, reason
+
+Index = tuple[slice, ...]
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Files:
+    """An opened pretrained model, with Hugging Face's names and layouts.
+
+    path: where it is.
+    config: the content of config.json.
+    shapes: of all tensors, by name.
+    dtype: in which most of the numbers are stored.
+    read: returns a part of a tensor, by its name and one slice per dim.
+    """
+
+    path: str
+    config: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: str
+    read: Callable[[str, Index], np.ndarray]
+
+
+def open_files(path: str | Path) -> Files:
+    """Opens a pretrained model. Raises InputError for any other path, and for damaged files."""
+    for package in ("safetensors", "gguf", "tokenizers"):
+        installed = importlib.util.find_spec(package) is not None
+        require(installed, package, None, "missing package; pip install -e '.[pretrained]'")
+    if str(path).endswith(".gguf") and os.path.isfile(path):
+        from modjax.pretrained.gguf_file import open_gguf
+
+        return open_gguf(path)
+    there = os.path.isfile(os.path.join(path, "config.json"))
+    need = "must be a .gguf file, or a folder with config.json and .safetensors files"
+    require(there, "pretrained", str(path), f"no pretrained model here: {need}")
+    return _open_folder(Path(path))
+
+
+def _open_folder(folder: Path) -> Files:
+    import safetensors
+
+    config, listed, names = _read_json(folder / "config.json"), None, ["model.safetensors"]
+    if (folder / INDEX).exists():
+        listed = _read_json(folder / INDEX).get("weight_map")
+        require(isinstance(listed, dict), str(folder / INDEX), listed, "must have a weight_map")
+        names = sorted({str(name) for name in listed.values()})  # type: ignore[union-attr]
+    parts, numbers = {}, Counter()
+    for file in (folder / name for name in names):
+        try:
+            opened = safetensors.safe_open(file, framework="numpy")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(
+                str(file), "unreadable", f"cannot be read: {describe(error)}"
+            ) from error
+        for name in opened.keys():
+            require(name not in parts, str(file), name, "is a tensor of another file, too")
+            parts[name] = part = opened.get_slice(name)
+            numbers[part.get_dtype()] += int(np.prod(part.get_shape()))
+    for name in sorted(parts.keys() ^ (parts if listed is None else listed).keys()):
+        said = "is in a file, but not in the index" if name in parts else "is in the index only"
+        raise InputError(str(folder / INDEX), name, said)
+    kind = numbers.most_common(1)[0][0] if numbers else None
+    require(kind in DTYPES, str(folder), kind, f"must have tensors of {', '.join(DTYPES)}")
+    if "text_config" in config:  # a decoder that also reads images; its own tensors have a prefix
+        config = config["text_config"]
+        images = ("vision_tower.", "multi_modal_projector.")
+        own = (name for name in parts if not any(part in name for part in images))
+        parts = {name.replace("language_model.", ""): parts[name] for name in own}
+    shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+    return Files(str(folder), config, shapes, DTYPES[str(kind)], lambda name, at: parts[name][at])
+
+
+def write_tensors(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    dtype: Any,
+    most: int,
+) -> None:
+    """Writes tensors of one dtype as safetensors, to files of at most `most` bytes."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.numpy import save_file
+
+    plan = split_state_dict_into_shards_factory(
+        dict(shapes),
+        get_storage_size=lambda shape: int(np.prod(shape)) * np.dtype(dtype).itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=most,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {name: np.ascontiguousarray(read(name).astype(dtype)) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / INDEX, index)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_file(path, MOST_JSON))
+    except (OSError, ValueError, RecursionError) as error:
+        why = reason(error) if isinstance(error, OSError) else "it is not JSON"
+        raise InputError(str(path), "unreadable", f"cannot be read: {why}") from error
+    require(isinstance(found, dict), str(path), found, "must be a group of fields")
+    return found
