@@ -125,10 +125,22 @@ def train(args: argparse.Namespace) -> int:
     experiment = _load(args)
     spec = _choose(args, experiment.specs)
     fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
+    if spec.base is not None:
+        _say_new_weights(spec)
     if args.distributed:
         data = {"data_dir": args.data_dir, "fingerprint": fingerprint}
         return _train_together(args, experiment, spec, data)
     return _run_plan(args, experiment, fingerprint, jobs=1, only=spec)
+
+
+def _say_new_weights(spec: RunSpec) -> None:
+    """Prints which weights of a run are drawn from its seed, although it starts from a base."""
+    with starting():
+        from modjax.training.base_weights import new_weights
+
+    new = new_weights(spec)
+    if new:
+        print(f"modjax: new weights, not in {spec.base}: {', '.join(new)}", file=sys.stderr)
 
 
 def _run_plan(

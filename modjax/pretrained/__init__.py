@@ -1,4 +1,7 @@
 """Pretrained decoders in Hugging Face's form or as GGUF: read as models of modjax, and written."""
 
 from modjax.pretrained.families import FAMILIES, Family, register
-from modjax.pretrained.load import Pretrained, from_pretrained, pretrained_spec, save_pretrained
+from modjax.pretrained.files import open_files
+from modjax.pretrained.load import Pretrained, from_pretrained, match, model_fields, pretrained_spec
+from modjax.pretrained.save import save_pretrained
+from modjax.pretrained.tensors import read_weights

@@ -230,6 +230,16 @@ def _magnitude(kind: str, given: Mapping[str, Any], factor: float) -> float:
     return 0.1 * math.log(factor) + 1
 
 
+def without_training(layer: Any) -> Any:
+    """Returns a layer without the fields that change nothing outside training."""
+    if isinstance(layer, Attention):
+        return dataclasses.replace(layer, received=False)
+    if isinstance(layer, MoE) and isinstance(layer.rule, TokenChoice):
+        rule = dataclasses.replace(layer.rule, balance=0.0, z=0.0, bias_rate=0.0)
+        return dataclasses.replace(layer, rule=rule, capacity_factor=None)
+    return layer
+
+
 def write_config(spec: ModelSpec, family: Family) -> dict[str, Any]:
     """Returns the config.json of a family for a spec of blocks of Attention and MLP or MoE.
 

@@ -1,35 +1,31 @@
-"""Reading a pretrained model whole, and writing one."""
+"""Reading a pretrained model: whole, or into another model with the same attentions and MLPs."""
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from modjax.errors import InputError, require
+from modjax.errors import require
 from modjax.nn.sharding import partition_spec
-from modjax.pretrained.config import family_of, read_config, write_config
-from modjax.pretrained.families import ENDS, FAMILIES, NAMES, Family
-from modjax.pretrained.files import Files, open_files, write_json, write_tensors
+from modjax.nn.weights import places
+from modjax.pretrained.config import family_of, read_config, without_training
+from modjax.pretrained.families import ENDS
+from modjax.pretrained.files import Files, open_files
 from modjax.pretrained.tensors import (
     Slot,
     abstract,
     check_tensors,
     find_slots,
+    in_order,
     read_weights,
-    tensor_shapes,
-    write_tensor,
 )
-from modjax.specs import MLP, Attention, Layer, ModelSpec, MoE, Seq, TokenChoice
-from modjax.specs.fields import parts
+from modjax.specs import MLP, Attention, Layer, ModelSpec, MoE, Router, to_dict
 from modjax.specs.layer import segments_of
-from modjax.specs.layers.dense import GATED
 
 
 class Pretrained(NamedTuple):
@@ -81,97 +77,60 @@ def pretrained_spec(path: str | Path, dtype: str | None = None) -> ModelSpec:
     return spec_of(open_files(path), dtype)
 
 
+def model_fields(path: str | Path, layer: Callable[[int, Layer], Layer]) -> dict[str, Any]:
+    """Returns the `model` group of a config: a pretrained model with layer(i, block) as block i."""
+    spec = pretrained_spec(path)
+    blocks = [layer(i, block) for i, block in enumerate(spec.blocks())]
+    return to_dict(dataclasses.replace(spec, layers=segments_of(blocks)), defaults=False)
+
+
+def match(files: Files, spec: ModelSpec) -> tuple[dict[str, Slot], list[str]]:
+    """Returns where the files store the weights of another model, and the weights that are new.
+
+    The model has the attentions and MLPs of the files in the same order, with anything around them.
+    It may have experts in place of an MLP; each expert then starts as that MLP.
+    Raises InputError for a model that computes other numbers from these weights.
+    """
+    theirs = spec_of(files, spec.dtype)
+    for name in ("shape", "embed", "head"):
+        ours, other = getattr(spec, name), getattr(theirs, name)
+        for field in getattr(ours, "_fields", ()):
+            if field not in ("num_layers", "streams", "width"):
+                value, accepted = getattr(ours, field), f"must be {getattr(other, field)}, as in"
+                same = value == getattr(other, field)
+                require(same, f"model.{field}", value, f"{accepted} {files.path}")
+        same = name == "shape" or ours == other
+        require(same, f"model.{name}", str(ours), f"must be {other}, as in {files.path}")
+    ours, given = (list(map(without_training, _sublayers(model))) for model in (spec, theirs))
+    accepted = f"must be {len(given)}, as in {files.path}"
+    require(len(ours) == len(given), "attentions and MLPs", len(ours), accepted)
+    for one, other in zip(ours, given, strict=True):
+        same = one == other
+        if isinstance(one, MoE) and isinstance(other, MLP):
+            copy = MLP(one.activation, one.norm)
+            same = copy == other and one.width in (None, spec.d_ff)
+        require(same, "model.layers", str(one), f"must be {other}, as in {files.path}")
+    model = abstract(spec)
+    slots = find_slots(model, family_of(files.config), files.shapes)
+    check_tensors(files, slots)
+    return slots, sorted(places(model).keys() - slots.keys(), key=in_order)
+
+
+def _sublayers(spec: ModelSpec) -> list[Any]:
+    """Returns the attentions, MLPs and mixtures of experts of a model, in order."""
+    found: list[Any] = []
+    waiting: list[Any] = spec.blocks()
+    while waiting:
+        layer = waiting.pop(0)
+        if isinstance(layer, Attention | MLP | MoE):
+            found.append(layer)
+        elif not isinstance(layer, Router):
+            waiting = [*layer.inside(), *waiting]
+    return found
+
+
 def spec_of(files: Files, dtype: str | None) -> ModelSpec:
     """Returns the spec of opened files. dtype: see from_pretrained."""
     dtype = dtype or ("bfloat16" if files.dtype == "bfloat16" else "float32")
     tied = ENDS["unembed.w_logits"] not in files.shapes
     return read_config(files.config, tied=tied, dtype=dtype)
-
-
-def save_pretrained(
-    out: str | Path,
-    spec: ModelSpec,
-    weights: Any,
-    *,
-    config: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
-    most: int = 2**31,
-) -> None:
-    """Writes a model as config.json and safetensors, which transformers loads.
-
-    out: a folder that is made, or empty.
-    config: further fields of config.json. Its `model_type` names the family, if that computes the
-      same; otherwise it is the first that does, see modjax.pretrained.FAMILIES.
-    dtype: of the written tensors; None keeps that of the weights.
-    most: bytes of a file; more go to several files.
-    Raises InputError for a model that no family computes, such as one with routed layers.
-    """
-    out, plain = Path(out), _plain(spec)
-    first = FAMILIES.get((config or {}).get("model_type", ""))
-    fits, fields = _fitting(plain, [first] if first else list(FAMILIES.values()))
-    out.mkdir(parents=True, exist_ok=True)
-    require(not any(out.iterdir()), "out", str(out), "must be an empty folder, or a new one")
-    expected = tensor_shapes(find_slots(abstract(plain), fits))
-    if any(map(_ungated, parts(spec, deep=True))):
-        fits = dataclasses.replace(fits, names={**fits.names, **UNGATED})
-    slots: dict[str, list[Slot]] = {}
-    for slot in find_slots(abstract(spec), fits).values():
-        slots.setdefault(slot.tensor, []).append(slot)
-
-    def tensor(name: str) -> np.ndarray:
-        if name in slots:
-            return write_tensor(weights, slots[name])
-        return np.full(expected[name], float(name.endswith("up_proj.bias")))  # of UNGATED
-
-    dtype = dtype or jax.tree.leaves(weights)[0].dtype
-    write_tensors(out, expected, tensor, dtype, most)
-    unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    write_json(out / "config.json", {**unknown, **(config or {}), **fields})
-
-
-# An MLP without a gate is written as act(gate) * up, with an `up` that is its bias of 1.
-UNGATED = {"mlp.w_in": NAMES["mlp.w_gate"], "mlp.b_in": NAMES["mlp.b_gate"]}
-
-
-def _ungated(layer: Any) -> bool:
-    return isinstance(layer, MLP) and layer.activation not in GATED
-
-
-def _plain(spec: ModelSpec) -> ModelSpec:
-    """Returns a spec that computes the same by blocks of Attention and MLP or MoE alone.
-
-    Raises InputError for other layers. What matters in training only is left out.
-    """
-    require(spec.streams is None, "model.streams", str(spec.streams), "cannot be exported")
-    found: list[Layer] = []
-    waiting: list[Any] = spec.blocks()
-    while waiting:
-        layer = waiting.pop(0)
-        if isinstance(layer, Seq):
-            waiting = [*layer.parts, *waiting]
-            continue
-        kind = Attention if len(found) % 2 == 0 else (MLP, MoE)
-        accepted = "cannot be exported: Hugging Face has blocks of Attention, then MLP or MoE, only"
-        require(isinstance(layer, kind), "model.layers", str(layer), accepted)
-        if isinstance(layer, MoE) and isinstance(layer.rule, TokenChoice):
-            rule = dataclasses.replace(layer.rule, balance=0.0, z=0.0, bias_rate=0.0)
-            layer = dataclasses.replace(layer, rule=rule, capacity_factor=None)
-        elif _ungated(layer):
-            gated = {"gelu": "geglu", "silu": "swiglu"}.get(layer.activation, layer.activation)
-            layer = dataclasses.replace(layer, activation=gated, bias=True)
-        found.append(layer)
-    blocks = [Seq(*found[i : i + 2]) for i in range(0, len(found), 2)]
-    sizes = {"num_layers": len(blocks), "head_dim": spec.shape.head_dim, "imports": ()}
-    return dataclasses.replace(spec, layers=segments_of(blocks), **sizes)
-
-
-def _fitting(plain: ModelSpec, families: list[Family]) -> tuple[Family, dict[str, Any]]:
-    """Returns the first family that computes a spec, and its config.json."""
-    for family in families:
-        fields = write_config(plain, family)
-        with contextlib.suppress(InputError):
-            back = read_config(fields, tied=plain.head.tied, dtype=plain.dtype)
-            if _plain(back) == plain:
-                return family, fields
-    layers, tried = ", ".join(map(str, plain.layers)), ", ".join(f.name for f in families)
-    raise InputError("model.layers", layers, f"cannot be exported: no model of {tried} computes it")

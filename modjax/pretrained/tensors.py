@@ -74,7 +74,8 @@ class Slot(NamedTuple):
 
 def abstract(config: ModelSpec) -> Transformer:
     """Returns a model without arrays."""
-    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    # Unlike nnx.eval_shape, this works under a mesh, whose axes are not the logical ones.
+    return nnx.merge(*jax.eval_shape(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0)))))
 
 
 def find_slots(
@@ -111,13 +112,16 @@ def in_order(name: str) -> list[Any]:
 def _of_layer(ours, prefix, layer, kind, expert, family, tensors) -> dict[str, Slot]:
     """Returns the slots of one attention, MLP or expert."""
     found, rows = {}, Counter()
+    dense = layer + family.tensors["mlp.w_in"] in tensors
     for name, theirs in family.tensors.items():
         leaf = prefix + name.removeprefix(f"{kind}.").format(expert)
         if not name.startswith(f"{kind}.") or leaf not in ours:
             continue
+        if dense and name == "mlp.router.w":
+            continue
+        if dense:
+            theirs = family.tensors[name.replace("experts.{}.", "")]
         tensor = layer + theirs.format(expert)
-        copied = layer + family.tensors.get(name.replace("experts.{}.", ""), "")
-        tensor = copied if copied in tensors else tensor
         flat = re.search(r"(^|\.)(b_\w+|scale)$", leaf) is not None
         inputs = 0 if flat or ours[leaf].transposed else 2 if leaf.endswith("w_out") else 1
         found[leaf] = Slot(tensor, rows[tensor], inputs, flat, ours[leaf])

@@ -1,4 +1,4 @@
-"""Initial weights of a run, drawn from its seed or taken from a finished run.
+"""Initial weights of a run: drawn from its seed, or of a finished run or a pretrained model.
 
 Checkpoints leave out frozen weights. A reader recreates them and compares their fingerprint.
 """
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from modjax.errors import InputError, require
 from modjax.files import damaged
+from modjax.pretrained import match, open_files, read_weights
 from modjax.records import read_record, read_spec
 from modjax.specs import RunSpec
 from modjax.training.checkpoint import find_damage, read_checkpoint
@@ -27,15 +28,37 @@ def initial_state(mesh: Mesh, model: Model, spec: RunSpec) -> TrainState:
     Raises InputError if the weights of `spec.base` cannot be read.
     """
     weights = None
-    if spec.base is not None:
+    if spec.base is not None and _is_run(spec):
         folder, base = _base(spec)
         _, weights = read_finished(mesh, base, folder, {"run_id": base.run_id})
+    elif spec.base is not None:
+        files = open_files(spec.base)
+        slots, _ = match(files, spec.model)
+        structs = joined(*abstract_weights(mesh, model))
+        weights = read_weights(files, slots, structs)
     return init_state(mesh, model, spec.train, weights)
 
 
+def new_weights(spec: RunSpec) -> list[str]:
+    """Returns the names of the weights that a run draws from its seed, and not from its base.
+
+    Raises InputError as `check_base` does for a pretrained model.
+    """
+    if spec.base is None or _is_run(spec):
+        return []
+    return match(open_files(spec.base), spec.model)[1]
+
+
 def check_base(spec: RunSpec, model: Model) -> None:
-    """Raises InputError unless `spec.base` is a finished run with weights of the same shapes."""
+    """Raises InputError unless `spec.base` has the weights of this model.
+
+    The base is a finished run with weights of the same shapes, or a pretrained model with the same
+    attentions and MLPs.
+    """
     if spec.base is None:
+        return
+    if not _is_run(spec):
+        match(open_files(spec.base), spec.model)
         return
     folder, base = _base(spec)
     _final_checkpoint(base, folder)
@@ -99,9 +122,16 @@ def _digits(leaf: jax.Array) -> jax.Array:
     return jnp.sum(bits, dtype=jnp.uint32)
 
 
+def _is_run(spec: RunSpec) -> bool:
+    """Returns whether the base is the folder of a run, and not a pretrained model."""
+    base = str(spec.base)
+    there = [os.path.exists(os.path.join(base, name)) for name in ("spec.json", "config.json")]
+    accepted = "must be the folder of a finished run, or a pretrained model"
+    require(any(there) or base.endswith(".gguf"), "base", base, accepted)
+    return there[0]
+
+
 def _base(spec: RunSpec) -> tuple[Path, RunSpec]:
-    there = os.path.exists(os.path.join(str(spec.base), "spec.json"))
-    require(there, "base", spec.base, "must be the folder of a finished run")
     folder = Path(os.path.realpath(str(spec.base)))
     return folder, read_spec(folder, folder.name)
 

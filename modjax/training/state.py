@@ -124,20 +124,20 @@ def make_init(model: Model, train: TrainConfig) -> Callable[..., TrainState]:
     """Returns a pure function (seed, weights=None) that makes the state before the first step.
 
     seed: int32.
-    weights: nested dict of weights to start from; None draws them from the seed.
+    weights: nested dict of weights to start from; others are drawn from the seed.
     """
     optimizer = optimizer_for(model.roles, model.decays, train, make_schedule(train))
 
     def init(seed: Any, weights: Any = None) -> TrainState:
-        if weights is None:
-            module = Transformer(model.config, rngs=nnx.Rngs(jax.random.key(seed)))
-            weights = nnx.to_pure_dict(nnx.state(module))
+        module = Transformer(model.config, rngs=nnx.Rngs(jax.random.key(seed)))
+        drawn = nnx.to_pure_dict(nnx.state(module))
 
         def one(path: Any, leaf: Any) -> jax.Array:
-            found = weights
+            given: Any = weights or {}
+            found: Any = drawn
             for key in path[1:]:  # the first names the part of Weights
-                found = found[key.key]
-            return found.astype(leaf.dtype)
+                given, found = given.get(key.key, {}), found[key.key]
+            return (found if isinstance(given, dict) else given).astype(leaf.dtype)
 
         parts: Weights = jax.tree_util.tree_map_with_path(one, model.weights)
         return TrainState(*parts, optimizer.init(parts.params), *map(jnp.asarray, ZEROS))

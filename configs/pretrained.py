@@ -1,0 +1,43 @@
+"""Trains the routers of a pretrained model, with every other block inside MoD.
+
+Prepare text with the model's tokenizer, then train:
+
+    modjax data prepare --tokenizer=PATH --data-dir=work/data
+    modjax train --config=configs/pretrained.py:PATH --workdir=work/routers --data-dir=work/data
+
+PATH is a folder with config.json and safetensors, or a GGUF file. `--config.train.trained=all`
+trains all weights. A block that you wrap in another layer keeps its weights. In place of an MLP you
+may put MoE(...) with the same activation; each expert then starts as that MLP.
+"""
+
+from pathlib import Path
+
+import ml_collections
+
+from modjax import MoD, Predictor, TopK
+from modjax.pretrained import model_fields
+
+
+def get_config(path):
+    config = ml_collections.ConfigDict()
+    # The weight of a router starts near 1, so that a routed block starts near the pretrained one.
+    rule = TopK(weight="one_plus_tanh")
+    config.model = model_fields(
+        path,
+        lambda i, block: (
+            MoD(block, capacity=0.5, rule=rule, causal=Predictor()) if i % 2 else block
+        ),
+    )
+    config.train = {
+        "batch_size": 4,
+        "seq_len": 256,
+        "steps": 100,
+        "learning_rate": 1e-3,
+        "warmup_steps": 10,
+        "eval_sequences": 64,
+        "trained": "routers",
+    }
+    config.data = {"name": "stdlib", "vocab": f"{Path(path).stem}.json", "max_epochs": 1.0}
+    config.execution = {"log_every": 5}
+    config.base = path
+    return config

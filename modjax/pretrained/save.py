@@ -1,0 +1,106 @@
+"""Writing a model in Hugging Face's form."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from modjax.errors import InputError, require
+from modjax.pretrained.config import read_config, without_training, write_config
+from modjax.pretrained.families import FAMILIES, NAMES, Family
+from modjax.pretrained.files import write_json, write_tensors
+from modjax.pretrained.tensors import Slot, abstract, find_slots, tensor_shapes, write_tensor
+from modjax.specs import MLP, Attention, Layer, ModelSpec, MoE, Seq
+from modjax.specs.fields import parts
+from modjax.specs.layer import segments_of
+from modjax.specs.layers.dense import GATED
+
+
+def save_pretrained(
+    out: str | Path,
+    spec: ModelSpec,
+    weights: Any,
+    *,
+    config: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    most: int = 2**31,
+) -> None:
+    """Writes a model as config.json and safetensors, which transformers loads.
+
+    out: a folder that is made, or empty.
+    config: further fields of config.json. Its `model_type` names the family, if that computes the
+      same; otherwise it is the first that does, see modjax.pretrained.FAMILIES.
+    dtype: of the written tensors; None keeps that of the weights.
+    most: bytes of a file; more go to several files.
+    Raises InputError for a model that no family computes, such as one with routed layers.
+    """
+    out, plain = Path(out), _plain(spec)
+    first = FAMILIES.get((config or {}).get("model_type", ""))
+    fits, fields = _fitting(plain, [first] if first else list(FAMILIES.values()))
+    out.mkdir(parents=True, exist_ok=True)
+    require(not any(out.iterdir()), "out", str(out), "must be an empty folder, or a new one")
+    expected = tensor_shapes(find_slots(abstract(plain), fits))
+    if any(map(_ungated, parts(spec, deep=True))):
+        fits = dataclasses.replace(fits, names={**fits.names, **UNGATED})
+    slots: dict[str, list[Slot]] = {}
+    for slot in find_slots(abstract(spec), fits).values():
+        slots.setdefault(slot.tensor, []).append(slot)
+
+    def tensor(name: str) -> np.ndarray:
+        if name in slots:
+            return write_tensor(weights, slots[name])
+        return np.full(expected[name], float(name.endswith("up_proj.bias")))  # of UNGATED
+
+    dtype = dtype or jax.tree.leaves(weights)[0].dtype
+    write_tensors(out, expected, tensor, dtype, most)
+    unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    write_json(out / "config.json", {**unknown, **(config or {}), **fields})
+
+
+# An MLP without a gate is written as act(gate) * up, with an `up` that is its bias of 1.
+UNGATED = {"mlp.w_in": NAMES["mlp.w_gate"], "mlp.b_in": NAMES["mlp.b_gate"]}
+
+
+def _ungated(layer: Any) -> bool:
+    return isinstance(layer, MLP) and layer.activation not in GATED
+
+
+def _plain(spec: ModelSpec) -> ModelSpec:
+    """Returns a spec that computes the same by blocks of Attention and MLP or MoE alone.
+
+    Raises InputError for other layers. What matters in training only is left out.
+    """
+    require(spec.streams is None, "model.streams", str(spec.streams), "cannot be exported")
+    found: list[Layer] = []
+    waiting: list[Any] = spec.blocks()
+    while waiting:
+        layer = waiting.pop(0)
+        if isinstance(layer, Seq):
+            waiting = [*layer.parts, *waiting]
+            continue
+        kind = Attention if len(found) % 2 == 0 else (MLP, MoE)
+        accepted = "cannot be exported: Hugging Face has blocks of Attention, then MLP or MoE, only"
+        require(isinstance(layer, kind), "model.layers", str(layer), accepted)
+        if _ungated(layer):
+            gated = {"gelu": "geglu", "silu": "swiglu"}.get(layer.activation, layer.activation)
+            layer = dataclasses.replace(layer, activation=gated, bias=True)
+        found.append(without_training(layer))
+    blocks = [Seq(*found[i : i + 2]) for i in range(0, len(found), 2)]
+    sizes = {"num_layers": len(blocks), "head_dim": spec.shape.head_dim, "imports": ()}
+    return dataclasses.replace(spec, layers=segments_of(blocks), **sizes)
+
+
+def _fitting(plain: ModelSpec, families: list[Family]) -> tuple[Family, dict[str, Any]]:
+    """Returns the first family that computes a spec, and its config.json."""
+    for family in families:
+        fields = write_config(plain, family)
+        with contextlib.suppress(InputError):
+            back = read_config(fields, tied=plain.head.tied, dtype=plain.dtype)
+            if _plain(back) == plain:
+                return family, fields
+    layers, tried = ", ".join(map(str, plain.layers)), ", ".join(f.name for f in families)
+    raise InputError("model.layers", layers, f"cannot be exported: no model of {tried} computes it")
