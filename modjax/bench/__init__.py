@@ -27,6 +27,7 @@ BENCHMARKS = {
     "decode": "decoding and prefill: MoD against dense, dense against reading its parameters",
     "moe": "mixture of experts and MoDE: train step and decoding against dense, on a TPU slice",
     "altup": "Alternating Updates: train step and decoding against dense, Sequence-AltUp",
+    "pretrained": "a pretrained model against transformers: prefill, decoding, memory of loading",
     "sweep": "a small sweep, twice: overhead, compilation from the cache, waiting for data",
     "demo": "`make demo` from a clean clone, install included (minutes, and a network)",
 }

