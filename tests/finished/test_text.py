@@ -1,11 +1,9 @@
-"""Text from a finished run: stops, streams and vocabularies. The model is a table.
+"""Text from a model: stops, streams and vocabularies. The model is a table.
 
 Legend: B batch, L positions, V vocabulary.
 """
 
-import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.data.vocabulary import Codec, train_sentencepiece
+from modjax.data.codecs.codec import Bytes, Pieces
+from modjax.data.vocabulary import train_sentencepiece
 from modjax.decoding.generate import Sampling
 from modjax.errors import InputError
-from modjax.finished import text as finished_text
-from modjax.finished.text import SampleRequest, check_routing, open_codec, sample
+from modjax.finished.text import SampleRequest, Speaker, check_routing, sample
 from modjax.nn import Cache, LayerCache
 from modjax.specs import Dense, MoD, Predictor, TopK
 from tests.nn.small import behind_a_block
 from tests.training.tiny import run_spec
 
-PIECES = Codec(train_sentencepiece(["the cat sat on the mat, and the hat fell\n"] * 20, 290))
+PIECES = Pieces(train_sentencepiece(["the cat sat on the mat, and the hat fell\n"] * 20, 290))
 GREEDY = Sampling(temperature=0)
 EOS = 1
 
@@ -64,23 +62,16 @@ class Script(nnx.Module):
 
 
 def script(rows, codec=None, vocab=259):
-    """Returns a finished run whose model continues prompts to `rows`, given as text or tokens."""
+    """Returns a model that continues prompts to `rows`, given as text or tokens."""
+    codec = codec or PIECES
     ids = [codec.encode(row, "row") if isinstance(row, str) else list(row) for row in rows]
     tokens_BL = np.zeros((len(rows), 120), np.int32)
     for b, row in enumerate(ids):
         tokens_BL[b, : len(row)] = row
     graphdef, params = nnx.split(Script(tokens_BL, vocab))
     layers = behind_a_block("expert_choice", capacity=0.25, causal=Predictor())
-    spec = run_spec(layers=layers, vocab_size=300)
-    return SimpleNamespace(
-        spec=spec,
-        model=SimpleNamespace(graphdef=graphdef),
-        weights=params,
-        cache=SimpleNamespace(
-            path=None,
-            manifest=SimpleNamespace(vocab="bytes", vocab_size=vocab, eos_id=EOS),
-        ),
-    )
+    spec = run_spec(layers=layers, vocab_size=300).model
+    return Speaker(spec, graphdef, params, codec, codec.encode, (EOS,))
 
 
 def say(run, prompts, *, tokens=80, **options):
@@ -95,7 +86,7 @@ def say(run, prompts, *, tokens=80, **options):
     return samples, written
 
 
-BYTES = Codec(None)
+BYTES = Bytes()
 # Longer than two chunks of the stream, and not only ASCII.
 LONG = "The quick brown fox, 日本 and ü, jumps; then it rests: END, or so. And again, it jumps."
 
@@ -135,8 +126,7 @@ def test_the_first_stop_of_several_counts_and_each_row_ends_by_itself():
     assert found[2].text == rows[2][3:], "the end of the document is no text"
 
 
-def test_a_stop_is_found_however_the_vocabulary_spells_it(monkeypatch):
-    monkeypatch.setattr(finished_text, "open_codec", lambda run: PIECES)
+def test_a_stop_is_found_however_the_vocabulary_spells_it():
     text = "the cat sat on the mat, and the hat fell\n" * 3
     ids = PIECES.encode(text, "row")
     (found,), _ = say(script([ids], vocab=290), ["the"], stop=("t on th",))
@@ -145,10 +135,14 @@ def test_a_stop_is_found_however_the_vocabulary_spells_it(monkeypatch):
     assert len(found.pieces) < len(found.prompt + found.text), "pieces, not characters"
 
 
-def test_tokens_beyond_the_manifest_are_not_drawn():
-    run = script([LONG], BYTES)
-    run.cache.manifest.vocab_size = ord("u") + 3  # the model would say "u" next
-    (found,), _ = say(run, ["The q"], tokens=1)
+class FewBytes(Bytes):
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+
+def test_tokens_beyond_the_vocabulary_are_not_drawn():
+    few = FewBytes(ord("u") + 3)  # the model would say "u" next
+    (found,), _ = say(script([LONG], BYTES)._replace(codec=few), ["The q"], tokens=1)
     assert found.text != "u"
 
 
@@ -174,9 +168,8 @@ def test_tokens_beyond_the_manifest_are_not_drawn():
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(prompt, options, message):
-    run = script(["ab"], BYTES)
-    run.cache.manifest.vocab_size = 150
-    run.model.graphdef = None  # whatever uses the model fails otherwise
+    run = script(["ab"], BYTES)._replace(codec=FewBytes(150))
+    run = run._replace(graphdef=None)  # whatever uses the model fails otherwise
     with pytest.raises(InputError, match=message) as caught:
         say(run, [prompt], **options)
     assert "\n" not in str(caught.value)
@@ -196,11 +189,3 @@ def test_a_routing_must_be_one_of_the_model_that_never_looks_ahead():
         check(Dense(), routing="trained")
     with pytest.raises(InputError, match="has no rule that never looks ahead: MoD has causal=Pre"):
         check(*behind_a_block("received"))
-
-
-def test_a_vocabulary_needs_its_package(monkeypatch):
-    run = script([LONG], BYTES)
-    run.cache.manifest.vocab = "sentencepiece:290"
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(InputError, match=r"sentencepiece.*pip install -e '.\[data\]'"):
-        open_codec(run)
