@@ -75,8 +75,6 @@ def _settings(folder: Path) -> Settings:
         special=special,
         eos_ids=_ids("eos_token_id", said[0], folder) if said else (),
         bos_id=next(iter(_ids("bos_token_id", model, folder)), None),
-        begins=_flag("add_bos_token", config),
-        ends=_flag("add_eos_token", config),
         template=_template(folder, config),
     )
 
@@ -86,10 +84,6 @@ def _token(key: str, config: dict[str, Any]) -> str | None:
     value = config[key]
     text = value.get("content") if isinstance(value, dict) else value
     return text if key.endswith("_token") and isinstance(text, str) else None
-
-
-def _flag(key: str, config: dict[str, Any]) -> bool | None:
-    return bool(config[key]) if key in config else None
 
 
 def _ids(key: str, values: dict[str, Any], folder: Path) -> tuple[int, ...]:

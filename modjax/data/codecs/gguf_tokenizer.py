@@ -56,21 +56,23 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 def settings_of(fields: Mapping[str, Any]) -> Settings:
     """Returns the special tokens and the chat template of `read_fields`."""
-    tokens = fields["ggml.tokens"]
+    tokens, ids = fields["ggml.tokens"], _special_ids(fields)
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    ids = {name: fields.get(f"ggml.{name}_token_id") for name in (*names, "eot", "eom")}
-    ids = {name: i for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    sentencepiece = fields["ggml.model"] == "llama"
-    begins = sentencepiece or fields.get("ggml.pre") in BEGINS
     template = fields.get("chat_template")
     return Settings(
         special={f"{names[name]}_token": tokens[i] for name, i in ids.items() if name in names},
         eos_ids=tuple(ids[name] for name in ("eos", "eot", "eom") if name in ids),
         bos_id=ids.get("bos"),
-        begins=bool(fields.get("ggml.add_bos_token", begins)),
-        ends=bool(fields.get("ggml.add_eos_token", False)),
         template=template if isinstance(template, str) else None,
     )
+
+
+def _special_ids(fields: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the ids of the special tokens by their names, such as "bos"."""
+    names = ("bos", "eos", "eot", "eom", "unknown", "padding")
+    ids = {name: fields.get(f"ggml.{name}_token_id") for name in names}
+    size = len(fields["ggml.tokens"])
+    return {name: i for name, i in ids.items() if isinstance(i, int) and 0 <= i < size}
 
 
 def rebuilt(fields: Mapping[str, Any], where: str) -> bytes:
@@ -93,8 +95,9 @@ def rebuilt(fields: Mapping[str, Any], where: str) -> bytes:
         for i, (token, kind_of_token) in enumerate(zip(tokens, types, strict=True))
         if kind_of_token in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    empty = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
-    made = empty | {"added_tokens": added} | makers[str(kind)](fields, tokens, types, where)
+    made = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    made |= makers[str(kind)](fields, tokens, types, where)
+    made["post_processor"] = _template(fields)
     return json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -103,6 +106,26 @@ def _list(fields: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     found = fields.get(key)
     usable = isinstance(found, list) and all(isinstance(value, kind) for value in found)
     return found if usable else []  # type: ignore[return-value]
+
+
+def _template(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the post-processor that puts special tokens around a prompt."""
+    tokens, ids = fields["ggml.tokens"], _special_ids(fields)
+    begins = fields["ggml.model"] == "llama" or fields.get("ggml.pre") in BEGINS
+    first = ["bos"] if fields.get("ggml.add_bos_token", begins) else []
+    last = ["eos"] if fields.get("ggml.add_eos_token", False) else []
+    special = {name: {"id": name, "ids": [i], "tokens": [tokens[i]]} for name, i in ids.items()}
+
+    def around(*texts: str) -> list[dict[str, Any]]:
+        parts = [*first, *texts, *last]
+        return [
+            {"SpecialToken" if part in special else "Sequence": {"id": part, "type_id": 0}}
+            for part in parts
+            if part in special or part in texts
+        ]
+
+    both = {"single": around("A"), "pair": around("A", "B"), "special_tokens": special}
+    return {"type": "TemplateProcessing"} | both
 
 
 def _bpe(tokens: Sequence[str], merges: Sequence[Sequence[str]], **options: Any) -> dict[str, Any]:

@@ -25,15 +25,12 @@ class Settings:
     special: text of the special tokens by their names, such as {"eos_token": "</s>"}.
     eos_ids: tokens that end a text, besides the "eos_token".
     bos_id: token that begins a text, unless there is a "bos_token".
-    begins, ends: whether a prompt gets the first, or the last; both None: the file decides.
     template: chat template, or None.
     """
 
     special: Mapping[str, str] = field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
-    begins: bool | None = None
-    ends: bool | None = None
     template: str | None = None
 
 
@@ -92,19 +89,11 @@ class Tokenizer(Codec):
         around a text, unless the text is `rendered` from a chat template, which writes them itself.
         """
         check_utf8(text, field)
-        said = self.settings
-        explicit = said.begins is not None or said.ends is not None
         self._tokenizer.encode_special_tokens = False
         try:
-            add = not (explicit or rendered)
-            ids = self._tokenizer.encode(text, add_special_tokens=add).ids
+            return self._tokenizer.encode(text, add_special_tokens=not rendered).ids
         finally:
             self._tokenizer.encode_special_tokens = True
-        if rendered:
-            return ids
-        if said.begins and self.bos_id is not None:
-            ids = [self.bos_id, *ids]
-        return [*ids, *self.eos_ids[:1]] if said.ends else ids
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Returns a conversation as text by the chat template, up to the next answer.
