@@ -4,6 +4,7 @@ Legend: B batch, L positions, V vocabulary.
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,14 @@ from modjax.data.codecs.codec import Bytes, Pieces
 from modjax.data.vocabulary import train_sentencepiece
 from modjax.decoding.generate import Sampling
 from modjax.errors import InputError
-from modjax.finished.text import SampleRequest, Speaker, check_routing, sample
+from modjax.finished.text import (
+    SampleRequest,
+    Speaker,
+    check_routing,
+    of_pretrained,
+    of_run,
+    sample,
+)
 from modjax.nn import Cache, LayerCache
 from modjax.specs import Dense, MoD, Predictor, TopK
 from tests.nn.small import behind_a_block
@@ -189,3 +197,70 @@ def test_a_routing_must_be_one_of_the_model_that_never_looks_ahead():
         check(Dense(), routing="trained")
     with pytest.raises(InputError, match="has no rule that never looks ahead: MoD has causal=Pre"):
         check(*behind_a_block("received"))
+
+
+def tokenizer(**settings):
+    """Returns the codec of a tokenizer.json that begins a prompt with <s>."""
+    pytest.importorskip("tokenizers")
+    from tokenizers import processors
+
+    from modjax.data.codecs.tokenizer import Settings, Tokenizer
+    from tests.data.codecs.small import byte_level
+
+    made = byte_level(size=290)
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return Tokenizer(made.to_str().encode(), "here", Settings(**settings))
+
+
+def pretrained(codec, text, chat=False, end=(), prompt=()):
+    """Returns a pretrained model that says `prompt`, `text` and `end`, and then always "!"."""
+    ids = [*prompt, *codec.encode(text, ""), *end, *codec.encode("!" * 60, "")]
+    made = script([ids], codec, vocab=300)
+    return of_pretrained(made.spec, made.graphdef, made.weights, codec, chat=chat)
+
+
+@pytest.mark.parametrize("end", [1, 4])
+def test_a_pretrained_model_begins_a_prompt_and_ends_at_any_of_its_ends(end):
+    codec = tokenizer(special={"eos_token": "</s>"}, eos_ids=(4,))
+    model = pretrained(codec, "The brown fox, 日本\n\tjumps", end=(end,), prompt=(0,))
+    (found,), _ = say(model, ["The brown"], tokens=60)
+    assert found.text == " fox, 日本\n\tjumps", "the position of each token counts <s>"
+    assert found.pieces[0] == b"" and len(found.pieces) == len(found.depths)
+    assert found.routed_blocks == 1
+
+
+def test_a_chat_is_written_by_the_template_and_shown_without_it():
+    template = "<s>user:{{ messages[0].content }}<|im_end|>"
+    codec = tokenizer(eos_ids=(4,), template=template)
+    prompt = [0, *codec.encode("user:Hi", ""), 4]
+    model = pretrained(codec, "Hello!", chat=True, end=(4,), prompt=prompt)
+    written = []
+    (found,) = sample(model, SampleRequest(["Hi"], 40, sampling=GREEDY), written.append)
+    assert (found.prompt, found.text) == ("Hi", "Hello!")
+    assert "".join(written) == "Hi\nHello!"
+    assert b"".join(found.pieces) == b"user:HiHello!"
+
+
+def test_a_prompt_of_a_pretrained_model_may_spell_special_tokens_and_one_of_a_run_may_not():
+    codec = tokenizer()
+    model = pretrained(codec, "x")
+    assert model.encode("<|im_start|>a", "--prompt") == [0, 3, *codec.encode("a", "")]
+    cache = SimpleNamespace(codec=lambda: codec, manifest=SimpleNamespace(eos_id=4))
+    spec = SimpleNamespace(model=model.spec)
+    run = SimpleNamespace(spec=spec, model=model, weights=model.weights, cache=cache)
+    speaker = of_run(run)
+    assert speaker.encode("<|im_start|>a", "--prompt") == codec.encode("<|im_start|>a", "")
+    assert (speaker.eos_ids, speaker.spec) == ((4,), model.spec)
+
+
+def test_a_pretrained_model_that_cannot_speak_is_refused_in_one_line():
+    codec = tokenizer()
+    model = pretrained(codec, "x")
+    parts = (model.graphdef, model.weights)
+    small = run_spec(vocab_size=260).model
+    with pytest.raises(InputError, match=r"^--pretrained = None: has no tokenizer: needs a"):
+        of_pretrained(model.spec, *parts, None, chat=False)
+    with pytest.raises(InputError, match=r"^model.vocab_size = 260: is too small for its"):
+        of_pretrained(small, *parts, codec, chat=False)
+    with pytest.raises(InputError, match=r"^tokenizer = 'here': has no chat template"):
+        say(of_pretrained(model.spec, *parts, codec, chat=True), ["Hi"])
