@@ -163,7 +163,9 @@ def _open_speaker(args: argparse.Namespace) -> "Speaker":
     from modjax.pretrained import from_pretrained
 
     require(args.run is None, "--run", args.run, "cannot be combined with --pretrained")
-    return of_pretrained(*from_pretrained(args.pretrained), chat=args.chat)
+    found = from_pretrained(args.pretrained)
+    parts = (found.spec, found.graphdef, found.weights, found.tokenizer)
+    return of_pretrained(*parts, chat=args.chat)
 
 
 def _choose_one(args: argparse.Namespace) -> RunSpec:

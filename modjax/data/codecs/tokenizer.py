@@ -8,12 +8,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from modjax.data.codecs.codec import SPACE, Codec, byte_of, check_utf8
-from modjax.errors import InputError, one_line, require, words
+from modjax.errors import InputError, describe, one_line, require, words
 
 if TYPE_CHECKING:
     import tokenizers
 
 MOST_CONTENT = 256 * 2**20  # bytes of a vocabulary that are read; Gemma's tokenizer.json has 33 MB
+MOST_TOKENS = 2**24  # ids; there is a list of their bytes
 # Text whose bytes must come back: white space, digits, and characters of two to four bytes.
 PROBE = "a  b\n\n\tC 12.ü日 \U0001f600 d"
 
@@ -46,8 +47,9 @@ class Tokenizer(Codec):
         self.content, self._where, self.settings = content, where, settings
         self._tokenizer, self._values = _load(content, where)
         self._vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        require(len(self._vocab) > 0, "tokenizer", where, "has no tokens")
-        self.vocab_size = max(self._vocab.values()) + 1
+        self.vocab_size = max(self._vocab.values(), default=-1) + 1
+        accepted = f"must have 1 to {MOST_TOKENS:,} token ids, has {self.vocab_size:,}"
+        require(0 < self.vocab_size <= MOST_TOKENS, "tokenizer", where, accepted)
         known = {name: self._vocab.get(text) for name, text in settings.special.items()}
         ends = dict.fromkeys((known.get("eos_token"), *settings.eos_ids))
         begins = [i for i in (known.get("bos_token"), settings.bos_id) if i is not None]
@@ -75,7 +77,16 @@ class Tokenizer(Codec):
         return self._tokenizer.get_added_tokens_decoder()
 
     def _ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoded(text, add=False)
+
+    def _encoded(self, text: str, *, add: bool) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of tokenizers is no Exception
+            accepted = f"cannot encode a text: {describe(error)}"
+            raise InputError("tokenizer", self._where, accepted) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the tokens of several plain texts, encoded in parallel."""
@@ -91,7 +102,7 @@ class Tokenizer(Codec):
         check_utf8(text, field)
         self._tokenizer.encode_special_tokens = False
         try:
-            return self._tokenizer.encode(text, add_special_tokens=not rendered).ids
+            return self._encoded(text, add=not rendered)
         finally:
             self._tokenizer.encode_special_tokens = True
 
@@ -123,7 +134,7 @@ class Tokenizer(Codec):
     def _pieces(self) -> list[bytes]:
         """The bytes of all tokens. Raises InputError if the tokens do not spell the text."""
         decoders = list(_flat(self._values.get("decoder")))
-        kinds = {decoder["type"] for decoder in decoders}
+        kinds = {decoder.get("type") for decoder in decoders}
         spaces = "Metaspace" in kinds or any(_replaces_spaces(decoder) for decoder in decoders)
         exact = "ByteLevel" in kinds or spaces
         accepted = (
@@ -171,7 +182,9 @@ def _load(content: bytes, where: str) -> "tuple[tokenizers.Tokenizer, dict[str, 
     try:
         values = json.loads(content)
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # tokenizers raises Exception itself for some faults
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of tokenizers is no Exception
         why = one_line(words(error), 200)
         accepted = f"cannot be read: it is no tokenizer.json, or damaged ({why})"
         raise InputError("tokenizer", where, accepted) from error
@@ -183,7 +196,7 @@ def _load(content: bytes, where: str) -> "tuple[tokenizers.Tokenizer, dict[str, 
 
 
 def _flat(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if decoder is not None and decoder["type"] == "Sequence":
+    if decoder is not None and decoder.get("type") == "Sequence":
         for inner in decoder["decoders"]:
             yield from _flat(inner)
     elif decoder is not None:
@@ -191,7 +204,7 @@ def _flat(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _replaces_spaces(decoder: dict[str, Any]) -> bool:
-    said = (decoder["type"], decoder.get("pattern"), decoder.get("content"))
+    said = (decoder.get("type"), decoder.get("pattern"), decoder.get("content"))
     return said == ("Replace", {"String": SPACE}, " ")
 
 

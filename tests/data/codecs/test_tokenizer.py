@@ -199,8 +199,10 @@ def test_a_file_of_another_shape_is_refused(small):
     values["model"]["merges"] = [["no", "such"]]
     with pytest.raises(InputError, match="cannot be read"):
         codec(json.dumps(values))
-    with pytest.raises(InputError, match="has no tokens"):
+    with pytest.raises(InputError, match="must have 1 to 16,777,216 token ids, has 0"):
         codec(Tokenizer(models.BPE()))
+    with pytest.raises(InputError, match="must have 1 to 16,777,216 token ids, has 16,777,217"):
+        codec(Tokenizer(models.BPE({"a": 2**24}, [])))
 
 
 def test_the_table_of_bytes_is_that_of_tokenizers():
