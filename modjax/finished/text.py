@@ -52,6 +52,7 @@ class Speaker(NamedTuple):
     codec: its vocabulary.
     encode: returns the tokens of a prompt, given the text and the field to name in an error.
     eos_ids: tokens that end a continuation.
+    vocab_size: number of token ids that a prompt may have, and that are drawn.
     between: text that is shown between a prompt and its continuation.
     """
 
@@ -61,14 +62,22 @@ class Speaker(NamedTuple):
     codec: Codec
     encode: Callable[[str, str], list[int]]
     eos_ids: Sequence[int]
+    vocab_size: int
     between: str = ""
 
 
 def of_run(run: Finished) -> Speaker:
     """Returns a finished run as a model to sample from. Its prompts are plain text, as its data."""
-    codec, eos_id = run.cache.codec(), run.cache.manifest.eos_id
-    graphdef, weights = run.model.graphdef, run.weights
-    return Speaker(run.spec.model, graphdef, weights, codec, codec.encode, (eos_id,))
+    codec, about, model = run.cache.codec(), run.cache.manifest, run.spec.model
+    return Speaker(
+        model,
+        run.model.graphdef,
+        run.weights,
+        codec,
+        codec.encode,
+        eos_ids=(about.eos_id,),
+        vocab_size=min(about.vocab_size, model.vocab_size),
+    )
 
 
 def of_pretrained(
@@ -82,9 +91,9 @@ def of_pretrained(
     accepted = "has no tokenizer: needs a tokenizer.json, or one inside its GGUF file"
     require(tokenizer is not None, "--pretrained", None, accepted)
     assert tokenizer is not None
-    size = tokenizer.vocab_size
-    accepted = f"is too small for its tokenizer, which has {size} tokens"
-    require(size <= spec.vocab_size, "model.vocab_size", spec.vocab_size, accepted)
+    accepted = f"is too small for its tokenizer, which has {tokenizer.text_size} tokens"
+    fits = tokenizer.text_size <= spec.vocab_size
+    require(fits, "model.vocab_size", spec.vocab_size, accepted)
 
     def encode(text: str, field: str) -> list[int]:
         if not chat:
@@ -92,8 +101,16 @@ def of_pretrained(
         rendered = tokenizer.chat([{"role": "user", "content": text}])
         return tokenizer.prompt(rendered, field, rendered=True)
 
-    between = "\n" if chat else ""
-    return Speaker(spec, graphdef, weights, tokenizer, encode, tokenizer.eos_ids, between)
+    return Speaker(
+        spec,
+        graphdef,
+        weights,
+        tokenizer,
+        encode,
+        eos_ids=[i for i in tokenizer.eos_ids if i < spec.vocab_size],
+        vocab_size=min(tokenizer.vocab_size, spec.vocab_size),
+        between="\n" if chat else "",
+    )
 
 
 @dataclass(frozen=True)
@@ -131,12 +148,11 @@ def sample(speaker: Speaker, request: SampleRequest, write: Callable[[str], None
     check_routing(speaker.spec, request.routing)
     codec = speaker.codec
     codec.pieces([])  # raises InputError if the tokens have no exact bytes
-    vocab_size = min(codec.vocab_size, speaker.spec.vocab_size)
-    prompts = [_encode(prompt, speaker, vocab_size) for prompt in request.prompts]
+    prompts = [_encode(prompt, speaker) for prompt in request.prompts]
     for text in request.stop:
         require(len(codec.encode(text, "--stop")) > 0, "--stop", text, EMPTY)
     stops = [text.encode() for text in request.stop]
-    sampling = dataclasses.replace(request.sampling, vocab_size=vocab_size)
+    sampling = dataclasses.replace(request.sampling, vocab_size=speaker.vocab_size)
 
     write(request.prompts[0] + speaker.between)
     drawn = [_begin(speaker, request, prompts, sampling)]
@@ -161,13 +177,13 @@ def sample(speaker: Speaker, request: SampleRequest, write: Callable[[str], None
         left -= now
 
 
-def _encode(prompt: str, speaker: Speaker, vocab_size: int) -> list[int]:
+def _encode(prompt: str, speaker: Speaker) -> list[int]:
     ids = speaker.encode(prompt, "--prompt")
     length, fits = len(ids), f"must have at most {MOST_PROMPT_TOKENS}"
     require(length > 0, "--prompt", prompt, EMPTY)
     require(length <= MOST_PROMPT_TOKENS, "--prompt", prompt, f"has {length} tokens; {fits}")
-    known = f"has tokens beyond the vocabulary's {vocab_size}"
-    require(max(ids) < vocab_size, "--prompt", prompt, known)
+    known = f"has tokens beyond the vocabulary's {speaker.vocab_size}"
+    require(max(ids) < speaker.vocab_size, "--prompt", prompt, known)
     return ids
 
 

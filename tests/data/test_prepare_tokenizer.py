@@ -153,6 +153,17 @@ def test_more_than_65536_tokens_are_stored_as_uint32(text_file, tmp_path):
     assert sorted(d[-2] for d in found) == [700, 65_700, 66_235]
 
 
+def test_special_tokens_that_no_document_has_do_not_count(text_file, tmp_path):
+    """Gemma 3 has one that its model has no embedding for."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<image>", "<end>", "<audio>"])
+    tokenizer.save(str(tmp_path / "a.json"))
+    for end, size in (("</s>", 700), ("<end>", 702)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        options = dict(tokenizer=tmp_path / "a.json", data_dir=tmp_path / end.strip("</>"))
+        assert open_cache(prepare(text_files=[text_file], **options)).manifest.vocab_size == size
+
+
 def test_a_lost_or_changed_tokenizer_is_named(text_file, model, tmp_path):
     made = prepare(text_files=[text_file], tokenizer=model, data_dir=tmp_path)
     cache = open_cache(made)

@@ -69,7 +69,7 @@ class Script(nnx.Module):
         return jax.nn.one_hot(next_B, self.vocab)
 
 
-def script(rows, codec=None, vocab=259):
+def script(rows, codec=None, vocab=259, vocab_size=None):
     """Returns a model that continues prompts to `rows`, given as text or tokens."""
     codec = codec or PIECES
     ids = [codec.encode(row, "row") if isinstance(row, str) else list(row) for row in rows]
@@ -79,7 +79,8 @@ def script(rows, codec=None, vocab=259):
     graphdef, params = nnx.split(Script(tokens_BL, vocab))
     layers = behind_a_block("expert_choice", capacity=0.25, causal=Predictor())
     spec = run_spec(layers=layers, vocab_size=300).model
-    return Speaker(spec, graphdef, params, codec, codec.encode, (EOS,))
+    size = vocab_size or codec.vocab_size
+    return Speaker(spec, graphdef, params, codec, codec.encode, (EOS,), size)
 
 
 def say(run, prompts, *, tokens=80, **options):
@@ -143,14 +144,9 @@ def test_a_stop_is_found_however_the_vocabulary_spells_it():
     assert len(found.pieces) < len(found.prompt + found.text), "pieces, not characters"
 
 
-class FewBytes(Bytes):
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
-
-
 def test_tokens_beyond_the_vocabulary_are_not_drawn():
-    few = FewBytes(ord("u") + 3)  # the model would say "u" next
-    (found,), _ = say(script([LONG], BYTES)._replace(codec=few), ["The q"], tokens=1)
+    model = script([LONG], BYTES, vocab_size=ord("u") + 3)  # the model would say "u" next
+    (found,), _ = say(model, ["The q"], tokens=1)
     assert found.text != "u"
 
 
@@ -176,7 +172,7 @@ def test_tokens_beyond_the_vocabulary_are_not_drawn():
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(prompt, options, message):
-    run = script(["ab"], BYTES)._replace(codec=FewBytes(150))
+    run = script(["ab"], BYTES, vocab_size=150)
     run = run._replace(graphdef=None)  # whatever uses the model fails otherwise
     with pytest.raises(InputError, match=message) as caught:
         say(run, [prompt], **options)
@@ -199,7 +195,7 @@ def test_a_routing_must_be_one_of_the_model_that_never_looks_ahead():
         check(*behind_a_block("received"))
 
 
-def tokenizer(**settings):
+def tokenizer(more=(), **settings):
     """Returns the codec of a tokenizer.json that begins a prompt with <s>."""
     pytest.importorskip("tokenizers")
     from tokenizers import processors
@@ -209,6 +205,7 @@ def tokenizer(**settings):
 
     made = byte_level(size=290)
     made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    made.add_special_tokens(list(more))
     return Tokenizer(made.to_str().encode(), "here", Settings(**settings))
 
 
@@ -245,12 +242,22 @@ def test_a_prompt_of_a_pretrained_model_may_spell_special_tokens_and_one_of_a_ru
     codec = tokenizer()
     model = pretrained(codec, "x")
     assert model.encode("<|im_start|>a", "--prompt") == [0, 3, *codec.encode("a", "")]
-    cache = SimpleNamespace(codec=lambda: codec, manifest=SimpleNamespace(eos_id=4))
+    cache = SimpleNamespace(codec=lambda: codec, manifest=SimpleNamespace(eos_id=4, vocab_size=290))
     spec = SimpleNamespace(model=model.spec)
     run = SimpleNamespace(spec=spec, model=model, weights=model.weights, cache=cache)
     speaker = of_run(run)
     assert speaker.encode("<|im_start|>a", "--prompt") == codec.encode("<|im_start|>a", "")
-    assert (speaker.eos_ids, speaker.spec) == ((4,), model.spec)
+    assert (speaker.eos_ids, speaker.spec, speaker.vocab_size) == ((4,), model.spec, 290)
+
+
+def test_a_special_token_without_an_embedding_is_refused_where_it_is_used():
+    codec = tokenizer(special={"eos_token": "</s>"}, more=["<image>"], eos_ids=(290,))
+    model = pretrained(codec, "Hello")
+    spec = run_spec(layers=(Dense(),), vocab_size=290).model
+    model = of_pretrained(spec, model.graphdef, model.weights, codec, chat=False)
+    assert (list(model.eos_ids), model.vocab_size) == ([1], 290)
+    with pytest.raises(InputError, match=r"--prompt = '<image>': has tokens beyond the .* 290"):
+        say(model, ["<image>"])
 
 
 def test_a_pretrained_model_that_cannot_speak_is_refused_in_one_line():

@@ -21,16 +21,24 @@ def open_tokenizer(path: Path | str) -> Tokenizer:
     path: a folder with tokenizer.json, such a file, whose folder may say more, or a GGUF file.
     Raises InputError if there is none, or if it cannot be used.
     """
+    found = find_tokenizer(path)
+    if found is None:
+        raise InputError("tokenizer", str(path), f"no tokenizer here: {ACCEPTED}")
+    return found
+
+
+def find_tokenizer(path: Path | str) -> Tokenizer | None:
+    """Opens the tokenizer as `open_tokenizer` does, or returns None if there is none."""
     path = Path(path)
     check_package("tokenizers")
     if path.suffix == ".gguf":
         fields = read_fields(path)
+        if "ggml.model" not in fields:
+            return None
         return Tokenizer(rebuilt(fields, str(path)), str(path), settings_of(fields))
     file = path / "tokenizer.json" if os.path.isdir(path) else path
     content = _read(file, MOST_CONTENT)
-    if content is None:
-        raise InputError("tokenizer", str(path), f"no tokenizer here: {ACCEPTED}")
-    return Tokenizer(content, str(path), _settings(file.parent))
+    return None if content is None else Tokenizer(content, str(path), _settings(file.parent))
 
 
 def tokenizer_name(path: Path | str) -> str:

@@ -38,6 +38,8 @@ class Settings:
 class Tokenizer(Codec):
     """Codec of a tokenizer.json. `encode` adds no special token; `prompt` does.
 
+    text_size: number of token ids that documents can have. Special tokens may lie beyond, and some
+        models have no embedding for such a one.
     content: bytes of the file.
     where: place of the file, for messages.
     """
@@ -58,6 +60,9 @@ class Tokenizer(Codec):
         self.bos_id = next((i for i in begins if i < self.vocab_size), None)
         controls = map(self._tokenizer.id_to_token, (*self.eos_ids, *begins))
         self._register((*settings.special.values(), *controls))
+        special = {i for i, token in self._added.items() if token.special}
+        spelled = set(self._vocab.values()) - special | set(self.eos_ids[:1])
+        self.text_size = max(spelled, default=0) + 1
         self._tokenizer.encode_special_tokens = True  # plain text cannot spell control tokens
 
     def _register(self, tokens: Sequence[str | None]) -> None:

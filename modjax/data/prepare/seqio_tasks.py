@@ -170,7 +170,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     @property
     def _base_vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
+        return self.tokenizer.text_size
 
     def _encode(self, s: str) -> Sequence[int]:
         return self.tokenizer.encode(s, "text")
