@@ -123,10 +123,18 @@ def _add_data_verbs(commands: Any) -> None:
         option("--tfds", metavar="NAME", help="c4, lm1b, or any TFDS name with text"),
     )
     vocab = "bytes (the default), sentencepiece:SIZE or a .model"
+    tokenizer = (
+        "the vocabulary of a pretrained model: its folder, a tokenizer.json or a GGUF file; "
+        "a config finds it as data.vocab=NAME.json, by the name of the folder or the file"
+    )
+    _add_options(
+        prepare.add_mutually_exclusive_group(),
+        option("--vocab", help=vocab),
+        option("--tokenizer", type=Path, metavar="PATH", help=tokenizer),
+    )
     _add_options(
         prepare,
         option("--name", help="the name of the corpus; default stdlib, text or the TFDS name"),
-        option("--vocab", default="bytes", help=vocab),
         option("--force", action="store_true", help="replace a prepared corpus"),
     )
     show = "list the prepared corpora and their counts"
@@ -158,13 +166,20 @@ def _add_sweep_verbs(commands: Any) -> None:
 
 
 def _add_finished_verbs(commands: Any) -> None:
-    shared = (WORKDIR, DATA_DIR, IMPORTS, OTHER_CODE, SLACK, JSON)
+    shared = (DATA_DIR, IMPORTS, OTHER_CODE, SLACK, JSON)
     evaluate = (
         option("--run", metavar="RUN_ID", help="one run; default: every run with a router"),
         option("--routing", required=True, help=f"trained, {ROUTING}"),
     )
-    _add(commands, "eval", finished_verbs.evaluate, EVAL, *shared, *evaluate)
+    _add(commands, "eval", finished_verbs.evaluate, EVAL, WORKDIR, *shared, *evaluate)
     sample = _add(commands, "sample", finished_verbs.sample, SAMPLE, *shared)
+    flag, keywords = WORKDIR
+    model = "a pretrained model instead: a folder with config.json, or a GGUF file"
+    _add_options(
+        sample.add_mutually_exclusive_group(required=True),
+        option(flag, **keywords | {"required": False}),
+        option("--pretrained", type=Path, metavar="PATH", help=model),
+    )
     _add_options(
         sample.add_mutually_exclusive_group(required=True),
         option("--prompt", help="the text to continue"),
@@ -172,6 +187,7 @@ def _add_finished_verbs(commands: Any) -> None:
     )
     top_p = "draw from the fewest likeliest tokens with this probability; default 1, all"
     stop = "end before this text; may be repeated"
+    chat = "put the prompt through the chat template of --pretrained, as a user's message"
     depth = (
         "colour each token by how many routed blocks it used; without colours (a pipe, NO_COLOR), "
         "print that number and the token on a line of their own"
@@ -179,6 +195,7 @@ def _add_finished_verbs(commands: Any) -> None:
     _add_options(
         sample,
         option("--run", metavar="RUN_ID", help="the run; needed if there are several"),
+        option("--chat", action="store_true", help=chat),
         option("--routing", default="causal", help=ROUTING),
         option("--tokens", type=int, default=256, metavar="N", help="default 256"),
         option("--temperature", type=float, default=1.0, help="default 1; 0 is greedy"),
@@ -225,10 +242,10 @@ EVAL = """evaluate finished runs on validation text under another routing than t
 Prints the paired difference from the loss as trained, with its standard error. For every routed
 block it prints accuracy, precision and recall against top-k, the share of positions processed, the
 share dropped (--slack), and the largest share processed in one sequence."""
-SAMPLE = """continue a prompt with a finished run, under routing that never looks ahead.
+SAMPLE = """continue a prompt with a finished run or a pretrained model.
 
-Each block caches the tokens that it processed. The continuation of a single prompt is printed
-while it is drawn."""
+Routing never looks ahead, and each block caches the tokens that it processed. The continuation of a
+single prompt is printed while it is drawn."""
 FLOPS = """print the parameters and FLOPs of a model by component, and in sum under each convention.
 
 For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at

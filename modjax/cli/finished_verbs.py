@@ -19,7 +19,7 @@ from modjax.specs import RunSpec
 
 if TYPE_CHECKING:
     from modjax.finished.runs import Comparison
-    from modjax.finished.text import Sample
+    from modjax.finished.text import Sample, Speaker
 
 MOST_TOKENS = 1_000_000  # caches for all of them are allocated at once
 MOST_PROMPTS = 16 * 2**20  # bytes of a file of prompts
@@ -112,7 +112,6 @@ def sample(args: argparse.Namespace) -> None:
     _prepare(args)
     with starting():
         from modjax.decoding.generate import Sampling
-        from modjax.finished.runs import open_run
         from modjax.finished.text import SampleRequest, sample
         from modjax.nn import unstack
 
@@ -129,17 +128,17 @@ def sample(args: argparse.Namespace) -> None:
     require(args.tokens <= MOST_TOKENS, "--tokens", args.tokens, f"must be at most {MOST_TOKENS}")
     # JAX would silently take the lower 32 bits.
     require(0 <= args.seed < 2**32, "--seed", args.seed, "must be 0 or more, and below 2**32")
-    run = open_run(_choose_one(args), workdir=args.workdir, data_dir=args.data_dir)
+    speaker = _open_speaker(args)
     # Unstacked once, rather than for every part of the stream.
-    graphdef, weights = unstack(run.model.graphdef, run.weights)
-    run = run._replace(model=run.model._replace(graphdef=graphdef), weights=weights)
+    graphdef, weights = unstack(speaker.graphdef, speaker.weights)
+    speaker = speaker._replace(graphdef=graphdef, weights=weights)
     streams = len(request.prompts) == 1 and not (args.json or args.show_depth)
 
     def write(text: str) -> None:
         if streams:
             print(text, end="", flush=True)
 
-    samples = sample(run, request, write)
+    samples = sample(speaker, request, write)
     if streams:
         print()
     elif args.json:
@@ -148,7 +147,25 @@ def sample(args: argparse.Namespace) -> None:
     elif args.show_depth:
         _print_depths(samples)
     else:
-        print("\n\n".join(s.prompt + s.text for s in samples))
+        print("\n\n".join(s.prompt + speaker.between + s.text for s in samples))
+
+
+def _open_speaker(args: argparse.Namespace) -> "Speaker":
+    """Opens the model to sample from: a finished run, or a pretrained model."""
+    from modjax.finished.text import of_pretrained, of_run
+
+    if args.pretrained is None:
+        from modjax.finished.runs import open_run
+
+        accepted = "needs --pretrained: a run has no chat template"
+        require(not args.chat, "--chat", args.chat, accepted)
+        return of_run(open_run(_choose_one(args), workdir=args.workdir, data_dir=args.data_dir))
+    from modjax.pretrained import from_pretrained
+
+    require(args.run is None, "--run", args.run, "cannot be combined with --pretrained")
+    found = from_pretrained(args.pretrained)
+    parts = (found.spec, found.graphdef, found.weights, found.tokenizer)
+    return of_pretrained(*parts, chat=args.chat)
 
 
 def _choose_one(args: argparse.Namespace) -> RunSpec:

@@ -29,6 +29,7 @@ def prepare(args: argparse.Namespace) -> None:
         text_files=args.text,
         tfds_name=args.tfds,
         vocab=args.vocab,
+        tokenizer=args.tokenizer,
         data_dir=args.data_dir,
         force=args.force,
     )

@@ -27,10 +27,10 @@ class Manifest:
     """Description of a cache.
 
     vocab: as in `DataConfig.vocab`.
-    source: describes the text and any given SentencePiece model, with hashes where known.
+    source: describes the text and any given vocabulary, with hashes where known.
     fingerprint: sha256 that identifies the token streams and the vocabulary.
-    vocab_sha256: hash of vocabulary.model. None for bytes, and in caches of earlier versions,
-        whose vocabulary.model is not checked.
+    vocab_sha256: hash of the vocabulary's file. None for bytes, and in caches of earlier versions,
+        whose file is not checked.
     """
 
     name: str

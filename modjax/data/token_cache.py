@@ -4,7 +4,7 @@ A cache is a folder, or an object-store prefix such as gs://bucket/folder:
 
     manifest.json            written last, and replaced atomically; without it there is no cache
     FINGERPRINT/             named by the first 16 characters of the manifest's fingerprint
-        vocabulary.model     the SentencePiece model; absent for bytes
+        vocabulary.model     the SentencePiece model, or tokenizer.json; neither for bytes
         train/ validation/   zarr v3, one dimension, uint16 or uint32, documents end to end
 
 One end-of-sequence token follows every document. Preparing a cache anew makes another folder, so an
@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
+from modjax.data.codecs.codec import Codec
+from modjax.data.codecs.tokenizer import MOST_CONTENT
 from modjax.data.manifest import Manifest
-from modjax.data.vocabulary import MOST_MODEL
+from modjax.data.vocabulary import file_of, make_codec
 from modjax.errors import MOST_SHOWN, InputError, SharedFault, one_line, require
 from modjax.files import MOST_JSON, read_file, reason
 from modjax.specs import DataConfig, ModelSpec
@@ -37,7 +39,7 @@ CACHE_POOL_BYTES = 512 * 2**20
 def cache_dir(data_dir: Path, data: DataConfig) -> Path:
     """Returns the folder of a cache, DATA_DIR/NAME-VOCAB.
 
-    VOCAB is "bytes", "sentencepiece-SIZE" or the file name of a SentencePiece model.
+    VOCAB is "bytes", "sentencepiece-SIZE", or the name of a FILE.model or a tokenizer's NAME.json.
     """
     return Path(data_dir) / f"{data.name}-{data.vocabulary}"
 
@@ -114,18 +116,26 @@ class TokenCache:
                 row[:] = read.result()
         return out
 
-    def vocabulary_model(self) -> bytes:
-        """Returns the SentencePiece model of the tokens.
+    def vocabulary(self) -> bytes:
+        """Returns the file that holds the vocabulary of the tokens, or b"" for bytes.
 
         Raises InputError if it is lost, or is not the one that the manifest describes.
         """
-        model = _read(self.path, f"{self.manifest.folder}/vocabulary.model", MOST_MODEL)
+        name = file_of(self.manifest.vocab)
+        if name is None:
+            return b""
+        content = _read(self.path, f"{self.manifest.folder}/{name}", MOST_CONTENT)
         expected = self.manifest.vocab_sha256
-        if model is None or expected not in (None, hashlib.sha256(model).hexdigest()):
+        if content is None or expected not in (None, hashlib.sha256(content).hexdigest()):
             check_fingerprint(self)
-            fault = "has lost its" if model is None else "was made with another"
-            raise _damaged(self.path, f"it {fault} vocabulary.model")
-        return model
+            fault = "has lost its" if content is None else "was made with another"
+            raise _damaged(self.path, f"it {fault} {name}")
+        return content
+
+    def codec(self) -> Codec:
+        """Returns the codec of the tokens. Raises InputError if its file or package is missing."""
+        about = self.manifest
+        return make_codec(about.vocab, self.vocabulary(), about.eos_id, shown(self.path))
 
 
 def open_cache(path: Path | str) -> TokenCache:

@@ -1,9 +1,10 @@
-"""Vocabularies: parsing what is requested, training one, and turning text into tokens and back.
+"""Vocabularies: parsing what is requested, training one, and opening that of a token cache.
 
 This module does not need TensorFlow.
 """
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -13,19 +14,18 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from modjax.data.codecs.codec import Bytes, Codec, Pieces, load_model
+from modjax.data.codecs.files import open_tokenizer, tokenizer_name
+from modjax.data.codecs.tokenizer import MOST_CONTENT, Settings, Tokenizer
 from modjax.errors import InputError, require, require_name
 from modjax.files import read_file
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
 
 logger = logging.getLogger(__name__)
 
 TRAINING_BYTES = 16 * 2**20  # a vocabulary is trained on about this much text
 MOST_PIECES = 1_000_000  # SentencePiece takes a minute to refuse a thousand times as many
-MOST_MODEL = 64 * 2**20  # bytes of a model that are read; one of 262,144 pieces has 5 MB
 # SentencePiece skips lines of more than 4192 bytes, and lines with U+2585, its mark for unknown.
 LINE = 4000  # bytes
 LINE_ENDS = re.compile("[\n\u2585]")
@@ -59,12 +59,14 @@ class Vocab:
 
     name: as in `DataConfig.vocab`.
     size: number of pieces to train, or None.
-    model: content of the given SentencePiece model, or None.
+    content: the given SentencePiece model or tokenizer.json, or None.
+    eos_id: the end of a document, for a tokenizer.json; other vocabularies know their own.
     """
 
     name: str
     size: int | None = None
-    model: bytes | None = None
+    content: bytes | None = None
+    eos_id: int | None = None
 
 
 def parse_vocab(vocab: str) -> Vocab:
@@ -86,28 +88,56 @@ def parse_vocab(vocab: str) -> Vocab:
     path = Path(vocab)
     require_name("--vocab", path.name)
     try:
-        content = read_file(path, MOST_MODEL)
+        content = read_file(path, MOST_CONTENT)
     except OSError as error:
         raise InputError("--vocab", vocab, f"cannot be read: {error.strerror}") from error
     has_eos = load_model(content, "--vocab", vocab).eos_id() >= 0
     accepted = "has no end-of-sequence piece; train it with one (eos_id >= 0)"
     require(has_eos, "--vocab", vocab, accepted)
-    return Vocab(path.name, model=content)
+    return Vocab(path.name, content=content)
 
 
-def load_model(content: bytes, field: str, value: object) -> "SentencePieceProcessor":
-    """Loads a SentencePiece model. Raises InputError for `field` if `content` is not one."""
-    import sentencepiece
+def parse_tokenizer(path: Path | str) -> Vocab:
+    """Returns the vocabulary NAME.json of a pretrained model's tokenizer.
 
-    try:
-        if not content:  # SentencePiece takes it for a model without pieces
-            raise ValueError("empty")
-        model = sentencepiece.SentencePieceProcessor(model_proto=content)  # type: ignore[call-arg]
-        model.id_to_piece(list(range(model.vocab_size())))  # fails if a piece is not UTF-8
-    except (RuntimeError, ValueError) as error:
-        reason = "cannot be read: it is not a SentencePiece model, or damaged"
-        raise InputError(field, value, reason) from error
-    return model
+    path: as `open_tokenizer` takes it. NAME is the name of the folder, or the stem of the file.
+    Raises InputError if it cannot be used, or names no token that ends a document.
+    """
+    tokenizer = open_tokenizer(path)
+    name = f"{tokenizer_name(path)}.json"
+    require_name("--tokenizer", name)
+    accepted = (
+        "has no end-of-sequence token: its folder must name one, as eos_token in "
+        "tokenizer_config.json or eos_token_id in config.json"
+    )
+    require(len(tokenizer.eos_ids) > 0, "--tokenizer", str(path), accepted)
+    return Vocab(name, content=tokenizer.content, eos_id=tokenizer.eos_ids[0])
+
+
+def file_of(vocab: str) -> str | None:
+    """Returns the name of the file that holds a vocabulary in a token cache; None for bytes."""
+    if vocab == "bytes":
+        return None
+    return "tokenizer.json" if vocab.endswith(".json") else "vocabulary.model"
+
+
+def make_codec(vocab: str, content: bytes, eos_id: int | None, where: str) -> Codec:
+    """Returns the codec of a token cache's vocabulary.
+
+    vocab: as in `DataConfig.vocab`.
+    content: the file of the vocabulary, or b"" for bytes.
+    eos_id: the end of a document, for a tokenizer.json.
+    where: place of the cache, for messages.
+    Raises InputError if `content` is damaged or a package is missing.
+    """
+    if vocab == "bytes":
+        return Bytes()
+    if vocab.endswith(".json"):
+        ends = () if eos_id is None else (eos_id,)
+        return Tokenizer(content, where, Settings(eos_ids=ends))
+    installed = importlib.util.find_spec("sentencepiece") is not None
+    require(installed, "sentencepiece", None, "missing package; pip install -e '.[data]'")
+    return Pieces(content, where)
 
 
 @contextlib.contextmanager
@@ -174,44 +204,3 @@ def _parts(line: bytes) -> Iterator[str]:
             stop -= 1
         yield line[start:stop].decode()
         start = stop
-
-
-class Codec:
-    """Encoder and decoder with the vocabulary of a prepared corpus.
-
-    model: content of a SentencePiece model, or None for bytes, which seqio numbers from 3.
-    where: place of the model, for the message if it is damaged.
-    """
-
-    BYTES_FROM = 3
-
-    def __init__(self, model: bytes | None, where: str = "vocabulary.model"):
-        self._model = None if model is None else load_model(model, "data", where)
-
-    def encode(self, text: str, field: str) -> list[int]:
-        """Returns token ids. Raises InputError for `field` if a part of the text has no token."""
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
-            raise InputError(field, text, f"is not UTF-8 at character {error.start}") from error
-        if self._model is None:
-            return [byte + self.BYTES_FROM for byte in data]
-        ids: list[int] = self._model.encode(text)  # type: ignore[assignment]
-        unknown = self._model.unk_id()
-        require(unknown not in ids, field, text, "has characters that the vocabulary does not know")
-        return ids
-
-    def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        """Returns the bytes of each token; special tokens have none."""
-        if self._model is None:
-            return [bytes([i - self.BYTES_FROM]) if 3 <= i < 259 else b"" for i in ids]
-        return [self._piece(int(i)) for i in ids]
-
-    def _piece(self, i: int) -> bytes:
-        assert self._model is not None
-        if self._model.is_control(i) or self._model.is_unknown(i):
-            return b""
-        piece = self._model.id_to_piece(i)
-        if self._model.is_byte(i):  # "<0x0A>"
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("\u2581", " ").encode()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from modjax.data.codecs.codec import Bytes, Codec
 from modjax.data.token_cache import TokenCache, cache_dir, open_cache
 from modjax.errors import InputError, require
 from modjax.provenance import require_readable
@@ -146,24 +147,36 @@ def compare(run: Finished, routing: str, slack: float | None) -> Comparison:
 
 
 class Loaded(NamedTuple):
-    """A finished run in Python: `nnx.merge(graphdef, weights)` is its model."""
+    """A finished run in Python: `nnx.merge(graphdef, weights)` is its model.
+
+    tokenizer: the codec of its vocabulary, or None if that needs data and none was named.
+    """
 
     spec: RunSpec
     graphdef: Any
     weights: Any
+    tokenizer: Codec | None
 
 
-def load(run_dir: str | Path, *, imports: Sequence[str] = (), other_code: bool = False) -> Loaded:
-    """Returns the spec, the graph definition and the final weights of a finished run.
+def load(
+    run_dir: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    imports: Sequence[str] = (),
+    other_code: bool = False,
+) -> Loaded:
+    """Returns the spec, the graph definition, the final weights and the codec of a finished run.
 
-    Needs no data and changes nothing in the folder. `modjax.generate` and `modjax.unstack` take
-    the graph definition and the weights.
+    Changes nothing in the folder. `modjax.generate` and `modjax.unstack` take the graph definition
+    and the weights.
 
+    data_dir: the folder of the token caches. Without it, only a run on bytes gets its codec; the
+      weights need no data.
     imports: files and modules that register layers of the run, imported first. Nothing that the
       run's folder names is imported.
     other_code: whether to read a run whose registered layers have been edited since.
-    Raises InputError if the folder holds no run, an unfinished run or a copy of another run, and
-    if the final weights are missing.
+    Raises InputError if the folder holds no run, an unfinished run or a copy of another run, if
+    the final weights are missing, and if `data_dir` has not the data of the run.
     """
     there = os.path.exists(os.path.join(run_dir, "spec.json"))  # False for a null byte, too
     require(there, "modjax.load", str(run_dir), "no such run")
@@ -172,5 +185,10 @@ def load(run_dir: str | Path, *, imports: Sequence[str] = (), other_code: bool =
     spec = read_spec(folder, folder.name)
     if not other_code:
         require_readable({folder: spec.model})
-    _, model, weights = _restore(spec, folder, {"run_id": spec.run_id})
-    return Loaded(spec, model.graphdef, weights)
+    identity = {"run_id": spec.run_id}
+    codec = Bytes() if spec.data.vocab == "bytes" else None
+    if data_dir is not None:
+        cache = open_cache(cache_dir(Path(data_dir), spec.data))
+        identity["data_fingerprint"], codec = cache.manifest.fingerprint, cache.codec()
+    _, model, weights = _restore(spec, folder, identity)
+    return Loaded(spec, model.graphdef, weights, codec)

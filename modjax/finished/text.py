@@ -1,20 +1,19 @@
-"""Continuing prompts with a finished run.
+"""Continuing prompts with a model: a finished run's, or a pretrained one.
 
 Legend: B batch, L prompt positions, O new tokens.
 """
 
 import codecs
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.data.token_cache import shown
-from modjax.data.vocabulary import Codec
+from modjax.data.codecs.codec import Codec
+from modjax.data.codecs.tokenizer import Tokenizer
 from modjax.decoding.generate import Generated, generate, resume
 from modjax.decoding.sampling import PLAIN, Sampling
 from modjax.errors import require
@@ -45,6 +44,75 @@ class SampleRequest:
     seed: int = 0
 
 
+class Speaker(NamedTuple):
+    """A model to sample from.
+
+    spec: the model.
+    graphdef, weights: `nnx.merge(graphdef, weights)` is its module.
+    codec: its vocabulary.
+    encode: returns the tokens of a prompt, given the text and the field to name in an error.
+    eos_ids: tokens that end a continuation.
+    vocab_size: number of token ids that a prompt may have, and that are drawn.
+    between: text that is shown between a prompt and its continuation.
+    """
+
+    spec: ModelSpec
+    graphdef: Any
+    weights: Any
+    codec: Codec
+    encode: Callable[[str, str], list[int]]
+    eos_ids: Sequence[int]
+    vocab_size: int
+    between: str = ""
+
+
+def of_run(run: Finished) -> Speaker:
+    """Returns a finished run as a model to sample from. Its prompts are plain text, as its data."""
+    codec, about, model = run.cache.codec(), run.cache.manifest, run.spec.model
+    return Speaker(
+        model,
+        run.model.graphdef,
+        run.weights,
+        codec,
+        codec.encode,
+        eos_ids=(about.eos_id,),
+        vocab_size=min(about.vocab_size, model.vocab_size),
+    )
+
+
+def of_pretrained(
+    spec: ModelSpec, graphdef: Any, weights: Any, tokenizer: Tokenizer | None, *, chat: bool
+) -> Speaker:
+    """Returns a pretrained model to sample from.
+
+    chat: whether a prompt is a user's message, which the chat template puts into words.
+    Raises InputError if the model has no tokenizer, or one with more tokens than the model.
+    """
+    accepted = "has no tokenizer: needs a tokenizer.json, or one inside its GGUF file"
+    require(tokenizer is not None, "--pretrained", None, accepted)
+    assert tokenizer is not None
+    accepted = f"is too small for its tokenizer, which has {tokenizer.text_size} tokens"
+    fits = tokenizer.text_size <= spec.vocab_size
+    require(fits, "model.vocab_size", spec.vocab_size, accepted)
+
+    def encode(text: str, field: str) -> list[int]:
+        if not chat:
+            return tokenizer.prompt(text, field)
+        rendered = tokenizer.chat([{"role": "user", "content": text}])
+        return tokenizer.prompt(rendered, field, rendered=True)
+
+    return Speaker(
+        spec,
+        graphdef,
+        weights,
+        tokenizer,
+        encode,
+        eos_ids=[i for i in tokenizer.eos_ids if i < spec.vocab_size],
+        vocab_size=min(tokenizer.vocab_size, spec.vocab_size),
+        between="\n" if chat else "",
+    )
+
+
 @dataclass(frozen=True)
 class Sample:
     """One prompt and its continuation.
@@ -64,15 +132,6 @@ class Sample:
     overflow: int
 
 
-def open_codec(run: Finished) -> Codec:
-    """Returns the vocabulary of the data that the run was trained on."""
-    if run.cache.manifest.vocab == "bytes":
-        return Codec(None)
-    installed = importlib.util.find_spec("sentencepiece") is not None
-    require(installed, "sentencepiece", None, "missing package; pip install -e '.[data]'")
-    return Codec(run.cache.vocabulary_model(), shown(run.cache.path))
-
-
 def check_routing(model: ModelSpec, routing: str) -> None:
     """Raises InputError unless the model can select by `routing` without future tokens."""
     accepted = "looks at tokens that are not drawn yet: must be causal, or the name of a rule"
@@ -80,23 +139,23 @@ def check_routing(model: ModelSpec, routing: str) -> None:
     model.check_routing(routing, "--routing")
 
 
-def sample(run: Finished, request: SampleRequest, write: Callable[[str], None]) -> list[Sample]:
+def sample(speaker: Speaker, request: SampleRequest, write: Callable[[str], None]) -> list[Sample]:
     """Continues every prompt, and streams the first prompt and its continuation to `write`.
 
     Raises InputError for a prompt that is empty, too long or outside the vocabulary, for an empty
     stop and for an unusable routing, before anything compiles.
     """
-    check_routing(run.spec.model, request.routing)
-    codec = open_codec(run)
-    vocab_size = min(run.cache.manifest.vocab_size, run.spec.model.vocab_size)
-    prompts = [_encode(prompt, codec, vocab_size) for prompt in request.prompts]
+    check_routing(speaker.spec, request.routing)
+    codec = speaker.codec
+    codec.pieces([])  # raises InputError if the tokens have no exact bytes
+    prompts = [_encode(prompt, speaker) for prompt in request.prompts]
     for text in request.stop:
         require(len(codec.encode(text, "--stop")) > 0, "--stop", text, EMPTY)
     stops = [text.encode() for text in request.stop]
-    sampling = dataclasses.replace(request.sampling, vocab_size=vocab_size)
+    sampling = dataclasses.replace(request.sampling, vocab_size=speaker.vocab_size)
 
-    write(request.prompts[0])
-    drawn = [_begin(run, request, prompts, sampling)]
+    write(request.prompts[0] + speaker.between)
+    drawn = [_begin(speaker, request, prompts, sampling)]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     held_back = max(map(len, stops), default=1) - 1  # these bytes may be the beginning of a stop
     written, left = 0, request.max_new_tokens - STREAM_EVERY
@@ -110,27 +169,26 @@ def sample(run: Finished, request: SampleRequest, write: Callable[[str], None]) 
         write(decoder.decode(data[written:ready], final=over))
         written = ready
         if over:
-            return _samples(run, request, prompts, drawn, rows, codec)
+            return _samples(speaker, request, prompts, drawn, rows)
         state = dataclasses.replace(state, done_B=jnp.asarray(done_B))
         now = min(STREAM_EVERY, left)
-        drawn.append(
-            resume(run.model.graphdef, run.weights, state, max_new_tokens=now, sampling=sampling)
-        )
+        graphdef, weights = speaker.graphdef, speaker.weights
+        drawn.append(resume(graphdef, weights, state, max_new_tokens=now, sampling=sampling))
         left -= now
 
 
-def _encode(prompt: str, codec: Codec, vocab_size: int) -> list[int]:
-    ids = codec.encode(prompt, "--prompt")
+def _encode(prompt: str, speaker: Speaker) -> list[int]:
+    ids = speaker.encode(prompt, "--prompt")
     length, fits = len(ids), f"must have at most {MOST_PROMPT_TOKENS}"
     require(length > 0, "--prompt", prompt, EMPTY)
     require(length <= MOST_PROMPT_TOKENS, "--prompt", prompt, f"has {length} tokens; {fits}")
-    known = f"has tokens beyond the vocabulary's {vocab_size}"
-    require(max(ids) < vocab_size, "--prompt", prompt, known)
+    known = f"has tokens beyond the vocabulary's {speaker.vocab_size}"
+    require(max(ids) < speaker.vocab_size, "--prompt", prompt, known)
     return ids
 
 
 def _begin(
-    run: Finished, request: SampleRequest, prompts: Sequence[Sequence[int]], sampling: Sampling
+    speaker: Speaker, request: SampleRequest, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> Generated:
     """Prefills the prompts and draws up to STREAM_EVERY tokens after each."""
     lengths_B = np.array([len(ids) for ids in prompts], np.int32)
@@ -138,14 +196,14 @@ def _begin(
     for b, ids in enumerate(prompts):
         tokens_BL[b, : len(ids)] = ids
     return generate(
-        run.model.graphdef,
-        run.weights,
+        speaker.graphdef,
+        speaker.weights,
         tokens_BL,
         lengths_B=lengths_B,
         routing=request.routing,
         slack=request.slack,
         sampling=sampling,
-        stop=((run.cache.manifest.eos_id,),),
+        stop=tuple((i,) for i in speaker.eos_ids),
         seed=request.seed,
         max_new_tokens=min(STREAM_EVERY, request.max_new_tokens),
         max_length=int(lengths_B.max()) + request.max_new_tokens,
@@ -180,12 +238,11 @@ def _row(drawn: Sequence[Generated], b: int, codec: Codec, stops: Sequence[bytes
 
 
 def _samples(
-    run: Finished,
+    speaker: Speaker,
     request: SampleRequest,
     prompts: Sequence[Sequence[int]],
     drawn: Sequence[Generated],
     rows: Sequence[_Row],
-    codec: Codec,
 ) -> list[Sample]:
     overflow_BO = np.concatenate([part.overflow_BO for part in drawn], axis=1)
     of_prompts_B = np.asarray(drawn[-1].state.cache.overflow_B) - overflow_BO.sum(axis=1)
@@ -194,9 +251,9 @@ def _samples(
         Sample(
             prompt=prompt,
             text=b"".join(row.pieces).decode(errors="replace"),
-            pieces=codec.pieces(prompts[b]) + row.pieces,
+            pieces=speaker.codec.pieces(prompts[b], begins=True) + row.pieces,
             depths=depths_BL[b, : len(prompts[b])].tolist() + row.depths,
-            routed_blocks=run.spec.model.routed(),
+            routed_blocks=speaker.spec.routed(),
             overflow=int(of_prompts_B[b] + overflow_BO[b, : len(row.depths)].sum()),
         )
         for b, (prompt, row) in enumerate(zip(request.prompts, rows, strict=True))

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from modjax.data.codecs.files import find_tokenizer
+from modjax.data.codecs.tokenizer import Tokenizer
 from modjax.errors import require
 from modjax.nn.sharding import partition_spec
 from modjax.nn.weights import places
@@ -40,7 +42,7 @@ class Pretrained(NamedTuple):
     spec: ModelSpec
     graphdef: Any
     weights: Any
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     config: dict[str, Any]
 
 
@@ -68,8 +70,9 @@ def from_pretrained(
         sharding = one if mesh is None else NamedSharding(mesh, axes)
         return jax.ShapeDtypeStruct(variable.shape, jnp.dtype(config.dtype), sharding=sharding)
 
+    tokenizer = find_tokenizer(path)
     weights = read_weights(files, slots, nnx.to_pure_dict(state, struct))
-    return Pretrained(config, graphdef, weights, None, files.config)
+    return Pretrained(config, graphdef, weights, tokenizer, files.config)
 
 
 def pretrained_spec(path: str | Path, dtype: str | None = None) -> ModelSpec:

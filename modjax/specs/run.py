@@ -78,7 +78,8 @@ class DataConfig:
     """Token cache of a run, and the order in which it is read.
 
     name: corpus: "stdlib", "c4", "lm1b", ..., or the name of prepared text files.
-    vocab: "bytes", "sentencepiece:SIZE", or the "FILE.model" that the corpus was prepared with.
+    vocab: "bytes", "sentencepiece:SIZE", the "FILE.model" that the corpus was prepared with, or
+      "NAME.json" for the tokenizer of the pretrained model NAME.
     seed: fixes the order of windows in every epoch, for all runs of a sweep; 0 or more.
     max_epochs: bound on the epochs of a run, greater than 0. A longer run is refused.
     """

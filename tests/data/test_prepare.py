@@ -80,7 +80,7 @@ def test_the_manifest_says_what_the_cache_holds(as_bytes, as_pieces):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_trained_vocabulary_loses_no_text(as_pieces, text_file, split):
-    content = open_cache(as_pieces).vocabulary_model()
+    content = open_cache(as_pieces).vocabulary()
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
     decoded = [model.decode(document) for document in documents(as_pieces, split)]
     assert decoded == expected(text_file, split)
@@ -98,12 +98,12 @@ def test_the_same_text_elsewhere_gets_the_same_fingerprint(
 
 def test_a_vocabulary_file_is_used_and_kept(as_pieces, text_file, tmp_path):
     model = tmp_path / "en.model"
-    model.write_bytes(open_cache(as_pieces).vocabulary_model())
+    model.write_bytes(open_cache(as_pieces).vocabulary())
     path = prepare(text_files=[text_file], vocab=str(model), data_dir=tmp_path / "data")
     assert path.name == "text-en.model"
     assert open_cache(path).manifest.vocab == "en.model"
     assert open_cache(path).manifest.fingerprint == open_cache(as_pieces).manifest.fingerprint
-    assert open_cache(path).vocabulary_model() == model.read_bytes()
+    assert open_cache(path).vocabulary() == model.read_bytes()
 
 
 def test_a_prepared_cache_is_left_alone_and_other_input_needs_force(text_file, tmp_path):

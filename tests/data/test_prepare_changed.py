@@ -155,12 +155,12 @@ def test_a_vocabulary_that_is_not_the_one_of_the_tokens_is_refused(text, tmp_pat
         assert other != good
         model.write_bytes(other)
     said = r"^data = .*data prepare --force` \(it (was made with another|has lost its) vocab"
-    for use in (open_cache(path).vocabulary_model, lambda: prepare.prepare(**options)):
+    for use in (open_cache(path).vocabulary, lambda: prepare.prepare(**options)):
         with pytest.raises(InputError, match=said):
             use()
     if damage == "lost":
         prepare.prepare(**options, force=True)
-        assert open_cache(path).vocabulary_model() == good
+        assert open_cache(path).vocabulary() == good
 
 
 def test_a_cache_of_an_earlier_version_is_assumed_to_have_its_own_vocabulary(pieces, tmp_path):
@@ -168,4 +168,4 @@ def test_a_cache_of_an_earlier_version_is_assumed_to_have_its_own_vocabulary(pie
     manifest = json.loads((path / "manifest.json").read_text())
     assert len(manifest.pop("vocab_sha256")) == 64
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert open_cache(path).vocabulary_model() == open_cache(pieces).vocabulary_model()
+    assert open_cache(path).vocabulary() == open_cache(pieces).vocabulary()

@@ -1,13 +1,15 @@
 """Vocabularies: training one, and encoding and decoding text with it."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
 import sentencepiece
 
 from modjax.data import vocabulary
-from modjax.data.vocabulary import Codec, train_sentencepiece
+from modjax.data.codecs.codec import Bytes, Pieces
+from modjax.data.vocabulary import make_codec, train_sentencepiece
 from modjax.errors import InputError
 
 TEXT = "The cat,  the hat\n\tand 日本 — ü: 2024!\n"
@@ -16,11 +18,11 @@ CORPUS = [f"the cat sat on the mat {i}, and the hat fell  on\n\tthe cat\n" for i
 
 @pytest.fixture(scope="module")
 def pieces_codec():
-    return Codec(train_sentencepiece(CORPUS, 300))
+    return Pieces(train_sentencepiece(CORPUS, 300))
 
 
 def test_bytes_are_numbered_from_3_and_come_back():
-    codec = Codec(None)
+    codec = Bytes()
     assert codec.encode("aü", "--prompt") == [ord("a") + 3, 0xC3 + 3, 0xBC + 3]
     ids = codec.encode(TEXT, "--prompt")
     assert b"".join(codec.pieces(ids)).decode() == TEXT
@@ -42,7 +44,7 @@ def test_a_character_that_the_vocabulary_does_not_know_is_refused():
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=model, **options
     )
-    codec = Codec(model.getvalue())
+    codec = Pieces(model.getvalue())
     assert b"".join(codec.pieces(codec.encode("the cat", "--prompt"))).strip() == b"the cat"
     with pytest.raises(
         InputError, match=r"^--prompt = 'the 日本': has characters that .* not know"
@@ -52,7 +54,7 @@ def test_a_character_that_the_vocabulary_does_not_know_is_refused():
 
 def test_bytes_of_the_command_line_that_are_not_utf8_are_refused(pieces_codec):
     text = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python reads its arguments
-    for codec in (Codec(None), pieces_codec):
+    for codec in (Bytes(), pieces_codec):
         with pytest.raises(InputError, match=r"is not UTF-8 at character 3") as caught:
             codec.encode(text, "--prompt")
         assert str(caught.value).isascii() and "\n" not in str(caught.value)
@@ -72,7 +74,7 @@ def han(line: int, end: str) -> str:
 
 def tokens_after_training_on(text: str) -> int:
     """Returns the number of tokens of a Han text, after training on `text`."""
-    codec = Codec(train_sentencepiece([LATIN, text], 500))
+    codec = Pieces(train_sentencepiece([LATIN, text], 500))
     return len(codec.encode("".join(DRAWN[:2000]), "--prompt"))
 
 
@@ -111,8 +113,18 @@ def test_a_damaged_model_is_refused_in_one_line(damage):
     flipped = good[: at - 1] + bytes([good[at - 1] ^ 0x80]) + good[at:]
     bad = {"one bit": flipped, "half": good[: len(good) // 2], "empty": b"", "text": b"no model"}
     with pytest.raises(InputError, match=r"^data = 'here': .* not a SentencePiece model") as caught:
-        Codec(bad[damage], "here")
+        Pieces(bad[damage], "here")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "package", "extra"),
+    [("sentencepiece:290", "sentencepiece", "data"), ("x.json", "tokenizers", "pretrained")],
+)
+def test_a_vocabulary_needs_its_package(vocab, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"^{package}.*pip install -e '.\[{extra}\]'"):
+        make_codec(vocab, b"", 1, "here")
 
 
 @pytest.mark.parametrize(("texts", "size"), [(CORPUS, 1), (CORPUS, 100), (CORPUS, 9999), ([], 300)])

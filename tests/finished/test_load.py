@@ -4,18 +4,21 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 import modjax
 from modjax.cli.main import main
 from modjax.errors import InputError
+from modjax.finished import runs
 from modjax.records import (
     read_provenance,
     read_record,
     read_spec,
     write_provenance,
     write_record,
+    write_spec,
 )
 from modjax.specs import imports
 from tests.specs.test_imports import LAYER
@@ -106,3 +109,47 @@ def test_the_record_of_a_run_carries_what_its_folder_kept(finished_workdir):
     assert kept == read_provenance(folder)
     assert (kept["devices"], kept["device"]) == ("1", "cpu") and kept["jax_enable_x64"] == "False"
     assert len(kept["code of modjax"]) == 16 and "jax" in kept and "XLA_FLAGS" in kept
+
+
+def test_a_run_on_bytes_has_its_codec_without_data(finished_workdir, tiny_data_dir, tmp_path):
+    (folder,) = (finished_workdir / "runs").iterdir()
+    text = "aü"
+    for loaded in (modjax.load(folder), modjax.load(folder, data_dir=tiny_data_dir)):
+        ids = loaded.tokenizer.encode(text, "text")
+        assert ids == [byte + 3 for byte in text.encode()]
+        assert b"".join(loaded.tokenizer.pieces(ids)) == text.encode()
+    with pytest.raises(InputError, match="no token cache here"):
+        modjax.load(folder, data_dir=tmp_path)
+
+
+def test_a_run_on_another_vocabulary_needs_its_data_for_the_codec(
+    finished_workdir, tiny_data_dir, tmp_path, monkeypatch
+):
+    """The run and its cache get a tokenizer.json; its weights are not read."""
+    pytest.importorskip("tokenizers")
+    from tests.data.codecs.small import byte_level
+
+    (folder,) = (finished_workdir / "runs").iterdir()
+    spec = read_spec(folder)
+    spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, vocab="m.json"))
+    folder, cache = tmp_path / spec.run_id, tmp_path / "tiny-m.json"
+    folder.mkdir()
+    write_spec(folder, spec)
+    shutil.copytree(tiny_data_dir / "tiny-bytes", cache)
+    values = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps(values | {"vocab": "m.json"}))
+    tokenizer = byte_level()
+    tokenizer.save(str(cache / "tiny-1" / "tokenizer.json"))
+    identities = []
+
+    def restore(spec, folder, identity):
+        identities.append(identity)
+        return None, SimpleNamespace(graphdef=None), None
+
+    monkeypatch.setattr(runs, "_restore", restore)
+    assert modjax.load(folder).tokenizer is None
+    found = modjax.load(folder, data_dir=tmp_path).tokenizer
+    assert found.encode("a cat", "text") == tokenizer.encode("a cat").ids
+    assert found.eos_ids == (1,)
+    run = {"run_id": spec.run_id}
+    assert identities == [run, run | {"data_fingerprint": "tiny-1"}], "weights of this data"

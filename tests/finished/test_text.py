@@ -1,9 +1,8 @@
-"""Text from a finished run: stops, streams and vocabularies. The model is a table.
+"""Text from a model: stops, streams and vocabularies. The model is a table.
 
 Legend: B batch, L positions, V vocabulary.
 """
 
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -13,17 +12,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.data.vocabulary import Codec, train_sentencepiece
+from modjax.data.codecs.codec import Bytes, Pieces
+from modjax.data.vocabulary import train_sentencepiece
 from modjax.decoding.generate import Sampling
 from modjax.errors import InputError
-from modjax.finished import text as finished_text
-from modjax.finished.text import SampleRequest, check_routing, open_codec, sample
+from modjax.finished.text import (
+    SampleRequest,
+    Speaker,
+    check_routing,
+    of_pretrained,
+    of_run,
+    sample,
+)
 from modjax.nn import Cache, LayerCache
 from modjax.specs import Dense, MoD, Predictor, TopK
 from tests.nn.small import behind_a_block
 from tests.training.tiny import run_spec
 
-PIECES = Codec(train_sentencepiece(["the cat sat on the mat, and the hat fell\n"] * 20, 290))
+PIECES = Pieces(train_sentencepiece(["the cat sat on the mat, and the hat fell\n"] * 20, 290))
 GREEDY = Sampling(temperature=0)
 EOS = 1
 
@@ -63,24 +69,18 @@ class Script(nnx.Module):
         return jax.nn.one_hot(next_B, self.vocab)
 
 
-def script(rows, codec=None, vocab=259):
-    """Returns a finished run whose model continues prompts to `rows`, given as text or tokens."""
+def script(rows, codec=None, vocab=259, vocab_size=None):
+    """Returns a model that continues prompts to `rows`, given as text or tokens."""
+    codec = codec or PIECES
     ids = [codec.encode(row, "row") if isinstance(row, str) else list(row) for row in rows]
     tokens_BL = np.zeros((len(rows), 120), np.int32)
     for b, row in enumerate(ids):
         tokens_BL[b, : len(row)] = row
     graphdef, params = nnx.split(Script(tokens_BL, vocab))
     layers = behind_a_block("expert_choice", capacity=0.25, causal=Predictor())
-    spec = run_spec(layers=layers, vocab_size=300)
-    return SimpleNamespace(
-        spec=spec,
-        model=SimpleNamespace(graphdef=graphdef),
-        weights=params,
-        cache=SimpleNamespace(
-            path=None,
-            manifest=SimpleNamespace(vocab="bytes", vocab_size=vocab, eos_id=EOS),
-        ),
-    )
+    spec = run_spec(layers=layers, vocab_size=300).model
+    size = vocab_size or codec.vocab_size
+    return Speaker(spec, graphdef, params, codec, codec.encode, (EOS,), size)
 
 
 def say(run, prompts, *, tokens=80, **options):
@@ -95,7 +95,7 @@ def say(run, prompts, *, tokens=80, **options):
     return samples, written
 
 
-BYTES = Codec(None)
+BYTES = Bytes()
 # Longer than two chunks of the stream, and not only ASCII.
 LONG = "The quick brown fox, 日本 and ü, jumps; then it rests: END, or so. And again, it jumps."
 
@@ -135,8 +135,7 @@ def test_the_first_stop_of_several_counts_and_each_row_ends_by_itself():
     assert found[2].text == rows[2][3:], "the end of the document is no text"
 
 
-def test_a_stop_is_found_however_the_vocabulary_spells_it(monkeypatch):
-    monkeypatch.setattr(finished_text, "open_codec", lambda run: PIECES)
+def test_a_stop_is_found_however_the_vocabulary_spells_it():
     text = "the cat sat on the mat, and the hat fell\n" * 3
     ids = PIECES.encode(text, "row")
     (found,), _ = say(script([ids], vocab=290), ["the"], stop=("t on th",))
@@ -145,10 +144,9 @@ def test_a_stop_is_found_however_the_vocabulary_spells_it(monkeypatch):
     assert len(found.pieces) < len(found.prompt + found.text), "pieces, not characters"
 
 
-def test_tokens_beyond_the_manifest_are_not_drawn():
-    run = script([LONG], BYTES)
-    run.cache.manifest.vocab_size = ord("u") + 3  # the model would say "u" next
-    (found,), _ = say(run, ["The q"], tokens=1)
+def test_tokens_beyond_the_vocabulary_are_not_drawn():
+    model = script([LONG], BYTES, vocab_size=ord("u") + 3)  # the model would say "u" next
+    (found,), _ = say(model, ["The q"], tokens=1)
     assert found.text != "u"
 
 
@@ -174,9 +172,8 @@ def test_tokens_beyond_the_manifest_are_not_drawn():
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(prompt, options, message):
-    run = script(["ab"], BYTES)
-    run.cache.manifest.vocab_size = 150
-    run.model.graphdef = None  # whatever uses the model fails otherwise
+    run = script(["ab"], BYTES, vocab_size=150)
+    run = run._replace(graphdef=None)  # whatever uses the model fails otherwise
     with pytest.raises(InputError, match=message) as caught:
         say(run, [prompt], **options)
     assert "\n" not in str(caught.value)
@@ -198,9 +195,79 @@ def test_a_routing_must_be_one_of_the_model_that_never_looks_ahead():
         check(*behind_a_block("received"))
 
 
-def test_a_vocabulary_needs_its_package(monkeypatch):
-    run = script([LONG], BYTES)
-    run.cache.manifest.vocab = "sentencepiece:290"
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(InputError, match=r"sentencepiece.*pip install -e '.\[data\]'"):
-        open_codec(run)
+def tokenizer(more=(), **settings):
+    """Returns the codec of a tokenizer.json that begins a prompt with <s>."""
+    pytest.importorskip("tokenizers")
+    from tokenizers import processors
+
+    from modjax.data.codecs.tokenizer import Settings, Tokenizer
+    from tests.data.codecs.small import byte_level
+
+    made = byte_level(size=290)
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    made.add_special_tokens(list(more))
+    return Tokenizer(made.to_str().encode(), "here", Settings(**settings))
+
+
+def pretrained(codec, text, chat=False, end=(), prompt=()):
+    """Returns a pretrained model that says `prompt`, `text` and `end`, and then always "!"."""
+    ids = [*prompt, *codec.encode(text, ""), *end, *codec.encode("!" * 60, "")]
+    made = script([ids], codec, vocab=300)
+    return of_pretrained(made.spec, made.graphdef, made.weights, codec, chat=chat)
+
+
+@pytest.mark.parametrize("end", [1, 4])
+def test_a_pretrained_model_begins_a_prompt_and_ends_at_any_of_its_ends(end):
+    codec = tokenizer(special={"eos_token": "</s>"}, eos_ids=(4,))
+    model = pretrained(codec, "The brown fox, 日本\n\tjumps", end=(end,), prompt=(0,))
+    (found,), _ = say(model, ["The brown"], tokens=60)
+    assert found.text == " fox, 日本\n\tjumps", "the position of each token counts <s>"
+    assert found.pieces[0] == b"" and len(found.pieces) == len(found.depths)
+    assert found.routed_blocks == 1
+
+
+def test_a_chat_is_written_by_the_template_and_shown_without_it():
+    template = "<s>user:{{ messages[0].content }}<|im_end|>"
+    codec = tokenizer(eos_ids=(4,), template=template)
+    prompt = [0, *codec.encode("user:Hi", ""), 4]
+    model = pretrained(codec, "Hello!", chat=True, end=(4,), prompt=prompt)
+    written = []
+    (found,) = sample(model, SampleRequest(["Hi"], 40, sampling=GREEDY), written.append)
+    assert (found.prompt, found.text) == ("Hi", "Hello!")
+    assert "".join(written) == "Hi\nHello!"
+    assert b"".join(found.pieces) == b"user:HiHello!"
+
+
+def test_a_prompt_of_a_pretrained_model_may_spell_special_tokens_and_one_of_a_run_may_not():
+    codec = tokenizer()
+    model = pretrained(codec, "x")
+    assert model.encode("<|im_start|>a", "--prompt") == [0, 3, *codec.encode("a", "")]
+    cache = SimpleNamespace(codec=lambda: codec, manifest=SimpleNamespace(eos_id=4, vocab_size=290))
+    spec = SimpleNamespace(model=model.spec)
+    run = SimpleNamespace(spec=spec, model=model, weights=model.weights, cache=cache)
+    speaker = of_run(run)
+    assert speaker.encode("<|im_start|>a", "--prompt") == codec.encode("<|im_start|>a", "")
+    assert (speaker.eos_ids, speaker.spec, speaker.vocab_size) == ((4,), model.spec, 290)
+
+
+def test_a_special_token_without_an_embedding_is_refused_where_it_is_used():
+    codec = tokenizer(special={"eos_token": "</s>"}, more=["<image>"], eos_ids=(290,))
+    model = pretrained(codec, "Hello")
+    spec = run_spec(layers=(Dense(),), vocab_size=290).model
+    model = of_pretrained(spec, model.graphdef, model.weights, codec, chat=False)
+    assert (list(model.eos_ids), model.vocab_size) == ([1], 290)
+    with pytest.raises(InputError, match=r"--prompt = '<image>': has tokens beyond the .* 290"):
+        say(model, ["<image>"])
+
+
+def test_a_pretrained_model_that_cannot_speak_is_refused_in_one_line():
+    codec = tokenizer()
+    model = pretrained(codec, "x")
+    parts = (model.graphdef, model.weights)
+    small = run_spec(vocab_size=260).model
+    with pytest.raises(InputError, match=r"^--pretrained = None: has no tokenizer: needs a"):
+        of_pretrained(model.spec, *parts, None, chat=False)
+    with pytest.raises(InputError, match=r"^model.vocab_size = 260: is too small for its"):
+        of_pretrained(small, *parts, codec, chat=False)
+    with pytest.raises(InputError, match=r"^tokenizer = 'here': has no chat template"):
+        say(of_pretrained(model.spec, *parts, codec, chat=True), ["Hi"])

@@ -15,13 +15,14 @@ LINES = [f"the cat sat on the mat {i}, and the hat fell  on\n\tthe cat ü\n" for
 USE = """
 import sys
 from pathlib import Path
-from modjax.data.vocabulary import Codec, parse_vocab
+from modjax.data.codecs.codec import Pieces
+from modjax.data.vocabulary import parse_vocab
 from modjax.errors import InputError
 for path in map(Path, sys.argv[1:]):
-    for use in (lambda: parse_vocab(str(path)), lambda: Codec(path.read_bytes(), str(path))):
+    for use in (lambda: parse_vocab(str(path)), lambda: Pieces(path.read_bytes(), str(path))):
         try:
             got = use()
-            if isinstance(got, Codec):
+            if isinstance(got, Pieces):
                 got.pieces(got.encode("the cat, \\u00fc \\u65e5", "--prompt"))
             print("used")
         except InputError as error:

@@ -40,19 +40,20 @@ class CacheRequest:
     @property
     def source(self) -> str:
         """Returns the description of the text, and of the given vocabulary if there is one."""
-        model = self.vocab.model
-        given = f"; {self.vocab.name} sha256 {sha256(model)}" if model is not None else ""
-        return self.corpus.source + given
+        name, content, eos_id = self.vocab.name, self.vocab.content, self.vocab.eos_id
+        given = f"; {name} sha256 {sha256(content)}" if content is not None else ""
+        end = f", end of document {eos_id}" if eos_id is not None else ""
+        return self.corpus.source + given + end
 
-    def inputs(self, model: bytes) -> str:
+    def inputs(self, vocabulary: bytes) -> str:
         """Returns a description of everything that the tokens depend on.
 
-        A killed preparation resumes only if this is unchanged. model: the SentencePiece model, or
-        b"" for bytes.
+        A killed preparation resumes only if this is unchanged. vocabulary: its file, or b"" for
+        bytes.
         """
         scan = self.corpus.scan
         files = scan.state if scan is not None else ""
-        return f"{self.source}; files {files}; vocabulary {sha256(model)}"
+        return f"{self.source}; files {files}; vocabulary {sha256(vocabulary)}"
 
 
 def check_corpus(name: str | None, files: list[Path], tfds_name: str | None) -> Corpus:

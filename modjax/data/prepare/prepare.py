@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from modjax.data.codecs.tokenizer import MOST_CONTENT
 from modjax.data.manifest import SPLITS, Manifest, Split
 from modjax.data.prepare.corpus import (
     CORPORA,
@@ -31,7 +32,13 @@ from modjax.data.prepare.replace import begin, locked, put_in_place, tidy
 from modjax.data.prepare.upload import check_writable, upload
 from modjax.data.prepare.writer import Written, has_tokens, read_journal, write_journal, write_split
 from modjax.data.token_cache import cache_dir, open_cache, read_manifest, shown, url
-from modjax.data.vocabulary import MOST_MODEL, TRAINING_BYTES, parse_vocab, train_sentencepiece
+from modjax.data.vocabulary import (
+    TRAINING_BYTES,
+    file_of,
+    parse_tokenizer,
+    parse_vocab,
+    train_sentencepiece,
+)
 from modjax.errors import InputError, require
 from modjax.files import is_disk_full, read_file, user_cache, write_atomically
 from modjax.specs import DataConfig
@@ -45,7 +52,8 @@ def prepare(
     name: str | None = None,
     text_files: Sequence[Path] = (),
     tfds_name: str | None = None,
-    vocab: str = "bytes",
+    vocab: str | None = None,
+    tokenizer: Path | str | None = None,
     data_dir: Path | str,
     force: bool = False,
 ) -> Path | str:
@@ -54,8 +62,10 @@ def prepare(
     The corpus is the user's files, or a TFDS data set, or the corpus called `name`: stdlib (the
     default), c4 or lm1b. For files or a data set, `name` names the result.
 
-    vocab: "bytes", "sentencepiece:SIZE" (trained on the corpus) or the path of a SentencePiece
-        model.
+    vocab: "bytes" (the default), "sentencepiece:SIZE" (trained on the corpus) or the path of a
+        SentencePiece model.
+    tokenizer: the tokenizer of a pretrained model instead: its folder, a tokenizer.json or a GGUF
+        file. The vocabulary is then called NAME.json, by the name of the folder or file.
     data_dir: a local folder, or a URL that tensorstore can write, such as gs://bucket/folder or
         s3://bucket/folder.
     force: makes the cache anew, replacing an existing one.
@@ -64,7 +74,12 @@ def prepare(
     full disk too; running this again then resumes.
     """
     _check_packages()
-    vocabulary = parse_vocab(vocab)
+    accepted = "cannot be combined with --tokenizer"
+    require(vocab is None or tokenizer is None, "--vocab", vocab, accepted)
+    if tokenizer is not None:
+        vocabulary = parse_tokenizer(tokenizer)
+    else:
+        vocabulary = parse_vocab("bytes" if vocab is None else vocab)
     corpus = check_corpus(name, [Path(file) for file in text_files], tfds_name)
     request = CacheRequest(corpus, vocabulary)
     final = cache_dir(Path(data_dir), DataConfig(name=corpus.name, vocab=vocabulary.name))
@@ -102,8 +117,7 @@ def _check_same(final: Path, request: CacheRequest) -> None:
             raise InputError("--data-dir", shown(final.parent), accepted)
         remedy = "choose another --name, or replace it with --force"
         raise InputError("--name", name, f"{shown(final)} was {other}; {remedy}")
-    if cache.manifest.vocab != "bytes":
-        cache.vocabulary_model()  # raises InputError if it is damaged
+    cache.vocabulary()  # raises InputError if it is damaged
 
 
 def _make_remote(remote: str, name: str, request: CacheRequest, exists: bool) -> None:
@@ -163,25 +177,26 @@ def _full_disk_as_input_error(where: str) -> Iterator[None]:
 
 def _fill(partial: Path, request: CacheRequest, report: Report) -> None:
     """Completes the cache in the folder `partial`, writing the manifest last."""
-    vocab, path = request.vocab, partial / "vocabulary.model"
-    model = read_file(path, MOST_MODEL) if path.exists() else b""
-    written = read_journal(partial, request.inputs(model))
-    if not path.exists():  # the journal was of other input
-        model = b""
+    vocab, name = request.vocab, file_of(request.vocab.name)
+    path = partial / name if name is not None else None
+    content = read_file(path, MOST_CONTENT) if path is not None and path.exists() else b""
+    written = read_journal(partial, request.inputs(content))
+    if path is not None and not path.exists():  # the journal was of other input
+        content = b""
     report("loading TensorFlow")
     tasks = load_tasks()
     scratch = partial / "scratch"
     scratch.mkdir(exist_ok=True)  # read_journal may have removed it
     report("reading the text")
     source = _open_source(tasks, request.corpus, scratch)
-    if vocab.name != "bytes" and not model:
+    if path is not None and not content:
         report(f"making the vocabulary {vocab.name}")
-        model = vocab.model or _train_vocabulary(tasks, source, request)
-        write_atomically(path, model)
-    vocabulary = tasks.make_vocabulary(model, scratch)
+        content = vocab.content or _train_vocabulary(tasks, source, request)
+        write_atomically(path, content)
+    vocabulary = tasks.make_vocabulary(vocab, content, scratch)
     dtype = np.dtype(np.uint16 if vocabulary.vocab_size <= 2**16 else np.uint32)
 
-    inputs = request.inputs(model)
+    inputs = request.inputs(content)
     write_journal(partial, inputs, written)
     for split in SPLITS:
         start = written[split]
@@ -196,7 +211,7 @@ def _fill(partial: Path, request: CacheRequest, report: Report) -> None:
         has_text = written[split].bytes > 0
         require(has_text, "data", request.corpus.name, f"its {split} split has no text")
     shutil.rmtree(scratch)
-    manifest = _manifest(request, model, vocabulary, written)
+    manifest = _manifest(request, content, vocabulary, written)
     write_atomically(partial / "manifest.json", manifest.to_json())
 
 
@@ -240,9 +255,9 @@ def _counted(
 
 
 def _manifest(
-    request: CacheRequest, model: bytes, vocabulary: Any, written: dict[str, Written]
+    request: CacheRequest, content: bytes, vocabulary: Any, written: dict[str, Written]
 ) -> Manifest:
-    fingerprint = hashlib.sha256(model)
+    fingerprint = hashlib.sha256(content)
     for split in SPLITS:
         fingerprint.update(f"{split} {written[split].tokens} {written[split].digest}".encode())
     return Manifest(
@@ -253,7 +268,7 @@ def _manifest(
         source=request.source,
         fingerprint=fingerprint.hexdigest(),
         splits={s: Split(w.documents, w.tokens, w.bytes) for s, w in written.items()},
-        vocab_sha256=sha256(model) if model else None,
+        vocab_sha256=sha256(content) if content else None,
     )
 
 

@@ -11,15 +11,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from modjax.data.codecs.codec import Bytes
+from modjax.data.codecs.tokenizer import Tokenizer
 from modjax.data.manifest import SPLITS
 from modjax.data.prepare.documents import TextScan, scanned_documents
-from modjax.data.vocabulary import stderr_into
+from modjax.data.vocabulary import Vocab, make_codec, stderr_into
 from modjax.errors import InputError, describe, require
 
 
@@ -151,30 +153,89 @@ def tfds_source(name: str) -> seqio.DataSource:
     return seqio.TfdsDataSource(name, splits=splits)
 
 
-def make_vocabulary(model: bytes, folder: Path) -> seqio.Vocabulary:
-    """Returns the vocabulary of a SentencePiece model, or of bytes if `model` is empty.
+class TokenizerVocabulary(seqio.Vocabulary):
+    """seqio's view of a tokenizer.json. `encode_tf` takes a batch of texts."""
 
-    folder: where the model is written, since seqio reads a file.
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        super().__init__()
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_ids[0]
+
+    @property
+    def unk_id(self) -> int | None:
+        return None
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.tokenizer.text_size
+
+    def _encode(self, s: str) -> Sequence[int]:
+        return self.tokenizer.encode(s, "text")
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def _encode_tf(self, s: Any) -> Any:
+        def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            decoded = [text.decode(errors="replace") for text in texts]
+            rows = [np.array(ids, np.int32) for ids in self.tokenizer.encode_batch(decoded)]
+            return np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
+
+        flat, lengths = tf.numpy_function(encode, [s], (tf.int32, tf.int64))
+        flat, lengths = tf.ensure_shape(flat, [None]), tf.ensure_shape(lengths, [None])
+        return tf.RaggedTensor.from_row_lengths(flat, lengths)  # type: ignore[attr-defined]
+
+    def _decode_tf(self, ids: Any) -> Any:
+        return tf.numpy_function(lambda ids: self._decode(ids.tolist()), [ids], tf.string)
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, TokenizerVocabulary)
+        return same and other.tokenizer.content == self.tokenizer.content
+
+
+def make_vocabulary(vocab: Vocab, content: bytes, folder: Path) -> seqio.Vocabulary:
+    """Returns the requested vocabulary.
+
+    content: its file, or b"" for bytes.
+    folder: where a SentencePiece model is written, since seqio reads a file.
     """
-    if not model:
+    codec = make_codec(vocab.name, content, vocab.eos_id, vocab.name)
+    if isinstance(codec, Bytes):
         return seqio.ByteVocabulary()
+    if isinstance(codec, Tokenizer):
+        return TokenizerVocabulary(codec)
     # seqio caches models by their path for the life of the process.
-    path = folder / f"{hashlib.sha256(model).hexdigest()}.model"
-    path.write_bytes(model)
+    path = folder / f"{hashlib.sha256(content).hexdigest()}.model"
+    path.write_bytes(content)
     return seqio.SentencePieceVocabulary(os.fspath(path))
+
+
+def _tokenize_batches(dataset: Any, output_features: Mapping[str, Any]) -> Any:
+    """Tokenises as `seqio.preprocessors.tokenize` does, but many documents at once."""
+    vocabulary = output_features["targets"].vocabulary
+
+    def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
+        text = batch["targets"]
+        return {"targets": vocabulary.encode_tf(text), "targets_pretokenized": text}
+
+    return dataset.batch(DOCUMENTS_AT_ONCE).map(tokenize).unbatch()
 
 
 def make_task(
     name: str, source: seqio.DataSource, vocabulary: seqio.Vocabulary, skip: int = 0
 ) -> seqio.Task:
     """Returns the task that tokenises "text" into "targets", after the first `skip` documents."""
+    in_batches = isinstance(vocabulary, TokenizerVocabulary)
     return seqio.Task(
         name,
         source=source,
         preprocessors=[
             lambda dataset: dataset.skip(skip),
             seqio.map_over_dataset(lambda example: {"targets": example["text"]}),
-            seqio.preprocessors.tokenize,
+            _tokenize_batches if in_batches else seqio.preprocessors.tokenize,
             seqio.preprocessors.append_eos,
         ],
         output_features={"targets": seqio.Feature(vocabulary, add_eos=True)},
