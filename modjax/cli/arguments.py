@@ -205,6 +205,17 @@ def _add_finished_verbs(commands: Any) -> None:
         option("--stop", action="append", default=[], metavar="TEXT", help=stop),
         option("--show-depth", action="store_true", help=depth),
     )
+    _add(
+        *(commands, "export", finished_verbs.export, EXPORT),
+        *(WORKDIR, DATA_DIR, IMPORTS, OTHER_CODE),
+        option("--run", metavar="RUN_ID", help="the run; needed if there are several"),
+        option("--out", required=True, type=Path, metavar="DIR", help="a new or an empty folder"),
+        option(
+            "--dtype",
+            choices=("float32", "bfloat16", "float16"),
+            help="of the written numbers; default float32, in which a run trains",
+        ),
+    )
 
 
 PREPARE = """make the token cache of a corpus: the only step that needs TensorFlow.
@@ -246,6 +257,10 @@ SAMPLE = """continue a prompt with a finished run or a pretrained model.
 
 Routing never looks ahead, and each block caches the tokens that it processed. The continuation of a
 single prompt is printed while it is drawn."""
+EXPORT = """write a finished run as config.json, safetensors and a model card, for transformers.
+
+A dense run is written as llama, a run with experts as mixtral or olmoe, or as another family that
+computes the same. Routed layers are refused: transformers cannot express them."""
 FLOPS = """print the parameters and FLOPs of a model by component, and in sum under each convention.
 
 For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at

@@ -1,4 +1,4 @@
-"""The verbs that open finished runs: eval and sample.
+"""The verbs that open finished runs and pretrained models: eval, sample and export.
 
 Imports are inside the functions, so that each verb imports only what it needs.
 """
@@ -29,8 +29,9 @@ def _prepare(args: argparse.Namespace) -> None:
     """Checks --slack, starts jax and imports the modules of --imports, before reading any run."""
     from modjax.specs.imports import places
 
-    finite = args.slack is None or 0 < args.slack < math.inf
-    require(finite, "--slack", args.slack, "must be greater than 0, and finite")
+    slack = vars(args).get("slack")
+    finite = slack is None or 0 < slack < math.inf
+    require(finite, "--slack", slack, "must be greater than 0, and finite")
     start(places(args.imports, Path(), "--imports"))
 
 
@@ -159,7 +160,9 @@ def _open_speaker(args: argparse.Namespace) -> "Speaker":
 
         accepted = "needs --pretrained: a run has no chat template"
         require(not args.chat, "--chat", args.chat, accepted)
-        return of_run(open_run(_choose_one(args), workdir=args.workdir, data_dir=args.data_dir))
+        return of_run(
+            open_run(_choose_one(args, args.routing), workdir=args.workdir, data_dir=args.data_dir)
+        )
     from modjax.pretrained import from_pretrained
 
     require(args.run is None, "--run", args.run, "cannot be combined with --pretrained")
@@ -168,8 +171,8 @@ def _open_speaker(args: argparse.Namespace) -> "Speaker":
     return of_pretrained(*parts, chat=args.chat)
 
 
-def _choose_one(args: argparse.Namespace) -> RunSpec:
-    """Returns the spec of the run to sample from, after checking its routing and its code."""
+def _choose_one(args: argparse.Namespace, routing: str | None) -> RunSpec:
+    """Returns the spec of the chosen run, after checking its code and any routing to sample by."""
     from modjax.finished.runs import choose
     from modjax.finished.text import check_routing
 
@@ -177,11 +180,37 @@ def _choose_one(args: argparse.Namespace) -> RunSpec:
     if failures:  # one of these may be the intended run
         raise next(iter(failures.values()))
     spec = specs[-1]
-    check_routing(spec.model, args.routing)
+    if routing is not None:
+        check_routing(spec.model, routing)
     accepted = f"must name one of the {len(specs)} finished runs, such as {spec.run_id}"
     require(len(specs) == 1, "--run", args.run, accepted)
     _check_code(args, spec)
     return spec
+
+
+def export(args: argparse.Namespace) -> None:
+    _prepare(args)
+    with starting():
+        from modjax.finished.export import export
+        from modjax.finished.runs import load
+        from modjax.records import read_record, run_dir
+        from modjax.scaling.workdir import read_plan
+
+    spec = _choose_one(args, None)
+    folder = run_dir(args.workdir, spec.run_id)
+    record, plan = read_record(folder, spec.run_id), read_plan(args.workdir)
+    assert record is not None
+    about = {"imports": args.imports, "other_code": args.other_code}
+    try:
+        run = load(folder, data_dir=args.data_dir, **about)
+    except InputError as error:
+        if error.field != "data":
+            raise
+        print(f"modjax: exported without a tokenizer: {error}", file=sys.stderr)
+        run = load(folder, **about)
+    command = "not recorded" if plan is None else plan.command
+    export(run, record, args.out, dtype=args.dtype, command=command)
+    print(args.out)
 
 
 def _print_depths(samples: "Sequence[Sample]") -> None:

@@ -1,1 +1,1 @@
-"""Finished runs, opened again: to look at them in Python, to evaluate them, to sample from them."""
+"""Finished runs, opened again: in Python, to evaluate, to sample from and to export them."""
