@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.pretrained.small_models import Case, as_old, drawn
+from tests.pretrained.small_models import Case, drawn
 
 
 def silence() -> None:
@@ -63,25 +63,15 @@ def save(case: Case, model: Any, folder: Path) -> None:
             for name, value in config.items()
             if name not in derived and (name not in default or default[name] != value)
         }
-    if case.old:
-        config = as_old(config) | case.old_changes
     if case.nested:
-        nest(folder)
-        config = {
-            "architectures": ["Gemma3ForConditionalGeneration"],
-            "model_type": "gemma3",
-            "image_token_index": 96,
-            "mm_tokens_per_image": 4,
-            "text_config": config,
-            "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16},
-        }
-    path.write_text(json.dumps(config, indent=2))
+        nest(folder, case.prefix)
+    path.write_text(json.dumps(case.in_form(config)))
 
 
-def nest(folder: Path) -> None:
+def nest(folder: Path, prefix: str) -> None:
     """Renames the tensors as those of the text part of a model of images and text."""
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
     found = load_file(path)
-    save_file({f"language_model.{n}": t for n, t in found.items()}, path, {"format": "pt"})
+    save_file({prefix + n: t for n, t in found.items()}, path, {"format": "pt"})

@@ -113,10 +113,31 @@ class Case:
             config = SMALL | FAMILIES[self.family] | self.changes
         return {"model_type": self.family} | config
 
+    def in_form(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Returns such a config as the file of this case says it."""
+        if self.old:
+            config = as_old(config) | self.old_changes
+        if not self.nested:
+            return config
+        return {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "image_token_index": 96,
+            "mm_tokens_per_image": 4,
+            "text_config": config,
+            "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16},
+        }
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the tensors' names in the file."""
+        return "language_model." if self.nested else ""
+
 
 def as_old(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a config as transformers 4 wrote it: `rope_theta` and `rope_scaling`."""
-    config = dict(config, torch_dtype=config["dtype"], transformers_version="4.48.0")
+    dtype = config.get("dtype", "float32")
+    config = dict(config, torch_dtype=dtype, transformers_version="4.48.0")
     # `head_dim` is absent in files that are older than the field.
     derived = config["hidden_size"] // config["num_attention_heads"]
     outside = {"dtype", "layer_types", "rope_parameters", "_sliding_window_pattern"}
@@ -124,7 +145,7 @@ def as_old(config: dict[str, Any]) -> dict[str, Any]:
     rope, key = config["rope_parameters"], "type"
     config = {name: value for name, value in config.items() if name not in outside}
     if config["model_type"] == "qwen3_moe":
-        config["num_experts"] = config.pop("num_local_experts")
+        config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
     if FULL in rope:
         config["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
         rope, key = rope[FULL], "rope_type"  # transformers ignores Gemma 3's `type`
@@ -214,16 +235,15 @@ def drawn(name: str, shape: tuple[int, ...], family: str, rng: np.random.Generat
     return z * (2.0 if name.endswith(".gate.weight") else 1.0) / math.sqrt(shape[-1])
 
 
-def write(folder: Path, config: Mapping[str, Any], *, seed: int = 0) -> dict[str, np.ndarray]:
+def write(folder: Path, case: Case) -> dict[str, np.ndarray]:
     """Writes a random model in float32 into a folder, and returns its tensors."""
     from safetensors.numpy import save_file
 
-    rng = np.random.default_rng(seed)
+    config, rng = case.config(), np.random.default_rng(0)
     tensors = {
-        name: drawn(name, shape, config["model_type"], rng).astype(np.float32)
+        case.prefix + name: drawn(name, shape, case.family, rng).astype(np.float32)
         for name, shape in shapes(config).items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(case.in_form(config)))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return tensors
