@@ -17,7 +17,7 @@ WINDOW = 5  # keys; LENGTH is longer
 LENGTH = 24
 THETA = 5000.0
 SMALL = {
-    "vocab_size": 97,
+    "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
@@ -214,7 +214,11 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         if family == "phi3":
             linear(f"{part}.gate_up_proj", 2 * f, d)
             linear(f"{part}.down_proj", d, f)
-        elif experts is None or number in config.get("mlp_only_layers", ()):
+        elif (
+            experts is None
+            or number in config.get("mlp_only_layers", ())
+            or (number + 1) % config.get("decoder_sparse_step", 1)
+        ):
             mlp(part, f, names, config.get("mlp_bias", False))
         else:
             if family == "mixtral":
