@@ -24,7 +24,9 @@ test-slow: $(INSTALLED)
 
 test-parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'
-	$(BIN)/python -m pytest tests/nn/layers/test_moe_parity.py tests/nn/layers/test_streams_parity.py
+	$(BIN)/python -m pytest tests/nn/layers/test_moe_parity.py \
+		tests/nn/layers/test_streams_parity.py tests/pretrained/test_parity.py \
+		tests/pretrained/test_smollm2.py
 
 test-reliability: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/reliability

@@ -11,7 +11,7 @@ import modjax
 from tests.nn.small import QUICK
 from tests.pretrained.cases import CASES
 from tests.pretrained.numpy_decoder import decode
-from tests.pretrained.small_models import FAMILIES, tokens, write
+from tests.pretrained.small_models import FAMILIES, Case, tokens, write
 
 pytest.importorskip("safetensors", reason="the extra `pretrained`")
 
@@ -46,3 +46,18 @@ def test_logits_equal_those_of_numpy(name, tmp_path):
     expected_BLV = decode(config, tensors, tokens_BL)
     assert 0.8 < np.std(expected_BLV) < 1.3
     np.testing.assert_allclose(logits_BLV, expected_BLV, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["new", "old"])
+def test_a_field_that_is_null_says_none_and_an_absent_one_the_default(form, tmp_path):
+    """Short sequences do not show it: Mistral's default window is 4096 keys, later files have none."""
+    case = (
+        CASES["mistral, no window"] if form == "old" else Case("mistral", {"sliding_window": None})
+    )
+    write(tmp_path, case)
+    assert "Window" not in str(modjax.from_pretrained(tmp_path).spec)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["sliding_window"]
+    path.write_text(json.dumps(config))
+    assert "Window(4096)" in str(modjax.from_pretrained(tmp_path).spec)
