@@ -113,42 +113,61 @@ def test_equals_transformers(name, made, tmp_path):
     # Both write their gradients as a model's weights, so that their names and layouts are equal.
     become_gradients(model := hf_models.make(case), tokens_BL)
     hf_models.save(dataclasses.replace(case, dtype="float32"), model, tmp_path / "theirs")
-    modjax.save_pretrained(tmp_path / "ours", found.spec, grads)
+    modjax.save_pretrained(tmp_path / "ours", found.spec, grads, config=found.config)
     theirs, written = tensors(tmp_path / "theirs"), tensors(tmp_path / "ours")
     assert {case.prefix + tensor for tensor in written} == theirs.keys()
+    sizes = {tensor: np.max(np.abs(theirs[case.prefix + tensor])) for tensor in written}
     for tensor, grad in written.items():
-        expected = theirs[case.prefix + tensor]
-        size = np.max(np.abs(expected))
-        assert size > 1e-5, tensor
-        np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-4 * size, err_msg=tensor)
+        expected, bound = theirs[case.prefix + tensor], 1e-4 * sizes[tensor] + 1e-7
+        np.testing.assert_allclose(grad, expected, rtol=0, atol=bound, err_msg=tensor)
+    # All but experts that no token chooses, and biases of keys that do not turn.
+    assert np.mean([size > 1e-5 for size in sizes.values()]) > 0.9
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_files_come_back_with_equal_bytes_and_logits(name, made, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     case = CASES[name]
     folder, model = made(name)
     found = modjax.from_pretrained(folder)
-    assert found.spec.dtype == case.dtype
-    modjax.save_pretrained(tmp_path / "out", found.spec, found.weights)
-    before, after = tensors(folder), tensors(tmp_path / "out")
+    assert found.spec.dtype == ("bfloat16" if case.dtype == "bfloat16" else "float32")
+    out, options = tmp_path / "out", {"config": found.config, "dtype": case.dtype}
+    modjax.save_pretrained(out, found.spec, found.weights, **options)
+    before, after = tensors(folder), tensors(out)
     assert {case.prefix + tensor for tensor in after} == before.keys()
     for tensor, value in after.items():
         expected = before[case.prefix + tensor]
         assert value.dtype == expected.dtype and value.tobytes() == expected.tobytes(), tensor
-    options = {"dtype": "float32", "attn_implementation": "eager", "output_loading_info": True}
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
-    assert not any(info.values()), info
-    tokens_BL = tokens(case)
-    expected_BLV = hf_models.logits(model, tokens_BL)
-    np.testing.assert_array_equal(hf_models.logits(again.eval(), tokens_BL), expected_BLV)
-    check_both_forms(json.loads((tmp_path / "out" / "config.json").read_text()))
+    expected_BLV = hf_models.logits(model, tokens(case))
+    np.testing.assert_array_equal(hf_models.logits(reloaded(out), tokens(case)), expected_BLV)
+    check_both_forms(json.loads((out / "config.json").read_text()))
     # And a second time: what modjax writes, it reads.
-    twice = modjax.from_pretrained(tmp_path / "out")
-    assert twice.spec == found.spec
-    same = jax.tree.map(lambda a, b: np.array_equal(a, b), twice.weights, found.weights)
+    twice = modjax.from_pretrained(out)
+    width = found.spec.shape.head_dim
+    assert twice.spec == dataclasses.replace(found.spec, head_dim=width)
+    same = jax.tree.map(np.array_equal, twice.weights, found.weights)
     assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == "float32"])
+def test_the_spec_alone_says_the_family(name, made, tmp_path):
+    """Another family than the file's may compute the same, with its tensors in another form."""
+    case = CASES[name]
+    folder, model = made(name)
+    found = modjax.from_pretrained(folder)
+    modjax.save_pretrained(tmp_path / "out", found.spec, found.weights)
+    expected_BLV = hf_models.logits(model, tokens(case))
+    logits_BLV = hf_models.logits(reloaded(tmp_path / "out"), tokens(case))
+    np.testing.assert_allclose(logits_BLV, expected_BLV, rtol=0, atol=CLOSE)
+
+
+def reloaded(folder):
+    """Returns the model that transformers reads from a folder."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": "float32", "attn_implementation": "eager", "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert not any(info.values()), info
+    return model.eval()
 
 
 def check_both_forms(config):
