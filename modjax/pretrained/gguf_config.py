@@ -1,0 +1,141 @@
+"""Hugging Face's config.json, made from the keys of a GGUF file.
+
+llama.cpp's converter (conversion/) leaves out the fields that llama.cpp has as constants
+(src/models/).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modjax.errors import require
+
+_GEMMA: dict[str, Any] = dict.fromkeys(("hidden_act", "hidden_activation"), "gelu_pytorch_tanh")
+_CONSTANTS: dict[str, dict[str, Any]] = {  # by architecture; a key of the file wins
+    **{arch: {} for arch in ("llama", "qwen2", "qwen3", "olmo2", "smollm3")},
+    "gemma": _GEMMA,
+    "gemma2": {"sliding_window": 4096, "attn_logit_softcapping": 50.0}
+    | {"final_logit_softcapping": 30.0, **_GEMMA},
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": None, "sliding_window_pattern": 6}
+    | {"final_logit_softcapping": None, **_GEMMA},
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+    "phi3": {"sliding_window": None},
+    "qwen3moe": {"model_type": "qwen3_moe", "norm_topk_prob": True},
+}
+_REQUIRED = (
+    {"block_count": "num_hidden_layers", "context_length": "max_position_embeddings"}
+    | {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"}
+    | {"attention.head_count": "num_attention_heads"}
+    | {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+)
+_OPTIONAL = (
+    {"attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
+    | {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+    | {"expert_feed_forward_length": "moe_intermediate_size"}
+)
+_OF_SOME = (  # keys of the architectures that have such a constant
+    {f"attention.{field}": field for field in ("sliding_window", "sliding_window_pattern")}
+    | {field: field for field in ("attn_logit_softcapping", "final_logit_softcapping")}
+    | {"attention.clamp_kqv": "clip_qkv"}
+)
+_TOLD_BY_TENSORS = ("vocab_size", "attention.value_length")
+_WITHOUT_EFFECT = ("tensor_data_layout", "pooling_type", "rope.scaling.finetuned")
+_YARN = {"factor": "factor", "yarn_attn_factor": "attention_factor"} | {
+    f"yarn_{field}": field for field in ("beta_fast", "beta_slow")
+}
+
+
+def config_of(
+    path: Path,
+    keys: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    factors: dict[str, list[float]],
+) -> dict[str, Any]:
+    """Returns the fields of config.json.
+
+    shapes: of the tensors, by GGUF's names.
+    factors: the tensors that scale rotary positions.
+    Raises InputError for every key that it does not know, because it may change numbers.
+    """
+    arch = keys.get("general.architecture")
+    known = ", ".join(_CONSTANTS)
+    require(arch in _CONSTANTS, f"{path}: general.architecture", arch, f"must be one of {known}")
+    values = {k.removeprefix(f"{arch}."): v for k, v in keys.items() if k.startswith(f"{arch}.")}
+    for key in (*_TOLD_BY_TENSORS, *_WITHOUT_EFFECT):
+        values.pop(key, None)
+    config = {"model_type": arch, "hidden_act": "silu", **_CONSTANTS[str(arch)]}
+    of_some = {key: field for key, field in _OF_SOME.items() if field in config}
+    for key, field in (_REQUIRED | _OPTIONAL | of_some).items():
+        value = values.pop(key, 0)
+        right = type(value) in (int, float) and (value > 0 or (value == 0 and key not in _REQUIRED))
+        require(right, f"{path}: {arch}.{key}", value, "must be a positive number for all layers")
+        if value:  # 0 means that there is none
+            config[field] = value
+    width, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads = config["num_attention_heads"]
+    config = {"num_key_value_heads": heads, "head_dim": width // heads, **config}
+    require("token_embd.weight" in shapes, f"{path}: token_embd.weight", None, "is missing")
+    config["vocab_size"] = shapes["token_embd.weight"][0]
+    config["tie_word_embeddings"] = "output.weight" not in shapes
+    config["attention_bias"] = "blk.0.attn_output.bias" in shapes
+    config["mlp_bias"] = "blk.0.ffn_down.bias" in shapes
+    config["rope_parameters"] = rope = _rope(values, config, factors)
+    if arch == "llama" and "num_experts" in config:
+        config |= {"model_type": "mixtral", "num_local_experts": config.pop("num_experts")}
+    if arch == "smollm3":
+        config["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(layers)]
+    if arch in ("gemma2", "gemma3"):  # llama.cpp tells the largest of each by its layers
+        largest = layers == (46 if arch == "gemma2" else 62)
+        config["query_pre_attn_scalar"] = width // heads if largest else config["head_dim"]
+    if arch == "gemma3":
+        local = {"rope_type": "default", "rope_theta": values.pop("rope.freq_base_swa", 1e4)}
+        config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    for key, value in values.items():
+        require(False, f"{path}: {arch}.{key}", value, "is a key or a value that modjax cannot use")
+    return config
+
+
+def _rope(
+    values: dict[str, Any], config: dict[str, Any], factors: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Returns Hugging Face's rope_parameters, and removes the keys that it used."""
+
+    def given(fields: dict[str, str]) -> dict[str, Any]:
+        keys = {f"rope.scaling.{key}": field for key, field in fields.items()}
+        return {field: values.pop(key) for key, field in keys.items() if key in values}
+
+    kind = values.pop("rope.scaling.type", "linear")
+    rope = {"rope_type": kind, "rope_theta": values.pop("rope.freq_base", 1e4)}
+    turned = values.pop("rope.dimension_count", config["head_dim"]) / config["head_dim"]
+    rope |= {} if turned == 1 else {"partial_rotary_factor": turned}
+    field = "original_max_position_embeddings"
+    original = {field: config["max_position_embeddings"]}
+    original |= given({"original_context_length": field})
+    if len(factors) == 2 and kind in ("linear", "none", "longrope"):
+        rope["rope_type"] = "longrope"
+        rope |= {
+            f"{name}_factor": factors[f"rope_factors_{name}.weight"] for name in ("short", "long")
+        }
+        return rope | original | given({"attn_factor": "attention_factor"})
+    if factors and kind in ("linear", "none"):
+        return rope | _llama3(factors["rope_freqs.weight"], rope["rope_theta"])
+    if kind == "yarn":
+        return rope | original | given(_YARN)
+    scaled = given({"factor": "factor"})
+    if kind == "linear" and scaled.get("factor"):
+        return rope | scaled
+    if kind not in ("linear", "none"):
+        values["rope.scaling.type"] = kind  # to be refused
+    return rope | {"rope_type": "default"}
+
+
+def _llama3(divisors: list[float], theta: float) -> dict[str, Any]:
+    """Returns Llama 3's parameters if they lead to these divisors, else the divisors themselves."""
+    factor, low, high, original = max(divisors), 1.0, 4.0, 8192  # of all models of Llama 3
+    wavelengths = 2 * np.pi * theta ** (np.arange(len(divisors)) / len(divisors))
+    kept = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    if not np.allclose(divisors, 1 / ((1 - kept) / factor + kept), rtol=1e-5, atol=0):
+        return {"rope_type": "factors", "factors": divisors}
+    found = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original}
+    return found | {"low_freq_factor": low, "high_freq_factor": high}
