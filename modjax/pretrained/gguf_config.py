@@ -135,7 +135,7 @@ def _llama3(divisors: list[float], theta: float) -> dict[str, Any]:
     factor, low, high, original = max(divisors), 1.0, 4.0, 8192  # of all models of Llama 3
     wavelengths = 2 * np.pi * theta ** (np.arange(len(divisors)) / len(divisors))
     kept = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    if not np.allclose(divisors, 1 / ((1 - kept) / factor + kept), rtol=1e-5, atol=0):
+    if not np.allclose(divisors, 1 / ((1 - kept) / factor + kept), rtol=1e-6, atol=0):
         return {"rope_type": "factors", "factors": divisors}
     found = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original}
     return found | {"low_freq_factor": low, "high_freq_factor": high}

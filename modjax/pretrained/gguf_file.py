@@ -145,11 +145,10 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
-            array = super()._get(offset, dtype, count, *args, **kwargs)
             # Otherwise the reader counts up to any number that a damaged header names.
-            if array.size != count:
-                raise EOFError(f"the file ends within {count} values at byte {offset}")
-            return array
+            if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
+                raise EOFError(f"it ends at byte {self.data.size}, within its header or a tensor")
+            return super()._get(offset, dtype, count, *args, **kwargs)
 
     try:
         with files.open_file(path) as file:

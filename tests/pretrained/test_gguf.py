@@ -196,6 +196,7 @@ def write(path, arch, keys, tensors, kinds=None):
         add |= {str: writer.add_string, list: writer.add_array}
         add[type(value)](key, value)
     writer.add_token_list(["a", "b"])
+    writer.add_token_scores([0.0, 1.0])
     for name, tensor in tensors.items():
         kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
         writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
@@ -424,7 +425,14 @@ def test_divisors_of_llama3_become_its_parameters(tmp_path):
     }
 
 
-@pytest.mark.parametrize("divisors", [llama3_divisors(32.0, 4096), np.full(H // 2, 2.5, "f4")])
+@pytest.mark.parametrize(
+    "divisors",
+    [
+        llama3_divisors(32.0, 4096),
+        llama3_divisors(32.0, 8192) * np.linspace(1, 1.00001, H // 2, dtype="f4"),
+        np.full(H // 2, 2.5, "f4"),
+    ],
+)
 def test_other_divisors_stay_divisors(divisors, tmp_path):
     rope = config_of(tmp_path, "llama", extra={"rope_freqs.weight": divisors})["rope_parameters"]
     np.testing.assert_array_equal(np.float32(rope.pop("factors")), divisors)
@@ -500,9 +508,10 @@ def test_a_model_in_several_files_is_read_from_any_of_them(tmp_path):
 
 def test_parts_that_are_missing_renamed_or_doubled_are_refused(tmp_path):
     paths, _ = split(tmp_path)
-    shutil.copy(paths[0], tmp_path / "other.gguf")
-    with pytest.raises(InputError, match=r"split.count = 3: must be the number in the names"):
-        GGUFFile(tmp_path / "other.gguf")
+    for name in ("other.gguf", "model-00001-of-00002.gguf"):
+        shutil.copy(paths[0], tmp_path / name)
+        with pytest.raises(InputError, match=r"split.count = 3: must be the number in the names"):
+            GGUFFile(tmp_path / name)
     shutil.copy(paths[1], paths[2])
     with pytest.raises(InputError, match=r"model-00001-of-00003.gguf = .*in more than one part"):
         GGUFFile(paths[0])
@@ -524,7 +533,7 @@ def test_truncated_files_are_refused(share, tmp_path):
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(InputError) as error:
         GGUFFile(path)
-    one_line(error, str(path), "GGUF")
+    one_line(error, str(path), "GGUF" if share < 0.01 else "it ends at byte")
 
 
 def test_files_of_other_formats_versions_and_byte_orders_are_refused(tmp_path):
@@ -551,23 +560,26 @@ def test_damaged_headers_are_refused_at_once(tmp_path):
     write_family(path, "llama")
     content = path.read_bytes()
     tokens = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    scores = content.index(b"tokenizer.ggml.scores") + len(b"tokenizer.ggml.scores") + 8
     shape = content.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4
     kind = shape + 16
-    for at, number in (
-        (8, 2**60),  # the number of tensors
-        (16, 2**62),  # of keys
-        (tokens, 2**61),  # of tokens
-        (shape, 2**40),
-        (shape, 2**63 + 32),
-        (kind, 2**31 - 1),
-        (kind, int(gguf.GGMLQuantizationType.I32)),
-        (kind + 4, 2**64 - 64),  # the place of a tensor
+    ends = f"it ends at byte {len(content)}"
+    for at, number, said in (
+        (8, 2**60, ends),  # the number of tensors
+        (16, 2**62, ""),  # of keys
+        (tokens, 2**61, ends),
+        (scores, 2**61, ends),  # gguf itself would count that far
+        (shape, 2**40, ends),
+        (shape, 2**63 + 32, ""),
+        (kind, 2**31 - 1, "is not a valid GGMLQuantizationType"),
+        (kind, int(gguf.GGMLQuantizationType.I32), "I32 is not yet implemented"),
+        (kind + 4, 2**64 - 64, ""),  # the place of a tensor
     ):
         size = 4 if at == kind else 8
         path.write_bytes(content[:at] + number.to_bytes(size, "little") + content[at + size :])
         with pytest.raises(InputError) as error:
             GGUFFile(path)
-        one_line(error, str(path), "must be a whole GGUF file")
+        one_line(error, str(path), "must be a whole GGUF file", said)
 
 
 def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch):
