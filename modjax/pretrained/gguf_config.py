@@ -91,15 +91,16 @@ def config_of(
     if arch == "gemma3":
         local = {"rope_type": "default", "rope_theta": values.pop("rope.freq_base_swa", 1e4)}
         config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-    for key, value in values.items():
-        require(False, f"{path}: {arch}.{key}", value, "is a key or a value that modjax cannot use")
+    left = {f"{arch}.{key}": value for key, value in values.items()} | factors
+    for key, value in left.items():
+        require(False, f"{path}: {key}", value, "is a key or a value that modjax cannot use")
     return config
 
 
 def _rope(
     values: dict[str, Any], config: dict[str, Any], factors: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """Returns Hugging Face's rope_parameters, and removes the keys that it used."""
+    """Returns Hugging Face's rope_parameters, and removes the values and factors that it used."""
 
     def given(fields: dict[str, str]) -> dict[str, Any]:
         keys = {f"rope.scaling.{key}": field for key, field in fields.items()}
@@ -112,14 +113,12 @@ def _rope(
     field = "original_max_position_embeddings"
     original = {field: config["max_position_embeddings"]}
     original |= given({"original_context_length": field})
-    if len(factors) == 2 and kind in ("linear", "none", "longrope"):
-        rope["rope_type"] = "longrope"
-        rope |= {
-            f"{name}_factor": factors[f"rope_factors_{name}.weight"] for name in ("short", "long")
-        }
-        return rope | original | given({"attn_factor": "attention_factor"})
-    if factors and kind in ("linear", "none"):
-        return rope | _llama3(factors["rope_freqs.weight"], rope["rope_theta"])
+    names = {f"{name}_factor": f"rope_factors_{name}.weight" for name in ("short", "long")}
+    if factors.keys() >= set(names.values()) and kind in ("linear", "none", "longrope"):
+        rope |= {field: factors.pop(name) for field, name in names.items()} | original
+        return rope | given({"attn_factor": "attention_factor"}) | {"rope_type": "longrope"}
+    if "rope_freqs.weight" in factors and kind in ("linear", "none"):
+        return rope | _divided(factors.pop("rope_freqs.weight"), rope["rope_theta"], original)
     if kind == "yarn":
         return rope | original | given(_YARN)
     scaled = given({"factor": "factor"})
@@ -130,12 +129,13 @@ def _rope(
     return rope | {"rope_type": "default"}
 
 
-def _llama3(divisors: list[float], theta: float) -> dict[str, Any]:
-    """Returns Llama 3's parameters if they lead to these divisors, else the divisors themselves."""
-    factor, low, high, original = max(divisors), 1.0, 4.0, 8192  # of all models of Llama 3
+def _divided(divisors: list[float], theta: float, original: dict[str, int]) -> dict[str, Any]:
+    """Returns Llama 3's scaling if it leads to these divisors, else one by the divisors."""
+    factor, low, high, context = max(divisors), 1.0, 4.0, 8192  # of all models of Llama 3
     wavelengths = 2 * np.pi * theta ** (np.arange(len(divisors)) / len(divisors))
-    kept = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    if not np.allclose(divisors, 1 / ((1 - kept) / factor + kept), rtol=1e-6, atol=0):
-        return {"rope_type": "factors", "factors": divisors}
-    found = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original}
-    return found | {"low_freq_factor": low, "high_freq_factor": high}
+    kept = np.clip((context / wavelengths - low) / (high - low), 0, 1)
+    if np.allclose(divisors, 1 / ((1 - kept) / factor + kept), rtol=1e-6, atol=0):
+        found = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low}
+        return found | {"high_freq_factor": high, "original_max_position_embeddings": context}
+    both = {"short_factor": divisors, "long_factor": divisors, "attention_factor": 1.0}
+    return {"rope_type": "longrope", **both, **original}

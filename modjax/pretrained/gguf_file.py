@@ -5,6 +5,7 @@ llama.cpp's converter (conversion/) renames, permutes, shifts and stacks tensors
 
 import importlib.util
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from modjax import files
 from modjax.errors import describe, require
 from modjax.pretrained.gguf_config import config_of
 
+_DTYPES = {"BF16": "bfloat16", "F16": "float16"}  # the other types are read as float32
 _ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = (
     {f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")}
@@ -72,13 +74,11 @@ class _Stored(NamedTuple):
 
 
 class GGUFFile:
-    """An opened GGUF file. Only its header was read.
+    """An opened GGUF file; see Files. Only its header was read."""
 
-    config: the fields of Hugging Face's config.json.
-    shapes: the shapes of all tensors, by Hugging Face's names.
-    """
-
-    def __init__(self, path: Path):
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        self.path = str(path)
         keys, stored = _open_all(path)
         factors = {name: stored.pop(name) for name in list(stored) if name.startswith("rope_")}
         lists = {
@@ -99,6 +99,10 @@ class GGUFFile:
                 require(own not in self._stored, f"{path}: {name}", own, "names two tensors")
                 self._stored[own] = one._replace(expert=expert)
         self.shapes = {name: one.shape() for name, one in self._stored.items()}
+        sizes = Counter()
+        for one in stored.values():
+            sizes[one.tensor.tensor_type.name] += one.tensor.n_elements
+        self.dtype = _DTYPES.get(sizes.most_common(1)[0][0], "float32")
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Returns a part of a tensor, [out, in], in float32 or in the 16-bit type of the file.

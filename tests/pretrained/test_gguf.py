@@ -254,12 +254,14 @@ PARTS = [ALL, (slice(7, 50), slice(3, 40)), (slice(5, 64, 3), ALL[1])]
 def test_parts_of_stored_types_are_parts_of_the_dequantised_tensor(kind, tmp_path):
     kind = gguf.GGMLQuantizationType[kind]
     q, k, experts = "blk.1.attn_q.weight", "blk.1.attn_k.weight", "blk.1.ffn_down_exps.weight"
-    quantised = (q, k, experts, "blk.1.attn_norm.weight", "token_embd.weight")
+    several = (f"blk.{i}.ffn_{part}_exps.weight" for i in (0, 1) for part in ("gate", "up"))
+    quantised = (q, k, experts, *several, "blk.1.attn_norm.weight", "token_embd.weight")
     path = tmp_path / "model.gguf"
     tensors = write_family(path, "mixtral", kinds=dict.fromkeys(quantised, kind))
     file = GGUFFile(path)
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
     dtype = dtypes.get(kind.name, np.float32)
+    assert np.dtype(file.dtype) == dtype  # of most numbers
 
     def rounded(tensor):
         return gguf.dequantize(gguf.quantize(tensor, kind), kind)
@@ -435,8 +437,10 @@ def test_divisors_of_llama3_become_its_parameters(tmp_path):
 )
 def test_other_divisors_stay_divisors(divisors, tmp_path):
     rope = config_of(tmp_path, "llama", extra={"rope_freqs.weight": divisors})["rope_parameters"]
-    np.testing.assert_array_equal(np.float32(rope.pop("factors")), divisors)
-    assert rope == {"rope_type": "factors", "rope_theta": 5e5}
+    for field in ("short_factor", "long_factor"):
+        np.testing.assert_array_equal(np.float32(rope.pop(field)), divisors)
+    context = {"original_max_position_embeddings": 128, "attention_factor": 1.0}
+    assert rope == {"rope_type": "longrope", "rope_theta": 5e5, **context}
 
 
 @pytest.mark.parametrize(
@@ -455,6 +459,16 @@ def test_unknown_keys_and_scalings_are_refused(family, more, tmp_path):
     key = f"{FAMILIES[family][0]}.{next(iter(more))}"
     with pytest.raises(InputError, match=f"{key} = .*: is a key or a value that modjax cannot"):
         config_of(tmp_path, family, more)
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [(YARN, "rope_freqs"), (LINEAR, "rope_scaling"), ({}, "rope_factors_long")],
+)
+def test_scaling_tensors_that_do_not_fit_the_keys_are_refused(more, name, tmp_path):
+    extra = {f"{name}.weight": llama3_divisors(32.0, 8192)}
+    with pytest.raises(InputError, match=f"{name}.weight = .*: is a key or a value that modjax"):
+        config_of(tmp_path, "llama", more, extra=extra)
 
 
 @pytest.mark.parametrize("key", ["block_count", "attention.layer_norm_rms_epsilon"])
@@ -638,6 +652,7 @@ def test_smollm2_has_its_published_config():
         "hidden_act": "silu",
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
     }
+    assert (file.path, file.dtype) == (str(path), "float32")
     assert len(file.shapes) == 272 and "lm_head.weight" not in file.shapes
     assert file.shapes["model.layers.29.self_attn.k_proj.weight"] == (192, 576)
     some = file.read("model.layers.0.mlp.down_proj.weight", (slice(0, 8), slice(0, 8)))
