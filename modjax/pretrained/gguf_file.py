@@ -6,6 +6,8 @@ llama.cpp's converter (conversion/) renames, permutes, shifts and stacks tensors
 import importlib.util
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,44 +75,58 @@ class _Stored(NamedTuple):
         return values.astype(np.float32) - np.float32(self.offset) if self.offset else values
 
 
-class GGUFFile:
-    """An opened GGUF file; see Files. Only its header was read."""
+@dataclass(frozen=True)
+class Files:
+    """An opened pretrained model, with Hugging Face's names and layouts.
 
-    def __init__(self, path: str | Path):
-        path = Path(path)
-        self.path = str(path)
-        keys, stored = _open_all(path)
-        factors = {name: stored.pop(name) for name in list(stored) if name.startswith("rope_")}
-        lists = {
-            n: [_plain(x) for x in one.read(slice(None)).tolist()] for n, one in factors.items()
-        }
-        shapes = {name: one.shape() for name, one in stored.items()}
-        self.config = config_of(path, keys, shapes, lists)
-        self._stored: dict[str, _Stored] = {}
-        arch = keys["general.architecture"]
-        for name, one in stored.items():
-            if arch in ("llama", "smollm3") and re.search(r"\.attn_[qk]\.", name):
-                one = one._replace(interleaved=self.config["head_dim"])
-            if arch.startswith("gemma") and name.endswith("norm.weight"):
-                one = one._replace(offset=1.0)
-            named = _name(name, self.config["model_type"])
-            for expert in range(shapes[name][0]) if "{}" in named else [None]:
-                own = named.format(expert)
-                require(own not in self._stored, f"{path}: {name}", own, "names two tensors")
-                self._stored[own] = one._replace(expert=expert)
-        self.shapes = {name: one.shape() for name, one in self._stored.items()}
-        sizes = Counter()
-        for one in stored.values():
-            sizes[one.tensor.tensor_type.name] += one.tensor.n_elements
-        self.dtype = _DTYPES.get(sizes.most_common(1)[0][0], "float32")
+    path: where it is.
+    config: the content of config.json.
+    shapes: of all tensors, by name.
+    dtype: in which most of the numbers are read.
+    read: returns a part of a tensor, by its name and one slice per dim.
+    """
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns a part of a tensor, [out, in], in float32 or in the 16-bit type of the file.
+    path: str
+    config: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: str
+    read: Callable[[str, tuple[slice, ...]], np.ndarray]
 
-        Reads only the rows of that part.
-        """
-        rows = self._stored[name].read(index[0])
+
+def open_gguf(path: str | Path) -> Files:
+    """Opens a GGUF file, or all files of a split model. Reads their headers only.
+
+    Tensors are read in float32, or in the 16-bit type of the file. Reading a part of a tensor reads
+    only its rows.
+    """
+    path = Path(path)
+    keys, stored = _open_all(path)
+    factors = {name: stored.pop(name) for name in list(stored) if name.startswith("rope_")}
+    lists = {n: [_plain(x) for x in one.read(slice(None)).tolist()] for n, one in factors.items()}
+    stacked = {name: one.shape() for name, one in stored.items()}
+    config = config_of(path, keys, stacked, lists)
+    arch = keys["general.architecture"]
+    found: dict[str, _Stored] = {}
+    numbers: Counter[str] = Counter()
+    for name, one in stored.items():
+        numbers[one.tensor.tensor_type.name] += one.tensor.n_elements
+        if arch in ("llama", "smollm3") and re.search(r"\.attn_[qk]\.", name):
+            one = one._replace(interleaved=config["head_dim"])
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            one = one._replace(offset=1.0)
+        named = _name(name, config["model_type"])
+        for expert in range(stacked[name][0]) if "{}" in named else [None]:
+            own = named.format(expert)
+            require(own not in found, f"{path}: {name}", own, "names two tensors")
+            found[own] = one._replace(expert=expert)
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows = found[name].read(index[0])
         return rows[:, *index[1:]] if index[1:] else rows
+
+    shapes = {name: one.shape() for name, one in found.items()}
+    dtype = _DTYPES.get(numbers.most_common(1)[0][0], "float32")
+    return Files(str(path), config, shapes, dtype, read)
 
 
 def _name(name: str, model_type: str) -> str:

