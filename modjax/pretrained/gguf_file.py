@@ -157,6 +157,7 @@ def _open_all(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
     return parts[0][0], merged
 
 
+@np.errstate(over="raise")
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
     """Returns the keys and the tensors of a file. Raises InputError unless it is whole."""
     installed = importlib.util.find_spec("gguf") is not None
@@ -179,8 +180,7 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
     version = int.from_bytes(start[4:], "little")
     require(version in (2, 3), f"{path}: version", version, "must be 2 or 3, and little-endian")
     try:
-        with np.errstate(over="raise"):
-            reader = Reader(path)
+        reader = Reader(path)
         for kind in {tensor.tensor_type for tensor in reader.tensors}:
             block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
             gguf.dequantize(block, kind)  # raises for a kind that it does not know
