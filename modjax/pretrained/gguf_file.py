@@ -3,22 +3,25 @@
 llama.cpp's converter (conversion/) renames, permutes, shifts and stacks tensors. This undoes it.
 """
 
-import importlib.util
+import math
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import gguf
+import ml_dtypes  # noqa: F401  with it, numpy knows bfloat16
 import numpy as np
 
-from modjax import files
-from modjax.errors import describe, require
+from modjax.data.gguf_header import read_header
+from modjax.errors import InputError, describe, require
+from modjax.files import damaged
+from modjax.pretrained.files import Files, Index
 from modjax.pretrained.gguf_config import config_of
 
-_DTYPES = {"BF16": "bfloat16", "F16": "float16"}  # the other types are read as float32
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # others are dequantised
+_AT_ONCE = 2**22  # values that are dequantised together, which takes three times their memory
 _ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = (
     {f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")}
@@ -40,57 +43,60 @@ _OWN_NAMES = {  # by model_type
 
 
 class _Stored(NamedTuple):
-    """A tensor in a file, and how it differs from Hugging Face's."""
+    """A tensor in a file, and how it differs from Hugging Face's.
+
+    expert: its index in a stack of experts, or None.
+    interleaved: the width of heads whose two halves are interleaved, or 0.
+    added: what was added to it.
+    """
 
     path: Path
-    tensor: Any  # gguf.ReaderTensor
-    expert: int | None = None  # its index in a stack of experts
-    interleaved: int = 0  # the width of heads whose two halves are interleaved, if they are
-    offset: float = 0.0  # what was added
-
-    def shape(self) -> tuple[int, ...]:
-        shape = tuple(reversed(self.tensor.shape.tolist()))
-        return shape if self.expert is None else shape[1:]
+    kind: Any  # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    expert: int | None = None
+    interleaved: int = 0
+    added: float = 0.0
 
     def read(self, rows: slice) -> np.ndarray:
         """Returns a copy of some rows, dequantised to float32 if they are quantised."""
-        import gguf
-
-        kind, data = self.tensor.tensor_type, self.tensor.data
         # A new map for each read, so that the pages that were read do not stay in memory.
-        stored = np.memmap(self.path, data.dtype, "r", int(self.tensor.data_offset), data.shape)
-        stored = stored if self.expert is None else stored[self.expert]
-        chosen = rows
-        if self.interleaved:
-            heads, row = np.divmod(np.arange(self.shape()[0])[rows], self.interleaved)
-            half, pair = np.divmod(row, self.interleaved // 2)
-            chosen = heads * self.interleaved + 2 * pair + half
-        # Blocks lie along the last axis, so that rows of matrices can be chosen first.
-        values = np.array(stored[chosen] if stored.ndim > 1 else stored)
-        if kind == gguf.GGMLQuantizationType.BF16:
-            values = values.view(ml_dtypes.bfloat16)
-        elif values.dtype == np.uint8:
-            values = gguf.dequantize(values, kind)
-        values = values if stored.ndim > 1 else values[chosen]
-        return values.astype(np.float32) - np.float32(self.offset) if self.offset else values
+        stored = np.memmap(self.path, np.uint8, "r", self.offset, _in_bytes(self.shape, self.kind))
+        *_, width = self.shape
+        if self.expert is not None:
+            stored = stored[self.expert]
+        if stored.ndim == 1:  # its blocks lie along its only axis
+            values = _values(np.array(stored), self.kind)[self._stored_rows(width, rows)]
+            return values.astype(np.float32) - np.float32(self.added) if self.added else values
+        chosen = self._stored_rows(len(stored), rows)
+        found = np.empty((len(chosen), width), _DTYPES.get(self.kind.name, "float32"))
+        step = max(1, _AT_ONCE // width)
+        for at in range(0, len(chosen), step):
+            found[at : at + step] = _values(np.array(stored[chosen[at : at + step]]), self.kind)
+        return found
+
+    def _stored_rows(self, count: int, rows: slice) -> np.ndarray:
+        """Returns the stored rows of some of the `count` rows in Hugging Face's order."""
+        chosen = np.arange(count)[rows]
+        if not self.interleaved:
+            return chosen
+        heads, row = np.divmod(chosen, self.interleaved)
+        half, pair = np.divmod(row, self.interleaved // 2)
+        return heads * self.interleaved + 2 * pair + half
 
 
-@dataclass(frozen=True)
-class Files:
-    """An opened pretrained model, with Hugging Face's names and layouts.
+def _in_bytes(shape: tuple[int, ...], kind: Any) -> tuple[int, ...]:
+    """Returns the shape in bytes of a stored tensor. Raises ValueError if its rows do not fit."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    if shape[-1] % block:
+        raise ValueError(f"rows of {shape[-1]} values are not made of blocks of {block}")
+    return (*shape[:-1], shape[-1] // block * size)
 
-    path: where it is.
-    config: the content of config.json.
-    shapes: of all tensors, by name.
-    dtype: in which most of the numbers are read.
-    read: returns a part of a tensor, by its name and one slice per dim.
-    """
 
-    path: str
-    config: dict[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]
-    dtype: str
-    read: Callable[[str, tuple[slice, ...]], np.ndarray]
+def _values(stored: np.ndarray, kind: Any) -> np.ndarray:
+    return (
+        stored.view(_DTYPES[kind.name]) if kind.name in _DTYPES else gguf.dequantize(stored, kind)
+    )
 
 
 def open_gguf(path: str | Path) -> Files:
@@ -103,28 +109,28 @@ def open_gguf(path: str | Path) -> Files:
     keys, stored = _open_all(path)
     factors = {name: stored.pop(name) for name in list(stored) if name.startswith("rope_")}
     lists = {n: [_plain(x) for x in one.read(slice(None)).tolist()] for n, one in factors.items()}
-    stacked = {name: one.shape() for name, one in stored.items()}
+    stacked = {name: one.shape for name, one in stored.items()}
     config = config_of(path, keys, stacked, lists)
     arch = keys["general.architecture"]
     found: dict[str, _Stored] = {}
     numbers: Counter[str] = Counter()
     for name, one in stored.items():
-        numbers[one.tensor.tensor_type.name] += one.tensor.n_elements
+        numbers[one.kind.name] += math.prod(one.shape)
         if arch in ("llama", "smollm3") and re.search(r"\.attn_[qk]\.", name):
             one = one._replace(interleaved=config["head_dim"])
         if arch.startswith("gemma") and name.endswith("norm.weight"):
-            one = one._replace(offset=1.0)
+            one = one._replace(added=1.0)
         named = _name(name, config["model_type"])
         for expert in range(stacked[name][0]) if "{}" in named else [None]:
             own = named.format(expert)
             require(own not in found, f"{path}: {name}", own, "names two tensors")
             found[own] = one._replace(expert=expert)
 
-    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read(name: str, index: Index) -> np.ndarray:
         rows = found[name].read(index[0])
         return rows[:, *index[1:]] if index[1:] else rows
 
-    shapes = {name: one.shape() for name, one in found.items()}
+    shapes = {n: one.shape if one.expert is None else one.shape[1:] for n, one in found.items()}
     dtype = _DTYPES.get(numbers.most_common(1)[0][0], "float32")
     return Files(str(path), config, shapes, dtype, read)
 
@@ -157,38 +163,24 @@ def _open_all(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
     return parts[0][0], merged
 
 
-@np.errstate(over="raise")
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
     """Returns the keys and the tensors of a file. Raises InputError unless it is whole."""
-    installed = importlib.util.find_spec("gguf") is not None
-    require(installed, "gguf", None, "missing package; pip install -e '.[pretrained]'")
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
-            # Otherwise the reader counts up to any number that a damaged header names.
-            if offset + int(count) * np.dtype(dtype).itemsize > self.data.size:
-                raise EOFError(f"it ends at byte {self.data.size}, within its header or a tensor")
-            return super()._get(offset, dtype, count, *args, **kwargs)
-
-    try:
-        with files.open_file(path) as file:
-            start = file.read(8)
-    except (OSError, ValueError) as error:
-        raise files.damaged(path, "must be a GGUF file", files.reason(error)) from error
-    require(start[:4] == b"GGUF", str(path), start[:4], "must begin with b'GGUF', as GGUF files do")
-    version = int.from_bytes(start[4:], "little")
-    require(version in (2, 3), f"{path}: version", version, "must be 2 or 3, and little-endian")
-    try:
-        reader = Reader(path)
-        for kind in {tensor.tensor_type for tensor in reader.tensors}:
-            block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
-            gguf.dequantize(block, kind)  # raises for a kind that it does not know
-        wanted = {k: v for k, v in reader.fields.items() if not k.startswith("tokenizer.")}
-        keys = {key: _plain(field.contents()) for key, field in wanted.items()}
-        return keys, {tensor.name: _Stored(path, tensor) for tensor in reader.tensors}
-    except Exception as error:  # the reader checks nothing, so damage raises any error
-        raise files.damaged(path, "must be a whole GGUF file", describe(error)) from error
+    keys, tensors = read_header(path)
+    found, end = {}, os.path.getsize(path)
+    for name, (kind, shape, offset) in tensors.items():
+        try:
+            found[name] = one = _Stored(path, gguf.GGMLQuantizationType(kind), shape, offset)
+            size = math.prod(_in_bytes(shape, one.kind))
+            _values(np.zeros((1, gguf.GGML_QUANT_SIZES[one.kind][1]), np.uint8), one.kind)
+        except (ValueError, LookupError, NotImplementedError) as error:
+            raise InputError(
+                f"{path}: {name}", kind, f"cannot be read: {describe(error)}"
+            ) from error
+        if offset + size > end:
+            said = f"it ends at byte {end}, within {name}"
+            raise damaged(path, "must be a whole GGUF file", said)
+    plain = {key: _plain(value) for key, value in keys.items() if not key.startswith("tokenizer.")}
+    return plain, found
 
 
 def _plain(value: Any) -> Any:
