@@ -594,6 +594,7 @@ def test_damaged_headers_are_refused_at_once(tmp_path):
         (shape, 2**63 + 32, cut),
         (kind, 2**31 - 1, unknown),
         (kind, int(gguf.GGMLQuantizationType.I32), unknown),
+        (kind, int(gguf.GGMLQuantizationType.Q6_K), unknown),  # whose blocks have 256 values
         (kind + 4, 2**64 - 64, cut),  # the place of a tensor
         (shape - 4, 0, "must be a whole GGUF file"),  # the number of dims
     ):
