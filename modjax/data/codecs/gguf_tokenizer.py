@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from modjax.data.codecs.codec import SPACE
-from modjax.data.codecs.tokenizer import Settings, check_package
-from modjax.errors import InputError, describe, require
-from modjax.files import open_file, reason
+from modjax.data.codecs.tokenizer import Settings
+from modjax.data.gguf_header import read_header
+from modjax.errors import require
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types; 5 unused, 6 a byte
 
@@ -34,24 +34,13 @@ KEYS = ("ggml.", "chat_template")
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Returns the fields of a GGUF file that describe its tokenizer, without "tokenizer.".
+    """Returns the keys of a GGUF file that describe its tokenizer, without "tokenizer.".
 
     Raises InputError if the file cannot be read.
     """
-    check_package("gguf")
-    from gguf import GGUFReader
-
-    try:
-        open_file(path).close()  # gguf would wait for a fifo
-        reader = GGUFReader(path)
-        names = [name.removeprefix("tokenizer.") for name in reader.fields if "tokenizer." in name]
-        wanted = [name for name in names if name.startswith(KEYS)]
-        return {name: reader.fields[f"tokenizer.{name}"].contents() for name in wanted}
-    except OSError as error:
-        raise InputError("tokenizer", str(path), f"cannot be read: {reason(error)}") from error
-    except Exception as error:  # gguf checks little: damage raises whatever numpy raises
-        accepted = f"cannot be read: it is no GGUF file, or damaged ({describe(error)})"
-        raise InputError("tokenizer", str(path), accepted) from error
+    keys, _ = read_header(path)
+    named = {key.removeprefix("tokenizer."): keys[key] for key in keys if "tokenizer." in key}
+    return {name: value for name, value in named.items() if name.startswith(KEYS)}
 
 
 def settings_of(fields: Mapping[str, Any]) -> Settings:
