@@ -6,7 +6,9 @@ Imports are inside the functions, so that each verb imports only what it needs.
 import argparse
 import dataclasses
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,9 +141,10 @@ def _say_new_weights(spec: RunSpec) -> None:
     with starting():
         from modjax.training.base_weights import new_weights
 
-    new = new_weights(spec)
-    if new:
-        print(f"modjax: new weights, not in {spec.base}: {', '.join(new)}", file=sys.stderr)
+    alike = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in new_weights(spec))
+    if alike:
+        new = ", ".join(f"{count} of {name}" for name, count in alike.items())
+        print(f"modjax: new weights, not in {spec.base}: {new}", file=sys.stderr)
 
 
 def _run_plan(
