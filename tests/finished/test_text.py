@@ -195,6 +195,16 @@ def test_a_routing_must_be_one_of_the_model_that_never_looks_ahead():
         check(*behind_a_block("received"))
 
 
+def test_the_space_that_a_vocabulary_puts_before_a_text_is_not_shown():
+    pytest.importorskip("tokenizers")  # of the module with the small models
+    from tests.data.codecs.small import sentencepiece_model
+
+    model = sentencepiece_model(["the cat sat"] * 20, size=270, add_dummy_prefix=True)
+    codec = Pieces(model.serialized_model_proto())
+    (found,), _ = say(script(["the cat sat on it"], codec, vocab=270), ["the cat"], tokens=4)
+    assert b"".join(found.pieces).startswith(b"the cat s")
+
+
 def tokenizer(more=(), **settings):
     """Returns the codec of a tokenizer.json that begins a prompt with <s>."""
     pytest.importorskip("tokenizers")
