@@ -147,7 +147,7 @@ def sample(speaker: Speaker, request: SampleRequest, write: Callable[[str], None
     """
     check_routing(speaker.spec, request.routing)
     codec = speaker.codec
-    codec.pieces([])  # raises InputError if the tokens have no exact bytes
+    codec.pieces([0])  # raises InputError if the tokens have no exact bytes
     prompts = [_encode(prompt, speaker) for prompt in request.prompts]
     for text in request.stop:
         require(len(codec.encode(text, "--stop")) > 0, "--stop", text, EMPTY)

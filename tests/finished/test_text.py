@@ -195,10 +195,20 @@ def test_a_routing_must_be_one_of_the_model_that_never_looks_ahead():
         check(*behind_a_block("received"))
 
 
-def tokenizer(more=(), **settings):
+def test_the_space_that_a_vocabulary_puts_before_a_text_is_not_shown():
+    pytest.importorskip("tokenizers")  # of the module with the small models
+    from tests.data.codecs.small import sentencepiece_model
+
+    model = sentencepiece_model(["the cat sat"] * 20, size=270, add_dummy_prefix=True)
+    codec = Pieces(model.serialized_model_proto())
+    (found,), _ = say(script(["the cat sat on it"], codec, vocab=270), ["the cat"], tokens=4)
+    assert b"".join(found.pieces).startswith(b"the cat s")
+
+
+def tokenizer(more=(), pre_tokenizer=None, **settings):
     """Returns the codec of a tokenizer.json that begins a prompt with <s>."""
     pytest.importorskip("tokenizers")
-    from tokenizers import processors
+    from tokenizers import pre_tokenizers, processors
 
     from modjax.data.codecs.tokenizer import Settings, Tokenizer
     from tests.data.codecs.small import byte_level
@@ -206,6 +216,8 @@ def tokenizer(more=(), **settings):
     made = byte_level(size=290)
     made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     made.add_special_tokens(list(more))
+    if pre_tokenizer is not None:
+        made.pre_tokenizer = getattr(pre_tokenizers, pre_tokenizer)()
     return Tokenizer(made.to_str().encode(), "here", Settings(**settings))
 
 
@@ -265,9 +277,12 @@ def test_a_pretrained_model_that_cannot_speak_is_refused_in_one_line():
     model = pretrained(codec, "x")
     parts = (model.graphdef, model.weights)
     small = run_spec(vocab_size=260).model
+    losing = tokenizer(pre_tokenizer="WhitespaceSplit")
     with pytest.raises(InputError, match=r"^--pretrained = None: has no tokenizer: needs a"):
         of_pretrained(model.spec, *parts, None, chat=False)
     with pytest.raises(InputError, match=r"^model.vocab_size = 260: is too small for its"):
         of_pretrained(small, *parts, codec, chat=False)
     with pytest.raises(InputError, match=r"^tokenizer = 'here': has no chat template"):
         say(of_pretrained(model.spec, *parts, codec, chat=True), ["Hi"])
+    with pytest.raises(InputError, match=r"^tokenizer = 'here': has no exact bytes for its tokens"):
+        say(of_pretrained(model.spec, None, None, losing, chat=False), ["Hi"])

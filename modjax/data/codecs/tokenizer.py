@@ -74,7 +74,6 @@ class Tokenizer(Codec):
             if text is None or text not in self._vocab:
                 continue
             token = added.get(text, AddedToken(text, normalized=False))
-            token.special = True
             self._tokenizer.add_special_tokens([token])
 
     @property

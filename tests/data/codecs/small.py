@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 LINES = Path(argparse.__file__).read_text().splitlines(keepends=True)
 LINES += ["In 2024 日本 had 1234567 users; ü and é!\n\n", "don't DON'T we'll   \t x\r\n"] * 20
+LINES += [f"20 2024 123 1234 {i * 37 % 100}\n" for i in range(200)]
 # Emoji split over tokens, Chinese, tabs, leading spaces, digits, empty lines, special tokens.
 ODD = (
     "",
@@ -64,9 +65,12 @@ PRE_TOKENIZERS = {
 
 
 def byte_level(pre: str = "gpt-2", size: int = 700) -> Tokenizer:
-    """Returns byte-level BPE that splits text as `pre` says."""
+    """Returns byte-level BPE that splits text as `pre` says.
+
+    It is trained on whole lines: its merges cross words, so that every split shows.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    tokenizer.pre_tokenizer = whole()
     tokenizer.decoder = decoders.ByteLevel()
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -80,6 +84,7 @@ def byte_level(pre: str = "gpt-2", size: int = 700) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(LINES, trainer)
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
     return tokenizer
 
 

@@ -42,9 +42,19 @@ def test_byte_level_bpe_is_split_as_its_pre_says(pre):
     texts = [*ODD, "e\u0301 a\u030a", *LINES[:300]]
     for text in texts:
         assert codec.encode(text, "text") == model.encode(text).ids, text
-    other = opened(fields_of_bytes(model, "default" if pre != "default" else "gpt-2"))
-    same = [other.encode(text, "text") == codec.encode(text, "text") for text in texts]
-    assert not all(same), "these texts tell the patterns apart"
+    for other in {*PRE_TOKENIZERS} - {pre}:
+        another = opened(fields_of_bytes(model, other))
+        same = [another.encode(text, "text") == codec.encode(text, "text") for text in texts]
+        assert not all(same), "these texts tell the patterns apart"
+
+
+def test_a_word_that_is_a_token_needs_no_merges_in_llama_3():
+    fields = fields_of_bytes(byte_level("llama-bpe"), "llama-bpe")
+    last = len(fields["ggml.tokens"])
+    more = {"ggml.tokens": [*fields["ggml.tokens"], "zq"]}
+    more |= {"ggml.token_type": [*fields["ggml.token_type"], 1]}
+    assert opened(fields | more).encode("zq", "text") == [last]
+    assert last not in opened(fields | more | {"ggml.pre": "dbrx"}).encode("zq", "text")
 
 
 @pytest.mark.parametrize("add_space", [True, False])
@@ -82,7 +92,11 @@ def test_special_tokens_and_flags_are_those_of_the_file(tmp_path):
     assert codec.prompt("<s>x", "text")[0] == 0 and codec.encode("<s>x", "text")[0] != 0
     assert codec.chat([{"role": "user", "content": "Hi"}]) == "<|im_start|>Hi<|im_end|>"
     begins = open_tokenizer(write_gguf(tmp_path / "b.gguf", fields | {"ggml.add_bos_token": True}))
-    assert begins.prompt("x", "text") == [0, *codec.prompt("x", "text")]
+    plain = codec.encode("x", "text")
+    assert codec.prompt("x", "text") == plain and begins.prompt("x", "text") == [0, *plain]
+    del fields["ggml.add_bos_token"]
+    assert opened(fields).prompt("x", "text") == plain
+    assert opened(fields | {"ggml.pre": "llama-bpe"}).prompt("x", "text")[0] == 0
 
 
 def test_sentencepiece_begins_a_prompt_unless_told_otherwise(pieces):
