@@ -76,7 +76,8 @@ def _open_folder(folder: Path) -> Files:
             require(there, str(folder / INDEX), name, said)
             seen.add(name)
             if not name.endswith("rotary_emb.inv_freq"):  # in old files; the config says it
-                parts[name] = part = opened.get_slice(name)
+                part = opened.get_slice(name)
+                parts[name] = file, name, tuple(part.get_shape())
                 numbers[part.get_dtype()] += int(np.prod(part.get_shape()))
     for name in sorted((listed or {}).keys() - seen):
         raise InputError(str(folder / INDEX), name, "is in the index, but in no file")
@@ -87,8 +88,15 @@ def _open_folder(folder: Path) -> Files:
         images = ("vision_tower.", "multi_modal_projector.")
         own = (name for name in parts if not any(part in name for part in images))
         parts = {name.replace("language_model.", ""): parts[name] for name in own}
-    shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-    return Files(str(folder), config, shapes, DTYPES[str(kind)], lambda name, at: parts[name][at])
+    shapes = {name: shape for name, (_, _, shape) in parts.items()}
+
+    def read(name: str, index: Index) -> np.ndarray:
+        # Opened for each part: what was read of a mapped file counts as memory until it is closed.
+        file, stored, _ = parts[name]
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            return opened.get_slice(stored)[index]
+
+    return Files(str(folder), config, shapes, DTYPES[str(kind)], read)
 
 
 def write_tensors(
