@@ -242,12 +242,13 @@ def drawn(name: str, shape: tuple[int, ...], family: str, rng: np.random.Generat
 
 
 def write(folder: Path, case: Case) -> dict[str, np.ndarray]:
-    """Writes a random model in float32 into a folder, and returns its tensors."""
+    """Writes a random model into a folder, and returns its tensors."""
+    import ml_dtypes  # noqa: F401  numpy then knows bfloat16
     from safetensors.numpy import save_file
 
     config, rng = case.config(), np.random.default_rng(0)
     tensors = {
-        case.prefix + name: drawn(name, shape, case.family, rng).astype(np.float32)
+        case.prefix + name: drawn(name, shape, case.family, rng).astype(case.dtype)
         for name, shape in shapes(config).items()
     }
     (folder / "config.json").write_text(json.dumps(case.in_form(config)))
