@@ -298,7 +298,6 @@ def write_config(spec: ModelSpec, family: Family) -> dict[str, Any]:
         "rope_theta": full.base,
         "rope_local_base_freq": sliding.base,
         "partial_rotary_factor": full.share,
-        CONTEXT: rope.get(CONTEXT),
         "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}
         if full.scaling
         else None,
@@ -306,6 +305,8 @@ def write_config(spec: ModelSpec, family: Family) -> dict[str, Any]:
         "mlp_bias": any(mlp.bias for mlp in mlps if isinstance(mlp, MLP)),
         "mlp_only_layers": [i for i in range(len(mlps)) if i not in routed],
     }
+    if CONTEXT in rope:
+        values[CONTEXT] = rope[CONTEXT]
     for i in routed[:1]:
         moe, rule = mlps[i], mlps[i].rule
         values |= {
