@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modjax.errors import InputError, require
+from modjax.errors import InputError, describe, require
 from modjax.pretrained.families import FAMILIES, Family
 from modjax.specs import (
     MLP,
@@ -47,12 +47,23 @@ ROPES = {
     "longrope": (Divided, ["short_factor", "long_factor", CONTEXT, "attention_factor"]),
 }
 # Fields that change no logits: of training, of generation, and of the library that wrote the file.
-HARMLESS = """_attn_implementation _name_or_path architectures attention_dropout attn_implementation
-    auto_map bos_token_id cache_implementation dtype embd_pdrop eos_token_id initializer_range
-    is_llama_config max_position_embeddings model_type output_router_logits pad_token_id
-    pretraining_tp resid_pdrop router_jitter_noise tie_word_embeddings tokenizer_class torch_dtype
-    transformers.js_config transformers_version unsloth_fixed use_cache"""
+HARMLESS = """_attn_implementation _name_or_path _sliding_window_pattern architectures
+    attention_dropout attn_implementation auto_map bos_token_id cache_implementation dtype
+    embd_pdrop eos_token_id full_attn_mod initializer_range interpolate_factor is_llama_config
+    max_position_embeddings max_window_layers model_type output_router_logits pad_token_id
+    pretraining_tp resid_pdrop router_jitter_noise sliding_window_size tie_word_embeddings
+    tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed
+    unsloth_version use_cache"""
 CONTROLS = ("rope_parameters", "rope_scaling", "rope_theta", "head_dim", "hidden_act")  # of all
+KINDS = {
+    dict: "rope_parameters rope_scaling",
+    list: "layer_types mlp_only_layers no_rope_layers",
+    str: "hidden_act hidden_activation",
+    bool: "attention_bias mlp_bias norm_topk_prob use_sliding_window",
+    float: """attn_logit_softcapping clip_qkv final_logit_softcapping partial_rotary_factor
+        query_pre_attn_scalar rms_norm_eps rope_local_base_freq rope_theta router_aux_loss_coef""",
+}
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}  # or int
 
 
 class Fields:
@@ -65,6 +76,12 @@ class Fields:
         for name in sorted(values.keys() - self.known - set(HARMLESS.split())):
             accepted = f"not known for {family.name}, and may change its numbers"
             require(values[name] in (None, 0, "", [], {}), _at(name), values[name], accepted)
+        for name in sorted(values.keys() & self.known):
+            value, kind = values[name], KIND_OF.get(name, int)
+            fits = value is None or type(value) in ((int, float) if kind is float else (kind,))
+            require(fits, _at(name), value, f"must be of type {kind.__name__}, or null")
+            fits = kind is not int or name == "max_window_layers" or value is None or value > 0
+            require(fits, _at(name), value, "must be greater than 0, or null")
 
     def __call__(self, name: str, otherwise: Any = None) -> Any:
         """Returns a field, or the family's default for it; `otherwise` if the family has none."""
@@ -95,8 +112,7 @@ def read_config(config: Mapping[str, Any], *, tied: bool, dtype: str) -> ModelSp
     sizes: dict[str, Any] = {ours: c(theirs) for ours, theirs in SIZES.items()}
     sizes["num_kv_heads"] = sizes["num_kv_heads"] or sizes["num_heads"]
     for ours, theirs in SIZES.items():
-        fits = type(sizes[ours]) in ((int, float) if ours == "norm_eps" else (int,))
-        require(fits, _at(theirs), sizes[ours], "must be a number")
+        require(sizes[ours] is not None, _at(theirs), None, "must be a number")
     layers = _layers(c, sizes["num_layers"], c("head_dim"))
     return ModelSpec(
         **sizes,
@@ -150,7 +166,6 @@ def _windows(c: Fields, depth: int) -> list[int | None]:
     """Returns the attention window of each layer, None for no window."""
     size = c("sliding_window") if c("use_sliding_window", True) else None
     first, period = c("max_window_layers", 0), c("sliding_window_pattern", 0)
-    period = c("_sliding_window_pattern", period)
     slides = [i >= first and (not period or (i + 1) % period != 0) for i in range(depth)]
     if c.family.fields.keys() & {"no_rope_layers"}:
         slides = [not turns for turns in _turning(c, depth)]
@@ -173,15 +188,21 @@ def _turning(c: Fields, depth: int) -> Sequence[int]:
 
 def _ropes(c: Fields, depth: int) -> list[Rope | None]:
     """Returns the rotary positions of each layer, None for none."""
-    given = c("rope_parameters") or {}
+    given, scaling = c("rope_parameters") or {}, c("rope_scaling") or {}
     nested = bool(given.keys() & {"full_attention", "sliding_attention"})
-    full = given.get("full_attention", {}) if nested else given
-    rope = _rope(c, {**full, **(c("rope_scaling") or {})}, "rope_theta")
-    if "rope_local_base_freq" not in c.family.fields:
-        return [rope if turns else None for turns in _turning(c, depth)]
-    sliding = given.get("sliding_attention", {}) if nested else {}
-    local = _rope(c, sliding, "rope_local_base_freq")
-    return [rope if window is None else local for window in _windows(c, depth)]
+    try:
+        full = given.get("full_attention", {}) if nested else given
+        rope = _rope(c, {**full, **scaling}, "rope_theta")
+        if "rope_local_base_freq" not in c.family.fields:
+            return [rope if turns else None for turns in _turning(c, depth)]
+        sliding = given.get("sliding_attention", {}) if nested else {}
+        local = _rope(c, sliding, "rope_local_base_freq")
+        return [rope if window is None else local for window in _windows(c, depth)]
+    except InputError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        accepted = f"a field is missing, or of another kind: {describe(error)}"
+        raise InputError(_at("rope_parameters"), given or scaling, accepted) from error
 
 
 def _rope(c: Fields, given: Mapping[str, Any], theta: str) -> Rope:
@@ -190,32 +211,32 @@ def _rope(c: Fields, given: Mapping[str, Any], theta: str) -> Rope:
     default, top = c(theta), c.values.get(theta)
     base = given.pop("rope_theta", default)
     require(top in (None, base), _at(theta), top, f"{where}.rope_theta is {base}")
-    share = given.pop("partial_rotary_factor", None) or c("partial_rotary_factor", 1.0)
+    share = c("partial_rotary_factor", 1.0)
+    if "partial_rotary_factor" in c.known or given.get("partial_rotary_factor") == 1:
+        share = given.pop("partial_rotary_factor", share)
     rope = Rope(float(base), float(share))
     kind = given.pop("type", "default")
     kind = given.pop("rope_type", kind)
-    if kind == "default":
-        return rope
-    require(kind in ROPES, f"{where}.rope_type", kind, f"must be default, {', '.join(ROPES)}")
-    scaling, names = ROPES[kind]
+    known = kind == "default" or kind in ROPES
+    require(known, f"{where}.rope_type", kind, f"must be default, {', '.join(ROPES)}")
+    scaling, names = ROPES.get(kind, (None, []))
     if CONTEXT in names:
         given.setdefault(CONTEXT, c(CONTEXT) or c.values.get("max_position_embeddings"))
     if "attention_factor" in names:
-        factor = given.get("factor") or c.values.get("max_position_embeddings") / given[CONTEXT]
-        given.setdefault("attention_factor", _magnitude(kind, given, factor))
+        if "attention_factor" not in given:
+            most = c.values.get("max_position_embeddings")
+            factor = given.get("factor") or most / given[CONTEXT]
+            given["attention_factor"] = _magnitude(kind, given, factor)
         for name in ("mscale", "mscale_all_dim") if kind == "yarn" else ("factor",):
             given.pop(name, None)
-    ours = {
-        field.name: names for field, names in zip(dataclasses.fields(scaling), names, strict=True)
-    }
-    values = {name: given.pop(theirs) for name, theirs in ours.items() if theirs in given}
-    for name, value in given.items():
-        raise InputError(f"{where}.{name}", value, f"unknown for the rotary type {kind}")
+    for name in sorted(given.keys() - set(names)):
+        raise InputError(f"{where}.{name}", given[name], f"unknown for the rotary type {kind}")
+    if scaling is None:
+        return rope
+    ours = zip((field.name for field in dataclasses.fields(scaling)), names, strict=True)
+    values = {name: given[theirs] for name, theirs in ours if theirs in given}
     lists = {n: tuple(map(float, v)) for n, v in values.items() if isinstance(v, list | tuple)}
-    try:
-        return dataclasses.replace(rope, scaling=scaling(**values | lists))
-    except TypeError as error:
-        raise InputError(where, c.values.get("rope_parameters"), str(error)) from error
+    return dataclasses.replace(rope, scaling=scaling(**values | lists))
 
 
 def _magnitude(kind: str, given: Mapping[str, Any], factor: float) -> float:
@@ -284,6 +305,8 @@ def write_config(spec: ModelSpec, family: Family) -> dict[str, Any]:
         "mlp_bias": any(mlp.bias for mlp in mlps if isinstance(mlp, MLP)),
         "mlp_only_layers": [i for i in range(len(mlps)) if i not in routed],
     }
+    if CONTEXT in rope:
+        values[CONTEXT] = rope[CONTEXT]
     for i in routed[:1]:
         moe, rule = mlps[i], mlps[i].rule
         values |= {
@@ -292,7 +315,6 @@ def write_config(spec: ModelSpec, family: Family) -> dict[str, Any]:
             "num_experts_per_tok": rule.top_k,
             "norm_topk_prob": getattr(rule, "renormalise", False),
             "moe_intermediate_size": moe.width or spec.d_ff,
-            "router_aux_loss_coef": getattr(rule, "balance", 0.0),
         }
     known = {*SIZES.values(), *CONTROLS, *family.fields, "tie_word_embeddings"}
     named = {"model_type": family.name, "architectures": [family.architecture]}

@@ -108,7 +108,7 @@ QWEN2 = Family(
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    {**SWIGLU, **WINDOWS, "max_window_layers": 28, "attention_bias": False},
+    {**SWIGLU, **WINDOWS, "max_window_layers": 28, "attention_bias": False, "head_dim": 128},
     qk_norm="head",
 )
 SMOLLM3 = Family(
@@ -179,7 +179,6 @@ GEMMA3 = Family(
     {
         **GEMMA2.fields,
         "sliding_window_pattern": 6,
-        "_sliding_window_pattern": 6,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "rope_theta": 1e6,

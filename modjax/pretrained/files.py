@@ -61,8 +61,9 @@ def _open_folder(folder: Path) -> Files:
         listed = _read_json(folder / INDEX).get("weight_map")
         require(isinstance(listed, dict), str(folder / INDEX), listed, "must have a weight_map")
         names = sorted({str(name) for name in listed.values()})  # type: ignore[union-attr]
-    parts, numbers = {}, Counter()
+    parts, numbers, seen = {}, Counter(), set()
     for file in (folder / name for name in names):
+        require(file.parent == folder, str(folder / INDEX), str(file), "must be in the folder")
         try:
             opened = safetensors.safe_open(file, framework="numpy")
         except (OSError, safetensors.SafetensorError) as error:
@@ -70,12 +71,16 @@ def _open_folder(folder: Path) -> Files:
                 str(file), "unreadable", f"cannot be read: {describe(error)}"
             ) from error
         for name in opened.keys():
-            require(name not in parts, str(file), name, "is a tensor of another file, too")
-            parts[name] = part = opened.get_slice(name)
-            numbers[part.get_dtype()] += int(np.prod(part.get_shape()))
-    for name in sorted(parts.keys() ^ (parts if listed is None else listed).keys()):
-        said = "is in a file, but not in the index" if name in parts else "is in the index only"
-        raise InputError(str(folder / INDEX), name, said)
+            there = listed is None or listed.get(name) == file.name
+            said = f"is in {file.name}, which is not its file in the index"
+            require(there, str(folder / INDEX), name, said)
+            seen.add(name)
+            if not name.endswith("rotary_emb.inv_freq"):  # in old files; the config says it
+                part = opened.get_slice(name)
+                parts[name] = file, name, tuple(part.get_shape())
+                numbers[part.get_dtype()] += int(np.prod(part.get_shape()))
+    for name in sorted((listed or {}).keys() - seen):
+        raise InputError(str(folder / INDEX), name, "is in the index, but in no file")
     kind = numbers.most_common(1)[0][0] if numbers else None
     require(kind in DTYPES, str(folder), kind, f"must have tensors of {', '.join(DTYPES)}")
     if "text_config" in config:  # a decoder that also reads images; its own tensors have a prefix
@@ -83,8 +88,15 @@ def _open_folder(folder: Path) -> Files:
         images = ("vision_tower.", "multi_modal_projector.")
         own = (name for name in parts if not any(part in name for part in images))
         parts = {name.replace("language_model.", ""): parts[name] for name in own}
-    shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-    return Files(str(folder), config, shapes, DTYPES[str(kind)], lambda name, at: parts[name][at])
+    shapes = {name: shape for name, (_, _, shape) in parts.items()}
+
+    def read(name: str, index: Index) -> np.ndarray:
+        # Opened for each part: what was read of a mapped file counts as memory until it is closed.
+        file, stored, _ = parts[name]
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            return opened.get_slice(stored)[index]
+
+    return Files(str(folder), config, shapes, DTYPES[str(kind)], read)
 
 
 def write_tensors(

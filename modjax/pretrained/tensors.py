@@ -6,7 +6,7 @@ Hugging Face stores matrices as (out, in); most of ours are (in, out), with the 
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -166,12 +166,17 @@ def read_weights(files: Files, slots: Mapping[str, Slot], structs: Any) -> dict[
     for slot in slots.values():
         by_path.setdefault(slot.place.path, {})[slot.place.index] = slot
     found: dict[str, Any] = {}
-    for path, each in by_path.items():
+    # The largest first: beside an array there is a copy of it, which then adds to fewer others.
+    for path, each in sorted(by_path.items(), key=lambda item: -_numbers(item[1].values())):
         struct, into = structs, found
         for key in path[:-1]:
             struct, into = struct[key], into.setdefault(key, {})
         into[path[-1]] = _array(files, each, struct[path[-1]])
     return found
+
+
+def _numbers(slots: Iterable[Slot]) -> int:
+    return sum(math.prod(slot.shape) for slot in slots)
 
 
 def _array(files: Files, slots: Mapping[tuple[int, ...], Slot], struct: Any) -> jax.Array:
@@ -188,7 +193,8 @@ def _array(files: Files, slots: Mapping[tuple[int, ...], Slot], struct: Any) -> 
             require(bool(finite), files.path, slot.tensor, "has numbers that are not finite")
         return out
 
-    return jax.make_array_from_callback(struct.shape, struct.sharding, part)
+    made = jax.make_array_from_callback(struct.shape, struct.sharding, part)
+    return jax.block_until_ready(made)  # which frees what it was copied from
 
 
 def write_tensor(weights: Any, slots: Collection[Slot]) -> np.ndarray:

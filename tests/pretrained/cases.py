@@ -188,7 +188,7 @@ CASES: dict[str, Case] = {
             "decoder_sparse_step": 2,
             "use_sliding_window": True,
             "sliding_window": WINDOW,
-            "num_experts_per_tok": 3,
+            "num_experts_per_tok": 2,
         },
         old=True,
     ),

@@ -3,6 +3,7 @@
 No size, epsilon or rotary base is the default of a family. Legend: B batch, L positions.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -31,8 +32,8 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
-SMALL_EXPERTS = EXPERTS | {"moe_intermediate_size": 24}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
+FEW = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 FULL, SLIDING = "full_attention", "sliding_attention"
 GEMMA3_ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 300.0},
@@ -70,11 +71,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "no_rope_layers": [1, 0, 1, 1],
     },
     "phi3": SILU,
-    "mixtral": SILU | {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "mixtral": SILU | {"num_local_experts": 6, "num_experts_per_tok": 3},
     "olmoe": SILU | EXPERTS | {"head_dim": 8},  # its norms of queries and keys take hidden / heads
     "qwen3_moe": {
         **SILU,
-        **SMALL_EXPERTS,
+        **EXPERTS,
+        "moe_intermediate_size": 24,
         "use_sliding_window": False,
         "norm_topk_prob": True,
         "mlp_only_layers": [],
@@ -106,12 +108,12 @@ class Case:
     def config(self) -> dict[str, Any]:
         """Returns config.json in the form of transformers 5, as far as it matters."""
         if self.sparse:
-            experts = SMALL_EXPERTS if self.family == "qwen3_moe" else {}
+            experts = {n: v for n, v in FAMILIES[self.family].items() if n in FEW}
             left_out = ("head_dim", "rms_norm_eps", "rope_parameters")
             config = {n: v for n, v in SMALL.items() if n not in left_out} | experts
         else:
             config = SMALL | FAMILIES[self.family] | self.changes
-        return {"model_type": self.family} | config
+        return {"model_type": self.family} | copy.deepcopy(config)
 
     def in_form(self, config: dict[str, Any]) -> dict[str, Any]:
         """Returns such a config as the file of this case says it."""
@@ -240,12 +242,13 @@ def drawn(name: str, shape: tuple[int, ...], family: str, rng: np.random.Generat
 
 
 def write(folder: Path, case: Case) -> dict[str, np.ndarray]:
-    """Writes a random model in float32 into a folder, and returns its tensors."""
+    """Writes a random model into a folder, and returns its tensors."""
+    import ml_dtypes  # noqa: F401  numpy then knows bfloat16
     from safetensors.numpy import save_file
 
     config, rng = case.config(), np.random.default_rng(0)
     tensors = {
-        case.prefix + name: drawn(name, shape, case.family, rng).astype(np.float32)
+        case.prefix + name: drawn(name, shape, case.family, rng).astype(case.dtype)
         for name, shape in shapes(config).items()
     }
     (folder / "config.json").write_text(json.dumps(case.in_form(config)))

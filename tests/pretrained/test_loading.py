@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from tests.pretrained.small_models import FAMILIES, SMALL, drawn, shapes
+import modjax
+from tests.pretrained.small_models import FAMILIES, SMALL, Case, drawn, shapes, write
 
 pytest.importorskip("safetensors", reason="the extra `pretrained`")
 
@@ -46,6 +47,23 @@ def write_large(folder, config):
         save_file(part, folder / file, {"format": "pt"})
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_read_is_written_with_equal_bytes(family, dtype, tmp_path):
+    from safetensors.numpy import load_file
+
+    (tmp_path / "in").mkdir()
+    tensors = write(tmp_path / "in", Case(family, dtype=dtype))
+    found = modjax.from_pretrained(tmp_path / "in")
+    assert found.spec.dtype == dtype
+    modjax.save_pretrained(tmp_path / "out", found.spec, found.weights, config=found.config)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert written[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
 
 
 @pytest.mark.slow

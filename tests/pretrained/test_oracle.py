@@ -56,4 +56,4 @@ def test_a_field_that_is_null_says_none_and_an_absent_one_the_default(tmp_path):
     config = json.loads(path.read_text())
     del config["sliding_window"]
     path.write_text(json.dumps(config))
-    assert "Window(4096)" in str(modjax.from_pretrained(tmp_path).spec)
+    assert "Window(size=4096)" in str(modjax.from_pretrained(tmp_path).spec)
