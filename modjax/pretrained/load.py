@@ -15,8 +15,8 @@ from modjax.data.codecs.tokenizer import Tokenizer
 from modjax.errors import require
 from modjax.nn.sharding import partition_spec
 from modjax.nn.weights import places
-from modjax.pretrained.config import family_of, read_config, without_training
-from modjax.pretrained.families import ENDS
+from modjax.pretrained.config import read_config, without_training
+from modjax.pretrained.families import family_of
 from modjax.pretrained.files import Files, open_files
 from modjax.pretrained.tensors import (
     Slot,
@@ -135,5 +135,5 @@ def _sublayers(spec: ModelSpec) -> list[Any]:
 def spec_of(files: Files, dtype: str | None) -> ModelSpec:
     """Returns the spec of opened files. dtype: see from_pretrained."""
     dtype = dtype or ("bfloat16" if files.dtype == "bfloat16" else "float32")
-    tied = ENDS["unembed.w_logits"] not in files.shapes
+    tied = family_of(files.config).tensors["unembed.w_logits"] not in files.shapes
     return read_config(files.config, tied=tied, dtype=dtype)

@@ -62,7 +62,7 @@ def save_pretrained(
 
 
 # An MLP without a gate is written as act(gate) * up, with an `up` that is its bias of 1.
-UNGATED = {"mlp.w_in": NAMES["mlp.w_gate"], "mlp.b_in": NAMES["mlp.b_gate"]}
+UNGATED = {"mlp.w_in": NAMES["mlp.w_gate"]}
 
 
 def _ungated(layer: Any) -> bool:

@@ -16,7 +16,7 @@ from flax import nnx
 from modjax.errors import require
 from modjax.nn import Transformer
 from modjax.nn.weights import Place, places
-from modjax.pretrained.families import ENDS, Family
+from modjax.pretrained.families import Family
 from modjax.pretrained.files import Files, Index
 from modjax.specs import ModelSpec
 
@@ -88,9 +88,9 @@ def find_slots(
       of ours is a copy of it.
     """
     ours, found = places(model), {}
-    for name, tensor in ENDS.items():
-        if name in ours:
-            found[name] = Slot(tensor, 0, int(name == "unembed.w_logits"), False, ours[name])
+    for name in ours.keys() & family.tensors.keys():  # at the ends
+        inputs, flat = int(name == "unembed.w_logits"), name == "final_norm.scale"
+        found[name] = Slot(family.tensors[name], 0, inputs, flat, ours[name])
     for kind, mark in {"attention": r"\.w_q$", "mlp": r"(\.experts\.0)?\.w_in$"}.items():
         marked = sorted((name for name in ours if re.search(mark, name)), key=in_order)
         whole = (re.sub(mark, "", name) for name in marked)
@@ -99,7 +99,7 @@ def find_slots(
         for i, prefix in enumerate(prefixes):
             experts = sum(name.startswith(f"{prefix}.experts.") for name in ours)
             for expert in range(max(1, experts)):
-                layer = f"model.layers.{i}."
+                layer = f"{family.layers}{i}."
                 found |= _of_layer(ours, f"{prefix}.", layer, kind, expert, family, tensors)
     return found
 
