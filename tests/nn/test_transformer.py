@@ -191,3 +191,12 @@ def test_mod_works_in_a_linen_model_through_the_bridge():
     assert variables["params"]["routed"]["router"]["w"].shape == (16, 1)
     grads = jax.grad(lambda v: jnp.sum(jnp.sin(TheirModel().apply(v, x))))(variables)
     assert float(jnp.abs(grads["params"]["routed"]["router"]["w"]).max()) > 0
+
+
+@pytest.mark.parametrize("attention", ["qk_norm='head', bias='qkv'", "qk_norm='all', bias='all'"])
+@pytest.mark.parametrize("mlp", ["MLP(bias=True)", "MLP('swiglu', bias=True)"])
+def test_norms_of_heads_and_biases_are_counted(attention, mlp):
+    config = dataclasses.replace(CONFIG, layers=f"Seq(Attention({attention}), {mlp})")
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    assert sum(sizes) == flops.parameters(config)["total"]
