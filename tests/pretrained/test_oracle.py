@@ -29,6 +29,7 @@ SWITCHES = (
     "phi3, longrope, long, old",
     "olmoe, clipped",
     "qwen3_moe, not renormalised",
+    "qwen3_moe, windows, old",
 )
 
 

@@ -191,6 +191,24 @@ def check_both_forms(config):
     assert given == said
 
 
+@pytest.mark.parametrize("name", ["gemma, bfloat16", "gemma3, nested, old"])
+def test_embeddings_in_bfloat16_equal_bit_for_bit(name, made, tmp_path):
+    """Holds for their scale, which is rounded to bfloat16 first: logits would not show it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = made(name)
+    found = modjax.from_pretrained(folder)
+    modjax.save_pretrained(tmp_path / "out", found.spec, found.weights, config=found.config)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
+    tokens_BL = tokens(CASES[name])
+    with torch.no_grad():
+        given = torch.tensor(tokens_BL, dtype=torch.long)
+        first, *_ = theirs(given, output_hidden_states=True).hidden_states
+    x_BLD = nnx.merge(found.graphdef, found.weights).embed(tokens_BL, jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(x_BLD, np.float32), first.float().numpy())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_mesh_of_8_devices_gives_the_same_logits(name, made):
     folder, model = made(name)
