@@ -18,10 +18,10 @@ import modjax
 from modjax.specs import Execution
 from modjax.training.mesh import make_mesh
 from tests.nn.small import QUICK
-from tests.pretrained import hf_models
-from tests.pretrained.cases import CASES
-from tests.pretrained.numpy_decoder import decode
-from tests.pretrained.small_models import FAMILIES, FULL, SLIDING, shapes, tokens
+from tests.pretrained.models import hf_models
+from tests.pretrained.models.cases import CASES
+from tests.pretrained.models.numpy_decoder import decode
+from tests.pretrained.models.small_models import FAMILIES, FULL, SLIDING, shapes, tokens
 
 # Looked for, not imported: importing both takes 5 s, also where no test here is selected.
 missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
