@@ -8,8 +8,8 @@ import pytest
 
 import modjax
 from modjax.errors import InputError
-from tests.pretrained.cases import CASES
-from tests.pretrained.small_models import Case, write
+from tests.pretrained.models.cases import CASES
+from tests.pretrained.models.small_models import Case, write
 
 pytest.importorskip("safetensors", reason="the extra `pretrained`")
 

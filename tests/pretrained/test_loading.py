@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import modjax
-from tests.pretrained.small_models import FAMILIES, SMALL, Case, drawn, shapes, write
+from tests.pretrained.models.small_models import FAMILIES, SMALL, Case, drawn, shapes, write
 
 pytest.importorskip("safetensors", reason="the extra `pretrained`")
 

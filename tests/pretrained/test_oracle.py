@@ -9,9 +9,9 @@ from flax import nnx
 
 import modjax
 from tests.nn.small import QUICK
-from tests.pretrained.cases import CASES
-from tests.pretrained.numpy_decoder import decode
-from tests.pretrained.small_models import FAMILIES, Case, tokens, write
+from tests.pretrained.models.cases import CASES
+from tests.pretrained.models.numpy_decoder import decode
+from tests.pretrained.models.small_models import FAMILIES, Case, tokens, write
 
 pytest.importorskip("safetensors", reason="the extra `pretrained`")
 
@@ -29,6 +29,7 @@ SWITCHES = (
     "phi3, longrope, long, old",
     "olmoe, clipped",
     "qwen3_moe, not renormalised",
+    "qwen3_moe, windows, old",
 )
 
 

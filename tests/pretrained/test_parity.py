@@ -18,10 +18,10 @@ import modjax
 from modjax.specs import Execution
 from modjax.training.mesh import make_mesh
 from tests.nn.small import QUICK
-from tests.pretrained import hf_models
-from tests.pretrained.cases import CASES
-from tests.pretrained.numpy_decoder import decode
-from tests.pretrained.small_models import FAMILIES, FULL, SLIDING, shapes, tokens
+from tests.pretrained.models import hf_models
+from tests.pretrained.models.cases import CASES
+from tests.pretrained.models.numpy_decoder import decode
+from tests.pretrained.models.small_models import FAMILIES, FULL, SLIDING, shapes, tokens
 
 # Looked for, not imported: importing both takes 5 s, also where no test here is selected.
 missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
@@ -189,6 +189,24 @@ def check_both_forms(config):
     if context in config:
         given[context] = config[context]
     assert given == said
+
+
+@pytest.mark.parametrize("name", ["gemma, bfloat16", "gemma3, nested, old"])
+def test_embeddings_in_bfloat16_equal_bit_for_bit(name, made, tmp_path):
+    """Holds for their scale, which is rounded to bfloat16 first: logits would not show it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = made(name)
+    found = modjax.from_pretrained(folder)
+    modjax.save_pretrained(tmp_path / "out", found.spec, found.weights, config=found.config)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
+    tokens_BL = tokens(CASES[name])
+    with torch.no_grad():
+        given = torch.tensor(tokens_BL, dtype=torch.long)
+        first, *_ = theirs(given, output_hidden_states=True).hidden_states
+    x_BLD = nnx.merge(found.graphdef, found.weights).embed(tokens_BL, jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(x_BLD, np.float32), first.float().numpy())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

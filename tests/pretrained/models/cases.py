@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from tests.pretrained.small_models import FAMILIES, FULL, GEMMA3_ROPE, SLIDING, THETA, WINDOW, Case
+from tests.pretrained.models.small_models import (
+    FAMILIES,
+    FULL,
+    GEMMA3_ROPE,
+    SLIDING,
+    THETA,
+    WINDOW,
+    Case,
+)
 
 
 def rope(rope_type: str, **values: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.pretrained.small_models import Case, drawn
+from tests.pretrained.models.small_models import Case, drawn
 
 
 def silence() -> None:
