@@ -10,11 +10,10 @@ trains all weights. A block that you wrap in another layer keeps its weights. In
 may put MoE(...) with the same activation; each expert then starts as that MLP.
 """
 
-from pathlib import Path
-
 import ml_collections
 
 from modjax import MoD, Predictor, TopK
+from modjax.data.codecs.files import tokenizer_name
 from modjax.pretrained import model_fields
 
 
@@ -37,7 +36,7 @@ def get_config(path):
         "eval_sequences": 64,
         "trained": "routers",
     }
-    config.data = {"name": "stdlib", "vocab": f"{Path(path).stem}.json", "max_epochs": 1.0}
+    config.data = {"name": "stdlib", "vocab": f"{tokenizer_name(path)}.json", "max_epochs": 1.0}
     config.execution = {"log_every": 5}
     config.base = path
     return config

@@ -20,7 +20,14 @@ from modjax.specs import ModelSpec, RunSpec
 from modjax.specs.imports import combined, layer_source, own_layers, registered
 
 logger = logging.getLogger("modjax")
-COMPUTING = ("data", "kernels", "nn", "specs", "training")  # folders that decide a run's numbers
+COMPUTING = (
+    "data",
+    "kernels",
+    "nn",
+    "pretrained",
+    "specs",
+    "training",
+)  # folders that decide a run's numbers
 SOURCES = "[!.]*.py"  # without the hidden links that an editor leaves beside a file
 PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax")
 # jax's settings that change numbers, with the values for every process that modjax owns.

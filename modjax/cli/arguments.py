@@ -173,13 +173,7 @@ def _add_finished_verbs(commands: Any) -> None:
     )
     _add(commands, "eval", finished_verbs.evaluate, EVAL, WORKDIR, *shared, *evaluate)
     sample = _add(commands, "sample", finished_verbs.sample, SAMPLE, *shared)
-    flag, keywords = WORKDIR
-    model = "a pretrained model instead: a folder with config.json, or a GGUF file"
-    _add_options(
-        sample.add_mutually_exclusive_group(required=True),
-        option(flag, **keywords | {"required": False}),
-        option("--pretrained", type=Path, metavar="PATH", help=model),
-    )
+    _add_model(sample)
     _add_options(
         sample.add_mutually_exclusive_group(required=True),
         option("--prompt", help="the text to continue"),
@@ -205,16 +199,29 @@ def _add_finished_verbs(commands: Any) -> None:
         option("--stop", action="append", default=[], metavar="TEXT", help=stop),
         option("--show-depth", action="store_true", help=depth),
     )
-    _add(
-        *(commands, "export", finished_verbs.export, EXPORT),
-        *(WORKDIR, DATA_DIR, IMPORTS, OTHER_CODE),
+    reading = (DATA_DIR, IMPORTS, OTHER_CODE)
+    export = _add(commands, "export", finished_verbs.export, EXPORT, *reading)
+    _add_model(export)
+    _add_options(
+        export,
         option("--run", metavar="RUN_ID", help="the run; needed if there are several"),
         option("--out", required=True, type=Path, metavar="DIR", help="a new or an empty folder"),
         option(
             "--dtype",
             choices=("float32", "bfloat16", "float16"),
-            help="of the written numbers; default float32, in which a run trains",
+            help="of the written numbers; default that of the weights, for a run float32",
         ),
+    )
+
+
+def _add_model(parser: Any) -> None:
+    """Adds the options that name a folder of runs or a pretrained model."""
+    flag, keywords = WORKDIR
+    model = "a pretrained model instead: a folder with config.json, or a GGUF file"
+    _add_options(
+        parser.add_mutually_exclusive_group(required=True),
+        option(flag, **keywords | {"required": False}),
+        option("--pretrained", type=Path, metavar="PATH", help=model),
     )
 
 
@@ -257,10 +264,11 @@ SAMPLE = """continue a prompt with a finished run or a pretrained model.
 
 Routing never looks ahead, and each block caches the tokens that it processed. The continuation of a
 single prompt is printed while it is drawn."""
-EXPORT = """write a finished run as config.json, safetensors and a model card, for transformers.
+EXPORT = """write a finished run for transformers: config.json, safetensors, vocabulary, model card.
 
 A dense run is written as llama, a run with experts as mixtral or olmoe, or as another family that
-computes the same. Routed layers are refused: transformers cannot express them."""
+computes the same. Routed layers are refused: transformers cannot express them. With --pretrained,
+writes a model of another format, such as GGUF, as safetensors."""
 FLOPS = """print the parameters and FLOPs of a model by component, and in sum under each convention.
 
 For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at

@@ -196,6 +196,15 @@ def export(args: argparse.Namespace) -> None:
         from modjax.records import read_record, run_dir
         from modjax.scaling.workdir import read_plan
 
+    if args.pretrained is not None:
+        from modjax.pretrained import from_pretrained, save_pretrained
+
+        require(args.run is None, "--run", args.run, "cannot be combined with --pretrained")
+        spec, _, weights, tokenizer, config = from_pretrained(args.pretrained)
+        about = {"config": config, "tokenizer": tokenizer, "dtype": args.dtype}
+        save_pretrained(args.out, spec, weights, **about)
+        print(args.out)
+        return
     spec = _choose_one(args, None)
     folder = run_dir(args.workdir, spec.run_id)
     record, plan = read_record(folder, spec.run_id), read_plan(args.workdir)

@@ -19,10 +19,11 @@ def export(run: Loaded, record: RunRecord, out: Path, *, dtype: str | None, comm
     """
     eos_id = None if run.tokenizer is None else run.tokenizer.eos_ids[0]
     about = {"max_position_embeddings": run.spec.train.seq_len, "eos_token_id": eos_id}
-    save_pretrained(out, run.spec.model, run.weights, config=about, dtype=dtype)
-    if run.tokenizer is not None and run.tokenizer.content:
-        (out / _file(run.tokenizer)).write_bytes(run.tokenizer.content)
-    card = _card(run.spec.model, run.spec.base, record, run.tokenizer, command)
+    tokenizer = run.tokenizer
+    save_pretrained(
+        out, run.spec.model, run.weights, config=about, tokenizer=tokenizer, dtype=dtype
+    )
+    card = _card(run.spec.model, run.spec.base, record, tokenizer, command)
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -58,8 +59,5 @@ def _tokens(codec: Codec | None) -> str:
         return "not exported: the data was not at hand"
     if isinstance(codec, Bytes):
         return f"UTF-8 bytes: id = byte + {codec.FIRST}; {codec.eos_ids[0]} ends a document"
-    return f"{_file(codec)}; {codec.eos_ids[0]} ends a document"
-
-
-def _file(codec: Codec) -> str:
-    return "tokenizer.json" if isinstance(codec, Tokenizer) else "tokenizer.model"
+    file = "tokenizer.json" if isinstance(codec, Tokenizer) else "tokenizer.model"
+    return f"{file}; {codec.eos_ids[0]} ends a document"

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from modjax.data.codecs.codec import Codec
+from modjax.data.codecs.files import write_tokenizer
 from modjax.errors import InputError, require
 from modjax.pretrained.config import read_config, without_training, write_config
 from modjax.pretrained.families import FAMILIES, NAMES, Family
@@ -26,6 +28,7 @@ def save_pretrained(
     weights: Any,
     *,
     config: Mapping[str, Any] | None = None,
+    tokenizer: Codec | None = None,
     dtype: str | None = None,
     most: int = 2**31,
 ) -> None:
@@ -34,6 +37,7 @@ def save_pretrained(
     out: a folder that is made, or empty.
     config: further fields of config.json. Its `model_type` names the family, if that computes the
       same; otherwise it is the first that does, see modjax.pretrained.FAMILIES.
+    tokenizer: is written beside it.
     dtype: of the written tensors; None keeps that of the weights.
     most: bytes of a file; more go to several files.
     Raises InputError for a model that no family computes, such as one with routed layers.
@@ -59,6 +63,8 @@ def save_pretrained(
     write_tensors(out, expected, tensor, dtype, most)
     unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     write_json(out / "config.json", {**unknown, **(config or {}), **fields})
+    if tokenizer is not None:
+        write_tokenizer(out, tokenizer)
 
 
 # An MLP without a gate is written as act(gate) * up, with an `up` that is its bias of 1.

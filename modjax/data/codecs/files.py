@@ -1,10 +1,11 @@
-"""Opening the tokenizer of a pretrained model: a folder, a tokenizer.json or a GGUF file."""
+"""Tokenizers of pretrained models: opened from a folder, a file or a GGUF file, and written."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from modjax.data.codecs.codec import Codec
 from modjax.data.codecs.gguf_tokenizer import read_fields, rebuilt, settings_of
 from modjax.data.codecs.tokenizer import MOST_CONTENT, Settings, Tokenizer, check_package
 from modjax.errors import InputError, require
@@ -39,6 +40,19 @@ def find_tokenizer(path: Path | str) -> Tokenizer | None:
     file = path / "tokenizer.json" if os.path.isdir(path) else path
     content = _read(file, MOST_CONTENT)
     return None if content is None else Tokenizer(content, str(path), _settings(file.parent))
+
+
+def write_tokenizer(folder: Path, codec: Codec) -> None:
+    """Writes a vocabulary by the names of Hugging Face's files; bytes have none."""
+    if not isinstance(codec, Tokenizer):
+        if codec.content:
+            (folder / "tokenizer.model").write_bytes(codec.content)
+        return
+    (folder / "tokenizer.json").write_bytes(codec.content)
+    special, template = codec.settings.special, codec.settings.template
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    values |= {} if template is None else {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def tokenizer_name(path: Path | str) -> str:
