@@ -254,3 +254,23 @@ def write(folder: Path, case: Case) -> dict[str, np.ndarray]:
     (folder / "config.json").write_text(json.dumps(case.in_form(config)))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return tensors
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Splits the tensors over two files with an index, and returns the index."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, index = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    write_index(folder, index)
+    return index
+
+
+def write_index(folder: Path, index: Mapping[str, str]) -> None:
+    text = json.dumps({"metadata": {"total_size": 0}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
