@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from modjax.errors import require
 
 LOGICAL_TO_MESH: dict[str | None, str | tuple[str, ...] | None] = {
     # activations
@@ -38,6 +40,20 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert")
 def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
     """Returns the mesh axes of a tensor whose dims have these logical axes."""
     return PartitionSpec(*(LOGICAL_TO_MESH[name] for name in logical_axes))
+
+
+def weight_sharding(
+    mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], name: str
+) -> NamedSharding:
+    """Returns the sharding of a weight with these logical axes.
+
+    Raises InputError, which names the weight, if a dim does not split evenly over the mesh.
+    """
+    spec = partition_spec(axes)
+    for size, logical, axis in zip(shape, axes, spec, strict=True):
+        parts, need = num_shards(mesh, axis), f"must divide {size}, the {logical} dimension of {name}"
+        require(size % parts == 0, f"execution.{axis}", parts, need)
+    return NamedSharding(mesh, spec)
 
 
 def num_shards(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:

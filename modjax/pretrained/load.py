@@ -64,10 +64,11 @@ def from_pretrained(
     slots = find_slots(model, family_of(files.config))
     check_tensors(files, slots)
 
-    def struct(variable: Any) -> jax.ShapeDtypeStruct:
-        axes = partition_spec(variable.get_metadata("out_sharding"))
-        one = SingleDeviceSharding(jax.devices()[0])
-        sharding = one if mesh is None else NamedSharding(mesh, axes)
+    def struct(path: Any, variable: Any) -> jax.ShapeDtypeStruct:
+        axes, name = variable.get_metadata("out_sharding"), ".".join(map(str, path))
+        sharding: Any = SingleDeviceSharding(jax.devices()[0])
+        if mesh is not None:
+            sharding = weight_sharding(mesh, variable.shape, axes, name)
         return jax.ShapeDtypeStruct(variable.shape, jnp.dtype(config.dtype), sharding=sharding)
 
     tokenizer = find_tokenizer(path)

@@ -10,10 +10,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modjax.errors import require
 from modjax.nn import Transformer
 from modjax.nn.params import Measured
-from modjax.nn.sharding import num_shards, partition_spec
+from modjax.nn.sharding import weight_sharding
 from modjax.specs import ModelSpec, TrainConfig
 from modjax.specs.run import ROUTER_ROLES
 from modjax.training.optimizer import make_schedule, optimizer_for
@@ -110,12 +109,8 @@ def abstract_weights(mesh: Mesh, model: Model) -> Weights:
     """
 
     def one(path: Any, leaf: Any, axes: Any) -> jax.ShapeDtypeStruct:
-        spec = partition_spec(axes)
-        for size, logical, axis in zip(leaf.shape, axes, spec, strict=True):
-            parts, name = num_shards(mesh, axis), jax.tree_util.keystr(path[1:])
-            need = f"must divide {size}, the {logical} dimension of {name}"
-            require(size % parts == 0, f"execution.{axis}", parts, need)
-        return struct(leaf, NamedSharding(mesh, spec))
+        name = jax.tree_util.keystr(path[1:])
+        return struct(leaf, weight_sharding(mesh, leaf.shape, axes, name))
 
     return jax.tree_util.tree_map_with_path(one, model.weights, model.axes)
 
