@@ -51,7 +51,8 @@ def weight_sharding(
     """
     spec = partition_spec(axes)
     for size, logical, axis in zip(shape, axes, spec, strict=True):
-        parts, need = num_shards(mesh, axis), f"must divide {size}, the {logical} dimension of {name}"
+        parts = num_shards(mesh, axis)
+        need = f"must divide {size}, the {logical} dimension of {name}"
         require(size % parts == 0, f"execution.{axis}", parts, need)
     return NamedSharding(mesh, spec)
 

@@ -1,4 +1,4 @@
-"""Pretrained decoders in Hugging Face's form or as GGUF: read as models of modjax, and written."""
+"""Pretrained decoders: read from Hugging Face folders and GGUF files, written as folders."""
 
 from modjax.pretrained.families import FAMILIES, Family, register
 from modjax.pretrained.files import open_files

@@ -1,4 +1,4 @@
-"""config.json of a pretrained model to a ModelSpec, and back."""
+"""Conversion of config.json to a ModelSpec, and back."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,22 +7,10 @@ from typing import Any
 from modjax.errors import require
 from modjax.pretrained.families import CONTEXT, CONTROLS, SIZES, Family, Fields, at, family_of
 from modjax.pretrained.rotary import read_ropes, write_rope
-from modjax.specs import (
-    MLP,
-    Attention,
-    Causal,
-    Layer,
-    Logits,
-    ModelSpec,
-    MoE,
-    Rope,
-    Seq,
-    Tied,
-    TokenChoice,
-    Tokens,
-    Window,
-)
-from modjax.specs.layer import segments_of
+from modjax.specs import MLP, Attention, ModelSpec, MoE, Rope, Seq, TokenChoice
+from modjax.specs.layer import Layer, segments_of
+from modjax.specs.layers.ends import Logits, Tied, Tokens
+from modjax.specs.layers.masks import Causal, Window
 
 ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 
@@ -30,8 +18,9 @@ ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "gegl
 def read_config(config: Mapping[str, Any], *, tied: bool, dtype: str) -> ModelSpec:
     """Returns the spec of the model that a config.json describes.
 
-    tied: whether the files have no tensor of a head.
-    Raises InputError for a family, a rotary type or a field that is unknown.
+    tied: whether the output head shares the embedding table.
+    dtype: dtype of the weights and the computation.
+    Raises InputError for an unknown family, rotary type or field.
     """
     c = Fields(config, family_of(config))
     sizes: dict[str, Any] = {ours: c(theirs) for ours, theirs in SIZES.items()}
@@ -51,9 +40,9 @@ def read_config(config: Mapping[str, Any], *, tied: bool, dtype: str) -> ModelSp
 
 
 def _layers(c: Fields, depth: int, head_dim: int | None) -> list[Layer]:
-    """Returns every layer of a model, in order."""
+    """Returns the blocks of a model in order, each an attention and an MLP or MoE."""
     family, act = c.family, c("hidden_activation") or c("hidden_act")
-    if family.scaled and act == "gelu":  # in old files, which mean the approximation
+    if family.scaled and act == "gelu":  # old files of Gemma mean the approximation
         act = "gelu_pytorch_tanh"
     require(act in ACTIVATIONS, at("hidden_act"), act, f"must be {', '.join(ACTIVATIONS)}")
     scalar = c("query_pre_attn_scalar")
@@ -69,33 +58,33 @@ def _layers(c: Fields, depth: int, head_dim: int | None) -> list[Layer]:
     only, step = c("mlp_only_layers", ()), c("decoder_sparse_step", 1)
     found: list[Layer] = []
     full, local = read_ropes(c)
-    for i, (window, turns) in enumerate(zip(_windows(c, depth), _turning(c, depth), strict=True)):
+    for i, (window, rotary) in enumerate(zip(_windows(c, depth), _rotary(c, depth), strict=True)):
         mask = Causal() if window is None else Causal() & Window(window)
         sparse = family.routed and i not in only and (i + 1) % step == 0
         rope = full if window is None else local
-        own = dataclasses.replace(attention, mask=mask, rope=rope if turns else None)
+        own = dataclasses.replace(attention, mask=mask, rope=rope if rotary else None)
         found.append(Seq(own, _experts(c, mlp) if sparse else mlp))
     return found
 
 
 def _experts(c: Fields, mlp: MLP) -> MoE:
-    """Returns the mixture of experts in place of an MLP. It drops no token."""
-    number, top_k = c("num_experts") or c("num_local_experts"), c("num_experts_per_tok")
-    for name, value in {"num_experts": number, "num_experts_per_tok": top_k}.items():
+    """Returns the mixture of experts that replaces `mlp`. It drops no token."""
+    count, top_k = c("num_experts") or c("num_local_experts"), c("num_experts_per_tok")
+    for name, value in {"num_experts": count, "num_experts_per_tok": top_k}.items():
         require(type(value) is int, at(name), value, "must be a number")
     balance = float(c("router_aux_loss_coef"))
     rule = TokenChoice(top_k, renormalise=bool(c("norm_topk_prob")), balance=balance, z=0.0)
-    about = {"width": c("moe_intermediate_size"), "activation": mlp.activation, "norm": mlp.norm}
-    return MoE(number, rule, capacity_factor=None, **about)
+    width, act = c("moe_intermediate_size"), mlp.activation
+    return MoE(count, rule, width=width, activation=act, norm=mlp.norm, capacity_factor=None)
 
 
 def _windows(c: Fields, depth: int) -> list[int | None]:
-    """Returns the attention window of each layer, None for no window."""
+    """Returns the attention window of each layer in tokens, or None for no window."""
     size = c("sliding_window") if c("use_sliding_window", True) else None
     first, period = c("max_window_layers", 0), c("sliding_window_pattern", 0)
     slides = [i >= first and (not period or (i + 1) % period != 0) for i in range(depth)]
-    if c.family.fields.keys() & {"no_rope_layers"}:
-        slides = [not turns for turns in _turning(c, depth)]
+    if "no_rope_layers" in c.known:
+        slides = [not rotary for rotary in _rotary(c, depth)]
     if (types := c("layer_types")) is not None:
         known = {"sliding_attention": True, "full_attention": False}
         accepted = f"must be {depth} of {', '.join(known)}"
@@ -105,8 +94,8 @@ def _windows(c: Fields, depth: int) -> list[int | None]:
     return [size if slide else None for slide in slides]
 
 
-def _turning(c: Fields, depth: int) -> Sequence[int]:
-    """Returns 1 for each layer with rotary positions, and 0 for the others."""
+def _rotary(c: Fields, depth: int) -> Sequence[int]:
+    """Returns 1 for each layer with rotary positions, and 0 for each without."""
     period, given = c("no_rope_layer_interval", depth + 1), c("no_rope_layers")
     found = [int((i + 1) % period != 0) for i in range(depth)] if given is None else given
     require(len(found) == depth, at("no_rope_layers"), found, f"must be {depth} numbers")
@@ -114,7 +103,7 @@ def _turning(c: Fields, depth: int) -> Sequence[int]:
 
 
 def without_training(layer: Any) -> Any:
-    """Returns a layer without the fields that change nothing outside training."""
+    """Returns a layer with the fields that matter only in training switched off."""
     if isinstance(layer, Attention):
         return dataclasses.replace(layer, received=False)
     if isinstance(layer, MoE) and isinstance(layer.rule, TokenChoice):
@@ -124,14 +113,14 @@ def without_training(layer: Any) -> Any:
 
 
 def write_config(spec: ModelSpec, family: Family) -> dict[str, Any]:
-    """Returns the config.json of a family for a spec of blocks of Attention and MLP or MoE.
+    """Returns the config.json of a spec in which each block is an Attention and an MLP or MoE.
 
-    Both forms of the rotary fields are in it: older readers silently ignore the newer one. The
-    family fits the spec only if `read_config` returns it again.
+    It has the rotary fields in both forms: older readers silently ignore the newer one. A family
+    may be unable to express the spec; check that `read_config` returns an equal one.
     """
     blocks: list[Any] = spec.blocks()
-    shape, blocks = spec.shape, [block.parts for block in blocks]
-    attentions, mlps = [a for a, _ in blocks], [mlp for _, mlp in blocks]
+    shape = spec.shape
+    attentions, mlps = zip(*(block.parts for block in blocks), strict=True)
     theirs = {ours: act for act, ours in reversed(ACTIVATIONS.items())}
     act, first = theirs.get(mlps[0].activation), attentions[0]
     windows = [a.mask.reach[0] for a in attentions]
@@ -140,6 +129,7 @@ def write_config(spec: ModelSpec, family: Family) -> dict[str, Any]:
     full, sliding = (full or sliding or [Rope()])[0], (sliding or full or [Rope()])[0]
     rope, local = write_rope(full), write_rope(sliding)
     both = {"full_attention": rope, "sliding_attention": local}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     routed = [i for i, mlp in enumerate(mlps) if isinstance(mlp, MoE)]
     values = {theirs: getattr(shape, ours) for ours, theirs in SIZES.items()} | {
         "head_dim": shape.head_dim,
@@ -160,9 +150,7 @@ def write_config(spec: ModelSpec, family: Family) -> dict[str, Any]:
         "rope_theta": full.base,
         "rope_local_base_freq": sliding.base,
         "partial_rotary_factor": full.share,
-        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}
-        if full.scaling
-        else None,
+        "rope_scaling": scaling if full.scaling else None,
         "rope_parameters": both if "rope_local_base_freq" in family.fields else rope,
         "mlp_bias": any(mlp.bias for mlp in mlps if isinstance(mlp, MLP)),
         "mlp_only_layers": [i for i in range(len(mlps)) if i not in routed],

@@ -1,7 +1,6 @@
-"""Families of open decoders: the fields of their config.json, and the names of their tensors.
+"""Families of open decoders: the fields of their config.json and the names of their tensors.
 
-A family says how its models differ from NAMES and from a block of norm, attention, norm and MLP.
-`register` adds a family from outside; see modjax/pretrained/config.py for how the fields are read.
+`register` adds a family from outside. modjax/pretrained/config.py reads the fields.
 """
 
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from modjax.errors import require
 
-# Fields of ModelSpec -> those of config.json.
+# Fields of ModelSpec -> fields of config.json.
 SIZES = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -21,8 +20,8 @@ SIZES = {
     "norm_eps": "rms_norm_eps",
 }
 CONTEXT = "original_max_position_embeddings"
-# Our weights -> Hugging Face's tensors, in every layer or at the ends. Equal tensors are stacked
-# along their rows, in this order; {} is the number of an expert. Biases follow from weights.
+# Our weights -> Hugging Face's tensors, within a layer or outside all layers. Weights of the same
+# tensor are stacked along its rows, in this order. {} is the number of an expert.
 NAMES = {
     "embed.table": "model.embed_tokens.weight",
     "final_norm.scale": "model.norm.weight",
@@ -49,18 +48,19 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of decoder in Hugging Face's form.
+    """A family of decoders, such as Gemma 2.
 
-    name: its `model_type` in config.json.
-    architecture: its class in transformers.
-    fields: the fields of config.json that it reads beyond those of every family, and the value that
-      each of both has where a file leaves it out.
-    norm, qk_norm, bias: of specs.Attention; bias None reads the field `attention_bias`, if any.
-    norm_offset: of ModelSpec.
+    name: `model_type` in config.json.
+    architecture: name of the class in transformers.
+    fields: default values of fields of config.json. Every known field is here, in SIZES or in
+      CONTROLS.
+    norm: see specs.Attention; also for MLPs and experts.
+    qk_norm, bias: see specs.Attention. With bias None, the field `attention_bias` adds all biases.
+    norm_offset: see ModelSpec.
     scaled: whether embeddings are scaled, see specs.Tokens.
-    routed: whether its MLPs are mixtures of experts.
-    names: what differs from NAMES.
-    layers: the prefix of the tensors of layers, before the number of the layer.
+    routed: whether MLPs are mixtures of experts.
+    names: entries that replace or extend NAMES.
+    layers: prefix of the names of a layer's tensors, before the number of the layer.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Family:
 
     @property
     def tensors(self) -> dict[str, str]:
-        """Hugging Face's name of each of our weights and biases, those of layers within a layer."""
+        """Our names of weights and biases -> Hugging Face's, without the prefixes of layers."""
         named = NAMES | dict(self.names)
         biases = {ours.replace(".w_", ".b_"): theirs for ours, theirs in named.items()}
         return {k: v.replace(".weight", ".bias") for k, v in biases.items() if ".b_" in k} | named
@@ -192,23 +192,18 @@ QWEN3_MOE = Family(
     qk_norm="head",
     routed=True,
 )
-FAMILIES = {
-    family.name: family
-    for family in (
-        *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, OLMO2, GEMMA, GEMMA2, GEMMA3),
-        *(MIXTRAL, OLMOE, QWEN3_MOE),
-    )
-}
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, OLMO2, GEMMA, GEMMA2, GEMMA3)
+FAMILIES = {family.name: family for family in (*_DENSE, MIXTRAL, OLMOE, QWEN3_MOE)}
 
 
 def register(family: Family) -> None:
-    """Adds a family. Raises InputError if its name is taken."""
+    """Adds a family. Raises InputError if another one has its name."""
     fits = FAMILIES.get(family.name, family) == family
     require(fits, "modjax.pretrained.register", family.name, "is a family already")
     FAMILIES[family.name] = family
 
 
-# Fields that change no logits: of training, of generation, and of the library that wrote the file.
+# Fields that change no logits: for training, for generation, or about the writing library.
 HARMLESS = """_attn_implementation _name_or_path _sliding_window_pattern architectures
     attention_dropout attn_implementation auto_map bos_token_id cache_implementation dtype
     embd_pdrop eos_token_id full_attn_mod initializer_range interpolate_factor is_llama_config
@@ -216,7 +211,7 @@ HARMLESS = """_attn_implementation _name_or_path _sliding_window_pattern archite
     pretraining_tp resid_pdrop router_jitter_noise sliding_window_size tie_word_embeddings
     tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed
     unsloth_version use_cache"""
-CONTROLS = ("rope_parameters", "rope_scaling", "rope_theta", "head_dim", "hidden_act")  # of all
+CONTROLS = ("rope_parameters", "rope_scaling", "rope_theta", "head_dim", "hidden_act")
 KINDS = {
     dict: "rope_parameters rope_scaling",
     list: "layer_types mlp_only_layers no_rope_layers",
@@ -225,14 +220,14 @@ KINDS = {
     float: """attn_logit_softcapping clip_qkv final_logit_softcapping partial_rotary_factor
         query_pre_attn_scalar rms_norm_eps rope_local_base_freq rope_theta router_aux_loss_coef""",
 }
-KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}  # or int
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}  # others: int
 
 
 class Fields:
-    """Fields of a config.json, as a family reads them."""
+    """Fields of a config.json, with the defaults of a family."""
 
     def __init__(self, values: Mapping[str, Any], family: Family):
-        """Raises InputError for a field that the family does not know, unless it is off."""
+        """Raises InputError for an unknown field, unless it is empty or 0, and for a wrong type."""
         self.values, self.family = values, family
         self.known = {*SIZES.values(), *CONTROLS, *family.fields}
         for name in sorted(values.keys() - self.known - set(HARMLESS.split())):
@@ -246,7 +241,7 @@ class Fields:
             require(fits, at(name), value, "must be greater than 0, or null")
 
     def __call__(self, name: str, otherwise: Any = None) -> Any:
-        """Returns a field, or the family's default for it; `otherwise` if the family has none."""
+        """Returns a field or its default, or `otherwise` if the family does not know the field."""
         if name not in self.known:
             return otherwise
         return self.values.get(name, self.family.fields.get(name))
@@ -257,7 +252,7 @@ def at(field: str) -> str:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """Returns the family of a config.json. Raises InputError for an unknown one."""
+    """Returns the family that `model_type` names. Raises InputError if it is unknown."""
     name = config.get("model_type")
     accepted = f"unknown family; must be one of {', '.join(FAMILIES)}"
     require(name in FAMILIES, at("model_type"), name, accepted)

@@ -22,13 +22,13 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Files:
-    """An opened pretrained model, with Hugging Face's names and layouts.
+    """An opened pretrained model, with Hugging Face's tensor names and layouts.
 
-    path: where it is.
-    config: the content of config.json.
-    shapes: of all tensors, by name.
-    dtype: in which most of the numbers are stored.
-    read: returns a part of a tensor, by its name and one slice per dim.
+    path: the folder or file, for error messages.
+    config: the fields of config.json.
+    shapes: the shape of each tensor, by name.
+    dtype: the dtype that most of the stored numbers have.
+    read: takes the name of a tensor and one slice per dim, and returns this part.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Files:
 
 
 def open_files(path: str | Path) -> Files:
-    """Opens a pretrained model. Raises InputError for any other path, and for damaged files."""
+    """Opens a folder or a GGUF file. Raises InputError if it is no pretrained model, or damaged."""
     for package in ("safetensors", "gguf", "tokenizers"):
         installed = importlib.util.find_spec(package) is not None
         require(installed, package, None, "missing package; pip install -e '.[pretrained]'")
@@ -67,15 +67,14 @@ def _open_folder(folder: Path) -> Files:
         try:
             opened = safetensors.safe_open(file, framework="numpy")
         except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(
-                str(file), "unreadable", f"cannot be read: {describe(error)}"
-            ) from error
+            why = f"cannot be read: {describe(error)}"
+            raise InputError(str(file), "unreadable", why) from error
         for name in opened.keys():
             there = listed is None or listed.get(name) == file.name
             said = f"is in {file.name}, which is not its file in the index"
             require(there, str(folder / INDEX), name, said)
             seen.add(name)
-            if not name.endswith("rotary_emb.inv_freq"):  # in old files; the config says it
+            if not name.endswith("rotary_emb.inv_freq"):  # in old files; config.json has it too
                 part = opened.get_slice(name)
                 parts[name] = file, name, tuple(part.get_shape())
                 numbers[part.get_dtype()] += int(np.prod(part.get_shape()))
@@ -83,7 +82,7 @@ def _open_folder(folder: Path) -> Files:
         raise InputError(str(folder / INDEX), name, "is in the index, but in no file")
     kind = numbers.most_common(1)[0][0] if numbers else None
     require(kind in DTYPES, str(folder), kind, f"must have tensors of {', '.join(DTYPES)}")
-    if "text_config" in config:  # a decoder that also reads images; its own tensors have a prefix
+    if "text_config" in config:  # a decoder that also reads images; its text tensors have a prefix
         config = config["text_config"]
         images = ("vision_tower.", "multi_modal_projector.")
         own = (name for name in parts if not any(part in name for part in images))
@@ -91,7 +90,7 @@ def _open_folder(folder: Path) -> Files:
     shapes = {name: shape for name, (_, _, shape) in parts.items()}
 
     def read(name: str, index: Index) -> np.ndarray:
-        # Opened for each part: what was read of a mapped file counts as memory until it is closed.
+        # Opened for each part: what was read of a mapped file counts as memory until that closes.
         file, stored, _ = parts[name]
         with safetensors.safe_open(file, framework="numpy") as opened:
             return opened.get_slice(stored)[index]
@@ -106,7 +105,12 @@ def write_tensors(
     dtype: Any,
     most: int,
 ) -> None:
-    """Writes tensors of one dtype as safetensors, to files of at most `most` bytes."""
+    """Writes safetensors, in files of at most `most` bytes; several files get an index.
+
+    shapes: the shape of each tensor, by name.
+    read: returns a tensor by its name.
+    dtype: the dtype of all written tensors.
+    """
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 

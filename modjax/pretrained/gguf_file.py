@@ -1,4 +1,4 @@
-"""GGUF files, the format of llama.cpp, as checkpoints with Hugging Face's config, names and shapes.
+"""GGUF files of llama.cpp, opened with Hugging Face's config.json, tensor names and layouts.
 
 llama.cpp's converter (conversion/) renames, permutes, shifts and stacks tensors. This undoes it.
 """
@@ -43,11 +43,13 @@ _OWN_NAMES = {  # by model_type
 
 
 class _Stored(NamedTuple):
-    """A tensor in a file, and how it differs from Hugging Face's.
+    """A tensor in a GGUF file, and how it differs from Hugging Face's tensor.
 
-    expert: its index in a stack of experts, or None.
-    interleaved: the width of heads whose two halves are interleaved, or 0.
-    added: what was added to it.
+    shape: its shape in the file, with any stacked experts first.
+    offset: its first byte in the file.
+    expert: the index of Hugging Face's tensor in the stacked experts, or None.
+    interleaved: rows per head if the two halves of each head are interleaved, otherwise 0.
+    added: the constant that the converter added to each number.
     """
 
     path: Path
@@ -59,7 +61,7 @@ class _Stored(NamedTuple):
     added: float = 0.0
 
     def read(self, rows: slice) -> np.ndarray:
-        """Returns a copy of some rows, dequantised to float32 if they are quantised."""
+        """Returns a copy of some of Hugging Face's rows. Quantised ones become float32."""
         # A new map for each read, so that the pages that were read do not stay in memory.
         stored = np.memmap(self.path, np.uint8, "r", self.offset, _in_bytes(self.shape, self.kind))
         *_, width = self.shape
@@ -76,7 +78,7 @@ class _Stored(NamedTuple):
         return found
 
     def _stored_rows(self, count: int, rows: slice) -> np.ndarray:
-        """Returns the stored rows of some of the `count` rows in Hugging Face's order."""
+        """Returns the indices in the file of `rows`, which slice Hugging Face's `count` rows."""
         chosen = np.arange(count)[rows]
         if not self.interleaved:
             return chosen
@@ -86,7 +88,7 @@ class _Stored(NamedTuple):
 
 
 def _in_bytes(shape: tuple[int, ...], kind: Any) -> tuple[int, ...]:
-    """Returns the shape in bytes of a stored tensor. Raises ValueError if its rows do not fit."""
+    """Returns the shape in bytes of a stored tensor. Raises ValueError if blocks straddle rows."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         raise ValueError(f"rows of {shape[-1]} values are not made of blocks of {block}")
@@ -94,16 +96,15 @@ def _in_bytes(shape: tuple[int, ...], kind: Any) -> tuple[int, ...]:
 
 
 def _values(stored: np.ndarray, kind: Any) -> np.ndarray:
-    return (
-        stored.view(_DTYPES[kind.name]) if kind.name in _DTYPES else gguf.dequantize(stored, kind)
-    )
+    dtype = _DTYPES.get(kind.name)
+    return stored.view(dtype) if dtype else gguf.dequantize(stored, kind)
 
 
 def open_gguf(path: str | Path) -> Files:
-    """Opens a GGUF file, or all files of a split model. Reads their headers only.
+    """Opens a GGUF file, or all files of a split model. Reads no weights yet.
 
-    Tensors are read in float32, or in the 16-bit type of the file. Reading a part of a tensor reads
-    only its rows.
+    path: the file, or any file of a split model.
+    Tensors are read in their 16-bit type or in float32. Reading a part of one reads only its rows.
     """
     path = Path(path)
     keys, stored = _open_all(path)
@@ -120,7 +121,7 @@ def open_gguf(path: str | Path) -> Files:
             one = one._replace(interleaved=config["head_dim"])
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             one = one._replace(added=1.0)
-        named = _name(name, config["model_type"])
+        named = _hf_name(name, config["model_type"])
         for expert in range(stacked[name][0]) if "{}" in named else [None]:
             own = named.format(expert)
             require(own not in found, f"{path}: {name}", own, "names two tensors")
@@ -135,8 +136,8 @@ def open_gguf(path: str | Path) -> Files:
     return Files(str(path), config, shapes, dtype, read)
 
 
-def _name(name: str, model_type: str) -> str:
-    """Returns Hugging Face's name, with "{}" for the expert, or `name` if it is unknown."""
+def _hf_name(name: str, model_type: str) -> str:
+    """Returns Hugging Face's name, with "{}" for an expert's number. Unknown names stay."""
     match name.split("."):
         case ["blk", layer, part, kind] if part in _BLOCK:
             own = _OWN_NAMES.get(model_type, {}).get(part, _BLOCK[part])
@@ -164,7 +165,7 @@ def _open_all(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
 
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
-    """Returns the keys and the tensors of a file. Raises InputError unless it is whole."""
+    """Returns the keys and the tensors of one file. Raises InputError if it is damaged."""
     keys, tensors = read_header(path)
     found, end = {}, os.path.getsize(path)
     for name, (kind, shape, offset) in tensors.items():
@@ -173,9 +174,8 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
             size = math.prod(_in_bytes(shape, one.kind))
             _values(np.zeros((1, gguf.GGML_QUANT_SIZES[one.kind][1]), np.uint8), one.kind)
         except (ValueError, LookupError, NotImplementedError) as error:
-            raise InputError(
-                f"{path}: {name}", kind, f"cannot be read: {describe(error)}"
-            ) from error
+            why = f"cannot be read: {describe(error)}"
+            raise InputError(f"{path}: {name}", kind, why) from error
         if offset + size > end:
             said = f"it ends at byte {end}, within {name}"
             raise damaged(path, "must be a whole GGUF file", said)
@@ -184,7 +184,7 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns the value of a key: one for all layers if they agree, floats in their short form.
+    """Returns the value of a key. A list of equal values becomes one value.
 
     GGUF stores float32. Its shortest decimal form is the number that the model's config had.
     """

@@ -1,4 +1,4 @@
-"""Reading a pretrained model: whole, or into another model with the same attentions and MLPs."""
+"""Reading of a pretrained model: whole, or into another model with the same attentions and MLPs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from modjax.data.codecs.files import find_tokenizer
 from modjax.data.codecs.tokenizer import Tokenizer
 from modjax.errors import require
-from modjax.nn.sharding import partition_spec
+from modjax.nn.sharding import weight_sharding
 from modjax.nn.weights import places
 from modjax.pretrained.config import read_config, without_training
 from modjax.pretrained.families import family_of
@@ -21,9 +21,9 @@ from modjax.pretrained.files import Files, open_files
 from modjax.pretrained.tensors import (
     Slot,
     abstract,
+    by_number,
     check_tensors,
     find_slots,
-    in_order,
     read_weights,
 )
 from modjax.specs import MLP, Attention, Layer, ModelSpec, MoE, Router, to_dict
@@ -31,12 +31,11 @@ from modjax.specs.layer import segments_of
 
 
 class Pretrained(NamedTuple):
-    """A pretrained model: `nnx.merge(graphdef, weights)` is the model.
+    """A pretrained model. `nnx.merge(graphdef, weights)` builds the module.
 
-    spec: what it computes.
     weights: nested dict of arrays.
-    tokenizer: of its files, or None if they have none.
-    config: the fields of its config.json.
+    tokenizer: None if the files have none.
+    config: the fields of config.json.
     """
 
     spec: ModelSpec
@@ -49,17 +48,17 @@ class Pretrained(NamedTuple):
 def from_pretrained(
     path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> Pretrained:
-    """Returns a pretrained model from a folder of Hugging Face's form, or from a GGUF file.
+    """Returns a pretrained model, read from a Hugging Face folder or a GGUF file.
 
-    dtype: "float32" or "bfloat16", of the weights and the computation; None takes that of the files
-      (float32 for other kinds).
-    mesh: as of `modjax.training.mesh.make_mesh`; each device reads its own part of every weight.
+    dtype: "float32" or "bfloat16", for the weights and the computation. None takes "bfloat16" if
+      most of the files is bfloat16, and otherwise "float32".
+    mesh: see `modjax.training.mesh.make_mesh`. Each device reads its own part of every weight.
       None uses one device.
-    Raises InputError for anything in the files that modjax does not compute as they say it.
+    Raises InputError if modjax cannot compute the model that the files describe.
     """
     files = open_files(path)
-    config = spec_of(files, dtype)
-    model = abstract(config)
+    spec = spec_of(files, dtype)
+    model = abstract(spec)
     graphdef, state = nnx.split(model)
     slots = find_slots(model, family_of(files.config))
     check_tensors(files, slots)
@@ -69,11 +68,11 @@ def from_pretrained(
         sharding: Any = SingleDeviceSharding(jax.devices()[0])
         if mesh is not None:
             sharding = weight_sharding(mesh, variable.shape, axes, name)
-        return jax.ShapeDtypeStruct(variable.shape, jnp.dtype(config.dtype), sharding=sharding)
+        return jax.ShapeDtypeStruct(variable.shape, jnp.dtype(spec.dtype), sharding=sharding)
 
     tokenizer = find_tokenizer(path)
-    weights = read_weights(files, slots, nnx.to_pure_dict(state, struct))
-    return Pretrained(config, graphdef, weights, tokenizer, files.config)
+    weights = read_weights(files, slots, nnx.to_pure_dict(nnx.map_state(struct, state)))
+    return Pretrained(spec, graphdef, weights, tokenizer, files.config)
 
 
 def pretrained_spec(path: str | Path, dtype: str | None = None) -> ModelSpec:
@@ -82,29 +81,27 @@ def pretrained_spec(path: str | Path, dtype: str | None = None) -> ModelSpec:
 
 
 def model_fields(path: str | Path, layer: Callable[[int, Layer], Layer]) -> dict[str, Any]:
-    """Returns the `model` group of a config: a pretrained model with layer(i, block) as block i."""
+    """Returns a config's `model`: a pretrained model with layer(i, block) in place of block i."""
     spec = pretrained_spec(path)
     blocks = [layer(i, block) for i, block in enumerate(spec.blocks())]
     return to_dict(dataclasses.replace(spec, layers=segments_of(blocks)), defaults=False)
 
 
 def match(files: Files, spec: ModelSpec) -> tuple[dict[str, Slot], list[str]]:
-    """Returns where the files store the weights of another model, and the weights that are new.
+    """Returns a model's slots in the files, and the names of its weights that have none.
 
-    The model has the attentions and MLPs of the files in the same order, with anything around them.
-    It may have experts in place of an MLP; each expert then starts as that MLP.
-    Raises InputError for a model that computes other numbers from these weights.
+    spec: a model with the attentions and MLPs of the files in the same order, inside any layers. It
+      may have experts in place of an MLP; each expert then starts as a copy of that MLP.
+    Raises InputError if a size, the embedding, the head, an attention or an MLP differs.
     """
     theirs = spec_of(files, spec.dtype)
-    for name in ("shape", "embed", "head"):
+    sizes = [name for name in spec.shape._fields if name not in ("num_layers", "streams", "width")]
+    for name in sizes:
+        ours, other = getattr(spec.shape, name), getattr(theirs.shape, name)
+        require(ours == other, f"model.{name}", ours, f"must be {other}, as in {files.path}")
+    for name in ("embed", "head"):
         ours, other = getattr(spec, name), getattr(theirs, name)
-        for field in getattr(ours, "_fields", ()):
-            if field not in ("num_layers", "streams", "width"):
-                value, accepted = getattr(ours, field), f"must be {getattr(other, field)}, as in"
-                same = value == getattr(other, field)
-                require(same, f"model.{field}", value, f"{accepted} {files.path}")
-        same = name == "shape" or ours == other
-        require(same, f"model.{name}", str(ours), f"must be {other}, as in {files.path}")
+        require(ours == other, f"model.{name}", str(ours), f"must be {other}, as in {files.path}")
     ours, given = (list(map(without_training, _sublayers(model))) for model in (spec, theirs))
     accepted = f"must be {len(given)}, as in {files.path}"
     require(len(ours) == len(given), "attentions and MLPs", len(ours), accepted)
@@ -117,11 +114,11 @@ def match(files: Files, spec: ModelSpec) -> tuple[dict[str, Slot], list[str]]:
     model = abstract(spec)
     slots = find_slots(model, family_of(files.config), files.shapes)
     check_tensors(files, slots)
-    return slots, sorted(places(model).keys() - slots.keys(), key=in_order)
+    return slots, sorted(places(model).keys() - slots.keys(), key=by_number)
 
 
 def _sublayers(spec: ModelSpec) -> list[Any]:
-    """Returns the attentions, MLPs and mixtures of experts of a model, in order."""
+    """Returns every Attention, MLP and MoE of a model, in order, except those in routers."""
     found: list[Any] = []
     waiting: list[Any] = spec.blocks()
     while waiting:

@@ -1,4 +1,4 @@
-"""Rotary fields of config.json: read as specs.Rope, and written."""
+"""Conversion of the rotary fields of config.json to specs.Rope, and back."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from modjax.errors import InputError, describe, require
 from modjax.pretrained.families import CONTEXT, Fields, at
 from modjax.specs import ByWavelength, Divided, Interpolated, Rope, Yarn
 
-# Types of `rope_parameters`, and their names of the fields of our scaling, in order.
+# `rope_type` -> our scaling, and Hugging Face's names of its fields, in order.
 ROPES = {
     "linear": (Interpolated, ["factor"]),
     "llama3": (ByWavelength, ["factor", "low_freq_factor", "high_freq_factor", CONTEXT]),
@@ -19,7 +19,7 @@ ROPES = {
 
 
 def read_ropes(c: Fields) -> tuple[Rope, Rope]:
-    """Returns the rotary positions of layers without a window, and of layers with one."""
+    """Returns the rotary positions of layers without a window, and those of layers with one."""
     given, scaling = c("rope_parameters") or {}, c("rope_scaling") or {}
     nested = bool(given.keys() & {"full_attention", "sliding_attention"})
     try:
@@ -36,18 +36,21 @@ def read_ropes(c: Fields) -> tuple[Rope, Rope]:
         raise InputError(at("rope_parameters"), given or scaling, accepted) from error
 
 
-def _rope(c: Fields, given: Mapping[str, Any], theta: str) -> Rope:
-    """Returns rotary positions. given: their parameters. theta: the older field of their base."""
+def _rope(c: Fields, given: Mapping[str, Any], theta_field: str) -> Rope:
+    """Returns the rotary positions that rope parameters describe.
+
+    given: the parameters, as in `rope_parameters`.
+    theta_field: an older field of config.json that may hold the base.
+    """
     given, where = {k: v for k, v in given.items() if v is not None}, at("rope_parameters")
-    default, top = c(theta), c.values.get(theta)
-    base = given.pop("rope_theta", default)
-    require(top in (None, base), at(theta), top, f"{where}.rope_theta is {base}")
+    base, older = given.pop("rope_theta", c(theta_field)), c.values.get(theta_field)
+    require(older in (None, base), at(theta_field), older, f"{where}.rope_theta is {base}")
     share = c("partial_rotary_factor", 1.0)
     if "partial_rotary_factor" in c.known or given.get("partial_rotary_factor") == 1:
         share = given.pop("partial_rotary_factor", share)
     rope = Rope(float(base), float(share))
-    kind = given.pop("type", "default")
-    kind = given.pop("rope_type", kind)
+    older_kind = given.pop("type", "default")
+    kind = given.pop("rope_type", older_kind)
     known = kind == "default" or kind in ROPES
     require(known, f"{where}.rope_type", kind, f"must be default, {', '.join(ROPES)}")
     scaling, names = ROPES.get(kind, (None, []))
@@ -55,9 +58,9 @@ def _rope(c: Fields, given: Mapping[str, Any], theta: str) -> Rope:
         given.setdefault(CONTEXT, c(CONTEXT) or c.values.get("max_position_embeddings"))
     if "attention_factor" in names:
         if "attention_factor" not in given:
-            most = c.values.get("max_position_embeddings")
-            factor = given.get("factor") or most / given[CONTEXT]
-            given["attention_factor"] = _magnitude(kind, given, factor)
+            length = c.values.get("max_position_embeddings")
+            factor = given.get("factor") or length / given[CONTEXT]
+            given["attention_factor"] = _attention_factor(kind, given, factor)
         for name in ("mscale", "mscale_all_dim") if kind == "yarn" else ("factor",):
             given.pop(name, None)
     for name in sorted(given.keys() - set(names)):
@@ -70,8 +73,8 @@ def _rope(c: Fields, given: Mapping[str, Any], theta: str) -> Rope:
     return dataclasses.replace(rope, scaling=scaling(**values | lists))
 
 
-def _magnitude(kind: str, given: Mapping[str, Any], factor: float) -> float:
-    """Returns the factor of cos and sin of a rotary type whose parameters leave it out."""
+def _attention_factor(kind: str, given: Mapping[str, Any], factor: float) -> float:
+    """Returns the default factor of cos and sin. factor: extended over original context."""
     if factor <= 1:
         return 1.0
     if kind == "longrope":
@@ -89,8 +92,6 @@ def write_rope(rope: Rope) -> dict[str, Any]:
         found["partial_rotary_factor"] = rope.share
     for kind, (scaling, names) in ROPES.items():
         if type(rope.scaling) is scaling:
-            values = map(
-                rope.scaling.__getattribute__, (f.name for f in dataclasses.fields(scaling))
-            )
+            values = [getattr(rope.scaling, f.name) for f in dataclasses.fields(scaling)]
             found |= {"rope_type": kind} | dict(zip(names, values, strict=True))
     return found

@@ -1,4 +1,4 @@
-"""Writing a model in Hugging Face's form."""
+"""Writing of a model as a Hugging Face folder."""
 
 import contextlib
 import dataclasses
@@ -34,30 +34,31 @@ def save_pretrained(
 ) -> None:
     """Writes a model as config.json and safetensors, which transformers loads.
 
-    out: a folder that is made, or empty.
-    config: further fields of config.json. Its `model_type` names the family, if that computes the
-      same; otherwise it is the first that does, see modjax.pretrained.FAMILIES.
-    tokenizer: is written beside it.
-    dtype: of the written tensors; None keeps that of the weights.
-    most: bytes of a file; more go to several files.
-    Raises InputError for a model that no family computes, such as one with routed layers.
+    out: a new or empty folder.
+    weights: nested dict of arrays.
+    config: further fields of config.json. Its `model_type` chooses the family. Without a known
+      one, the first family of modjax.pretrained.FAMILIES that can express the model is taken.
+    tokenizer: written to the folder too.
+    dtype: of the written tensors; None takes that of the weights.
+    most: bytes of one safetensors file; larger models are split.
+    Raises InputError for a model that no family can express, such as one with routed layers.
     """
-    out, plain = Path(out), _plain(spec)
-    first = FAMILIES.get((config or {}).get("model_type", ""))
-    fits, fields = _fitting(plain, [first] if first else list(FAMILIES.values()))
+    out, plain = Path(out), _as_blocks(spec)
+    chosen = FAMILIES.get((config or {}).get("model_type", ""))
+    family, fields = _fitting(plain, [chosen] if chosen else list(FAMILIES.values()))
     out.mkdir(parents=True, exist_ok=True)
     require(not any(out.iterdir()), "out", str(out), "must be an empty folder, or a new one")
-    expected = tensor_shapes(find_slots(abstract(plain), fits))
+    expected = tensor_shapes(find_slots(abstract(plain), family))
     if any(map(_ungated, parts(spec, deep=True))):
-        fits = dataclasses.replace(fits, names={**fits.names, **UNGATED})
+        family = dataclasses.replace(family, names={**family.names, **UNGATED})
     slots: dict[str, list[Slot]] = {}
-    for slot in find_slots(abstract(spec), fits).values():
+    for slot in find_slots(abstract(spec), family).values():
         slots.setdefault(slot.tensor, []).append(slot)
 
     def tensor(name: str) -> np.ndarray:
         if name in slots:
             return write_tensor(weights, slots[name])
-        return np.full(expected[name], float(name.endswith("up_proj.bias")))  # of UNGATED
+        return np.full(expected[name], float(name.endswith("up_proj.bias")))  # see UNGATED
 
     dtype = dtype or jax.tree.leaves(weights)[0].dtype
     write_tensors(out, expected, tensor, dtype, most)
@@ -67,7 +68,7 @@ def save_pretrained(
         write_tokenizer(out, tokenizer)
 
 
-# An MLP without a gate is written as act(gate) * up, with an `up` that is its bias of 1.
+# An MLP without a gate is written as act(gate) * up, where up is 1: weights of 0 and a bias of 1.
 UNGATED = {"mlp.w_in": NAMES["mlp.w_gate"]}
 
 
@@ -75,10 +76,10 @@ def _ungated(layer: Any) -> bool:
     return isinstance(layer, MLP) and layer.activation not in GATED
 
 
-def _plain(spec: ModelSpec) -> ModelSpec:
-    """Returns a spec that computes the same by blocks of Attention and MLP or MoE alone.
+def _as_blocks(spec: ModelSpec) -> ModelSpec:
+    """Returns an equivalent spec in which each block is an Attention and an MLP or MoE.
 
-    Raises InputError for other layers. What matters in training only is left out.
+    Raises InputError for other layers. Fields that matter only in training are switched off.
     """
     require(spec.streams is None, "model.streams", str(spec.streams), "cannot be exported")
     found: list[Layer] = []
@@ -101,12 +102,12 @@ def _plain(spec: ModelSpec) -> ModelSpec:
 
 
 def _fitting(plain: ModelSpec, families: list[Family]) -> tuple[Family, dict[str, Any]]:
-    """Returns the first family that computes a spec, and its config.json."""
+    """Returns the first family that can express a spec, and the spec's config.json."""
     for family in families:
         fields = write_config(plain, family)
         with contextlib.suppress(InputError):
             back = read_config(fields, tied=plain.head.tied, dtype=plain.dtype)
-            if _plain(back) == plain:
+            if _as_blocks(back) == plain:
                 return family, fields
     layers, tried = ", ".join(map(str, plain.layers)), ", ".join(f.name for f in families)
     raise InputError("model.layers", layers, f"cannot be exported: no model of {tried} computes it")

@@ -1,12 +1,12 @@
-"""Tensors of a pretrained model to weights of a Transformer, and back.
+"""Conversion of Hugging Face's tensors to weights of a Transformer, and back.
 
-Hugging Face stores matrices as (out, in); most of ours are (in, out), with the heads apart.
+Hugging Face stores matrices as (out, in). Most of ours are (in, out), with heads as a separate dim.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +22,14 @@ from modjax.specs import ModelSpec
 
 
 class Slot(NamedTuple):
-    """The rows of a tensor that hold one of our matrices.
+    """The rows of one of Hugging Face's tensors that hold one of our matrices.
 
-    tensor: its name.
-    first: the first row.
-    inputs: how many leading dims of our matrix are inputs, and so the tensor's columns. With 0 the
-      tensor has the dims of our matrix in order; "flat" tensors have them in one dim.
-    place: of our matrix.
+    tensor: the tensor's name.
+    first: the index of the first row.
+    inputs: the number of leading dims of our matrix that the tensor merges into its columns. With
+      0, both have the same dims in the same order.
+    flat: whether the tensor merges all dims into one.
+    place: the place of our matrix in the model.
     """
 
     tensor: str
@@ -39,21 +40,24 @@ class Slot(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of these rows."""
+        """The shape of these rows in the tensor."""
         dims, inputs = self.place.shape, self.inputs
         if self.flat:
             return (math.prod(dims),)
         return (math.prod(dims[inputs:]), math.prod(dims[:inputs])) if inputs else dims
 
     def read(self, files: Files, index: Index) -> np.ndarray:
-        """Returns a part of our matrix. index: one slice per dim; inner dims of heads are whole."""
+        """Returns a part of our matrix.
+
+        index: one slice per dim. Only the first of several merged dims may be cut.
+        """
         dims = self.place.shape
         starts = [part.indices(size) for part, size in zip(index, dims, strict=True)]
         shape = [stop - start for start, stop, _ in starts]
 
-        def merged(dims_: range) -> slice:  # one slice for several dims, of which the first varies
-            inner = math.prod(dims[d] for d in dims_[1:])
-            start, stop, _ = starts[dims_[0]]
+        def merged(group: range) -> slice:  # one slice for several dims
+            inner = math.prod(dims[d] for d in group[1:])
+            start, stop, _ = starts[group[0]]
             return slice(start * inner, stop * inner)
 
         every = range(len(dims))
@@ -68,56 +72,55 @@ class Slot(NamedTuple):
         return (found.T if self.inputs else found).reshape(shape)
 
     def write(self, matrix: np.ndarray) -> np.ndarray:
-        """Returns the rows of the tensor from our matrix."""
+        """Returns our matrix as these rows of the tensor."""
         return matrix.reshape(self.shape[::-1]).T if self.inputs else matrix.reshape(self.shape)
 
 
-def abstract(config: ModelSpec) -> Transformer:
-    """Returns a model without arrays."""
+def abstract(spec: ModelSpec) -> Transformer:
+    """Returns a model with a jax.ShapeDtypeStruct in place of each array."""
     # Unlike nnx.eval_shape, this works under a mesh, whose axes are not the logical ones.
-    return nnx.merge(*jax.eval_shape(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0)))))
+    return nnx.merge(*jax.eval_shape(lambda: nnx.split(Transformer(spec, rngs=nnx.Rngs(0)))))
 
 
 def find_slots(
     model: Transformer, family: Family, tensors: Collection[str] = ()
 ) -> dict[str, Slot]:
-    """Returns where a family stores each of our matrices that it has.
+    """Returns the slot of each of our matrices that a family has, by our name.
 
-    The i-th attention and the i-th MLP of a model are those of layer i, whatever is around them.
-    tensors: names of the tensors in the files. If they have an MLP in place of experts, each expert
-      of ours is a copy of it.
+    The i-th attention and the i-th MLP of a model belong to layer i, whatever is around them.
+    tensors: names of tensors in the files. If they hold an MLP where the model has experts, every
+      expert gets the slots of that MLP.
     """
     ours, found = places(model), {}
-    for name in ours.keys() & family.tensors.keys():  # at the ends
+    for name in ours.keys() & family.tensors.keys():  # outside all layers
         inputs, flat = int(name == "unembed.w_logits"), name == "final_norm.scale"
         found[name] = Slot(family.tensors[name], 0, inputs, flat, ours[name])
-    for kind, mark in {"attention": r"\.w_q$", "mlp": r"(\.experts\.0)?\.w_in$"}.items():
-        marked = sorted((name for name in ours if re.search(mark, name)), key=in_order)
-        whole = (re.sub(mark, "", name) for name in marked)
+    for kind, ending in {"attention": r"\.w_q$", "mlp": r"(\.experts\.0)?\.w_in$"}.items():
+        ends = sorted((name for name in ours if re.search(ending, name)), key=by_number)
         others = r"\.(router|shared|rule|causal|experts)\b"
-        prefixes = [prefix for prefix in whole if not re.search(others, prefix)]
+        prefixes = (re.sub(ending, "", name) for name in ends)
+        prefixes = [prefix for prefix in prefixes if not re.search(others, prefix)]
         for i, prefix in enumerate(prefixes):
             experts = sum(name.startswith(f"{prefix}.experts.") for name in ours)
             for expert in range(max(1, experts)):
                 layer = f"{family.layers}{i}."
-                found |= _of_layer(ours, f"{prefix}.", layer, kind, expert, family, tensors)
+                found |= _sublayer_slots(ours, f"{prefix}.", layer, kind, expert, family, tensors)
     return found
 
 
-def in_order(name: str) -> list[Any]:
-    """Returns a sort key under which stack.blocks.2 is before stack.blocks.10."""
+def by_number(name: str) -> list[Any]:
+    """Returns a sort key that puts stack.blocks.2 before stack.blocks.10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _of_layer(ours, prefix, layer, kind, expert, family, tensors) -> dict[str, Slot]:
-    """Returns the slots of one attention, MLP or expert."""
+def _sublayer_slots(ours, prefix, layer, kind, expert, family, tensors) -> dict[str, Slot]:
+    """Returns the slots of one attention, MLP or expert. prefix, layer: of our names, of theirs."""
     found, rows = {}, Counter()
     dense = layer + family.tensors["mlp.w_in"] in tensors
     for name, theirs in family.tensors.items():
         leaf = prefix + name.removeprefix(f"{kind}.").format(expert)
-        if not name.startswith(f"{kind}.") or leaf not in ours:
-            continue
-        if dense and name == "mlp.router.w":
+        absent = leaf not in ours or not name.startswith(f"{kind}.")
+        if absent or (dense and name == "mlp.router.w"):
             continue
         if dense:
             theirs = family.tensors[name.replace("experts.{}.", "")]
@@ -130,7 +133,7 @@ def _of_layer(ours, prefix, layer, kind, expert, family, tensors) -> dict[str, S
 
 
 def tensor_shapes(slots: Mapping[str, Slot]) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each tensor in which our matrices are stored."""
+    """Returns the shape of each tensor that has slots, by its name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for slot in slots.values():
         rows, *columns = slot.shape
@@ -140,7 +143,7 @@ def tensor_shapes(slots: Mapping[str, Slot]) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(files: Files, slots: Mapping[str, Slot]) -> None:
-    """Raises one InputError for all tensors that are missing, unexpected or of another shape."""
+    """Raises one InputError for all tensors that are missing, unexpected or of a wrong shape."""
     expected, given = tensor_shapes(slots), files.shapes
     other = sorted(n for n in expected.keys() & given.keys() if given[n] != expected[n])
     faults = {
@@ -157,30 +160,28 @@ def check_tensors(files: Files, slots: Mapping[str, Slot]) -> None:
 
 
 def read_weights(files: Files, slots: Mapping[str, Slot], structs: Any) -> dict[str, Any]:
-    """Returns our weights as a nested dict of arrays, of those that the files have.
+    """Returns the weights that have slots, as a nested dict of arrays.
 
-    structs: nested dict with the shape, dtype and sharding of each weight. Every device's part of
-      an array is read by itself. Raises InputError for a number that is not finite.
+    structs: nested dict with the shape, dtype and sharding of each weight. The part of each device
+      is read separately.
+    Raises InputError if a weight is not finite.
     """
     by_path: dict[Any, dict[tuple[int, ...], Slot]] = {}
     for slot in slots.values():
         by_path.setdefault(slot.place.path, {})[slot.place.index] = slot
     found: dict[str, Any] = {}
-    # The largest first: beside an array there is a copy of it, which then adds to fewer others.
-    for path, each in sorted(by_path.items(), key=lambda item: -_numbers(item[1].values())):
+    sizes = {path: sum(math.prod(s.shape) for s in each.values()) for path, each in by_path.items()}
+    # Largest first: making an array takes a copy of it, so make it while there are few others.
+    for path in sorted(by_path, key=sizes.__getitem__, reverse=True):
         struct, into = structs, found
         for key in path[:-1]:
             struct, into = struct[key], into.setdefault(key, {})
-        into[path[-1]] = _array(files, each, struct[path[-1]])
+        into[path[-1]] = _array(files, by_path[path], struct[path[-1]])
     return found
 
 
-def _numbers(slots: Iterable[Slot]) -> int:
-    return sum(math.prod(slot.shape) for slot in slots)
-
-
 def _array(files: Files, slots: Mapping[tuple[int, ...], Slot], struct: Any) -> jax.Array:
-    """Returns one stacked array. slots: of its matrices, by their index."""
+    """Returns one parameter. slots: those of its matrices, by their index in the stacked dims."""
 
     def part(given: Any) -> np.ndarray:
         index = [slice(*i.indices(size)) for i, size in zip(given, struct.shape, strict=True)]
@@ -194,11 +195,11 @@ def _array(files: Files, slots: Mapping[tuple[int, ...], Slot], struct: Any) -> 
         return out
 
     made = jax.make_array_from_callback(struct.shape, struct.sharding, part)
-    return jax.block_until_ready(made)  # which frees what it was copied from
+    return jax.block_until_ready(made)  # frees the copy that it was made from
 
 
 def write_tensor(weights: Any, slots: Collection[Slot]) -> np.ndarray:
-    """Returns a tensor from our weights, a nested dict of arrays. slots: of its rows, in order."""
+    """Returns one tensor from a nested dict of our weights. slots: all of its rows, in order."""
     rows = []
     for slot in slots:
         leaf = weights
