@@ -1,4 +1,4 @@
-"""Puts every other block of a pretrained model inside MoD, and trains the new routers alone.
+"""Puts every other block of a pretrained model inside MoD. Trains the routers and predictors only.
 
 Prepare text with the model's tokenizer, then train:
 
