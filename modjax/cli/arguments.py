@@ -122,10 +122,11 @@ def _add_data_verbs(commands: Any) -> None:
         ),
         option("--tfds", metavar="NAME", help="c4, lm1b, or any TFDS name with text"),
     )
-    vocab = "bytes (the default), sentencepiece:SIZE or a .model"
+    vocab = "bytes (the default), sentencepiece:SIZE or a SentencePiece FILE.model"
     tokenizer = (
-        "the vocabulary of a pretrained model: its folder, a tokenizer.json or a GGUF file; "
-        "a config finds it as data.vocab=NAME.json, by the name of the folder or the file"
+        "the tokenizer of a pretrained model: its folder, a tokenizer.json or a GGUF file; in a "
+        "config, set data.vocab=NAME.json, where NAME is the folder's name, or the file's without "
+        "its suffix"
     )
     _add_options(
         prepare.add_mutually_exclusive_group(),
@@ -179,9 +180,9 @@ def _add_finished_verbs(commands: Any) -> None:
         option("--prompt", help="the text to continue"),
         option("--prompts", type=Path, metavar="FILE", help="a file with one prompt a line"),
     )
-    top_p = "draw from the fewest likeliest tokens with this probability; default 1, all"
+    top_p = "draw from the fewest likeliest tokens that sum to this probability; default 1, all"
     stop = "end before this text; may be repeated"
-    chat = "put the prompt through the chat template of --pretrained, as a user's message"
+    chat = "render the prompt as a user's message, by the chat template of --pretrained"
     depth = (
         "colour each token by how many routed blocks it used; without colours (a pipe, NO_COLOR), "
         "print that number and the token on a line of their own"
@@ -191,7 +192,7 @@ def _add_finished_verbs(commands: Any) -> None:
         option("--run", metavar="RUN_ID", help="the run; needed if there are several"),
         option("--chat", action="store_true", help=chat),
         option("--routing", default="causal", help=ROUTING),
-        option("--tokens", type=int, default=256, metavar="N", help="default 256"),
+        option("--tokens", type=int, default=256, metavar="N", help="new tokens; default 256"),
         option("--temperature", type=float, default=1.0, help="default 1; 0 is greedy"),
         option("--top-k", type=int, default=0, help="draw from the k likeliest; default 0, all"),
         option("--top-p", type=float, default=1.0, help=top_p),
@@ -209,7 +210,7 @@ def _add_finished_verbs(commands: Any) -> None:
         option(
             "--dtype",
             choices=("float32", "bfloat16", "float16"),
-            help="of the written numbers; default that of the weights, for a run float32",
+            help="dtype to write; default float32, or bfloat16 if the --pretrained files have it",
         ),
     )
 
@@ -254,7 +255,8 @@ REPORT = """write figures, fits and tables into one HTML file.
 Arms are compared by the same loss as in `modjax fit`, see `modjax fit --help`."""
 TRAIN = """train one run, with the same folders and records as a sweep.
 
-A config with a `sweep` group describes many runs: --run takes an id from `modjax plan --json`."""
+A config with a `sweep` group describes many runs: --run takes an id from `modjax plan --json`. If
+`config.base` is a pretrained model, prints which weights are new."""
 EVAL = """evaluate finished runs on validation text under another routing than that of training.
 
 Prints the paired difference from the loss as trained, with its standard error. For every routed
@@ -266,9 +268,9 @@ Routing never looks ahead, and each block caches the tokens that it processed. T
 single prompt is printed while it is drawn."""
 EXPORT = """write a finished run for transformers: config.json, safetensors, vocabulary, model card.
 
-A dense run is written as llama, a run with experts as mixtral or olmoe, or as another family that
-computes the same. Routed layers are refused: transformers cannot express them. With --pretrained,
-writes a model of another format, such as GGUF, as safetensors."""
+Picks the first model family that computes the same, such as llama for a dense run and mixtral for a
+mixture of experts. Refuses layers that transformers cannot express, such as MoD. With --pretrained,
+writes a pretrained model, such as one in GGUF, again: in its own family, without a model card."""
 FLOPS = """print the parameters and FLOPs of a model by component, and in sum under each convention.
 
 For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at

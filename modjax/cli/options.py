@@ -21,7 +21,8 @@ CONFIG = option(
     "--config",
     required=True,
     metavar="FILE.py[:ARGUMENT]",
-    help="the experiment; override its values with --config.GROUP.FIELD=VALUE",
+    help="the experiment, whose get_config is called with ARGUMENT; override its values with "
+    "--config.GROUP.FIELD=VALUE",
 )
 WORKDIR = option("--workdir", required=True, type=Path, help="the folder of the runs")
 DATA_DIR = option(

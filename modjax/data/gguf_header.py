@@ -1,7 +1,7 @@
 """The header of a GGUF file, the format of llama.cpp: its keys, and where its tensors lie.
 
-The reader of the package gguf makes several objects for every token: 160 MB for 50,000 of them. It
-also counts up to any number that a damaged header names.
+It replaces the reader of the package gguf, which makes several objects for every token: 160 MB for
+50,000 of them. That reader also loops as often as a damaged header says.
 """
 
 import mmap
@@ -18,7 +18,12 @@ _DAMAGE = (EOFError, LookupError, TypeError, ValueError, ArithmeticError, Recurs
 
 
 class TensorInfo(NamedTuple):
-    """A tensor in a GGUF file. `kind` is its type, and `offset` its first byte in the file."""
+    """A tensor in a GGUF file.
+
+    kind: number of its GGML type.
+    shape: outermost dim first; the file lists the innermost first.
+    offset: its first byte in the file.
+    """
 
     kind: int
     shape: tuple[int, ...]

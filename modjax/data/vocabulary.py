@@ -1,4 +1,4 @@
-"""Vocabularies: parsing what is requested, training one, and opening that of a token cache.
+"""Vocabularies: parsing requests, training SentencePiece, and opening that of a token cache.
 
 This module does not need TensorFlow.
 """
@@ -60,7 +60,7 @@ class Vocab:
     name: as in `DataConfig.vocab`.
     size: number of pieces to train, or None.
     content: the given SentencePiece model or tokenizer.json, or None.
-    eos_id: the end of a document, for a tokenizer.json; other vocabularies know their own.
+    eos_id: token that ends a document, for a tokenizer.json; other vocabularies define their own.
     """
 
     name: str
@@ -98,10 +98,10 @@ def parse_vocab(vocab: str) -> Vocab:
 
 
 def parse_tokenizer(path: Path | str) -> Vocab:
-    """Returns the vocabulary NAME.json of a pretrained model's tokenizer.
+    """Returns the tokenizer of a pretrained model as a vocabulary with the name NAME.json.
 
-    path: as `open_tokenizer` takes it. NAME is the name of the folder, or the stem of the file.
-    Raises InputError if it cannot be used, or names no token that ends a document.
+    path: see `open_tokenizer`. NAME is the name of the folder, or of the file without its suffix.
+    Raises InputError if the tokenizer cannot be used, or has no token that ends a document.
     """
     tokenizer = open_tokenizer(path)
     name = f"{tokenizer_name(path)}.json"
@@ -126,8 +126,8 @@ def make_codec(vocab: str, content: bytes, eos_id: int | None, where: str) -> Co
 
     vocab: as in `DataConfig.vocab`.
     content: the file of the vocabulary, or b"" for bytes.
-    eos_id: the end of a document, for a tokenizer.json.
-    where: place of the cache, for messages.
+    eos_id: token that ends a document, for a tokenizer.json.
+    where: place of the cache, for errors.
     Raises InputError if `content` is damaged or a package is missing.
     """
     if vocab == "bytes":

@@ -1,4 +1,4 @@
-"""Finished runs as models of Hugging Face, each with a model card."""
+"""Export of finished runs to Hugging Face's format, each with a model card."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from modjax.specs import ModelSpec
 
 
 def export(run: Loaded, record: RunRecord, out: Path, *, dtype: str | None, command: str) -> None:
-    """Writes a run as config.json, safetensors, its vocabulary and README.md, a model card.
+    """Writes a run as config.json, safetensors, its vocabulary, and a model card in README.md.
 
-    out: a folder that is made, or empty. dtype, errors: see `save_pretrained`.
+    out, dtype, errors: see `save_pretrained`.
     command: the command line that trained the run.
     """
     eos_id = None if run.tokenizer is None else run.tokenizer.eos_ids[0]

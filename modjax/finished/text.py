@@ -1,4 +1,4 @@
-"""Continuing prompts with a model: a finished run's, or a pretrained one.
+"""Continuation of prompts by a finished run or a pretrained model.
 
 Legend: B batch, L prompt positions, O new tokens.
 """
@@ -31,7 +31,7 @@ class SampleRequest:
 
     prompts: at least one text.
     max_new_tokens: upper bound for each continuation.
-    stop: texts before which a continuation ends. It also ends at the end of a document.
+    stop: texts; a continuation ends before the first of them, or at the end of a document.
     sampling, routing, slack, seed: as `modjax.generate` takes them.
     """
 
@@ -50,10 +50,10 @@ class Speaker(NamedTuple):
     spec: the model.
     graphdef, weights: `nnx.merge(graphdef, weights)` is its module.
     codec: its vocabulary.
-    encode: returns the tokens of a prompt, given the text and the field to name in an error.
+    encode: function (text, field) -> tokens of a prompt. Its errors name the field.
     eos_ids: tokens that end a continuation.
-    vocab_size: number of token ids that a prompt may have, and that are drawn.
-    between: text that is shown between a prompt and its continuation.
+    vocab_size: bound on the token ids, both in prompts and in draws.
+    between: text to print between a prompt and its continuation.
     """
 
     spec: ModelSpec
@@ -67,7 +67,7 @@ class Speaker(NamedTuple):
 
 
 def of_run(run: Finished) -> Speaker:
-    """Returns a finished run as a model to sample from. Its prompts are plain text, as its data."""
+    """Returns a finished run to sample from. Prompts are plain text, like its training data."""
     codec, about, model = run.cache.codec(), run.cache.manifest, run.spec.model
     return Speaker(
         model,
@@ -85,7 +85,7 @@ def of_pretrained(
 ) -> Speaker:
     """Returns a pretrained model to sample from.
 
-    chat: whether a prompt is a user's message, which the chat template puts into words.
+    chat: whether to render each prompt by the chat template, as a user's message.
     Raises InputError if the model has no tokenizer, or one with more tokens than the model.
     """
     accepted = "has no tokenizer: needs a tokenizer.json, or one inside its GGUF file"
@@ -121,7 +121,7 @@ class Sample:
     pieces: the bytes of each token of prompt and continuation.
     depths: the number of routed blocks that processed each of these tokens.
     routed_blocks: the number of routed blocks in the model.
-    overflow: tokens dropped for want of a cache slot, summed over routed blocks.
+    overflow: tokens dropped because a cache was full, summed over routed blocks.
     """
 
     prompt: str

@@ -15,10 +15,10 @@ STACKED = ("layers", "experts")  # logical axes along which a parameter has seve
 class Place(NamedTuple):
     """The place of a named matrix in a model.
 
-    path: of the parameter that holds it.
-    index: of the matrix in the parameter, along the stacked axes.
-    shape: of the matrix as it is stored there.
-    transposed: whether it is stored as (out, in), and not as (in, out).
+    path: path of the parameter that holds the matrix.
+    index: index of the matrix along the parameter's stacked axes.
+    shape: shape of the matrix as the parameter stores it.
+    transposed: whether the parameter stores it as (out, in) instead of (in, out).
     """
 
     path: tuple[Any, ...]
@@ -28,9 +28,9 @@ class Place(NamedTuple):
 
 
 def places(model: Transformer) -> dict[str, Place]:
-    """Returns the place of each named matrix. The model may be without arrays (nnx.eval_shape).
+    """Returns the place of each named matrix.
 
-    Its layers must be stacked, see `unstack`.
+    model: its layers must be stacked, see `unstack`. It may be abstract (nnx.eval_shape).
     """
     depths, found = model.stack.depths(), {}
     for path, param in _parameters(model):
@@ -48,9 +48,10 @@ def places(model: Transformer) -> dict[str, Place]:
 
 
 def named_weights(model: Transformer) -> dict[str, np.ndarray]:
-    """Returns each weight and measured number of a model as a matrix (in, out), or a vector.
+    """Returns the weights and measured values of a model by name: matrices (in, out) and vectors.
 
-    A name has the layer's depth, the places of its parts, and an expert's number, as in
+    The heads of attention are a dim of their own, as in (d_model, heads, head_dim) for w_q.
+    A name has the layer's depth, the path within the layer, and an expert's number, as in
     "stack.blocks.3.inner.w_in".
     model: its layers must be stacked, see `unstack`.
     """
@@ -58,7 +59,7 @@ def named_weights(model: Transformer) -> dict[str, np.ndarray]:
 
 
 def write_weights(model: Transformer, weights: Mapping[str, Any]) -> None:
-    """Replaces all weights of a model, by the names of `named_weights`.
+    """Replaces all weights and measured values of a model, by the names of `named_weights`.
 
     Raises InputError for a missing or unknown name, and for a matrix of another shape.
     """

@@ -1,6 +1,6 @@
-"""Initial weights of a run: drawn from its seed, or of a finished run or a pretrained model.
+"""Initial weights of a run: from its seed, from a finished run or from a pretrained model.
 
-Checkpoints leave out frozen weights. A reader recreates them and compares their fingerprint.
+Checkpoints leave out frozen weights. Reading one recreates them and compares their fingerprint.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def initial_state(mesh: Mesh, model: Model, spec: RunSpec) -> TrainState:
 
 
 def new_weights(spec: RunSpec) -> list[str]:
-    """Returns the names of the weights that a run draws from its seed, and not from its base.
+    """Returns the names of the weights that a run draws from its seed although it has a base.
 
     Raises InputError as `check_base` does for a pretrained model.
     """
@@ -52,8 +52,8 @@ def new_weights(spec: RunSpec) -> list[str]:
 def check_base(spec: RunSpec, model: Model) -> None:
     """Raises InputError unless `spec.base` has the weights of this model.
 
-    The base is a finished run with weights of the same shapes, or a pretrained model with the same
-    attentions and MLPs.
+    The base is a finished run with weights of the same shapes, or a pretrained model whose
+    attentions and MLPs fit, see modjax.pretrained.match.
     """
     if spec.base is None:
         return
@@ -79,10 +79,10 @@ def read_finished(
 ) -> tuple[Model, Any]:
     """Returns the model of a finished run and its final weights, as one nested dict.
 
-    Call it under `jax.set_mesh(mesh)`. Raises InputError if the run has not finished. Raises it
-    also if the weights, or the weights that the run started from, are missing or have changed.
-
+    Call it under `jax.set_mesh(mesh)`.
     identity: see `read_checkpoint`.
+    Raises InputError if the run has not finished, or if its weights or those of its base are
+    missing or have changed.
     """
     model = abstract_model(spec.model, spec.train.trained)
     check_base(spec, model)
@@ -112,7 +112,7 @@ def fingerprint(params: Any) -> str:
 
 @jax.jit
 def _digits(leaf: jax.Array) -> jax.Array:
-    """Returns a number that depends on every bit of an array and on its place."""
+    """Returns a number that depends on every bit of an array and on the bit's place in it."""
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
     places = jnp.arange(leaf.size, dtype=jnp.uint32).reshape(leaf.shape)

@@ -1,6 +1,6 @@
-"""Chat templates: Jinja templates that come with a model and write a conversation as text.
+"""Rendering of chat templates: a model's Jinja templates, which write a conversation as text.
 
-A template is code of someone else's. It runs in Jinja's sandbox and sees plain values only.
+A template is code from outside. It runs in Jinja's sandbox and sees plain values only.
 """
 
 import datetime
@@ -18,7 +18,7 @@ from modjax.errors import InputError, describe
 
 
 class _Generation(Extension):
-    """The tag {% generation %}, which marks answers for training and writes what it encloses."""
+    """Jinja tag {% generation %} around the answers to train on; it renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
 
@@ -42,10 +42,11 @@ def _json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 def render(
     template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str], where: str
 ) -> str:
-    """Returns the text of `messages`, followed by the beginning of an answer.
+    """Returns a conversation as text, followed by the beginning of an answer.
 
-    special: text of special tokens by name, for the template.
-    where: place of the template, for messages.
+    messages: each has a "role" and a "content".
+    special: text of the special tokens by name, which the template may read.
+    where: place of the template, for errors.
     Raises InputError if the template does not parse, or fails.
     """
     environment = ImmutableSandboxedEnvironment(

@@ -19,7 +19,7 @@ SPACE = "\u2581"  # SentencePiece's mark for a space
 class Codec(ABC):
     """Base class of codecs.
 
-    content: the file that holds the vocabulary, or b"" for bytes.
+    content: bytes of the vocabulary's file; `Bytes` has none.
     vocab_size: number of token ids.
     eos_ids: tokens that end a text. The first ends the documents of a token cache.
     """
@@ -29,9 +29,9 @@ class Codec(ABC):
     eos_ids: tuple[int, ...]
 
     def encode(self, text: str, field: str) -> list[int]:
-        """Returns the tokens of plain text. A special token that the text spells is text, too.
+        """Returns the tokens of plain text. Text that spells a special token stays plain text.
 
-        Raises InputError for `field` if the text is not UTF-8, or if a part of it has no token.
+        Raises InputError for `field` if the text is not UTF-8, or if no token covers a part of it.
         """
         check_utf8(text, field)
         ids = self._ids(text)
@@ -40,10 +40,10 @@ class Codec(ABC):
         return ids
 
     def pieces(self, ids: Iterable[int], *, begins: bool = False) -> list[bytes]:
-        """Returns the bytes of each token; special tokens have none.
+        """Returns the bytes of each token; those of a special token are b"".
 
-        begins: whether the tokens begin a text. Some vocabularies put a space before each text,
-            which is then left out.
+        begins: whether the tokens begin a text. If so, removes the space that some vocabularies
+            put before each text.
         """
         found = [self._piece(int(i)) for i in ids]
         if begins and self._adds_space():
@@ -64,7 +64,7 @@ class Codec(ABC):
         """Returns the bytes of a token."""
 
     def _unknown_id(self) -> int | None:
-        """Returns the token of all parts of a text that have none, or None."""
+        """Returns the id of the token for unknown text, or None if there is no such token."""
         return None
 
 
@@ -77,7 +77,7 @@ def check_utf8(text: str, field: str) -> None:
 
 
 class Bytes(Codec):
-    """Codec of bytes, which seqio numbers from 3."""
+    """Codec of bytes: byte b has the id b + 3, as in seqio."""
 
     FIRST = 3
     content = b""
@@ -94,7 +94,7 @@ class Bytes(Codec):
 class Pieces(Codec):
     """Codec of a SentencePiece model.
 
-    where: place of the model, for the message if it is damaged.
+    where: place of the model, for errors.
     """
 
     def __init__(self, content: bytes, where: str = "vocabulary.model"):

@@ -19,7 +19,8 @@ ACCEPTED = "must be a folder with a tokenizer.json, a tokenizer.json itself, or 
 def open_tokenizer(path: Path | str) -> Tokenizer:
     """Opens the tokenizer of a pretrained model.
 
-    path: a folder with tokenizer.json, such a file, whose folder may say more, or a GGUF file.
+    path: a folder with a tokenizer.json, that file itself, or a GGUF file. Files beside the
+      tokenizer.json may name special tokens and hold the chat template.
     Raises InputError if there is none, or if it cannot be used.
     """
     found = find_tokenizer(path)
@@ -29,7 +30,7 @@ def open_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def find_tokenizer(path: Path | str) -> Tokenizer | None:
-    """Opens the tokenizer as `open_tokenizer` does, or returns None if there is none."""
+    """Opens the tokenizer as `open_tokenizer` does, but returns None if there is none."""
     path = Path(path)
     check_package("tokenizers")
     if path.suffix == ".gguf":
@@ -43,7 +44,7 @@ def find_tokenizer(path: Path | str) -> Tokenizer | None:
 
 
 def write_tokenizer(folder: Path, codec: Codec) -> None:
-    """Writes a vocabulary by the names of Hugging Face's files; bytes have none."""
+    """Writes a vocabulary under Hugging Face's file names; writes nothing for bytes."""
     if not isinstance(codec, Tokenizer):
         if codec.content:
             (folder / "tokenizer.model").write_bytes(codec.content)
@@ -56,13 +57,13 @@ def write_tokenizer(folder: Path, codec: Codec) -> None:
 
 
 def tokenizer_name(path: Path | str) -> str:
-    """Returns the name of a model's folder, or the stem of a file."""
+    """Returns the name of a folder, or the name of a file without its suffix."""
     path = Path(os.path.abspath(path))
     return path.name if os.path.isdir(path) else path.stem
 
 
 def _read(path: Path, most: int) -> bytes | None:
-    """Returns the content of a file, or None if there is none."""
+    """Returns the content of a file of at most `most` bytes, or None if there is no file."""
     try:
         return read_file(path, most)
     except (FileNotFoundError, NotADirectoryError):
@@ -85,7 +86,7 @@ def _values(path: Path) -> dict[str, Any]:
 
 
 def _settings(folder: Path) -> Settings:
-    """Returns what the files beside a tokenizer.json say."""
+    """Returns the settings in the files beside a tokenizer.json."""
     special: dict[str, str] = {}
     config: dict[str, Any] = {}
     for name in NAMES:
@@ -102,14 +103,14 @@ def _settings(folder: Path) -> Settings:
 
 
 def _token(key: str, config: dict[str, Any]) -> str | None:
-    """Returns the text of a named special token, which is a string or has a "content"."""
+    """Returns the text of a special token such as "eos_token", or None for any other key."""
     value = config[key]
     text = value.get("content") if isinstance(value, dict) else value
     return text if key.endswith("_token") and isinstance(text, str) else None
 
 
 def _ids(key: str, values: dict[str, Any], folder: Path) -> tuple[int, ...]:
-    """Returns the ids under a key: one, a list, or none."""
+    """Returns the token ids under a key, which holds one id, a list of ids or nothing."""
     value = values.get(key)
     ids = value if isinstance(value, list) else [value] if value is not None else []
     usable = all(isinstance(i, int) and i >= 0 for i in ids)
@@ -118,7 +119,7 @@ def _ids(key: str, values: dict[str, Any], folder: Path) -> tuple[int, ...]:
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Returns the chat template of a folder: its file, else the entry of tokenizer_config.json."""
+    """Returns the chat template in chat_template.jinja, or else in tokenizer_config.json."""
     file = _read(folder / "chat_template.jinja", MOST_JSON)
     if file is not None:
         return file.decode(errors="replace")

@@ -34,7 +34,7 @@ KEYS = ("ggml.", "chat_template")
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Returns the keys of a GGUF file that describe its tokenizer, without "tokenizer.".
+    """Returns the fields of a GGUF file's tokenizer, by their keys without "tokenizer.".
 
     Raises InputError if the file cannot be read.
     """
@@ -44,7 +44,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def settings_of(fields: Mapping[str, Any]) -> Settings:
-    """Returns the special tokens and the chat template of `read_fields`."""
+    """Returns the special tokens and the chat template in the result of `read_fields`."""
     tokens, ids = fields["ggml.tokens"], _special_ids(fields)
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     template = fields.get("chat_template")
@@ -57,7 +57,7 @@ def settings_of(fields: Mapping[str, Any]) -> Settings:
 
 
 def _special_ids(fields: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the ids of the special tokens by their names, such as "bos"."""
+    """Returns the ids of the special tokens by name, such as "bos"."""
     names = ("bos", "eos", "eot", "eom", "unknown", "padding")
     ids = {name: fields.get(f"ggml.{name}_token_id") for name in names}
     size = len(fields["ggml.tokens"])
@@ -65,9 +65,9 @@ def _special_ids(fields: Mapping[str, Any]) -> dict[str, int]:
 
 
 def rebuilt(fields: Mapping[str, Any], where: str) -> bytes:
-    """Returns the tokenizer.json of `read_fields`.
+    """Returns the bytes of a tokenizer.json, made from the result of `read_fields`.
 
-    where: place of the file, for messages.
+    where: place of the GGUF file, for errors.
     Raises InputError for a kind of tokenizer that cannot be rebuilt exactly.
     """
     kind, tokens = fields.get("ggml.model"), _list(fields, "ggml.tokens", str)
@@ -91,7 +91,7 @@ def rebuilt(fields: Mapping[str, Any], where: str) -> bytes:
 
 
 def _list(fields: Mapping[str, Any], key: str, kind: type) -> list[Any]:
-    """Returns the list under a key, or [] if there is none of this kind."""
+    """Returns the list under a key, or [] unless it is a list of `kind`."""
     found = fields.get(key)
     usable = isinstance(found, list) and all(isinstance(value, kind) for value in found)
     return found if usable else []  # type: ignore[return-value]
@@ -125,7 +125,7 @@ def _bpe(tokens: Sequence[str], merges: Sequence[Sequence[str]], **options: Any)
 def _byte_level(
     fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: str
 ) -> dict[str, Any]:
-    """Returns byte-level BPE, whose text is first split by the patterns of its `pre`."""
+    """Returns the parts of byte-level BPE. "ggml.pre" names the patterns that split a text."""
     pre = fields.get("ggml.pre", "default")
     accepted = f"is unknown; must be one of {', '.join(SPLITS)}"
     require(isinstance(pre, str) and pre in SPLITS, f"tokenizer.ggml.pre of {where}", pre, accepted)
@@ -148,11 +148,11 @@ def _byte_level(
 def _sentencepiece(
     fields: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: str
 ) -> dict[str, Any]:
-    """Returns SentencePiece's BPE.
+    """Returns the parts of a BPE that merges in the same order as SentencePiece.
 
-    SentencePiece always makes the token of the best score next, from any two parts; BPE has a list
-    of pairs. The list has all pairs that make a token, ordered by the score of that token. Both
-    agree if no two tokens have one score.
+    SentencePiece next merges the two neighbours whose token has the best score. BPE needs a list of
+    pairs. The list has every pair that makes a token, ordered by the score of that token.
+    Raises InputError if two such tokens have equal scores, which leaves their order unknown.
     """
     scores = _list(fields, "ggml.scores", float)
     require(len(scores) == len(tokens), "tokenizer", where, "has no scores for its tokens")

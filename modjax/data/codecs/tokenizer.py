@@ -21,11 +21,11 @@ PROBE = "a  b\n\n\tC 12.ü日 \U0001f600 d"
 
 @dataclass(frozen=True)
 class Settings:
-    """The part of a pretrained tokenizer that its tokenizer.json does not hold.
+    """Settings of a pretrained tokenizer that are outside its tokenizer.json.
 
     special: text of the special tokens by their names, such as {"eos_token": "</s>"}.
     eos_ids: tokens that end a text, besides the "eos_token".
-    bos_id: token that begins a text, unless there is a "bos_token".
+    bos_id: token that begins a text, used if `special` has no "bos_token".
     template: chat template, or None.
     """
 
@@ -38,10 +38,10 @@ class Settings:
 class Tokenizer(Codec):
     """Codec of a tokenizer.json. `encode` adds no special token; `prompt` does.
 
-    text_size: number of token ids that documents can have. Special tokens may lie beyond, and some
-        models have no embedding for such a one.
+    text_size: one more than the highest id in any document. Special tokens may have higher ids, for
+        which some models have no embedding.
     content: bytes of the file.
-    where: place of the file, for messages.
+    where: place of the file, for errors.
     """
 
     def __init__(self, content: bytes, where: str, settings: Settings = Settings()):
@@ -66,7 +66,7 @@ class Tokenizer(Codec):
         self._tokenizer.encode_special_tokens = True  # plain text cannot spell control tokens
 
     def _register(self, tokens: Sequence[str | None]) -> None:
-        """Marks known tokens as special; some files list them as ordinary added tokens."""
+        """Marks tokens as special, which some files list as ordinary. Skips unknown tokens."""
         from tokenizers import AddedToken
 
         added = {token.content: token for token in self._added.values()}
@@ -98,10 +98,11 @@ class Tokenizer(Codec):
         return [one.ids for one in encoded]
 
     def prompt(self, text: str, field: str, *, rendered: bool = False) -> list[int]:
-        """Returns the tokens of a prompt as Hugging Face encodes it.
+        """Returns the tokens of a prompt, equal to Hugging Face's.
 
-        Text that spells a special token becomes this token. Adds the tokens that the tokenizer puts
-        around a text, unless the text is `rendered` from a chat template, which writes them itself.
+        Text that spells a special token becomes that token.
+        rendered: whether a chat template wrote the text, with the special tokens around it. If not,
+            the tokenizer adds them.
         """
         check_utf8(text, field)
         self._tokenizer.encode_special_tokens = False
@@ -113,6 +114,7 @@ class Tokenizer(Codec):
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Returns a conversation as text by the chat template, up to the next answer.
 
+        messages: see `render`.
         Raises InputError if there is no template, or if it cannot be rendered.
         """
         accepted = "has no chat template: give it a plain prompt"
@@ -123,7 +125,7 @@ class Tokenizer(Codec):
         return render(self.settings.template, messages, self.settings.special, self._where)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of tokens, without special ones, as `tokenizers` decodes it."""
+        """Returns the text of tokens, as `tokenizers` decodes it without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _unknown_id(self) -> int | None:
@@ -136,7 +138,7 @@ class Tokenizer(Codec):
 
     @cached_property
     def _pieces(self) -> list[bytes]:
-        """The bytes of all tokens. Raises InputError if the tokens do not spell the text."""
+        """Bytes of every token, by id. Raises InputError if those of PROBE do not spell it."""
         decoders = list(_flat(self._values.get("decoder")))
         kinds = {decoder.get("type") for decoder in decoders}
         spaces = "Metaspace" in kinds or any(_replaces_spaces(decoder) for decoder in decoders)

@@ -25,8 +25,8 @@ MANY = 2**31  # positions: more than any row has
 class Attention(Sublayer):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions.
 
-    `queries` and `keys` take inputs that are already normalised, see `before`. Keys may come from
-    other positions than the queries, or from another source.
+    `queries` and `keys` take normalised inputs, the result of `before`. Keys may come from other
+    positions than the queries, or from another source.
     """
 
     def __init__(self, spec: specs.Attention, shape: specs.Shape, *, rngs: nnx.Rngs):
@@ -77,7 +77,7 @@ class Attention(Sublayer):
         return self._turned(self._heads(source_BMD, "k"), at), self._heads(source_BMD, "v")
 
     def _heads(self, y_BLD: jax.Array, name: str) -> jax.Array:
-        """Returns the projection to each head, (B, N, L, H). name: "q", "k" or "v"."""
+        """Returns the heads before rotation, (B, N or G, L, H). name: "q", "k" or "v"."""
         w_DNH, clip = getattr(self, f"w_{name}"), self.spec.clip
         (batch, length, width), (_, heads, head_dim) = y_BLD.shape, w_DNH.shape
         z_BLNH = project(y_BLD, read(w_DNH, None).reshape(width, -1))
@@ -130,9 +130,9 @@ def side(at: At) -> Side:
 def rotary_tables(
     positions_BL: jax.Array, rope: specs.Rope, head_dim: int, length: int, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin, (B, L, H/2), of the angles of specs.Rope; H dims of a head turn.
+    """Returns cos and sin of the angles of specs.Rope, each (B, L, rope.width(head_dim) / 2).
 
-    length: positions of the longest row, which may decide a scaling.
+    length: see specs.layers.rope.Scaling.multipliers.
     """
     width, scaling = rope.width(head_dim), rope.scaling
     exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
@@ -148,7 +148,10 @@ def rotary_tables(
 
 
 def rotate(x_BNLH: jax.Array, rope_BLH: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each pair (x_i, x_{i + H/2}) of the first H dims by the angle of its position."""
+    """Rotates each pair of dims (i, i + n) by its angle, for i < n; later dims stay.
+
+    rope_BLH: cos and sin, each (B, L, n).
+    """
     cos_B1LH, sin_B1LH = (table[:, None] for table in rope_BLH)
     half = cos_B1LH.shape[-1]
     a, b, rest = jnp.split(x_BNLH, (half, 2 * half), axis=-1)

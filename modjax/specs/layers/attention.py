@@ -1,4 +1,4 @@
-"""Attention, added to the residual stream, and the places of its norm."""
+"""Self-attention as a layer of the residual stream, and the placement of norms."""
 
 from typing import Annotated
 
@@ -22,16 +22,16 @@ class Attention(Layer):
     norm: place of the RMSNorm: "before" the sublayer, "after" it, or "both".
     rope: rotary positions, or None for none.
     mask: which keys a query may see, such as Causal() & Window(512).
-    softcap: c of c tanh(s / c) on the scores s (arXiv 2408.00118, section 2), or None.
+    softcap: c, which turns each score s into c tanh(s / c) (arXiv 2408.00118, section 2), or None.
     received: whether to pass the attention that each position received to later layers, for the
       router `Received`.
-    qk_norm: RMSNorm of queries and keys before they turn: "head" norms each head, "all" norms all
-      heads together; None has none (arXiv 2010.04245, section 3, and 2302.05442, section 2).
-    bias: "qkv" adds biases to queries, keys and values, "all" also to the output; None to none.
-    clip: bound on the size of the numbers in queries, keys and values before they turn, or None.
-    scale: factor of the scores; None takes 1 / sqrt(head_dim).
+    qk_norm: RMSNorm of queries and keys before rotation: "head" for each head, "all" for all heads
+      together, or None (arXiv 2010.04245, section 3, and 2302.05442, section 2).
+    bias: "qkv" adds biases to queries, keys and values, "all" also to the output, None nowhere.
+    clip: bound on the absolute values of queries, keys and values, before rotation, or None.
+    scale: factor of the scores; None means 1 / sqrt(head_dim).
 
-    Raises InputError unless the dims that turn are even and num_kv_heads divides num_heads.
+    Raises InputError unless the number of rotated dims is even and num_kv_heads divides num_heads.
     """
 
     norm: Norm = "before"

@@ -19,7 +19,10 @@ class Scaling(Spec):
     magnitude = 1.0
 
     def multipliers(self, base: float, width: int, length: int) -> tuple[float, ...]:
-        """Returns the multiplier of each of the width / 2 frequencies. length: of the context."""
+        """Returns the multiplier of each of the width / 2 frequencies.
+
+        length: positions of the call's longest row, or `max_length` of `Transformer.reader`.
+        """
         raise NotImplementedError
 
 
@@ -28,7 +31,7 @@ class Rope(Spec):
     """Rotary positions (arXiv 2104.09864, Eq. 34): dim pair i turns by position * base^(-2i/width).
 
     base: greater than 0.
-    share: share of a head's dims that turn, the first ones; in (0, 1]. They are the `width`.
+    share: share of a head's dims that turn, in (0, 1]. The first `width` dims turn.
     scaling: multiplies the frequencies, such as Interpolated(4.0), or None.
     """
 
@@ -49,7 +52,7 @@ class Rope(Spec):
 
 @spec
 class Interpolated(Scaling):
-    """Divides all frequencies by a factor greater than 0 (arXiv 2306.15595, Eq. 4)."""
+    """Scaling that divides all frequencies by a factor greater than 0 (arXiv 2306.15595, Eq. 4)."""
 
     factor: Positive[float]
 
@@ -59,10 +62,10 @@ class Interpolated(Scaling):
 
 @spec
 class ByWavelength(Scaling):
-    """Divides the frequencies of long waves by a factor, and keeps those of short waves.
+    """Scaling that divides low frequencies by a factor and keeps high ones, as in Llama 3.
 
-    A wave turns `turns` = context * f / 2 pi times in the context. With turns > high its frequency
-    stays, with turns < low it is divided, and between them the two are mixed linearly in `turns`.
+    A frequency f makes t = context * f / (2 pi) turns within the context. It stays if t > high, and
+    is divided if t < low. In between, the two are interpolated linearly in t.
 
     factor, low, high: greater than 0, and low < high.
     context: positions that the model was first trained on, greater than 0.
@@ -86,14 +89,16 @@ class ByWavelength(Scaling):
 
 @spec
 class Yarn(Scaling):
-    """Divides the frequencies of long waves, mixed linearly in the index (arXiv 2309.00071, 3.2).
+    """Scaling that divides low frequencies and keeps high ones (arXiv 2309.00071, section 3.2).
+
+    In between, the two are interpolated linearly in the index of the frequency.
 
     factor: greater than 0.
     context: positions that the model was first trained on, greater than 0.
-    fast, slow: turns in the context down to which frequencies stay, and from which they are
-      divided; greater than 0.
+    fast, slow: a frequency stays with `fast` or more turns within the context, and is divided with
+      `slow` or fewer; greater than 0.
     magnitude: factor of cos and sin, greater than 0; the paper's is 0.1 ln(factor) + 1.
-    whole: whether the mix begins and ends at whole indices.
+    whole: whether to round the first index of the interpolation down, and the last up.
     """
 
     factor: Positive[float]
@@ -118,10 +123,10 @@ class Yarn(Scaling):
 
 @spec
 class Divided(Scaling):
-    """Divides each frequency by a number of its own (arXiv 2402.13753).
+    """Scaling that divides each frequency by its own number (arXiv 2402.13753).
 
-    short, long: the divisors, greater than 0, for calls up to `context` positions and for longer
-      ones. A call's length is that of its longest row, or the `max_length` of a reader.
+    short, long: one divisor for each frequency, greater than 0. `long` applies if the `length` of
+      Scaling.multipliers is more than `context`, and `short` otherwise.
     magnitude: factor of cos and sin, greater than 0.
     """
 
