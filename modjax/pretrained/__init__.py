@@ -2,6 +2,12 @@
 
 from modjax.pretrained.families import FAMILIES, Family, register
 from modjax.pretrained.files import open_files
-from modjax.pretrained.load import Pretrained, from_pretrained, match, model_fields, pretrained_spec
+from modjax.pretrained.load import (
+    Pretrained,
+    from_pretrained,
+    match_weights,
+    model_fields,
+    pretrained_spec,
+)
 from modjax.pretrained.save import save_pretrained
 from modjax.pretrained.tensors import read_weights

@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modjax.errors import require
-from modjax.pretrained.families import CONTEXT, CONTROLS, SIZES, Family, Fields, at, family_of
+from modjax.pretrained.families import (
+    CONTEXT,
+    CONTROLS,
+    SIZES,
+    Family,
+    Fields,
+    at,
+    family_of,
+)
 from modjax.pretrained.rotary import read_ropes, write_rope
 from modjax.specs import MLP, Attention, ModelSpec, MoE, Rope, Seq, TokenChoice
 from modjax.specs.layer import Layer, segments_of
@@ -33,7 +41,7 @@ def read_config(config: Mapping[str, Any], *, tied: bool, dtype: str) -> ModelSp
         layers=segments_of(layers),
         head_dim=c("head_dim"),
         norm_offset=c.family.norm_offset,
-        embed=Tokens(scale=c.family.scaled),
+        embed=Tokens(scale=c.family.scale_embed),
         head=(Tied if tied else Logits)(c("final_logit_softcapping")),
         dtype=dtype,
     )
@@ -42,7 +50,7 @@ def read_config(config: Mapping[str, Any], *, tied: bool, dtype: str) -> ModelSp
 def _layers(c: Fields, depth: int, head_dim: int | None) -> list[Layer]:
     """Returns the blocks of a model in order, each an attention and an MLP or MoE."""
     family, act = c.family, c("hidden_activation") or c("hidden_act")
-    if family.scaled and act == "gelu":  # old files of Gemma mean the approximation
+    if family.scale_embed and act == "gelu":  # old files of Gemma mean the approximation
         act = "gelu_pytorch_tanh"
     require(act in ACTIVATIONS, at("hidden_act"), act, f"must be {', '.join(ACTIVATIONS)}")
     scalar = c("query_pre_attn_scalar")
@@ -73,7 +81,7 @@ def _experts(c: Fields, mlp: MLP) -> MoE:
     for name, value in {"num_experts": count, "num_experts_per_tok": top_k}.items():
         require(type(value) is int, at(name), value, "must be a number")
     balance = float(c("router_aux_loss_coef"))
-    rule = TokenChoice(top_k, renormalise=bool(c("norm_topk_prob")), balance=balance, z=0.0)
+    rule = TokenChoice(top_k, renormalise=bool(c("norm_topk_prob", True)), balance=balance, z=0.0)
     width, act = c("moe_intermediate_size"), mlp.activation
     return MoE(count, rule, width=width, activation=act, norm=mlp.norm, capacity_factor=None)
 

@@ -57,10 +57,10 @@ class Family:
     norm: see specs.Attention; also for MLPs and experts.
     qk_norm, bias: see specs.Attention. With bias None, the field `attention_bias` adds all biases.
     norm_offset: see ModelSpec.
-    scaled: whether embeddings are scaled, see specs.Tokens.
+    scale_embed: whether embeddings are scaled, see specs.Tokens.
     routed: whether MLPs are mixtures of experts.
     names: entries that replace or extend NAMES.
-    layers: prefix of the names of a layer's tensors, before the number of the layer.
+    layer_prefix: prefix of the names of a layer's tensors, before the number of the layer.
     """
 
     name: str
@@ -70,10 +70,10 @@ class Family:
     qk_norm: str | None = None
     bias: str | None = None
     norm_offset: float = 0.0
-    scaled: bool = False
+    scale_embed: bool = False
     routed: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
-    layers: str = "model.layers."
+    layer_prefix: str = "model.layers."
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -96,7 +96,6 @@ EXPERTS = {
     "num_experts_per_tok": None,
     "num_experts": None,
     "num_local_experts": None,
-    "norm_topk_prob": False,
     "router_aux_loss_coef": 0.001,
 }
 
@@ -126,7 +125,7 @@ GEMMA = Family(
     {**SWIGLU, **BIAS, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": None}
     | {"head_dim": 256},
     norm_offset=1.0,
-    scaled=True,
+    scale_embed=True,
 )
 GEMMA2 = replace(
     GEMMA,
@@ -168,7 +167,7 @@ GEMMA3 = replace(
 MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
-    {**SWIGLU, **EPS, **EXPERTS, "sliding_window": None, "norm_topk_prob": True, "rope_theta": 1e6},
+    {**SWIGLU, **EPS, **EXPERTS, "sliding_window": None, "rope_theta": 1e6},
     routed=True,
     names={
         "mlp.router.w": "block_sparse_moe.gate.weight",
@@ -180,7 +179,8 @@ MIXTRAL = Family(
 OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",
-    {**SWIGLU, **EPS, **BIAS, **EXPERTS, "clip_qkv": None, "router_aux_loss_coef": 0.01},
+    {**SWIGLU, **EPS, **BIAS, **EXPERTS, "clip_qkv": None}
+    | {"norm_topk_prob": False, "router_aux_loss_coef": 0.01},
     qk_norm="all",
     routed=True,
 )
@@ -188,6 +188,7 @@ QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     {**SWIGLU, **BIAS, **EXPERTS, "use_sliding_window": False, "sliding_window": None}
+    | {"norm_topk_prob": False}
     | {"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": ()},
     qk_norm="head",
     routed=True,

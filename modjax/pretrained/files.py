@@ -103,9 +103,9 @@ def write_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     dtype: Any,
-    most: int,
+    max_bytes: int,
 ) -> None:
-    """Writes safetensors, in files of at most `most` bytes; several files get an index.
+    """Writes safetensors, in files of at most `max_bytes` bytes; several files get an index.
 
     shapes: the shape of each tensor, by name.
     read: returns a tensor by its name.
@@ -118,7 +118,7 @@ def write_tensors(
         dict(shapes),
         get_storage_size=lambda shape: int(np.prod(shape)) * np.dtype(dtype).itemsize,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=most,
+        max_shard_size=max_bytes,
     )
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: np.ascontiguousarray(read(name).astype(dtype)) for name in names}

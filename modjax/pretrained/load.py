@@ -87,7 +87,7 @@ def model_fields(path: str | Path, layer: Callable[[int, Layer], Layer]) -> dict
     return to_dict(dataclasses.replace(spec, layers=segments_of(blocks)), defaults=False)
 
 
-def match(files: Files, spec: ModelSpec) -> tuple[dict[str, Slot], list[str]]:
+def match_weights(files: Files, spec: ModelSpec) -> tuple[dict[str, Slot], list[str]]:
     """Returns a model's slots in the files, and the names of its weights that have none.
 
     spec: a model with the attentions and MLPs of the files in the same order, inside any layers. It

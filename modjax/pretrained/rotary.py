@@ -42,7 +42,10 @@ def _rope(c: Fields, given: Mapping[str, Any], theta_field: str) -> Rope:
     given: the parameters, as in `rope_parameters`.
     theta_field: an older field of config.json that may hold the base.
     """
-    given, where = {k: v for k, v in given.items() if v is not None}, at("rope_parameters")
+    given, where = (
+        {k: v for k, v in given.items() if v is not None},
+        at("rope_parameters"),
+    )
     base, older = given.pop("rope_theta", c(theta_field)), c.values.get(theta_field)
     require(older in (None, base), at(theta_field), older, f"{where}.rope_theta is {base}")
     share = c("partial_rotary_factor", 1.0)

@@ -30,7 +30,7 @@ def save_pretrained(
     config: Mapping[str, Any] | None = None,
     tokenizer: Codec | None = None,
     dtype: str | None = None,
-    most: int = 2**31,
+    max_file_bytes: int = 2**31,
 ) -> None:
     """Writes a model as config.json and safetensors, which transformers loads.
 
@@ -40,7 +40,7 @@ def save_pretrained(
       one, the first family of modjax.pretrained.FAMILIES that can express the model is taken.
     tokenizer: written to the folder too.
     dtype: of the written tensors; None takes that of the weights.
-    most: bytes of one safetensors file; larger models are split.
+    max_file_bytes: of a safetensors file; larger models are split.
     Raises InputError for a model that no family can express, such as one with routed layers.
     """
     out, plain = Path(out), _as_blocks(spec)
@@ -61,7 +61,7 @@ def save_pretrained(
         return np.full(expected[name], float(name.endswith("up_proj.bias")))  # see UNGATED
 
     dtype = dtype or jax.tree.leaves(weights)[0].dtype
-    write_tensors(out, expected, tensor, dtype, most)
+    write_tensors(out, expected, tensor, dtype, max_file_bytes)
     unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     write_json(out / "config.json", {**unknown, **(config or {}), **fields})
     if tokenizer is not None:

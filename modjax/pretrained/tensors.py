@@ -103,7 +103,7 @@ def find_slots(
         for i, prefix in enumerate(prefixes):
             experts = sum(name.startswith(f"{prefix}.experts.") for name in ours)
             for expert in range(max(1, experts)):
-                layer = f"{family.layers}{i}."
+                layer = f"{family.layer_prefix}{i}."
                 found |= _sublayer_slots(ours, f"{prefix}.", layer, kind, expert, family, tensors)
     return found
 

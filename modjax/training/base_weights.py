@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from modjax.errors import InputError, require
 from modjax.files import damaged
-from modjax.pretrained import match, open_files, read_weights
+from modjax.pretrained import match_weights, open_files, read_weights
 from modjax.records import read_record, read_spec
 from modjax.specs import RunSpec
 from modjax.training.checkpoint import find_damage, read_checkpoint
@@ -33,7 +33,7 @@ def initial_state(mesh: Mesh, model: Model, spec: RunSpec) -> TrainState:
         _, weights = read_finished(mesh, base, folder, {"run_id": base.run_id})
     elif spec.base is not None:
         files = open_files(spec.base)
-        slots, _ = match(files, spec.model)
+        slots, _ = match_weights(files, spec.model)
         structs = joined(*abstract_weights(mesh, model))
         weights = read_weights(files, slots, structs)
     return init_state(mesh, model, spec.train, weights)
@@ -46,19 +46,19 @@ def new_weights(spec: RunSpec) -> list[str]:
     """
     if spec.base is None or _is_run(spec):
         return []
-    return match(open_files(spec.base), spec.model)[1]
+    return match_weights(open_files(spec.base), spec.model)[1]
 
 
 def check_base(spec: RunSpec, model: Model) -> None:
     """Raises InputError unless `spec.base` has the weights of this model.
 
     The base is a finished run with weights of the same shapes, or a pretrained model whose
-    attentions and MLPs fit, see modjax.pretrained.match.
+    attentions and MLPs fit, see modjax.pretrained.match_weights.
     """
     if spec.base is None:
         return
     if not _is_run(spec):
-        match(open_files(spec.base), spec.model)
+        match_weights(open_files(spec.base), spec.model)
         return
     folder, base = _base(spec)
     _final_checkpoint(base, folder)

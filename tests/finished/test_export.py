@@ -86,3 +86,11 @@ def test_a_folder_with_files_is_refused(exported, capsys):
     where = [f"--workdir={folder.parents[1]}", f"--run={folder.name}", f"--out={out}"]
     assert main(["export", *where]) == 2
     assert "must be an empty folder, or a new one" in capsys.readouterr().err
+
+
+def test_experts_that_no_family_weighs_alike_are_refused(tmp_path):
+    # transformers' Mixtral divides the weights of a position's experts by their sum, always.
+    raw = Seq(Attention(), MoE(4, TokenChoice(top_k=2), activation="swiglu", capacity_factor=None))
+    spec = run_spec(layers=(raw,)).model
+    with pytest.raises(modjax.InputError, match=r"TokenChoice\(top_k=2.*no model of llama, .*"):
+        modjax.save_pretrained(tmp_path / "new", spec, {})

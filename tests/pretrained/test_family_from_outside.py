@@ -16,7 +16,7 @@ OWN = Family(
     "OwnForCausalLM",
     LLAMA.fields,
     names={"embed.table": "wte.weight", "mlp.w_in": "ff.in.weight"},
-    layers="blocks.",
+    layer_prefix="blocks.",
 )
 
 
