@@ -62,7 +62,7 @@ def measure() -> list[Row]:
         theirs = _transformers(folder)
     stacked = ours.weights
     model = unstack(ours.graphdef, ours.weights)
-    values = [_gap(ours, theirs)]
+    values = [_logit_gap(ours, theirs)]
     values += [_prefill(ours, theirs, length) for length in PREFILLS]
     values += _decode(model, theirs, stacked)
     command = [sys.executable, "-P", "-c", LOAD, str(path)]
@@ -95,7 +95,7 @@ def _tokens(length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 40_000, (1, length))
 
 
-def _gap(ours: Any, theirs: Any) -> float:
+def _logit_gap(ours: Any, theirs: Any) -> float:
     import torch
 
     tokens_BL = np.array([ours.tokenizer.encode(TEXT, "text")])
@@ -113,7 +113,7 @@ def _prefill(ours: Pretrained, theirs: Any, length: int) -> float:
         "theirs": lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
     }
     seconds = interleaved(steps, rounds=ROUNDS)
-    progress(f"prefill of {length} tokens: seconds {_least(seconds)}")
+    progress(f"prefill of {length} tokens: seconds {_fastest(seconds)}")
     return ratio(seconds, "theirs", "ours")
 
 
@@ -142,9 +142,9 @@ def _decode(model: tuple[Any, Any], theirs: Any, stacked: Any) -> list[float]:
         "read": reading(stacked),
     }
     seconds = interleaved(steps, rounds=ROUNDS, inputs={"ours": start})
-    progress(f"{NEW} new tokens: seconds {_least(seconds)}")
+    progress(f"{NEW} new tokens: seconds {_fastest(seconds)}")
     return [ratio(seconds, "theirs", "ours"), ratio(seconds, "ours", "read") / NEW]
 
 
-def _least(seconds: dict[str, list[float]]) -> dict[str, float]:
+def _fastest(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: round(min(found), 3) for name, found in seconds.items()}

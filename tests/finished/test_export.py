@@ -41,7 +41,8 @@ def exported(tiny_data_dir, tmp_path_factory):
 
 def logits_of(graphdef, weights):
     routing = "token_choice" if "experts" in str(jax.tree.structure(weights)) else "trained"
-    return nnx.merge(graphdef, weights)(TOKENS, routing=routing)[0]
+    logits = jax.jit(lambda weights: nnx.merge(graphdef, weights)(TOKENS, routing=routing)[0])
+    return logits(weights)
 
 
 @pytest.mark.parametrize("family", ARMS)

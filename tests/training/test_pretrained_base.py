@@ -1,5 +1,7 @@
 """Runs that start from a pretrained model, also with its blocks wrapped or its MLPs copied."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from flax import nnx
 
 from modjax import InputError, Transformer, save_pretrained
 from modjax.pretrained import model_fields, pretrained_spec
+from modjax.scaling.plan import experiment
 from modjax.specs import (
     DataConfig,
     Execution,
@@ -94,6 +97,15 @@ def test_a_config_takes_its_model_from_the_files(base):
     spec = RunSpec("x", 1e9, model, spec_of(folder).train, DataConfig(), str(folder))
     check_base(spec, abstract_model(model))
     assert model.routed() == 4 and pretrained_spec(folder).routed() == 0
+
+
+def test_the_config_of_the_repository_wraps_every_other_block(base):
+    folder, _ = base
+    config = Path(__file__).parents[2] / "configs" / "pretrained.py"
+    (spec,) = experiment.load(f"{config}:{folder}").specs
+    assert [type(block) is MoD for block in spec.model.blocks()] == [False, True] * 2
+    assert (spec.base, spec.data.vocab) == (str(folder), "model.json")
+    check_base(spec, abstract_model(spec.model, "routers"))
 
 
 @pytest.mark.parametrize(
