@@ -24,7 +24,7 @@ from modjax.bench.step import interleaved, ratio
 from modjax.decoding.generate import Sampling, generate, resume
 from modjax.errors import InputError
 from modjax.nn import unstack
-from modjax.pretrained import Pretrained, from_pretrained, save_pretrained
+from modjax.pretrained import from_pretrained, save_pretrained
 
 PROMPT, NEW, ROUNDS = 16, 64, 5
 TEXT = """A router scores every token of a sequence. The block processes the tokens with the highest
@@ -63,7 +63,7 @@ def measure() -> list[Row]:
     stacked = ours.weights
     model = unstack(ours.graphdef, ours.weights)
     values = [_logit_gap(ours, theirs)]
-    values += [_prefill(ours, theirs, length) for length in PREFILLS]
+    values += [_prefill(model, theirs, length) for length in PREFILLS]
     values += _decode(model, theirs, stacked)
     command = [sys.executable, "-P", "-c", LOAD, str(path)]
     values.append(float(subprocess.run(command, check=True, capture_output=True).stdout))
@@ -103,13 +103,13 @@ def _logit_gap(ours: Any, theirs: Any) -> float:
     return 1e5 * float(np.abs(logits_BLV - theirs(torch.tensor(tokens_BL)).logits.numpy()).max())
 
 
-def _prefill(ours: Pretrained, theirs: Any, length: int) -> float:
+def _prefill(model: tuple[Any, Any], theirs: Any, length: int) -> float:
     """Returns how many times as fast as transformers our model reads a prompt."""
     import torch
 
     tokens = torch.tensor(_tokens(length))
     steps = {
-        "ours": prefilling(ours.graphdef, ours.weights, "causal", length),
+        "ours": prefilling(*model, "causal", length),
         "theirs": lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
     }
     seconds = interleaved(steps, rounds=ROUNDS)
