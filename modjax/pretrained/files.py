@@ -1,7 +1,5 @@
 """Files of pretrained models: a folder with config.json and safetensors, or a GGUF file."""
 
-import importlib.util
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,8 +10,10 @@ from typing import Any
 import ml_dtypes  # noqa: F401  with it, safetensors knows bfloat16
 import numpy as np
 
+from modjax.data.codecs.tokenizer import check_package
 from modjax.errors import InputError, describe, require
-from modjax.files import MOST_JSON, read_file, reason
+from modjax.files import read_json
+from modjax.records import write_json
 
 Index = tuple[slice, ...]
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -41,8 +41,7 @@ class Files:
 def open_files(path: str | Path) -> Files:
     """Opens a folder or a GGUF file. Raises InputError if it is no pretrained model, or damaged."""
     for package in ("safetensors", "gguf", "tokenizers"):
-        installed = importlib.util.find_spec(package) is not None
-        require(installed, package, None, "missing package; pip install -e '.[pretrained]'")
+        check_package(package)
     if str(path).endswith(".gguf") and os.path.isfile(path):
         from modjax.pretrained.gguf_file import open_gguf
 
@@ -56,9 +55,9 @@ def open_files(path: str | Path) -> Files:
 def _open_folder(folder: Path) -> Files:
     import safetensors
 
-    config, listed, names = _read_json(folder / "config.json"), None, ["model.safetensors"]
+    config, listed, names = _read_fields(folder / "config.json"), None, ["model.safetensors"]
     if (folder / INDEX).exists():
-        listed = _read_json(folder / INDEX).get("weight_map")
+        listed = _read_fields(folder / INDEX).get("weight_map")
         require(isinstance(listed, dict), str(folder / INDEX), listed, "must have a weight_map")
         names = sorted({str(name) for name in listed.values()})  # type: ignore[union-attr]
     parts, numbers, seen = {}, Counter(), set()
@@ -128,15 +127,7 @@ def write_tensors(
         write_json(folder / INDEX, index)
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_file(path, MOST_JSON))
-    except (OSError, ValueError, RecursionError) as error:
-        why = reason(error) if isinstance(error, OSError) else "it is not JSON"
-        raise InputError(str(path), "unreadable", f"cannot be read: {why}") from error
+def _read_fields(path: Path) -> dict[str, Any]:
+    found = read_json(path, "must be a whole JSON file")
     require(isinstance(found, dict), str(path), found, "must be a group of fields")
     return found

@@ -14,8 +14,9 @@ from modjax.data.codecs.files import write_tokenizer
 from modjax.errors import InputError, require
 from modjax.pretrained.config import read_config, without_training, write_config
 from modjax.pretrained.families import FAMILIES, NAMES, Family
-from modjax.pretrained.files import write_json, write_tensors
+from modjax.pretrained.files import write_tensors
 from modjax.pretrained.tensors import Slot, abstract, find_slots, tensor_shapes, write_tensor
+from modjax.records import write_json
 from modjax.specs import MLP, Attention, Layer, ModelSpec, MoE, Seq
 from modjax.specs.fields import parts
 from modjax.specs.layer import segments_of

@@ -101,9 +101,9 @@ def find_slots(
         prefixes = (re.sub(ending, "", name) for name in ends)
         prefixes = [prefix for prefix in prefixes if not re.search(others, prefix)]
         for i, prefix in enumerate(prefixes):
-            experts = sum(name.startswith(f"{prefix}.experts.") for name in ours)
+            layer, mine = f"{family.layer_prefix}{i}.", f"{prefix}.experts."
+            experts = sum(name.startswith(mine) and name.endswith(".w_in") for name in ours)
             for expert in range(max(1, experts)):
-                layer = f"{family.layer_prefix}{i}."
                 found |= _sublayer_slots(ours, f"{prefix}.", layer, kind, expert, family, tensors)
     return found
 
