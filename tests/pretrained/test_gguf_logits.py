@@ -12,7 +12,7 @@ pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from modjax import from_pretrained  # noqa: E402
-from tests.pretrained import test_gguf as written  # noqa: E402
+from tests.pretrained.models import small_gguf as written  # noqa: E402
 
 # An olmoe of transformers cannot have heads of a width of their own, as these models have.
 CASES = [(family, {}, False) for family in written.FAMILIES if family != "olmoe"] + [
