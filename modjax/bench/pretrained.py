@@ -9,7 +9,6 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,13 @@ print(1024 * (kilobytes("VmHWM") - before) / sum(w.nbytes for w in jax.tree.leav
 
 
 def measure() -> list[Row]:
-    path, theirs = find_model(), None
+    from modjax.bench.torch_models.pretrained import TorchModel
+
+    path = find_model()
     ours = from_pretrained(path, dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(folder, ours.spec, ours.weights, config=ours.config)
-        theirs = _transformers(folder)
+        theirs = TorchModel(folder)
     stacked = ours.weights
     model = unstack(ours.graphdef, ours.weights)
     values = [_logit_gap(ours, theirs)]
@@ -78,39 +79,22 @@ def find_model() -> Path:
     return next(Path(found.origin).parent.glob("*.gguf"))
 
 
-def _transformers(folder: str) -> Any:
-    """Returns the same model in transformers, with plain attention."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    torch.set_grad_enabled(False)
-    auto: Any = transformers.AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
 def _tokens(length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 40_000, (1, length))
 
 
 def _logit_gap(ours: Any, theirs: Any) -> float:
-    import torch
-
     tokens_BL = np.array([ours.tokenizer.encode(TEXT, "text")])
     logits_BLV, _ = jax.jit(nnx.merge(ours.graphdef, ours.weights))(tokens_BL)
-    return 1e5 * float(np.abs(logits_BLV - theirs(torch.tensor(tokens_BL)).logits.numpy()).max())
+    return 1e5 * float(np.abs(logits_BLV - theirs.logits(tokens_BL)).max())
 
 
 def _prefill(model: tuple[Any, Any], theirs: Any, length: int) -> float:
     """Returns how many times as fast as transformers our model reads a prompt."""
-    import torch
-
-    tokens = torch.tensor(_tokens(length))
+    tokens_BL = _tokens(length)
     steps = {
         "ours": prefilling(*model, "causal", length),
-        "theirs": lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
+        "theirs": lambda: theirs.prefill(tokens_BL),
     }
     seconds = interleaved(steps, rounds=ROUNDS)
     progress(f"prefill of {length} tokens: seconds {_fastest(seconds)}")
@@ -123,11 +107,7 @@ def _decode(model: tuple[Any, Any], theirs: Any, stacked: Any) -> list[float]:
     The first is our speed over that of transformers. The second is our time per token over the time
     of reading all weights once.
     """
-    import torch
-
     tokens_BL = _tokens(PROMPT)
-    prompt = torch.tensor(tokens_BL)
-    options: dict[str, Any] = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False}
 
     def start() -> Any:
         return copy(generate(*model, tokens_BL, max_new_tokens=0, max_length=PROMPT + NEW).state)
@@ -138,7 +118,7 @@ def _decode(model: tuple[Any, Any], theirs: Any, stacked: Any) -> list[float]:
 
     steps: dict[str, Callable[..., Any]] = {
         "ours": lambda state: jax.block_until_ready(draw(state)),
-        "theirs": lambda: theirs.generate(prompt, **options),
+        "theirs": lambda: theirs.decode(tokens_BL, NEW),
         "read": reading(stacked),
     }
     seconds = interleaved(steps, rounds=ROUNDS, inputs={"ours": start})

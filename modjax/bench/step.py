@@ -44,7 +44,7 @@ def measure() -> list[Row]:
     steps: dict[str, Step] = {"dense": jax_step(DENSE), "mod": jax_step(MOD)}
     why = ""
     try:
-        from modjax.bench.torch_model import torch_step
+        from modjax.bench.torch_models.dense import torch_step
 
         steps["torch"] = torch_step(DENSE, TRAIN, TOKENS_BL)
     except (ImportError, OSError):  # OSError: its shared libraries do not load
