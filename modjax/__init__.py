@@ -21,13 +21,13 @@ _NAMES = {
     "modjax.flops": "flops",
     "modjax.errors": "InputError",
     "modjax.specs": """
-        AltUp Attention Bidirectional Binary Blocks ByWavelength Causal DataConfig Dense Divided
-        Execution ExpertChoice ExpertRule ExpertThreshold Full Gemma3nAltUp HyperConnection
-        Interpolated Layer Linear Logits MLP
-        ManifoldHyperConnection Mask MoD MoDConfig MoE ModelSpec Positional Predictor Prefix
-        Projected Random Received Recycled Repeat Rope Router Rule RunSpec Seq SequenceAltUp
-        SimplifiedAltUp Sinusoids StridePool StrideSkip Threshold Tied TokenChoice Tokens TopK
-        TrainConfig Window Yarn""",
+        AltUp Attention Bidirectional Binary Blocks ByWavelength Causal Centred DataConfig Dense
+        Divided Execution ExpertChoice ExpertRule ExpertThreshold First Full Gemma3nAltUp
+        HyperConnection Interpolated Layer Linear Logits MLP ManifoldHyperConnection Mask MindSkip
+        MoD MoDConfig MoE ModelSpec Positional Predictor Prefix Projected Prompt Quantile Random
+        Received Recycled Repeat Rope Router Rule RunSpec RunningMean Seq SequenceAltUp
+        SimplifiedAltUp Sinusoids Skip StridePool StrideSkip Threshold Tied TokenChoice Tokens TopK
+        TrainConfig Window Yarn Zero""",
     "modjax.nn": "MoDBlock Transformer observe register unstack",
     "modjax.decoding.generate": "Sampling extend generate resume",
     "modjax.finished.runs": "load",

@@ -24,24 +24,30 @@ CONVENTIONS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def costs(model: ModelSpec, seq_len: int, *, in_order: bool = False) -> Iterator[Cost]:
+def costs(
+    model: ModelSpec, seq_len: int, *, in_order: bool = False, trains: bool = True
+) -> Iterator[Cost]:
     """Yields the costs of one sequence, part by part. A layer's costs cover all its repetitions.
 
     in_order: yields each repetition separately, in the order of the model.
+    trains: see Load.
     """
     layers = model.repeated()
     if in_order:
         layers = [(part, 1) for s in model.segments for part in s.parts * (s.times or 0)]
     before, after = (((end, 1) for end in ends) for ends in model.ends)
     for part, times in (*before, *layers, *after):
-        for cost in part.cost(model.shape, Load(seq_len, seq_len)):
+        for cost in part.cost(model.shape, Load(seq_len, seq_len, trains)):
             yield cost._replace(forward=times * cost.forward, params=times * cost.params)
 
 
-def forward_flops(model: ModelSpec, seq_len: int) -> dict[str, float]:
-    """Returns the forward FLOPs of one sequence of `seq_len` tokens by component."""
+def forward_flops(model: ModelSpec, seq_len: int, *, trains: bool = True) -> dict[str, float]:
+    """Returns the forward FLOPs of one sequence of `seq_len` tokens by component.
+
+    trains: see Load.
+    """
     flops = {name: 0.0 for name in COMPONENTS}
-    for cost in costs(model, seq_len):
+    for cost in costs(model, seq_len, trains=trains):
         if cost.forward or cost.name in flops:
             flops[cost.name] = flops.get(cost.name, 0.0) + cost.forward
     return flops

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from modjax.specs.layers.masks import Mask
+from modjax.specs.masks import Mask
 
 # Queries are computed in chunks, each with the keys within the mask's reach only. QUERY_CHUNKS has
 # the most chunks for a mask whose reach has no bound, one bound, and two. A chunk has at least

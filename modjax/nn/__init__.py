@@ -4,13 +4,13 @@ from modjax import specs
 from modjax.nn.build import MODULES, LayerModule, build, register
 from modjax.nn.cache import LayerCache
 from modjax.nn.call import At, Call, Out, under
-from modjax.nn.layers import attention, dense, ends, mod, moe, sequence, streams
+from modjax.nn.layers import attention, dense, ends, mod, moe, sequence, skip, streams
 from modjax.nn.layers.block import MoDBlock, RoutedBlock
 from modjax.nn.layers.ends import in_chunks
 from modjax.nn.lm import Cache, Transformer, unstack
 from modjax.nn.params import make_param, measured, normal_param
 from modjax.nn.records import Inside, Record, TokenLoss, losses, observe, statistics, totals
-from modjax.nn.routing import expert_rules, routers, rules
+from modjax.nn.routing import expert_rules, routers, rules, skipping
 from modjax.nn.routing.routing_records import Routed
 from modjax.nn.routing.within import within
 from modjax.nn.weights import named_weights, write_weights
@@ -18,6 +18,8 @@ from modjax.nn.weights import named_weights, write_weights
 MODULES.update({specs.Tokens: ends.Tokens, specs.Logits: ends.Logits, specs.Tied: ends.Logits})
 MODULES.update({specs.Attention: attention.Attention, specs.MLP: dense.MLP, specs.Seq: dense.Seq})
 MODULES.update({specs.MoD: mod.MoD, specs.MoE: moe.MoE})
+MODULES.update({specs.Skip: skip.Skip, specs.Zero: skipping.Zero, specs.Centred: skipping.Centred})
+MODULES.update({specs.MindSkip: skipping.MindSkip, specs.Quantile: skipping.Quantile})
 MODULES.update({specs.Linear: routers.Linear, specs.Sinusoids: routers.Sinusoids})
 MODULES.update({specs.Received: routers.Received})
 MODULES.update({specs.TopK: rules.TopK, specs.Random: rules.Random})

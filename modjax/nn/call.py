@@ -25,6 +25,7 @@ class At(NamedTuple):
     passed: arrays (B, L, ...) that earlier layers passed on, by name.
     sequences_BL: the id of each position's sequence, which seeds random routing. A row that moves
       within its batch keeps its id. None forbids random routing.
+    prompt_BL: True marks the prompt, on which Skip may decide for a whole sequence.
     """
 
     positions_BL: jax.Array
@@ -33,6 +34,7 @@ class At(NamedTuple):
     ropes: Mapping[str, tuple[jax.Array, jax.Array]]
     passed: Mapping[str, jax.Array]
     sequences_BL: jax.Array | None = None
+    prompt_BL: jax.Array | None = None
 
     def count(self, batch: int, length: int) -> jax.Array:
         """Returns the number of valid positions of each row, (B,), of `length`."""

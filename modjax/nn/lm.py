@@ -66,6 +66,7 @@ class Transformer(nnx.Module):
         tokens_BL: jax.Array,
         segment_ids_BL: jax.Array | None = None,
         *,
+        prompt_BL: jax.Array | None = None,
         key: jax.Array | None = None,
         routing: str = "trained",
         slack: float | None = None,
@@ -75,6 +76,7 @@ class Transformer(nnx.Module):
         """Returns the features that the head reads, (B, L, D), and the stacked records.
 
         segment_ids_BL: attention stays within equal ids; 0 is padding, which is never routed.
+        prompt_BL: True marks the prompt, see specs.Prompt.
         key: PRNG key, needed by random routing only.
         routing, slack: see modjax.nn.Call.
         layer_loop, remat: how the layers are run, see specs.Execution. They change no number except
@@ -87,7 +89,7 @@ class Transformer(nnx.Module):
         positions_1L = jnp.arange(tokens_BL.shape[1])[None]
         sequences_BL = number_rows(*tokens_BL.shape)
         ropes = self._ropes(positions_1L, tokens_BL.shape[1])
-        at = At(positions_1L, segment_ids_BL, valid_BL, ropes, {}, sequences_BL)
+        at = At(positions_1L, segment_ids_BL, valid_BL, ropes, {}, sequences_BL, prompt_BL)
         call = Call(routing, slack, key, layer_loop=layer_loop, remat=remat)
         x, records = self.stack(self._open(tokens_BL), at, call)
         return self._close(x), records

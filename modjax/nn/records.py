@@ -7,7 +7,7 @@ Legend: B batch, L positions, K selected positions, A layers of one kind, X numb
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -77,8 +77,13 @@ class Record:
         return {}
 
     def parts(self) -> Mapping[str, "Record"]:
-        """Returns this record under "", and the records within it under their module's path."""
+        """Returns the records to observe by the path of their module: itself by default, as ""."""
         return {"": self}
+
+    @classmethod
+    def together(cls, records: Mapping[str, Self]) -> Mapping[str, Self]:
+        """Returns the records after each has seen the others of its type, before `observed`."""
+        return records
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +106,18 @@ class Inside(Record):
 
     def counts(self, valid_BL):
         return self.record.counts(self._valid(valid_BL))
+
+    def parts(self):
+        each = self.record.parts().items()
+        return {name: Inside(part, self.indices_BK, self.valid_BK) for name, part in each}
+
+    @classmethod
+    def together(cls, records):
+        """Returns the records, each after it has seen itself alone."""
+        return {
+            name: replace(one, record=type(one.record).together({name: one.record})[name])
+            for name, one in records.items()
+        }
 
     @classmethod
     def statistics(cls, records, valid_BL):
@@ -253,6 +270,9 @@ def observe(
         for path, record in records.items()
         for name, part in record.parts().items()
     }
+    for kind in {type(record) for record in every.values()}:
+        mine = {path: record for path, record in every.items() if type(record) is kind}
+        every |= kind.together(mine)
     for path, record in every.items():
         old = {name: leaves[place] for (module, name), place in places.items() if module == path}
         if stacked:

@@ -18,7 +18,7 @@ from modjax.pretrained.rotary import read_ropes, write_rope
 from modjax.specs import MLP, Attention, ModelSpec, MoE, Rope, Seq, TokenChoice
 from modjax.specs.layer import Layer, segments_of
 from modjax.specs.layers.ends import Logits, Tied, Tokens
-from modjax.specs.layers.masks import Causal, Window
+from modjax.specs.masks import Causal, Window
 
 ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 

@@ -24,6 +24,7 @@ class Accepts(NamedTuple):
 
 Positive = Annotated[T, Accepts("must be greater than 0", lambda value: value > 0)]
 NotNegative = Annotated[T, Accepts("must be 0 or more", lambda value: value >= 0)]
+Share = Annotated[float, Accepts("must be in (0, 1]", lambda share: 0 < share <= 1)]
 
 
 def one_of(*names: str) -> Accepts:

@@ -82,10 +82,15 @@ class Shape(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Work on one sequence. tokens: positions computed. keys: positions with computed keys."""
+    """Work on one sequence.
+
+    tokens: number of positions computed. keys: number of positions with computed keys.
+    trains: whether for training, for which some layers compute more.
+    """
 
     tokens: int
     keys: int
+    trains: bool = True
 
 
 class Cost(NamedTuple):

@@ -5,7 +5,7 @@ heads, H head width.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,17 @@ from modjax.nn.layers.dense import RMSNorm, Sublayer, depth_scale, plus
 from modjax.nn.params import bias_param, make_param, normal_param, read
 
 MANY = 2**31  # positions: more than any row has
+
+
+class Seen(NamedTuple):
+    """Keys and values that queries may see. An attention called with it as its cache writes none.
+
+    side: the positions of the keys; None means the queries' own.
+    """
+
+    k_BGMH: jax.Array
+    v_BGMH: jax.Array
+    side: Side | None
 
 
 class Attention(Sublayer):
@@ -56,17 +67,29 @@ class Attention(Sublayer):
 
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         y_BLD, passed, write = self.before(x_BLD), {}, ()
-        q_BNLH, (k_BGLH, v_BGLH) = self.queries(y_BLD, at), self.keys(y_BLD, at)
-        seen: tuple[jax.Array, jax.Array, Side | None] = k_BGLH, v_BGLH, None
+        q_BNLH, seen = self.queries(y_BLD, at), cache
+        if not isinstance(seen, Seen):
+            seen, write = self.look(y_BLD, at, call, cache)
         if cache is None and self.spec.received:
-            passed["received"] = received_attention(q_BNLH, k_BGLH, self.scoring, side(at))
-        if cache is not None:
-            batch, _, length, _ = k_BGLH.shape
-            positions_BL = jnp.broadcast_to(at.positions_BL, (batch, length)).astype(jnp.int32)
-            write = KVWrite(k_BGLH, v_BGLH, at.count(batch, length), positions_BL)
-            if not call.fresh:
-                seen, write = cache.read(write, ring=self.spec.mask.kept(MANY) < MANY)
+            passed["received"] = received_attention(q_BNLH, seen.k_BGMH, self.scoring, side(at))
         return Out(self.added(x_BLD, self.attend(q_BNLH, at, *seen)), write, {}, passed)
+
+    def look(self, y_BLD: jax.Array, at: At, call: Call, cache: Any) -> tuple[Seen, Any]:
+        """Returns what queries may see, with the keys of these positions, and the cache's update.
+
+        y_BLD: the result of `before`.
+        """
+        k_BGLH, v_BGLH = self.keys(y_BLD, at)
+        seen = Seen(k_BGLH, v_BGLH, None)
+        if cache is None:
+            return seen, ()
+        batch, _, length, _ = k_BGLH.shape
+        positions_BL = jnp.broadcast_to(at.positions_BL, (batch, length)).astype(jnp.int32)
+        write = KVWrite(k_BGLH, v_BGLH, at.count(batch, length), positions_BL)
+        if call.fresh:
+            return seen, write
+        found, write = cache.read(write, ring=self.spec.mask.kept(MANY) < MANY)
+        return Seen(*found), write
 
     def queries(self, y_BLD: jax.Array, at: At) -> jax.Array:
         """Returns rotated queries, (B, N, L, H)."""
@@ -132,7 +155,7 @@ def rotary_tables(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns cos and sin of the angles of specs.Rope, each (B, L, rope.width(head_dim) / 2).
 
-    length: see specs.layers.rope.Scaling.multipliers.
+    length: see specs.rope.Scaling.multipliers.
     """
     width, scaling = rope.width(head_dim), rope.scaling
     exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width

@@ -95,25 +95,11 @@ class RoutedLayer(nnx.Module):
         return trained, records, {**state, "router": scored.write}
 
     def run(self, process: Process, selection: Selection | None, own: Routed, bound: int) -> Any:
-        """Returns process(selection). None selects the positions of own.selected_BL.
-
-        Their number varies, but shapes are static. So `process` is compiled for a few bucket sizes,
-        and the smallest one that fits every row runs. The result has the shapes of the largest,
-        `bound`.
-        """
+        """Returns process(selection). None selects the positions of own.selected_BL, in buckets."""
         if selection is not None:
             return process(selection)
-
-        def run(size: int) -> Any:
-            return process(select_first_k(own.selected_BL, own.scores_BL, size))
-
-        buckets = _buckets(self._k(own.scores_BL.shape[1]), bound)
-        if len(buckets) == 1:
-            return run(bound)
-        like = jax.eval_shape(lambda: run(bound))
-        branches = [lambda size=size: widened(run(size), like) for size in buckets]
-        largest = jnp.max(jnp.sum(own.selected_BL, axis=1))
-        return jax.lax.switch(jnp.searchsorted(jnp.array(buckets), largest), branches)
+        k = self._k(own.scores_BL.shape[1])
+        return in_buckets(process, own.selected_BL, own.scores_BL, k, bound)
 
     def decider(self, routing: str) -> tuple[str, str]:
         """Returns the name of the rule's method under a causal routing, and the rule's attribute.
@@ -155,6 +141,29 @@ class RoutedLayer(nnx.Module):
         slots_B = of_valid(slots, at.valid_BL, batch, length)
         first = select_first_k(choice.requested_BL, scores_BL, slots(length), slots_B)
         return first._replace(kth_B=best.kth_B)
+
+
+def in_buckets(
+    process: Process, selected_BL: jax.Array, scores_BL: jax.Array, k: int, bound: int
+) -> Any:
+    """Returns process(selection) for the selected positions of each row.
+
+    Their number varies, but shapes are static. So `process` is compiled for a few bucket sizes, and
+    the smallest one that fits every row runs. The result has the shapes of the largest, `bound`.
+
+    k: the number of positions that most rows select.
+    """
+
+    def run(size: int) -> Any:
+        return process(select_first_k(selected_BL, scores_BL, size))
+
+    buckets = _buckets(k, bound)
+    if len(buckets) == 1:
+        return run(bound)
+    like = jax.eval_shape(lambda: run(bound))
+    branches = [lambda size=size: widened(run(size), like) for size in buckets]
+    largest = jnp.max(jnp.sum(selected_BL, axis=1))
+    return jax.lax.switch(jnp.searchsorted(jnp.array(buckets), largest), branches)
 
 
 def _valid(requested_BL: jax.Array, at: At) -> jax.Array:

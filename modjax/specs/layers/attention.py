@@ -5,8 +5,8 @@ from typing import Annotated
 from modjax.errors import require
 from modjax.specs.fields import Positive, one_of
 from modjax.specs.layer import Cost, Costs, Layer, Load, Shape, spec
-from modjax.specs.layers.masks import Causal, Mask
-from modjax.specs.layers.rope import Rope
+from modjax.specs.masks import Causal, Mask
+from modjax.specs.rope import Rope
 
 Norm = Annotated[str, one_of("before", "after", "both")]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from modjax.errors import require
-from modjax.specs.fields import Accepts, check, one_of
+from modjax.specs.fields import Share, check, one_of
 from modjax.specs.layer import Costs, Layer, Load, Router, Shape, spec
 from modjax.specs.layers.dense import DENSE
 from modjax.specs.layers.routers import Linear, Rule, TopK
@@ -37,7 +37,7 @@ class MoDConfig:
       r the weight of the position.
     """
 
-    capacity: Annotated[float, Accepts("must be in (0, 1]", lambda share: 0 < share <= 1)] = 0.125
+    capacity: Share = 0.125
     router: Router = LINEAR
     rule: Rule = TOP_K
     causal: Rule | None = None
@@ -70,7 +70,7 @@ class MoD(MoDConfig, Layer):
 
     def cost(self, shape: Shape, load: Load) -> Costs:
         k = selected_tokens(self.rule.slot_share(self.capacity), load.tokens)
-        for cost in self.inner.cost(shape, Load(k, k)):
+        for cost in self.inner.cost(shape, load._replace(tokens=k, keys=k)):
             yield cost._replace(active=cost.active * self.capacity)
         yield from self.router.cost(shape, load, self.rule.outputs)
         yield from self.rule.cost(shape, load)

@@ -33,7 +33,7 @@ class Anchored(Layer):
 
     def cost(self, shape: Shape, load: Load) -> Costs:
         k = self.anchors(load.tokens)
-        for cost in self.inner.cost(shape, Load(k, k)):
+        for cost in self.inner.cost(shape, load._replace(tokens=k, keys=k)):
             yield cost._replace(active=cost.active / self.stride)
         numbers = load.tokens * shape.d_model * shape.streams
         yield Cost("anchors", (self.flops + self.more / self.stride) * numbers, self.params)

@@ -1,13 +1,10 @@
 """Rotary positions of attention, and scalings of their frequencies for longer contexts."""
 
 import math
-from typing import Annotated
 
 from modjax.errors import require
-from modjax.specs.fields import Accepts, Positive, Spec
+from modjax.specs.fields import Positive, Share, Spec
 from modjax.specs.layer import spec
-
-Share = Annotated[float, Accepts("must be in (0, 1]", lambda share: 0 < share <= 1)]
 
 
 class Scaling(Spec):
