@@ -15,7 +15,7 @@ from modjax.nn.build import LayerModule, build
 from modjax.nn.cache import unwritten
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers.attention import side
-from modjax.nn.layers.dense import Seq, Sublayer, unit_rms
+from modjax.nn.layers.dense import Sublayer, names, unit_rms
 from modjax.nn.layers.mod import MoDCache
 from modjax.nn.routing.routed_layer import in_buckets
 from modjax.nn.routing.selection import Selection, scatter_add, wide
@@ -29,6 +29,9 @@ class Skip(LayerModule):
 
     def __init__(self, spec: specs.Skip, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.spec, self.norm_eps = spec, shape.norm_eps
+        # The name of the first sublayer in `inner`; None if it is `inner` itself.
+        sequence = isinstance(spec.inner, specs.Seq)
+        self.name = next(iter(names(spec.inner.parts))) if sequence else None
         self.sees_all = spec.keys == "all" and isinstance(spec.first, specs.Attention)
         self.inner = build(spec.inner, shape, rngs=rngs)
         single = shape._replace(streams=1)
@@ -88,7 +91,7 @@ class Skip(LayerModule):
     @property
     def _first(self) -> Any:
         """The first sublayer of `inner`."""
-        return next(iter(self.inner.parts.values())) if isinstance(self.inner, Seq) else self.inner
+        return self.inner if self.name is None else self.inner.parts[self.name]
 
     def _start(self, batch: int, router: Any = ()) -> dict[str, Any]:
         """Returns the state before the first position: the router's, and pooled sum and number."""
@@ -145,9 +148,9 @@ class Skip(LayerModule):
         if not self.sees_all:
             return cache, ()
         own = cache
-        if isinstance(self.inner, Seq):
+        if self.name is not None:
             cache = dict.fromkeys(self.inner.parts) if cache is None else cache
-            own = next(iter(cache.values()))
+            own = cache[self.name]
         seen, write = self._first.look(self._first.before(x), at, call, own)
         return self._with_keys(cache, seen), write
 
@@ -155,7 +158,7 @@ class Skip(LayerModule):
         """Returns a cache of `inner`, or its update, with the part of its first attention."""
         if not self.sees_all:
             return tree
-        return {**tree, next(iter(tree)): keys} if isinstance(self.inner, Seq) else keys
+        return keys if self.name is None else {**tree, self.name: keys}
 
     def _masked(
         self, x: jax.Array, at: At, call: Call, cache: Any, wanted_BL: jax.Array, through_BL: Any
@@ -190,7 +193,7 @@ class Skip(LayerModule):
     ) -> Out:
         """Runs `inner` at the selected positions only."""
         if self.sees_all:
-            seen = next(iter(cache.values())) if isinstance(self.inner, Seq) else cache
+            seen = cache if self.name is None else cache[self.name]
             cache = self._with_keys(cache, seen._replace(side=seen.side or side(at)))
 
         def process(selection: Selection) -> Out:
