@@ -16,6 +16,7 @@ from modjax.cli.options import (
     JSON,
     LOSS,
     OTHER_CODE,
+    ROUTERS,
     RUN_OF_PLAN,
     SIZE,
     SLACK,
@@ -189,6 +190,7 @@ def _add_finished_verbs(commands: Any) -> None:
     )
     _add_options(
         sample,
+        ROUTERS,
         option("--run", metavar="RUN_ID", help="the run; needed if there are several"),
         option("--chat", action="store_true", help=chat),
         option("--routing", default="causal", help=ROUTING),
