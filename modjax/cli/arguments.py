@@ -16,6 +16,7 @@ from modjax.cli.options import (
     JSON,
     LOSS,
     OTHER_CODE,
+    PRETRAINED,
     ROUTERS,
     RUN_OF_PLAN,
     SIZE,
@@ -45,7 +46,7 @@ RESUMES = """\
 Run the same command again to continue where it stopped.
 
 """
-RESUMING = ("prepare", "sweep", "train")
+RESUMING = ("prepare", "sweep", "train", "tune")
 KEEPING = (*RESUMING, "report")  # verbs whose result is in files, so that lost output is no failure
 EPILOG = """\
 exit codes: 0 done; 2 bad input, or a machine that refuses (a full disk, no memory), explained in
@@ -165,6 +166,7 @@ def _add_sweep_verbs(commands: Any) -> None:
     _add(commands, "fit", verbs.fit, FIT, WORKDIR, LOSS, SIZE, JSON)
     _add(commands, "report", verbs.report, REPORT, WORKDIR, LOSS, SIZE)
     _add(commands, "train", verbs.train, TRAIN, *running, RUN_OF_PLAN, distributed)
+    _add(commands, "tune", verbs.tune, TUNE, *running, RUN_OF_PLAN, PRETRAINED)
 
 
 def _add_finished_verbs(commands: Any) -> None:
@@ -259,6 +261,11 @@ TRAIN = """train one run, with the same folders and records as a sweep.
 
 A config with a `sweep` group describes many runs: --run takes an id from `modjax plan --json`. If
 `config.base` is a pretrained model, prints which weights are new."""
+TUNE = """train the routers of layers around a pretrained model, and write them to a file.
+
+Calls get_config() of --config with --pretrained. The model's own weights stay as they are. Writes
+W/runs/ID/routers.safetensors, where W is --workdir. It has the layers and all weights that the
+pretrained model has not, for `modjax sample --pretrained=PATH --routers=FILE`."""
 EVAL = """evaluate finished runs on validation text under another routing than that of training.
 
 Prints the paired difference from the loss as trained, with its standard error. For every routed

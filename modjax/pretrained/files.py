@@ -133,9 +133,9 @@ def open_routers(path: str | Path, base: Files) -> tuple[ModelSpec, Files]:
 
     try:
         with safetensors.safe_open(path, framework="numpy") as opened:
-            about = opened.metadata()
+            about = json.loads(opened.metadata()["modjax"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        spec, expected = from_dict(ModelSpec, json.loads(about["model"]), "model."), about["base"]
+        spec, expected = from_dict(ModelSpec, about["model"], "model."), about["base"]
     except (OSError, safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
         accepted = f"must be a routers file, as `modjax tune` writes it ({describe(error)})"
         raise InputError("routers", str(path), accepted) from error

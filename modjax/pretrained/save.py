@@ -95,9 +95,10 @@ def save_routers(path: str | Path, spec: ModelSpec, weights: Any, base: str | Pa
         name: np.ascontiguousarray(write_tensor(weights, [slot]), np.float32)
         for name, slot in router_slots(abstract(spec), slots).items()
     }
-    model = json.dumps(to_dict(spec, defaults=False))
-    about = {"model": model, "base": fingerprint(files), "modjax": __version__}
-    write_atomically(Path(path), save(tensors, about))
+    about = {"model": to_dict(spec, defaults=False), "base": fingerprint(files)}
+    # With a second entry, safetensors would write the same file in another order each time.
+    entry = {"modjax": json.dumps({"version": __version__, **about})}
+    write_atomically(Path(path), save(tensors, entry))
 
 
 # An MLP without a gate is written as act(gate) * up, where up is 1: weights of 0 and a bias of 1.
