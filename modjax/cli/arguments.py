@@ -166,7 +166,13 @@ def _add_sweep_verbs(commands: Any) -> None:
     _add(commands, "fit", verbs.fit, FIT, WORKDIR, LOSS, SIZE, JSON)
     _add(commands, "report", verbs.report, REPORT, WORKDIR, LOSS, SIZE)
     _add(commands, "train", verbs.train, TRAIN, *running, RUN_OF_PLAN, distributed)
-    _add(commands, "tune", verbs.tune, TUNE, *running, RUN_OF_PLAN, PRETRAINED)
+    tune = _add(commands, "tune", verbs.tune, TUNE, CONFIG, *running[2:], RUN_OF_PLAN, PRETRAINED)
+    measure = "instead, print how much the loss grows without each attention, MLP and block"
+    _add_options(
+        tune.add_mutually_exclusive_group(required=True),
+        option("--workdir", type=Path, help="the folder of the runs"),
+        option("--measure-layers", action="store_true", help=measure),
+    )
 
 
 def _add_finished_verbs(commands: Any) -> None:
@@ -264,8 +270,11 @@ A config with a `sweep` group describes many runs: --run takes an id from `modja
 TUNE = """train the routers of layers around a pretrained model, and write them to a file.
 
 Calls get_config() of --config with --pretrained. The model's own weights stay as they are. Writes
-W/runs/ID/routers.safetensors, where W is --workdir. It has the layers and all weights that the
-pretrained model has not, for `modjax sample --pretrained=PATH --routers=FILE`."""
+runs/ID/routers.safetensors in --workdir: the layers, and the weights that the pretrained model has
+not. Use it by `modjax sample --pretrained=PATH --routers=FILE`.
+
+--measure-layers uses the data and the evaluation of the config. Every part is dropped once, so a
+few sequences (--config.train.eval_sequences=8) take as long as many of them for one evaluation."""
 EVAL = """evaluate finished runs on validation text under another routing than that of training.
 
 Prints the paired difference from the loss as trained, with its standard error. For every routed

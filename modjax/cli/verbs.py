@@ -145,6 +145,8 @@ def tune(args: argparse.Namespace) -> int:
     args.config = f"{args.config}:{args.pretrained}"
     experiment = _load(args)
     spec = _choose(args, experiment.specs)
+    if args.measure_layers:
+        return _measure_layers(args, spec)
     accepted = "must be 'routers': `modjax train` trains all weights"
     require(spec.train.trained == "routers", "train.trained", spec.train.trained, accepted)
     given = os.path.realpath(args.pretrained)
@@ -169,6 +171,18 @@ def tune(args: argparse.Namespace) -> int:
         save_routers(file, spec.model, run.weights, given)
     said = f"{file} ({count(file.stat().st_size)}B)"
     print(said, file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def _measure_layers(args: argparse.Namespace, spec: RunSpec) -> int:
+    from modjax.cli.tables import dropped_text
+
+    start()
+    with starting():
+        from modjax.finished.sublayers import measure_layers
+
+    found = measure_layers(spec, args.data_dir)
+    print(json_text([one._asdict() for one in found]) if args.json else dropped_text(found))
     return 0
 
 
