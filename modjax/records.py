@@ -31,7 +31,8 @@ class RunRecord:
     status: "finished" or "diverged"; a diverged run has `diverged_step` but no `eval_loss`.
     budget_flops, train_flops: training FLOPs requested and spent.
     flops: forward FLOPs per sequence of each component, as `modjax.flops` counts them.
-    train_loss, eval_loss: nats per token under the routing of training.
+    train_loss, eval_loss: nats per token under the routing of training; train_loss is that of
+      train.objective.
     causal_routing: names of the rules behind the other causal_* fields; "trained" if training never
       looks ahead, NO_ROUTING if no rule applies, None in earlier records (see `causal_routing`).
     outcome: what the layers measured in the evaluation, as trained ("trained/capacity") and under

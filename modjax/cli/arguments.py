@@ -16,6 +16,8 @@ from modjax.cli.options import (
     JSON,
     LOSS,
     OTHER_CODE,
+    PRETRAINED,
+    ROUTERS,
     RUN_OF_PLAN,
     SIZE,
     SLACK,
@@ -44,7 +46,7 @@ RESUMES = """\
 Run the same command again to continue where it stopped.
 
 """
-RESUMING = ("prepare", "sweep", "train")
+RESUMING = ("prepare", "sweep", "train", "tune")
 KEEPING = (*RESUMING, "report")  # verbs whose result is in files, so that lost output is no failure
 EPILOG = """\
 exit codes: 0 done; 2 bad input, or a machine that refuses (a full disk, no memory), explained in
@@ -164,6 +166,13 @@ def _add_sweep_verbs(commands: Any) -> None:
     _add(commands, "fit", verbs.fit, FIT, WORKDIR, LOSS, SIZE, JSON)
     _add(commands, "report", verbs.report, REPORT, WORKDIR, LOSS, SIZE)
     _add(commands, "train", verbs.train, TRAIN, *running, RUN_OF_PLAN, distributed)
+    tune = _add(commands, "tune", verbs.tune, TUNE, CONFIG, *running[2:], RUN_OF_PLAN, PRETRAINED)
+    measure = "instead, print how much the loss grows without each attention, MLP and block"
+    _add_options(
+        tune.add_mutually_exclusive_group(required=True),
+        option("--workdir", type=Path, help="the folder of the runs"),
+        option("--measure-layers", action="store_true", help=measure),
+    )
 
 
 def _add_finished_verbs(commands: Any) -> None:
@@ -189,6 +198,7 @@ def _add_finished_verbs(commands: Any) -> None:
     )
     _add_options(
         sample,
+        ROUTERS,
         option("--run", metavar="RUN_ID", help="the run; needed if there are several"),
         option("--chat", action="store_true", help=chat),
         option("--routing", default="causal", help=ROUTING),
@@ -257,6 +267,14 @@ TRAIN = """train one run, with the same folders and records as a sweep.
 
 A config with a `sweep` group describes many runs: --run takes an id from `modjax plan --json`. If
 `config.base` is a pretrained model, prints which weights are new."""
+TUNE = """train the routers of layers around a pretrained model, and write them to a file.
+
+Calls get_config() of --config with --pretrained. The model's own weights stay as they are. Writes
+runs/ID/routers.safetensors in --workdir: the layers, and the weights that the pretrained model has
+not. Use it by `modjax sample --pretrained=PATH --routers=FILE`.
+
+--measure-layers uses the data and the evaluation of the config. Every part is dropped once, so a
+few sequences (--config.train.eval_sequences=8) take as long as many of them for one evaluation."""
 EVAL = """evaluate finished runs on validation text under another routing than that of training.
 
 Prints the paired difference from the loss as trained, with its standard error. For every routed

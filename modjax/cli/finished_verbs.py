@@ -160,13 +160,14 @@ def _open_speaker(args: argparse.Namespace) -> "Speaker":
 
         accepted = "needs --pretrained: a run has no chat template"
         require(not args.chat, "--chat", args.chat, accepted)
+        require(args.routers is None, "--routers", str(args.routers), "needs --pretrained")
         return of_run(
             open_run(_choose_one(args, args.routing), workdir=args.workdir, data_dir=args.data_dir)
         )
     from modjax.pretrained import from_pretrained
 
     require(args.run is None, "--run", args.run, "cannot be combined with --pretrained")
-    found = from_pretrained(args.pretrained)
+    found = from_pretrained(args.pretrained, routers=args.routers)
     parts = (found.spec, found.graphdef, found.weights, found.tokenizer)
     return of_pretrained(*parts, chat=args.chat)
 

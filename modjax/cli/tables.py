@@ -24,6 +24,7 @@ from modjax.specs import RunSpec
 
 if TYPE_CHECKING:
     from modjax.checks.look_ahead import Finding
+    from modjax.finished.sublayers import Without
 
 Columns = Mapping[str, Callable[[Any], str]]  # header -> the cell of a row
 
@@ -120,6 +121,24 @@ def claims_text(findings: "Sequence[Finding]") -> str:
 
 def _loss(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
+
+
+DROPPED: Columns = {
+    "without": lambda result: result.part,
+    "of block": lambda result: str(result.layer),
+    "loss": lambda result: f"{result.loss:.4f}",
+    "increase": lambda result: f"{result.increase:+.4f}",
+    "+-": lambda result: f"{result.sem:.4f}",
+}
+
+
+def dropped_text(results: "Sequence[Without]") -> str:
+    """Returns a table of the losses, and the half of each kind of part that costs least."""
+    lines = [_table(DROPPED, results), ""]
+    for part in sorted({result.part for result in results}):
+        layers = [result.layer for result in results if result.part == part]
+        lines.append(f"{part.upper()} = {sorted(layers[: len(layers) // 2])}")
+    return "\n".join(lines)
 
 
 STATE: Columns = {

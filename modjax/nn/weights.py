@@ -19,12 +19,14 @@ class Place(NamedTuple):
     index: index of the matrix along the parameter's stacked axes.
     shape: shape of the matrix as the parameter stores it.
     transposed: whether the parameter stores it as (out, in) instead of (in, out).
+    role: the parameter's role, see modjax.nn.params; None for a measured value.
     """
 
     path: tuple[Any, ...]
     index: tuple[int, ...]
     shape: tuple[int, ...]
     transposed: bool
+    role: str | None
 
 
 def places(model: Transformer) -> dict[str, Place]:
@@ -43,7 +45,7 @@ def places(model: Transformer) -> dict[str, Place]:
             if "layers" in stacked:
                 parts[2] = str(depths[parts[2]][index[0]])
             shape, transposed = param.shape[len(stacked) :], about.get("transposed", False)
-            found[".".join(parts)] = Place(path, index, shape, transposed)
+            found[".".join(parts)] = Place(path, index, shape, transposed, about.get("role"))
     return found
 
 

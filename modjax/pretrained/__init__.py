@@ -9,5 +9,5 @@ from modjax.pretrained.load import (
     model_fields,
     pretrained_spec,
 )
-from modjax.pretrained.save import save_pretrained
+from modjax.pretrained.save import save_pretrained, save_routers
 from modjax.pretrained.tensors import read_weights

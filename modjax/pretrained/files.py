@@ -1,9 +1,14 @@
-"""Files of pretrained models: a folder with config.json and safetensors, or a GGUF file."""
+"""Files of pretrained models: a folder with config.json and safetensors, or a GGUF file.
 
+A routers file is a safetensors file of weights that a model has beyond its pretrained base.
+"""
+
+import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from modjax.data.codecs.tokenizer import check_package
 from modjax.errors import InputError, describe, require
 from modjax.files import read_json
 from modjax.records import write_json
+from modjax.specs import ModelSpec, from_dict
 
 Index = tuple[slice, ...]
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -36,6 +42,15 @@ class Files:
     shapes: Mapping[str, tuple[int, ...]]
     dtype: str
     read: Callable[[str, Index], np.ndarray]
+
+    def before(self, other: "Files") -> "Files":
+        """Returns the other's files, with the tensors of these in place of any of the same name."""
+        shapes = {**other.shapes, **self.shapes}
+
+        def read(name: str, index: Index) -> np.ndarray:
+            return (self if name in self.shapes else other).read(name, index)
+
+        return replace(other, path=f"{self.path}, {other.path}", shapes=shapes, read=read)
 
 
 def open_files(path: str | Path) -> Files:
@@ -95,6 +110,40 @@ def _open_folder(folder: Path) -> Files:
             return opened.get_slice(stored)[index]
 
     return Files(str(folder), config, shapes, DTYPES[str(kind)], read)
+
+
+def fingerprint(files: Files) -> str:
+    """Returns a hash of the name, the shape and the first row of each tensor, as stored.
+
+    A vector is hashed whole. Returns 16 hex digits.
+    """
+    digest = hashlib.sha256()
+    for name, shape in sorted(files.shapes.items()):
+        first = files.read(name, tuple(map(slice, (1, *shape[1:]) if shape[1:] else shape)))
+        digest.update(repr((name, *map(int, shape))).encode() + first.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_routers(path: str | Path, base: Files) -> tuple[ModelSpec, Files]:
+    """Returns the model that a routers file describes, and the file's tensors.
+
+    Raises InputError for another file, and for routers of another base.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="numpy") as opened:
+            about = json.loads(opened.metadata()["modjax"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        spec, expected = from_dict(ModelSpec, about["model"], "model."), about["base"]
+    except (OSError, safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
+        accepted = f"must be a routers file, as `modjax tune` writes it ({describe(error)})"
+        raise InputError("routers", str(path), accepted) from error
+    found = fingerprint(base)
+    accepted = f"are routers of another base: the fingerprint of {base.path} is {found!r}"
+    require(expected == found, f"{path}: base", expected, accepted)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return spec, Files(str(path), {}, shapes, "float32", lambda name, at: tensors[name][at])
 
 
 def write_tensors(

@@ -17,7 +17,7 @@ from modjax.nn.sharding import weight_sharding
 from modjax.nn.weights import places
 from modjax.pretrained.config import read_config, without_training
 from modjax.pretrained.families import family_of
-from modjax.pretrained.files import Files, open_files
+from modjax.pretrained.files import Files, open_files, open_routers
 from modjax.pretrained.tensors import (
     Slot,
     abstract,
@@ -25,9 +25,11 @@ from modjax.pretrained.tensors import (
     check_tensors,
     find_slots,
     read_weights,
+    router_slots,
 )
 from modjax.specs import MLP, Attention, Layer, ModelSpec, MoE, Router, to_dict
 from modjax.specs.layer import segments_of
+from modjax.specs.run import ROUTER_ROLES
 
 
 class Pretrained(NamedTuple):
@@ -46,29 +48,46 @@ class Pretrained(NamedTuple):
 
 
 def from_pretrained(
-    path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    routers: str | Path | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Pretrained:
     """Returns a pretrained model, read from a Hugging Face folder or a GGUF file.
 
-    dtype: "float32" or "bfloat16", for the weights and the computation. None takes "bfloat16" if
-      most of the files is bfloat16, and otherwise "float32".
+    routers: a routers file, as `modjax tune` writes it: the model has its layers and weights around
+      those of `path`.
+    dtype: "float32" or "bfloat16", for the weights and the computation. Trained routers stay
+      float32. None takes the dtype of the routers file. Without one, it takes "bfloat16" if most of
+      the files is bfloat16, and otherwise "float32".
     mesh: see `modjax.training.mesh.make_mesh`. Each device reads its own part of every weight.
       None uses one device.
-    Raises InputError if modjax cannot compute the model that the files describe.
+    Raises InputError if modjax cannot compute the model that the files describe, and for routers of
+    another base.
     """
-    files = open_files(path)
-    spec = spec_of(files, dtype)
+    files, added = open_files(path), None
+    if routers is None:
+        spec = spec_of(files, dtype)
+    else:
+        spec, added = open_routers(routers, files)
+        spec = dataclasses.replace(spec, dtype=dtype or spec.dtype)
     model = abstract(spec)
     graphdef, state = nnx.split(model)
-    slots = find_slots(model, family_of(files.config))
-    check_tensors(files, slots)
+    slots, _ = match_weights(files, spec)
+    if added is not None:
+        own = router_slots(model, slots)
+        check_tensors(added, own)
+        slots, files = slots | own, added.before(files)
 
     def struct(path: Any, variable: Any) -> jax.ShapeDtypeStruct:
         axes, name = variable.get_metadata("out_sharding"), ".".join(map(str, path))
         sharding: Any = SingleDeviceSharding(jax.devices()[0])
         if mesh is not None:
             sharding = weight_sharding(mesh, variable.shape, axes, name)
-        return jax.ShapeDtypeStruct(variable.shape, jnp.dtype(spec.dtype), sharding=sharding)
+        exact = added is not None and variable.get_metadata("role", None) in (None, *ROUTER_ROLES)
+        dtype = variable.dtype if exact else jnp.dtype(spec.dtype)  # as training stores them
+        return jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)
 
     tokenizer = find_tokenizer(path)
     weights = read_weights(files, slots, nnx.to_pure_dict(nnx.map_state(struct, state)))

@@ -1,7 +1,8 @@
-"""Writing of a model as a Hugging Face folder."""
+"""Writing of a model as a Hugging Face folder, and of its new weights as a routers file."""
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,25 @@ from typing import Any
 import jax
 import numpy as np
 
+from modjax import __version__
 from modjax.data.codecs.codec import Codec
 from modjax.data.codecs.files import write_tokenizer
 from modjax.errors import InputError, require
+from modjax.files import write_atomically
 from modjax.pretrained.config import read_config, without_training, write_config
 from modjax.pretrained.families import FAMILIES, NAMES, Family
-from modjax.pretrained.files import write_tensors
-from modjax.pretrained.tensors import Slot, abstract, find_slots, tensor_shapes, write_tensor
+from modjax.pretrained.files import fingerprint, open_files, write_tensors
+from modjax.pretrained.load import match_weights
+from modjax.pretrained.tensors import (
+    Slot,
+    abstract,
+    find_slots,
+    router_slots,
+    tensor_shapes,
+    write_tensor,
+)
 from modjax.records import write_json
-from modjax.specs import MLP, Attention, Layer, ModelSpec, MoE, Seq
+from modjax.specs import MLP, Attention, Layer, ModelSpec, MoE, Seq, to_dict
 from modjax.specs.fields import parts
 from modjax.specs.layer import segments_of
 from modjax.specs.layers.dense import GATED
@@ -69,6 +80,27 @@ def save_pretrained(
         write_tokenizer(out, tokenizer)
 
 
+def save_routers(path: str | Path, spec: ModelSpec, weights: Any, base: str | Path) -> None:
+    """Writes the routers and the new weights of a model beside its pretrained base, in float32.
+
+    weights: nested dict of arrays.
+    base: the folder or GGUF file of the base.
+    Raises InputError if the base has not the attentions and MLPs of the model.
+    """
+    from safetensors.numpy import save
+
+    files = open_files(base)
+    slots, _ = match_weights(files, spec)
+    tensors = {
+        name: np.ascontiguousarray(write_tensor(weights, [slot]), np.float32)
+        for name, slot in router_slots(abstract(spec), slots).items()
+    }
+    about = {"model": to_dict(spec, defaults=False), "base": fingerprint(files)}
+    # With a second entry, safetensors would write the same file in another order each time.
+    entry = {"modjax": json.dumps({"version": __version__, **about})}
+    write_atomically(Path(path), save(tensors, entry))
+
+
 # An MLP without a gate is written as act(gate) * up, where up is 1: weights of 0 and a bias of 1.
 UNGATED = {"mlp.w_in": NAMES["mlp.w_gate"]}
 
@@ -92,6 +124,7 @@ def _as_blocks(spec: ModelSpec) -> ModelSpec:
             continue
         kind = Attention if len(found) % 2 == 0 else (MLP, MoE)
         accepted = "cannot be exported: Hugging Face has blocks of Attention, then MLP or MoE, only"
+        accepted += "; `modjax tune` writes tuned routers to a file beside their base"
         require(isinstance(layer, kind), "model.layers", str(layer), accepted)
         if _ungated(layer):
             gated = {"gelu": "geglu", "silu": "swiglu"}.get(layer.activation, layer.activation)

@@ -19,6 +19,7 @@ from modjax.nn.weights import Place, places
 from modjax.pretrained.families import Family
 from modjax.pretrained.files import Files, Index
 from modjax.specs import ModelSpec
+from modjax.specs.run import ROUTER_ROLES
 
 
 class Slot(NamedTuple):
@@ -130,6 +131,18 @@ def _sublayer_slots(ours, prefix, layer, kind, expert, family, tensors) -> dict[
         found[leaf] = Slot(tensor, rows[tensor], inputs, flat, ours[leaf])
         rows[tensor] += found[leaf].shape[0]
     return found
+
+
+def router_slots(model: Transformer, slots: Mapping[str, Slot]) -> dict[str, Slot]:
+    """Returns the slots of our matrices in a routers file, where they have our names.
+
+    slots: those in the base. A routers file has all other matrices, and the base's own routers.
+    """
+    return {
+        name: Slot(name, 0, int(place.transposed), False, place)
+        for name, place in places(model).items()
+        if name not in slots or place.role in ROUTER_ROLES
+    }
 
 
 def tensor_shapes(slots: Mapping[str, Slot]) -> dict[str, tuple[int, ...]]:

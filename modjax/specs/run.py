@@ -39,6 +39,9 @@ class TrainConfig:
     eval_every: steps between evaluations; 0 evaluates after the last step only.
     trained: "all" parameters, or "routers" with predictors; all others stay bit-identical.
     seed: of the initial weights and of random routing, 0 to 2**31 - 1.
+    objective: "next_token", the cross-entropy of the next token, or "base", KL(base || model),
+      where the base is the model with every position processed. The latter needs trained="routers".
+      FLOPs do not count the forward pass of the base. Evaluations report the cross-entropy.
     """
 
     batch_size: Positive[int]
@@ -58,9 +61,13 @@ class TrainConfig:
     eval_every: NotNegative[int] = 0
     trained: Annotated[str, one_of("all", "routers")] = "all"
     seed: Seed = 0
+    objective: Annotated[str, one_of("next_token", "base")] = "next_token"
 
     def __post_init__(self):
         check(self, "train")
+        fixed = self.objective != "base" or self.trained == "routers"
+        accepted = "needs train.trained = 'routers': otherwise the base would change in training"
+        require(fixed, "train.objective", self.objective, accepted)
         fits = 0 <= self.warmup_steps <= self.steps
         accepted = f"must be between 0 and train.steps = {self.steps}"
         require(fits, "train.warmup_steps", self.warmup_steps, accepted)
@@ -120,6 +127,10 @@ class RunSpec:
     def __post_init__(self):
         require_plain_name("variant", self.variant)
         require(self.budget_flops > 0, "budget_flops", self.budget_flops, "must be greater than 0")
+        objective = self.train.objective
+        able = objective != "base" or "all" in self.model.routings
+        accepted = "needs a layer with the routing 'all', such as Skip(Attention())"
+        require(able, "train.objective", objective, accepted)
 
     @property
     def run_id(self) -> str:

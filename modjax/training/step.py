@@ -41,8 +41,34 @@ def _nll(head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, targets_BL: j
     return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
 
 
+def to_base(model: Transformer, batch: Any, **options: Any) -> tuple[jax.Array, dict[str, Record]]:
+    """Returns KL(base || model) of every position in nats, (B, L), and the records.
+
+    The base is the model under the routing "all". It gets no gradient.
+    """
+    graphdef, weights = nnx.split(model)
+    base = nnx.merge(graphdef, jax.lax.stop_gradient(weights))
+    inputs_BL = constrain(batch.inputs_BL, "batch", "length")
+    x_BLD, records = model.features(inputs_BL, **options)
+    options["routing"] = "all"
+    base_BLD, _ = base.features(inputs_BL, **options)
+    heads, numbers = (model.head, base.head), 2 * model.config.vocab_size
+    return in_chunks(_kl, heads, x_BLD, base_BLD, numbers=numbers), records
+
+
+def _kl(heads: tuple[Callable[[jax.Array], jax.Array], ...], *features: jax.Array) -> jax.Array:
+    ours_BLV, base_BLV = (
+        jax.nn.log_softmax(constrain(head(x_BLD), "batch", "length", "vocab"))
+        for head, x_BLD in zip(heads, features, strict=True)
+    )
+    return optax.losses.kl_divergence_with_log_targets(ours_BLV, base_BLV)
+
+
+OBJECTIVES: dict[str, Objective] = {"next_token": next_token, "base": to_base}
+
+
 def make_train_step(
-    model: Model, train: TrainConfig, objective: Objective = next_token, **options: Any
+    model: Model, train: TrainConfig, objective: Objective | None = None, **options: Any
 ) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, dict[str, Any]]]:
     """Returns a pure function (state, batch, schedule) -> (state, metrics). Donate `state` to it.
 
@@ -50,6 +76,7 @@ def make_train_step(
     Layers' own losses are minimised with it, but not reported. Randomness is drawn from the seed
     and the number of earlier steps.
 
+    objective: None takes that of `train`.
     options: for Transformer.features, such as layer_loop and remat.
     metrics:
       loss, loss_steps: mean loss, and number of steps, since `state.forget_losses`.
@@ -58,10 +85,12 @@ def make_train_step(
       records: the layers' reports from the forward pass.
     """
 
+    losses_of = objective or OBJECTIVES[train.objective]
+
     def train_step(state, batch, schedule):
         def forward(params, batch, key):
             merged = nnx.merge(model.graphdef, params, state.frozen, state.measured)
-            return objective(merged, batch, **_from_batch(train, batch, key), **options)
+            return losses_of(merged, batch, **_from_batch(train, batch, key), **options)
 
         key, parts = stream_key(schedule.seed, TRAIN_STREAM, state.step), train.accumulation
         grads, (loss, records, tokens) = _gradient(forward, state.params, batch, key, parts)

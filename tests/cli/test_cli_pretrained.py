@@ -38,8 +38,8 @@ def open_as(monkeypatch):
         settings = Settings(special={"eos_token": "</s>"}, template=template)
         tokenizer = Tokenizer(byte_level(size=290).to_str().encode(), "here", settings)
 
-        def from_pretrained(path):
-            opened.append(str(path))
+        def from_pretrained(path, routers=None):
+            opened.append(str(path) if routers is None else f"{path} with {routers}")
             return Pretrained(spec, graphdef, weights, tokenizer)
 
         module = ModuleType("modjax.pretrained")
@@ -58,7 +58,8 @@ def test_a_pretrained_model_continues_a_prompt(said, open_as):
     (values,) = json.loads(out)
     assert values["prompt"] == "def f(" and values["text"]
     assert values["routed_blocks"] == 0 and set(values["depths"]) == {0}
-    assert said(*arguments) == (0, "def f(" + values["text"] + "\n", "")
+    assert said(*arguments, "--routers=file") == (0, "def f(" + values["text"] + "\n", "")
+    assert opened[1:] == ["a/model with file"]
 
 
 def test_a_chat_puts_the_prompt_through_the_template(said, open_as):
@@ -93,6 +94,7 @@ def test_many_prompts_and_depths(said, open_as, tmp_path):
             ["--workdir=x", "--chat"],
             "--chat = True: needs --pretrained: a run has no chat templ",
         ),
+        (["--workdir=x", "--routers=y"], "--routers = 'y': needs --pretrained"),
         (["--pretrained=x", "--routing=trained"], "--routing = 'trained': looks at tokens"),
         (["--pretrained=x", "--routing=paced"], "--routing = 'paced': must be one of"),
     ],

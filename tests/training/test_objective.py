@@ -3,20 +3,26 @@
 Legend: B batch, L positions, D width, V vocabulary.
 """
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import softmax
 
+from modjax.errors import InputError
 from modjax.nn import in_chunks
 from modjax.nn.layers import ends
 from modjax.specs import MLP, Execution, Tied
+from modjax.specs.fields import canonical
 from modjax.training.optimizer import make_schedule
 from modjax.training.state import abstract_model, joined
-from modjax.training.step import make_eval_step, make_train_step
+from modjax.training.step import OBJECTIVES, make_eval_step, make_train_step
 from tests.training.test_sharding import compile_step, count_collectives
-from tests.training.tiny import QUICK, initial_state, model, random_batch, train_config
+from tests.training.tiny import QUICK, initial_state, model, random_batch, run_spec, train_config
 
 LARGE = model(vocab_size=4096, num_layers=1, layers=MLP())
 B, L, V = 8, 32, LARGE.vocab_size
@@ -99,3 +105,66 @@ def test_kl_to_a_base_model_is_an_objective_without_a_line_of_the_model(most, mo
     itself = jax.jit(make_train_step(split, train, to_a_base(start)), compiler_options=QUICK)
     _, metrics = itself(initial_state(config), batch, make_schedule(train))
     assert abs(float(metrics["loss"])) < 1e-6 and float(metrics["grad_norm"]) < 1e-5
+
+
+class Scaled(nnx.Module):
+    """A model with the features u x, and x under the routing "all", where x is from a table."""
+
+    def __init__(self, u, x_VD, w_DV):
+        self.config = SimpleNamespace(vocab_size=w_DV.shape[1])
+        self.u, self.x_VD, self.w_DV = nnx.Param(u), nnx.Param(x_VD), nnx.Param(w_DV)
+
+    def features(self, inputs_BL, *, routing="trained"):
+        x_BLD = self.x_VD[...][inputs_BL]
+        return (x_BLD if routing == "all" else self.u[...] * x_BLD), {"seen": routing}
+
+    @property
+    def head(self):
+        w_DV = self.w_DV[...]
+        return jax.tree_util.Partial(lambda w_DV, x_BLD: x_BLD @ w_DV, w_DV)
+
+
+@pytest.mark.parametrize("most", [ends.MOST_NUMBERS, 2 * 3 * 2 * 7])
+def test_the_base_is_the_model_under_all_and_gets_no_gradient(most, monkeypatch):
+    monkeypatch.setattr(ends, "MOST_NUMBERS", most)
+    rng = np.random.default_rng(0)
+    x_VD, w_DV = (rng.normal(size=size).astype(np.float32) for size in ((7, 5), (5, 7)))
+    inputs_BL, weight_BL = rng.integers(0, 7, (2, 11)), rng.normal(size=(2, 11))
+    graphdef, weights = nnx.split(Scaled(jnp.float32(0.4), jnp.array(x_VD), jnp.array(w_DV)))
+
+    def summed(weights):
+        batch = SimpleNamespace(inputs_BL=jnp.array(inputs_BL))
+        loss_BL, records = OBJECTIVES["base"](nnx.merge(graphdef, weights), batch)
+        assert records == {"seen": "trained"}
+        return jnp.sum(loss_BL * weight_BL.astype(np.float32)), loss_BL
+
+    grads, loss_BL = jax.jit(jax.grad(summed, has_aux=True))(weights)
+    x_BLD = x_VD.astype(np.float64)[inputs_BL]
+    ours_BLV, base_BLV = (softmax(u * x_BLD @ w_DV, axis=-1) for u in (0.4, 1.0))
+    kl_BL = np.sum(base_BLV * np.log(base_BLV / ours_BLV), axis=-1)
+    np.testing.assert_allclose(loss_BL, kl_BL, rtol=1e-4, atol=1e-6)
+    error_BLV = weight_BL[..., None] * (ours_BLV - base_BLV)  # the gradient of our logits
+    expected_VD = np.zeros_like(x_VD)
+    np.add.at(expected_VD, inputs_BL, 0.4 * error_BLV @ w_DV.T)
+    expected_DV = np.einsum("BLD,BLV->DV", 0.4 * x_BLD, error_BLV)
+    expected = {"u": np.sum(x_BLD * (error_BLV @ w_DV.T)), "x_VD": expected_VD, "w_DV": expected_DV}
+    for name, gradient in nnx.to_pure_dict(grads).items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_an_objective_without_its_base_is_refused():
+    routers = train_config(objective="base", trained="routers")
+    with pytest.raises(InputError, match=r"train\.objective = 'base': needs a layer with the rout"):
+        dataclasses.replace(run_spec(), train=routers)
+    with pytest.raises(
+        InputError, match=r"train\.objective = 'base': needs train.trained = 'routers"
+    ):
+        train_config(objective="base")
+    with pytest.raises(
+        InputError, match=r"train\.objective = 'kl': must be one of next_token, base"
+    ):
+        train_config(objective="kl")
+
+
+def test_the_name_of_a_run_has_no_objective_unless_it_is_another():
+    assert "objective" not in canonical(run_spec())["train"]

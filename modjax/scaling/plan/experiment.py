@@ -22,7 +22,7 @@ from typing import Any, get_type_hints
 import ml_collections
 from absl import flags
 
-from modjax.errors import InputError, require
+from modjax.errors import LONGEST_NAME, InputError, require
 from modjax.files import read_file
 from modjax.flops import run_flops
 from modjax.scaling.plan.config import RECIPE_FIELDS, SweepConfig
@@ -86,7 +86,10 @@ def _single_run(values: dict[str, Any], data: DataConfig) -> RunSpec:
     model = without_unused(from_dict(ModelSpec, values["model"], "model."))
     train = from_dict(TrainConfig, values["train"], "train.")
     budget = run_flops(model, train, train.steps)
-    variant = "-".join(str(layer).partition("(")[0].lower() for layer, _ in model.repeated())
+    names = [str(layer).partition("(")[0].lower() for layer, _ in model.repeated()]
+    variant = "-".join(names)
+    if len(variant) > LONGEST_NAME:
+        variant = "-".join(dict.fromkeys(names))
     base = values["base"]
     require(isinstance(base, str | None), "config.base", base, "must be a folder, or None")
     base = None if base is None else os.path.realpath(base)

@@ -1,0 +1,104 @@
+"""`modjax tune`: routers of layers around a pretrained model, trained and kept in a file."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+pytest.importorskip("safetensors", reason="the extra `pretrained`")
+
+import modjax
+from modjax.records import read_records, run_dir
+from modjax.scaling.plan.experiment import load
+from modjax.specs import Execution
+from modjax.training.loop import train
+from tests.pretrained.models.small_models import Case, write
+from tests.training.tiny import QUICK
+
+ONE = Execution(data=1)
+CONFIG = """
+import ml_collections
+from modjax import MoD, Predictor
+from modjax.pretrained import model_fields
+
+def get_config(path):
+    config = ml_collections.ConfigDict()
+    mod = lambda block: MoD(block, capacity=0.5, causal=Predictor())
+    config.model = model_fields(path, lambda i, block: mod(block) if i else block)
+    steps = {"steps": 3, "learning_rate": 3e-3, "warmup_steps": 1, "trained": "routers"}
+    config.train = {"batch_size": 2, "seq_len": 32, "eval_sequences": 8, **steps}
+    config.data = {"name": "tiny"}
+    config.execution = {"data": 1}
+    config.base = path
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_data_dir, tmp_path_factory):
+    """Returns the arguments of `modjax tune` for a small model, without --workdir."""
+    folder = tmp_path_factory.mktemp("tune")
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "llama").mkdir()
+    write(folder / "llama", Case("llama", changes={"vocab_size": 272, "num_hidden_layers": 2}))
+    where = [f"--pretrained={folder / 'llama'}", f"--config={folder / 'config.py'}"]
+    return ["tune", *where, f"--data-dir={tiny_data_dir}"]
+
+
+@pytest.fixture(scope="module")
+def trained(arguments, quick_compiles, tiny_data_dir, tmp_path_factory):
+    """Returns a folder with the finished run, without its file of routers."""
+    workdir = tmp_path_factory.mktemp("trained")
+    config, base = (arguments[i].partition("=")[2] for i in (2, 1))
+    (spec,) = load(f"{config}:{base}").specs
+    train(spec, ONE, run_dir=run_dir(workdir, spec.run_id), data_dir=tiny_data_dir)
+    return workdir
+
+
+def run_of(workdir):
+    (record,) = read_records(workdir)
+    return run_dir(workdir, record.run_id)
+
+
+def test_a_finished_run_writes_its_routers(arguments, trained, tmp_path, said):
+    workdir = shutil.copytree(trained, tmp_path / "work")
+    code, out, err = said(*arguments, f"--workdir={workdir}")
+    assert code == 0, err
+    run, file = modjax.load(run_of(workdir)), run_of(workdir) / "routers.safetensors"
+    content = file.read_bytes()
+    assert "new weights, not in" in err and "router.w" in err
+    assert out.splitlines()[-1] == f"{file} ({len(content) / 1000:.3g}kB)"
+    assert len(content) < 10_000
+
+    found = modjax.from_pretrained(arguments[1].partition("=")[2], routers=file)
+    assert (found.spec, found.graphdef) == (run.spec.model, run.graphdef)
+    tokens = np.random.default_rng(0).integers(3, 259, (2, 24))
+
+    def forward(weights):
+        return nnx.merge(run.graphdef, weights)(tokens, routing="causal")[0]
+
+    logits = jax.jit(forward, compiler_options=QUICK)
+    ours, theirs = (np.asarray(logits(one.weights)) for one in (run, found))
+    assert ours.tobytes() == theirs.tobytes() and np.isfinite(ours).all()
+
+    file.unlink()
+    assert said(*arguments, f"--workdir={workdir}", "--json")[0] == 0
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "change, said_",
+    [
+        ("--config.train.trained=all", "train.trained = 'all': must be 'routers'"),
+        ("--config.base=x", "/x': must be /"),
+        ("--config.train.steps=x", "--config.train.steps = 'x': must be of type int"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_in_one_line(
+    arguments, said, tmp_path, change, said_
+):
+    code, out, err = said(*arguments, f"--workdir={tmp_path / 'new'}", change)
+    assert (code, out) == (2, "") and said_ in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
