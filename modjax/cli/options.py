@@ -54,6 +54,12 @@ SIZE = option(
     help="the parameters that count as a model's size; a token uses the active ones (default "
     "non_embedding)",
 )
+ROUTERS = option(
+    "--routers",
+    type=Path,
+    metavar="FILE",
+    help="the routers file of `modjax tune` that belongs to --pretrained",
+)
 SLACK = option(
     "--slack",
     type=float,
