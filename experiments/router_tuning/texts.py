@@ -42,8 +42,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     books, speeches, lambada = texts(args.books), texts(args.speeches), passages(args.lambada)
-    tuned = books[:12] + [s for i, s in enumerate(speeches) if i % 4] + ["\n\n".join(lambada[2000:])]
-    held = [s for i, s in enumerate(speeches) if i % 4 == 0]
+    held = speeches[::4]
+    others = [speech for i, speech in enumerate(speeches) if i % 4]
+    tuned = [*books[:12], *others, "\n\n".join(lambada[2000:])]
     files = {
         "tune": tuned,
         "choose": pieces(books[12:14], 30_000) + pieces(held[:4], 30_000),

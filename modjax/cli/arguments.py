@@ -199,7 +199,6 @@ def _add_finished_verbs(commands: Any) -> None:
     _add_options(
         sample,
         ROUTERS,
-        option("--run", metavar="RUN_ID", help="the run; needed if there are several"),
         option("--chat", action="store_true", help=chat),
         option("--routing", default="causal", help=ROUTING),
         option("--tokens", type=int, default=256, metavar="N", help="new tokens; default 256"),
@@ -211,11 +210,26 @@ def _add_finished_verbs(commands: Any) -> None:
         option("--show-depth", action="store_true", help=depth),
     )
     reading = (DATA_DIR, IMPORTS, OTHER_CODE)
+    score = _add(commands, "score", finished_verbs.score, SCORE, *reading, JSON)
+    _add_model(score)
+    score.set_defaults(chat=False)
+    files = {"nargs": "+", "default": [], "metavar": "FILE", "type": Path}
+    _add_options(
+        score.add_mutually_exclusive_group(required=True),
+        option("--text", help="held-out text, as in `modjax data prepare`", **files),
+        option("--tasks", help="likelihood tasks, a request per line, see README.md", **files),
+    )
+    _add_options(
+        score,
+        ROUTERS,
+        option("--routing", default="causal", help=ROUTING),
+        option("--seq-len", type=int, default=512, help="tokens of a window of text; default 512"),
+        option("--limit", type=int, metavar="N", help="the first N documents of each file"),
+    )
     export = _add(commands, "export", finished_verbs.export, EXPORT, *reading)
     _add_model(export)
     _add_options(
         export,
-        option("--run", metavar="RUN_ID", help="the run; needed if there are several"),
         option("--out", required=True, type=Path, metavar="DIR", help="a new or an empty folder"),
         option(
             "--dtype",
@@ -234,6 +248,7 @@ def _add_model(parser: Any) -> None:
         option(flag, **keywords | {"required": False}),
         option("--pretrained", type=Path, metavar="PATH", help=model),
     )
+    _add_options(parser, option("--run", metavar="RUN_ID", help="the run, if there are several"))
 
 
 PREPARE = """make the token cache of a corpus: the only step that needs TensorFlow.
@@ -284,6 +299,9 @@ SAMPLE = """continue a prompt with a finished run or a pretrained model.
 
 Routing never looks ahead, and each block caches the tokens that it processed. The continuation of a
 single prompt is printed while it is drawn."""
+SCORE = """score held-out text, in nats per token, or likelihood tasks, with 95% intervals.
+
+A model that has the routing "all", where every position is processed, is compared with itself."""
 EXPORT = """write a finished run for transformers: config.json, safetensors, vocabulary, model card.
 
 Picks the first model family that computes the same, such as llama for a dense run and mixtral for a

@@ -1,4 +1,4 @@
-"""The verbs that open finished runs and pretrained models: eval, sample and export.
+"""The verbs that open finished runs and pretrained models: eval, sample, score and export.
 
 Imports are inside the functions, so that each verb imports only what it needs.
 """
@@ -8,6 +8,7 @@ import io
 import math
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _comparison_text(found: "Comparison") -> str:
+    from modjax.cli.tables import layers_text
     from modjax.scaling.formatting import count
-    from modjax.scaling.report.terminal import text_table
 
     bound = "" if found.slack is None else f", cache slots for {found.slack:g} times the capacity"
     gap = found.difference
@@ -88,19 +89,7 @@ def _comparison_text(found: "Comparison") -> str:
         f"difference {gap.loss:+.4f} +- {gap.sem:.4f} ({gap.loss / found.trained.loss:+.2%}) over "
         f"{count(gap.tokens)} tokens{bound}"
     )
-    names = list(dict.fromkeys(name for layer in found.layers.values() for name in layer))
-    rows = [
-        (place, *(_cell(layer.get(name)) for name in names))
-        for place, layer in found.layers.items()
-    ]
-    return f"{header}\n{text_table(('layer', *names), rows)}\n"
-
-
-def _cell(value: float | None) -> str:
-    """Returns a share in percent, an integer count as it is, and "" for None."""
-    if value is None:
-        return ""
-    return str(value) if isinstance(value, int) else f"{value:.1%}"
+    return f"{header}\n{layers_text(found.layers)}\n"
 
 
 def _as_dicts(value: Any) -> Any:
@@ -151,8 +140,27 @@ def sample(args: argparse.Namespace) -> None:
         print("\n\n".join(s.prompt + speaker.between + s.text for s in samples))
 
 
+def score(args: argparse.Namespace) -> None:
+    _prepare(args)
+    with starting():
+        from modjax.cli.tables import scores_text
+        from modjax.data.prepare.documents import text_documents
+        from modjax.finished import score
+        from modjax.finished.tasks import read_task
+
+    limit = args.limit
+    require(limit is None or limit > 0, "--limit", limit, "must be greater than 0")
+    tasks = {path: read_task(path, limit) for path in args.tasks}
+    texts = {path: [d.text for d in islice(text_documents([path]), limit)] for path in args.text}
+    speaker, seq_len, width = _open_speaker(args), args.seq_len, args.seq_len if texts else None
+    files = {str(path): score.text_units(speaker, path, texts[path], seq_len) for path in texts}
+    files |= {str(path): [score.task_unit(speaker, d) for d in tasks[path]] for path in tasks}
+    found = score.score(speaker, files, args.routing, width)
+    print(json_text(list(map(_as_dicts, found))) if args.json else scores_text(found))
+
+
 def _open_speaker(args: argparse.Namespace) -> "Speaker":
-    """Opens the model to sample from: a finished run, or a pretrained model."""
+    """Opens the model of a verb: a finished run, or a pretrained model."""
     from modjax.finished.text import of_pretrained, of_run
 
     if args.pretrained is None:

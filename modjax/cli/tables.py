@@ -24,6 +24,8 @@ from modjax.specs import RunSpec
 
 if TYPE_CHECKING:
     from modjax.checks.look_ahead import Finding
+    from modjax.finished.paired import Estimate
+    from modjax.finished.score import Score
     from modjax.finished.sublayers import Without
 
 Columns = Mapping[str, Callable[[Any], str]]  # header -> the cell of a row
@@ -227,3 +229,41 @@ def flops_text(spec: RunSpec) -> str:
         text_table(("convention", "forward/token", trained, "/6ND"), convention_rows),
     )
     return "\n\n".join(tables)
+
+
+def layers_text(layers: Mapping[str, Mapping[str, float]]) -> str:
+    """Returns a table of what layers measured. Shares are in percent."""
+    names = list(dict.fromkeys(name for layer in layers.values() for name in layer))
+    rows = [(at, *(_cell(layer.get(name)) for name in names)) for at, layer in layers.items()]
+    return text_table(("layer", *names), rows)
+
+
+def _cell(value: float | None) -> str:
+    """Returns a share in percent, an integer count as it is, and "" for None."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.1%}"
+
+
+def _estimate(found: "Estimate | None", form: str = ".4f") -> str:
+    if found is None or found.low is None:
+        return "" if found is None else f"{found.value:{form}}"
+    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
+
+
+SCORED: Columns = {  # of (score, name of a measure, what `compare` returns)
+    "file": lambda row: row[0].name,
+    "measure": lambda row: row[1],
+    "n": lambda row: f"{row[0].count:,}",
+    "score [95%]": lambda row: _estimate(row[2]["score"]),
+    "base [95%]": lambda row: _estimate(row[2].get("base")),
+    "difference [95%]": lambda row: _estimate(row[2].get("difference"), "+.4f"),
+    "McNemar p": lambda row: f"{row[2]['mcnemar']:.2g}" if "mcnemar" in row[2] else "",
+}
+
+
+def scores_text(scores: "Sequence[Score]") -> str:
+    """Returns a table of the measures, and one of the layers in the last score."""
+    rows = [(one, name, found) for one in scores for name, found in one.measures.items()]
+    layers = scores[-1].layers
+    return _table(SCORED, rows, left=2) + (f"\n\n{layers_text(layers)}" if layers else "")

@@ -79,15 +79,21 @@ def text_documents(files: Sequence[Path]) -> Iterator[Document]:
     for path in files:
         suffixes = [s.lower() for s in path.suffixes if s.lower() not in (".xz", ".gz")]
         is_json = suffixes[-1:] in ([".jsonl"], [".ndjson"], [".json"])
-        try:
-            with open_file(path) as raw, _decoded(path, raw) as file:
-                for number, text in _json_lines(path, file) if is_json else _plain_pieces(file):
-                    if text.strip():
-                        yield Document(f"{path.name}:{number}", text)
-        except UnicodeDecodeError as error:
-            raise InputError("--text", str(path), f"must be UTF-8 text ({error.reason})") from error
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise InputError("--text", str(path), f"cannot be read: {reason(error)}") from error
+        for number, text in _json_texts(path) if is_json else _plain_pieces(path):
+            if text.strip():
+                yield Document(f"{path.name}:{number}", text)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, field: str) -> Iterator[IO[str]]:
+    """Opens a user's text file. Turns errors of opening and reading it into InputError."""
+    try:
+        with open_file(path) as raw, _decoded(path, raw) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise InputError(field, str(path), f"must be UTF-8 text ({error.reason})") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise InputError(field, str(path), f"cannot be read: {reason(error)}") from error
 
 
 def _decoded(path: Path, raw: IO[bytes]) -> IO[str]:
@@ -96,41 +102,51 @@ def _decoded(path: Path, raw: IO[bytes]) -> IO[str]:
     return io.TextIOWrapper(content, encoding="utf-8", newline="\n")  # type: ignore[arg-type]
 
 
-def _json_lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
-    """Yields the line number, from 1, and the "text" of each line that is not blank."""
-    number = 0
-    while line := file.readline(LONGEST_LINE + 1):
-        number += 1
-        where = f"{path}:{number}"
-        accepted = f"a line of JSON may have up to {LONGEST_LINE:,} characters"
-        require(len(line) <= LONGEST_LINE, "--text", where, accepted)
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", None) or str(error)
-            raise InputError("--text", where, f"is not JSON ({why})") from error
+def json_lines(path: Path, field: str) -> Iterator[tuple[int, Any]]:
+    """Yields the line number, from 1, and the JSON value of each line that is not blank.
+
+    Raises InputError for `field` if the file, or a line, is unusable.
+    """
+    with _opened(path, field) as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            where = f"{path}:{number}"
+            accepted = f"a line of JSON may have up to {LONGEST_LINE:,} characters"
+            require(len(line) <= LONGEST_LINE, field, where, accepted)
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                why = getattr(error, "msg", None) or str(error)
+                raise InputError(field, where, f"is not JSON ({why})") from error
+            yield number, value
+
+
+def _json_texts(path: Path) -> Iterator[tuple[int, str]]:
+    for number, value in json_lines(path, "--text"):
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
             accepted = 'every line must be an object with a string "text"'
-            raise InputError("--text", where, accepted)
+            raise InputError("--text", f"{path}:{number}", accepted)
         # JSON can spell half of a surrogate pair, which UTF-8 cannot.
         yield number, text.encode("utf-8", "replace").decode()
 
 
-def _plain_pieces(file: IO[str]) -> Iterator[tuple[int, str]]:
+def _plain_pieces(path: Path) -> Iterator[tuple[int, str]]:
     """Yields the ordinal, from 1, and the text of each document in plain text."""
     piece: list[str] = []
     size = number = 0
-    while line := file.readline(PIECE):
-        piece.append(line)
-        size += len(line)
-        if size >= PIECE and (not line.strip() or size >= 4 * PIECE):
-            number += 1
-            yield number, "".join(piece)
-            piece, size = [], 0
-    yield number + 1, "".join(piece)
+    with _opened(path, "--text") as file:
+        while line := file.readline(PIECE):
+            piece.append(line)
+            size += len(line)
+            if size >= PIECE and (not line.strip() or size >= 4 * PIECE):
+                number += 1
+                yield number, "".join(piece)
+                piece, size = [], 0
+        yield number + 1, "".join(piece)
 
 
 @dataclass(frozen=True)
