@@ -1,9 +1,9 @@
 """Router tuning of one cell of the table: what may be skipped, how, and how much.
 
-    modjax tune --pretrained=PATH --config="experiments/router_tuning/config.py"
-
-The argument is PATH and settings, as in "smollm2.gguf;inner=mlp;unit=sequence;capacity=0.5".
+run.py calls it. The cell is in the environment variable CELL, as in "inner=mlp capacity=0.75".
 """
+
+import os
 
 import ml_collections
 
@@ -23,9 +23,8 @@ SETTINGS = {
 }
 
 
-def get_config(argument):
-    path, *given = argument.split(";")
-    chosen = SETTINGS | dict(one.split("=") for one in given)
+def get_config(path):
+    chosen = SETTINGS | dict(one.split("=") for one in os.environ.get("CELL", "").split())
     published = chosen["rule"] == "mindskip"
     about = {
         "capacity": float(chosen["capacity"]),
@@ -56,7 +55,7 @@ def get_config(argument):
         "warmup_steps": max(1, steps * 3 // 100),
         "final_learning_rate_fraction": 0.0,
         "weight_decay": 0.0,
-        "eval_sequences": 16,
+        "eval_sequences": 24,
         "trained": "routers",
         "seed": int(chosen["seed"]),
     }

