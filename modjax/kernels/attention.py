@@ -1,11 +1,13 @@
 """Softmax attention of queries over the keys that a mask shows to them.
 
 Legend: B batch, L positions, M key positions, N heads, G kv heads, Q query heads of a kv head,
-T rows, H head width. B may be 1 in a Side. T is Q and L, as one dim or two.
+C queries of a chunk, Z keys of a block, T rows, H head width. B may be 1 in a Side. T is Q and L,
+as one dim or two.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from modjax.specs.masks import Mask
 # the most chunks for a mask whose reach has no bound, one bound, and two. A chunk has at least
 # MIN_QUERY_CHUNK queries. Four chunks leave out three quarters of what a causal mask hides.
 QUERY_CHUNKS, MIN_QUERY_CHUNK = (1, 4, 16), 128
+KEY_BLOCK = 512
 LEAST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -54,6 +57,7 @@ def attend(
     scoring: Scoring,
     queries: Side,
     keys: Side | None = None,
+    places_BL: jax.Array | None = None,
 ) -> jax.Array:
     """Returns softmax attention (arXiv 1706.03762, Eq. 1), (B, N, L, H).
 
@@ -61,8 +65,13 @@ def attend(
     products take the dtype of the inputs.
 
     keys: None means the queries' own positions, which ascend, with invalid ones last.
+    places_BL: the place of each query's own key; those that count ascend, and so do the positions
+      of the keys. Keys that the mask hides by their place are then left out, but there is no
+      gradient.
     """
     own = keys is None
+    if keys is not None and places_BL is not None and scoring.mask.reach[1] is not None:
+        return _attend_by_blocks(q_BNLH, k_BGMH, v_BGMH, scoring, queries, keys, places_BL)
     keys = queries if keys is None else keys
     parts = []
     for rows, columns in _chunks(scoring.mask, q_BNLH.shape[2], k_BGMH.shape[2], own=own):
@@ -130,10 +139,72 @@ def _seen(mask: Mask, queries: Side, keys: Side) -> jax.Array:
     return seen_BLM if keys.valid_BL is None else seen_BLM & keys.valid_BL[:, None]
 
 
+def _attend_by_blocks(
+    q_BNLH: jax.Array,
+    k_BGMH: jax.Array,
+    v_BGMH: jax.Array,
+    scoring: Scoring,
+    queries: Side,
+    keys: Side,
+    places_BL: jax.Array,
+) -> jax.Array:
+    """Returns `attend`, which reads blocks of keys up to the last place that a chunk may see.
+
+    The softmax is that of FlashAttention (arXiv 2205.14135, section 3.1): the output so far is
+    scaled by exp(old - new) when a block raises the maximum of the scores.
+    """
+    parts, (batch, heads, length, head_dim), ahead = [], q_BNLH.shape, scoring.mask.reach[1]
+    kv_heads, number, block = *k_BGMH.shape[1:3], min(KEY_BLOCK, k_BGMH.shape[2])
+    for start in range(0, length, MIN_QUERY_CHUNK):
+        rows = slice(start, start + MIN_QUERY_CHUNK)
+        q_BNCH, side = q_BNLH[:, :, rows], queries.part(rows)
+
+        def add(i: jax.Array, sums: Any, q_BNCH: Any = q_BNCH, side: Side = side) -> Any:
+            top_BGQC1, total_BGQC1, out_BGQCH = sums
+            first = jnp.minimum(i * block, number - block)  # the last block may overlap another
+            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first)
+            k_BGZH, v_BGZH = (cut(x, slice_size=block, axis=2) for x in (k_BGMH, v_BGMH))
+            part = jax.tree.map(lambda x: cut(x, slice_size=block, axis=1), keys)
+            new_1Z = first + jnp.arange(block)[None] >= i * block
+            seen_BCZ = _seen(scoring.mask, side, part) & new_1Z[:, None]
+            s_BGQCZ = _scores(q_BNCH, k_BGZH, seen_BCZ, scoring, own=False)
+            most_BGQC1 = jnp.maximum(top_BGQC1, jnp.max(s_BGQCZ, axis=-1, keepdims=True))
+            p_BGQCZ, kept_BGQC1 = jnp.exp(s_BGQCZ - most_BGQC1), jnp.exp(top_BGQC1 - most_BGQC1)
+            new_BGQCH = jnp.einsum(
+                "BGQCZ,BGZH->BGQCH",
+                p_BGQCZ.astype(v_BGZH.dtype),
+                v_BGZH,
+                preferred_element_type=jnp.float32,
+            )
+            total_BGQC1 = kept_BGQC1 * total_BGQC1 + jnp.sum(p_BGQCZ, axis=-1, keepdims=True)
+            return most_BGQC1, total_BGQC1, kept_BGQC1 * out_BGQCH + new_BGQCH
+
+        zeros = jnp.zeros((batch, kv_heads, heads // kv_heads, q_BNCH.shape[2], head_dim))
+        none_BGQC1 = zeros[..., :1]
+        seen = jnp.minimum(jnp.max(places_BL[:, rows]) + ahead + 1, number)
+        sums = jnp.full_like(none_BGQC1, LEAST), none_BGQC1, zeros
+        _, total_BGQC1, out_BGQCH = jax.lax.fori_loop(0, -(-seen // block), add, sums)
+        out_BGQCH /= jnp.where(total_BGQC1 > 0, total_BGQC1, 1)
+        parts.append(out_BGQCH.astype(q_BNLH.dtype).reshape(q_BNCH.shape))
+    return jnp.concatenate(parts, axis=2)
+
+
 def _probabilities(
     q_BNLH: jax.Array, k_BGMH: jax.Array, seen_BLM: jax.Array, scoring: Scoring, *, own: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention before normalisation, (B, G, Q, L, M), and its sums. own: see `_chunks`."""
+    s_BGQLM = _scores(q_BNLH, k_BGMH, seen_BLM, scoring, own=own)
+    # A query that sees no key has a finite maximum and a sum of 1, and so attends to nothing.
+    top_BGQL1 = jax.lax.stop_gradient(jnp.max(s_BGQLM, axis=-1, keepdims=True, initial=LEAST))
+    p_BGQLM = jnp.exp(s_BGQLM - top_BGQL1)
+    total_BGQL1 = jnp.sum(p_BGQLM, axis=-1, keepdims=True)
+    return p_BGQLM, jnp.where(total_BGQL1 > 0, total_BGQL1, 1)
+
+
+def _scores(
+    q_BNLH: jax.Array, k_BGMH: jax.Array, seen_BLM: jax.Array, scoring: Scoring, *, own: bool
+) -> jax.Array:
+    """Returns the scores in float32, (B, G, Q, L, M), -inf for hidden keys. own: see `_chunks`."""
     batch, heads, length, head_dim = q_BNLH.shape
     kv_heads, (_, scale, softcap) = k_BGMH.shape[1], scoring
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
@@ -145,9 +216,4 @@ def _probabilities(
     s_BGTM = jnp.einsum("BG...H,BGMH->BG...M", q_BGTH, k_BGMH, preferred_element_type=jnp.float32)
     s_BGQLM = s_BGTM.reshape(batch, kv_heads, heads // kv_heads, length, -1)
     s_BGQLM = s_BGQLM if softcap is None else softcap * jnp.tanh(s_BGQLM / softcap)
-    s_BGQLM = jnp.where(seen_BLM[:, None, None], s_BGQLM, -jnp.inf)
-    # A query that sees no key has a finite maximum and a sum of 1, and so attends to nothing.
-    top_BGQL1 = jax.lax.stop_gradient(jnp.max(s_BGQLM, axis=-1, keepdims=True, initial=LEAST))
-    p_BGQLM = jnp.exp(s_BGQLM - top_BGQL1)
-    total_BGQL1 = jnp.sum(p_BGQLM, axis=-1, keepdims=True)
-    return p_BGQLM, jnp.where(total_BGQL1 > 0, total_BGQL1, 1)
+    return jnp.where(seen_BLM[:, None, None], s_BGQLM, -jnp.inf)

@@ -26,11 +26,13 @@ class Seen(NamedTuple):
     """Keys and values that queries may see. An attention called with it as its cache writes none.
 
     side: the positions of the keys; None means the queries' own.
+    places_BL: the place of each query's own key, see modjax.kernels.attend.
     """
 
     k_BGMH: jax.Array
     v_BGMH: jax.Array
-    side: Side | None
+    side: Side | None = None
+    places_BL: jax.Array | None = None
 
 
 class Attention(Sublayer):
@@ -80,7 +82,7 @@ class Attention(Sublayer):
         y_BLD: the result of `before`.
         """
         k_BGLH, v_BGLH = self.keys(y_BLD, at)
-        seen = Seen(k_BGLH, v_BGLH, None)
+        seen = Seen(k_BGLH, v_BGLH)
         if cache is None:
             return seen, ()
         batch, _, length, _ = k_BGLH.shape
@@ -125,12 +127,13 @@ class Attention(Sublayer):
         k_BGMH: jax.Array,
         v_BGMH: jax.Array,
         keys: Side | None = None,
+        places_BL: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the attention's output, projected back to the stream, (B, L, D).
 
-        at: the queries' context. keys: the positions of the keys; None means the queries' own.
+        at: the queries' context. keys, places_BL: see `Seen`.
         """
-        out_BNLH = attend(q_BNLH, k_BGMH, v_BGMH, self.scoring, side(at), keys)
+        out_BNLH = attend(q_BNLH, k_BGMH, v_BGMH, self.scoring, side(at), keys, places_BL)
         batch, heads, length, head_dim = out_BNLH.shape
         out_BLD = out_BNLH.transpose(0, 2, 1, 3).reshape(batch, length, heads * head_dim)
         out_BLD = project(out_BLD, read(self.w_out, None).reshape(heads * head_dim, -1))

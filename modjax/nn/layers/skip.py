@@ -192,12 +192,16 @@ class Skip(LayerModule):
         self, x: jax.Array, at: At, call: Call, cache: Any, selected_BL: jax.Array, bound: int
     ) -> Out:
         """Runs `inner` at the selected positions only."""
-        if self.sees_all:
-            seen = cache if self.name is None else cache[self.name]
-            cache = self._with_keys(cache, seen._replace(side=seen.side or side(at)))
 
         def process(selection: Selection) -> Out:
-            part, out = within(selection, self.inner, x, at, call, cache)
+            seen_by = cache
+            if self.sees_all:
+                seen = cache if self.name is None else cache[self.name]
+                if seen.side is None:  # the keys of the row itself
+                    places_BK = jnp.where(selection.valid_BK, selection.indices_BK, 0)
+                    seen = seen._replace(side=side(at), places_BL=places_BK)
+                seen_by = self._with_keys(cache, seen)
+            part, out = within(selection, self.inner, x, at, call, seen_by)
             x_new = scatter_add(x, selection.indices_BK, out.x - part)
             return Out(x_new, unwritten(out.write), out.records, {}, out.depth_BL)
 
