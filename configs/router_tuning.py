@@ -18,7 +18,7 @@ from modjax import Seq, Skip
 from modjax.data.codecs.files import tokenizer_name
 from modjax.pretrained import model_fields, pretrained_spec
 
-# The blocks to route, such as the ATTENTION = [...] that `modjax tune --measure-layers` prints. None
+# The blocks to route, such as ATTENTION = [...] as `modjax tune --measure-layers` prints it. None
 # takes the second half without the last block, as Router-Tuning does (arXiv 2410.13184).
 ATTENTION = None
 
