@@ -1,4 +1,4 @@
-"""Puts blocks of a pretrained model inside MoD, and trains the routers alone.
+"""Lets tokens skip the attention of half of a pretrained model's blocks; trains routers only.
 
 Prepare text with the model's tokenizer, then tune:
 
@@ -7,27 +7,29 @@ Prepare text with the model's tokenizer, then tune:
         --data-dir=work/data
 
 PATH is a folder with config.json and safetensors, or a GGUF file; both commands need the same PATH.
-`modjax tune` prints the name of the file that holds the trained routers.
+`modjax tune` prints the name of the file that holds the trained routers. Put Skip(...) around
+another sublayer, or around the whole block, to skip that. To stay close to the base, rather than to
+predict the next token, pass --config.train.objective=base.
 """
 
 import ml_collections
 
-from modjax import MoD, Predictor, TopK
+from modjax import Seq, Skip
 from modjax.data.codecs.files import tokenizer_name
 from modjax.pretrained import model_fields, pretrained_spec
 
-# The blocks to route, such as [12, 13, 17]. None takes the second half without the last block, as
-# Router-Tuning does (arXiv 2410.13184).
-BLOCKS = None
+# The blocks to route, such as ATTENTION = [...] as `modjax tune --measure-layers` prints it. None
+# takes the second half without the last block, as Router-Tuning does (arXiv 2410.13184).
+ATTENTION = None
 
 
 def get_config(path):
     depth = pretrained_spec(path).num_layers
-    chosen = range(depth // 2 - 1, depth - 1) if BLOCKS is None else BLOCKS
-    rule = TopK(weight="one_plus_tanh")
+    chosen = range(depth // 2 - 1, depth - 1) if ATTENTION is None else ATTENTION
 
     def layer(i, block):
-        return MoD(block, capacity=0.5, rule=rule, causal=Predictor()) if i in chosen else block
+        attention, mlp = block.parts
+        return Seq(Skip(attention, capacity=0.5), mlp) if i in chosen else block
 
     config = ml_collections.ConfigDict()
     config.model = model_fields(path, layer)

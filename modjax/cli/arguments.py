@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import modjax
-from modjax.bench import BENCHMARKS
-from modjax.cli import finished_verbs, verbs
+from modjax.cli import finished_verbs, options, tuning, verbs
 from modjax.cli.options import (
     CONFIG,
     DATA_DIR,
@@ -86,9 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data_verbs(data.add_subparsers(metavar="VERB", required=True))
     _add_sweep_verbs(commands)
     _add_finished_verbs(commands)
-    _add(commands, "flops", verbs.flops, FLOPS, CONFIG, JSON, RUN_OF_PLAN)
+    _add(commands, "flops", verbs.flops, options.FLOPS, CONFIG, JSON, RUN_OF_PLAN)
     name = option("name", metavar="NAME", help="the figure, or `all`")
-    _add(commands, "bench", verbs.bench, BENCH, JSON, name)
+    _add(commands, "bench", verbs.bench, options.BENCH, JSON, name)
     return parser
 
 
@@ -111,7 +110,7 @@ def _add_options(parser: Any, *options: Option) -> None:
 
 
 def _add_data_verbs(commands: Any) -> None:
-    prepare = _add(commands, "prepare", verbs.prepare, PREPARE, DATA_DIR)
+    prepare = _add(commands, "prepare", verbs.prepare, options.PREPARE, DATA_DIR)
     _add_options(
         prepare.add_mutually_exclusive_group(),
         option(
@@ -158,15 +157,17 @@ def _add_sweep_verbs(commands: Any) -> None:
         action="store_true",
         help="train together with other hosts that run the same command; see launch/README.md",
     )
-    _add(commands, "plan", verbs.plan, PLAN, CONFIG, DATA_DIR, JOBS, JSON, speed, noise)
-    _add(commands, "check", verbs.check, CHECK, CONFIG, JSON)
+    _add(commands, "plan", verbs.plan, options.PLAN, CONFIG, DATA_DIR, JOBS, JSON, speed, noise)
+    _add(commands, "check", verbs.check, options.CHECK, CONFIG, JSON)
     running = (CONFIG, WORKDIR, DATA_DIR, OTHER_CODE, JSON)
-    _add(commands, "sweep", verbs.sweep, SWEEP, *running, JOBS)
-    _add(commands, "status", verbs.status, STATUS, WORKDIR, JSON)
-    _add(commands, "fit", verbs.fit, FIT, WORKDIR, LOSS, SIZE, JSON)
-    _add(commands, "report", verbs.report, REPORT, WORKDIR, LOSS, SIZE)
-    _add(commands, "train", verbs.train, TRAIN, *running, RUN_OF_PLAN, distributed)
-    tune = _add(commands, "tune", verbs.tune, TUNE, CONFIG, *running[2:], RUN_OF_PLAN, PRETRAINED)
+    _add(commands, "sweep", verbs.sweep, options.SWEEP, *running, JOBS)
+    _add(commands, "status", verbs.status, options.STATUS, WORKDIR, JSON)
+    _add(commands, "fit", verbs.fit, options.FIT, WORKDIR, LOSS, SIZE, JSON)
+    _add(commands, "report", verbs.report, options.REPORT, WORKDIR, LOSS, SIZE)
+    _add(commands, "train", verbs.train, options.TRAIN, *running, RUN_OF_PLAN, distributed)
+    tune = _add(
+        commands, "tune", tuning.tune, options.TUNE, CONFIG, *running[2:], RUN_OF_PLAN, PRETRAINED
+    )
     measure = "instead, print how much the loss grows without each attention, MLP and block"
     _add_options(
         tune.add_mutually_exclusive_group(required=True),
@@ -181,8 +182,8 @@ def _add_finished_verbs(commands: Any) -> None:
         option("--run", metavar="RUN_ID", help="one run; default: every run with a router"),
         option("--routing", required=True, help=f"trained, {ROUTING}"),
     )
-    _add(commands, "eval", finished_verbs.evaluate, EVAL, WORKDIR, *shared, *evaluate)
-    sample = _add(commands, "sample", finished_verbs.sample, SAMPLE, *shared)
+    _add(commands, "eval", finished_verbs.evaluate, options.EVAL, WORKDIR, *shared, *evaluate)
+    sample = _add(commands, "sample", finished_verbs.sample, options.SAMPLE, *shared)
     _add_model(sample)
     _add_options(
         sample.add_mutually_exclusive_group(required=True),
@@ -210,7 +211,7 @@ def _add_finished_verbs(commands: Any) -> None:
         option("--show-depth", action="store_true", help=depth),
     )
     reading = (DATA_DIR, IMPORTS, OTHER_CODE)
-    score = _add(commands, "score", finished_verbs.score, SCORE, *reading, JSON)
+    score = _add(commands, "score", finished_verbs.score, options.SCORE, *reading, JSON)
     _add_model(score)
     score.set_defaults(chat=False)
     files = {"nargs": "+", "default": [], "metavar": "FILE", "type": Path}
@@ -226,7 +227,7 @@ def _add_finished_verbs(commands: Any) -> None:
         option("--seq-len", type=int, default=512, help="tokens of a window of text; default 512"),
         option("--limit", type=int, metavar="N", help="the first N documents of each file"),
     )
-    export = _add(commands, "export", finished_verbs.export, EXPORT, *reading)
+    export = _add(commands, "export", finished_verbs.export, options.EXPORT, *reading)
     _add_model(export)
     _add_options(
         export,
@@ -249,68 +250,3 @@ def _add_model(parser: Any) -> None:
         option("--pretrained", type=Path, metavar="PATH", help=model),
     )
     _add_options(parser, option("--run", metavar="RUN_ID", help="the run, if there are several"))
-
-
-PREPARE = """make the token cache of a corpus: the only step that needs TensorFlow.
-
-Without options: the Python standard library's own source, which needs no download."""
-PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time and problems.
-
-Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-centre (the grid's
-centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
-the optimum is wider than the sampled sizes), repeats data, too many epochs (more than
-data.max_epochs). A sweep refuses cells that are off-budget or take too many epochs. If the data is
-not prepared, the table is printed with epochs "?" and the exit code is 2."""
-CHECK = """test whether the layers of a config look ahead: what each claims, and what was seen.
-
-Edits each token of a short text in turn, and compares all outputs before the edit, for every
-distinct layer and every routing that it has. A sweep does so before it trains, and refuses a layer
-that looks ahead although it claims not to."""
-SWEEP = """run a plan on local worker processes, and print a table of the results.
-
-Finished runs are never repeated. A run that dies is started once more, then given up. Several
-sweeps may share a folder."""
-STATUS = "show which runs are done, running, failed or waiting"
-FIT = """print optima, power laws and the gap between arms.
-
-Arms are compared by their causal loss: under routing that never looks ahead, as sampling needs it.
-Runs that have none, such as runs with expert choice, are named and shown apart."""
-REPORT = """write figures, fits and tables into one HTML file.
-
-Arms are compared by the same loss as in `modjax fit`, see `modjax fit --help`."""
-TRAIN = """train one run, with the same folders and records as a sweep.
-
-A config with a `sweep` group describes many runs: --run takes an id from `modjax plan --json`. If
-`config.base` is a pretrained model, prints which weights are new."""
-TUNE = """train the routers of layers around a pretrained model, and write them to a file.
-
-Calls get_config() of --config with --pretrained. The model's own weights stay as they are. Writes
-runs/ID/routers.safetensors in --workdir: the layers, and the weights that the pretrained model has
-not. Use it by `modjax sample --pretrained=PATH --routers=FILE`.
-
---measure-layers uses the data and the evaluation of the config. Every part is dropped once, so a
-few sequences (--config.train.eval_sequences=8) take as long as many of them for one evaluation."""
-EVAL = """evaluate finished runs on validation text under another routing than that of training.
-
-Prints the paired difference from the loss as trained, with its standard error. For every routed
-block it prints accuracy, precision and recall against top-k, the share of positions processed, the
-share dropped (--slack), and the largest share processed in one sequence."""
-SAMPLE = """continue a prompt with a finished run or a pretrained model.
-
-Routing never looks ahead, and each block caches the tokens that it processed. The continuation of a
-single prompt is printed while it is drawn."""
-SCORE = """score held-out text, in nats per token, or likelihood tasks, with 95% intervals.
-
-A model that has the routing "all", where every position is processed, is compared with itself."""
-EXPORT = """write a finished run for transformers: config.json, safetensors, vocabulary, model card.
-
-Picks the first model family that computes the same, such as llama for a dense run and mixtral for a
-mixture of experts. Refuses layers that transformers cannot express, such as MoD. With --pretrained,
-writes a pretrained model, such as one in GGUF, again: in its own family, without a model card."""
-FLOPS = """print the parameters and FLOPs of a model by component, and in sum under each convention.
-
-For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at
-the largest budget."""
-BENCH = """measure a performance figure against its target.
-
-""" + "\n".join(f"  {name:8} {text}" for name, text in BENCHMARKS.items())

@@ -7,17 +7,72 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from modjax.cli import output, verbs
+from modjax.cli import verbs
 from modjax.cli.arguments import KEEPING, RESUMING, make_parser
 from modjax.errors import MOST_SHOWN, InputError, one_line
 from modjax.packages import check_packages
 
 
+class Lasting:
+    """A text stream that hides its errors from the writer.
+
+    lost: the first error, or None. Everything written after it is dropped.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.lost: OSError | None = None
+        if hasattr(stream, "reconfigure"):  # characters outside the encoding are no error either
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with self._forgiving():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = self.lost or error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            with contextlib.suppress(OSError):  # without a descriptor, nothing is left to flush
+                os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[Lasting]:
+    """Replaces sys.stdout and sys.stderr by `Lasting` streams, and yields the first."""
+    for descriptor in (0, 1, 2):  # else the next open file would take that of a closed stream
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    streams = (sys.stdout, sys.stderr)
+    out, err = (Lasting(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore[type-var]
+        try:
+            yield out
+        finally:
+            out.flush()
+            err.flush()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with output.lasting() as out:
+    with lasting() as out:
         overrides, rest = _split(given)
         try:
             args = make_parser().parse_args(rest)
@@ -33,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return lost if lost and args.called not in KEEPING else code
 
 
-def _check_output(out: output.Lasting) -> int:
+def _check_output(out: Lasting) -> int:
     """Returns 0, or prints that output was lost and returns the exit code for it."""
     out.flush()
     if out.lost is None or isinstance(out.lost, BrokenPipeError):  # `| head` breaks the pipe

@@ -1,8 +1,10 @@
-"""The options that several verbs of the command line share."""
+"""The options that several verbs of the command line share, and the help texts of all verbs."""
 
 import os
 from pathlib import Path
 from typing import Any
+
+from modjax.bench import BENCHMARKS
 
 Option = tuple[str, dict[str, Any]]
 
@@ -90,3 +92,67 @@ OTHER_CODE = option(
 )
 JSON = option("--json", action="store_true", help="print JSON")
 RUN_OF_PLAN = option("--run", metavar="RUN_ID", help="the run of the sweep's plan")
+
+PREPARE = """make the token cache of a corpus: the only step that needs TensorFlow.
+
+Without options: the Python standard library's own source, which needs no download."""
+PLAN = """print the runs of a sweep: sizes, tokens, steps, FLOPs, time and problems.
+
+Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-centre (the grid's
+centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
+the optimum is wider than the sampled sizes), repeats data, too many epochs (more than
+data.max_epochs). A sweep refuses cells that are off-budget or take too many epochs. If the data is
+not prepared, the table is printed with epochs "?" and the exit code is 2."""
+CHECK = """test whether the layers of a config look ahead: what each claims, and what was seen.
+
+Edits each token of a short text in turn, and compares all outputs before the edit, for every
+distinct layer and every routing that it has. A sweep does so before it trains, and refuses a layer
+that looks ahead although it claims not to."""
+SWEEP = """run a plan on local worker processes, and print a table of the results.
+
+Finished runs are never repeated. A run that dies is started once more, then given up. Several
+sweeps may share a folder."""
+STATUS = "show which runs are done, running, failed or waiting"
+FIT = """print optima, power laws and the gap between arms.
+
+Arms are compared by their causal loss: under routing that never looks ahead, as sampling needs it.
+Runs that have none, such as runs with expert choice, are named and shown apart."""
+REPORT = """write figures, fits and tables into one HTML file.
+
+Arms are compared by the same loss as in `modjax fit`, see `modjax fit --help`."""
+TRAIN = """train one run, with the same folders and records as a sweep.
+
+A config with a `sweep` group describes many runs: --run takes an id from `modjax plan --json`. If
+`config.base` is a pretrained model, prints which weights are new."""
+TUNE = """train the routers of layers around a pretrained model, and write them to a file.
+
+Calls get_config() of --config with --pretrained. The model's own weights stay as they are. Writes
+runs/ID/routers.safetensors in --workdir: the layers, and the weights that the pretrained model has
+not. Use it by `modjax sample --pretrained=PATH --routers=FILE`.
+
+--measure-layers drops each part in turn, and evaluates each time on the data of the config. Three
+evaluations a block take long: choose few sequences by --config.train.eval_sequences=8."""
+EVAL = """evaluate finished runs on validation text under another routing than that of training.
+
+Prints the paired difference from the loss as trained, with its standard error. For every routed
+block it prints accuracy, precision and recall against top-k, the share of positions processed, the
+share dropped (--slack), and the largest share processed in one sequence."""
+SAMPLE = """continue a prompt with a finished run or a pretrained model.
+
+Routing never looks ahead, and each block caches the tokens that it processed. The continuation of a
+single prompt is printed while it is drawn."""
+SCORE = """score held-out text, in nats per token, or likelihood tasks, with intervals.
+
+A model that has the routing "all", where every position is processed, is compared with itself."""
+EXPORT = """write a finished run for transformers: config.json, safetensors, vocabulary, model card.
+
+Picks the first model family that computes the same, such as llama for a dense run and mixtral for a
+mixture of experts. Refuses layers that transformers cannot express, such as MoD. With --pretrained,
+writes a pretrained model, such as one in GGUF, again: in its own family, without a model card."""
+FLOPS = """print the parameters and FLOPs of a model by component, and in sum under each convention.
+
+For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at
+the largest budget."""
+BENCH = """measure a performance figure against its target.
+
+""" + "\n".join(f"  {name:8} {text}" for name, text in BENCHMARKS.items())

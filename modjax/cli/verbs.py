@@ -6,7 +6,6 @@ Imports are inside the functions, so that each verb imports only what it needs.
 import argparse
 import dataclasses
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -55,14 +54,14 @@ def show(args: argparse.Namespace) -> None:
         print(data_text(manifests) if manifests else f"nothing is prepared in {args.data_dir}")
 
 
-def _load(args: argparse.Namespace) -> Any:
+def experiment_of(args: argparse.Namespace) -> Any:
     from modjax.scaling.plan.experiment import load
 
     return load(args.config, args.overrides, args.command)
 
 
 def _load_sweep(args: argparse.Namespace) -> Any:
-    experiment = _load(args)
+    experiment = experiment_of(args)
     accepted = "has no `sweep` group: `modjax train` runs it"
     require(experiment.sweep is not None, "--config", args.config, accepted)
     return experiment
@@ -96,7 +95,7 @@ def plan(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> int:
     from modjax.cli.tables import claims_text
 
-    specs = _load(args).specs
+    specs = experiment_of(args).specs
     start()
     with starting():
         import jax
@@ -120,73 +119,24 @@ def sweep(args: argparse.Namespace) -> int:
     experiment = _load_sweep(args)
     cache = open_data(experiment, args.data_dir)
     check(experiment, cache)
-    return _run_plan(args, experiment, cache.manifest.fingerprint, args.jobs)
+    return run_plan(args, experiment, cache.manifest.fingerprint, args.jobs)
 
 
 def train(args: argparse.Namespace) -> int:
     from modjax.scaling.sweep import open_data
 
-    experiment = _load(args)
-    spec = _choose(args, experiment.specs)
+    experiment = experiment_of(args)
+    spec = choose(args, experiment.specs)
     fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
     if spec.base is not None:
-        _say_new_weights(spec)
+        say_new_weights(spec)
     if args.distributed:
         data = {"data_dir": args.data_dir, "fingerprint": fingerprint}
         return _train_together(args, experiment, spec, data)
-    return _run_plan(args, experiment, fingerprint, jobs=1, only=spec)
+    return run_plan(args, experiment, fingerprint, jobs=1, only=spec)
 
 
-def tune(args: argparse.Namespace) -> int:
-    from modjax.records import run_dir
-    from modjax.scaling.formatting import count
-    from modjax.scaling.sweep import open_data
-
-    args.config = f"{args.config}:{args.pretrained}"
-    experiment = _load(args)
-    spec = _choose(args, experiment.specs)
-    if args.measure_layers:
-        return _measure_layers(args, spec)
-    accepted = "must be 'routers': `modjax train` trains all weights"
-    require(spec.train.trained == "routers", "train.trained", spec.train.trained, accepted)
-    given = os.path.realpath(args.pretrained)
-    accepted = f"must be {given}, the model of --pretrained and the argument of get_config()"
-    require(spec.base == given, "config.base", spec.base, accepted)
-    with starting():
-        from modjax.pretrained import open_files, save_routers
-
-    open_files(given)  # raises InputError for the folder of a run
-    fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
-    _say_new_weights(spec)
-    if code := _run_plan(args, experiment, fingerprint, jobs=1, only=spec):
-        return code
-    folder = run_dir(args.workdir, spec.run_id)
-    file = folder / "routers.safetensors"
-    if not file.exists():
-        start()
-        with starting():
-            from modjax.finished.runs import load
-
-        run = load(folder, other_code=args.other_code)
-        save_routers(file, spec.model, run.weights, given)
-    said = f"{file} ({count(file.stat().st_size)}B)"
-    print(said, file=sys.stderr if args.json else sys.stdout)
-    return 0
-
-
-def _measure_layers(args: argparse.Namespace, spec: RunSpec) -> int:
-    from modjax.cli.tables import dropped_text
-
-    start()
-    with starting():
-        from modjax.finished.sublayers import measure_layers
-
-    found = measure_layers(spec, args.data_dir)
-    print(json_text([one._asdict() for one in found]) if args.json else dropped_text(found))
-    return 0
-
-
-def _say_new_weights(spec: RunSpec) -> None:
+def say_new_weights(spec: RunSpec) -> None:
     """Prints which weights of a run are drawn from its seed, although it starts from a base."""
     with starting():
         from modjax.training.base_weights import new_weights
@@ -197,7 +147,7 @@ def _say_new_weights(spec: RunSpec) -> None:
         print(f"modjax: new weights, not in {spec.base}: {new}", file=sys.stderr)
 
 
-def _run_plan(
+def run_plan(
     args: argparse.Namespace,
     experiment: Any,
     fingerprint: str,
@@ -244,7 +194,7 @@ def _train_together(args: argparse.Namespace, experiment: Any, spec: RunSpec, da
     return 0
 
 
-def _choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
+def choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
     if args.run is None and len(specs) == 1:
         return specs[0]
     for spec in specs:
@@ -289,14 +239,14 @@ def report(args: argparse.Namespace) -> None:
 def flops(args: argparse.Namespace) -> None:
     from modjax.cli.tables import flops_text, flops_values
 
-    experiment = _load(args)
+    experiment = experiment_of(args)
     specs = experiment.specs
     if args.run is None and experiment.sweep is not None:
         largest = [s for s in specs if s.budget_flops == specs[0].budget_flops]
         by_arm = [[s for s in largest if s.variant == arm] for arm in experiment.sweep.arms]
         specs = [of_arm[len(of_arm) // 2] for of_arm in by_arm]  # the middle size
     else:
-        specs = [_choose(args, specs)]
+        specs = [choose(args, specs)]
     values = map(flops_values, specs)
     print(json_text(list(values)) if args.json else "\n\n\n".join(map(flops_text, specs)))
 

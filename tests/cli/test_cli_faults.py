@@ -11,7 +11,7 @@ import pytest
 
 from modjax import faults
 from modjax.cli import verbs
-from modjax.cli.output import lasting
+from modjax.cli.main import lasting
 from tests.cli.test_cli import CONFIGS, TINY, said
 
 STATUS = ["status", "--workdir=somewhere"]
@@ -188,7 +188,7 @@ def test_a_closed_stream_is_no_name_for_the_next_file(tmp_path):
     """Otherwise printed text would end up in a file of the sweep."""
     script = f"""
 import os, sys
-from modjax.cli.output import lasting
+from modjax.cli.main import lasting
 with lasting():
     number = os.open({str(tmp_path / "file")!r}, os.O_WRONLY | os.O_CREAT)
     print("into nothing")

@@ -1,32 +1,41 @@
 """`modjax tune`: routers of layers around a pretrained model, trained and kept in a file."""
 
+import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import log_softmax
 
 pytest.importorskip("safetensors", reason="the extra `pretrained`")
 
+from safetensors.numpy import load_file
+
 import modjax
+from modjax.data.batches import eval_batches
+from modjax.data.token_cache import cache_dir, open_cache
 from modjax.records import read_records, run_dir
 from modjax.scaling.plan.experiment import load
 from modjax.specs import Execution
 from modjax.training.loop import train
+from tests.conftest import TINY_DATA
+from tests.pretrained.models.numpy_decoder import decode
 from tests.pretrained.models.small_models import Case, write
 from tests.training.tiny import QUICK
 
 ONE = Execution(data=1)
 CONFIG = """
 import ml_collections
-from modjax import MoD, Predictor
+from modjax import Seq, Skip
 from modjax.pretrained import model_fields
 
 def get_config(path):
     config = ml_collections.ConfigDict()
-    mod = lambda block: MoD(block, capacity=0.5, causal=Predictor())
-    config.model = model_fields(path, lambda i, block: mod(block) if i else block)
+    skip = lambda block: Seq(Skip(block.parts[0], capacity=0.5), block.parts[1])
+    config.model = model_fields(path, lambda i, block: skip(block) if i else block)
     steps = {"steps": 3, "learning_rate": 3e-3, "warmup_steps": 1, "trained": "routers"}
     config.train = {"batch_size": 2, "seq_len": 32, "eval_sequences": 8, **steps}
     config.data = {"name": "tiny"}
@@ -86,6 +95,35 @@ def test_a_finished_run_writes_its_routers(arguments, trained, tmp_path, said):
     file.unlink()
     assert said(*arguments, f"--workdir={workdir}", "--json")[0] == 0
     assert file.read_bytes() == content
+
+
+def nats_BL(folder, tensors, batch):
+    """Returns the loss of every position by the decoder in numpy."""
+    config = json.loads((folder / "config.json").read_text())
+    logs_BLV = log_softmax(decode(config, tensors, batch.inputs_BL), axis=-1)
+    return -np.take_along_axis(logs_BLV, batch.targets_BL[..., None], axis=-1)[..., 0]
+
+
+def test_each_part_is_dropped_alone(arguments, tiny_data_dir, quick_compiles, said):
+    code, out, err = said(*arguments, "--measure-layers", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert sorted(found, key=lambda one: one["increase"]) == found and len(found) == 6
+    folder = Path(arguments[1].partition("=")[2])
+    tensors = load_file(folder / "model.safetensors")
+    cache = open_cache(cache_dir(tiny_data_dir, TINY_DATA))
+    (batch,) = eval_batches(cache, seq_len=32, batch_size=8, sequences=8)
+    whole_BL = nats_BL(folder, tensors, batch)
+    outputs = {"attention": ["self_attn.o_proj"], "mlp": ["mlp.down_proj"]}
+    outputs["block"] = outputs["attention"] + outputs["mlp"]
+    for one in found:
+        names = [f"model.layers.{one['layer']}.{name}.weight" for name in outputs[one["part"]]]
+        zeros = {name: np.zeros_like(tensors[name]) for name in names}
+        loss_BL = nats_BL(folder, tensors | zeros, batch)
+        assert one["loss"] == pytest.approx(loss_BL.mean(), abs=1e-5)
+        gap_B = np.mean(loss_BL - whole_BL, axis=1)
+        assert one["increase"] == pytest.approx(gap_B.mean(), abs=1e-5)
+        assert one["sem"] == pytest.approx(np.std(gap_B, ddof=1) / np.sqrt(8), rel=1e-3)
 
 
 @pytest.mark.parametrize(

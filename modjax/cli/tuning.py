@@ -1,0 +1,62 @@
+"""The verb that trains the routers of a pretrained model, or measures its layers.
+
+Imports are inside the functions, so that each verb imports only what it needs.
+"""
+
+import argparse
+import os
+import sys
+
+from modjax.backend import start, starting
+from modjax.cli import verbs
+from modjax.errors import require
+from modjax.specs import RunSpec
+
+
+def tune(args: argparse.Namespace) -> int:
+    from modjax.records import run_dir
+    from modjax.scaling.formatting import count
+    from modjax.scaling.sweep import open_data
+
+    args.config = f"{args.config}:{args.pretrained}"
+    experiment = verbs.experiment_of(args)
+    spec = verbs.choose(args, experiment.specs)
+    if args.measure_layers:
+        return _measure_layers(args, spec)
+    accepted = "must be 'routers': `modjax train` trains all weights"
+    require(spec.train.trained == "routers", "train.trained", spec.train.trained, accepted)
+    given = os.path.realpath(args.pretrained)
+    accepted = f"must be {given}, the model of --pretrained and the argument of get_config()"
+    require(spec.base == given, "config.base", spec.base, accepted)
+    with starting():
+        from modjax.pretrained import open_files, save_routers
+
+    open_files(given)  # raises InputError for the folder of a run
+    fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
+    verbs.say_new_weights(spec)
+    if code := verbs.run_plan(args, experiment, fingerprint, jobs=1, only=spec):
+        return code
+    folder = run_dir(args.workdir, spec.run_id)
+    file = folder / "routers.safetensors"
+    if not file.exists():
+        start()
+        with starting():
+            from modjax.finished.runs import load
+
+        run = load(folder, other_code=args.other_code)
+        save_routers(file, spec.model, run.weights, given)
+    said = f"{file} ({count(file.stat().st_size)}B)"
+    print(said, file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def _measure_layers(args: argparse.Namespace, spec: RunSpec) -> int:
+    from modjax.cli.tables import dropped_text
+
+    start()
+    with starting():
+        from modjax.finished.sublayers import measure_layers
+
+    found = measure_layers(spec, args.data_dir)
+    print(verbs.json_text([one._asdict() for one in found]) if args.json else dropped_text(found))
+    return 0
