@@ -88,11 +88,12 @@ def task_unit(speaker: Speaker, document: Sequence[Request]) -> Unit:
     for request in document:
         whole = speaker.codec.encode(request.context + request.continuation, "--tasks")
         context = speaker.codec.encode(request.context.rstrip(), "--tasks")
-        begin = speaker.encode("", "--tasks")[:1] or list(speaker.eos_ids[: not context])
+        # A token may span the end of the context: the last one is scored in any case.
+        shared = min(len(context), len(whole) - 1)
+        begin = speaker.encode("", "--tasks")[:1] or list(speaker.eos_ids[: shared == 0])
         accepted = f"has {len(whole)} tokens; must have at most {MOST_PROMPT_TOKENS}"
         require(len(whole) <= MOST_PROMPT_TOKENS, "--tasks", request.where, accepted)
-        # A token may span the end of the context: the last one is scored in any case.
-        rows.append((begin + whole, len(begin) + min(len(context), len(whole) - 1)))
+        rows.append((begin + whole, len(begin) + shared))
     sizes = tuple(len(request.continuation.encode()) for request in document)
     return Unit(rows, 1, right if isinstance(right, int) else None, sizes)
 

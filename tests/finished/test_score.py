@@ -4,7 +4,10 @@ Legend: B sequences, L positions.
 """
 
 import functools
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from flax import nnx
 from modjax.data.codecs.codec import Bytes
 from modjax.errors import InputError
 from modjax.finished import score as module
-from modjax.finished.score import score, task_unit, text_units
+from modjax.finished.score import Unit, score, task_unit, text_units
 from modjax.finished.tasks import Request
 from modjax.finished.text import Speaker
 from modjax.specs import MLP, Dense, Skip
@@ -202,6 +205,28 @@ def test_a_single_continuation_is_scored_and_compared_with_greedy_decoding(
     assert found.measures["greedy"]["score"].value == pytest.approx(1 / 3)
     nats = -np.mean([log_p for log_p, _ in each])
     assert found.measures["nats"]["score"].value == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "begin", "row"),
+    [
+        ("a", "cd", [], ([10, 12, 13], 1)),
+        ("a ", "cd", [], ([10, 9, 12, 13], 1)),  # the space is scored
+        ("a", "b", [], ([1, 20], 1)),  # one token spans both: it is scored after the end of a text
+        ("ca", "bd", [], ([12, 20, 13], 2)),
+        ("", "cd", [], ([1, 12, 13], 1)),
+        ("", "cd", [2], ([2, 12, 13], 1)),
+        ("a", "cd", [2, 3], ([2, 10, 12, 13], 2)),  # a tokenizer that ends texts by a 3
+    ],
+)
+def test_context_and_continuation_are_tokenised_together(context, continuation, begin, row):
+    ids = {"ab": 20, "a": 10, "b": 11, "c": 12, "d": 13, " ": 9}
+    codec: Any = SimpleNamespace(
+        encode=lambda text, _: [ids[part] for part in re.findall("ab|.", text)]
+    )
+    one = speaker_of(None, None, None)._replace(codec=codec, encode=lambda text, _: begin)
+    unit = task_unit(one, [request(context, continuation, "")])
+    assert unit == Unit([row], 1, None, (len(continuation),))
 
 
 def test_a_sequence_is_skipped_by_its_context_and_its_base_never(monkeypatch):
