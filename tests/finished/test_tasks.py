@@ -21,12 +21,17 @@ def write(path, lines):
 
 
 def test_documents_keep_their_order_and_sort_their_continuations(tmp_path):
-    lines = [line(7, 1, 1), line(3, 0, 0), line(7, 0, 1, continuation=" c"), line(10**6, 0, 0)]
+    lines = [
+        line(7, 1, 1),
+        line(3, 0, 0, context=""),
+        line(7, 0, 1, continuation=" c"),
+        line(10**6, 0, 0),
+    ]
     file = write(tmp_path / "task.jsonl.gz", lines)
     first, second = read_task(file, None)
     assert [(one.doc_id, one.idx) for one in first] == [(7, 0), (7, 1)]
     assert [one.continuation for one in first] == [" c", " b"] and first[0].label == 1
-    assert [one.where for one in second] == [f"{file}:2"]
+    assert [(one.where, one.context) for one in second] == [(f"{file}:2", "")]
     assert read_task(file, 1) == [first]
 
 
