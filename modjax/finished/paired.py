@@ -22,10 +22,10 @@ class Estimate(NamedTuple):
 
 
 def compare(values: Sequence[np.ndarray], weights_J: np.ndarray) -> dict[str, Any]:
-    """Returns sum(values) / sum(weights) as "score" and, with a base, "base" and "difference".
+    """Returns the Estimate of sum(values) / sum(weights) of a model, its base and the difference.
 
-    Each is an Estimate by a bootstrap, whose draws take the same units for all three. For booleans
-    there is "mcnemar", too: the p-value if a changed unit is a gain or a loss with equal chances.
+    Each draw of the bootstrap takes the same units for all three. Booleans have "mcnemar", too: the
+    p-value of the exact test that a changed unit is a gain or a loss with equal chances.
 
     values: of the model and, if it has one, of its base, (J,) each.
     """

@@ -4,8 +4,6 @@ Legend: B sequences, L positions, D model width, V vocabulary, J units.
 """
 
 import functools
-import inspect
-import operator
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +33,6 @@ Row = tuple[list[int], int]  # tokens of a sequence, and the index of the first 
 class Unit(NamedTuple):
     """A unit of the bootstrap: a block of windows of text, or a document of a task.
 
-    rows: its sequences, see Row.
     weight: number of scored tokens of text; 1 for a document.
     right: index of the right continuation; None unless a document has choices.
     sizes: bytes of each continuation.
@@ -66,7 +63,7 @@ class Score(NamedTuple):
 def text_units(speaker: Speaker, path: Path, texts: Sequence[str], seq_len: int) -> list[Unit]:
     """Returns windows of `seq_len` inputs, in blocks of n^(1/3) consecutive ones of all n.
 
-    Raises InputError for texts without two tokens, and for an unusable length.
+    Raises InputError for texts without two tokens, and for a bad `seq_len`.
     """
     begin = speaker.encode("", "--text")[:1]
     room, accepted = seq_len - len(begin), f"must be {len(begin) + 1} to {MOST_PROMPT_TOKENS}"
@@ -91,11 +88,12 @@ def task_unit(speaker: Speaker, document: Sequence[Request]) -> Unit:
     for request in document:
         whole = speaker.codec.encode(request.context + request.continuation, "--tasks")
         context = speaker.codec.encode(request.context.rstrip(), "--tasks")
-        begin = speaker.encode("", "--tasks")[:1] or list(speaker.eos_ids[: not context])
+        # A token may span the end of the context: the last one is scored in any case.
+        shared = min(len(context), len(whole) - 1)
+        begin = speaker.encode("", "--tasks")[:1] or list(speaker.eos_ids[: shared == 0])
         accepted = f"has {len(whole)} tokens; must have at most {MOST_PROMPT_TOKENS}"
         require(len(whole) <= MOST_PROMPT_TOKENS, "--tasks", request.where, accepted)
-        # A token may span the end of the context: the last one is scored in any case.
-        rows.append((begin + whole, len(begin) + min(len(context), len(whole) - 1)))
+        rows.append((begin + whole, len(begin) + shared))
     sizes = tuple(len(request.continuation.encode()) for request in document)
     return Unit(rows, 1, right if isinstance(right, int) else None, sizes)
 
@@ -115,7 +113,7 @@ def score(
     for name, units in files.items():
         rows = [row for unit in units for row in unit.rows]
         scored = [_scored(speaker, name, rows, one, width) for one in routings]
-        measured = [_measures(units, *one[:2], tasks=width is None) for one in scored]
+        measured = [_measures(units, *one[:2], width is None) for one in scored]
         found[name] = measured, np.array([unit.weight for unit in units]), scored[0][2]
     if len({tuple(measured[0]) for measured, *_ in found.values()}) == 1 < len(found):
         found["pooled"] = jax.tree.map(lambda *parts: np.concatenate(parts), *found.values())
@@ -128,15 +126,13 @@ def score(
     return scores
 
 
-def _measures(
-    units: Sequence[Unit], nats_B: np.ndarray, greedy_B: np.ndarray, *, tasks: bool
-) -> dict[str, np.ndarray]:
+def _measures(units: Sequence[Unit], nats_B: Any, greedy_B: Any, tasks: bool) -> dict[str, Any]:
     """Returns the measures of each unit, (J,)."""
     ends = np.cumsum([len(unit.rows) for unit in units])[:-1]
     each = list(zip(units, np.split(nats_B, ends), strict=True))
     if units[0].right is None:
-        nats_J = np.array([nats.sum() for _, nats in each])
-        return {"nats": nats_J, "greedy": greedy_B} if tasks else {"nats": nats_J}
+        nats_J = {"nats": np.array([nats.sum() for _, nats in each])}
+        return {**nats_J, "greedy": greedy_B} if tasks else nats_J
     return {
         "accuracy": np.array([np.argmin(nats) == unit.right for unit, nats in each]),
         "per byte": np.array([np.argmin(nats / unit.sizes) == unit.right for unit, nats in each]),
@@ -160,8 +156,7 @@ def _scored(
             tokens_BL[b, : len(ids)], ends_B2[b] = ids, (first, len(ids))
         key, weights = jax.random.fold_in(jax.random.key(0), done), speaker.weights
         scored = _step(speaker.graphdef, weights, tokens_BL, ends_B2, key, routing, width is None)
-        without_padding = operator.itemgetter(slice(len(chunk)))
-        found.append(jax.tree.map(without_padding, jax.device_get(scored)))
+        found.append(jax.device_get(scored))  # the last batch alone has rows of padding
         done += len(chunk)
         if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
             reported, of = time.monotonic(), f"{done:,} of {len(rows):,} sequences"
@@ -177,10 +172,9 @@ def _step(graphdef, weights, tokens_BL, ends_B2, key, routing, tasks):
     first_B1, end_B1 = ends_B2[:, :1], ends_B2[:, 1:]
     valid_BL = places_1L < end_B1
     scored_BL = valid_BL & (places_1L >= first_B1)
-    options = {"key": key, "routing": routing, "layer_loop": "scan"}
-    known = "prompt_BL" in inspect.signature(model.features).parameters
-    if tasks and known:  # layers that decide for a sequence see its context only
-        options["prompt_BL"] = places_1L <= first_B1
+    # A layer that decides for a whole sequence of a task sees its context only.
+    prompt_BL = places_1L <= first_B1 if tasks else None
+    options = {"key": key, "routing": routing, "prompt_BL": prompt_BL, "layer_loop": "scan"}
     x_BLD, records = model.features(tokens_BL[:, :-1], valid_BL.astype(jnp.int32), **options)
     arrays, vocab = (x_BLD, tokens_BL[:, 1:]), model.config.vocab_size
     signed_BL = in_chunks(_signed_nats, model.head, *arrays, numbers=vocab)

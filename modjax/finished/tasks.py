@@ -48,11 +48,10 @@ def read_task(path: Path, limit: int | None) -> list[list[Request]]:
     require(len(documents) > 0, "--tasks", str(path), "holds no document")
     choice = isinstance(documents[0][0].label, int)
     for document in documents:
-        (where, doc_id, _, label, *_), last = document[0], len(document) - 1
-        counted = [request.idx for request in document] == [*range(last + 1)]
-        accepted = f'"idx" must count the lines of doc_id {doc_id} from 0 to {last}'
-        require(counted, "--tasks", where, accepted)
-        accepted = f'"label" is {label!r}: must be 0 to {last}, or a text in every document'
-        fits = label in range(last + 1) if choice else not isinstance(label, int) and last == 0
-        require(fits, "--tasks", where, accepted)
+        (where, doc_id, _, label, *_), indices = document[0], [request.idx for request in document]
+        counted = indices == [*range(len(indices))]
+        fits = label in indices if choice else not isinstance(label, int) and len(indices) == 1
+        accepted = f'doc_id {doc_id} has "idx" {indices}, which must count from 0, and "label" '
+        accepted += f"{label!r}, which must be one of them, or a text in every document"
+        require(counted and fits, "--tasks", where, accepted)
     return documents

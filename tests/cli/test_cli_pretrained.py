@@ -84,6 +84,17 @@ def test_many_prompts_and_depths(said, open_as, tmp_path):
     assert (code, err) == (0, "") and out.startswith("0\t'a'\n0\t'b'\n")
 
 
+def test_a_pretrained_model_is_scored(said, open_as, tmp_path):
+    opened = open_as()
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 9)
+    arguments = ("--pretrained=a/model", f"--text={tmp_path / 'text.txt'}", "--seq-len=32")
+    code, out, err = said("score", *arguments, "--json")
+    assert (code, err, opened) == (0, "", ["a/model"])
+    (found,) = json.loads(out)
+    assert found["count"] > 50 and found["layers"] == {}
+    assert found["measures"]["nats"]["score"]["value"] > 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

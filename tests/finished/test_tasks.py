@@ -21,12 +21,17 @@ def write(path, lines):
 
 
 def test_documents_keep_their_order_and_sort_their_continuations(tmp_path):
-    lines = [line(7, 1, 1), line(3, 0, 0), line(7, 0, 1, continuation=" c"), line(10**6, 0, 0)]
+    lines = [
+        line(7, 1, 1),
+        line(3, 0, 0, context=""),
+        line(7, 0, 1, continuation=" c"),
+        line(10**6, 0, 0),
+    ]
     file = write(tmp_path / "task.jsonl.gz", lines)
     first, second = read_task(file, None)
     assert [(one.doc_id, one.idx) for one in first] == [(7, 0), (7, 1)]
     assert [one.continuation for one in first] == [" c", " b"] and first[0].label == 1
-    assert [one.where for one in second] == [f"{file}:2"]
+    assert [(one.where, one.context) for one in second] == [(f"{file}:2", "")]
     assert read_task(file, 1) == [first]
 
 
@@ -55,13 +60,13 @@ def without(name, value=None):
         ([without("request.continuation")], 1, 'needs "request.continuation", a string'),
         ([line(continuation="")], 1, 'needs "request.continuation", a string that is not empty'),
         ([[1]], 1, 'needs "doc_id"'),
-        ([line(), line(5, label=1)], 2, '"label" is 1: must be 0 to 0'),
-        ([line(5, label=-1)], 1, '"label" is -1: must be 0 to 0'),
-        ([line(), line(1, label="b")], 2, "\"label\" is 'b': must be 0 to 0"),
-        ([line(label="b"), line(1)], 2, '"label" is 0: must be 0 to 0, or a text in every'),
-        ([line(label="b"), line(idx=1, label="b")], 1, "\"label\" is 'b': must be 0 to 1"),
-        ([line(idx=1)], 1, '"idx" must count the lines of doc_id 0 from 0 to 0'),
-        ([line(), line()], 1, '"idx" must count the lines of doc_id 0 from 0 to 1'),
+        ([line(), line(5, label=1)], 2, 'doc_id 5 has "idx" [0], which must count from 0, and "'),
+        ([line(5, label=-1)], 1, 'doc_id 5 has "idx" [0]'),
+        ([line(), line(1, label="b")], 2, 'doc_id 1 has "idx" [0]'),
+        ([line(label="b"), line(1)], 2, 'doc_id 1 has "idx" [0]'),
+        ([line(label="b"), line(idx=1, label="b")], 1, 'doc_id 0 has "idx" [0, 1]'),
+        ([line(idx=1)], 1, 'doc_id 0 has "idx" [1], which must count from 0, and "label" 0, whi'),
+        ([line(), line()], 1, 'doc_id 0 has "idx" [0, 0]'),
     ],
 )
 def test_bad_lines_are_named_by_file_line_and_field(tmp_path, lines, number, reason):

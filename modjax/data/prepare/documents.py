@@ -103,10 +103,7 @@ def _decoded(path: Path, raw: IO[bytes]) -> IO[str]:
 
 
 def json_lines(path: Path, field: str) -> Iterator[tuple[int, Any]]:
-    """Yields the line number, from 1, and the JSON value of each line that is not blank.
-
-    Raises InputError for `field` if the file, or a line, is unusable.
-    """
+    """Yields the line number, from 1, and the value of each line of JSON that is not blank."""
     with _opened(path, field) as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
