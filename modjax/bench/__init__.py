@@ -28,6 +28,7 @@ BENCHMARKS = {
     "moe": "mixture of experts and MoDE: train step and decoding against dense, on a TPU slice",
     "altup": "Alternating Updates: train step and decoding against dense, Sequence-AltUp",
     "pretrained": "a pretrained model against transformers: prefill, decoding, memory of loading",
+    "skip": "Skip: prefill, decoding and tuning of routers in a model of SmolLM2's shape",
     "sweep": "a small sweep, twice: overhead, compilation from the cache, waiting for data",
     "demo": "`make demo` from a clean clone, install included (minutes, and a network)",
 }

@@ -100,20 +100,22 @@ def per_flop(
     return ratio(seconds, over, under) / (flops[over] / flops[under])
 
 
-def jax_step(config: ModelSpec) -> Step:
-    """Returns a compiled train step on TOKENS_BL, on one device."""
+def jax_step(config: ModelSpec, train: TrainConfig = TRAIN) -> Step:
+    """Returns a compiled train step on one device, on tokens of TOKENS_BL."""
     execution = Execution(data=1)
-    mesh, model = make_mesh(execution), abstract_model(config)
+    mesh, model = make_mesh(execution), abstract_model(config, train.trained)
+    shape = train.batch_size, train.seq_len
+    tokens_BL = TOKENS_BL[: shape[0], : shape[1] + 1].astype(np.int32)
     batch = Batch(
-        inputs_BL=TOKENS_BL[:, :-1].astype(np.int32),
-        targets_BL=TOKENS_BL[:, 1:].astype(np.int32),
-        segment_ids_BL=np.ones((TRAIN.batch_size, TRAIN.seq_len), np.int32),
-        weights_BL=np.ones((TRAIN.batch_size, TRAIN.seq_len), np.float32),
+        inputs_BL=tokens_BL[:, :-1],
+        targets_BL=tokens_BL[:, 1:],
+        segment_ids_BL=np.ones(shape, np.int32),
+        weights_BL=np.ones(shape, np.float32),
     )
     with jax.set_mesh(mesh):
-        state = init_state(mesh, model, TRAIN)
-        train_step = lower_train_step(mesh, model, TRAIN, execution).compile()
-        placed, schedule = put_batch(batch, mesh), make_schedule(TRAIN)
+        state = init_state(mesh, model, train)
+        train_step = lower_train_step(mesh, model, train, execution).compile()
+        placed, schedule = put_batch(batch, mesh), make_schedule(train)
 
     def step():
         nonlocal state

@@ -51,7 +51,7 @@ def test_every_benchmark_declares_its_rows():
         rows = importlib.import_module(f"modjax.bench.{name}").ROWS
         assert all(row.value is None and row.better in ("lower", "higher") for row in rows)
         whats += [row.what for row in rows]
-    assert len(whats) == len(set(whats)) == 35
+    assert len(whats) == len(set(whats)) == 50
 
 
 def test_json_holds_every_row_and_a_failure_costs_only_its_own_values(add, capsys):

@@ -1,0 +1,107 @@
+"""Tunes and scores every cell of the table, one after another; what is done is not done again.
+
+Command   python experiments/router_tuning/run.py --pretrained=PATH --work=work/router_tuning
+Before    texts.py; `modjax data prepare --text work/router_tuning/texts/tune.jsonl --name tune
+          --tokenizer=PATH --data-dir=work/router_tuning/data`; layers.json by `modjax tune
+          --measure-layers --json`; tasks/lambada.jsonl.gz, as texts.py names it
+Cost      about 10 minutes a cell on 2 idle cores
+Writes    results/CELL/KIND.json and KIND-lambada.json beside this file, as `modjax score --json`
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TEXTS = ("books", "speeches", "passages")
+ATTENTION = "inner=attention unit=token capacity=0.75"
+CELLS = {
+    "attention-token-75": ATTENTION,
+    "attention-token-50": "inner=attention unit=token capacity=0.5",
+    "attention-token-75-base": f"{ATTENTION} objective=base",
+    "attention-sequence-75": "inner=attention unit=sequence capacity=0.75",
+    "attention-token-75-seed1": f"{ATTENTION} seed=1",
+    "attention-token-75-seed2": f"{ATTENTION} seed=2",
+    "mlp-token-75": "inner=mlp unit=token capacity=0.75",
+    "block-token-75": "inner=block unit=token capacity=0.75",
+    "attention-token-published": f"{ATTENTION} rule=mindskip",
+    "attention-sequence-published": "inner=attention unit=sequence capacity=0.75 rule=mindskip",
+    "attention-token-75-routed": f"{ATTENTION} keys=routed",
+    "attention-sequence-50": "inner=attention unit=sequence capacity=0.5",
+    "mlp-token-50": "inner=mlp unit=token capacity=0.5",
+    "block-token-50": "inner=block unit=token capacity=0.5",
+    "mlp-sequence-75": "inner=mlp unit=sequence capacity=0.75",
+    "block-sequence-75": "inner=block unit=sequence capacity=0.75",
+}
+
+
+def call(*arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-m", "modjax.cli", *arguments]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE
+    )
+    return done.stdout.decode()
+
+
+def chosen(work: Path, kind: str, count: int = 15) -> list[int]:
+    """Returns the parts that cost the least, the numbers of their blocks in ascending order."""
+    found = json.loads((work / "layers.json").read_text())
+    return sorted(one["layer"] for one in [o for o in found if o["part"] == kind][:count])
+
+
+def score(work: Path, pretrained: str, out: Path, kind: str, routers: Path) -> None:
+    shared = ("score", f"--pretrained={pretrained}", f"--routers={routers}", "--json")
+    shared += ("--imports", str(HERE / "controls.py"))
+    files = {
+        f"{kind}.json": ["--text", *(f"{work}/texts/{name}.jsonl" for name in TEXTS)],
+        f"{kind}-lambada.json": ["--tasks", f"{work}/tasks/lambada.jsonl.gz", "--limit=500"],
+    }
+    for name, options in files.items():
+        if not (out / name).exists():
+            found = call(*shared, *options)
+            (out / name).write_text(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pretrained", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    args = parser.parse_args()
+    sys.path.insert(0, str(HERE))
+    for name, cell in CELLS.items():
+        out, files = HERE / "results" / name, args.work / "runs" / name
+        kind = cell.split()[0].removeprefix("inner=")
+        layers = ",".join(map(str, chosen(args.work, kind)))
+        tune = ("tune", f"--pretrained={args.pretrained}", f"--config={HERE / 'config.py'}")
+        tune += (f"--workdir={files}", f"--data-dir={args.work / 'data'}")
+        routers = Path(call(*tune, CELL=f"{cell} layers={layers}").splitlines()[-1].split()[0])
+        out.mkdir(parents=True, exist_ok=True)
+        score(args.work, args.pretrained, out, "tuned", routers)
+        (pooled,) = (
+            s for s in json.loads((out / "tuned.json").read_text()) if s["name"] == "pooled"
+        )
+        shares = [v["skip_capacity"] for at, v in sorted_layers(pooled["layers"])]
+        from controls import KINDS, write
+
+        controls = args.work / "controls" / name
+        if not controls.exists():
+            write(Path(args.pretrained), routers, shares, controls)
+        for control in KINDS:
+            score(args.work, args.pretrained, out, control, controls / f"{control}.safetensors")
+        print(f"{name}: done", flush=True)
+
+
+def sorted_layers(layers):
+    """Returns the layers of a score in the order of the model."""
+    from modjax.pretrained.tensors import by_number
+
+    return sorted(
+        ((n, v) for n, v in layers.items() if n != "all"), key=lambda kv: by_number(kv[0])
+    )
+
+
+if __name__ == "__main__":
+    main()
