@@ -2,8 +2,8 @@
 
 Command   python experiments/router_tuning/run.py --pretrained=PATH --work=work/router_tuning
 Before    texts.py; `modjax data prepare --text work/router_tuning/texts/tune.jsonl --name tune
-          --tokenizer=PATH --data-dir=work/router_tuning/data`; layers.json by `modjax tune
-          --measure-layers --json`; tasks/lambada.jsonl.gz, as texts.py names it
+          --tokenizer=PATH --data-dir=work/router_tuning/data`; layers.txt, as `modjax tune
+          --measure-layers` prints it; tasks/lambada.jsonl.gz, as texts.py names it
 Cost      about 10 minutes a cell on 2 idle cores
 Writes    results/CELL/KIND.json and KIND-lambada.json beside this file, as `modjax score --json`
 """
@@ -11,9 +11,14 @@ Writes    results/CELL/KIND.json and KIND-lambada.json beside this file, as `mod
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from controls import KINDS, write
+
+from modjax.pretrained.tensors import by_number
 
 HERE = Path(__file__).resolve().parent
 TEXTS = ("books", "speeches", "passages")
@@ -46,10 +51,11 @@ def call(*arguments: str, **environment: str) -> str:
     return done.stdout.decode()
 
 
-def chosen(work: Path, kind: str, count: int = 15) -> list[int]:
-    """Returns the parts that cost the least, the numbers of their blocks in ascending order."""
-    found = json.loads((work / "layers.json").read_text())
-    return sorted(one["layer"] for one in [o for o in found if o["part"] == kind][:count])
+def chosen(work: Path, kind: str) -> list[int]:
+    """Returns the numbers of the blocks whose `kind` costs the least, in ascending order."""
+    said = re.search(rf"^{kind.upper()} = (.*)$", (work / "layers.txt").read_text(), re.M)
+    assert said is not None
+    return json.loads(said[1])
 
 
 def score(work: Path, pretrained: str, out: Path, kind: str, routers: Path) -> None:
@@ -70,7 +76,6 @@ def main() -> None:
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
-    sys.path.insert(0, str(HERE))
     for name, cell in CELLS.items():
         out, files = HERE / "results" / name, args.work / "runs" / name
         kind = cell.split()[0].removeprefix("inner=")
@@ -80,27 +85,16 @@ def main() -> None:
         routers = Path(call(*tune, CELL=f"{cell} layers={layers}").splitlines()[-1].split()[0])
         out.mkdir(parents=True, exist_ok=True)
         score(args.work, args.pretrained, out, "tuned", routers)
-        (pooled,) = (
-            s for s in json.loads((out / "tuned.json").read_text()) if s["name"] == "pooled"
-        )
-        shares = [v["skip_capacity"] for at, v in sorted_layers(pooled["layers"])]
-        from controls import KINDS, write
-
+        scores = {one["name"]: one for one in json.loads((out / "tuned.json").read_text())}
+        layers = scores["pooled"]["layers"]
+        names = sorted((name for name in layers if name != "all"), key=by_number)
+        shares = [layers[name]["skip_capacity"] for name in names]
         controls = args.work / "controls" / name
         if not controls.exists():
             write(Path(args.pretrained), routers, shares, controls)
         for control in KINDS:
             score(args.work, args.pretrained, out, control, controls / f"{control}.safetensors")
         print(f"{name}: done", flush=True)
-
-
-def sorted_layers(layers):
-    """Returns the layers of a score in the order of the model."""
-    from modjax.pretrained.tensors import by_number
-
-    return sorted(
-        ((n, v) for n, v in layers.items() if n != "all"), key=lambda kv: by_number(kv[0])
-    )
 
 
 if __name__ == "__main__":
