@@ -28,8 +28,13 @@ from tests.training.tiny import initial_state, run_spec
 
 CODEC = Bytes()
 SEQ_LEN = 16
-TEXTS = {  # their last windows have 16, 2, 9, 9 and 9 tokens
-    "first": ["The cat sat on the mat, and so did a hat", "ab", "x", "Some more words: 123, 45!"],
+TEXTS = {  # all last windows have 9 tokens, but for a text of one token, which has no window
+    "first": [
+        "The cat sat on the mat, and so did my hat",
+        "An end: x",
+        "x",
+        "Some more words: 123, 45!",
+    ],
     "second": ["Another file with just one document in it, and it is the end of it. It's."],
 }
 
