@@ -21,13 +21,13 @@ def tune(args: argparse.Namespace) -> int:
     args.config = f"{args.config}:{args.pretrained}"
     experiment = verbs.experiment_of(args)
     spec = verbs.choose(args, experiment.specs)
+    given = os.path.realpath(args.pretrained)
+    accepted = f"must be {given}, the model of --pretrained and the argument of get_config()"
+    require(spec.base == given, "config.base", spec.base, accepted)
     if args.measure_layers:
         return _measure_layers(args, spec)
     accepted = "must be 'routers': `modjax train` trains all weights"
     require(spec.train.trained == "routers", "train.trained", spec.train.trained, accepted)
-    given = os.path.realpath(args.pretrained)
-    accepted = f"must be {given}, the model of --pretrained and the argument of get_config()"
-    require(spec.base == given, "config.base", spec.base, accepted)
     with starting():
         from modjax.pretrained import open_files, save_routers
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -14,9 +15,10 @@ pytest.importorskip("safetensors", reason="the extra `pretrained`")
 
 from safetensors.numpy import load_file
 
-import modjax
+from modjax import from_pretrained
 from modjax.data.batches import eval_batches
 from modjax.data.token_cache import cache_dir, open_cache
+from modjax.finished.runs import load as load_run
 from modjax.records import read_records, run_dir
 from modjax.scaling.plan.experiment import load
 from modjax.specs import Execution
@@ -75,13 +77,13 @@ def test_a_finished_run_writes_its_routers(arguments, trained, tmp_path, said):
     workdir = shutil.copytree(trained, tmp_path / "work")
     code, out, err = said(*arguments, f"--workdir={workdir}")
     assert code == 0, err
-    run, file = modjax.load(run_of(workdir)), run_of(workdir) / "routers.safetensors"
+    run, file = load_run(run_of(workdir)), run_of(workdir) / "routers.safetensors"
     content = file.read_bytes()
     assert "new weights, not in" in err and "router.w" in err
     assert out.splitlines()[-1] == f"{file} ({len(content) / 1000:.3g}kB)"
     assert len(content) < 10_000
 
-    found = modjax.from_pretrained(arguments[1].partition("=")[2], routers=file)
+    found = from_pretrained(arguments[1].partition("=")[2], routers=file)
     assert (found.spec, found.graphdef) == (run.spec.model, run.graphdef)
     tokens = np.random.default_rng(0).integers(3, 259, (2, 24))
 
@@ -124,6 +126,27 @@ def test_each_part_is_dropped_alone(arguments, tiny_data_dir, quick_compiles, sa
         gap_B = np.mean(loss_BL - whole_BL, axis=1)
         assert one["increase"] == pytest.approx(gap_B.mean(), abs=1e-5)
         assert one["sem"] == pytest.approx(np.std(gap_B, ddof=1) / np.sqrt(8), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_in_the_same_file(arguments, tmp_path, modjax):
+    long = (*arguments, "--config.train.steps=1500", "--config.execution.log_every=1")
+    files = []
+    for name, stops in {"whole": False, "stopped": True}.items():
+        command = (*long, f"--workdir={tmp_path / name}")
+        process = modjax(*command)
+        if stops:
+            metrics = f"{name}/runs/*/metrics.jsonl"
+            while sum(path.read_text().count("\n") for path in tmp_path.glob(metrics)) < 10:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait() == 75
+            assert not list(tmp_path.glob(f"{name}/runs/*/routers.safetensors"))
+            process = modjax(*command)
+        assert process.wait() == 0, process.stderr.read()
+        files += [path.read_bytes() for path in tmp_path.glob(f"{name}/runs/*/routers.safetensors")]
+    assert files[0] == files[1] and len(files) == 2
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,17 @@ def test_the_config_of_the_repository_wraps_every_other_block(base):
     check_base(spec, abstract_model(spec.model, "routers"))
 
 
+def test_the_config_of_router_tuning_routes_the_second_half_without_the_last(base):
+    folder, _ = base
+    config = Path(__file__).parents[2] / "configs" / "router_tuning.py"
+    (spec,) = experiment.load(f"{config}:{folder}", ["train.objective=base"]).specs
+    routed = ["Skip(" in str(block) for block in spec.model.blocks()]
+    assert routed == [False, True, True, False]
+    tokens = spec.train.batch_size * spec.train.seq_len
+    assert (spec.train.trained, tokens, spec.train.weight_decay) == ("routers", 512, 0)
+    check_base(spec, abstract_model(spec.model, "routers"))
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [

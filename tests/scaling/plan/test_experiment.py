@@ -242,6 +242,14 @@ def test_a_config_without_a_sweep_is_one_run():
     assert (spec.train.steps, spec.train.seed, spec.variant) == (70, 3, "dense-mod")
 
 
+@pytest.mark.parametrize("times, variant", [(8, "dense-mod-" * 7 + "dense-mod"), (12, "dense-mod")])
+def test_a_model_of_many_segments_has_a_name_that_a_folder_can_have(times, variant):
+    segments = ", ".join(["Repeat(Dense(), times=1), Repeat(MoD(), times=1)"] * times)
+    overrides = [f"model.layers={segments}", f"model.num_layers={2 * times}"]
+    (spec,) = load(str(CONFIGS / "single.py"), overrides).specs
+    assert spec.variant == variant
+
+
 def test_a_field_that_may_be_left_out_can_be_overridden():
     (spec,) = load(str(CONFIGS / "single.py"), ["model.head_dim=8"]).specs
     assert spec.model.head_dim == spec.model.shape.head_dim == 8
