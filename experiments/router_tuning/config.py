@@ -7,7 +7,7 @@ import os
 
 import ml_collections
 
-from modjax import MLP, Attention, Centred, MindSkip, Prompt, Quantile, Seq, Skip, Zero
+from modjax import MLP, Attention, Centred, First, MindSkip, Quantile, Seq, Skip, Zero
 from modjax.pretrained import model_fields
 
 SETTINGS = {
@@ -32,7 +32,7 @@ def get_config(path):
         "keys": chosen["keys"],
         "router": Zero() if published else Centred(),
         "rule": MindSkip() if published else Quantile(),
-        "causal": Prompt(),
+        "causal": First(32),
     }
     numbers = [int(n) for n in chosen["layers"].split(",") if n] or list(range(14, 29))
 
@@ -55,7 +55,7 @@ def get_config(path):
         "warmup_steps": max(1, steps * 3 // 100),
         "final_learning_rate_fraction": 0.0,
         "weight_decay": 0.0,
-        "eval_sequences": 24,
+        "eval_sequences": 12,
         "trained": "routers",
         "seed": int(chosen["seed"]),
     }

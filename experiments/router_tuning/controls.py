@@ -19,7 +19,7 @@ from modjax.nn import At, Call, LayerModule, Out, make_param
 from modjax.nn.weights import places
 from modjax.pretrained import from_pretrained, save_routers
 from modjax.pretrained.tensors import abstract, by_number
-from modjax.specs import Cost, Prompt, Router, Seq, Skip
+from modjax.specs import Cost, First, Router, Seq, Skip
 from modjax.specs.layer import segments_of
 
 GOLDEN = 0.6180339887  # its multiples modulo 1 are evenly spread
@@ -75,7 +75,7 @@ def write(base: Path, routers: Path, shares: list[float], out: Path) -> None:
 
         def skip(layer, router=router):
             if isinstance(layer, Skip):
-                return dataclasses.replace(layer, router=router, unit="token", causal=Prompt())
+                return dataclasses.replace(layer, router=router, unit="token", causal=First(1))
             if isinstance(layer, Seq):
                 return Seq(*(skip(part, router) for part in layer.parts))
             return layer

@@ -53,7 +53,7 @@ def measure_layers(spec: RunSpec, data_dir: Path) -> list[Without]:
     names = sorted(found, key=by_number)  # those of attention and MLP, block by block
     with jax.set_mesh(mesh):
         state = initial_state(mesh, model, spec)
-        step = compile_eval_step(mesh, model, spec.train, routing="threshold")
+        step = compile_eval_step(mesh, model, spec.train, routing="trained")
         batches = list(validation_batches(cache, spec.train, mesh))
 
         def scores(dropped: tuple[str, ...]) -> Any:
