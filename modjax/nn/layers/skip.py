@@ -30,8 +30,8 @@ class Skip(LayerModule):
     def __init__(self, spec: specs.Skip, shape: specs.Shape, *, rngs: nnx.Rngs):
         self.spec, self.norm_eps = spec, shape.norm_eps
         # The name of the first sublayer in `inner`; None if it is `inner` itself.
-        sequence = isinstance(spec.inner, specs.Seq)
-        self.name = next(iter(names(spec.inner.parts))) if sequence else None
+        inner = spec.inner
+        self.name = next(iter(names(inner.parts))) if isinstance(inner, specs.Seq) else None
         self.sees_all = spec.keys == "all" and isinstance(spec.first, specs.Attention)
         self.inner = build(spec.inner, shape, rngs=rngs)
         single = shape._replace(streams=1)
