@@ -10,7 +10,6 @@ import sys
 from modjax.backend import start, starting
 from modjax.cli import verbs
 from modjax.errors import require
-from modjax.specs import RunSpec
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -25,7 +24,16 @@ def tune(args: argparse.Namespace) -> int:
     accepted = f"must be {given}, the model of --pretrained and the argument of get_config()"
     require(spec.base == given, "config.base", spec.base, accepted)
     if args.measure_layers:
-        return _measure_layers(args, spec)
+        from modjax.cli.tables import dropped_text
+
+        start()
+        with starting():
+            from modjax.finished.sublayers import measure_layers
+
+        found = measure_layers(spec, args.data_dir)
+        values = [one._asdict() for one in found]
+        print(verbs.json_text(values) if args.json else dropped_text(found))
+        return 0
     accepted = "must be 'routers': `modjax train` trains all weights"
     require(spec.train.trained == "routers", "train.trained", spec.train.trained, accepted)
     with starting():
@@ -47,16 +55,4 @@ def tune(args: argparse.Namespace) -> int:
         save_routers(file, spec.model, run.weights, given)
     said = f"{file} ({count(file.stat().st_size)}B)"
     print(said, file=sys.stderr if args.json else sys.stdout)
-    return 0
-
-
-def _measure_layers(args: argparse.Namespace, spec: RunSpec) -> int:
-    from modjax.cli.tables import dropped_text
-
-    start()
-    with starting():
-        from modjax.finished.sublayers import measure_layers
-
-    found = measure_layers(spec, args.data_dir)
-    print(verbs.json_text([one._asdict() for one in found]) if args.json else dropped_text(found))
     return 0

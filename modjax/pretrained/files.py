@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,6 @@ class Files:
     shapes: Mapping[str, tuple[int, ...]]
     dtype: str
     read: Callable[[str, Index], np.ndarray]
-
-    def before(self, other: "Files") -> "Files":
-        """Returns the other's files, with the tensors of these in place of any of the same name."""
-        shapes = {**other.shapes, **self.shapes}
-
-        def read(name: str, index: Index) -> np.ndarray:
-            return (self if name in self.shapes else other).read(name, index)
-
-        return replace(other, path=f"{self.path}, {other.path}", shapes=shapes, read=read)
 
 
 def open_files(path: str | Path) -> Files:
@@ -125,7 +116,7 @@ def fingerprint(files: Files) -> str:
 
 
 def open_routers(path: str | Path, base: Files) -> tuple[ModelSpec, Files]:
-    """Returns the model that a routers file describes, and the file's tensors.
+    """Returns the model that a routers file describes, and the file, which reads its base, too.
 
     Raises InputError for another file, and for routers of another base.
     """
@@ -143,7 +134,11 @@ def open_routers(path: str | Path, base: Files) -> tuple[ModelSpec, Files]:
     accepted = f"are routers of another base: the fingerprint of {base.path} is {found!r}"
     require(expected == found, f"{path}: base", expected, accepted)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return spec, Files(str(path), {}, shapes, "float32", lambda name, at: tensors[name][at])
+
+    def read(name: str, index: Index) -> np.ndarray:
+        return tensors[name][index] if name in tensors else base.read(name, index)
+
+    return spec, Files(str(path), base.config, shapes, "float32", read)
 
 
 def write_tensors(

@@ -78,7 +78,7 @@ def from_pretrained(
     if added is not None:
         own = router_slots(model, slots)
         check_tensors(added, own)
-        slots, files = slots | own, added.before(files)
+        slots, files = slots | own, added
 
     def struct(path: Any, variable: Any) -> jax.ShapeDtypeStruct:
         axes, name = variable.get_metadata("out_sharding"), ".".join(map(str, path))

@@ -79,6 +79,7 @@ def test_routed_layers_are_refused(finished_workdir, tiny_data_dir, capsys, tmp_
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "model.layers = 'MoD(Dense(), capacity=0.25" in err and "cannot be exported" in err
+    assert "`modjax tune` writes tuned routers to a file beside their base" in err
     assert not (tmp_path / "new").exists()
 
 
