@@ -62,7 +62,11 @@ def score(work: Path, pretrained: str, out: Path, kind: str, routers: Path) -> N
     shared = ("score", f"--pretrained={pretrained}", f"--routers={routers}", "--json")
     shared += ("--imports", str(HERE / "controls.py"))
     files = {
-        f"{kind}.json": ["--text", *(f"{work}/texts/{name}.jsonl" for name in TEXTS)],
+        f"{kind}.json": [
+            "--seq-len=256",
+            "--text",
+            *(f"{work}/texts/{name}.jsonl" for name in TEXTS),
+        ],
         f"{kind}-lambada.json": ["--tasks", f"{work}/tasks/lambada.jsonl.gz", "--limit=500"],
     }
     for name, options in files.items():

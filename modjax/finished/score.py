@@ -52,12 +52,15 @@ class Score(NamedTuple):
       "accuracy", and "per byte", which divides log likelihoods by bytes. Other tasks have "greedy",
       the share of continuations that greedy decoding reproduces. Each as `compare` returns it.
     layers: layer -> name -> value, see `Record.outcome`; "all" is all layers together.
+    units: each measure of the model in each unit of the bootstrap, and the units' weights, so that
+      two models can be compared.
     """
 
     name: str
     count: int
     measures: dict[str, dict[str, Any]]
     layers: dict[str, dict[str, float]]
+    units: dict[str, list[float]]
 
 
 def text_units(speaker: Speaker, path: Path, texts: Sequence[str], seq_len: int) -> list[Unit]:
@@ -122,8 +125,18 @@ def score(
         each = {key: compare([one[key] for one in measured], weights_J) for key in measured[0]}
         whole, layers = outcomes(counted)
         layers = {"all": whole, **layers} if layers else {}
-        scores.append(Score(name, int(weights_J.sum()), each, layers))
+        units = {**measured[0], "weight": weights_J}
+        units = {key: values_J.tolist() for key, values_J in units.items()}
+        scores.append(Score(name, int(weights_J.sum()), each, layers, units))
     return scores
+
+
+def say(reported: float, progress: str) -> float:
+    """Prints a line of progress unless the last one is recent; returns the time of the last one."""
+    if time.monotonic() - reported < SECONDS_BETWEEN_LINES:
+        return reported
+    print(f"modjax: {progress}", file=sys.stderr, flush=True)
+    return time.monotonic()
 
 
 def _measures(units: Sequence[Unit], nats_B: Any, greedy_B: Any, tasks: bool) -> dict[str, Any]:
@@ -158,9 +171,8 @@ def _scored(
         scored = _step(speaker.graphdef, weights, tokens_BL, ends_B2, key, routing, width is None)
         found.append(jax.device_get(scored))  # the last batch alone has rows of padding
         done += len(chunk)
-        if time.monotonic() - reported > SECONDS_BETWEEN_LINES:
-            reported, of = time.monotonic(), f"{done:,} of {len(rows):,} sequences"
-            print(f"modjax: {name}, routing {routing}: {of}", file=sys.stderr)
+        of = f"{done:,} of {len(rows):,} sequences"
+        reported = say(reported, f"{name}, routing {routing}: {of}")
     back = np.argsort(order)
     return jax.tree.map(lambda *parts: np.concatenate(parts)[back], *found)
 
@@ -174,7 +186,12 @@ def _step(graphdef, weights, tokens_BL, ends_B2, key, routing, tasks):
     scored_BL = valid_BL & (places_1L >= first_B1)
     # A layer that decides for a whole sequence of a task sees its context only.
     prompt_BL = places_1L <= first_B1 if tasks else None
-    options = {"key": key, "routing": routing, "prompt_BL": prompt_BL, "layer_loop": "scan"}
+    options = {
+        "key": key,
+        "routing": routing,
+        "prompt_BL": prompt_BL,
+        "layer_loop": "scan" if tasks else "auto",
+    }
     x_BLD, records = model.features(tokens_BL[:, :-1], valid_BL.astype(jnp.int32), **options)
     arrays, vocab = (x_BLD, tokens_BL[:, 1:]), model.config.vocab_size
     signed_BL = in_chunks(_signed_nats, model.head, *arrays, numbers=vocab)

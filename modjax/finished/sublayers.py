@@ -1,6 +1,7 @@
 """The loss of a pretrained model without one of its sublayers or blocks."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from modjax.data.token_cache import cache_dir, check_vocab, open_cache
+from modjax.finished.score import say
 from modjax.nn.weights import places
 from modjax.pretrained import pretrained_spec
 from modjax.pretrained.tensors import abstract, by_number
@@ -53,7 +55,7 @@ def measure_layers(spec: RunSpec, data_dir: Path) -> list[Without]:
     names = sorted(found, key=by_number)  # those of attention and MLP, block by block
     with jax.set_mesh(mesh):
         state = initial_state(mesh, model, spec)
-        step = compile_eval_step(mesh, model, spec.train, routing="trained")
+        step = compile_eval_step(mesh, model, spec.train, layer_loop="auto", routing="trained")
         batches = list(validation_batches(cache, spec.train, mesh))
 
         def scores(dropped: tuple[str, ...]) -> Any:
@@ -65,11 +67,12 @@ def measure_layers(spec: RunSpec, data_dir: Path) -> list[Without]:
                 leaf[place.index] = np.inf
             return evaluate(step, joined(state.params, state.frozen, measured), batches)
 
-        all_of_it, results = scores(()), []
+        all_of_it, results, reported = scores(()), [], time.monotonic()
         for i, pair in enumerate(zip(names[::2], names[1::2], strict=True)):
             parts = {"attention": pair[:1], "mlp": pair[1:], "block": pair}
             for part, dropped in parts.items():
                 one = scores(dropped)
                 gap = difference(one, all_of_it)
                 results.append(Without(part, i, summarise(one).loss, gap.loss, gap.sem))
+            reported = say(reported, f"measured {i + 1} of {len(blocks)} blocks")
     return sorted(results, key=lambda result: result.increase)

@@ -59,12 +59,15 @@ def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, execution: Executi
     )
 
 
-def compile_eval_step(mesh: Mesh, model: Model, train: TrainConfig, **routing: Any) -> Callable:
+def compile_eval_step(
+    mesh: Mesh, model: Model, train: TrainConfig, *, layer_loop: str = "scan", **routing: Any
+) -> Callable:
     """Returns the function (weights, batch, index) of `make_eval_step` for the run's seed.
 
-    Layers are scanned: a few evaluations save less than unrolled layers cost to compile.
+    layer_loop: by default, layers are scanned: a few evaluations save less than unrolled layers
+      cost to compile.
     """
-    step = make_eval_step(model.graphdef, train, layer_loop="scan", **routing)
+    step = make_eval_step(model.graphdef, train, layer_loop=layer_loop, **routing)
     seed, weights = jnp.int32(train.seed), joined(*abstract_weights(mesh, model))
     batch = abstract_batch(mesh, eval_batch_size(mesh), train.seq_len)
     jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
