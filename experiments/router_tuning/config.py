@@ -55,7 +55,7 @@ def get_config(path):
         "warmup_steps": max(1, steps * 3 // 100),
         "final_learning_rate_fraction": 0.0,
         "weight_decay": 0.0,
-        "eval_sequences": 12,
+        "eval_sequences": 8,
         "trained": "routers",
         "seed": int(chosen["seed"]),
     }

@@ -67,8 +67,10 @@ def score(work: Path, pretrained: str, out: Path, kind: str, routers: Path) -> N
             "--text",
             *(f"{work}/texts/{name}.jsonl" for name in TEXTS),
         ],
-        f"{kind}-lambada.json": ["--tasks", f"{work}/tasks/lambada.jsonl.gz", "--limit=500"],
     }
+    if kind == "tuned":
+        task = ["--tasks", f"{work}/tasks/lambada.jsonl.gz", "--limit=250"]
+        files["tuned-lambada.json"] = task
     for name, options in files.items():
         if not (out / name).exists():
             found = call(*shared, *options)

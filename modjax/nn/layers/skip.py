@@ -40,7 +40,6 @@ class Skip(LayerModule):
 
     def __call__(self, x: jax.Array, at: At, call: Call, cache: MoDCache | None = None) -> Out:
         batch, length = x.shape[:2]
-        at = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape[1:])), at)
         state = self._start(batch) if cache is None else cache.state
         scores_BL, records, state = self._score(x, at, call, state, cached=cache is not None)
         bound = self.rule.bound()
@@ -184,7 +183,9 @@ class Skip(LayerModule):
             depth_BL = jnp.where(at.valid_BL, 1 + out.depth_BL, 0)
             return Out(change, unwritten(out.write), {}, {}, depth_BL)
 
-        inputs = x, at._replace(valid_BL=selected_BL), cache
+        at = at._replace(valid_BL=selected_BL)
+        at = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:])), at)
+        inputs = x, at, cache
         out = run_rows(run, inputs, jnp.any(selected_BL, axis=1))
         return out._replace(x=x + out.x)
 
