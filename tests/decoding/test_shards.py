@@ -26,7 +26,7 @@ SPEC = ModelSpec(
 TOKENS = np.random.default_rng(0).integers(0, 64, (16, 10)).astype(np.int32)
 
 
-@pytest.mark.parametrize("new", [1, 2])
+@pytest.mark.parametrize("new", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_only_the_number_of_routed_rows_is_shared(new):
     graphdef, params = nnx.split(modjax.Transformer(SPEC, rngs=nnx.Rngs(0)))
 

@@ -84,6 +84,27 @@ def test_queries_and_keys_may_be_at_different_positions_and_some_keys_hidden(mas
     close(got, plain(q, k, v, seen))
 
 
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Window(4), Prefix(7)], ids=str)
+def test_gathered_queries_see_the_same_though_later_blocks_of_keys_are_not_read(monkeypatch, mask):
+    monkeypatch.setattr(attention, "MIN_QUERY_CHUNK", 2)
+    monkeypatch.setattr(attention, "KEY_BLOCK", 4)
+    q, k, v = tensors(5)
+    places = np.array([[0, 2, 3, 7, 8], [1, 4, 5, 6, 0]])  # the last one does not count
+    queries = Side(*(np.take_along_axis(x, places, axis=1) for x in (POSITIONS, SEGMENTS)))
+    hidden = np.random.default_rng(2).random((B, L)) < 0.2
+    keys = Side(POSITIONS, SEGMENTS, ~hidden)
+    scoring = Scoring(mask, softcap=2.0)
+    got = jax.jit(lambda *x: attend(*x, scoring, queries, keys, jnp.asarray(places)))(q, k, v)
+
+    def seen(b, i, j):
+        shown = MASKS[mask](queries.positions_BL[b, i], POSITIONS[b, j])
+        return shown and queries.segments_BL[b, i] == SEGMENTS[b, j] and not hidden[b, j]
+
+    expected = plain(q, k, v, seen, softcap=2.0)
+    close(got[0], expected[0])
+    close(got[1, :, :4], expected[1, :, :4])
+
+
 def test_a_query_that_sees_no_key_is_given_nothing_and_no_gradient_is_lost():
     q, k, v = (jnp.asarray(x) for x in tensors())
     side = Side(jnp.asarray(POSITIONS), None, jnp.zeros((B, L), bool).at[0].set(True))

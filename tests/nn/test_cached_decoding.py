@@ -158,7 +158,7 @@ def overflows(layer):
     return int(np.sum(layer["requested_BL"] & ~layer["selected_BL"]))
 
 
-DEFAULT = [("causal", None), ("threshold", 1.0), ("paced", 1.0)]
+DEFAULT = [("causal", None)]
 DEFAULT += [("auxiliary", slack) for slack in (None, 1.0)]
 
 

@@ -79,10 +79,8 @@ def test_cached_decoding_equals_the_full_causal_pass(name):
     check(MODELS[name], "causal", None)
 
 
-SLOW = [pytest.param(routing, marks=pytest.mark.slow) for routing in ("predictor", "threshold")]
-
-
-@pytest.mark.parametrize("routing", ["paced", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ["paced", "predictor", "threshold"])
 def test_staged_mode_by_every_routing_with_bounds_that_are_hit_and_not(routing):
     tight = dataclasses.replace(MODELS["staged"][1], capacity=0.1)
     for slack, layers in ((None, MODELS["staged"]), (1.0, [Dense(), tight])):

@@ -61,7 +61,7 @@ KINDS = {
 CASES = (
     ("MoD by ranks", "trained"),
     ("MoD by rules", "trained"),
-    ("MoD in MoD", "threshold"),
+    pytest.param("MoD in MoD", "threshold", marks=pytest.mark.slow),
     ("experts", "trained"),
     pytest.param("MoD by rules", "threshold", marks=pytest.mark.slow),
     pytest.param("MoD by ranks", "predictor", marks=pytest.mark.slow),

@@ -45,7 +45,10 @@ PACED = MoD(MoD(capacity=0.5, causal=Predictor()), capacity=0.7, causal=Predicto
 
 @pytest.mark.parametrize(
     "layer, routing",
-    [*((layer, "causal") for layer in LAYERS.values()), (PACED, "paced")],
+    [
+        *((layer, "causal") for layer in LAYERS.values()),
+        pytest.param(PACED, "paced", marks=pytest.mark.slow),
+    ],
     ids=[*LAYERS, "a pace within a pace"],
 )
 def test_cached_decoding_is_the_full_pass(layer, routing):

@@ -76,7 +76,7 @@ TOKENS = {"rule": Binary(0.5, 0.3), "capacity": 0.5}
     "layers",
     [
         (Seq(Attention(), BALANCED),),
-        (Dense(), MoD(**TOKENS)),
+        pytest.param((Dense(), MoD(**TOKENS)), marks=pytest.mark.slow),
         pytest.param(
             (Dense(), MoD(Seq(Attention(), BALANCED), causal=Predictor(), **TOKENS)),
             marks=pytest.mark.slow,

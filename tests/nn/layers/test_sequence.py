@@ -200,7 +200,8 @@ MODELS = {
 }
 
 
-LONG = ("pooled within MoD", "within altup", "altup of altup")
+LONG = ("pooled within MoD", "within altup", "altup of altup", "within MoD", "streams in MoD")
+LONG += ("pooled around MoD",)
 SLOW = [(name, "causal") for name in LONG]
 SLOW += [(name, "threshold") for name, config in MODELS.items() if config.routed()]
 BY = [(name, "causal") for name in MODELS if name not in LONG]

@@ -5,6 +5,7 @@ Legend: B batch, L positions, D model width, N heads, V vocabulary.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -198,11 +199,11 @@ def decisions(records):
     return [r.selected_BL for r in records.values() if isinstance(r, Skipped)]
 
 
+DEFAULT = [("block", "token", "all"), ("attention", "prompt", "routed"), ("mlp", "first", "all")]
 CASES = [
-    *((inner, unit, keys) for inner in ("block",) for unit in UNITS for keys in ("all", "routed")),
-    ("attention", "token", "all"),
-    ("attention", "prompt", "routed"),
-    ("mlp", "token", "all"),
+    pytest.param(*case, marks=[] if case in DEFAULT else pytest.mark.slow)
+    for case in itertools.product(INNER, UNITS, ("all", "routed"))
+    if case[0] != "mlp" or case[2] == "all"
 ]
 
 
@@ -225,9 +226,15 @@ def test_training_causal_passes_and_cached_reading_decide_and_compute_alike(inne
     "layer, changes",
     [
         (MoD(Skip(Dense(), unit="sequence", causal=RunningMean()), capacity=0.5), {}),
-        (Seq(Skip(Attention()), MoE(2, TokenChoice(1), capacity_factor=None)), {}),
-        (AltUp(Skip(Dense())), {"streams": Recycled(2)}),
-        (Skip(AltUp(), keys="routed"), {"streams": Recycled(2)}),
+        pytest.param(
+            Seq(Skip(Attention()), MoE(2, TokenChoice(1), capacity_factor=None)),
+            {},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(AltUp(Skip(Dense())), {"streams": Recycled(2)}, marks=pytest.mark.slow),
+        pytest.param(
+            Skip(AltUp(), keys="routed"), {"streams": Recycled(2)}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_it_composes(layer, changes):
@@ -291,8 +298,7 @@ def test_caches_have_the_bytes_that_are_counted_and_shrink_with_routed_keys():
     assert found["routed"] * 4 == found["all"]
 
 
-@pytest.mark.parametrize("keys", ["all", "routed"])
-@pytest.mark.parametrize("inner", ["attention", "block"])
+@pytest.mark.parametrize("inner, keys", [("attention", "all"), ("block", "routed")])
 def test_flops_are_those_that_xla_counts(inner, keys):
     # A slack of 1 has one bucket, which holds the capacity. As trained, everything is computed.
     layer = Skip(INNER[inner], capacity=0.25, keys=keys)
@@ -313,7 +319,10 @@ def test_flops_are_those_that_xla_counts(inner, keys):
         assert expected == pytest.approx(counted, rel=0.04)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize(
+    "unit",
+    ["token", *(pytest.param(unit, marks=pytest.mark.slow) for unit in UNITS if unit != "token")],
+)
 def test_what_it_claims_not_to_see_it_does_not_see(unit):
     layers = (Skip(Dense(), **UNITS[unit]),)
     findings = probe(dataclasses.replace(SMALL, layers=layers, num_layers=1), LENGTH)
