@@ -11,7 +11,7 @@ from flax import nnx
 
 from modjax.decoding.generate import Sampling, extend, generate, resume
 from modjax.nn import Routed
-from modjax.specs import Execution, ModelSpec, Predictor
+from modjax.specs import Dense, Execution, ModelSpec, Predictor, Skip
 from modjax.training.mesh import make_mesh, put_batch
 from modjax.training.state import abstract_model, abstract_weights, joined
 from tests.nn.small import behind_a_block, key_values, random_model
@@ -62,6 +62,23 @@ def test_the_causal_call_on_2x2x2_devices_equals_one_device(model):
     assert len(found[0].sharding.device_set) == 8
     for record in (r for r in expected[1].values() if isinstance(r, Routed)):
         assert 0 < np.mean(record.selected_BL) < 1
+
+
+@pytest.mark.slow
+def test_rows_that_skip_on_2x2x2_devices_are_those_of_one_device():
+    layers = (Skip(Dense(), unit="sequence", keys="routed"), Skip(Dense()))
+    config = ModelSpec(24, 16, 2, 2, 2, 32, layers=layers)
+    model = abstract_model(config), nnx.to_pure_dict(random_model(config, std=0.5, seed=3)[1])
+
+    def draw(graphdef, params, put):
+        drawn = generate(
+            graphdef, params, put(TOKENS_BL), max_new_tokens=3, sampling=GREEDY, max_length=15
+        )
+        return drawn.tokens_BO, drawn.depths_BO, drawn.state.logits_BV
+
+    found, expected = on_both(model, draw)
+    assert_close(found, expected)
+    assert 0 < np.mean(expected[1]) < 2
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from modjax.specs import (
     Full,
     Gemma3nAltUp,
     HyperConnection,
+    Linear,
     ManifoldHyperConnection,
     MoD,
     ModelSpec,
@@ -31,6 +32,7 @@ from modjax.specs import (
     Recycled,
     Seq,
     SequenceAltUp,
+    Skip,
     StridePool,
     TokenChoice,
 )
@@ -49,6 +51,7 @@ LAYERS = {
     "dropless": Seq(Attention(), MoE(8, TokenChoice(2), capacity_factor=None)),
     "expert choice": Seq(Attention(), MoE(8, ExpertChoice())),
     "threshold": Seq(Attention(), MoE(8, ExpertThreshold(2))),
+    "skips": Seq(Skip(Attention(), router=Linear()), Skip(MLP(), router=Linear())),
     "staged": MoD(Seq(Attention(), MoE(8, TokenChoice(2))), capacity=0.5),
 }
 MESHES = {
