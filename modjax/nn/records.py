@@ -113,11 +113,8 @@ class Inside(Record):
 
     @classmethod
     def together(cls, records):
-        """Returns the records, each after it has seen itself alone."""
-        return {
-            name: replace(one, record=type(one.record).together({name: one.record})[name])
-            for name, one in records.items()
-        }
+        found = together({name: one.record for name, one in records.items()})
+        return {name: replace(one, record=found[name]) for name, one in records.items()}
 
     @classmethod
     def statistics(cls, records, valid_BL):
@@ -144,6 +141,14 @@ def inside(tree: Any, indices_BK: jax.Array, valid_BK: jax.Array) -> Any:
         return Inside(node, indices_BK, valid_BK) if is_record(node) else node
 
     return jax.tree.map(one, tree, is_leaf=is_record)
+
+
+def together(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Returns the records after each has seen the others of its type."""
+    found: dict[str, Record] = {}
+    for kind in dict.fromkeys(map(type, records.values())):
+        found |= kind.together({name: r for name, r in records.items() if type(r) is kind})
+    return found
 
 
 def is_record(node: Any) -> bool:
@@ -270,10 +275,7 @@ def observe(
         for path, record in records.items()
         for name, part in record.parts().items()
     }
-    for kind in {type(record) for record in every.values()}:
-        mine = {path: record for path, record in every.items() if type(record) is kind}
-        every |= kind.together(mine)
-    for path, record in every.items():
+    for path, record in together(every).items():
         old = {name: leaves[place] for (module, name), place in places.items() if module == path}
         if stacked:
             firsts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((record, old))}

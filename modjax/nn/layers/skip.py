@@ -59,6 +59,9 @@ class Skip(LayerModule):
         odds_BL = jax.nn.sigmoid(scores_BL - bound)
         through_BL = odds_BL - jax.lax.stop_gradient(odds_BL)  # 0, with the gradient of the odds
         gates_BL = wanted_BL.astype(jnp.float32) + through_BL
+        if isinstance(self.spec.pool, specs.First):  # no threshold decides about these positions
+            always_BL = at.positions_BL < self.spec.pool.size
+            scores_BL = jnp.where(always_BL, jnp.inf, scores_BL)
         decided = Skipped(scores_BL, gates_BL, wanted_BL, selected_BL, valid_BL)
         records |= {"": self.rule.report(decided)}
         inner, write = self._look(x, at, call, None if cache is None else cache.inner)

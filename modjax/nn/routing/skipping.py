@@ -67,7 +67,7 @@ class Mean(Record):
 class Skipped(Record):
     """Record of the positions at which a Skip ran its layer.
 
-    scores_BL: scores, pooled if sequences decide.
+    scores_BL: scores, pooled if sequences decide; infinite where a position always runs.
     gates_BL: decisions, 0 or 1, with the straight-through gradient into the scores.
     wanted_BL: positions that were to run. selected_BL: those that ran; the others were dropped.
     valid_BL: False marks padding.
@@ -113,16 +113,16 @@ def _shares(counts: dict[str, Any]) -> dict[str, Any]:
     variance: p (1 - p) averaged over layers and sequences, for the share p of a sequence that ran.
       It is 0 if a layer decides alike at all positions of a sequence.
     """
-    positions_AB = counts["positions"].clip(1)
-    share_AB = counts["selected"] / positions_AB
-    positions_A = positions_AB.sum(axis=1)
-    share_A, wanted_A = (counts[n].sum(axis=1) / positions_A for n in ("selected", "wanted"))
+    number_AB = counts["positions"]  # 0 for a row of padding
+    share_AB = counts["selected"] / number_AB.clip(1)
+    number_A = number_AB.sum(axis=1).clip(1)
+    share_A, wanted_A = (counts[n].sum(axis=1) / number_A for n in ("selected", "wanted"))
     return {
         "capacity": share_A.mean(),
         "overflow": (wanted_A - share_A).mean(),
         "least": share_A.min(),
         "most": share_A.max(),
-        "variance": (share_AB * (1 - share_AB)).mean(),
+        "variance": (share_AB * (1 - share_AB)).sum() / number_AB.clip(0, 1).sum().clip(1),
     }
 
 
@@ -171,15 +171,17 @@ class Followed(Skipped):
         )
         ran = sum(r.capacity * jnp.sum(r.valid_BL).astype(jnp.float32) for r in each)
         descending = -jnp.sort(jnp.where(valid, -scores, jnp.inf))
-        quantile = descending[jnp.maximum(jnp.round(ran).astype(jnp.int32) - 1, 0)]
+        always = jnp.sum(jnp.isposinf(descending))
+        quantile = descending[jnp.maximum(jnp.round(ran).astype(jnp.int32) - 1, always)]
         return {
             name: replace(record, quantile_B=jnp.full_like(record.quantile_B, quantile))
             for name, record in records.items()
         }
 
     def observed(self, measured, updates, tokens=None):
-        old = measured["threshold"]
-        return {"threshold": old + self.rate * (jnp.mean(self.quantile_B) - old)}
+        old, quantile = measured["threshold"], jnp.mean(self.quantile_B)
+        known = jnp.isfinite(quantile)  # unless no layer had a position to decide about
+        return {"threshold": jnp.where(known, old + self.rate * (quantile - old), old)}
 
 
 class SkipRule(nnx.Module):

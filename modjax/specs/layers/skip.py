@@ -51,7 +51,7 @@ class Quantile(SkipRule):
 
     The threshold follows the quantile of all their scores that leaves their mean capacity. So the
     capacity is met over all these layers, and moves between them. Causal routings keep it fixed.
-    Within MoD, and other layers that select positions, each layer has a threshold of its own.
+    Layers within MoD, and other layers that select positions, share a threshold of their own.
 
     rate: share of the distance to the batch's quantile that an update moves the threshold.
     """
