@@ -88,7 +88,9 @@ def main() -> None:
         layers = ",".join(map(str, chosen(args.work, kind)))
         tune = ("tune", f"--pretrained={args.pretrained}", f"--config={HERE / 'config.py'}")
         tune += (f"--workdir={files}", f"--data-dir={args.work / 'data'}")
-        routers = Path(call(*tune, CELL=f"{cell} layers={layers}").splitlines()[-1].split()[0])
+        if not list(files.glob("runs/*/routers.safetensors")):
+            call(*tune, CELL=f"{cell} layers={layers}")
+        (routers,) = files.glob("runs/*/routers.safetensors")
         out.mkdir(parents=True, exist_ok=True)
         score(args.work, args.pretrained, out, "tuned", routers)
         scores = {one["name"]: one for one in json.loads((out / "tuned.json").read_text())}
