@@ -45,7 +45,7 @@ class PatternScores(LayerModule):
 
     def __call__(self, h_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
         spread_BL = (at.positions_BL.astype(jnp.float32) + self.seed[...][None]) * GOLDEN % 1
-        return Out(spread_BL[..., None])
+        return Out(jnp.broadcast_to(spread_BL, h_BLD.shape[:2])[..., None])
 
 
 class DiceScores(PatternScores):
@@ -60,7 +60,8 @@ class DiceScores(PatternScores):
             own = jax.random.fold_in(jax.random.fold_in(key, data), position)
             return jax.random.uniform(own)
 
-        return Out(jax.vmap(jax.vmap(one))(mixed_BL, at.positions_BL)[..., None])
+        pairs = jnp.broadcast_arrays(mixed_BL, at.positions_BL)
+        return Out(jax.vmap(jax.vmap(one))(*pairs)[..., None])
 
 
 modjax.register(Pattern, PatternScores)
