@@ -19,7 +19,7 @@ from flax import nnx
 
 from modjax.bench import Row, fill, progress
 from modjax.bench.decode import copy, prefilling, reading
-from modjax.bench.step import interleaved, ratio
+from modjax.bench.step import fastest, interleaved, ratio
 from modjax.decoding.generate import Sampling, generate, resume
 from modjax.errors import InputError
 from modjax.nn import unstack
@@ -97,7 +97,7 @@ def _prefill(model: tuple[Any, Any], theirs: Any, length: int) -> float:
         "theirs": lambda: theirs.prefill(tokens_BL),
     }
     seconds = interleaved(steps, rounds=ROUNDS)
-    progress(f"prefill of {length} tokens: seconds {_fastest(seconds)}")
+    progress(f"prefill of {length} tokens: seconds {fastest(seconds)}")
     return ratio(seconds, "theirs", "ours")
 
 
@@ -122,9 +122,5 @@ def _decode(model: tuple[Any, Any], theirs: Any, stacked: Any) -> list[float]:
         "read": reading(stacked),
     }
     seconds = interleaved(steps, rounds=ROUNDS, inputs={"ours": start})
-    progress(f"{NEW} new tokens: seconds {_fastest(seconds)}")
+    progress(f"{NEW} new tokens: seconds {fastest(seconds)}")
     return [ratio(seconds, "theirs", "ours"), ratio(seconds, "ours", "read") / NEW]
-
-
-def _fastest(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: round(min(found), 3) for name, found in seconds.items()}

@@ -17,7 +17,7 @@ from flax import nnx
 
 from modjax.bench import Row, fill, progress
 from modjax.bench.decode import NEW, copy, draw, prefilling, split
-from modjax.bench.step import interleaved, jax_step, ratio
+from modjax.bench.step import fastest, interleaved, jax_step, ratio
 from modjax.decoding.generate import State, generate
 from modjax.flops import forward_flops, total_flops
 from modjax.nn import unstack
@@ -80,7 +80,7 @@ def measure() -> list[Row]:
     blocks = by_quantile(split(routed(Skip(*BASE.layers, capacity=CAPACITY))))
     models["blocks"] = unstack(*blocks)
     drawn = [decoding(models, batch, context) for batch, context in DECODED]
-    share = statistics(blocks)
+    share = float(jnp.mean(record_of(*blocks, seed=2).selected_BL))  # of text that set no threshold
     del models, blocks
     tuned = dataclasses.replace(TRAIN, trained="routers")
     train = interleaved({"full": jax_step(BASE, TRAIN), "tuned": jax_step(by_token, tuned)})
@@ -104,12 +104,10 @@ def skips(params: Any) -> list[Any]:
 def by_quantile(model: tuple[Any, Any]) -> tuple[Any, Any]:
     """Returns a model with random routers, whose thresholds let CAPACITY of the positions run."""
     graphdef, params = model
-    tokens_BL = np.random.default_rng(1).integers(0, BASE.vocab_size, (2, 256))
     (skip,) = skips(params)
     skip["router"]["w"] = jax.random.normal(jax.random.key(0), skip["router"]["w"].shape)
-    forward = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens_BL)[1])
     for _ in range(3):  # what a layer sees depends on the layers before it
-        (record,) = (r for r in forward(params).values() if isinstance(r, Skipped))
+        record = record_of(graphdef, params, seed=1)
         kept_A = jnp.quantile(record.scores_BL.reshape(len(record.scores_BL), -1), 1 - CAPACITY, 1)
         skip["rule"]["threshold"] = kept_A[:, None]
     return graphdef, params
@@ -124,13 +122,12 @@ def every_other(model: tuple[Any, Any]) -> tuple[Any, Any]:
     return graphdef, params
 
 
-def statistics(model: tuple[Any, Any]) -> float:
-    """Returns the share of positions that ran, in text that set no threshold."""
-    graphdef, params = model
-    tokens_BL = np.random.default_rng(2).integers(0, BASE.vocab_size, (2, 256))
-    records = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens_BL)[1])(params)
-    (record,) = (r for r in records.values() if isinstance(r, Skipped))
-    return float(jnp.mean(record.selected_BL))
+@functools.partial(jax.jit, static_argnames=("graphdef", "seed"))
+def record_of(graphdef: Any, params: Any, seed: int) -> Skipped:
+    """Returns the record of the routed layers, on random tokens."""
+    tokens_BL = np.random.default_rng(seed).integers(0, BASE.vocab_size, (2, 256))
+    records = nnx.merge(graphdef, params)(tokens_BL)[1]
+    return next(r for r in records.values() if isinstance(r, Skipped))
 
 
 def decoding(models: dict[str, tuple[Any, Any]], batch: int, context: int) -> float:
@@ -148,7 +145,3 @@ def start(graphdef: Any, params: Any, batch: int, context: int) -> State:
     tokens_BL = np.random.default_rng(3).integers(0, BASE.vocab_size, (batch, context - NEW))
     found = generate(graphdef, params, tokens_BL, max_new_tokens=0, max_length=context)
     return found.state
-
-
-def fastest(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: round(min(found), 3) for name, found in seconds.items()}

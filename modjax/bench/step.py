@@ -92,6 +92,10 @@ def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
+def fastest(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: round(min(found), 3) for name, found in seconds.items()}
+
+
 def per_flop(
     seconds: Mapping[str, list[float]], models: Mapping[str, ModelSpec], over: str, under: str
 ) -> float:

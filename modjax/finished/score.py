@@ -91,8 +91,9 @@ def task_unit(speaker: Speaker, document: Sequence[Request]) -> Unit:
     for request in document:
         whole = speaker.codec.encode(request.context + request.continuation, "--tasks")
         context = speaker.codec.encode(request.context.rstrip(), "--tasks")
-        # A token may span the end of the context: the last one is scored in any case.
-        shared = min(len(context), len(whole) - 1)
+        # A token may span the end of the context: it is scored, and so is the last one.
+        alike = (i for i, pair in enumerate(zip(context, whole, strict=False)) if len({*pair}) > 1)
+        shared = min(next(alike, len(context)), len(whole) - 1)
         begin = speaker.encode("", "--tasks")[:1] or list(speaker.eos_ids[: shared == 0])
         accepted = f"has {len(whole)} tokens; must have at most {MOST_PROMPT_TOKENS}"
         require(len(whole) <= MOST_PROMPT_TOKENS, "--tasks", request.where, accepted)

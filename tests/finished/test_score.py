@@ -213,7 +213,7 @@ def test_a_single_continuation_is_scored_and_compared_with_greedy_decoding(
         ("a", "cd", [], ([10, 12, 13], 1)),
         ("a ", "cd", [], ([10, 9, 12, 13], 1)),  # the space is scored
         ("a", "b", [], ([1, 20], 1)),  # one token spans both: it is scored after the end of a text
-        ("ca", "bd", [], ([12, 20, 13], 2)),
+        ("ca", "bd", [], ([12, 20, 13], 1)),
         ("", "cd", [], ([1, 12, 13], 1)),
         ("", "cd", [2], ([2, 12, 13], 1)),
         ("a", "cd", [2, 3], ([2, 10, 12, 13], 2)),  # a tokenizer that ends texts by a 3

@@ -166,7 +166,7 @@ class Skip(LayerModule):
         self, x: jax.Array, at: At, call: Call, cache: Any, wanted_BL: jax.Array, through_BL: Any
     ) -> Out:
         """Runs `inner` at all positions, and keeps the result where it is wanted."""
-        shown_BL = at.valid_BL if self.spec.keys == "all" else wanted_BL
+        shown_BL = at.valid_BL if self.sees_all else wanted_BL
         out = self.inner(x, at._replace(valid_BL=shown_BL), call.inside(0), cache)
         x_new = jnp.where(wide(wanted_BL, x), out.x, x)
         x_new += wide(through_BL.astype(x.dtype), x) * (out.x - x)

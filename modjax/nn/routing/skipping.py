@@ -12,25 +12,21 @@ import numpy as np
 from flax import nnx
 
 from modjax import specs
-from modjax.nn.build import LayerModule
 from modjax.nn.call import At, Call, Out
 from modjax.nn.params import make_param, measured, read
 from modjax.nn.records import Record, running_mean
 from modjax.nn.routing.losses import masked_mean
-from modjax.nn.routing.routers import linear
+from modjax.nn.routing.routers import Linear, linear
 
 FASTER = 10  # times as far as a weight that the bias moves in an update
 
 
-class Zero(LayerModule):
+class Zero(Linear):
     """Linear scores r = h w, with w = 0 at the start."""
 
     def __init__(self, spec: specs.Router, shape: specs.Shape, *, outputs: int, rngs: nnx.Rngs):
         zeros = jnp.zeros((shape.d_model, outputs))
         self.w = make_param(zeros, ("replicated", None), role="router", decays=False)
-
-    def __call__(self, h_BLD: jax.Array, at: At, call: Call, cache: None = None) -> Out:
-        return Out(linear(h_BLD, read(self.w)))
 
 
 class Centred(Zero):

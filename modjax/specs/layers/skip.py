@@ -8,6 +8,7 @@ from modjax.specs.layer import Costs, Layer, Load, Router, Shape, spec
 from modjax.specs.layers.attention import Attention
 from modjax.specs.layers.dense import Seq
 from modjax.specs.layers.mod import cache_slots, selected_tokens
+from modjax.specs.layers.sequence import Anchored
 
 
 @spec
@@ -118,6 +119,10 @@ class Skip(Layer):
         alone = not attentions or (attentions == [first] and not attentions[0].received)
         accepted = f"must be routed: {inner} has an attention that is not alone and first"
         require(self.keys == "routed" or alone, "Skip.keys", self.keys, accepted)
+        # Training masks positions and decoding leaves them out, so no layer inside may count them.
+        counts = any(isinstance(part, Anchored) for part in others)
+        accepted = "must have no layer that takes every k-th position: put Skip inside it instead"
+        require(not counts, "Skip.inner", str(inner), accepted)
         ahead = self.router.looks_ahead("causal")
         accepted = "must be a router that never looks ahead"
         require(not ahead, "Skip.router", str(self.router), accepted)

@@ -36,6 +36,7 @@ from modjax.specs import (
     RunningMean,
     Seq,
     Skip,
+    StrideSkip,
     TokenChoice,
     Zero,
 )
@@ -169,6 +170,17 @@ def test_queries_of_selected_positions_see_the_keys_that_they_should(keys):
         out = run(graphdef, weights, x_BLD, routing)
         np.testing.assert_allclose(out.x, expected_BLD, atol=1e-5)
         np.testing.assert_array_equal(out.records[""].selected_BL, m_BL)
+
+
+@pytest.mark.parametrize("keys", ["all", "routed"])
+def test_experts_inside_count_the_positions_that_run_only(keys):
+    graphdef, weights = alone(Skip(MoE(2, TokenChoice(1)), keys=keys))
+    x_BLD = jax.random.normal(jax.random.key(0), (2, 6, D))
+    records = dict(run(graphdef, weights, x_BLD).records)
+    ran = int(records.pop("").selected_BL.sum())
+    counted = [record.counts(jnp.ones((2, 6), bool)) for record in records.values()]
+    assert 0 < ran < 12
+    assert [int(sum(found["picks"])) for found in counted if found] == [ran]
 
 
 def skipping_model(*layers, seed=0, **changes):
@@ -455,6 +467,10 @@ def test_what_a_skip_ran_is_reported():
         (
             lambda: dataclasses.replace(SMALL, layers=(Skip(MoD(Dense())),)),
             "Skip.keys = 'all': must be routed",
+        ),
+        (
+            lambda: dataclasses.replace(SMALL, layers=(Skip(StrideSkip(MLP())),)),
+            r"Skip.inner = 'StrideSkip\(MLP\(\)\)': must have no layer that takes every k-th",
         ),
     ],
 )
