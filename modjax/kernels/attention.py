@@ -70,8 +70,10 @@ def attend(
       gradient.
     """
     own = keys is None
-    if keys is not None and places_BL is not None and scoring.mask.reach[1] is not None:
-        return _attend_by_blocks(q_BNLH, k_BGMH, v_BGMH, scoring, queries, keys, places_BL)
+    ahead = scoring.mask.reach[1]
+    if keys is not None and places_BL is not None and ahead is not None:
+        ends_BL = places_BL + ahead + 1
+        return _attend_by_blocks(q_BNLH, k_BGMH, v_BGMH, scoring, queries, keys, ends_BL)
     keys = queries if keys is None else keys
     parts = []
     for rows, columns in _chunks(scoring.mask, q_BNLH.shape[2], k_BGMH.shape[2], own=own):
@@ -146,14 +148,16 @@ def _attend_by_blocks(
     scoring: Scoring,
     queries: Side,
     keys: Side,
-    places_BL: jax.Array,
+    ends_BL: jax.Array,
 ) -> jax.Array:
-    """Returns `attend`, which reads blocks of keys up to the last place that a chunk may see.
+    """Returns `attend`, but reads the keys in blocks, up to the last that a chunk may see.
+
+    ends_BL: the place after the last key that each query may see.
 
     The softmax is that of FlashAttention (arXiv 2205.14135, section 3.1): the output so far is
     scaled by exp(old - new) when a block raises the maximum of the scores.
     """
-    parts, (batch, heads, length, head_dim), ahead = [], q_BNLH.shape, scoring.mask.reach[1]
+    parts, (batch, heads, length, head_dim) = [], q_BNLH.shape
     kv_heads, number, block = *k_BGMH.shape[1:3], min(KEY_BLOCK, k_BGMH.shape[2])
     for start in range(0, length, MIN_QUERY_CHUNK):
         rows = slice(start, start + MIN_QUERY_CHUNK)
@@ -181,9 +185,9 @@ def _attend_by_blocks(
 
         zeros = jnp.zeros((batch, kv_heads, heads // kv_heads, q_BNCH.shape[2], head_dim))
         none_BGQC1 = zeros[..., :1]
-        seen = jnp.minimum(jnp.max(places_BL[:, rows]) + ahead + 1, number)
+        last = jnp.minimum(jnp.max(ends_BL[:, rows]), number)
         sums = jnp.full_like(none_BGQC1, LEAST), none_BGQC1, zeros
-        _, total_BGQC1, out_BGQCH = jax.lax.fori_loop(0, -(-seen // block), add, sums)
+        _, total_BGQC1, out_BGQCH = jax.lax.fori_loop(0, -(-last // block), add, sums)
         out_BGQCH /= jnp.where(total_BGQC1 > 0, total_BGQC1, 1)
         parts.append(out_BGQCH.astype(q_BNLH.dtype).reshape(q_BNCH.shape))
     return jnp.concatenate(parts, axis=2)
