@@ -128,7 +128,8 @@ TUNE = """train the routers of layers around a pretrained model, and write them 
 
 Calls get_config() of --config with --pretrained. The model's own weights stay as they are. Writes
 runs/ID/routers.safetensors in --workdir: the layers, and the weights that the pretrained model has
-not. Use it by `modjax sample --pretrained=PATH --routers=FILE`.
+not. Thresholds that follow the scores of the batch are measured anew, on larger batches. Use the
+file by `modjax sample --pretrained=PATH --routers=FILE`.
 
 --measure-layers drops each part in turn, and evaluates each time on the data of the config. Three
 evaluations a block take long: choose few sequences by --config.train.eval_sequences=8."""

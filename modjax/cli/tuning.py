@@ -49,10 +49,11 @@ def tune(args: argparse.Namespace) -> int:
     if not file.exists():
         start()
         with starting():
+            from modjax.finished.calibration import calibrated
             from modjax.finished.runs import load
 
         run = load(folder, other_code=args.other_code)
-        save_routers(file, spec.model, run.weights, given)
+        save_routers(file, spec.model, calibrated(run, args.data_dir), given)
     said = f"{file} ({count(file.stat().st_size)}B)"
     print(said, file=sys.stderr if args.json else sys.stdout)
     return 0

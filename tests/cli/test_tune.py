@@ -16,9 +16,11 @@ pytest.importorskip("safetensors", reason="the extra `pretrained`")
 from safetensors.numpy import load_file
 
 from modjax import from_pretrained
-from modjax.data.batches import eval_batches
+from modjax.data.batches import eval_batches, train_batch
 from modjax.data.token_cache import cache_dir, open_cache
+from modjax.finished.calibration import calibrated
 from modjax.finished.runs import load as load_run
+from modjax.nn.routing.skipping import Skipped
 from modjax.records import read_records, run_dir
 from modjax.scaling.plan.experiment import load
 from modjax.specs import Execution
@@ -73,7 +75,7 @@ def run_of(workdir):
     return run_dir(workdir, record.run_id)
 
 
-def test_a_finished_run_writes_its_routers(arguments, trained, tmp_path, said):
+def test_a_finished_run_writes_its_routers(arguments, trained, tmp_path, tiny_data_dir, said):
     workdir = shutil.copytree(trained, tmp_path / "work")
     code, out, err = said(*arguments, f"--workdir={workdir}")
     assert code == 0, err
@@ -91,8 +93,20 @@ def test_a_finished_run_writes_its_routers(arguments, trained, tmp_path, said):
         return nnx.merge(run.graphdef, weights)(tokens, routing="causal")[0]
 
     logits = jax.jit(forward, compiler_options=QUICK)
-    ours, theirs = (np.asarray(logits(one.weights)) for one in (run, found))
+    weights = calibrated(run, tiny_data_dir)
+    ours, theirs = (np.asarray(logits(one)) for one in (weights, found.weights))
     assert ours.tobytes() == theirs.tobytes() and np.isfinite(ours).all()
+    # Nothing but the thresholds and means has moved, and the capacity is met on other text.
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(run.weights), jax.tree.leaves(weights), strict=True
+    )
+    moved = {path[-1].key for (path, old), new in pairs if not np.array_equal(old, new)}
+    assert moved == {"threshold", "mean"}
+    cache = open_cache(cache_dir(tiny_data_dir, TINY_DATA))
+    windows = train_batch(cache, seq_len=32, batch_size=64, seed=5, step=3).inputs_BL
+    shown = jax.jit(lambda w: nnx.merge(run.graphdef, w)(windows)[1], compiler_options=QUICK)
+    (record,) = (r for r in shown(weights).values() if isinstance(r, Skipped))
+    assert np.mean(record.selected_BL) == pytest.approx(0.5, abs=0.04)
 
     file.unlink()
     assert said(*arguments, f"--workdir={workdir}", "--json")[0] == 0

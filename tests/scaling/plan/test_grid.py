@@ -12,6 +12,7 @@ from modjax.specs import Dense, MoD, Random
 CONFIGS = Path(__file__).parents[3] / "configs"
 TINY = str(CONFIGS / "tiny.py")
 NO_SWEEP = {"base.py", "single.py", "fig5_routing.py", "expert_use.py", "pretrained.py"}
+NO_SWEEP |= {"router_tuning.py"}
 SWEEPS = [
     *sorted({path.name for path in CONFIGS.glob("*.py")} - NO_SWEEP),
     *("altup.py:rates", "altup.py:vocabulary", "fig7_mode.py:rates"),
