@@ -1,7 +1,8 @@
 """Skip in a model of SmolLM2-135M's shape: prefill, decoding, and tuning of routers.
 
-Of 30 layers, 15 are routed: their attentions for prefill, whole blocks for decoding. Weights are
-random. Thresholds are set so that half of the positions run or, for sequences, 8 of the 15 layers.
+Of 30 layers, 15 are routed: the second half, without the last. Prefill skips attentions, decoding
+whole blocks. Weights are random. Thresholds are set so that half of the positions run or, for
+sequences, 8 of the 15 layers.
 
 Legend: B batch, L positions, A layers of one kind.
 """
@@ -51,8 +52,10 @@ ROWS = (
 
 
 def routed(layer: Layer) -> ModelSpec:
-    """Returns the model with `layer` in place of 15 blocks: every other one."""
-    return dataclasses.replace(BASE, layers=(Repeat(*BASE.layers, layer),))
+    """Returns the model with `layer` in place of blocks 14 to 28, as in the paper."""
+    depth = BASE.num_layers
+    before, after = (Repeat(*BASE.layers, times=n) for n in (depth // 2 - 1, 1))
+    return dataclasses.replace(BASE, layers=(before, Repeat(layer, times=depth // 2), after))
 
 
 def measure() -> list[Row]:

@@ -1,8 +1,7 @@
 """Softmax attention of queries over the keys that a mask shows to them.
 
 Legend: B batch, L positions, M key positions, N heads, G kv heads, Q query heads of a kv head,
-C queries of a chunk, Z keys of a block, T rows, H head width. B may be 1 in a Side. T is Q and L,
-as one dim or two.
+T rows, H head width. B may be 1 in a Side. T is Q and L, as one dim or two.
 """
 
 import functools
@@ -161,35 +160,35 @@ def _attend_by_blocks(
     kv_heads, number, block = *k_BGMH.shape[1:3], min(KEY_BLOCK, k_BGMH.shape[2])
     for start in range(0, length, MIN_QUERY_CHUNK):
         rows = slice(start, start + MIN_QUERY_CHUNK)
-        q_BNCH, side = q_BNLH[:, :, rows], queries.part(rows)
+        rows_BNLH, side = q_BNLH[:, :, rows], queries.part(rows)
 
-        def add(i: jax.Array, sums: Any, q_BNCH: Any = q_BNCH, side: Side = side) -> Any:
-            top_BGQC1, total_BGQC1, out_BGQCH = sums
+        def add(i: jax.Array, sums: Any, rows_BNLH: Any = rows_BNLH, side: Side = side) -> Any:
+            top_BGQL1, total_BGQL1, out_BGQLH = sums
             first = jnp.minimum(i * block, number - block)  # the last block may overlap another
             cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first)
-            k_BGZH, v_BGZH = (cut(x, slice_size=block, axis=2) for x in (k_BGMH, v_BGMH))
+            key_BGMH, value_BGMH = (cut(x, slice_size=block, axis=2) for x in (k_BGMH, v_BGMH))
             part = jax.tree.map(lambda x: cut(x, slice_size=block, axis=1), keys)
-            new_1Z = first + jnp.arange(block)[None] >= i * block
-            seen_BCZ = _seen(scoring.mask, side, part) & new_1Z[:, None]
-            s_BGQCZ = _scores(q_BNCH, k_BGZH, seen_BCZ, scoring, own=False)
-            most_BGQC1 = jnp.maximum(top_BGQC1, jnp.max(s_BGQCZ, axis=-1, keepdims=True))
-            p_BGQCZ, kept_BGQC1 = jnp.exp(s_BGQCZ - most_BGQC1), jnp.exp(top_BGQC1 - most_BGQC1)
-            new_BGQCH = jnp.einsum(
-                "BGQCZ,BGZH->BGQCH",
-                p_BGQCZ.astype(v_BGZH.dtype),
-                v_BGZH,
+            new_1M = first + jnp.arange(block)[None] >= i * block
+            seen_BLM = _seen(scoring.mask, side, part) & new_1M[:, None]
+            s_BGQLM = _scores(rows_BNLH, key_BGMH, seen_BLM, scoring, own=False)
+            most_BGQL1 = jnp.maximum(top_BGQL1, jnp.max(s_BGQLM, axis=-1, keepdims=True))
+            p_BGQLM, kept_BGQL1 = jnp.exp(s_BGQLM - most_BGQL1), jnp.exp(top_BGQL1 - most_BGQL1)
+            new_BGQLH = jnp.einsum(
+                "BGQLM,BGMH->BGQLH",
+                p_BGQLM.astype(value_BGMH.dtype),
+                value_BGMH,
                 preferred_element_type=jnp.float32,
             )
-            total_BGQC1 = kept_BGQC1 * total_BGQC1 + jnp.sum(p_BGQCZ, axis=-1, keepdims=True)
-            return most_BGQC1, total_BGQC1, kept_BGQC1 * out_BGQCH + new_BGQCH
+            total_BGQL1 = kept_BGQL1 * total_BGQL1 + jnp.sum(p_BGQLM, axis=-1, keepdims=True)
+            return most_BGQL1, total_BGQL1, kept_BGQL1 * out_BGQLH + new_BGQLH
 
-        zeros = jnp.zeros((batch, kv_heads, heads // kv_heads, q_BNCH.shape[2], head_dim))
-        none_BGQC1 = zeros[..., :1]
+        zeros = jnp.zeros((batch, kv_heads, heads // kv_heads, rows_BNLH.shape[2], head_dim))
+        none_BGQL1 = zeros[..., :1]
         last = jnp.minimum(jnp.max(ends_BL[:, rows]), number)
-        sums = jnp.full_like(none_BGQC1, LEAST), none_BGQC1, zeros
-        _, total_BGQC1, out_BGQCH = jax.lax.fori_loop(0, -(-last // block), add, sums)
-        out_BGQCH /= jnp.where(total_BGQC1 > 0, total_BGQC1, 1)
-        parts.append(out_BGQCH.astype(q_BNLH.dtype).reshape(q_BNCH.shape))
+        sums = jnp.full_like(none_BGQL1, LEAST), none_BGQL1, zeros
+        _, total_BGQL1, out_BGQLH = jax.lax.fori_loop(0, -(-last // block), add, sums)
+        out_BGQLH /= jnp.where(total_BGQL1 > 0, total_BGQL1, 1)
+        parts.append(out_BGQLH.astype(q_BNLH.dtype).reshape(rows_BNLH.shape))
     return jnp.concatenate(parts, axis=2)
 
 

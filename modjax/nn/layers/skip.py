@@ -210,4 +210,5 @@ class Skip(LayerModule):
             return Out(x_new, unwritten(out.write), out.records, {}, out.depth_BL)
 
         k = selected_tokens(self.spec.capacity, x.shape[1])
-        return in_buckets(process, selected_BL, selected_BL.astype(jnp.float32), k, bound)
+        sizes = 0.6 * k, 1.1 * k, 1.5 * k  # the capacity moves between layers
+        return in_buckets(process, selected_BL, selected_BL.astype(jnp.float32), sizes, bound)

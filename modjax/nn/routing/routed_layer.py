@@ -5,7 +5,7 @@ Legend: B batch, L positions, K selected positions, R scores of a position, D mo
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -99,7 +99,8 @@ class RoutedLayer(nnx.Module):
         if selection is not None:
             return process(selection)
         k = self._k(own.scores_BL.shape[1])
-        return in_buckets(process, own.selected_BL, own.scores_BL, k, bound)
+        # 1.5 k fits most rows.
+        return in_buckets(process, own.selected_BL, own.scores_BL, (1.5 * k, 3 * k), bound)
 
     def decider(self, routing: str) -> tuple[str, str]:
         """Returns the name of the rule's method under a causal routing, and the rule's attribute.
@@ -144,20 +145,24 @@ class RoutedLayer(nnx.Module):
 
 
 def in_buckets(
-    process: Process, selected_BL: jax.Array, scores_BL: jax.Array, k: int, bound: int
+    process: Process,
+    selected_BL: jax.Array,
+    scores_BL: jax.Array,
+    sizes: Sequence[float],
+    bound: int,
 ) -> Any:
     """Returns process(selection) for the selected positions of each row.
 
     Their number varies, but shapes are static. So `process` is compiled for a few bucket sizes, and
     the smallest one that fits every row runs. The result has the shapes of the largest, `bound`.
 
-    k: the number of positions that most rows select.
+    sizes: sizes to compile as well, in ascending order; those above `bound` are left out.
     """
 
     def run(size: int) -> Any:
         return process(select_first_k(selected_BL, scores_BL, size))
 
-    buckets = _buckets(k, bound)
+    buckets = _buckets(sizes, bound)
     if len(buckets) == 1:
         return run(bound)
     like = jax.eval_shape(lambda: run(bound))
@@ -170,6 +175,5 @@ def _valid(requested_BL: jax.Array, at: At) -> jax.Array:
     return requested_BL if at.valid_BL is None else requested_BL & at.valid_BL
 
 
-def _buckets(k: int, bound: int) -> list[int]:
-    """Returns the sizes to compile: 1.5 k, which fits most rows, 3 k, and `bound`."""
-    return [size for size in (math.ceil(1.5 * k), 3 * k) if size < bound] + [bound]
+def _buckets(sizes: Sequence[float], bound: int) -> list[int]:
+    return [math.ceil(size) for size in sizes if math.ceil(size) < bound] + [bound]
