@@ -47,14 +47,14 @@ from tests.training.tiny import run_spec
 
 
 @dataclasses.dataclass(frozen=True)
-class Centred(Attention):
+class Balanced(Attention):
     """Attention from outside that claims to look ahead; its costs are those of plain attention."""
 
     def looks_ahead(self, routing):
         return True
 
 
-class CentredModule(AttentionModule):
+class BalancedModule(AttentionModule):
     def __call__(self, x_BLD, at, call, cache=None):
         out = super().__call__(x_BLD, at, call, cache)
         return out._replace(x=out.x + jnp.mean(x_BLD, axis=1, keepdims=True))
@@ -62,7 +62,7 @@ class CentredModule(AttentionModule):
 
 @pytest.fixture(autouse=True)
 def registered(own_layers):
-    modjax.register(Centred, CentredModule)
+    modjax.register(Balanced, BalancedModule)
 
 
 KINDS = {
@@ -100,7 +100,7 @@ KINDS = {
         ),
         None,
     ),
-    "from outside, looking ahead": ((Seq(Centred(), MLP()),), None),
+    "from outside, looking ahead": ((Seq(Balanced(), MLP()),), None),
 }
 DROPS_OR_SELECTS = {"MoD with a predictor", "MoD without", "MoE that drops", "MoD at random"}
 
