@@ -42,10 +42,10 @@ class Skip(LayerModule):
         batch, length = x.shape[:2]
         state = self._start(batch) if cache is None else cache.state
         scores_BL, records, state = self._score(x, at, call, state, cached=cache is not None)
-        bound = self.rule.bound()
-        wanted_BL = scores_BL >= bound
-        if isinstance(self.spec.pool, specs.First):
-            wanted_BL |= at.positions_BL < self.spec.pool.size
+        bound, pool = self.rule.bound(), self.spec.pool
+        # No threshold decides about these positions.
+        always_BL = at.positions_BL < (pool.size if isinstance(pool, specs.First) else 0)
+        wanted_BL = (scores_BL >= bound) | always_BL
         if call.routing == "all":
             wanted_BL = jnp.ones_like(wanted_BL)
         valid_BL = jnp.ones_like(wanted_BL) if at.valid_BL is None else at.valid_BL
@@ -59,15 +59,13 @@ class Skip(LayerModule):
         odds_BL = jax.nn.sigmoid(scores_BL - bound)
         through_BL = odds_BL - jax.lax.stop_gradient(odds_BL)  # 0, with the gradient of the odds
         gates_BL = wanted_BL.astype(jnp.float32) + through_BL
-        if isinstance(self.spec.pool, specs.First):  # no threshold decides about these positions
-            always_BL = at.positions_BL < self.spec.pool.size
-            scores_BL = jnp.where(always_BL, jnp.inf, scores_BL)
+        scores_BL = jnp.where(always_BL, jnp.inf, scores_BL)
         decided = Skipped(scores_BL, gates_BL, wanted_BL, selected_BL, valid_BL)
         records |= {"": self.rule.report(decided)}
         inner, write = self._look(x, at, call, None if cache is None else cache.inner)
         if whole:
             out = self._masked(x, at, call, inner, wanted_BL, through_BL)
-        elif length == 1 or isinstance(self.spec.pool, specs.Prompt):
+        elif length == 1 or isinstance(pool, specs.Prompt):
             out = self._in_rows(x, at, call, inner, selected_BL)
         else:
             out = self._gathered(x, at, call, inner, selected_BL, min(slots, length))
