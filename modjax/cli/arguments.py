@@ -220,9 +220,10 @@ def _add_finished_verbs(commands: Any) -> None:
         option("--text", help="held-out text, as in `modjax data prepare`", **files),
         option("--tasks", help="likelihood tasks, a request per line, see README.md", **files),
     )
+    routers = "routers files of `modjax tune` for --pretrained, each scored against the same base"
     _add_options(
         score,
-        ROUTERS,
+        option("--routers", help=routers, **files),
         option("--routing", default="causal", help=ROUTING),
         option("--seq-len", type=int, default=512, help="tokens of a window of text; default 512"),
         option("--limit", type=int, metavar="N", help="the first N documents of each file"),

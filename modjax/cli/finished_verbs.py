@@ -118,7 +118,7 @@ def sample(args: argparse.Namespace) -> None:
     require(args.tokens <= MOST_TOKENS, "--tokens", args.tokens, f"must be at most {MOST_TOKENS}")
     # JAX would silently take the lower 32 bits.
     require(0 <= args.seed < 2**32, "--seed", args.seed, "must be 0 or more, and below 2**32")
-    speaker = _open_speaker(args)
+    speaker = _open_speaker(args, args.routers)
     # Unstacked once, rather than for every part of the stream.
     graphdef, weights = unstack(speaker.graphdef, speaker.weights)
     speaker = speaker._replace(graphdef=graphdef, weights=weights)
@@ -152,15 +152,18 @@ def score(args: argparse.Namespace) -> None:
     require(limit is None or limit > 0, "--limit", limit, "must be greater than 0")
     tasks = {path: read_task(path, limit) for path in args.tasks}
     texts = {path: [d.text for d in islice(text_documents([path]), limit)] for path in args.text}
-    speaker, seq_len, width = _open_speaker(args), args.seq_len, args.seq_len if texts else None
-    files = {str(path): score.text_units(speaker, path, texts[path], seq_len) for path in texts}
-    files |= {str(path): [score.task_unit(speaker, d) for d in tasks[path]] for path in tasks}
-    found = score.score(speaker, files, args.routing, width)
+    found, bases, width = [], {}, args.seq_len if texts else None
+    for routers in args.routers or [None]:
+        speaker = _open_speaker(args, routers)
+        files = {str(p): score.text_units(speaker, p, texts[p], args.seq_len) for p in texts}
+        files |= {str(p): [score.task_unit(speaker, d) for d in tasks[p]] for p in tasks}
+        scores = score.score(speaker, files, args.routing, width, bases)
+        found += [one._replace(routers=routers and str(routers)) for one in scores]
     print(json_text(list(map(_as_dicts, found))) if args.json else scores_text(found))
 
 
-def _open_speaker(args: argparse.Namespace) -> "Speaker":
-    """Opens the model of a verb: a finished run, or a pretrained model."""
+def _open_speaker(args: argparse.Namespace, routers: Path | None) -> "Speaker":
+    """Opens the model of a verb: a finished run, or a pretrained model, which may have routers."""
     from modjax.finished.text import of_pretrained, of_run
 
     if args.pretrained is None:
@@ -168,14 +171,14 @@ def _open_speaker(args: argparse.Namespace) -> "Speaker":
 
         accepted = "needs --pretrained: a run has no chat template"
         require(not args.chat, "--chat", args.chat, accepted)
-        require(args.routers is None, "--routers", str(args.routers), "needs --pretrained")
+        require(routers is None, "--routers", str(routers), "needs --pretrained")
         return of_run(
             open_run(_choose_one(args, args.routing), workdir=args.workdir, data_dir=args.data_dir)
         )
     from modjax.pretrained import from_pretrained
 
     require(args.run is None, "--run", args.run, "cannot be combined with --pretrained")
-    found = from_pretrained(args.pretrained, routers=args.routers)
+    found = from_pretrained(args.pretrained, routers=routers)
     parts = (found.spec, found.graphdef, found.weights, found.tokenizer)
     return of_pretrained(*parts, chat=args.chat)
 

@@ -265,5 +265,8 @@ SCORED: Columns = {  # of (score, name of a measure, what `compare` returns)
 def scores_text(scores: "Sequence[Score]") -> str:
     """Returns a table of the measures, and one of the layers in the last score."""
     rows = [(one, name, found) for one in scores for name, found in one.measures.items()]
-    layers = scores[-1].layers
-    return _table(SCORED, rows, left=2) + (f"\n\n{layers_text(layers)}" if layers else "")
+    layers, several = scores[-1].layers, len({one.routers for one in scores}) > 1
+    columns = {"routers": lambda row: row[0].routers, **SCORED} if several else SCORED
+    return _table(columns, rows, left=2 + several) + (
+        f"\n\n{layers_text(layers)}" if layers else ""
+    )

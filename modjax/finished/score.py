@@ -54,6 +54,7 @@ class Score(NamedTuple):
     layers: layer -> name -> value, see `Record.outcome`; "all" is all layers together.
     units: each measure of the model in each unit of the bootstrap, and the units' weights, so that
       two models can be compared.
+    routers: the routers file of the model, if it has one.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Score(NamedTuple):
     measures: dict[str, dict[str, Any]]
     layers: dict[str, dict[str, float]]
     units: dict[str, list[float]]
+    routers: str | None = None
 
 
 def text_units(speaker: Speaker, path: Path, texts: Sequence[str], seq_len: int) -> list[Unit]:
@@ -103,20 +105,31 @@ def task_unit(speaker: Speaker, document: Sequence[Request]) -> Unit:
 
 
 def score(
-    speaker: Speaker, files: Mapping[str, Sequence[Unit]], routing: str, width: int | None
+    speaker: Speaker,
+    files: Mapping[str, Sequence[Unit]],
+    routing: str,
+    width: int | None,
+    bases: dict[tuple[str, str], Any] | None = None,
 ) -> list[Score]:
     """Returns the scores of each file and, if all have the same measures, of all pooled.
 
     A model that has the routing BASE is its own base under that routing.
 
     width: inputs of each window of text; None for tasks.
+    bases: results of the base, by file and dtype, from earlier calls for models of the same base.
+      New ones are added.
     """
     check_routing(speaker.spec, routing)
     has_base = BASE in speaker.spec.routings and routing != BASE
-    routings, found = (routing, BASE)[: 1 + has_base], {}
+    bases, found = {} if bases is None else bases, {}
     for name, units in files.items():
         rows = [row for unit in units for row in unit.rows]
-        scored = [_scored(speaker, name, rows, one, width) for one in routings]
+        scored = [_scored(speaker, name, rows, routing, width)]
+        if has_base:
+            of = name, speaker.spec.dtype
+            if of not in bases:
+                bases[of] = _scored(speaker, name, rows, BASE, width)
+            scored.append(bases[of])
         measured = [_measures(units, *one[:2], width is None) for one in scored]
         found[name] = measured, np.array([unit.weight for unit in units]), scored[0][2]
     if len({tuple(measured[0]) for measured, *_ in found.values()}) == 1 < len(found):

@@ -93,6 +93,11 @@ def test_a_pretrained_model_is_scored(said, open_as, tmp_path):
     (found,) = json.loads(out)
     assert found["count"] > 50 and found["layers"] == {}
     assert found["measures"]["nats"]["score"]["value"] > 3
+    code, out, err = said("score", *arguments, "--json", "--routers", "one", "two")
+    assert (code, err, opened[1:]) == (0, "", ["a/model with one", "a/model with two"])
+    assert json.loads(out) == [found | {"routers": name} for name in ("one", "two")]
+    out = said("score", *arguments, "--routers", "one", "two")[1]
+    assert [line.split()[0] for line in out.splitlines()[:3]] == ["routers", "one", "two"]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,20 @@ def test_the_loss_of_text_is_that_of_its_windows_and_its_base_skips_nothing(spea
     assert "mcnemar" not in values
 
 
+def test_models_of_one_base_score_it_once(speaker, monkeypatch):
+    files, bases = {"x": text_units(speaker, Path("x"), TEXTS["second"], SEQ_LEN)}, {}
+    (first,) = score(speaker, files, "causal", SEQ_LEN, bases)
+    other = jax.tree_util.tree_map_with_path(
+        lambda path, w: w + 1.0 if path[-1].key == "threshold" else w, speaker.weights
+    )
+    scored, routings = module._scored, []
+    monkeypatch.setattr(module, "_scored", lambda *a: routings.append(a[3]) or scored(*a))
+    (second,) = score(speaker._replace(weights=other), files, "causal", SEQ_LEN, bases)
+    assert routings == ["causal"]
+    ours, theirs = (one.measures["nats"] for one in (first, second))
+    assert ours["base"] == theirs["base"] and ours["score"] != theirs["score"]
+
+
 def test_the_bootstrap_draws_blocks_of_consecutive_windows(speaker):
     units = text_units(speaker, Path("x"), ["ab" * 200], 8)
     assert [len(unit.rows) for unit in units] == [4] * 12 + [2], "the cube root of 50 is 3.7"
