@@ -13,12 +13,10 @@ from jax.typing import DTypeLike
 
 from modjax import specs
 from modjax.nn.build import LayerModule, build
-from modjax.nn.cache import LayerCache, unwritten, where_read, written
+from modjax.nn.cache import LayerCache, where_read, written
 from modjax.nn.call import At, Call, Out
 from modjax.nn.routing.routed_layer import RoutedLayer
-from modjax.nn.routing.routing_records import Routed
-from modjax.nn.routing.selection import Selection, scatter_add, wide
-from modjax.nn.routing.within import run_rows, within
+from modjax.nn.routing.within import update_rows, update_selected
 from modjax.specs.layers.mod import cache_slots
 
 
@@ -80,18 +78,12 @@ class MoD(RoutedLayer, LayerModule):
         x_BLD = x if x.ndim == 3 else jnp.mean(x, axis=2)  # routers read the mean of the streams
         selection, records, state = self.route(x_BLD, at, call, state, limit)
         own: Any = records[""]
-
-        def process(selection: Selection) -> Out:
-            part, out = within(selection, self.inner, x, at, call, inner_cache)
-            update = self.update(selection.scores_BK, part, out.x)
-            x_new = scatter_add(x, selection.indices_BK, update)
-            return Out(x_new, unwritten(out.write), out.records, {}, out.depth_BL)
-
+        inside = self.update, self.inner, x, at, call, inner_cache
         if cache is None or call.fresh or length > 1:
-            out = self.run(process, selection, own, bound)
+            out = self.run(lambda s: update_selected(s, *inside), selection, own, bound)
             out = out._replace(records={**records, **out.records})
         else:
-            out = self._decode(x, at, call, inner_cache, own)
+            out = update_rows(own.selected_BL, own.scores_BL, *inside)
         if cache is None:
             return out
         masks = own.selected_BL, own.requested_BL
@@ -105,21 +97,3 @@ class MoD(RoutedLayer, LayerModule):
         state = self.start(batch, self.router.empty(batch, length, slack, dtype))
         inner, none_B = self.inner.empty(batch, slots, slack, dtype), jnp.zeros(batch, jnp.int32)
         return MoDCache(inner, state, none_B, none_B, none_B, slots)
-
-    def _decode(self, x: jax.Array, at: At, call: Call, cache: Any, own: Routed) -> Out:
-        """Runs the inner layer on the one new position of each row that selects it.
-
-        If no row does, the weights of the inner layer are not read. No record is reported.
-        """
-
-        def run(part: Any) -> Out:
-            x, at, scores_BL, cache = part
-            out = self.inner(x, at, call.inside(0), cache)
-            update = self.update(scores_BL, x, out.x)
-            update = jnp.where(wide(at.valid_BL, x), update, jnp.zeros_like(x))
-            depth_BL = jnp.where(at.valid_BL, 1 + out.depth_BL, 0)
-            return Out(update, unwritten(out.write), {}, {}, depth_BL)
-
-        inputs = x, at._replace(valid_BL=own.selected_BL), own.scores_BL, cache
-        out = run_rows(run, inputs, own.selected_BL[:, 0])
-        return out._replace(x=x + out.x)

@@ -12,15 +12,14 @@ from jax.typing import DTypeLike
 
 from modjax import specs
 from modjax.nn.build import LayerModule, build
-from modjax.nn.cache import unwritten
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.layers.attention import side
 from modjax.nn.layers.dense import Sublayer, names, unit_rms
 from modjax.nn.layers.mod import MoDCache
 from modjax.nn.routing.routed_layer import in_buckets
-from modjax.nn.routing.selection import Selection, scatter_add, wide
+from modjax.nn.routing.selection import Selection, wide
 from modjax.nn.routing.skipping import Skipped
-from modjax.nn.routing.within import run_rows, within
+from modjax.nn.routing.within import update_rows, update_selected
 from modjax.specs.layers.mod import selected_tokens
 
 
@@ -66,7 +65,7 @@ class Skip(LayerModule):
         if whole:
             out = self._masked(x, at, call, inner, wanted_BL, through_BL)
         elif length == 1 or isinstance(pool, specs.Prompt):
-            out = self._in_rows(x, at, call, inner, selected_BL)
+            out = update_rows(selected_BL, scores_BL, _change, self.inner, x, at, call, inner)
         else:
             out = self._gathered(x, at, call, inner, selected_BL, min(slots, length))
         out = out._replace(records={**records, **out.records})
@@ -171,25 +170,6 @@ class Skip(LayerModule):
         depth_BL = jnp.where(wanted_BL, 1 + out.depth_BL, 0)
         return Out(x_new, (), under("inner", out.records), {}, depth_BL)
 
-    def _in_rows(self, x: jax.Array, at: At, call: Call, cache: Any, selected_BL: jax.Array) -> Out:
-        """Runs `inner` in the rows with a selected position only, and reports nothing.
-
-        If there is no such row, the weights of `inner` are not read.
-        """
-
-        def run(inputs: Any) -> Out:
-            x, at, cache = inputs
-            out = self.inner(x, at, call.inside(0), cache)
-            change = jnp.where(wide(at.valid_BL, x), out.x - x, jnp.zeros_like(x))
-            depth_BL = jnp.where(at.valid_BL, 1 + out.depth_BL, 0)
-            return Out(change, unwritten(out.write), {}, {}, depth_BL)
-
-        at = at._replace(valid_BL=selected_BL)
-        at = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:])), at)
-        inputs = x, at, cache
-        out = run_rows(run, inputs, jnp.any(selected_BL, axis=1))
-        return out._replace(x=x + out.x)
-
     def _gathered(
         self, x: jax.Array, at: At, call: Call, cache: Any, selected_BL: jax.Array, bound: int
     ) -> Out:
@@ -203,10 +183,13 @@ class Skip(LayerModule):
                     places_BK = jnp.where(selection.valid_BK, selection.indices_BK, 0)
                     seen = seen._replace(side=side(at), places_BL=places_BK)
                 seen_by = self._with_keys(cache, seen)
-            part, out = within(selection, self.inner, x, at, call, seen_by)
-            x_new = scatter_add(x, selection.indices_BK, out.x - part)
-            return Out(x_new, unwritten(out.write), out.records, {}, out.depth_BL)
+            return update_selected(selection, _change, self.inner, x, at, call, seen_by)
 
         k = selected_tokens(self.spec.capacity, x.shape[1])
         sizes = 0.6 * k, 1.1 * k, 1.5 * k  # the capacity moves between layers
         return in_buckets(process, selected_BL, selected_BL.astype(jnp.float32), sizes, bound)
+
+
+def _change(scores_BK: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the update of a layer: skipped or not, it is not weighted by the scores."""
+    return y - x

@@ -12,10 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from modjax.nn.cache import unwritten
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.records import Inside, inside
-from modjax.nn.routing.selection import Selection, gather, scatter_add
+from modjax.nn.routing.selection import Selection, gather, scatter_add, wide
 from modjax.nn.sharding import batch_shards, constrain_stream
+
+# Returns a layer's update of the stream, from the scores and the layer's input and output.
+Update = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def within(
@@ -37,6 +41,44 @@ def within(
         records=under("inner", inside(dict(out.records), selection.indices_BK, selection.valid_BK)),
         depth_BL=scatter_add(none_BL, selection.indices_BK, taken_BK),
     )
+
+
+def update_selected(
+    selection: Selection, update: Update, layer: Any, x: jax.Array, at: At, call: Call, cache: Any
+) -> Out:
+    """Runs `layer` on the selected positions of x, and adds its updates there."""
+    part, out = within(selection, layer, x, at, call, cache)
+    x_new = scatter_add(x, selection.indices_BK, update(selection.scores_BK, part, out.x))
+    return Out(x_new, unwritten(out.write), out.records, {}, out.depth_BL)
+
+
+def update_rows(
+    selected_BL: jax.Array,
+    scores_BL: jax.Array,
+    update: Update,
+    layer: Any,
+    x: jax.Array,
+    at: At,
+    call: Call,
+    cache: Any,
+) -> Out:
+    """Runs `layer` on each row with a selected position, and adds its updates at these positions.
+
+    If there is no such row, the weights of the layer are not read. No record is reported.
+    """
+
+    def run(inputs: Any) -> Out:
+        x, at, cache, scores_BL = inputs
+        out = layer(x, at, call.inside(0), cache)
+        change = update(scores_BL, x, out.x)
+        change = jnp.where(wide(at.valid_BL, x), change, jnp.zeros_like(x))
+        depth_BL = jnp.where(at.valid_BL, 1 + out.depth_BL, 0)
+        return Out(change, unwritten(out.write), {}, {}, depth_BL)
+
+    at = at._replace(valid_BL=selected_BL)
+    at = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:])), at)
+    out = run_rows(run, (x, at, cache, scores_BL), jnp.any(selected_BL, axis=1))
+    return out._replace(x=x + out.x)
 
 
 def widened(tree: Any, like: Any) -> Any:
