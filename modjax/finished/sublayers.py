@@ -61,10 +61,7 @@ def measure_layers(spec: RunSpec, data_dir: Path) -> list[Without]:
         def scores(dropped: tuple[str, ...]) -> Any:
             measured = jax.tree.map(lambda x: np.full(x.shape, -np.inf, x.dtype), state.measured)
             for place in map(found.__getitem__, dropped):
-                leaf = measured
-                for key in place.path:
-                    leaf = leaf[key]
-                leaf[place.index] = np.inf
+                place.parameter(measured)[place.index] = np.inf
             return evaluate(step, joined(state.params, state.frozen, measured), batches)
 
         all_of_it, results, reported = scores(()), [], time.monotonic()

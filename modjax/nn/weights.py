@@ -1,5 +1,7 @@
 """Reading and writing a model's weights as named matrices, for checkpoints of other libraries."""
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +29,10 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     transposed: bool
     role: str | None
+
+    def parameter(self, weights: Any) -> Any:
+        """Returns the parameter that holds the matrix, from a nested dict of arrays."""
+        return functools.reduce(operator.getitem, self.path, weights)
 
 
 def places(model: Transformer) -> dict[str, Place]:

@@ -213,10 +213,7 @@ def _array(files: Files, slots: Mapping[tuple[int, ...], Slot], struct: Any) -> 
 
 def write_tensor(weights: Any, slots: Collection[Slot]) -> np.ndarray:
     """Returns one tensor from a nested dict of our weights. slots: all of its rows, in order."""
-    rows = []
-    for slot in slots:
-        leaf = weights
-        for key in slot.place.path:
-            leaf = leaf[key]
-        rows.append(slot.write(np.asarray(leaf[slot.place.index])))
+    rows = [
+        slot.write(np.asarray(slot.place.parameter(weights)[slot.place.index])) for slot in slots
+    ]
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
