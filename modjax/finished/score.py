@@ -4,7 +4,6 @@ Legend: B sequences, L positions, D model width, V vocabulary, J units.
 """
 
 import functools
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from modjax.data.progress import say
 from modjax.errors import require
 from modjax.finished.paired import compare
 from modjax.finished.tasks import Request
@@ -26,7 +26,6 @@ from modjax.nn.records import counts, outcomes
 BASE = "all"  # the routing that processes every position
 POSITIONS = 4096  # of a forward pass
 SHORTEST = 32  # positions of a task's sequence, with padding
-SECONDS_BETWEEN_LINES = 10.0  # of progress
 Row = tuple[list[int], int]  # tokens of a sequence, and the index of the first that is scored
 
 
@@ -143,14 +142,6 @@ def score(
         units = {key: values_J.tolist() for key, values_J in units.items()}
         scores.append(Score(name, int(weights_J.sum()), each, layers, units))
     return scores
-
-
-def say(reported: float, progress: str) -> float:
-    """Prints a line of progress unless the last one is recent; returns the time of the last one."""
-    if time.monotonic() - reported < SECONDS_BETWEEN_LINES:
-        return reported
-    print(f"modjax: {progress}", file=sys.stderr, flush=True)
-    return time.monotonic()
 
 
 def _measures(units: Sequence[Unit], nats_B: Any, greedy_B: Any, tasks: bool) -> dict[str, Any]:

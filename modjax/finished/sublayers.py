@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from modjax.data.progress import say
 from modjax.data.token_cache import cache_dir, check_vocab, open_cache
-from modjax.finished.score import say
 from modjax.nn.weights import places
 from modjax.pretrained import pretrained_spec
 from modjax.pretrained.tensors import abstract, by_number

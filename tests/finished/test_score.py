@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from modjax.data import progress
 from modjax.data.codecs.codec import Bytes
 from modjax.errors import InputError
 from modjax.finished import score as module
@@ -289,7 +290,7 @@ def test_tasks_are_pooled_if_they_have_the_same_measures(speaker, monkeypatch):
 
 
 def test_long_work_says_how_far_it_is(speaker, capsys, monkeypatch):
-    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1)
     scored_texts(speaker, "causal", {"x": TEXTS["second"]})
     assert capsys.readouterr().err.splitlines() == [
         f"modjax: x, routing {routing}: {done} of 5 sequences"

@@ -8,9 +8,8 @@ for an object store is made in the user's cache folder, uploaded, and removed th
 import contextlib
 import hashlib
 import importlib.util
+import math
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from modjax.data.prepare.corpus import (
 from modjax.data.prepare.replace import begin, locked, put_in_place, tidy
 from modjax.data.prepare.upload import check_writable, upload
 from modjax.data.prepare.writer import Written, has_tokens, read_journal, write_journal, write_split
+from modjax.data.progress import say
 from modjax.data.token_cache import cache_dir, open_cache, read_manifest, shown, url
 from modjax.data.vocabulary import (
     TRAINING_BYTES,
@@ -43,7 +43,6 @@ from modjax.errors import InputError, require
 from modjax.files import is_disk_full, read_file, user_cache, write_atomically
 from modjax.specs import DataConfig
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress, if there is no terminal
 Report = Callable[[str], None]  # shows the progress
 
 
@@ -276,19 +275,17 @@ def _manifest(
 def _reporting(what: str) -> Iterator[Report]:
     """Yields a function that shows progress, preceded by `what`, on stderr.
 
-    It updates one line on a terminal, else prints a line every SECONDS_BETWEEN_LINES.
+    It updates one line on a terminal, else prints a line now and then.
     """
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status(f"{what}: starting") as status:
             yield lambda text: status.update(f"{what}: {text}")
         return
-    last = -SECONDS_BETWEEN_LINES
+    said = -math.inf
 
     def report(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            print(f"modjax: {what}: {text}", file=sys.stderr, flush=True)
+        nonlocal said
+        said = say(said, f"{what}: {text}")
 
     yield report
