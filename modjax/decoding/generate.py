@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from modjax.decoding.sampling import PLAIN, Sampling, draw_tokens
 from modjax.errors import require
-from modjax.nn.records import unmeasured
+from modjax.nn.records import module_and_name
 
 PAD = 0
 Stop = tuple[tuple[int, ...], ...]
@@ -179,13 +180,14 @@ def _require_fits(used: int, more: int, max_length: int) -> None:
 def _warn_of_unmeasured(model: Any, params: Any, routing: str) -> None:
     """Warns if the model selects by a threshold that training has not measured."""
     config = getattr(nnx.merge(model, params), "config", None)
-    by_threshold = config is not None and "threshold" in config.rules(routing)
-    if by_threshold and (paths := unmeasured(params)):
-        warnings.warn(
-            f"{paths[0]} selects by a threshold that was never measured: training measures it, and "
-            "in a loop of your own modjax.observe",
-            stacklevel=3,
-        )
+    if config is None or "threshold" not in config.rules(routing):
+        return
+    for place, value in jax.tree_util.tree_leaves_with_path(params):
+        path, name = module_and_name(place)
+        if name == "threshold" and not isinstance(value, Tracer) and not jnp.any(value):
+            said = "selects by a threshold that was never measured: training measures it, and in a"
+            warnings.warn(f"{path} {said} loop of your own modjax.observe", stacklevel=3)
+            return
 
 
 def _first_state(

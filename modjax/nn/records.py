@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from modjax.errors import InputError, require
 from modjax.nn.routing.selection import gather
@@ -77,7 +76,7 @@ class Record:
         return {}
 
     def parts(self) -> Mapping[str, "Record"]:
-        """Returns the records to observe by the path of their module: itself by default, as ""."""
+        """Returns this record under "", and the records within it under their module's path."""
         return {"": self}
 
     @classmethod
@@ -106,10 +105,6 @@ class Inside(Record):
 
     def counts(self, valid_BL):
         return self.record.counts(self._valid(valid_BL))
-
-    def parts(self):
-        each = self.record.parts().items()
-        return {name: Inside(part, self.indices_BK, self.valid_BK) for name, part in each}
 
     @classmethod
     def together(cls, records):
@@ -265,7 +260,7 @@ def observe(
     """
     paths_leaves, structure = jax.tree_util.tree_flatten_with_path(measured)
     leaves, count = [leaf for _, leaf in paths_leaves], 0
-    places = {_module_and_name(path): place for place, (path, _) in enumerate(paths_leaves)}
+    places = {module_and_name(path): place for place, (path, _) in enumerate(paths_leaves)}
 
     def observed(record: Record, old: Any) -> dict[str, Any]:
         return record.observed(old, jnp.asarray(updates), tokens)
@@ -283,35 +278,21 @@ def observe(
             require(len(firsts) == 1, "stacked", stacked, need)
         try:
             new = (jax.vmap(observed) if stacked else observed)(record, old)
-            _check_shapes(path, new, old, stacked)
+            shapes = {name: jnp.shape(old[name]) for name in new}
         except KeyError as missing:
             names = ", ".join(map(repr, dict.fromkeys(module for module, _ in places)))
             need = f"has no measured {missing}: must be the path of a module, one of {names}"
             raise InputError("records", path, need) from missing
         for name, value in new.items():
+            number = f"{path}/{name}".lstrip("/")
+            need = f"{number} has the shape {shapes[name]}, its record {value.shape}: {REMEDY}"
+            require(value.shape == shapes[name], "stacked", stacked, need)
             leaves[places[path, name]] = value
             count += value.size
     return jax.tree.unflatten(structure, leaves), count
 
 
-def _check_shapes(path: str, new: Mapping[str, Any], old: Any, stacked: bool) -> None:
-    for name, value in new.items():
-        shape, number = jnp.shape(old[name]), f"{path}/{name}".lstrip("/")
-        need = f"{number} has the shape {shape}, its record {value.shape}: {REMEDY}"
-        require(value.shape == shape, "stacked", stacked, need)
-
-
-def unmeasured(weights: Any) -> list[str]:
-    """Returns the paths of the modules whose threshold is still its initial 0."""
-    found = []
-    for path, value in jax.tree_util.tree_leaves_with_path(weights):
-        module, name = _module_and_name(path)
-        if name == "threshold" and not isinstance(value, Tracer) and not jnp.any(value):
-            found.append(module)
-    return found
-
-
-def _module_and_name(path: tuple[Any, ...]) -> tuple[str, str]:
+def module_and_name(path: tuple[Any, ...]) -> tuple[str, str]:
     """Returns the path of a leaf's module, and the leaf's name in it."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # an nnx.Variable's own
         path = path[:-1]

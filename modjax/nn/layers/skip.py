@@ -59,8 +59,8 @@ class Skip(LayerModule):
         through_BL = odds_BL - jax.lax.stop_gradient(odds_BL)  # 0, with the gradient of the odds
         gates_BL = wanted_BL.astype(jnp.float32) + through_BL
         scores_BL = jnp.where(always_BL, jnp.inf, scores_BL)
-        decided = Skipped(scores_BL, gates_BL, wanted_BL, selected_BL, valid_BL)
-        records |= {"": self.rule.report(decided)}
+        records[""] = Skipped(scores_BL, wanted_BL, selected_BL)
+        records["rule"] = self.rule.report(scores_BL, gates_BL, valid_BL)
         inner, write = self._look(x, at, call, None if cache is None else cache.inner)
         if whole:
             out = self._masked(x, at, call, inner, wanted_BL, through_BL)

@@ -64,19 +64,12 @@ class Skipped(Record):
     """Record of the positions at which a Skip ran its layer.
 
     scores_BL: scores, pooled if sequences decide; infinite where a position always runs.
-    gates_BL: decisions, 0 or 1, with the straight-through gradient into the scores.
     wanted_BL: positions that were to run. selected_BL: those that ran; the others were dropped.
-    valid_BL: False marks padding.
     """
 
     scores_BL: jax.Array
-    gates_BL: jax.Array
     wanted_BL: jax.Array
     selected_BL: jax.Array
-    valid_BL: jax.Array
-
-    def parts(self):
-        return {"rule": self}  # whose threshold it observes
 
     def counts(self, valid_BL):
         masks = {"selected": self.selected_BL, "wanted": self.wanted_BL, "positions": valid_BL}
@@ -124,9 +117,11 @@ def _shares(counts: dict[str, Any]) -> dict[str, Any]:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Penalised(Skipped):
-    """Record of a Skip by `MindSkip`, with its loss. penalty, excess: see specs.MindSkip."""
+class Penalised(Record):
+    """Loss of `MindSkip`. The arguments are those of `SkipRule.report`."""
 
+    gates_BL: jax.Array
+    valid_BL: jax.Array
     capacity: float = field(metadata={"static": True})
     rule: specs.MindSkip = field(metadata={"static": True})
 
@@ -148,12 +143,14 @@ class Penalised(Skipped):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Followed(Skipped):
-    """Record of a Skip by `Quantile`, whose threshold follows all layers' scores.
+class Followed(Record):
+    """Scores that the threshold of `Quantile` follows. The arguments are those of `report`.
 
     quantile_B: the score that leaves the mean capacity of all layers; set by `together`.
     """
 
+    scores_BL: jax.Array
+    valid_BL: jax.Array
     quantile_B: jax.Array
     capacity: float = field(metadata={"static": True})
     rate: float = field(metadata={"static": True})
@@ -193,9 +190,14 @@ class SkipRule(nnx.Module):
         """Returns the threshold, a float32 scalar without a gradient."""
         raise NotImplementedError
 
-    def report(self, decided: Skipped) -> Skipped:
-        """Returns the record of the decisions, for losses, running statistics and metrics."""
-        return decided
+    def report(self, scores_BL: jax.Array, gates_BL: jax.Array, valid_BL: jax.Array) -> Record:
+        """Returns the record of the rule, for its loss and its threshold.
+
+        scores_BL: as `Skipped` has them.
+        gates_BL: decisions, 0 or 1, with the straight-through gradient into the scores.
+        valid_BL: False marks padding.
+        """
+        raise NotImplementedError
 
 
 class MindSkip(SkipRule):
@@ -204,8 +206,8 @@ class MindSkip(SkipRule):
     def bound(self):
         return jnp.float32(0)
 
-    def report(self, decided):
-        return Penalised(**vars(decided), capacity=self.capacity, rule=self.spec)
+    def report(self, scores_BL, gates_BL, valid_BL):
+        return Penalised(gates_BL, valid_BL, self.capacity, self.spec)
 
 
 class Quantile(SkipRule):
@@ -220,7 +222,6 @@ class Quantile(SkipRule):
     def bound(self):
         return jax.lax.stop_gradient(read(self.threshold))[0]
 
-    def report(self, decided):
-        none_B = jnp.zeros_like(decided.scores_BL[:, 0])
-        about = {"capacity": self.capacity, "rate": self.spec.rate}
-        return Followed(**vars(decided), quantile_B=none_B, **about)
+    def report(self, scores_BL, gates_BL, valid_BL):
+        none_B = jnp.zeros_like(scores_BL[:, 0])
+        return Followed(scores_BL, valid_BL, none_B, self.capacity, self.spec.rate)

@@ -99,7 +99,7 @@ def test_the_published_rule_has_the_published_mask_loss_and_gradient(unit, exces
 
     def loss(weights):
         out = run(graphdef, weights, jnp.asarray(x_BLD, jnp.float32))
-        own = out.records[""].loss()
+        own = out.records["rule"].loss()
         return jnp.sum(out.x * jnp.asarray(c_BLD, jnp.float32)) + own, (out.x, own)
 
     gradient, (y_BLD, own) = jax.jit(jax.grad(loss, has_aux=True))(weights)
@@ -126,7 +126,7 @@ def test_a_share_below_the_capacity_costs_nothing():
     spec = Skip(MLP(), router=Zero(), rule=MindSkip(1.0), capacity=1.0)
     graphdef, weights = alone(spec)
     x_BLD = jax.random.normal(jax.random.key(0), (2, 6, D))
-    record = run(graphdef, weights, x_BLD).records[""]
+    record = run(graphdef, weights, x_BLD).records["rule"]
     assert float(record.loss()) == 0
     # Of a batch in parts, the share of the whole one decides.
     assert float(record.loss(totals={"share": jnp.float32(2.0)})) < 0
@@ -431,8 +431,7 @@ def test_what_a_skip_ran_is_reported():
     wanted, zeros = selected.copy(), np.zeros(selected.shape, np.float32)
     wanted[1, 1, 1] = True
     valid_BL = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
-    valid = np.broadcast_to(valid_BL, selected.shape)
-    record = Skipped(zeros, zeros, *map(jnp.asarray, (wanted, selected, valid)))
+    record = Skipped(zeros, jnp.asarray(wanted), jnp.asarray(selected))
     found = Skipped.statistics({"0_skip": record}, jnp.asarray(valid_BL))
     expected = {
         "skip/capacity": (5 / 7 + 1 / 7) / 2,
