@@ -59,10 +59,8 @@ def routed(layer: Layer) -> ModelSpec:
 
 
 def measure() -> list[Row]:
-    about = {"inner": Attention(), "capacity": CAPACITY}
-    by_token = routed(Seq(Skip(**about), MLP("swiglu")))
-    rows = Skip(Attention(), capacity=BY_SEQUENCE, unit="sequence")
-    by_sequence = routed(Seq(rows, MLP("swiglu")))
+    by_token = routed(Seq(Skip(Attention(), CAPACITY), MLP("swiglu")))
+    by_sequence = routed(Seq(Skip(Attention(), BY_SEQUENCE, "sequence"), MLP("swiglu")))
     models = {
         "base": unstack(*split(BASE)),
         "token": unstack(*by_quantile(split(by_token))),
@@ -97,17 +95,17 @@ def prefill_flops(spec: ModelSpec, length: int) -> float:
     return total_flops({name: flops for name, flops in found.items() if name != "logits"})
 
 
-def skips(params: Any) -> list[Any]:
-    """Returns the weights of every Skip of a model, stacked."""
-    blocks = params["stack"]["blocks"]
-    found = (block.get("parts", {"": block}) for block in blocks.values())
-    return [part for parts in found for part in parts.values() if "router" in part]
+def skip_of(params: Any) -> Any:
+    """Returns the weights of a model's routed layers, stacked."""
+    blocks = params["stack"]["blocks"].values()
+    parts = (part for block in blocks for part in block.get("parts", {"": block}).values())
+    return next(part for part in parts if "router" in part)
 
 
 def by_quantile(model: tuple[Any, Any]) -> tuple[Any, Any]:
     """Returns a model with random routers, whose thresholds let CAPACITY of the positions run."""
     graphdef, params = model
-    (skip,) = skips(params)
+    skip = skip_of(params)
     skip["router"]["w"] = jax.random.normal(jax.random.key(0), skip["router"]["w"].shape)
     for _ in range(3):  # what a layer sees depends on the layers before it
         record = record_of(graphdef, params, seed=1)
@@ -119,7 +117,7 @@ def by_quantile(model: tuple[Any, Any]) -> tuple[Any, Any]:
 def every_other(model: tuple[Any, Any]) -> tuple[Any, Any]:
     """Returns a model whose routed layers run in all positions and in none, in turns."""
     graphdef, params = model
-    (skip,) = skips(params)
+    skip = skip_of(params)
     turns_A = np.arange(len(skip["rule"]["threshold"])) % 2
     skip["rule"]["threshold"] = jnp.where(turns_A == 0, -jnp.inf, jnp.inf)[:, None]
     return graphdef, params

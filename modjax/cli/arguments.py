@@ -15,8 +15,6 @@ from modjax.cli.options import (
     JSON,
     LOSS,
     OTHER_CODE,
-    PRETRAINED,
-    ROUTERS,
     RUN_OF_PLAN,
     SIZE,
     SLACK,
@@ -165,9 +163,10 @@ def _add_sweep_verbs(commands: Any) -> None:
     _add(commands, "fit", verbs.fit, options.FIT, WORKDIR, LOSS, SIZE, JSON)
     _add(commands, "report", verbs.report, options.REPORT, WORKDIR, LOSS, SIZE)
     _add(commands, "train", verbs.train, options.TRAIN, *running, RUN_OF_PLAN, distributed)
-    tune = _add(
-        commands, "tune", tuning.tune, options.TUNE, CONFIG, *running[2:], RUN_OF_PLAN, PRETRAINED
-    )
+    model = "the pretrained model: a folder with config.json, or a GGUF file"
+    base = option("--pretrained", required=True, type=Path, metavar="PATH", help=model)
+    shared = (CONFIG, *running[2:], RUN_OF_PLAN, base)
+    tune = _add(commands, "tune", tuning.tune, options.TUNE, *shared)
     measure = "instead, print how much the loss grows without each attention, MLP and block"
     _add_options(
         tune.add_mutually_exclusive_group(required=True),
@@ -192,6 +191,7 @@ def _add_finished_verbs(commands: Any) -> None:
     )
     top_p = "draw from the fewest likeliest tokens that sum to this probability; default 1, all"
     stop = "end before this text; may be repeated"
+    routers = "the routers file of `modjax tune` that belongs to --pretrained"
     chat = "render the prompt as a user's message, by the chat template of --pretrained"
     depth = (
         "colour each token by how many routed blocks it used; without colours (a pipe, NO_COLOR), "
@@ -199,7 +199,7 @@ def _add_finished_verbs(commands: Any) -> None:
     )
     _add_options(
         sample,
-        ROUTERS,
+        option("--routers", type=Path, metavar="FILE", help=routers),
         option("--chat", action="store_true", help=chat),
         option("--routing", default="causal", help=ROUTING),
         option("--tokens", type=int, default=256, metavar="N", help="new tokens; default 256"),

@@ -56,19 +56,6 @@ SIZE = option(
     help="the parameters that count as a model's size; a token uses the active ones (default "
     "non_embedding)",
 )
-PRETRAINED = option(
-    "--pretrained",
-    required=True,
-    type=Path,
-    metavar="PATH",
-    help="the pretrained model: a folder with config.json, or a GGUF file",
-)
-ROUTERS = option(
-    "--routers",
-    type=Path,
-    metavar="FILE",
-    help="the routers file of `modjax tune` that belongs to --pretrained",
-)
 SLACK = option(
     "--slack",
     type=float,

@@ -191,13 +191,9 @@ def _step(graphdef, weights, tokens_BL, ends_B2, key, routing, tasks):
     scored_BL = valid_BL & (places_1L >= first_B1)
     # A layer that decides for a whole sequence of a task sees its context only.
     prompt_BL = places_1L <= first_B1 if tasks else None
-    options = {
-        "key": key,
-        "routing": routing,
-        "prompt_BL": prompt_BL,
-        "layer_loop": "scan" if tasks else "auto",
-    }
-    x_BLD, records = model.features(tokens_BL[:, :-1], valid_BL.astype(jnp.int32), **options)
+    options = {"key": key, "routing": routing, "layer_loop": "scan" if tasks else "auto"}
+    inputs = tokens_BL[:, :-1], valid_BL.astype(jnp.int32)
+    x_BLD, records = model.features(*inputs, prompt_BL=prompt_BL, **options)
     arrays, vocab = (x_BLD, tokens_BL[:, 1:]), model.config.vocab_size
     signed_BL = in_chunks(_signed_nats, model.head, *arrays, numbers=vocab)
     nats_B = jnp.sum(jnp.where(scored_BL, jnp.abs(signed_BL), 0.0), axis=1)

@@ -31,7 +31,6 @@ class Skip(LayerModule):
         # The name of the first sublayer in `inner`; None if it is `inner` itself.
         inner = spec.inner
         self.name = next(iter(names(inner.parts))) if isinstance(inner, specs.Seq) else None
-        self.sees_all = spec.keys == "all" and isinstance(spec.first, specs.Attention)
         self.inner = build(spec.inner, shape, rngs=rngs)
         single = shape._replace(streams=1)
         self.router: Any = build(spec.router, single, rngs=rngs, outputs=1)
@@ -51,10 +50,8 @@ class Skip(LayerModule):
         wanted_BL &= valid_BL
         whole = cache is None and call.routing in ("trained", "all")
         slots = self.spec.slots(length, call.slack) if cache is None else cache.slots
-        taken_B1 = 0 if cache is None else cache.taken_B[:, None]
-        selected_BL = wanted_BL
-        if not whole:
-            selected_BL &= jnp.cumsum(wanted_BL, axis=1) <= slots - taken_B1
+        free = slots if cache is None else slots - cache.taken_B[:, None]
+        selected_BL = wanted_BL if whole else wanted_BL & (jnp.cumsum(wanted_BL, axis=1) <= free)
         odds_BL = jax.nn.sigmoid(scores_BL - bound)
         through_BL = odds_BL - jax.lax.stop_gradient(odds_BL)  # 0, with the gradient of the odds
         gates_BL = wanted_BL.astype(jnp.float32) + through_BL
@@ -72,16 +69,15 @@ class Skip(LayerModule):
         if cache is None:
             return out._replace(write=())
         masks = valid_BL, selected_BL, wanted_BL & ~selected_BL
-        read_B, taken_B, dropped_B = (jnp.sum(m, axis=1, dtype=jnp.int32) for m in masks)
+        counts = (jnp.sum(mask_BL, axis=1, dtype=jnp.int32) for mask_BL in masks)
         write = self._with_keys(out.write, write)
-        write = MoDCache(write, state, read_B, taken_B, dropped_B, cache.slots)
-        return out._replace(write=write)
+        return out._replace(write=MoDCache(write, state, *counts, cache.slots))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:
         """Returns an empty cache. With keys="all", attention has slots for all positions."""
         slots = self.spec.slots(length, slack)
         inner = self.inner.empty(batch, slots, slack, dtype)
-        if self.sees_all:
+        if self.spec.sees_all:
             inner = self._with_keys(inner, self._first.empty(batch, length, slack, dtype))
         state = self._start(batch, self.router.empty(batch, length, slack, dtype))
         none_B = jnp.zeros(batch, jnp.int32)
@@ -102,11 +98,8 @@ class Skip(LayerModule):
     ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
         """Returns scores (B, L), pooled if sequences decide, the records, and the state."""
         x_BLD = x if x.ndim == 3 else jnp.mean(x, axis=2)  # routers read the mean of the streams
-        first = self._first
-        if isinstance(first, Sublayer):
-            h_BLD = first.before(x_BLD)
-        else:
-            h_BLD = unit_rms(x_BLD, self.norm_eps)
+        sublayer = isinstance(self._first, Sublayer)
+        h_BLD = self._first.before(x_BLD) if sublayer else unit_rms(x_BLD, self.norm_eps)
         scored = self.router(h_BLD, at, call, state["router"] or None)
         scores_BL, records = scored.x[..., 0], under("router", scored.records)
         state = {**state, "router": scored.write}
@@ -144,7 +137,7 @@ class Skip(LayerModule):
 
         An attention that sees the keys of all positions gets them in a `Seen`.
         """
-        if not self.sees_all:
+        if not self.spec.sees_all:
             return cache, ()
         own = cache
         if self.name is not None:
@@ -155,7 +148,7 @@ class Skip(LayerModule):
 
     def _with_keys(self, tree: Any, keys: Any) -> Any:
         """Returns a cache of `inner`, or its update, with the part of its first attention."""
-        if not self.sees_all:
+        if not self.spec.sees_all:
             return tree
         return keys if self.name is None else {**tree, self.name: keys}
 
@@ -163,7 +156,7 @@ class Skip(LayerModule):
         self, x: jax.Array, at: At, call: Call, cache: Any, wanted_BL: jax.Array, through_BL: Any
     ) -> Out:
         """Runs `inner` at all positions, and keeps the result where it is wanted."""
-        shown_BL = at.valid_BL if self.sees_all else wanted_BL
+        shown_BL = at.valid_BL if self.spec.sees_all else wanted_BL
         out = self.inner(x, at._replace(valid_BL=shown_BL), call.inside(0), cache)
         x_new = jnp.where(wide(wanted_BL, x), out.x, x)
         x_new += wide(through_BL.astype(x.dtype), x) * (out.x - x)
@@ -177,7 +170,7 @@ class Skip(LayerModule):
 
         def process(selection: Selection) -> Out:
             seen_by = cache
-            if self.sees_all:
+            if self.spec.sees_all:
                 seen = cache if self.name is None else cache[self.name]
                 if seen.side is None:  # the keys of the row itself
                     places_BK = jnp.where(selection.valid_BK, selection.indices_BK, 0)

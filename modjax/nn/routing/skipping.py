@@ -126,11 +126,11 @@ class Penalised(Record):
     rule: specs.MindSkip = field(metadata={"static": True})
 
     def loss(self, tokens=None, totals=None):
-        if not self.rule.excess:
-            return self.rule.penalty * self._share()
         share = self._share()
-        exceeds = (totals or {"share": share})["share"] > self.capacity
-        return self.rule.penalty * jnp.where(exceeds, share - self.capacity, 0.0)
+        if self.rule.excess:
+            exceeds = (totals or {"share": share})["share"] > self.capacity
+            share = jnp.where(exceeds, share - self.capacity, 0.0)
+        return self.rule.penalty * share
 
     def totals(self):
         return {"share": self._share()} if self.rule.excess else {}

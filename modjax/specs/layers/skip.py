@@ -133,6 +133,11 @@ class Skip(Layer):
         return self.inner.parts[0] if isinstance(self.inner, Seq) else self.inner
 
     @property
+    def sees_all(self) -> bool:
+        """Whether an attention in `inner` sees the keys of all positions."""
+        return self.keys == "all" and isinstance(self.first, Attention)
+
+    @property
     def pool(self) -> Pool | None:
         """The rule that pools scores; None for tokens."""
         return self.causal if self.unit == "sequence" else None
@@ -161,9 +166,9 @@ class Skip(Layer):
     def cache_numbers(self, shape: Shape, length: int, slack: float | None) -> int:
         slots = self.slots(length, slack)
         found = self.inner.cache_numbers(shape, slots, slack)
-        if self.keys == "all" and isinstance(self.first, Attention):
-            each = (self.first.cache_numbers(shape, n, slack) for n in (length, slots))
-            found += next(each) - next(each)
+        if self.sees_all:
+            first = self.first.cache_numbers
+            found += first(shape, length, slack) - first(shape, slots, slack)
         return found + self.router.cache_numbers(shape._replace(streams=1), length, slack)
 
     def slots(self, length: int, slack: float | None) -> int:
