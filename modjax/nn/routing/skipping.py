@@ -81,9 +81,7 @@ class Skipped(Record):
     @classmethod
     def outcome(cls, counts):
         """Returns metrics by name, from the counts of each layer by its path: see `_shares`."""
-        stacked = {
-            n: np.stack([of[n] for of in counts.values()]) for n in next(iter(counts.values()))
-        }
+        stacked = jax.tree.map(lambda *each: np.stack(each), *counts.values())
         return {f"skip_{name}": float(value) for name, value in _shares(stacked).items()}
 
     @classmethod
@@ -158,10 +156,8 @@ class Followed(Record):
     @classmethod
     def together(cls, records):
         each = list(records.values())
-        valid, scores = (
-            jnp.concatenate([getattr(record, name).ravel() for record in each])
-            for name in ("valid_BL", "scores_BL")
-        )
+        valid = jnp.concatenate([record.valid_BL.ravel() for record in each])
+        scores = jnp.concatenate([record.scores_BL.ravel() for record in each])
         ran = sum(r.capacity * jnp.sum(r.valid_BL).astype(jnp.float32) for r in each)
         descending = -jnp.sort(jnp.where(valid, -scores, jnp.inf))
         always = jnp.sum(jnp.isposinf(descending))
