@@ -71,7 +71,7 @@ class Skip(LayerModule):
         masks = valid_BL, selected_BL, wanted_BL & ~selected_BL
         counts = (jnp.sum(mask_BL, axis=1, dtype=jnp.int32) for mask_BL in masks)
         write = self._with_keys(out.write, write)
-        return out._replace(write=MoDCache(write, state, *counts, cache.slots))
+        return out._replace(write=MoDCache(write, state, *counts, slots=cache.slots))
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> MoDCache:
         """Returns an empty cache. With keys="all", attention has slots for all positions."""
