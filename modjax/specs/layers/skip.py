@@ -134,7 +134,7 @@ class Skip(Layer):
 
     @property
     def sees_all(self) -> bool:
-        """Whether an attention in `inner` sees the keys of all positions."""
+        """True if an attention in `inner` sees the keys of all positions."""
         return self.keys == "all" and isinstance(self.first, Attention)
 
     @property
