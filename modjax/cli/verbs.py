@@ -155,7 +155,8 @@ def run_plan(
     only: RunSpec | None = None,
 ) -> int:
     from modjax.cli.tables import outcome_text
-    from modjax.scaling.engines.local import Stopped
+    from modjax.scaling.engines.local import Local
+    from modjax.scaling.session import Stopped
     from modjax.scaling.sweep import sweep
 
     try:
@@ -163,7 +164,7 @@ def run_plan(
             experiment,
             workdir=args.workdir,
             data_dir=args.data_dir,
-            jobs=jobs,
+            engine=Local(jobs),
             data_fingerprint=fingerprint,
             only=only,
             other_code=args.other_code,

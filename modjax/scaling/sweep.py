@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from modjax.errors import InputError, require
 from modjax.provenance import require_same, source_code
 from modjax.records import RunRecord, read_records, run_dir
-from modjax.scaling.engines.local import Session
+from modjax.scaling.engines.engine import Options
 from modjax.scaling.engines.worker import Settings
 from modjax.scaling.plan.experiment import Experiment
 from modjax.scaling.plan.plan_table import BUDGET_TOLERANCE, PlannedRun, cells, flops_per_second
 from modjax.scaling.plan.prediction import NOISE
+from modjax.scaling.session import Session
 from modjax.scaling.workdir import check_claim, claim, log_session
 from modjax.specs import RunSpec
 
@@ -91,20 +92,20 @@ def sweep(
     *,
     workdir: Path,
     data_dir: Path,
-    jobs: int,
+    engine: Options,
     data_fingerprint: str,
     only: RunSpec | None = None,
     other_code: bool = False,
 ) -> Outcome:
-    """Runs the unfinished runs of the plan on `jobs` local processes; see engines/local.py.
+    """Does the unfinished runs of the plan.
 
     Call `check` first. After an error, the same call resumes the sweep and repeats no finished run.
 
+    engine: what does them, see modjax.scaling.engines.engine.
     only: the single run of the plan to do; None does all.
     other_code: whether to resume runs that other code, or another environment, began.
     Raises InputError for bad input, OSError for a full disk and Stopped after a signal.
     """
-    require(jobs > 0, "--jobs", jobs, "must be greater than 0")
     check_claim(experiment, workdir, data_fingerprint)
     started, began = time.time(), time.monotonic()
     specs = experiment.specs if only is None else [only]
@@ -122,7 +123,7 @@ def sweep(
         other_code=other_code,
     )
     rate = flops_per_second(experiment.config, read_records(workdir))
-    session = Session(specs, settings, jobs, rate)
+    session = Session(specs, settings, engine, rate)
     try:
         session.run(lambda: claim(experiment, workdir, data_fingerprint))
     finally:
@@ -153,13 +154,13 @@ def _session_entry(workdir: Path, wall: float, session: Session, begun: set[str]
         return sum(getattr(record, field) for record in records)
 
     used = total("train_seconds") + total("compile_seconds")
-    partial = begun & finished or any(worker.spec for worker in session.workers)
-    overhead = 1 - used / (wall * max(1, len(session.workers)))
+    partial = begun & finished or bool(session.running)
+    overhead = 1 - used / (wall * max(1, session.slots))
     seconds = ("train_seconds", "compile_seconds", "eval_seconds", "data_wait_seconds")
     return {
         "wall_seconds": wall,
-        "jobs": len(session.workers),
-        "busy_seconds": [worker.busy_seconds for worker in session.workers],
+        "jobs": session.slots,
+        "busy_seconds": session.busy_seconds,
         **{field: total(field) for field in seconds},
         "overhead": None if partial else overhead,
         "finished": list(session.finished),

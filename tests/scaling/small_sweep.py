@@ -8,6 +8,7 @@ from pathlib import Path
 
 from modjax.records import read_record
 from modjax.scaling import sweep as sweeps
+from modjax.scaling.engines.local import Local
 from modjax.scaling.plan.experiment import load
 
 HERE = Path(__file__).parent
@@ -18,13 +19,14 @@ DRIVER = """
 import sys
 from pathlib import Path
 from modjax.scaling import sweep
-from modjax.scaling.engines.local import Stopped
+from modjax.scaling.engines.local import Local
+from modjax.scaling.session import Stopped
 from modjax.scaling.plan.experiment import load
 sweep.JOB = "stand_in"
 config, workdir, data_dir, jobs = sys.argv[1:5]
 try:
     outcome = sweep.sweep(load(config, sys.argv[5:]), workdir=Path(workdir),
-                          data_dir=Path(data_dir), jobs=int(jobs), data_fingerprint="f")
+                          data_dir=Path(data_dir), engine=Local(int(jobs)), data_fingerprint="f")
 except Stopped as stopped:
     print(f"{stopped.saved=}", file=sys.stderr)
     raise
@@ -43,7 +45,7 @@ def run(folders, experiment, jobs: int = 1, fingerprint: str = "f", **options):
         experiment,
         workdir=workdir,
         data_dir=data_dir,
-        jobs=jobs,
+        engine=Local(jobs),
         data_fingerprint=fingerprint,
         **options,
     )

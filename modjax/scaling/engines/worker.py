@@ -1,4 +1,4 @@
-"""Worker process of engines/local.py: imports jax once, then does one run after another.
+"""Worker process of engines/pool.py: imports jax once, then does one run after another.
 
 It reads and writes JSON lines. Input: first the Settings, then {"check": specs} or {"spec": spec}.
 The end of the input means that the parent is gone or wants the worker to stop. Output:
@@ -88,7 +88,7 @@ def main() -> None:
     try:
         _serve(send)
     except Preempted:
-        send("preempted")
+        send("preempted", error="stopped by SIGTERM, state saved")
     except InputError as error:
         send("fault", error=str(error))
     except BaseException as error:

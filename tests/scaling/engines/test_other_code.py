@@ -12,7 +12,7 @@ from modjax.cli.main import main
 from modjax.cli.tables import status_text
 from modjax.errors import InputError
 from modjax.scaling import sweep as sweeps
-from modjax.scaling.engines import local
+from modjax.scaling.engines import pool
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.report.page import fit_workdir, render
 from modjax.scaling.status import status
@@ -119,16 +119,16 @@ def test_a_run_that_never_saved_a_state_begins_anew_with_mended_code(folders, co
 
 
 def test_workers_are_renewed_with_the_code_that_the_sweep_began_with(folders, config, monkeypatch):
-    monkeypatch.setattr(local, "RUNS_OF_A_WORKER", 2)
-    experiment, started, start = fresh(config), [], local.Session._start
+    monkeypatch.setattr(pool, "RUNS_OF_A_WORKER", 2)
+    experiment, started, start = fresh(config), [], pool.Pool._start
 
-    def edited_before_the_second(session, worker):
+    def edited_before_the_second(engine, worker):
         if len(started) == 1:
             edit(config)
         started.append(worker)
-        start(session, worker)
+        start(engine, worker)
 
-    monkeypatch.setattr(local.Session, "_start", edited_before_the_second)
+    monkeypatch.setattr(pool.Pool, "_start", edited_before_the_second)
     with pytest.raises(
         InputError, match=r"^source code = 'code of Mine': was edited while the swe"
     ):

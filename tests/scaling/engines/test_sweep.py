@@ -11,7 +11,7 @@ import pytest
 from modjax.errors import InputError
 from modjax.files import is_disk_full
 from modjax.scaling import sweep as sweeps
-from modjax.scaling.engines import local
+from modjax.scaling.engines import pool
 from modjax.scaling.engines import run_lock as runs
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.status import status
@@ -48,7 +48,7 @@ def test_workers_are_reused_and_imports_paid_once(folders):
 
 
 def test_a_worker_is_renewed_after_so_many_runs_and_none_is_lost(folders, monkeypatch):
-    monkeypatch.setattr(local, "RUNS_OF_A_WORKER", 2)
+    monkeypatch.setattr(pool, "RUNS_OF_A_WORKER", 2)
     outcome = sweep(folders, jobs=1)
     assert len(outcome.records) == 6 and outcome.failures == {}
     pids = [pid for starts in lines(folders, "starts").values() for pid in starts]

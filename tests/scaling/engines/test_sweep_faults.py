@@ -15,7 +15,7 @@ import pytest
 
 from modjax.errors import InputError
 from modjax.records import write_record
-from modjax.scaling.engines import local
+from modjax.scaling import session
 from modjax.scaling.engines.run_lock import lock
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.status import status
@@ -144,11 +144,11 @@ def test_a_worker_that_cannot_read_its_order_says_so(folders, line, event, words
 
 
 def test_a_run_without_progress_is_said(folders, monkeypatch, capsys):
-    monkeypatch.setattr(local, "SECONDS_OF_SILENCE", 0.3)
+    monkeypatch.setattr(session, "SECONDS_OF_SILENCE", 0.3)
     (folders[1] / "seconds").write_text("20")  # a line of progress each second
     (folders[1] / "quick").write_text(" ".join(run_ids()[1:]))
     threading.Timer(3.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with pytest.raises(local.Stopped):
+    with pytest.raises(session.Stopped):
         sweep(folders, jobs=1)
     assert f"{run_ids()[0]}: no progress for 0s, compiling or stuck; see" in capsys.readouterr().err
 
@@ -157,7 +157,7 @@ def test_a_worker_ended_by_sigterm_is_no_failure_of_its_run(folders):
     (folders[1] / "seconds").write_text("1.5")
     (folders[1] / "quick").write_text(" ".join(run_ids()[1:]))
     process, first = start(folders, jobs=1), run_ids()[0]
-    for times in range(1, local.MAX_ATTEMPTS + 2):
+    for times in range(1, session.MAX_ATTEMPTS + 2):
         wait_until(lambda times=times: len(lines(folders, "starts")[first]) == times)
         os.kill(int(lines(folders, "starts")[first][-1]), signal.SIGTERM)
     output, errors = process.communicate(timeout=60)

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, Group
@@ -11,7 +12,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from modjax.records import RunRecord
-from modjax.scaling.engines.worker_handle import Worker
 from modjax.scaling.formatting import clock
 from modjax.scaling.report.prose import loss_text
 from modjax.specs import RunSpec
@@ -19,12 +19,43 @@ from modjax.specs import RunSpec
 SECONDS_BETWEEN_LINES = 60.0  # without a terminal, while no run finishes
 
 
-class Display:
-    """Context manager that shows progress on stderr."""
+@dataclass
+class Running:
+    """A run under way. Times are those of time.monotonic, in seconds.
 
-    def __init__(self, specs: Sequence[RunSpec], jobs: int, flops_per_second: float):
+    began: when a process began to do it; None while it waits for one.
+    heard: when its last event came.
+    first_seen: when it reported its first step, `first_step`; the time before is compilation.
+    """
+
+    spec: RunSpec
+    began: float | None = None
+    heard: float = 0.0
+    step: int = 0
+    loss: float | None = None
+    first_step: int = 0
+    first_seen: float = 0.0
+
+    def start(self) -> None:
+        self.began = self.heard = time.monotonic()
+
+    def advance(self, step: int, loss: float | None) -> None:
+        self.heard = time.monotonic()
+        if self.step == 0:
+            self.first_step, self.first_seen = step, self.heard
+        self.step, self.loss = step, self.loss if loss is None else loss
+
+    def seconds(self) -> float:
+        """Returns how long a process has been at it."""
+        return 0.0 if self.began is None else time.monotonic() - self.began
+
+
+class Display:
+    """Context manager that shows progress on stderr. slots: the runs done at a time."""
+
+    def __init__(self, specs: Sequence[RunSpec], flops_per_second: float):
         self.budgets = {spec.run_id: spec.budget_flops for spec in specs}
-        self.jobs = jobs
+        self.slots = 1
         self.expected_rate = flops_per_second
         self.console = Console(file=sys.stderr)
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
@@ -57,26 +88,24 @@ class Display:
         count = f"[{len(self.done):{len(str(len(self.budgets)))}}/{len(self.budgets)}]"
         self.note(f"{count} {record.run_id}  {loss}  {clock(record.wall_seconds)}")
 
-    def update(self, workers: Sequence[Worker], elsewhere: int) -> None:
-        """Shows the runs in progress. elsewhere: the number in progress in other sweeps."""
+    def update(self, running: Mapping[str, Running], elsewhere: int) -> None:
+        """Shows the runs under way. elsewhere: the number in progress in other sweeps."""
         if not self.console.is_terminal and time.monotonic() - self.noted < SECONDS_BETWEEN_LINES:
             return
         table = Table(box=None, pad_edge=False)
-        for name in ("worker", "run", "step", "loss", "left"):
+        for name in ("run", "step", "loss", "left"):
             table.add_column(name, justify="left" if name == "run" else "right")
         under_way = 0.0
-        for worker in workers:
-            if worker.spec is None:
-                table.add_row(str(worker.index), "starting" if not worker.ready else "idle")
+        for run_id, run in running.items():
+            if run.began is None:
+                table.add_row(run_id, "waiting")
                 continue
-            steps = worker.spec.train.steps
-            under_way += worker.spec.budget_flops * worker.step / steps
-            spent, counted = time.monotonic() - worker.first_seen, worker.step - worker.first_step
-            left = clock(spent * (steps - worker.step) / counted) if counted > 0 else "?"
-            loss = "" if worker.loss is None else f"{worker.loss:.3f}"
-            table.add_row(
-                str(worker.index), worker.spec.run_id, f"{worker.step}/{steps}", loss, left
-            )
+            steps = run.spec.train.steps
+            under_way += run.spec.budget_flops * run.step / steps
+            spent, counted = time.monotonic() - run.first_seen, run.step - run.first_step
+            left = clock(spent * (steps - run.step) / counted) if counted > 0 else "?"
+            loss = "" if run.loss is None else f"{run.loss:.3f}"
+            table.add_row(run_id, f"{run.step}/{steps}", loss, left)
         total = sum(self.budgets.values())
         spent_flops = sum(self.budgets[run_id] for run_id in self.done) + under_way
         rate = self._rate(under_way)
@@ -85,17 +114,17 @@ class Display:
         if elsewhere:
             summary += f"; {elsewhere} running in another sweep"
         if not self.console.is_terminal:
-            running = [f"{w.spec.run_id} at step {w.step}" for w in workers if w.spec is not None]
-            return self.note("; ".join([summary, *running]))
+            places = [f"{run_id} at step {run.step}" for run_id, run in running.items()]
+            return self.note("; ".join([summary, *places]))
         overall = Table.grid(padding=(0, 1))
         overall.add_row(ProgressBar(total=total, completed=spent_flops, width=40), summary)
         self.live.update(Group(table, overall), refresh=True)
 
     def _rate(self, under_way: float) -> float:
-        """Returns FLOP/s of all workers: expected until a run has finished, then measured.
+        """Returns FLOP/s of all runs under way: expected until a run has finished, then measured.
 
         under_way: FLOPs that unfinished runs have spent so far.
         """
         if self.flops_here == 0:
-            return self.expected_rate * self.jobs
+            return self.expected_rate * self.slots
         return (self.flops_here + under_way) / (time.monotonic() - self.began)

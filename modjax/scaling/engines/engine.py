@@ -1,0 +1,111 @@
+"""Engines: what starts the runs of a sweep, watches them and stops them.
+
+An engine has no policy. modjax/scaling/session.py decides which runs are open, done once more or
+given up. The options of an engine are a frozen dataclass with a method `open`, registered by a
+name, which `--engine` takes. `--engine.FIELD=VALUE` sets its fields.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from modjax.errors import InputError, require
+from modjax.scaling.engines.worker import Settings
+from modjax.specs import RunSpec, from_dict
+
+
+class Event(NamedTuple):
+    """News of a run, or of an engine. why: an explanation, in one line.
+
+    kind: one of
+      checked        the engine has found no run that would be refused
+      note           `why` is for the user
+      started        a process does the run
+      progress       `step`, and `loss` if it is known
+    or how a run ended:
+      done           it has finished here
+      found          it had its result already
+      busy           another process is doing it
+      preempted      somebody stopped it; it may have saved its state
+      node lost      its machine has gone
+      out of memory
+      refused        bad input
+      died           anything else
+    """
+
+    kind: str
+    run_id: str = ""
+    why: str = ""
+    step: int = 0
+    loss: float | None = None
+
+
+class Engine(Protocol):
+    """Does runs elsewhere. Each method returns soon; what happens later is an event.
+
+    slots: the number of runs that it does at a time, for estimates.
+    """
+
+    slots: int
+
+    def check(self, specs: Sequence[RunSpec]) -> None:
+        """Begins to look at the runs. "checked" follows, or `events` raises InputError."""
+        ...
+
+    def room(self) -> int:
+        """Returns how many more runs `start` takes now."""
+        ...
+
+    def start(self, specs: Sequence[RunSpec]) -> None:
+        """Takes runs. An event for each says how it ends."""
+        ...
+
+    def events(self, seconds: float) -> Iterator[Event]:
+        """Yields what has happened, after at most `seconds` of waiting.
+
+        Raises InputError or OSError for a fault that would stop every other run, too.
+        """
+        ...
+
+    def stop(self, received: Sequence[int]) -> bool:
+        """Ends the runs under way once they have saved their state, and frees everything.
+
+        May be called again. received: the signals so far; it may grow. A second one ends the runs
+        at once. Returns whether every run has saved its state.
+        """
+        ...
+
+
+class Options(Protocol):
+    """Options of an engine: a frozen dataclass."""
+
+    def open(self, settings: Settings, runs: int) -> Engine:
+        """Returns the engine for a sweep with so many open runs. Raises InputError."""
+        ...
+
+
+class Refused(InputError):
+    """Bad input, in the words of the process that found it."""
+
+    def __init__(self, line: str):
+        ValueError.__init__(self, line)
+
+
+OWN = "modjax.scaling.engines."
+ENGINES: dict[str, type[Options] | str] = {"local": OWN + "local:Local"}
+
+
+def register(name: str, options: type[Options]) -> None:
+    """Makes `--engine=NAME` known. options: the frozen dataclass of the engine's options."""
+    require(name not in ENGINES, "engine", name, "is registered already")
+    ENGINES[name] = options
+
+
+def options_of(name: str, values: dict[str, Any]) -> Options:
+    """Returns the options of an engine. Raises InputError for unknown names and bad values."""
+    require(name in ENGINES, "--engine", name, f"must be one of {', '.join(ENGINES)}")
+    found = ENGINES[name]
+    if isinstance(found, str):
+        module, _, found = found.partition(":")
+        found = getattr(importlib.import_module(module), found)
+    return from_dict(found, values, "engine.")
