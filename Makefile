@@ -44,7 +44,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(if $(wildcard $(BIN)/python$(VERSION)),,--clear) .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(CONSTRAINTS) --editable '.[data,pretrained,tensorboard,dev]'
+		--constraint $(CONSTRAINTS) --editable '.[data,pretrained,ray,tensorboard,dev]'
 	touch $@
 
 bench: $(INSTALLED)

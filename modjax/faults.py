@@ -25,12 +25,17 @@ def machine_error_line(error: BaseException, folder: Path | None = None) -> str 
     if is_disk_full(error):
         said = "no space left: free some and give the same command again"
         return f"{one_line(str(where or 'disk'), MOST_SHOWN)}: {said}"
-    if isinstance(error, MemoryError) or any(words in describe(error) for words in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return f"out of memory: {describe(error)}"
     if isinstance(error, OSError) and (named is not None or error.errno in MACHINE):
         shown = one_line(str(where or "this machine"), MOST_SHOWN)
         return one_line(f"{shown}: {error.strerror}", MOST_SHOWN * 2)
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    said = describe(error)
+    return isinstance(error, MemoryError) or any(words in said for words in OUT_OF_MEMORY)
 
 
 def bug_line(error: BaseException, command: str) -> str:

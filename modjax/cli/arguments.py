@@ -10,6 +10,7 @@ from modjax.cli import finished_verbs, options, tuning, verbs
 from modjax.cli.options import (
     CONFIG,
     DATA_DIR,
+    ENGINE,
     IMPORTS,
     JOBS,
     JSON,
@@ -158,7 +159,7 @@ def _add_sweep_verbs(commands: Any) -> None:
     _add(commands, "plan", verbs.plan, options.PLAN, CONFIG, DATA_DIR, JOBS, JSON, speed, noise)
     _add(commands, "check", verbs.check, options.CHECK, CONFIG, JSON)
     running = (CONFIG, WORKDIR, DATA_DIR, OTHER_CODE, JSON)
-    _add(commands, "sweep", verbs.sweep, options.SWEEP, *running, JOBS)
+    _add(commands, "sweep", verbs.sweep, options.SWEEP, *running, JOBS, ENGINE, IMPORTS)
     _add(commands, "status", verbs.status, options.STATUS, WORKDIR, JSON)
     _add(commands, "fit", verbs.fit, options.FIT, WORKDIR, LOSS, SIZE, JSON)
     _add(commands, "report", verbs.report, options.REPORT, WORKDIR, LOSS, SIZE)

@@ -73,14 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     with lasting() as out:
-        overrides, rest = _split(given)
+        overrides, rest = _split("--config.", given)
+        options, rest = _split("--engine.", rest)
         try:
             args = make_parser().parse_args(rest)
         except SystemExit:  # --help and --version print, too
             if lost := _check_output(out):
                 raise SystemExit(lost) from None
             raise
-        args.overrides = overrides
+        args.overrides = [f"{name}={value}" for name, value in overrides.items()]
+        args.engine_options = options
         args.command = shlex.join(["modjax", *given])
         with _quiet():
             code = _run(args)
@@ -137,14 +139,14 @@ def _quiet() -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the overrides as "a.b=value", and all other arguments."""
-    overrides: dict[str, str] = {}
+def _split(prefix: str, arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the values given as PREFIXname=value, and all other arguments."""
+    values: dict[str, str] = {}
     rest: list[str] = []
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
-        if not argument.startswith("--config."):
+        if not argument.startswith(prefix):
             rest.append(argument)
             continue
         if "=" not in argument:
@@ -152,8 +154,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
                 shown = one_line(argument, MOST_SHOWN)
                 raise SystemExit(_fail(f"{shown}: needs a value, as {shown}=VALUE"))
             argument += "=" + remaining.pop(0)
-        name, _, value = argument.removeprefix("--config.").partition("=")
-        if name in overrides:
-            raise SystemExit(_fail(one_line(f"--config.{name}: given twice", MOST_SHOWN)))
-        overrides[name] = value
-    return [f"{name}={value}" for name, value in overrides.items()], rest
+        name, _, value = argument.removeprefix(prefix).partition("=")
+        if name in values:
+            raise SystemExit(_fail(one_line(f"{prefix}{name}: given twice", MOST_SHOWN)))
+        values[name] = value
+    return values, rest

@@ -37,10 +37,16 @@ DATA_DIR = option(
 JOBS = option(
     "--jobs",
     type=int,
-    default=1,
     metavar="N",
-    help="worker processes, which share the cores evenly (default 1); small models are fastest "
-    "with one per core, an accelerator takes 1",
+    help="runs at a time (default 1), which share the cores of a machine evenly; small models are "
+    "fastest with one per core, an accelerator takes 1; short for --engine.jobs",
+)
+ENGINE = option(
+    "--engine",
+    default="local",
+    metavar="NAME",
+    help="what does the runs: local processes (default), or another engine, see launch/README.md; "
+    "set its options with --engine.FIELD=VALUE",
 )
 LOSS = option(
     "--loss",
@@ -68,8 +74,8 @@ IMPORTS = option(
     action="append",
     default=[],
     metavar="FILE.py|MODULE",
-    help="first import this file or module, which registers layers of the runs; may be repeated. "
-    "Nothing that a run's folder names is imported",
+    help="first import this file or module, which registers layers of the runs or engines; may be "
+    "repeated. Nothing that a run's folder names is imported",
 )
 OTHER_CODE = option(
     "--other-code",
@@ -95,7 +101,7 @@ CHECK = """test whether the layers of a config look ahead: what each claims, and
 Edits each token of a short text in turn, and compares all outputs before the edit, for every
 distinct layer and every routing that it has. A sweep does so before it trains, and refuses a layer
 that looks ahead although it claims not to."""
-SWEEP = """run a plan on local worker processes, and print a table of the results.
+SWEEP = """do the runs of a plan, and print a table of the results.
 
 Finished runs are never repeated. A run that dies is started once more, then given up. Several
 sweeps may share a folder."""

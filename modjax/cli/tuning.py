@@ -42,7 +42,7 @@ def tune(args: argparse.Namespace) -> int:
     open_files(given)  # raises InputError for the folder of a run
     fingerprint = open_data(experiment, args.data_dir).manifest.fingerprint
     verbs.say_new_weights(spec)
-    if code := verbs.run_plan(args, experiment, fingerprint, jobs=1, only=spec):
+    if code := verbs.run_plan(args, experiment, fingerprint, only=spec):
         return code
     folder = run_dir(args.workdir, spec.run_id)
     file = folder / "routers.safetensors"

@@ -10,6 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from modjax.backend import check_xla_starts, start, starting
@@ -74,8 +75,8 @@ def plan(args: argparse.Namespace) -> int:
     from modjax.scaling.plan.prediction import NOISE
     from modjax.scaling.sweep import open_data, plan_table
 
-    experiment = _load_sweep(args)
-    require(args.jobs > 0, "--jobs", args.jobs, "must be greater than 0")
+    experiment, jobs = _load_sweep(args), 1 if args.jobs is None else args.jobs
+    require(jobs > 0, "--jobs", jobs, "must be greater than 0")
     cache, unread = None, None
     try:
         cache = open_data(experiment, args.data_dir)
@@ -85,7 +86,7 @@ def plan(args: argparse.Namespace) -> int:
     warn_left_out(found.left_out)
     noise = NOISE if args.noise is None else args.noise
     cells = plan_table(experiment, cache, found.records, noise)
-    print(json_text(list(map(to_json, cells))) if args.json else plan_text(cells, args.jobs))
+    print(json_text(list(map(to_json, cells))) if args.json else plan_text(cells, jobs))
     if unread is None:
         return 0
     print(f"modjax: epochs unknown: {unread}", file=sys.stderr)
@@ -114,12 +115,17 @@ def check(args: argparse.Namespace) -> int:
 
 
 def sweep(args: argparse.Namespace) -> int:
+    from modjax.scaling.engines.engine import options_of
     from modjax.scaling.sweep import check, open_data
+    from modjax.specs.imports import import_all, places
 
+    import_all(places(args.imports, Path(), "--imports"), "--imports")
+    jobs = {} if args.jobs is None else {"jobs": str(args.jobs)}
+    engine = options_of(args.engine, jobs | args.engine_options)
     experiment = _load_sweep(args)
     cache = open_data(experiment, args.data_dir)
     check(experiment, cache)
-    return run_plan(args, experiment, cache.manifest.fingerprint, args.jobs)
+    return run_plan(args, experiment, cache.manifest.fingerprint, engine)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -133,7 +139,7 @@ def train(args: argparse.Namespace) -> int:
     if args.distributed:
         data = {"data_dir": args.data_dir, "fingerprint": fingerprint}
         return _train_together(args, experiment, spec, data)
-    return run_plan(args, experiment, fingerprint, jobs=1, only=spec)
+    return run_plan(args, experiment, fingerprint, only=spec)
 
 
 def say_new_weights(spec: RunSpec) -> None:
@@ -151,9 +157,10 @@ def run_plan(
     args: argparse.Namespace,
     experiment: Any,
     fingerprint: str,
-    jobs: int,
+    engine: Any = None,
     only: RunSpec | None = None,
 ) -> int:
+    """Does a plan, or one run of it, on an engine; None takes one local process."""
     from modjax.cli.tables import outcome_text
     from modjax.scaling.engines.local import Local
     from modjax.scaling.session import Stopped
@@ -164,7 +171,7 @@ def run_plan(
             experiment,
             workdir=args.workdir,
             data_dir=args.data_dir,
-            engine=Local(jobs),
+            engine=engine or Local(),
             data_fingerprint=fingerprint,
             only=only,
             other_code=args.other_code,

@@ -5,12 +5,14 @@ given up. The options of an engine are a frozen dataclass with a method `open`, 
 name, which `--engine` takes. `--engine.FIELD=VALUE` sets its fields.
 """
 
+import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from modjax.errors import InputError, require
+from modjax.errors import InputError, describe, require
 from modjax.scaling.engines.worker import Settings
+from modjax.scaling.plan.experiment import parse
 from modjax.specs import RunSpec, from_dict
 
 
@@ -92,7 +94,10 @@ class Refused(InputError):
 
 
 OWN = "modjax.scaling.engines."
-ENGINES: dict[str, type[Options] | str] = {"local": OWN + "local:Local"}
+ENGINES: dict[str, type[Options] | str] = {
+    "local": OWN + "local:Local",
+    "ray": OWN + "ray:Ray",
+}
 
 
 def register(name: str, options: type[Options]) -> None:
@@ -101,11 +106,22 @@ def register(name: str, options: type[Options]) -> None:
     ENGINES[name] = options
 
 
-def options_of(name: str, values: dict[str, Any]) -> Options:
-    """Returns the options of an engine. Raises InputError for unknown names and bad values."""
+def options_of(name: str, texts: Mapping[str, str]) -> Options:
+    """Returns the options of an engine from the texts of their values.
+
+    Raises InputError for unknown names and bad values.
+    """
     require(name in ENGINES, "--engine", name, f"must be one of {', '.join(ENGINES)}")
-    found = ENGINES[name]
+    found: Any = ENGINES[name]
     if isinstance(found, str):
         module, _, found = found.partition(":")
-        found = getattr(importlib.import_module(module), found)
-    return from_dict(found, values, "engine.")
+        try:
+            found = getattr(importlib.import_module(module), found)
+        except ImportError as error:
+            accepted = f"needs its extra: pip install 'modjax[{name}]' ({describe(error)})"
+            raise InputError("--engine", name, accepted) from error
+    usual = {field.name: field.default for field in dataclasses.fields(found)}
+    values = {
+        field: parse(f"--engine.{field}", text, usual.get(field)) for field, text in texts.items()
+    }
+    return from_dict(found, values, "--engine.")

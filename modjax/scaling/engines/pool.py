@@ -61,8 +61,11 @@ class Worker(ABC):
     def has_ended(self) -> bool: ...
 
     @abstractmethod
-    def end(self) -> tuple[int, str]:
-        """Waits for the end. Returns the exit code, and what was printed outside of runs."""
+    def end(self) -> tuple[int | None, str]:
+        """Waits for the end. Returns the exit code, and what was printed outside of runs.
+
+        A process whose machine has gone has no exit code, and the text says what is known.
+        """
 
 
 class Pool(ABC):
@@ -134,7 +137,7 @@ class Pool(ABC):
         worker.start(self.settings_of(worker))
         worker.living = True
 
-    def _end(self, worker: Worker) -> int:
+    def _end(self, worker: Worker) -> int | None:
         code, self.last_words = worker.end()
         worker.living, worker.ready, worker.ended = False, False, time.monotonic()
         return code
@@ -174,7 +177,7 @@ class Pool(ABC):
         """Yields how the run of a worker ended. Raises if workers cannot start."""
         was_ready, was_checker = worker.ready, worker is self.checker
         code = self._end(worker)
-        how = worker.error or describe_exit(code)
+        how = worker.error or (self.last_words if code is None else describe_exit(code))
         asked_to = code == -signal.SIGTERM  # by whoever runs this machine: no fault of the run
         if was_checker:
             self.checker = None
@@ -184,7 +187,8 @@ class Pool(ABC):
                 raise self._cannot_start(worker, how)
         if worker.spec is not None:
             spec, worker.spec = worker.spec, None
-            yield Event("preempted" if asked_to else "died", spec.run_id, how)
+            kind = "preempted" if asked_to else "node lost" if code is None else "died"
+            yield Event(kind, spec.run_id, how)
 
     def _cannot_start(self, worker: Worker, how: str) -> Exception:
         """Returns the error for failed starts: RuntimeError if a worker raised, else InputError."""
@@ -201,7 +205,7 @@ def describe_exit(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def _lost_nothing(worker: Worker, code: int) -> bool:
+def _lost_nothing(worker: Worker, code: int | None) -> bool:
     """Returns whether a worker that ended with `code` saved its run, or had nothing to save."""
     # SIGTERM ends a worker by itself only until its training listens for it.
     unbegun = code == -signal.SIGTERM and not worker.begun

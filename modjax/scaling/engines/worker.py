@@ -12,6 +12,7 @@ The end of the input means that the parent is gone or wants the worker to stop. 
   busy       another process is doing the run
   preempted  SIGTERM: the state of the run is saved, and the worker ends
   refused    bad input, in one line
+  out of memory
   fault      an error that would stop every other run as well, in one line
   disk full
   broken     any other exception; the worker ends, so that no other run is affected
@@ -39,7 +40,7 @@ from typing import Any
 
 from modjax.backend import starting
 from modjax.errors import InputError, Preempted, SharedFault, describe
-from modjax.faults import machine_error_line
+from modjax.faults import is_out_of_memory, machine_error_line
 from modjax.files import is_disk_full
 from modjax.provenance import fix_settings, require_unchanged
 from modjax.records import RunRecord, run_dir
@@ -131,6 +132,9 @@ def _serve(send: Callable[..., None]) -> None:
                 send("disk full")
             elif "check" in message and line is not None:
                 send("fault", error=line)
+            elif is_out_of_memory(error):
+                traceback.print_exc()
+                send("out of memory", error=line)
             else:
                 raise
         working.clear()

@@ -195,10 +195,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         known = f"unknown; known here: {', '.join(sorted(map(str, value)))}"
         require(part in value, field, text, known)
         parent, value = value, value[part]
-    parent[part] = _parse(field, text, value)
+    parent[part] = parse(field, text, value)
 
 
-def _parse(field: str, text: str, old: Any) -> Any:
+def parse(field: str, text: str, old: Any) -> Any:
     """Returns text as a value of the type of `old`. None takes any value, which its spec checks."""
     kind = type(old)
     if kind is str:
