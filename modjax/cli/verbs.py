@@ -212,6 +212,24 @@ def choose(args: argparse.Namespace, specs: Sequence[RunSpec]) -> RunSpec:
     raise InputError("--run", args.run, accepted)
 
 
+def stop(args: argparse.Namespace) -> None:
+    from modjax.scaling import orders
+
+    orders.stop(args.workdir)
+
+
+def retry(args: argparse.Namespace) -> None:
+    from modjax.scaling import orders
+
+    orders.retry(args.workdir, args.run)
+
+
+def logs(args: argparse.Namespace) -> None:
+    from modjax.scaling import orders
+
+    print(orders.log(args.workdir, args.run), end="")
+
+
 def status(args: argparse.Namespace) -> None:
     from modjax.cli.tables import status_text
     from modjax.records import warn_left_out

@@ -18,6 +18,7 @@ from modjax.scaling.engines.engine import Engine, Event, Options, Refused
 from modjax.scaling.engines.run_lock import is_running
 from modjax.scaling.engines.worker import Settings
 from modjax.scaling.formatting import clock
+from modjax.scaling.orders import last_stop
 from modjax.scaling.progress import Display, Running
 from modjax.specs import RunSpec
 
@@ -65,7 +66,8 @@ class Session:
         self.busy_seconds = 0.0
         self.attempts: Counter[str] = Counter()
         self.elsewhere: list[RunSpec] = []  # runs that another sweep on this folder is doing
-        self.said_idle = False
+        self.said_idle, self.earlier_stop = False, last_stop(self.workdir)
+        self.specs = {spec.run_id: spec for spec in specs}
         self.display = Display(specs, flops_per_second)
         self.waiting = deque(spec for spec in specs if self._is_open(spec))
         self.open_engine = lambda: options.open(settings, len(self.waiting))
@@ -106,8 +108,8 @@ class Session:
 
     def _events(self, engine: Engine, received: Sequence[int]) -> Iterator[Event]:
         """Yields the engine's events. Raises Stopped after a signal."""
-        if received:
-            raise Stopped(received[0])
+        if received or last_stop(self.workdir) != self.earlier_stop:
+            raise Stopped(next(iter(received), signal.SIGTERM))
         for event in engine.events(SECONDS_OF_WATCHING):
             if event.kind == "note":
                 self.display.note(event.why)
@@ -115,6 +117,10 @@ class Session:
 
     def _start(self, engine: Engine) -> None:
         """Gives the engine the runs that it has room for."""
+        for run_id in [r for r in self.attempts if r in self.failures]:  # `modjax retry` opens them
+            if not (self._folder(self.specs[run_id]) / "failure.json").exists():
+                del self.failures[run_id], self.attempts[run_id]
+                self.waiting.append(self.specs[run_id])
         room = engine.room()
         specs = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
         if specs:

@@ -13,6 +13,7 @@ from modjax.scaling.plan.experiment import load
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "tiny.py"
+LOCAL = Local()
 # Six runs: 3 sizes x 2 arms.
 SMALL = ("sweep.sizes=3", "sweep.budgets=5e11")
 DRIVER = """
@@ -35,17 +36,17 @@ print(len(outcome.records), len(outcome.failures))
 
 
 def sweep(folders, *overrides: str, jobs: int = 2, fingerprint: str = "f"):
-    return run(folders, load(str(CONFIG), [*SMALL, *overrides]), jobs, fingerprint)
+    return run(folders, load(str(CONFIG), [*SMALL, *overrides]), Local(jobs), fingerprint)
 
 
-def run(folders, experiment, jobs: int = 1, fingerprint: str = "f", **options):
+def run(folders, experiment, engine=LOCAL, fingerprint: str = "f", **options):
     """Runs an experiment in `folders`, which make the stand-in the job."""
     workdir, data_dir = folders
     return sweeps.sweep(
         experiment,
         workdir=workdir,
         data_dir=data_dir,
-        engine=Local(jobs),
+        engine=engine,
         data_fingerprint=fingerprint,
         **options,
     )

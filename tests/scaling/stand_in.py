@@ -5,7 +5,8 @@
   seconds                    the time of a run
   crash, boom                ids of runs that die by SIGKILL, and of runs that raise
   refuse, diverge            ids of runs that are refused, and of runs that diverge
-  disk_full, quick           ids of runs that fill the disk, and of runs that take no time
+  disk_full, no_memory       ids of runs that fill the disk, and of runs that fill the memory
+  quick                      ids of runs that take no time
   uncheckable                refuses the plan
   unforeseen, no_files       raises as a fault of the program does, and as one of the machine
   stubborn                   runs ignore SIGTERM
@@ -115,6 +116,8 @@ def train(
         return record
     if ordered("disk_full"):
         raise OSError(errno.ENOSPC, "No space left on device")
+    if ordered("no_memory"):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
     if (data_dir / "stubborn").exists():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     seconds = 0.0 if ordered("quick") else float((data_dir / "seconds").read_text())

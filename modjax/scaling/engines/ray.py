@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ class Ray:
         variables = {name: v for name, v in os.environ.items() if name.startswith(PASSED_ON)}
         dashboard = False if self.address == "local" else None
         try:
+            host, _, port = self.address.rpartition(":")
+            if port.isdecimal():  # Ray itself would ask for more than a minute, and print it
+                socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
             ray.init(
                 self.address,
                 include_dashboard=dashboard,
@@ -56,7 +60,7 @@ class Ray:
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": variables},
             )
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             accepted = f"has no Ray cluster: {describe(error)}"
             raise InputError("--engine.address", self.address, accepted) from error
         try:

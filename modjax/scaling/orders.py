@@ -1,0 +1,48 @@
+"""Orders to a sweep from other processes, by files in its folder: any engine obeys them."""
+
+import uuid
+from pathlib import Path
+
+from modjax.errors import require
+from modjax.files import read
+from modjax.records import run_dir
+from modjax.scaling.status import RunStatus, status
+
+STOP = "stop"
+MOST_LOG = 1_000_000  # bytes
+
+
+def stop(workdir: Path) -> None:
+    """Stops every launcher of the sweep, once the runs under way have saved their state."""
+    status(workdir)  # raises InputError for another folder
+    (workdir / STOP).write_text(uuid.uuid4().hex, encoding="utf-8")
+
+
+def last_stop(workdir: Path) -> str:
+    """Returns what the last `stop` wrote. A launcher stops when it changes."""
+    try:
+        return (workdir / STOP).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def retry(workdir: Path, run_id: str) -> None:
+    """Opens a run again that was given up, for launchers that still run, and for later ones."""
+    state = _find(workdir, run_id).state
+    accepted = f"is {state}: only runs that were given up can be tried again"
+    require(state == "failed", "RUN", run_id, accepted)
+    (run_dir(workdir, run_id) / "failure.json").unlink(missing_ok=True)
+
+
+def log(workdir: Path, run_id: str) -> str:
+    """Returns the end of what a run has printed."""
+    _find(workdir, run_id)
+    file = run_dir(workdir, run_id) / "log.txt"
+    return read(file, "", last=MOST_LOG).decode(errors="replace") if file.exists() else ""
+
+
+def _find(workdir: Path, run_id: str) -> RunStatus:
+    runs = {run.run_id: run for run in status(workdir).runs}
+    accepted = f"must be one of the plan's {len(runs)} runs, such as {next(iter(runs), None)}"
+    require(run_id in runs, "RUN", run_id, accepted)
+    return runs[run_id]
