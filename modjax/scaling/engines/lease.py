@@ -1,0 +1,110 @@
+"""Leases on runs, for folders whose locks do not hold between machines, such as gcsfuse.
+
+The n-th holder of a run creates runs/ID/lease-n, which the store does only if there is no such
+file, and keeps changing it. A lease is over when its file has not changed for so many seconds by
+the observer's own clock: no two clocks are compared. A holder that sees a later file has lost its
+lease, and writes no more.
+"""
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from modjax.errors import SharedFault
+
+FREE = "free"  # the content of a lease that its holder has given back
+RENEWALS = 4  # in the time after which a lease is over
+
+
+class Lost(SharedFault):
+    """Another process holds the lease of a run, or this one could not renew its own."""
+
+    def __init__(self, folder: Path):
+        super().__init__("lease", folder.name, "was lost: another process may do the run")
+
+
+class Observer:
+    """What a process has seen of leases. seconds: how long an unchanged lease lasts."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self.seconds, self.clock = seconds, clock
+        self.seen: dict[Path, tuple[str, float]] = {}  # content, and when it was first seen
+
+    def is_held(self, folder: Path) -> bool:
+        """Returns whether a run has a holder, as far as this process has seen until now.
+
+        Raises OSError if the store does not answer.
+        """
+        return self._is_held(newest(folder))
+
+    def _is_held(self, path: Path | None) -> bool:
+        if path is None:
+            return False
+        asked = self.clock()
+        content = path.read_text(encoding="utf-8")
+        if content == FREE:
+            return False
+        seen, since = self.seen.get(path, (None, 0.0))
+        if seen != content:
+            self.seen[path] = content, self.clock()
+            return True
+        return asked - since < self.seconds
+
+    @contextlib.contextmanager
+    def hold(self, folder: Path) -> Iterator[Callable[[], None] | None]:
+        """Holds a run for the `with` block; yields None if another process holds it.
+
+        Yields a function to call before each write, which raises Lost.
+        """
+        path, asked, earlier = (
+            None,
+            0.0,
+            newest(folder),
+        )  # looked for once: the next one may be a rival's
+        if not self._is_held(earlier):
+            number = 1 + (0 if earlier is None else _number(earlier))
+            path, asked = folder / f"lease-{number:09d}", self.clock()
+            try:
+                with open(path, "x", encoding="utf-8") as file:
+                    file.write(uuid.uuid4().hex)
+            except FileExistsError:  # another process was first
+                path = None
+        if path is None:
+            yield None
+            return
+        ended, renewed = threading.Event(), [asked]
+
+        def renew() -> None:
+            while not ended.wait(self.seconds / RENEWALS):
+                with contextlib.suppress(OSError):  # the next one may succeed
+                    asked = self.clock()
+                    path.write_text(uuid.uuid4().hex, encoding="utf-8")
+                    renewed[0] = asked
+
+        def guard() -> None:
+            # Nobody takes a lease before it has been unchanged for so long.
+            late = self.clock() - renewed[0] > self.seconds
+            if late or newest(folder) != path:
+                raise Lost(folder)
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield guard
+        finally:
+            ended.set()
+            thread.join()
+            with contextlib.suppress(OSError):
+                path.write_text(FREE, encoding="utf-8")
+
+
+def newest(folder: Path) -> Path | None:
+    """Returns the file of the last holder, or None if there was no holder."""
+    return max(folder.glob("lease-*"), key=_number, default=None)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[2])

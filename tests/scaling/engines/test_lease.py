@@ -1,0 +1,146 @@
+"""Leases: one holder at a time, whatever the clocks say, if processes pause and stores fail."""
+
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from modjax.scaling.engines import lease
+from modjax.scaling.engines.lease import Lost, Observer
+
+SECONDS = 0.4
+
+
+def wait_until_free(observer, folder, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while observer.is_held(folder):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_one_process_holds_a_run_and_gives_it_back(tmp_path):
+    first, second = Observer(SECONDS), Observer(SECONDS)
+    with first.hold(tmp_path) as guard:
+        guard()
+        assert second.is_held(tmp_path)
+        with second.hold(tmp_path) as other:
+            assert other is None
+        time.sleep(3 * SECONDS)  # it is renewed
+        assert second.is_held(tmp_path)
+        guard()
+    assert not second.is_held(tmp_path)
+    with second.hold(tmp_path) as guard:
+        guard()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "lease-000000001",
+        "lease-000000002",
+    ]
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+def test_clocks_that_differ_by_an_hour_change_nothing(tmp_path, skew):
+    first = Observer(SECONDS, clock=lambda: time.monotonic() + skew)
+    second = Observer(SECONDS)
+    with first.hold(tmp_path) as guard:
+        for path in tmp_path.iterdir():  # the store's own clock, too
+            os.utime(path, (0, 0))
+        until = time.monotonic() + 3 * SECONDS
+        while time.monotonic() < until:
+            assert second.is_held(tmp_path)
+            guard()
+
+
+def test_of_many_rivals_one_gets_the_lease(tmp_path):
+    got, ready = [], threading.Barrier(8)
+
+    def rival():
+        ready.wait()
+        with Observer(SECONDS).hold(tmp_path) as guard:
+            got.append(guard is not None)
+            ready.wait()
+
+    threads = [threading.Thread(target=rival) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(got) == 1
+
+
+def _write_under_lease(folder, seconds):
+    with Observer(seconds).hold(folder) as guard:
+        while True:
+            guard()
+            with open(folder / "written", "a") as file:
+                file.write(f"{os.getpid()}\n")
+            time.sleep(0.01)
+
+
+def test_a_paused_holder_that_wakes_writes_no_more(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(
+        target=_write_under_lease, args=(tmp_path, SECONDS)
+    )
+    process.start()
+    observer, written = Observer(SECONDS), tmp_path / "written"
+    try:
+        deadline = time.monotonic() + 60
+        while not written.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGSTOP)
+        wait_until_free(observer, tmp_path)
+        with observer.hold(tmp_path) as guard:
+            guard()
+            before = written.read_text()
+            os.kill(process.pid, signal.SIGCONT)
+            process.join(20)
+            assert process.exitcode == 1, "it raised Lost"
+            lines = written.read_text().splitlines()
+            # At most the one write that had passed its guard when it was paused.
+            assert len(lines) <= len(before.splitlines()) + 1
+            guard()
+    finally:
+        process.kill()
+
+
+def test_a_holder_that_cannot_renew_stops_by_itself(tmp_path, monkeypatch):
+    with Observer(SECONDS).hold(tmp_path) as guard:
+        monkeypatch.setattr(Path, "write_text", _refuse)
+        time.sleep(1.5 * SECONDS)
+        with pytest.raises(Lost, match=r"^lease = '.*': was lost: another process may do the run$"):
+            guard()
+
+
+def _refuse(*arguments, **options):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_store_that_is_slow_and_fails_at_times_loses_no_lease(tmp_path, monkeypatch):
+    rng, seconds = random.Random(0), 1.0
+    for name in ("read_text", "write_text"):
+        real = getattr(Path, name)
+
+        def unsteady(*arguments, real=real, **options):
+            time.sleep(rng.random() * seconds / 10)
+            if rng.random() < 0.05:
+                _refuse()
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(Path, name, unsteady)
+    other, asked = Observer(seconds), 0
+    with Observer(seconds).hold(tmp_path) as guard:
+        until = time.monotonic() + 6 * seconds
+        while time.monotonic() < until:
+            guard()
+            try:
+                assert other.is_held(tmp_path)
+            except OSError:
+                asked += 1
+            time.sleep(0.02)
+    assert lease.newest(tmp_path).name == "lease-000000001"
