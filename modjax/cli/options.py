@@ -43,10 +43,9 @@ JOBS = option(
 )
 ENGINE = option(
     "--engine",
-    default="local",
     metavar="NAME",
-    help="what does the runs: local processes (default), or another engine, see launch/README.md; "
-    "set its options with --engine.FIELD=VALUE",
+    help="what does the runs, see launch/README.md; default: that of the config's group `engine`, "
+    "or local processes; set its options with --engine.FIELD=VALUE",
 )
 LOSS = option(
     "--loss",

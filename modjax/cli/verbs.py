@@ -120,9 +120,12 @@ def sweep(args: argparse.Namespace) -> int:
     from modjax.specs.imports import import_all, places
 
     import_all(places(args.imports, Path(), "--imports"), "--imports")
-    jobs = {} if args.jobs is None else {"jobs": str(args.jobs)}
-    engine = options_of(args.engine, jobs | args.engine_options)
     experiment = _load_sweep(args)
+    jobs = {} if args.jobs is None else {"jobs": str(args.jobs)}
+    name, values = args.engine or experiment.engine.get("name", "local"), {}
+    if name == experiment.engine.get("name"):
+        values = {field: v for field, v in experiment.engine.items() if field != "name"}
+    engine = options_of(name, jobs | args.engine_options, values)
     cache = open_data(experiment, args.data_dir)
     check(experiment, cache)
     return run_plan(args, experiment, cache.manifest.fingerprint, engine)

@@ -152,6 +152,21 @@ def test_an_engine_of_ones_own_is_one_file(folders, own_engine, tiny_data_dir, c
     assert len(do(folders, engine).records) == 6
 
 
+def test_a_config_may_name_its_engine(own_engine, tmp_path, tiny_data_dir, capsys):
+    (tmp_path / "config.py").write_text(
+        f"import runpy\n\ndef get_config():\n"
+        f"    config = runpy.run_path({str(CONFIG)!r})['get_config']()\n"
+        f"    config.engine = {{'name': 'nice', 'niceness': 'high'}}\n    return config\n"
+    )
+    command = ["sweep", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'work'}"]
+    command += [f"--data-dir={tiny_data_dir}", "--config.data.name=tiny"]
+    assert main([*command, f"--imports={own_engine}"]) == 2
+    said = "modjax: --engine.niceness = 'high': must be of type int\n"
+    assert capsys.readouterr().err == said
+    assert main([*command, "--engine=local", "--jobs=0"]) == 2, "another engine, other options"
+    assert capsys.readouterr().err == "modjax: --engine.jobs = 0: must be greater than 0\n"
+
+
 def test_unknown_engines_are_one_line():
     with pytest.raises(InputError) as caught:
         options_of("cloud", {})

@@ -8,6 +8,7 @@ name, which `--engine` takes. `--engine.FIELD=VALUE` sets its fields.
 import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from modjax.errors import InputError, describe, require
@@ -106,8 +107,10 @@ def register(name: str, options: type[Options]) -> None:
     ENGINES[name] = options
 
 
-def options_of(name: str, texts: Mapping[str, str]) -> Options:
-    """Returns the options of an engine from the texts of their values.
+def options_of(
+    name: str, texts: Mapping[str, str], values: Mapping[str, Any] = MappingProxyType({})
+) -> Options:
+    """Returns the options of an engine, from their values and from texts, which come first.
 
     Raises InputError for unknown names and bad values.
     """
@@ -121,7 +124,7 @@ def options_of(name: str, texts: Mapping[str, str]) -> Options:
             accepted = f"needs its extra: pip install 'modjax[{name}]' ({describe(error)})"
             raise InputError("--engine", name, accepted) from error
     usual = {field.name: field.default for field in dataclasses.fields(found)}
-    values = {
+    parsed = {
         field: parse(f"--engine.{field}", text, usual.get(field)) for field, text in texts.items()
     }
-    return from_dict(found, values, "--engine.")
+    return from_dict(found, {**values, **parsed}, "--engine.")

@@ -3,7 +3,8 @@
 A file defines `get_config()`, which returns an ml_collections.ConfigDict with the groups `model`,
 `train`, `data`, `execution` and, for a grid of runs, `sweep`. A file may leave out the fields that
 have a default in modjax/specs/; overrides reach them all the same. The config of a single run may
-have a `base`: the folder of a finished run whose weights it starts from.
+have a `base`: the folder of a finished run whose weights it starts from. A config may have a group
+`engine`, with the `name` of the engine that does the runs, and its options.
 """
 
 import ast
@@ -12,7 +13,7 @@ import dataclasses
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -46,6 +47,7 @@ class Experiment:
     imports: import name -> file path or module name, see specs.imports.places. `load` imports
       all of them.
     command: the command line that asked for the experiment.
+    engine: the group of that name, which `config` leaves out.
     """
 
     config_file: str
@@ -55,6 +57,7 @@ class Experiment:
     specs: list[RunSpec]
     imports: dict[str, str]
     command: str = ""
+    engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(config_file: str, overrides: Sequence[str] = (), command: str = "") -> Experiment:
@@ -64,6 +67,9 @@ def load(config_file: str, overrides: Sequence[str] = (), command: str = "") -> 
     value of another type, or one that a spec refuses.
     """
     values = _read(config_file)
+    engine = values.pop("engine", {})
+    named = isinstance(engine, dict) and isinstance(engine.get("name", ""), str)
+    require(named, "config.engine", engine, "must be a group of options, with a `name`")
     _add_defaults(values)
     for override in overrides:
         _override(values, override)
@@ -79,7 +85,7 @@ def load(config_file: str, overrides: Sequence[str] = (), command: str = "") -> 
         specs = plan(sweep, values["model"], values["train"], data)
     else:
         specs = [_single_run(values, data)]
-    return Experiment(config_file, values, execution, sweep, specs, imports, command)
+    return Experiment(config_file, values, execution, sweep, specs, imports, command, engine)
 
 
 def _single_run(values: dict[str, Any], data: DataConfig) -> RunSpec:
