@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,7 @@ class Ray:
     def open(self, settings: Settings, runs: int) -> Engine:
         variables = {name: v for name, v in os.environ.items() if name.startswith(PASSED_ON)}
         dashboard = False if self.address == "local" else None
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             host, _, port = self.address.rpartition(":")
             if port.isdecimal():  # Ray itself would ask for more than a minute, and print it
@@ -63,6 +65,8 @@ class Ray:
         except (OSError, ValueError) as error:
             accepted = f"has no Ray cluster: {describe(error)}"
             raise InputError("--engine.address", self.address, accepted) from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
         try:
             self._check(settings)
             return RayPool([Actor(self) for _ in range(min(self.jobs, runs))], settings)

@@ -114,6 +114,18 @@ def counts(folders, name: str) -> list[int]:
 
 
 @pytest.mark.engines
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_sweep_and_its_actors(folders, cluster, number):
+    (folders[1] / "seconds").write_text("60")
+    launcher = launch(folders, cluster.address)
+    wait_until(lambda: len(counts(folders, "starts")) == 4, 120)
+    launcher.send_signal(number)
+    _, errors = launcher.communicate(timeout=120)
+    assert errors.splitlines()[-1].endswith(f"Stopped: {number.name}".encode())
+    wait_until(lambda: not actors(), 30)
+
+
+@pytest.mark.engines
 def test_kills_a_lost_node_and_a_lost_launcher_leave_one_result_per_run(folders, cluster, tmp_path):
     (folders[1] / "seconds").write_text("1")
     launcher, node, rng = (
