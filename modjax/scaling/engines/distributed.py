@@ -1,7 +1,8 @@
-"""One run that all hosts of a slice train together, each by its own process."""
+"""One run that all hosts of a slice or of a job train together, each by its own process."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,27 @@ def train_together(
     the others. Raises InputError if no cluster is found or another process trains the run, and
     Preempted after a signal.
     """
+    first = join() == 0
+    from modjax.scaling.engines.job import check, train  # they ask for the devices of the cluster
+
+    def train_in(folder: Path) -> RunRecord:
+        options = {"other_code": other_code, "progress": _print if first else None, **data}
+        return train(spec, experiment.execution, run_dir=folder, **options)
+
+    check([spec], experiment.execution, **data)
+    if first:
+        claim(experiment, workdir, data["fingerprint"])
+    done = run_together(spec, workdir, train_in)
+    if first and done is None:
+        raise InputError("--run", spec.run_id, "another process trains it")
+    return done[0] if first and done is not None else None
+
+
+def join() -> int:
+    """Starts jax as one of the processes of a cluster, and returns this one's number.
+
+    Raises InputError if no cluster is found.
+    """
     start()
     import jax
 
@@ -32,21 +54,37 @@ def train_together(
     except Exception as error:
         accepted = f"no cluster was found, see launch/README.md: {describe(error)}"
         raise InputError("--distributed", True, accepted) from error
-    from modjax.scaling.engines.job import check, train  # they ask for the devices of the cluster
+    return jax.process_index()
 
-    def train_in(folder: Path, **options: Any) -> RunRecord:
-        options |= {"other_code": other_code, **data}
-        return train(spec, experiment.execution, run_dir=folder, **options)
 
-    check([spec], experiment.execution, **data)
+def run_together(
+    spec: RunSpec, workdir: Path, train: Callable[[Path], RunRecord]
+) -> tuple[RunRecord, bool] | None:
+    """Does what `run_lock.run` does, in all processes of a cluster; the first has the lock.
+
+    Returns None in the other processes if the first does not train.
+    """
+    import jax
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    said = False
+
+    def tell(trains: bool) -> bool:
+        """Sends the first process's `trains` to all processes."""
+        nonlocal said
+        said = True
+        return bool(broadcast_one_to_all(trains))
+
+    def train_all(folder: Path) -> RunRecord:
+        tell(True)
+        return train(folder)
+
     if jax.process_index() > 0:
-        train_in(run_dir(workdir, spec.run_id))
-        return None
-    claim(experiment, workdir, data["fingerprint"])
-    done = run(spec, workdir, lambda folder: train_in(folder, progress=_print))
-    if done is None:
-        raise InputError("--run", spec.run_id, "another process trains it")
-    return done[0]
+        return (train(run_dir(workdir, spec.run_id)), True) if tell(False) else None
+    done = run(spec, workdir, train_all)
+    if not said:
+        tell(False)
+    return done
 
 
 def _print(line: dict[str, Any]) -> None:

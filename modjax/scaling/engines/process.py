@@ -9,9 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-from modjax.backend import compilation_cache
 from modjax.scaling.engines.pool import Worker
-from modjax.scaling.engines.worker import Settings
+from modjax.scaling.engines.worker import Settings, environment
 from modjax.specs import to_dict
 
 
@@ -39,8 +38,7 @@ class Process(Worker):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.printed,
-            # Whatever libraries print can be written to log.txt, in every locale.
-            env=os.environ | compilation_cache() | {"PYTHONIOENCODING": "utf-8:backslashreplace"},
+            env=environment(),
             start_new_session=True,  # Ctrl-C reaches the parent alone, which stops the workers
         )
         self.send(to_dict(settings))

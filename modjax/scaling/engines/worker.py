@@ -23,6 +23,7 @@ Everything that libraries print goes to the run's log.txt.
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import importlib
 import json
@@ -33,12 +34,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modjax.backend import starting
+from modjax.backend import compilation_cache, starting
 from modjax.errors import InputError, Preempted, SharedFault, describe
 from modjax.faults import is_out_of_memory, machine_error_line
 from modjax.files import is_disk_full
@@ -50,6 +51,7 @@ from modjax.specs.imports import import_all
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0
+InItsFolder = Callable[[RunSpec, Path, Callable[[Path], RunRecord]], tuple[RunRecord, bool] | None]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class Settings:
     code: dict[str, str]
     other_code: bool
     cpus: tuple[int, ...] = ()
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment variables of a process that does runs."""
+    # Whatever libraries print can be written to log.txt, in every locale.
+    return os.environ | compilation_cache() | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
 
 
 def main() -> None:
@@ -107,36 +115,12 @@ def _serve(send: Callable[..., None]) -> None:
     if message is None:
         return
     settings = from_dict(Settings, message)
-    if settings.cpus:
-        os.sched_setaffinity(0, settings.cpus)
-    with starting():
-        job = importlib.import_module(settings.job)
-    import_all(settings.imports, "model.imports")
-    require_unchanged(settings.code)
-    if "jax" in sys.modules:  # after the imports, which may set something of their own
-        fix_settings()
+    job = prepare(settings)
     send("ready")
     while (message := _next(lines)) is not None:
         working.set()
-        try:
-            if "check" in message:
-                _check(message["check"], settings, job)
-                send("checked")
-            else:
-                send(_run(message["spec"], settings, job, send))
-        except InputError as error:
-            send("fault" if isinstance(error, SharedFault) else "refused", error=str(error))
-        except Exception as error:
-            line = machine_error_line(error, Path(settings.workdir))
-            if is_disk_full(error):
-                send("disk full")
-            elif "check" in message and line is not None:
-                send("fault", error=line)
-            elif is_out_of_memory(error):
-                traceback.print_exc()
-                send("out of memory", error=line)
-            else:
-                raise
+        event, why = do(message, settings, job, functools.partial(send, "progress"))
+        send(event, error=why)
         working.clear()
         _forget()
 
@@ -165,6 +149,51 @@ def _listen(lines: queue.SimpleQueue, working: threading.Event) -> None:
     os._exit(1)
 
 
+def prepare(settings: Settings) -> Any:
+    """Imports what runs need, and returns the job. Raises InputError if something is missing."""
+    if settings.cpus:
+        os.sched_setaffinity(0, settings.cpus)
+    with starting():
+        job = importlib.import_module(settings.job)
+    import_all(settings.imports, "model.imports")
+    require_unchanged(settings.code)
+    if "jax" in sys.modules:  # after the imports, which may set something of their own
+        fix_settings()
+    return job
+
+
+def do(
+    order: Mapping[str, Any],
+    settings: Settings,
+    job: Any,
+    progress: Callable[..., None],
+    in_its_folder: InItsFolder = run,
+) -> tuple[str, str]:
+    """Does {"check": specs} or {"spec": spec}.
+
+    progress: called with `step` and `loss`, at most every SECONDS_BETWEEN_PROGRESS.
+    in_its_folder: run_lock.run, or a function like it.
+    Returns the event that tells how it ended, and why. Raises what would harm another run.
+    """
+    try:
+        if "check" in order:
+            _check(order["check"], settings, job)
+            return "checked", ""
+        return _run(from_dict(RunSpec, order["spec"]), settings, job, progress, in_its_folder), ""
+    except InputError as error:
+        return "fault" if isinstance(error, SharedFault) else "refused", str(error)
+    except Exception as error:
+        line = machine_error_line(error, Path(settings.workdir))
+        if is_disk_full(error):
+            return "disk full", ""
+        if "check" in order and line is not None:
+            return "fault", line
+        if not is_out_of_memory(error):
+            raise
+        traceback.print_exc()
+        return "out of memory", line or ""
+
+
 def _check(specs: list[Any], settings: Settings, job: Any) -> None:
     job.check(
         [from_dict(RunSpec, spec) for spec in specs],
@@ -174,15 +203,20 @@ def _check(specs: list[Any], settings: Settings, job: Any) -> None:
     )
 
 
-def _run(values: Any, settings: Settings, job: Any, send: Callable[..., None]) -> str:
-    """Does the run of the spec `values`, and returns the event that tells how it ended."""
+def _run(
+    spec: RunSpec,
+    settings: Settings,
+    job: Any,
+    progress: Callable[..., None],
+    in_its_folder: InItsFolder,
+) -> str:
     last_sent = 0.0
 
-    def progress(line: dict[str, Any]) -> None:
+    def report(line: dict[str, Any]) -> None:
         nonlocal last_sent
         if time.monotonic() - last_sent > SECONDS_BETWEEN_PROGRESS:
             last_sent = time.monotonic()
-            send("progress", step=line.get("step"), loss=line.get("loss"))
+            progress(step=line.get("step"), loss=line.get("loss"))
 
     def train(folder: Path) -> RunRecord:
         return job.train(
@@ -191,13 +225,13 @@ def _run(values: Any, settings: Settings, job: Any, send: Callable[..., None]) -
             run_dir=folder,
             data_dir=Path(settings.data_dir),
             fingerprint=settings.fingerprint,
-            progress=progress,
+            progress=report,
             other_code=settings.other_code,
         )
 
-    spec, workdir = from_dict(RunSpec, values), Path(settings.workdir)
+    workdir = Path(settings.workdir)
     _print_to(run_dir(workdir, spec.run_id) / "log.txt")
-    done = run(spec, workdir, train)
+    done = in_its_folder(spec, workdir, train)
     if done is None:
         return "busy"
     _, here = done

@@ -1,0 +1,91 @@
+"""One run, or the check of all, in a process of its own: `python -P -m THIS_MODULE FOLDER NUMBER`.
+
+The process does task NUMBER of FOLDER/tasks.json, which holds Tasks. FOLDER/NUMBER.json then says
+how it ended: {"kind": KIND, "why": LINE}, with the events of engines/worker.py, or "died". After
+SIGTERM or SIGUSR2, training saves its state, and the task asks to be started again.
+
+Exit codes: 0 finished, checked, or done by another process; 75 stopped by a signal; 1 other ends.
+"""
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from modjax.errors import InputError, Preempted, describe
+from modjax.records import read_as, write_json
+from modjax.scaling.engines.run_lock import run
+from modjax.scaling.engines.worker import Settings, do, prepare
+from modjax.specs import from_dict
+
+CODES = {"done": 0, "found": 0, "busy": 0, "checked": 0, "preempted": 75}
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Content of tasks.json.
+
+    orders: the {"spec": spec} or {"check": specs} of each number, as engines/worker.py does them.
+    runs: the run id of each number, "" for a check.
+    together: whether several processes do each, see engines/distributed.py.
+    again: shell command by which a task asks to be started again; "" if its exit code says so.
+    """
+
+    settings: Settings
+    orders: tuple[dict[str, Any], ...]
+    runs: tuple[str, ...]
+    together: bool = False
+    again: str = ""
+
+
+def read_tasks(folder: Path) -> Tasks:
+    return read_as(lambda values: from_dict(Tasks, values), folder / "tasks.json", "start anew")
+
+
+def main(folder: Path, number: int) -> NoReturn:
+    faulthandler.enable()
+    tasks, file, rank = read_tasks(folder), folder / f"{number}.json", 0
+
+    def end(kind: str, why: str) -> NoReturn:
+        for number_of_signal in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number_of_signal, signal.SIG_IGN)
+        stopped = kind == "preempted"
+        # A failure of one process stops the others, which must not hide it.
+        if (rank == 0 and not (stopped and file.exists())) or kind not in CODES:
+            write_json(file, {"kind": kind, "why": why})
+        if rank == 0 and stopped and tasks.again:
+            subprocess.run(tasks.again, shell=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(CODES.get(kind, 1))
+
+    # Training replaces it while there is something to save.
+    signal.signal(signal.SIGTERM, lambda *_: end("preempted", "stopped before it began"))
+    signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    in_its_folder = run
+    try:
+        if tasks.together:
+            from modjax.scaling.engines.distributed import join, run_together
+
+            rank, in_its_folder = join(), run_together
+        if rank == 0:
+            file.unlink(missing_ok=True)  # of the time before it was stopped
+        settings = tasks.settings
+        job = prepare(settings)
+        end(*do(tasks.orders[number], settings, job, lambda **_: None, in_its_folder))
+    except Preempted as error:
+        end("preempted", str(error))
+    except InputError as error:
+        end("fault", str(error))
+    except BaseException as error:
+        traceback.print_exc()
+        end("died", describe(error))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
