@@ -6,7 +6,10 @@ name, which `--engine` takes. `--engine.FIELD=VALUE` sets its fields.
 """
 
 import dataclasses
+import errno
 import importlib
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -94,10 +97,24 @@ class Refused(InputError):
         ValueError.__init__(self, line)
 
 
+def raise_for_all(kind: str, why: str, run_id: str, workdir: str) -> None:
+    """Raises for an end that would stop every other run, too. run_id: "" for the check of all."""
+    if kind == "fault" or (kind == "refused" and not run_id):
+        raise Refused(why)
+    if kind == "disk full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), workdir)
+
+
+def describe_exit(code: int) -> str:
+    """Returns how a process with this exit code ended, in words."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
 OWN = "modjax.scaling.engines."
 ENGINES: dict[str, type[Options] | str] = {
     "local": OWN + "local:Local",
     "ray": OWN + "ray:Ray",
+    "slurm": OWN + "slurm:Slurm",
 }
 
 

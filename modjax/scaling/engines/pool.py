@@ -1,7 +1,5 @@
 """An engine of worker processes that do one run after another, and so import jax only once."""
 
-import errno
-import os
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -11,7 +9,7 @@ from typing import Any
 
 from modjax.backend import last_line
 from modjax.errors import InputError
-from modjax.scaling.engines.engine import Event, Refused
+from modjax.scaling.engines.engine import Event, describe_exit, raise_for_all
 from modjax.scaling.engines.worker import Settings
 from modjax.specs import RunSpec, to_dict
 
@@ -159,13 +157,9 @@ class Pool(ABC):
             worker.error = why
         elif event == "died":
             yield from self._died(worker)
-        elif event == "fault" or (event == "refused" and worker.spec is None):
-            raise Refused(why)
-        elif event == "disk full":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.settings.workdir)
         else:
-            assert worker.spec is not None
-            run_id = worker.spec.run_id
+            run_id = worker.spec.run_id if worker.spec else ""
+            raise_for_all(event, why, run_id, self.settings.workdir)
             if event == "progress":
                 worker.begun = True
                 yield Event(event, run_id, "", message["step"], message["loss"])
@@ -198,11 +192,6 @@ class Pool(ABC):
             return fault
         said = f"died {self.failed_starts} times before it had a run: {last_line(self.last_words)}"
         return InputError("worker", how, said)
-
-
-def describe_exit(code: int) -> str:
-    """Returns how a process with this exit code ended, in words."""
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def _lost_nothing(worker: Worker, code: int | None) -> bool:

@@ -1,0 +1,231 @@
+"""An engine of schedulers that start each run as a process of its own. News comes by files.
+
+WORKDIR/tasks/NAME/ has what one submission needs and leaves, see engines/task.py. The scheduler
+knows the submission by the same NAME, so a launcher that is started again finds its tasks there.
+Two launchers on one folder that follow the same task see it end alike.
+"""
+
+import secrets
+import shutil
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modjax.backend import last_line
+from modjax.errors import InputError
+from modjax.files import entries, read, read_json, reason
+from modjax.metrics_file import last_step
+from modjax.records import run_dir, write_json
+from modjax.scaling.engines.engine import Event, raise_for_all
+from modjax.scaling.engines.task import Tasks, read_tasks
+from modjax.scaling.engines.worker import Settings
+from modjax.specs import RunSpec, to_dict
+
+UNDER_WAY = WAITING, RUNNING = "waiting", "running"
+MOST_AT_ONCE = 1000  # tasks of a submission: Slurm's usual limit
+SECONDS_BETWEEN_LOOKS = 3.0
+SECONDS_OF_LAG = 10.0  # until a file that another machine wrote is seen for sure
+SECONDS_TO_STOP = 90.0
+States = Mapping[tuple[str, int], tuple[str, str]]
+
+
+@dataclass
+class Task:
+    """A run under way, or the check of all, which has no run id.
+
+    folder, number: where it is described, as in engines/task.py.
+    state: WAITING or RUNNING.
+    step: the last one that the run has logged.
+    gone: when the scheduler was first seen without it, as time.monotonic; its event; and why.
+    """
+
+    run_id: str
+    folder: Path
+    number: int
+    state: str = WAITING
+    step: int = 0
+    gone: tuple[float, str, str] | None = None
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.number}.json"
+
+
+class Batch(ABC):
+    """Engine that submits runs to a scheduler.
+
+    jobs: how many it does at a time; 0 leaves it to the scheduler.
+    together, again: as in Tasks.
+    """
+
+    def __init__(self, settings: Settings, runs: int, jobs: int, together: bool, again: str):
+        workdir, data_dir = Path(settings.workdir).absolute(), settings.data_dir
+        if "://" not in data_dir:
+            data_dir = str(Path(data_dir).absolute())
+        self.settings = replace(settings, workdir=str(workdir), data_dir=data_dir)
+        self.home, self.jobs, self.slots = workdir / "tasks", jobs, min(jobs or runs, runs)
+        self.together, self.again = together, again
+        self.tasks: dict[str, Task] = {}  # by run id
+        self.earlier: dict[str, Task] = {}  # of earlier launchers
+        self.unsent: dict[Path, int] = {}  # folder -> its number of tasks
+        self.checked, self.looked = False, float("-inf")
+        self.said: set[str] = set()
+
+    @abstractmethod
+    def submit(self, folder: Path, count: int) -> None:
+        """Submits tasks 0 to `count` - 1 of a folder, under its name. Raises OSError."""
+
+    @abstractmethod
+    def look(self) -> States:
+        """Returns the states of the tasks that the scheduler knows, by folder's name and number.
+
+        A state is WAITING, RUNNING, or the kind of an Event, each with an explanation. Raises
+        OSError if the scheduler does not answer.
+        """
+
+    @abstractmethod
+    def cancel(self, name: str, save: bool) -> None:
+        """Cancels the waiting tasks of a submission, and stops those that run.
+
+        save: whether they get the time to save their state. Raises OSError.
+        """
+
+    def check(self, specs: Sequence[RunSpec]) -> None:
+        self.earlier = self._earlier()
+        new = [to_dict(spec) for spec in specs if spec.run_id not in self.earlier]
+        self.checked = not new  # the earlier ones have been
+        if new:
+            self._plan([{"check": new}], [""])
+
+    def room(self) -> int:
+        return min(self.jobs - len(self.tasks), MOST_AT_ONCE) if self.jobs else MOST_AT_ONCE
+
+    def start(self, specs: Sequence[RunSpec]) -> None:
+        new = [spec for spec in specs if spec.run_id not in self.earlier]
+        for spec in specs:
+            if task := self.earlier.pop(spec.run_id, None):
+                self.tasks[spec.run_id] = task
+        if new:
+            self._plan([{"spec": to_dict(spec)} for spec in new], [spec.run_id for spec in new])
+
+    def events(self, seconds: float) -> Iterator[Event]:
+        time.sleep(seconds)
+        if self.checked:
+            self.checked = False
+            yield Event("checked")
+        if time.monotonic() - self.looked > SECONDS_BETWEEN_LOOKS:
+            try:
+                yield from self._compare(self.look())
+            except OSError as error:
+                yield from self._note(f"{reason(error)}; trying again")
+            self.looked = time.monotonic()
+        there = {
+            file for folder in {t.folder for t in self.tasks.values()} for file in entries(folder)
+        }
+        for task in list(self.tasks.values()):
+            if event := self._end(task, task.file in there):
+                del self.tasks[task.run_id]
+                yield event
+
+    def stop(self, received: Sequence[int]) -> bool:
+        running, began = list(self.tasks.values()), time.monotonic()
+        self.tasks = {}
+        names, save = {task.folder.name for task in running}, True
+        while names and save:
+            save = len(received) < 2 and time.monotonic() - began < SECONDS_TO_STOP
+            with suppress(OSError):
+                for name in names:
+                    self.cancel(name, save)
+                living = {name for (name, _), (kind, _) in self.look().items() if kind in UNDER_WAY}
+                names &= living
+            time.sleep(1.0 if names and save else 0.0)
+        return all(task.state == WAITING or task.file.exists() for task in running)
+
+    def _plan(self, orders: list[dict[str, Any]], runs: list[str]) -> None:
+        """Writes tasks into a folder, which is submitted after the next look."""
+        folder = self.home / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        folder.mkdir(parents=True)
+        tasks = Tasks(self.settings, tuple(orders), tuple(runs), self.together, self.again)
+        write_json(folder / "tasks.json", to_dict(tasks))
+        self.unsent[folder] = len(runs)
+        self.tasks |= {run_id: Task(run_id, folder, i) for i, run_id in enumerate(runs)}
+
+    def _earlier(self) -> dict[str, Task]:
+        """Returns the runs that wait or run already, by their ids."""
+        states, found = self.look(), {}
+        for folder in {name: self.home / name for name, _ in states}.values():
+            with suppress(InputError):  # it belongs to another workdir
+                tasks = read_tasks(folder)
+                if tasks.settings != self.settings:
+                    continue
+                for number, run_id in enumerate(tasks.runs):
+                    kind, _ = states.get((folder.name, number), ("", ""))
+                    if run_id and kind in UNDER_WAY:
+                        found[run_id] = Task(run_id, folder, number)
+        return found
+
+    def _compare(self, states: States) -> Iterator[Event]:
+        """Compares the tasks with what the scheduler knows, and submits those that it lacks."""
+        known = {name for name, _ in states}
+        for task in self.tasks.values():
+            if task.folder in self.unsent and task.folder.name not in known:
+                continue
+            gone = "died", "the scheduler has forgotten its task"
+            kind, why = states.get((task.folder.name, task.number), gone)
+            if kind not in UNDER_WAY:
+                task.gone = task.gone or (time.monotonic(), kind, why)
+                continue
+            task.gone = None
+            if kind == RUNNING and task.state == WAITING:
+                yield Event("started", task.run_id)
+            task.state = kind
+            if kind == WAITING and not task.run_id:
+                yield from self._note("the task that checks the runs waits for its turn")
+            with suppress(InputError):
+                step = last_step(run_dir(Path(self.settings.workdir), task.run_id))
+                if kind == RUNNING and step > task.step:
+                    task.step = step
+                    yield Event("progress", task.run_id, step=step)
+        for folder, count in list(self.unsent.items()):
+            if folder.name not in known:  # else its submission was answered by an error, but done
+                self.submit(folder, count)
+            del self.unsent[folder]
+
+    def _end(self, task: Task, ended: bool) -> Event | None:
+        """Returns how a task has ended, or None if it has not."""
+        values = None
+        with suppress(InputError):  # it has been started again, and has removed the file
+            values = read_json(task.file, "") if ended else None
+        since, kind, why = task.gone or (float("inf"), "", "")
+        stays = values is not None and values["kind"] != "preempted"  # else it may start again
+        if not stays and time.monotonic() - since < SECONDS_OF_LAG:
+            return None
+        if values is not None:
+            kind, why = values["kind"], values["why"]
+        if not task.run_id and values:
+            shutil.rmtree(task.folder)
+            with suppress(OSError):  # unless there is more
+                self.home.rmdir()
+                self.home.parent.rmdir()
+        raise_for_all(kind, why, task.run_id, self.settings.workdir)
+        if not task.run_id and kind != "checked":
+            raise self._cannot_run(task, why)
+        return Event(kind, task.run_id, why)
+
+    def _cannot_run(self, task: Task, why: str) -> InputError:
+        """Returns the error for a check that did not even begin."""
+        log = task.folder / f"{task.number}.log"
+        if not log.exists():
+            return InputError("--workdir", self.settings.workdir, f"a node does not see it: {why}")
+        said = last_line(read(log, "").decode(errors="replace"))
+        return InputError("python", sys.executable, f"does no runs there: {why}: {said}; see {log}")
+
+    def _note(self, line: str) -> Iterator[Event]:
+        if line not in self.said:
+            self.said.add(line)
+            yield Event("note", why=line)
