@@ -39,7 +39,7 @@ class Task:
     """A run under way, or the check of all, which has no run id.
 
     folder, number: where it is described, as in engines/task.py.
-    state: WAITING or RUNNING.
+    state: WAITING or RUNNING, or "" if it is not yet known.
     step: the last one that the run has logged.
     gone: when the scheduler was first seen without it, as time.monotonic; its event; and why.
     """
@@ -166,7 +166,7 @@ class Batch(ABC):
                 for number, run_id in enumerate(tasks.runs):
                     kind, _ = states.get((folder.name, number), ("", ""))
                     if run_id and kind in UNDER_WAY:
-                        found[run_id] = Task(run_id, folder, number)
+                        found[run_id] = Task(run_id, folder, number, state="")
         return found
 
     def _compare(self, states: States) -> Iterator[Event]:
@@ -181,7 +181,7 @@ class Batch(ABC):
                 task.gone = task.gone or (time.monotonic(), kind, why)
                 continue
             task.gone = None
-            if kind == RUNNING and task.state == WAITING:
+            if kind == RUNNING != task.state:
                 yield Event("started", task.run_id)
             task.state = kind
             if kind == WAITING and not task.run_id:
@@ -207,23 +207,23 @@ class Batch(ABC):
             return None
         if values is not None:
             kind, why = values["kind"], values["why"]
-        if not task.run_id and values:
+        if not task.run_id:
+            if kind not in ("checked", "refused", "fault", "disk full"):
+                raise self._cannot_run(task, why)
             shutil.rmtree(task.folder)
             with suppress(OSError):  # unless there is more
                 self.home.rmdir()
                 self.home.parent.rmdir()
         raise_for_all(kind, why, task.run_id, self.settings.workdir)
-        if not task.run_id and kind != "checked":
-            raise self._cannot_run(task, why)
         return Event(kind, task.run_id, why)
 
     def _cannot_run(self, task: Task, why: str) -> InputError:
-        """Returns the error for a check that did not even begin."""
+        """Returns the error for a check that did not even begin, or met a fault of the program."""
         log = task.folder / f"{task.number}.log"
         if not log.exists():
             return InputError("--workdir", self.settings.workdir, f"a node does not see it: {why}")
         said = last_line(read(log, "").decode(errors="replace"))
-        return InputError("python", sys.executable, f"does no runs there: {why}: {said}; see {log}")
+        return InputError("python", sys.executable, f"does no runs there: {why}; {said}; see {log}")
 
     def _note(self, line: str) -> Iterator[Event]:
         if line not in self.said:

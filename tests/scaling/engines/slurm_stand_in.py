@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """A stand-in for Slurm's programs: starts every task at once, and keeps all state in files.
 
+A task that is queued again waits for two seconds.
+
 Its first argument is the name of a program. $SLURM_STAND_IN has a folder for
 each array, with the files N.status (the exit status of task N, once it has ended), N.pid, and
 N.state, by which a test overrides what squeue says. Files for orders:
@@ -20,7 +22,12 @@ from pathlib import Path
 HOME = Path(os.environ["SLURM_STAND_IN"])
 TASK = """
 touch {task}.again
-while [ -e {task}.again ]; do rm {task}.again; bash {script} >> {log} 2>&1; code=$?; done
+while [ -e {task}.again ]; do
+  rm {task}.again
+  bash {script} >> {log} 2>&1
+  code=$?
+  [ -e {task}.again ] && sleep 2
+done
 echo $code > {task}.status
 """
 
@@ -64,6 +71,7 @@ def squeue(arguments: list[str]) -> None:
             status, state = (file.with_suffix(f".{kind}") for kind in ("status", "state"))
             code = int(status.read_text() or 0) if status.exists() else 0
             said = ("FAILED" if code else "COMPLETED") if status.exists() else "RUNNING"
+            said = "PENDING" if file.with_suffix(".again").exists() else said
             said = state.read_text() if state.exists() else said
             code = code - 128 if code > 128 else code << 8  # as of wait
             print(f"{said}|{file.stem}|{code}|None|{folder.name}|")
@@ -71,6 +79,8 @@ def squeue(arguments: list[str]) -> None:
 
 def scancel(arguments: list[str]) -> None:
     if option("state", arguments) == "PENDING":
+        for file in (HOME / option("name", arguments)).glob("*.again"):
+            file.unlink()
         return
     sent = signal.SIGUSR2 if option("signal", arguments) == "USR2" else signal.SIGKILL
     for file in (HOME / option("name", arguments)).glob("*.pid"):

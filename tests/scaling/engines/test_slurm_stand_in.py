@@ -133,7 +133,10 @@ def test_the_next_launcher_takes_up_the_tasks_of_a_lost_one(folders, slurm):
     ("order", "reason"),
     [
         ("uncheckable", "^train.eval_sequences = 1000000: ask for at most 12$"),
-        ("unforeseen", "^python = .*: does no runs there: KeyError: 'unforeseen'; see /"),
+        (
+            "unforeseen",
+            "^python = .*: does no runs there: KeyError: 'unforeseen'; KeyError: .*; see /",
+        ),
         ("no_files", "^.*work: Too many open files$"),
     ],
 )
