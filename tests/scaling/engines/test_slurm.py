@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from modjax.errors import InputError
+from modjax.scaling import sweep as sweeps
 from modjax.scaling.engines.engine import options_of
 from modjax.scaling.plan.experiment import load
 from tests.scaling.engines.slurm_cluster import Cluster, wait_for
@@ -21,10 +24,23 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("sbatch") is None or os.geteuid() != 0, reason="needs Slurm"),
 ]
 GRID = ("sweep.sizes=3", "sweep.budgets=5e11", "sweep.seeds=0,1,2,3,4")  # 30 runs
+SINGLE = CONFIG.with_name("single.py")
+TINY = [
+    "data.name=tiny",
+    "model.d_model=32",
+    "model.d_ff=64",
+    "train.batch_size=8",
+    "train.seq_len=64",
+    "train.steps=20",
+    "train.warmup_steps=2",
+    "train.eval_sequences=8",
+    "execution.log_every=1",
+]
 DRIVER = """
 import json, sys
 from pathlib import Path
 from modjax.scaling import sweep
+from modjax.scaling import sweep as sweeps
 from modjax.scaling.engines.engine import options_of
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.session import Stopped
@@ -161,3 +177,35 @@ def test_without_slurm_the_line_says_so(folders, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match=r"^--engine = 'slurm': not on the PATH: sbatch, squeue, "):
         slurm_sweep(folders)
+
+
+def test_two_nodes_train_one_run_as_one_process_does(cluster, tiny_data_dir, tmp_path, monkeypatch):
+    (spec,) = load(str(SINGLE), TINY).specs
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def train(workdir: Path, name: str, **texts: str) -> list[dict]:
+        outcome = sweeps.sweep(
+            load(str(SINGLE), TINY),
+            workdir=workdir,
+            data_dir=tiny_data_dir,
+            engine=options_of(name, texts),
+            data_fingerprint="tiny-1",
+            only=spec,
+        )
+        assert outcome.failures == {}
+        (record,) = outcome.records
+        assert record.device == "2 x cpu"
+        text = (workdir / "runs" / spec.run_id / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    with monkeypatch.context() as patch:
+        patch.setenv("JAX_NUM_CPU_DEVICES", "2")
+        expected = train(tmp_path / "alone", "local")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)  # n1 is no name of this machine
+    found = train(tmp_path / "two", "slurm", hosts="2")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        for name in {"loss", "grad_norm", "eval_loss"} & set(other):
+            assert line[name] == pytest.approx(other[name], rel=1e-5), (name, line["step"])
