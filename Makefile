@@ -25,6 +25,7 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --ignore=tests/reliability
 
 test-engines: $(INSTALLED)
+	command -v sbatch || apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client
 	$(BIN)/python -m pytest -n 0 -m engines
 
 test-parity: $(INSTALLED)
