@@ -274,6 +274,13 @@ def test_a_task_writes_how_it_ended(folders, tmp_path, order, kind, code):
     assert not (tmp_path / "again").exists()
 
 
+def test_a_task_that_dies_leaves_no_end_of_the_time_before(folders, tmp_path):
+    (folders[1] / "crash").write_text(run_ids()[0])
+    (tmp_path / "0.json").write_text('{"kind": "preempted", "why": "of the time before"}')
+    assert task(folders, tmp_path).wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "0.json").exists(), "else it would lose no attempt"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_task_that_is_stopped_exits_with_75_and_asks_for_more(folders, tmp_path, number):
     (folders[1] / "seconds").write_text("60")
