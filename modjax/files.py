@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -150,27 +150,31 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 class WatchedFolder:
-    """A folder in use, which notices that it was moved or deleted."""
+    """A folder in use, which notices that it was moved or deleted.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    guard: called by `check`, and may raise an error of its own.
+    """
+
+    def __init__(self, folder: Path, guard: Callable[[], None] = lambda: None):
+        self.folder, self._guard = folder, guard
         self._opened = os.stat(folder)
 
     def is_there(self) -> bool:
         """Returns whether the path still leads to the folder that was opened."""
         try:
-            return os.path.samestat(self._opened, os.stat(self._folder))
+            return os.path.samestat(self._opened, os.stat(self.folder))
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def check(self) -> None:
-        """Raises SharedFault unless `is_there`."""
+        """Raises SharedFault unless `is_there`. Call it before each write."""
+        self._guard()
         if not self.is_there():
             accepted = (
                 "was moved or deleted in the middle of a run: move it back, and the same command "
                 "continues from the newest checkpoints"
             )
-            raise SharedFault("--workdir", str(self._folder), accepted)
+            raise SharedFault("--workdir", str(self.folder), accepted)
 
 
 def user_cache(name: str) -> Path:

@@ -159,7 +159,15 @@ def _add_sweep_verbs(commands: Any) -> None:
     _add(commands, "plan", verbs.plan, options.PLAN, CONFIG, DATA_DIR, JOBS, JSON, speed, noise)
     _add(commands, "check", verbs.check, options.CHECK, CONFIG, JSON)
     running = (CONFIG, WORKDIR, DATA_DIR, OTHER_CODE, JSON)
-    _add(commands, "sweep", verbs.sweep, options.SWEEP, *running, JOBS, ENGINE, IMPORTS)
+    lease = option(
+        "--lease",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="where locks of files do not hold between machines, as on gcsfuse: take over a run "
+        "that has been silent for so long; all sweeps of a folder need the same option",
+    )
+    _add(commands, "sweep", verbs.sweep, options.SWEEP, *running, JOBS, ENGINE, IMPORTS, lease)
     _add(commands, "status", verbs.status, options.STATUS, WORKDIR, JSON)
     _add(commands, "stop", verbs.stop, options.STOP, WORKDIR)
     for name, verb, text in (

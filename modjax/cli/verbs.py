@@ -178,6 +178,7 @@ def run_plan(
             data_fingerprint=fingerprint,
             only=only,
             other_code=args.other_code,
+            lease=getattr(args, "lease", 0.0),
         )
     except Stopped as stopped:
         return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED, stopped.saved)

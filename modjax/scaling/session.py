@@ -15,6 +15,7 @@ from modjax.errors import InputError
 from modjax.files import WatchedFolder, read
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.engines.engine import Engine, Event, Options, Refused
+from modjax.scaling.engines.lease import Observer
 from modjax.scaling.engines.run_lock import is_running
 from modjax.scaling.engines.worker import Settings
 from modjax.scaling.formatting import clock
@@ -58,6 +59,7 @@ class Session:
         flops_per_second: float,
     ):
         self.workdir = Path(settings.workdir)
+        self.observer = Observer(settings.lease) if settings.lease else None
         self.home: WatchedFolder | None = None
         self.finished: list[str] = []
         self.found: list[str] = []
@@ -133,7 +135,7 @@ class Session:
     def _poll_other_sweeps(self) -> None:
         """Records runs that other sweeps on this folder finished; requeues runs they dropped."""
         for spec in list(self.elsewhere):
-            if is_running(self._folder(spec)):
+            if is_running(self._folder(spec), self.observer):
                 continue
             self.elsewhere.remove(spec)
             if (self._folder(spec) / "result.json").exists():

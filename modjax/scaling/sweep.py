@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from modjax.data.token_cache import TokenCache
 
 # Workers call its `check` once before the plan is claimed, and its `train` for every run.
+SHORTEST_LEASE = 1.0
 JOB = "modjax.scaling.engines.job"
 
 
@@ -96,6 +97,7 @@ def sweep(
     data_fingerprint: str,
     only: RunSpec | None = None,
     other_code: bool = False,
+    lease: float = 0.0,
 ) -> Outcome:
     """Does the unfinished runs of the plan.
 
@@ -104,8 +106,11 @@ def sweep(
     engine: what does them, see modjax.scaling.engines.engine.
     only: the single run of the plan to do; None does all.
     other_code: whether to resume runs that other code, or another environment, began.
+    lease: seconds after which a run counts as dropped whose process is silent; 0 relies on locks.
     Raises InputError for bad input, OSError for a full disk and Stopped after a signal.
     """
+    accepted = f"must be 0, for locks, or at least {SHORTEST_LEASE:g} seconds"
+    require(lease == 0 or lease >= SHORTEST_LEASE, "--lease", lease, accepted)
     check_claim(experiment, workdir, data_fingerprint)
     started, began = time.time(), time.monotonic()
     specs = experiment.specs if only is None else [only]
@@ -121,6 +126,7 @@ def sweep(
         imports=experiment.imports,
         code=source_code(),
         other_code=other_code,
+        lease=lease,
     )
     rate = flops_per_second(experiment.config, read_records(workdir))
     session = Session(specs, settings, engine, rate)

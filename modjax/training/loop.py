@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from modjax.data.token_cache import check_fingerprint
 from modjax.errors import Preempted
-from modjax.files import Missing
+from modjax.files import Missing, WatchedFolder
 from modjax.provenance import begin, provenance
 from modjax.records import RunRecord, read_record, read_spec, write_record, write_spec
 from modjax.specs import Execution, RunSpec
@@ -31,6 +31,7 @@ def train(
     fingerprint: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     other_code: bool = False,
+    guard: Callable[[], None] = lambda: None,
 ) -> RunRecord:
     """Trains a run from the newest checkpoint in `run_dir` and returns its record.
 
@@ -39,6 +40,7 @@ def train(
     fingerprint: fingerprint of the data that the run was planned for; None accepts any data.
     progress: called with every line that is added to metrics.jsonl.
     other_code: resume a run that was begun by other code or in another environment.
+    guard: called before each write. It raises an error if another process may do the run.
 
     Raises InputError for bad input before anything expensive starts. Raises SharedFault if the
     data or the folder is replaced during the run, and Preempted after SIGTERM.
@@ -55,7 +57,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(_sigterm())
         stack.enter_context(jax.set_mesh(run.mesh))
-        start = run.restore(run_dir, stack, progress)
+        start = run.restore(WatchedFolder(run_dir, guard), stack, progress)
         run.compile(start)
         with contextlib.suppress(Diverged):
             for step in range(start + 1, steps + 1):

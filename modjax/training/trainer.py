@@ -61,12 +61,14 @@ class Trainer:
         check_base(spec, self.model)
         self.abstract = abstract_state(self.mesh, self.model, spec.train)
 
-    def restore(self, run_dir: Path, stack: contextlib.ExitStack, progress: Callable | None) -> int:
-        """Opens the files in `run_dir`, restores the newest checkpoint, and returns its step or 0.
+    def restore(
+        self, home: WatchedFolder, stack: contextlib.ExitStack, progress: Callable | None
+    ) -> int:
+        """Opens the files in `home`, restores the newest checkpoint, and returns its step or 0.
 
         `stack` closes the files. `progress` is called with every line of metrics.
         """
-        self.home = WatchedFolder(run_dir)
+        self.home, run_dir = home, home.folder
         self.state: Any = None
         if self.model.weights.frozen:  # checkpoints leave them out
             self.state = initial_state(self.mesh, self.model, self.spec)
@@ -146,6 +148,7 @@ class Trainer:
             windows = validation_batches(self.cache, self.spec.train, self.mesh)
             scores[routing] = evaluate(eval_step, weights, windows)
         found, metrics = summary(scores, self.cache.manifest)
+        self.home.check()
         self.writer.write(step, metrics)
         self.clock.lap("eval", step)
         if step == self.spec.train.steps and not math.isfinite(found["eval_loss"]):

@@ -24,10 +24,11 @@ from modjax.scaling.engines.local import Local
 from modjax.scaling.session import Stopped
 from modjax.scaling.plan.experiment import load
 sweep.JOB = "stand_in"
-config, workdir, data_dir, jobs = sys.argv[1:5]
+config, workdir, data_dir, jobs, lease = sys.argv[1:6]
 try:
-    outcome = sweep.sweep(load(config, sys.argv[5:]), workdir=Path(workdir),
-                          data_dir=Path(data_dir), engine=Local(int(jobs)), data_fingerprint="f")
+    outcome = sweep.sweep(load(config, sys.argv[6:]), workdir=Path(workdir),
+                          data_dir=Path(data_dir), engine=Local(int(jobs)), data_fingerprint="f",
+                          lease=float(lease))
 except Stopped as stopped:
     print(f"{stopped.saved=}", file=sys.stderr)
     raise
@@ -52,9 +53,9 @@ def run(folders, experiment, engine=LOCAL, fingerprint: str = "f", **options):
     )
 
 
-def start(folders, jobs: int = 2) -> subprocess.Popen:
+def start(folders, jobs: int = 2, lease: float = 0.0) -> subprocess.Popen:
     """Starts the same sweep in a process of its own, to be killed."""
-    arguments = [str(CONFIG), str(folders[0]), str(folders[1]), str(jobs), *SMALL]
+    arguments = [str(CONFIG), str(folders[0]), str(folders[1]), str(jobs), str(lease), *SMALL]
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

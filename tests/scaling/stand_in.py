@@ -93,7 +93,7 @@ def check(specs, execution, *, data_dir: Path, fingerprint: str) -> None:
 
 
 def train(
-    spec, execution, *, run_dir: Path, data_dir: Path, fingerprint, progress, other_code
+    spec, execution, *, run_dir: Path, data_dir: Path, fingerprint, progress, other_code, guard
 ) -> RunRecord:
     def ordered(order: str) -> bool:
         path = data_dir / order
@@ -123,6 +123,7 @@ def train(
     seconds = 0.0 if ordered("quick") else float((data_dir / "seconds").read_text())
     for step in range(1, STEPS + 1):
         time.sleep(seconds / STEPS)
+        guard()
         progress({"step": step, "loss": 3.0})
     record = dataclasses.replace(record_of(spec), provenance=depends_on)
     write_record(run_dir, record)

@@ -9,6 +9,7 @@ from typing import Any
 from modjax.backend import start
 from modjax.errors import InputError, describe
 from modjax.records import RunRecord, run_dir
+from modjax.scaling.engines.lease import Guard
 from modjax.scaling.engines.run_lock import run
 from modjax.scaling.plan.experiment import Experiment
 from modjax.scaling.workdir import claim
@@ -28,8 +29,13 @@ def train_together(
     first = join() == 0
     from modjax.scaling.engines.job import check, train  # they ask for the devices of the cluster
 
-    def train_in(folder: Path) -> RunRecord:
-        options = {"other_code": other_code, "progress": _print if first else None, **data}
+    def train_in(folder: Path, guard: Guard) -> RunRecord:
+        options = {
+            "other_code": other_code,
+            "guard": guard,
+            "progress": _print if first else None,
+            **data,
+        }
         return train(spec, experiment.execution, run_dir=folder, **options)
 
     check([spec], experiment.execution, **data)
@@ -58,7 +64,7 @@ def join() -> int:
 
 
 def run_together(
-    spec: RunSpec, workdir: Path, train: Callable[[Path], RunRecord]
+    spec: RunSpec, workdir: Path, train: Callable[[Path, Guard], RunRecord], lease: float = 0.0
 ) -> tuple[RunRecord, bool] | None:
     """Does what `run_lock.run` does, in all processes of a cluster; the first has the lock.
 
@@ -75,13 +81,14 @@ def run_together(
         said = True
         return bool(broadcast_one_to_all(trains))
 
-    def train_all(folder: Path) -> RunRecord:
+    def train_all(folder: Path, guard: Guard) -> RunRecord:
         tell(True)
-        return train(folder)
+        return train(folder, guard)
 
     if jax.process_index() > 0:
-        return (train(run_dir(workdir, spec.run_id)), True) if tell(False) else None
-    done = run(spec, workdir, train_all)
+        folder = run_dir(workdir, spec.run_id)
+        return (train(folder, lambda: None), True) if tell(False) else None
+    done = run(spec, workdir, train_all, lease)
     if not said:
         tell(False)
     return done

@@ -17,6 +17,8 @@ from modjax.errors import SharedFault
 
 FREE = "free"  # the content of a lease that its holder has given back
 RENEWALS = 4  # in the time after which a lease is over
+SECONDS_OF_A_LOOK = 600.0
+Guard = Callable[[], None]
 
 
 class Lost(SharedFault):
@@ -27,7 +29,7 @@ class Lost(SharedFault):
 
 
 class Observer:
-    """What a process has seen of leases. seconds: how long an unchanged lease lasts."""
+    """The leases that a process has seen. seconds: how long an unchanged lease lasts."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
         self.seconds, self.clock = seconds, clock
@@ -53,18 +55,26 @@ class Observer:
             return True
         return asked - since < self.seconds
 
+    def _is_renewed(self, path: Path | None) -> bool:
+        """Watches a lease until it is renewed, or is over, and returns whether it was renewed."""
+        while self._is_held(path):
+            assert path is not None
+            content, _ = self.seen[path]
+            time.sleep(self.seconds / RENEWALS / 4)
+            if self._is_held(path) and self.seen[path][0] != content:
+                return True
+        return False
+
     @contextlib.contextmanager
-    def hold(self, folder: Path) -> Iterator[Callable[[], None] | None]:
+    def hold(self, folder: Path) -> Iterator[Guard | None]:
         """Holds a run for the `with` block; yields None if another process holds it.
 
-        Yields a function to call before each write, which raises Lost.
+        Yields a function to call before each write, which raises Lost. Waits for the end of a lease
+        that nobody renews.
         """
-        path, asked, earlier = (
-            None,
-            0.0,
-            newest(folder),
-        )  # looked for once: the next one may be a rival's
-        if not self._is_held(earlier):
+        path, asked = None, 0.0
+        earlier = newest(folder)  # looked for once: the next one may be a rival's
+        if not self._is_renewed(earlier):
             number = 1 + (0 if earlier is None else _number(earlier))
             path, asked = folder / f"lease-{number:09d}", self.clock()
             try:
@@ -104,6 +114,18 @@ class Observer:
 def newest(folder: Path) -> Path | None:
     """Returns the file of the last holder, or None if there was no holder."""
     return max(folder.glob("lease-*"), key=_number, default=None)
+
+
+def is_recent(folder: Path) -> bool:
+    """Returns whether a lease was renewed a while ago, if the store's clock is right.
+
+    A single look cannot tell more.
+    """
+    with contextlib.suppress(OSError):
+        path = newest(folder)
+        if path is not None and path.read_text(encoding="utf-8") != FREE:
+            return time.time() - path.stat().st_mtime < SECONDS_OF_A_LOOK
+    return False
 
 
 def _number(path: Path) -> int:

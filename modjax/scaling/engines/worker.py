@@ -45,13 +45,16 @@ from modjax.faults import is_out_of_memory, machine_error_line
 from modjax.files import is_disk_full
 from modjax.provenance import fix_settings, require_unchanged
 from modjax.records import RunRecord, run_dir
+from modjax.scaling.engines.lease import Guard
 from modjax.scaling.engines.run_lock import run
 from modjax.specs import Execution, RunSpec, from_dict
 from modjax.specs.imports import import_all
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0
-InItsFolder = Callable[[RunSpec, Path, Callable[[Path], RunRecord]], tuple[RunRecord, bool] | None]
+InItsFolder = Callable[
+    [RunSpec, Path, Callable[[Path, Guard], RunRecord], float], tuple[RunRecord, bool] | None
+]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Settings:
     imports: import name -> file path or module name, see specs.imports.places.
     code: hashes of the source code that the worker must have, see provenance.source_code.
     other_code: whether to resume runs that other code began, see training.loop.train.
+    lease: seconds of the leases on runs, 0 for locks, see engines/lease.py.
     cpus: the cores to use; () for all.
     """
 
@@ -74,6 +78,7 @@ class Settings:
     imports: dict[str, str]
     code: dict[str, str]
     other_code: bool
+    lease: float = 0.0
     cpus: tuple[int, ...] = ()
 
 
@@ -218,7 +223,7 @@ def _run(
             last_sent = time.monotonic()
             progress(step=line.get("step"), loss=line.get("loss"))
 
-    def train(folder: Path) -> RunRecord:
+    def train(folder: Path, guard: Guard) -> RunRecord:
         return job.train(
             spec,
             settings.execution,
@@ -227,11 +232,12 @@ def _run(
             fingerprint=settings.fingerprint,
             progress=report,
             other_code=settings.other_code,
+            guard=guard,
         )
 
     workdir = Path(settings.workdir)
     _print_to(run_dir(workdir, spec.run_id) / "log.txt")
-    done = in_its_folder(spec, workdir, train)
+    done = in_its_folder(spec, workdir, train, settings.lease)
     if done is None:
         return "busy"
     _, here = done

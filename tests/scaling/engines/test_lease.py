@@ -11,8 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from modjax.errors import InputError
 from modjax.scaling.engines import lease
 from modjax.scaling.engines.lease import Lost, Observer
+from modjax.scaling.plan.experiment import load
+from tests.scaling.small_sweep import (
+    CONFIG,
+    SMALL,
+    assert_one_result_per_run,
+    lines,
+    run,
+    start,
+    wait_until,
+)
 
 SECONDS = 0.4
 
@@ -144,3 +155,22 @@ def test_a_store_that_is_slow_and_fails_at_times_loses_no_lease(tmp_path, monkey
                 asked += 1
             time.sleep(0.02)
     assert lease.newest(tmp_path).name == "lease-000000001"
+
+
+def test_launchers_without_locks_do_each_run_once_and_take_over_dropped_ones(folders):
+    (folders[1] / "seconds").write_text("0.5")
+    launchers = [start(folders, lease=2.0) for _ in range(2)]
+    wait_until(lambda: any(lines(folders, "starts").values()), 60)
+    victim = next(int(pids[0]) for pids in lines(folders, "starts").values() if pids)
+    os.kill(victim, signal.SIGKILL)
+    for launcher in launchers:
+        output, errors = launcher.communicate(timeout=120)
+        assert output.split() == [b"6", b"0"], errors.decode()
+    assert_one_result_per_run(folders)
+    assert list(folders[0].glob("runs/*/lease-*")) and not list(folders[0].glob("runs/*/lock"))
+    assert sum(len(pids) for pids in lines(folders, "starts").values()) <= 8
+
+
+def test_a_lease_that_is_too_short_is_one_line(folders):
+    with pytest.raises(InputError, match=r"^--lease = 0.5: must be 0, for locks, or at least 1 s"):
+        run(folders, load(str(CONFIG), SMALL), lease=0.5)

@@ -195,7 +195,7 @@ def test_a_run_that_is_being_looked_at_still_starts(folders):
     folder.mkdir(parents=True)
 
     def run():
-        return runs.run(spec, folders[0], train=lambda folder: folder.name)
+        return runs.run(spec, folders[0], train=lambda folder, guard: folder.name)
 
     with contextlib.ExitStack() as looking:
         (folder / "lock").touch()  # by the session before; whoever looks makes none
