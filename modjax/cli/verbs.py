@@ -195,7 +195,7 @@ def _stopped(code: int, saved: bool = True) -> int:
 
 
 def _train_together(args: argparse.Namespace, experiment: Any, spec: RunSpec, data: Any) -> int:
-    from modjax.scaling.engines.distributed import train_together
+    from modjax.scaling.workers.distributed import train_together
 
     try:
         record = train_together(experiment, spec, args.workdir, other_code=args.other_code, **data)

@@ -15,12 +15,12 @@ from modjax.errors import InputError
 from modjax.files import WatchedFolder, read
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.engines.engine import Engine, Event, Options, Refused
-from modjax.scaling.engines.lease import Observer
-from modjax.scaling.engines.run_lock import is_running
-from modjax.scaling.engines.worker import Settings
 from modjax.scaling.formatting import clock
 from modjax.scaling.orders import last_stop
 from modjax.scaling.progress import Display, Running
+from modjax.scaling.workers.lease import Observer
+from modjax.scaling.workers.run_lock import is_running
+from modjax.scaling.workers.worker import Settings
 from modjax.specs import RunSpec
 
 MAX_ATTEMPTS = 2

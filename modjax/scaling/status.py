@@ -9,9 +9,9 @@ from modjax.files import Missing, read_json
 from modjax.flops import parameters
 from modjax.metrics_file import last_step
 from modjax.records import WRITTEN_AGAIN, RunRecord, causal_loss, read_spec, run_dir, scan
-from modjax.scaling.engines.run_lock import is_running
 from modjax.scaling.plan.plan_table import flops_per_second
 from modjax.scaling.workdir import read_plan
+from modjax.scaling.workers.run_lock import is_running
 from modjax.specs import TrainConfig, from_dict
 from modjax.specs.text import UnknownName
 

@@ -10,12 +10,12 @@ from modjax.errors import InputError, require
 from modjax.provenance import require_same, source_code
 from modjax.records import RunRecord, read_records, run_dir
 from modjax.scaling.engines.engine import Options
-from modjax.scaling.engines.worker import Settings
 from modjax.scaling.plan.experiment import Experiment
 from modjax.scaling.plan.plan_table import BUDGET_TOLERANCE, PlannedRun, cells, flops_per_second
 from modjax.scaling.plan.prediction import NOISE
 from modjax.scaling.session import Session
 from modjax.scaling.workdir import check_claim, claim, log_session
+from modjax.scaling.workers.worker import Settings
 from modjax.specs import RunSpec
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Workers call its `check` once before the plan is claimed, and its `train` for every run.
 SHORTEST_LEASE = 1.0
-JOB = "modjax.scaling.engines.job"
+JOB = "modjax.scaling.workers.job"
 
 
 def open_data(experiment: Experiment, data_dir: Path) -> "TokenCache":

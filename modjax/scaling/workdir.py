@@ -16,8 +16,8 @@ from typing import Any
 from modjax.errors import InputError, require
 from modjax.files import Missing, read_json
 from modjax.records import WRITTEN_AGAIN, read_as, require_format, run_dir, write_json, write_spec
-from modjax.scaling.engines.run_lock import lock
 from modjax.scaling.plan.experiment import Experiment
+from modjax.scaling.workers.run_lock import lock
 from modjax.specs import from_dict, to_dict
 from modjax.specs.run import FORMAT
 

@@ -1,4 +1,4 @@
-"""A stand-in for modjax.scaling.engines.job with real time, real files and real crashes.
+"""A stand-in for modjax.scaling.workers.job with real time, real files and real crashes.
 
 `data_dir` has the orders, one file each:
 

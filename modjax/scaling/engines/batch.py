@@ -1,6 +1,6 @@
 """An engine of schedulers that start each run as a process of its own. News comes by files.
 
-WORKDIR/tasks/NAME/ has what one submission needs and leaves, see engines/task.py. The scheduler
+WORKDIR/tasks/NAME/ has what one submission needs and leaves, see workers/task.py. The scheduler
 knows the submission by the same NAME, so a launcher that is started again finds its tasks there.
 Two launchers on one folder that follow the same task see it end alike.
 """
@@ -22,8 +22,8 @@ from modjax.files import entries, read, read_json, reason
 from modjax.metrics_file import last_step
 from modjax.records import run_dir, write_json
 from modjax.scaling.engines.engine import Event, raise_for_all
-from modjax.scaling.engines.task import Tasks, read_tasks
-from modjax.scaling.engines.worker import Settings
+from modjax.scaling.workers.task import Tasks, read_tasks
+from modjax.scaling.workers.worker import Settings
 from modjax.specs import RunSpec, to_dict
 
 UNDER_WAY = WAITING, RUNNING = "waiting", "running"
@@ -38,7 +38,7 @@ States = Mapping[tuple[str, int], tuple[str, str]]
 class Task:
     """A run under way, or the check of all, which has no run id.
 
-    folder, number: where it is described, as in engines/task.py.
+    folder, number: where it is described, as in workers/task.py.
     state: WAITING or RUNNING, or "" if it is not yet known.
     step: the last one that the run has logged.
     gone: when the scheduler was first seen without it, as time.monotonic; its event; and why.

@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from modjax.errors import InputError, describe, require
-from modjax.scaling.engines.worker import Settings
 from modjax.scaling.plan.experiment import parse
+from modjax.scaling.workers.worker import Settings
 from modjax.specs import RunSpec, from_dict
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from modjax.scaling.engines.engine import Engine
 from modjax.scaling.engines.pool import Pool, Worker
 from modjax.scaling.engines.process import Process
-from modjax.scaling.engines.worker import Settings
+from modjax.scaling.workers.worker import Settings
 from modjax.specs.fields import Positive, check
 
 SECONDS_BETWEEN_STARTS = 0.05

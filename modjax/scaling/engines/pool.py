@@ -10,7 +10,7 @@ from typing import Any
 from modjax.backend import last_line
 from modjax.errors import InputError
 from modjax.scaling.engines.engine import Event, describe_exit, raise_for_all
-from modjax.scaling.engines.worker import Settings
+from modjax.scaling.workers.worker import Settings
 from modjax.specs import RunSpec, to_dict
 
 MAX_FAILED_STARTS = 3
@@ -67,7 +67,7 @@ class Worker(ABC):
 
 
 class Pool(ABC):
-    """Engine whose workers talk as engines/worker.py says. A subclass says where they are."""
+    """Engine whose workers talk as workers/worker.py says. A subclass says where they are."""
 
     def __init__(self, workers: Sequence[Worker], settings: Settings):
         self.workers, self.settings, self.slots = list(workers), settings, len(workers)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from modjax.scaling.engines.pool import Worker
-from modjax.scaling.engines.worker import Settings, environment
+from modjax.scaling.workers.worker import Settings, environment
 from modjax.specs import to_dict
 
 
@@ -34,7 +34,7 @@ class Process(Worker):
         self.printed, self.unread = tempfile.TemporaryFile(), b""
         self.process = subprocess.Popen(
             # -P: a file in the current folder must not pass for a package.
-            [sys.executable, "-P", "-m", "modjax.scaling.engines.worker"],
+            [sys.executable, "-P", "-m", "modjax.scaling.workers.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.printed,

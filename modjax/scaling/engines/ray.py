@@ -18,7 +18,7 @@ from modjax.errors import InputError, describe, require
 from modjax.scaling.engines.engine import Engine
 from modjax.scaling.engines.pool import Pool, Worker
 from modjax.scaling.engines.process import Process
-from modjax.scaling.engines.worker import Settings
+from modjax.scaling.workers.worker import Settings
 from modjax.specs import from_dict, to_dict
 from modjax.specs.fields import NotNegative, Positive, check
 

@@ -20,7 +20,7 @@ from modjax.errors import MOST_SAID, InputError, one_line, require
 from modjax.files import reason
 from modjax.scaling.engines.batch import RUNNING, WAITING, Batch, States
 from modjax.scaling.engines.engine import Engine, describe_exit
-from modjax.scaling.engines.worker import Settings, environment
+from modjax.scaling.workers.worker import Settings, environment
 from modjax.specs.fields import NotNegative, Positive, check
 
 PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol")
@@ -40,7 +40,7 @@ ENDS = {
 }
 SCRIPT = """#!/bin/bash
 trap '' USR2 TERM  # until Python listens, there is nothing to save
-exec {launch}{python} -P -m modjax.scaling.engines.task {folder} $SLURM_ARRAY_TASK_ID
+exec {launch}{python} -P -m modjax.scaling.workers.task {folder} $SLURM_ARRAY_TASK_ID
 """
 AGAIN = "scontrol requeue ${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 

@@ -18,9 +18,9 @@ from modjax.errors import InputError
 from modjax.scaling.engines import batch
 from modjax.scaling.engines.engine import Event, Refused, options_of
 from modjax.scaling.engines.slurm import Slurm
-from modjax.scaling.engines.task import Tasks
-from modjax.scaling.engines.worker import Settings
 from modjax.scaling.plan.experiment import load
+from modjax.scaling.workers.task import Tasks
+from modjax.scaling.workers.worker import Settings
 from modjax.specs import Execution, to_dict
 from tests.scaling.small_sweep import (
     CONFIG,
@@ -259,7 +259,7 @@ def task(folders, tmp_path: Path) -> subprocess.Popen:
     orders = ({"spec": to_dict(spec)},)
     tasks = Tasks(settings_of(folders), orders, (spec.run_id,), again=f"touch {tmp_path}/again")
     (tmp_path / "tasks.json").write_text(json.dumps(to_dict(tasks)))
-    command = [sys.executable, "-P", "-m", "modjax.scaling.engines.task", str(tmp_path), "0"]
+    command = [sys.executable, "-P", "-m", "modjax.scaling.workers.task", str(tmp_path), "0"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

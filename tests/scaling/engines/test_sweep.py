@@ -12,10 +12,10 @@ from modjax.errors import InputError
 from modjax.files import is_disk_full
 from modjax.scaling import sweep as sweeps
 from modjax.scaling.engines import pool
-from modjax.scaling.engines import run_lock as runs
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.status import status
 from modjax.scaling.workdir import claim
+from modjax.scaling.workers import run_lock as runs
 from tests.scaling.small_sweep import (
     CONFIG,
     SMALL,

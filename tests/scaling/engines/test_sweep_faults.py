@@ -16,12 +16,12 @@ import pytest
 from modjax.errors import InputError
 from modjax.records import write_record
 from modjax.scaling import session
-from modjax.scaling.engines.run_lock import lock
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.status import status
-from tests.scaling.engines.worker_messages import settings, worker_says
+from modjax.scaling.workers.run_lock import lock
 from tests.scaling.small_sweep import CONFIG, SMALL, alive, lines, run_ids, start, sweep, wait_until
 from tests.scaling.stand_in import record_of
+from tests.scaling.workers.worker_messages import settings, worker_says
 
 DEEP = "[" * 100_000
 

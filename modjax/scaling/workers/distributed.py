@@ -9,10 +9,10 @@ from typing import Any
 from modjax.backend import start
 from modjax.errors import InputError, describe
 from modjax.records import RunRecord, run_dir
-from modjax.scaling.engines.lease import Guard
-from modjax.scaling.engines.run_lock import run
 from modjax.scaling.plan.experiment import Experiment
 from modjax.scaling.workdir import claim
+from modjax.scaling.workers.lease import Guard
+from modjax.scaling.workers.run_lock import run
 from modjax.specs import RunSpec
 
 
@@ -27,7 +27,7 @@ def train_together(
     Preempted after a signal.
     """
     first = join() == 0
-    from modjax.scaling.engines.job import check, train  # they ask for the devices of the cluster
+    from modjax.scaling.workers.job import check, train  # they ask for the devices of the cluster
 
     def train_in(folder: Path, guard: Guard) -> RunRecord:
         options = {

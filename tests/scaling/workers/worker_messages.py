@@ -27,7 +27,7 @@ def worker_says(
 ) -> tuple[list[dict[str, Any]], bytes]:
     """Returns the messages of a worker that gets one order, and what it printed on stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "modjax.scaling.engines.worker"],
+        [sys.executable, "-m", "modjax.scaling.workers.worker"],
         input=json.dumps(settings).encode() + b"\n" + order,
         env=os.environ | environment,
         capture_output=True,

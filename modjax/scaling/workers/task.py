@@ -1,7 +1,7 @@
 """One run, or the check of all, in a process of its own: `python -P -m THIS_MODULE FOLDER NUMBER`.
 
 The process does task NUMBER of FOLDER/tasks.json, which holds Tasks. FOLDER/NUMBER.json then says
-how it ended: {"kind": KIND, "why": LINE}, with the events of engines/worker.py, or "died". After
+how it ended: {"kind": KIND, "why": LINE}, with the events of workers/worker.py, or "died". After
 SIGTERM or SIGUSR2, training saves its state, and the task asks to be started again.
 
 Exit codes: 0 finished, checked, or done by another process; 75 stopped by a signal; 1 other ends.
@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from modjax.errors import InputError, Preempted, describe
 from modjax.records import read_as, write_json
-from modjax.scaling.engines.run_lock import run
-from modjax.scaling.engines.worker import Settings, do, prepare
+from modjax.scaling.workers.run_lock import run
+from modjax.scaling.workers.worker import Settings, do, prepare
 from modjax.specs import from_dict
 
 CODES = {"done": 0, "found": 0, "busy": 0, "checked": 0, "preempted": 75}
@@ -30,9 +30,9 @@ CODES = {"done": 0, "found": 0, "busy": 0, "checked": 0, "preempted": 75}
 class Tasks:
     """Content of tasks.json.
 
-    orders: the {"spec": spec} or {"check": specs} of each number, as engines/worker.py does them.
+    orders: the {"spec": spec} or {"check": specs} of each number, as workers/worker.py does them.
     runs: the run id of each number, "" for a check.
-    together: whether several processes do each, see engines/distributed.py.
+    together: whether several processes do each, see workers/distributed.py.
     again: shell command by which a task asks to be started again; "" if its exit code says so.
     """
 
@@ -70,7 +70,7 @@ def main(folder: Path, number: int) -> NoReturn:
     in_its_folder = run
     try:
         if tasks.together:
-            from modjax.scaling.engines.distributed import join, run_together
+            from modjax.scaling.workers.distributed import join, run_together
 
             rank, in_its_folder = join(), run_together
         if rank == 0:

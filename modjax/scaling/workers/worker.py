@@ -45,8 +45,8 @@ from modjax.faults import is_out_of_memory, machine_error_line
 from modjax.files import is_disk_full
 from modjax.provenance import fix_settings, require_unchanged
 from modjax.records import RunRecord, run_dir
-from modjax.scaling.engines.lease import Guard
-from modjax.scaling.engines.run_lock import run
+from modjax.scaling.workers.lease import Guard
+from modjax.scaling.workers.run_lock import run
 from modjax.specs import Execution, RunSpec, from_dict
 from modjax.specs.imports import import_all
 
@@ -66,7 +66,7 @@ class Settings:
     imports: import name -> file path or module name, see specs.imports.places.
     code: hashes of the source code that the worker must have, see provenance.source_code.
     other_code: whether to resume runs that other code began, see training.loop.train.
-    lease: seconds of the leases on runs, 0 for locks, see engines/lease.py.
+    lease: seconds of the leases on runs, 0 for locks, see workers/lease.py.
     cpus: the cores to use; () for all.
     """
 

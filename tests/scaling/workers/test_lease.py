@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from modjax.errors import InputError
-from modjax.scaling.engines import lease
-from modjax.scaling.engines.lease import Lost, Observer
 from modjax.scaling.plan.experiment import load
+from modjax.scaling.workers import lease
+from modjax.scaling.workers.lease import Lost, Observer
 from tests.scaling.small_sweep import (
     CONFIG,
     SMALL,

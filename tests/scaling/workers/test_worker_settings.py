@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scaling.engines.worker_messages import settings, worker_says
+from tests.scaling.workers.worker_messages import settings, worker_says
 
 JOB = """
 import jax

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from modjax.records import RunRecord, read_record, run_dir
-from modjax.scaling.engines.lease import Guard, Observer, is_recent
+from modjax.scaling.workers.lease import Guard, Observer, is_recent
 from modjax.specs import RunSpec
 
 
