@@ -83,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         args.overrides = [f"{name}={value}" for name, value in overrides.items()]
         args.engine_options = options
+        if options and not hasattr(args, "engine"):
+            shown = one_line(f"--engine.{next(iter(options))}", MOST_SHOWN)
+            raise SystemExit(_fail(f"unrecognized arguments: {shown}: {args.called} has no engine"))
         args.command = shlex.join(["modjax", *given])
         with _quiet():
             code = _run(args)

@@ -19,7 +19,7 @@ def stop(workdir: Path) -> None:
 
 
 def last_stop(workdir: Path) -> str:
-    """Returns what the last `stop` wrote. A launcher stops when it changes."""
+    """Returns what the last `stop` wrote, "" if that is unknown. Launchers stop when it changes."""
     try:
         return (workdir / STOP).read_text(encoding="utf-8")
     except OSError:

@@ -1,7 +1,7 @@
 """Policy of a sweep: which runs are open, done once more, or given up. Engines do the runs.
 
 All state is in the folders: a run is done when its result.json exists, and in progress while a
-process holds its lock.
+process holds its lock, or its lease.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from modjax.scaling.workers.run_lock import is_running
 from modjax.scaling.workers.worker import Settings
 from modjax.specs import RunSpec
 
-MAX_ATTEMPTS = 2
+MAX_ATTEMPTS, MOST_FRUITLESS = 2, 20
 FREE = ("preempted", "node lost")  # costs a run no attempt
 FINAL = ("refused", "out of memory")  # would happen again
 SECONDS_OF_SILENCE = 300.0
@@ -67,6 +67,8 @@ class Session:
         self.running: dict[str, Running] = {}
         self.busy_seconds = 0.0
         self.attempts: Counter[str] = Counter()
+        self.fruitless: Counter[str] = Counter()  # free ends since a run got any further
+        self.reached: Counter[str] = Counter()  # the last step of a run
         self.elsewhere: list[RunSpec] = []  # runs that another sweep on this folder is doing
         self.said_idle, self.earlier_stop = False, last_stop(self.workdir)
         self.specs = {spec.run_id: spec for spec in specs}
@@ -110,7 +112,8 @@ class Session:
 
     def _events(self, engine: Engine, received: Sequence[int]) -> Iterator[Event]:
         """Yields the engine's events. Raises Stopped after a signal."""
-        if received or last_stop(self.workdir) != self.earlier_stop:
+        stop = last_stop(self.workdir)  # "" if the store does not answer
+        if received or (stop and stop != self.earlier_stop):
             raise Stopped(next(iter(received), signal.SIGTERM))
         for event in engine.events(SECONDS_OF_WATCHING):
             if event.kind == "note":
@@ -159,6 +162,8 @@ class Session:
             self.running[event.run_id].start()
         elif event.kind == "progress":
             self.running[event.run_id].advance(event.step, event.loss)
+            if event.step > self.reached[event.run_id]:
+                self.reached[event.run_id], self.fruitless[event.run_id] = event.step, 0
         elif event.run_id:
             run = self.running.pop(event.run_id)
             self.busy_seconds += run.seconds()
@@ -172,11 +177,14 @@ class Session:
             return
         self._require_home()
         self.attempts[run_id] += kind not in FREE
+        self.fruitless[run_id] += 1
+        if self.fruitless[run_id] >= MOST_FRUITLESS and kind in FREE:
+            kind, why = FINAL[0], f"{why}, {MOST_FRUITLESS} times without getting further"
         if kind == "found":
             self._finish(spec, here=False)
         elif kind == "done" or (self._folder(spec) / "result.json").exists():
             self._finish(spec, here=True)  # or it died between its result and saying so
-        elif kind == "refused" and not self.finished:
+        elif event.kind == "refused" and not (self.display.done or self.reached):
             raise Refused(why)  # most likely all runs would be: say it once and stop
         elif kind in FINAL or self.attempts[run_id] >= MAX_ATTEMPTS:
             self._give_up(spec, why)

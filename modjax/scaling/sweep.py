@@ -21,8 +21,8 @@ from modjax.specs import RunSpec
 if TYPE_CHECKING:
     from modjax.data.token_cache import TokenCache
 
+SHORTEST_LEASE = 1.0  # seconds
 # Workers call its `check` once before the plan is claimed, and its `train` for every run.
-SHORTEST_LEASE = 1.0
 JOB = "modjax.scaling.workers.job"
 
 
@@ -111,6 +111,8 @@ def sweep(
     """
     accepted = f"must be 0, for locks, or at least {SHORTEST_LEASE:g} seconds"
     require(lease == 0 or lease >= SHORTEST_LEASE, "--lease", lease, accepted)
+    from modjax.data.token_cache import url
+
     check_claim(experiment, workdir, data_fingerprint)
     started, began = time.time(), time.monotonic()
     specs = experiment.specs if only is None else [only]
@@ -119,8 +121,9 @@ def sweep(
     begun = {s.run_id for s in specs if (run_dir(workdir, s.run_id) / "metrics.jsonl").exists()}
     settings = Settings(
         job=JOB,
-        workdir=str(workdir),
-        data_dir=str(data_dir),
+        # Workers elsewhere have another current folder.
+        workdir=str(workdir.absolute()),
+        data_dir=str(data_dir if url(data_dir) else data_dir.absolute()),
         fingerprint=data_fingerprint,
         execution=experiment.execution,
         imports=experiment.imports,

@@ -11,7 +11,7 @@ from modjax.records import run_dir, write_record
 from modjax.scaling.engines import engine as engines
 from modjax.scaling.engines.engine import Event, options_of, register
 from modjax.scaling.plan.experiment import load
-from modjax.scaling.session import MAX_ATTEMPTS
+from modjax.scaling.session import MAX_ATTEMPTS, MOST_FRUITLESS
 from modjax.scaling.status import status
 from tests.scaling.small_sweep import CONFIG, SMALL, lines, run, run_ids, start, sweep, wait_until
 from tests.scaling.stand_in import record_of
@@ -69,6 +69,13 @@ def test_a_run_that_was_stopped_from_outside_costs_no_attempt(folders, kind):
     engine = Scripted({run_ids()[1]: [kind] * (MAX_ATTEMPTS + 3)})
     assert do(folders, engine).failures == {}
     assert engine.starts.count(run_ids()[1]) == MAX_ATTEMPTS + 4 and len(engine.starts) == 11
+
+
+def test_a_run_that_never_gets_further_is_given_up_in_the_end(folders):
+    engine = Scripted({run_ids()[1]: ["preempted"] * 99})
+    why = f"because preempted, {MOST_FRUITLESS} times without getting further"
+    assert do(folders, engine).failures == {run_ids()[1]: why}
+    assert engine.starts.count(run_ids()[1]) == MOST_FRUITLESS
 
 
 @pytest.mark.parametrize(
@@ -187,6 +194,32 @@ def test_stop_ends_every_launcher_of_the_folder(folders, capsys):
     assert len(sweep(folders).records) == 6, "an earlier stop does not stop a later sweep"
     assert main(["stop", "--workdir=nowhere"]) == 2
     assert "holds no sweep" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_moved_after_a_stop_is_not_taken_for_a_new_stop(folders, tmp_path):
+    sweep(folders)
+    assert main(["stop", f"--workdir={folders[0]}"]) == 0
+    (folders[0] / "runs" / run_ids()[0] / "result.json").unlink()
+    (folders[1] / "seconds").write_text("2")
+    launcher = start(folders, jobs=1)
+    wait_until(lambda: len(lines(folders, "starts")[run_ids()[0]]) == 2, 60)
+    folders[0].rename(tmp_path / "elsewhere")
+    _, errors = launcher.communicate(timeout=60)
+    assert b"was moved or deleted in the middle of a run" in errors.splitlines()[-1]
+
+
+def test_a_relative_folder_is_the_launchers(folders, monkeypatch):
+    monkeypatch.chdir(folders[0].parent)
+    engine = Scripted({})
+    do((Path("work"), Path("orders")), engine)
+    assert engine.workdir == folders[0]
+
+
+def test_other_verbs_have_no_engine(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["status", "--workdir=x", "--engine.jobs=2"])
+    said = "modjax: unrecognized arguments: --engine.jobs: status has no engine\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_run_that_was_given_up_is_tried_again_by_the_sweep_that_still_runs(folders, capsys):

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,8 @@ class Batch(ABC):
     """
 
     def __init__(self, settings: Settings, runs: int, jobs: int, together: bool, again: str):
-        workdir, data_dir = Path(settings.workdir).absolute(), settings.data_dir
-        if "://" not in data_dir:
-            data_dir = str(Path(data_dir).absolute())
-        self.settings = replace(settings, workdir=str(workdir), data_dir=data_dir)
+        self.settings, workdir = settings, Path(settings.workdir)
+        self.makes_workdir = not workdir.exists()
         self.home, self.jobs, self.slots = workdir / "tasks", jobs, min(jobs or runs, runs)
         self.together, self.again = together, again
         self.tasks: dict[str, Task] = {}  # by run id
@@ -138,9 +136,10 @@ class Batch(ABC):
         names, save = {task.folder.name for task in running}, True
         while names and save:
             save = len(received) < 2 and time.monotonic() - began < SECONDS_TO_STOP
-            with suppress(OSError):
-                for name in names:
+            for name in names:
+                with suppress(OSError):
                     self.cancel(name, save)
+            with suppress(OSError):
                 living = {name for (name, _), (kind, _) in self.look().items() if kind in UNDER_WAY}
                 names &= living
             time.sleep(1.0 if names and save else 0.0)
@@ -208,12 +207,16 @@ class Batch(ABC):
         if values is not None:
             kind, why = values["kind"], values["why"]
         if not task.run_id:
+            if kind in ("preempted", "node lost"):
+                self._plan(list(read_tasks(task.folder).orders), [""])
+                return None
             if kind not in ("checked", "refused", "fault", "disk full"):
                 raise self._cannot_run(task, why)
             shutil.rmtree(task.folder)
             with suppress(OSError):  # unless there is more
                 self.home.rmdir()
-                self.home.parent.rmdir()
+                if self.makes_workdir:
+                    self.home.parent.rmdir()
         raise_for_all(kind, why, task.run_id, self.settings.workdir)
         return Event(kind, task.run_id, why)
 

@@ -47,7 +47,7 @@ class Event(NamedTuple):
 
 
 class Engine(Protocol):
-    """Does runs elsewhere. Each method returns soon; what happens later is an event.
+    """Does runs elsewhere. All methods but `stop` return soon; what happens later is an event.
 
     slots: the number of runs that it does at a time, for estimates.
     """

@@ -76,8 +76,12 @@ class Pool(ABC):
         self.checker: Worker | None = None
         self.failed_starts, self.said_checking = 0, False
         self.last_words = ""
-        for worker in self.workers:
-            self._start(worker)
+        try:
+            for worker in self.workers:
+                self._start(worker)
+        except BaseException:
+            self.stop(())
+            raise
 
     @abstractmethod
     def receive(self, seconds: float) -> Iterator[tuple[Worker, dict[str, Any]]]:

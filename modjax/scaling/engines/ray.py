@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from modjax.scaling.workers.worker import Settings
 from modjax.specs import from_dict, to_dict
 from modjax.specs.fields import NotNegative, Positive, check
 
+SECONDS_BETWEEN_STARTS = 0.05
 SECONDS_TO_ANSWER = 10.0  # of an actor, or of a node's look at a folder
 PASSED_ON = ("PYTHONPATH", "JAX_", "XLA_", "LIBTPU_", "MODJAX_")  # beginnings of variables' names
 
@@ -62,7 +64,7 @@ class Ray:
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": variables},
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             accepted = f"has no Ray cluster: {describe(error)}"
             raise InputError("--engine.address", self.address, accepted) from error
         finally:
@@ -102,7 +104,10 @@ class Ray:
                 looks[node["NodeName"]] = sees.options(scheduling_strategy=there).remote(file.name)
             for name, look in looks.items():
                 accepted = f"node {name} does not see it: it must be shared by all nodes"
-                seen = ray.get(look, timeout=SECONDS_TO_ANSWER)
+                try:
+                    seen = ray.get(look, timeout=SECONDS_TO_ANSWER)
+                except RayError as error:
+                    raise InputError("--engine", f"node {name}", describe(error)) from error
                 require(bool(seen), "--workdir", settings.workdir, accepted)
 
 
@@ -182,6 +187,7 @@ class RayPool(Pool):
     def receive(self, seconds: float) -> Iterator[tuple[Worker, dict[str, Any]]]:
         living = {worker.news: worker for worker in self.workers if worker.living}
         if not living:
+            time.sleep(min(seconds, SECONDS_BETWEEN_STARTS))
             return
         heard, _ = ray.wait(list(living), timeout=seconds)
         for news in heard:
@@ -189,6 +195,10 @@ class RayPool(Pool):
                 yield living[news], message
 
     def stop(self, received: Sequence[int]) -> bool:
+        for worker in self.workers:
+            if worker.living and not worker.ready:  # it may wait for its node, and has no run
+                ray.kill(worker.actor)
+                worker.living = False
         saved = super().stop(received)
         ray.shutdown()
         return saved

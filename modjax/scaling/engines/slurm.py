@@ -23,6 +23,7 @@ from modjax.scaling.engines.engine import Engine, describe_exit
 from modjax.scaling.workers.worker import Settings, environment
 from modjax.specs.fields import NotNegative, Positive, check
 
+STOPPED = 75  # the exit code of a task that a signal stopped, once its state was saved
 PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol")
 SECONDS_TO_ANSWER = 60.0
 ENDS = {
@@ -135,6 +136,8 @@ class SlurmBatch(Batch):
             if number.isdigit():
                 waits = state == "PENDING" or state.startswith("REQUEUE")
                 kind = ENDS.get(state, WAITING if waits else RUNNING)
+                if state == "FAILED" and os.WEXITSTATUS(int(status)) == STOPPED:
+                    kind = "preempted"
                 states[name, int(number)] = kind, _explain(state, why, int(status))
         return states
 

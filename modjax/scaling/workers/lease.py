@@ -7,11 +7,13 @@ lease, and writes no more.
 """
 
 import contextlib
+import os
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from modjax.errors import SharedFault
 
@@ -19,6 +21,7 @@ FREE = "free"  # the content of a lease that its holder has given back
 RENEWALS = 4  # in the time after which a lease is over
 SECONDS_OF_A_LOOK = 600.0
 Guard = Callable[[], None]
+T, U = TypeVar("T"), TypeVar("U")
 
 
 class Lost(SharedFault):
@@ -57,13 +60,24 @@ class Observer:
 
     def _is_renewed(self, path: Path | None) -> bool:
         """Watches a lease until it is renewed, or is over, and returns whether it was renewed."""
-        while self._is_held(path):
+        while self._ask(self._is_held, path):
             assert path is not None
             content, _ = self.seen[path]
             time.sleep(self.seconds / RENEWALS / 4)
-            if self._is_held(path) and self.seen[path][0] != content:
+            if self._ask(self._is_held, path) and self.seen[path][0] != content:
                 return True
         return False
+
+    def _ask(self, question: Callable[[T], U], about: T) -> U:
+        """Asks the store until it answers, for as long as a lease lasts."""
+        deadline = self.clock() + self.seconds
+        while True:
+            try:
+                return question(about)
+            except OSError:
+                if self.clock() > deadline:
+                    raise
+                time.sleep(self.seconds / RENEWALS / 4)
 
     @contextlib.contextmanager
     def hold(self, folder: Path) -> Iterator[Guard | None]:
@@ -73,14 +87,14 @@ class Observer:
         that nobody renews.
         """
         path, asked = None, 0.0
-        earlier = newest(folder)  # looked for once: the next one may be a rival's
+        earlier = self._ask(newest, folder)  # looked for once: the next one may be a rival's
         if not self._is_renewed(earlier):
             number = 1 + (0 if earlier is None else _number(earlier))
             path, asked = folder / f"lease-{number:09d}", self.clock()
             try:
                 with open(path, "x", encoding="utf-8") as file:
                     file.write(uuid.uuid4().hex)
-            except FileExistsError:  # another process was first
+            except OSError:  # another process was first, or may have been
                 path = None
         if path is None:
             yield None
@@ -97,7 +111,9 @@ class Observer:
         def guard() -> None:
             # Nobody takes a lease before it has been unchanged for so long.
             late = self.clock() - renewed[0] > self.seconds
-            if late or newest(folder) != path:
+            with contextlib.suppress(OSError):  # the store may answer the next time
+                late = late or newest(folder) != path
+            if late:
                 raise Lost(folder)
 
         thread = threading.Thread(target=renew, daemon=True)
@@ -113,7 +129,11 @@ class Observer:
 
 def newest(folder: Path) -> Path | None:
     """Returns the file of the last holder, or None if there was no holder."""
-    return max(folder.glob("lease-*"), key=_number, default=None)
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith("lease-")]
+    except FileNotFoundError:
+        return None
+    return max((folder / name for name in names), key=_number, default=None)
 
 
 def is_recent(folder: Path) -> bool:

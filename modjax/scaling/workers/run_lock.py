@@ -69,6 +69,9 @@ def held(folder: Path, lease: float) -> Iterator[Guard | None]:
         with Observer(lease).hold(folder) as guard:
             yield guard
         return
+    if is_recent(folder):  # another sweep of this folder relies on leases
+        yield None
+        return
     # `is_running` locks the file for an instant, which does not mean that a process is at work.
     with lock(folder / "lock", patience=1.0) as locked:
         yield (lambda: None) if locked else None

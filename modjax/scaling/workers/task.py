@@ -2,7 +2,7 @@
 
 The process does task NUMBER of FOLDER/tasks.json, which holds Tasks. FOLDER/NUMBER.json then says
 how it ended: {"kind": KIND, "why": LINE}, with the events of workers/worker.py, or "died". After
-SIGTERM or SIGUSR2, training saves its state, and the task asks to be started again.
+SIGTERM or SIGUSR2, training saves its state. After SIGUSR2, the task asks to be started again.
 
 Exit codes: 0 finished, checked, or done by another process; 75 stopped by a signal; 1 other ends.
 """
@@ -50,6 +50,7 @@ def read_tasks(folder: Path) -> Tasks:
 def main(folder: Path, number: int) -> NoReturn:
     faulthandler.enable()
     tasks, file, rank = read_tasks(folder), folder / f"{number}.json", 0
+    asked: list[int] = []  # SIGUSR2: to make room, and be started again; SIGTERM may be a cancel
 
     def end(kind: str, why: str) -> NoReturn:
         for number_of_signal in (signal.SIGTERM, signal.SIGUSR2):
@@ -58,7 +59,7 @@ def main(folder: Path, number: int) -> NoReturn:
         # A failure of one process stops the others, which must not hide it.
         if (rank == 0 and not (stopped and file.exists())) or kind not in CODES:
             write_json(file, {"kind": kind, "why": why})
-        if rank == 0 and stopped and tasks.again:
+        if rank == 0 and stopped and tasks.again and asked:
             subprocess.run(tasks.again, shell=True)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -66,13 +67,21 @@ def main(folder: Path, number: int) -> NoReturn:
 
     # Training replaces it while there is something to save.
     signal.signal(signal.SIGTERM, lambda *_: end("preempted", "stopped before it began"))
-    signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    def make_room(number_of_signal: int, frame: Any) -> None:
+        asked.append(number_of_signal)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGUSR2, make_room)
     in_its_folder = run
     try:
         if tasks.together:
             from modjax.scaling.workers.distributed import join, run_together
 
-            rank, in_its_folder = join(), run_together
+            try:
+                rank, in_its_folder = join(), run_together
+            except InputError as error:  # a fault of this job, but not of all others
+                end("died", str(error))
         if rank == 0:
             file.unlink(missing_ok=True)  # of the time before it was stopped
         settings = tasks.settings

@@ -45,7 +45,7 @@ from modjax.faults import is_out_of_memory, machine_error_line
 from modjax.files import is_disk_full
 from modjax.provenance import fix_settings, require_unchanged
 from modjax.records import RunRecord, run_dir
-from modjax.scaling.workers.lease import Guard
+from modjax.scaling.workers.lease import Guard, Lost
 from modjax.scaling.workers.run_lock import run
 from modjax.specs import Execution, RunSpec, from_dict
 from modjax.specs.imports import import_all
@@ -185,6 +185,8 @@ def do(
             _check(order["check"], settings, job)
             return "checked", ""
         return _run(from_dict(RunSpec, order["spec"]), settings, job, progress, in_its_folder), ""
+    except Lost as error:
+        return "busy", str(error)
     except InputError as error:
         return "fault" if isinstance(error, SharedFault) else "refused", str(error)
     except Exception as error:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from modjax.errors import InputError
+from modjax.records import run_dir
 from modjax.scaling.plan.experiment import load
-from modjax.scaling.workers import lease
+from modjax.scaling.workers import lease, worker
 from modjax.scaling.workers.lease import Lost, Observer
+from modjax.specs import Execution, to_dict
 from tests.scaling.small_sweep import (
     CONFIG,
     SMALL,
@@ -155,6 +157,39 @@ def test_a_store_that_is_slow_and_fails_at_times_loses_no_lease(tmp_path, monkey
                 asked += 1
             time.sleep(0.02)
     assert lease.newest(tmp_path).name == "lease-000000001"
+
+
+def test_a_lease_is_taken_over_from_a_store_that_fails_at_times(tmp_path, monkeypatch):
+    rng, real = random.Random(1), Path.read_text
+    for name, content in (("lease-000000003", "left"), ("lease-000000002", lease.FREE)):
+        (tmp_path / name).write_text(content)
+
+    def unsteady(*arguments, **options):
+        if rng.random() < 0.3:
+            _refuse()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", unsteady)
+    with Observer(SECONDS).hold(tmp_path) as guard:
+        guard()
+        monkeypatch.setattr(os, "listdir", _refuse)
+        guard()  # the store does not answer, but nobody can have taken the lease yet
+    assert (tmp_path / "lease-000000004").exists()
+
+
+def test_a_lost_run_is_left_to_its_new_holder(tmp_path, monkeypatch):
+    settings = worker.Settings(
+        "stand_in", str(tmp_path), str(tmp_path), "f", Execution(), {}, {}, False
+    )
+    (spec, *_) = load(str(CONFIG), SMALL).specs
+
+    def in_its_folder(*arguments):
+        raise Lost(tmp_path / spec.run_id)
+
+    run_dir(tmp_path, spec.run_id).mkdir(parents=True)
+    monkeypatch.setattr(worker, "_print_to", lambda path: None)
+    event, why = worker.do({"spec": to_dict(spec)}, settings, None, print, in_its_folder)
+    assert event == "busy" and why.startswith("lease = ")
 
 
 def test_launchers_without_locks_do_each_run_once_and_take_over_dropped_ones(folders):
