@@ -19,11 +19,13 @@ from modjax.nn import At, Call, LayerModule, Out, make_param
 from modjax.nn.weights import places
 from modjax.pretrained import from_pretrained, save_routers
 from modjax.pretrained.tensors import abstract, by_number
-from modjax.specs import Cost, First, Router, Seq, Skip
+from modjax.specs import Cost, First, Quantile, Router, Seq, Skip
 from modjax.specs.layer import segments_of
 
 GOLDEN = 0.6180339887  # its multiples modulo 1 are evenly spread
-KINDS = ("random", "pattern", "mean")
+ALWAYS, NEVER = -1.0, 2.0  # thresholds of scores in [0, 1)
+KINDS = ("random", "pattern", "mean", "static")
+ENDS = ("rule.threshold", "router.seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +70,31 @@ modjax.register(Pattern, PatternScores)
 modjax.register(Dice, DiceScores)
 
 
-def write(base: Path, routers: Path, shares: list[float], out: Path) -> None:
-    """Writes out/KIND.safetensors for each of KINDS. shares: of the layers, in order."""
+def write(base: Path, routers: Path, shares: list[float], order: list[int], out: Path) -> None:
+    """Writes out/KIND.safetensors for each of KINDS.
+
+    shares: of the layers' positions that ran, in order.
+    order: places of the layers in that order, the least harmful to drop first.
+    """
     tuned = from_pretrained(base, routers=routers)
     for kind in KINDS:
-        router = {"random": Dice(), "pattern": Pattern(), "mean": Pattern()}[kind]
+        ran = {"mean": [float(share > 0.5) for share in shares], "static": dropped(shares, order)}
+        rates = iter(ran.get(kind, shares))
 
-        def skip(layer, router=router):
+        def skip(layer, kind=kind, rates=rates):
             if isinstance(layer, Skip):
-                return dataclasses.replace(layer, router=router, unit="token", causal=First(1))
+                share = next(rates)
+                return dataclasses.replace(
+                    layer,
+                    capacity=max(share, 0.01),
+                    unit="token",
+                    keys=layer.keys if share else "routed",
+                    router=Dice() if kind == "random" else Pattern(),
+                    rule=Quantile(),
+                    causal=First(1),
+                )
             if isinstance(layer, Seq):
-                return Seq(*(skip(part, router) for part in layer.parts))
+                return Seq(*(skip(part, kind, rates) for part in layer.parts))
             return layer
 
         layers = segments_of([skip(block) for block in tuned.spec.blocks()])
@@ -87,18 +103,19 @@ def write(base: Path, routers: Path, shares: list[float], out: Path) -> None:
         state = jax.tree.map(
             lambda leaf: np.zeros(leaf.shape, leaf.dtype), nnx.to_pure_dict(nnx.split(model)[1])
         )
-        found = {n: place for n, place in places(model).items() if n.endswith("rule.threshold")}
-        seeds = {n: place for n, place in places(model).items() if n.endswith("router.seed")}
-        for i, name in enumerate(sorted(found, key=by_number)):
-            bound = 1 - shares[i] if kind != "mean" else (-1.0 if shares[i] > 0.5 else 2.0)
-            _set(state, found[name], bound)
-            _set(state, seeds[sorted(seeds, key=by_number)[i]], 7.0 * i)
+        of = {end: {n: p for n, p in places(model).items() if n.endswith(end)} for end in ENDS}
+        for i, share in enumerate(ran.get(kind, shares)):
+            bound, seed = (found[sorted(found, key=by_number)[i]] for found in of.values())
+            bound.parameter(state)[bound.index] = {0.0: NEVER, 1.0: ALWAYS}.get(share, 1 - share)
+            seed.parameter(state)[seed.index] = 7.0 * i
         out.mkdir(parents=True, exist_ok=True)
         save_routers(out / f"{kind}.safetensors", spec, state, base)
 
 
-def _set(state, place, value) -> None:
-    leaf = state
-    for key in place.path:
-        leaf = leaf[key]
-    leaf[place.index] = value
+def dropped(shares: list[float], order: list[int]) -> list[float]:
+    """Returns the shares that run if whole layers are dropped, one of them in part."""
+    ran, excess = [1.0] * len(shares), sum(1 - share for share in shares)
+    for i in order:
+        ran[i] = 1 - min(excess, 1.0)
+        excess = max(excess - 1, 0.0)
+    return ran

@@ -1,7 +1,7 @@
 """Tables and claims of README.md, checked against the kept scores; see experiments/check.py."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,16 @@ from experiments.tables import markdown
 from modjax.finished.paired import compare
 
 RESULTS = Path(__file__).parent / "results"
-CONTROLS = ("random", "pattern", "mean")
-GIVEN = ("below 0.02 nats", "with 12% of all attention off", "the 15 of 30 attentions")
+CONTROLS = ("random", "pattern", "mean", "static")
+TASKS = ("lambada", "piqa", "arc_easy")
+GIVEN = (
+    "below 0.02 nats",
+    "with 12% of all attention off",
+    "the 15 of 30 attentions",
+    "a base of 3.75 nats",
+    "MoD at 12.5%",
+    "capacity 0.5",
+)
 
 
 def read(cell: str, kind: str) -> dict[str, Any] | None:
@@ -21,61 +29,120 @@ def read(cell: str, kind: str) -> dict[str, Any] | None:
     return json.loads(file.read_text())[-1] if file.exists() else None
 
 
+def cells() -> list[str]:
+    return sorted(path.parent.name for path in RESULTS.glob("*/tuned.json"))
+
+
 def interval(estimate: dict[str, float], form: str = "+.3f") -> str:
     value, low, high = (format(estimate[end], form) for end in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
-def change(found: dict[str, Any] | None, measure: str = "nats") -> dict[str, float] | None:
+def change(found: dict[str, Any] | None, measure: str = "nats") -> dict[str, float]:
     """Returns a measure minus that of the model that skips nothing."""
-    return None if found is None else found["measures"][measure]["difference"]
+    assert found is not None
+    return found["measures"][measure]["difference"]
 
 
-def against(ours: dict[str, Any], theirs: dict[str, Any] | None) -> str:
-    """Returns our loss minus that of a control, paired by blocks of text."""
+def against(ours: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, float] | None:
+    """Returns our loss minus that of a control or of another cell, paired by blocks of text."""
     if theirs is None:
-        return ""
+        return None
     pair = [np.array(one["units"]["nats"]) for one in (ours, theirs)]
-    return interval(compare(pair, np.array(ours["units"]["weight"]))["difference"]._asdict())
+    return compare(pair, np.array(ours["units"]["weight"]))["difference"]._asdict()
+
+
+def ran(found: dict[str, Any]) -> float:
+    return found["layers"]["all"]["skip_capacity"]
 
 
 def tables() -> dict[str, str]:
-    rows = []
-    for cell in sorted(path.name for path in RESULTS.iterdir()):
-        tuned, last = read(cell, "tuned"), read(cell, "tuned-lambada")
-        if tuned is None:
-            continue
-        ran, controls = tuned["layers"]["all"], [change(read(cell, kind)) for kind in CONTROLS]
-        greedy = change(last, "greedy")
+    rows, tasks = [], []
+    for cell in cells():
+        tuned = read(cell, "tuned")
+        assert tuned is not None
+        controls = [read(cell, kind) for kind in CONTROLS]
+        random = against(tuned, controls[0])
         rows.append(
             (
                 cell,
-                f"{ran['skip_capacity']:.3f}",
-                f"{ran['skip_variance']:.3f}",
-                interval(tuned["measures"]["nats"]["difference"]),
-                *("" if one is None else f"{one['value']:+.3f}" for one in controls),
-                against(tuned, read(cell, "random")),
-                "" if last is None else interval(last["measures"]["nats"]["difference"]),
-                "" if greedy is None else interval({k: 100 * v for k, v in greedy.items()}, "+.1f"),
+                f"{ran(tuned):.3f}",
+                f"{tuned['layers']['all']['skip_variance']:.3f}",
+                interval(change(tuned)),
+                *("" if one is None else f"{change(one)['value']:+.3f}" for one in controls),
+                "" if random is None else interval(random),
             )
         )
+        for task in TASKS:
+            if (found := read(cell, f"tuned-{task}")) is not None:
+                points = "accuracy" if "accuracy" in found["measures"] else "greedy"
+                share = {k: 100 * v for k, v in change(found, points).items()}
+                nats = interval(change(found))
+                tasks.append(
+                    (cell, task, found["count"], f"{ran(found):.3f}", nats, interval(share, "+.1f"))
+                )
     columns = ("cell", "ran", "variance", "tuned", *CONTROLS, "tuned - random")
-    return {"cells": markdown((*columns, "LAMBADA, nats", "LAMBADA, points"), rows)}
+    about = ("cell", "task", "n", "ran", "nats", "points")
+    return {"cells": markdown(columns, rows), "tasks": markdown(about, tasks)}
 
 
 def claims() -> Iterator[tuple[str, bool]]:
-    cell = "attention-token-75"
-    tuned, random = change(read(cell, "tuned")), change(read(cell, "random"))
-    last = read(cell, "tuned-lambada")
-    points, nats = change(last, "greedy"), change(last)
-    assert tuned and random and points and nats
+    main = [f"attention-token-75{seed}" for seed in ("", "-seed1", "-seed2")]
+    tuned, random, static = ([read(c, k) for c in main] for k in ("tuned", "random", "static"))
+    increase, by_chance = ([change(one)["value"] for one in found] for found in (tuned, random))
+    shares = [a / b for a, b in zip(increase, by_chance, strict=True)]
+    yield f"Trained routers cost {several(increase, '+.3f')} nats", min(increase) > 0
+    yield f"random tokens at the same rates {several(by_chance, '+.3f')}", True
+    said = f"{several(shares, '.2f')} of the increase, where at most half was the target"
+    yield said, max(shares) <= 0.5
+    worse = [change(one)["value"] for one in static]
+    yield f"whole attentions cost {several(worse, '+.3f')}", min(worse) > max(increase)
+    assert all(tuned)
+    rates = [ran(one) for one in tuned if one]
+    said = f"{several(rates, '.3f')} of the positions ran, where 0.75 was the target"
+    yield said, all(abs(rate - 0.75) <= 0.02 for rate in rates)
+    last = [change(read(cell, "tuned-lambada"), "greedy") for cell in main]
+    points = [-100 * one["value"] for one in last]
+    yield f"loses {several(points, '.1f')} points", all(one["high"] < 0 for one in last)
+    fewer = [ran(found) for cell in main if (found := read(cell, "tuned-lambada"))]
+    yield f"Fewer attentions run there, {several(fewer, '.2f')}", max(fewer) < 0.73
+    every = [read(cell, f"tuned-{task}") for cell in main[:1] for task in TASKS[1:]]
+    lost = [-100 * change(one, "accuracy")["value"] for one in every]
     yield (
-        f"the loss grows by {tuned['value']:.3f} nats with trained routers, and by "
-        f"{random['value']:.3f} with random tokens at the same rates",
-        tuned["value"] <= 0.5 * random["value"],
+        f"PIQA loses {lost[0]:.1f} points, ARC-E {lost[1]:.1f}",
+        all(change(one, "nats")["low"] > 0 for one in every),
     )
-    yield "It does not hold the quality", tuned["high"] >= 0.02 and points["value"] < -0.01
-    yield (
-        f"the last word of LAMBADA loses {-100 * points['value']:.1f} points",
-        points["high"] < 0,
+    by_kl, theirs = read("attention-token-75-base", "tuned"), read(main[0], "tuned")
+    assert by_kl and theirs
+    apart = against(by_kl, theirs)
+    assert apart
+    said = f"by KL they cost {change(by_kl)['value']:+.3f} nats, at {ran(by_kl):.3f}"
+    yield said, apart["low"] < 0 < apart["high"]
+    last_kl = change(read("attention-token-75-base", "tuned-lambada"), "greedy")
+    yield f"LAMBADA {100 * last_kl['value']:+.1f} points", last_kl["high"] < 0
+    half, chance = read("attention-token-50", "tuned"), read("attention-token-50", "random")
+    both = [change(half)["value"], change(chance)["value"]]
+    said = f"At half, they cost {both[0]:+.3f} nats, random tokens {both[1]:+.3f}"
+    yield said, both[0] <= 0.5 * both[1]
+    rows = [read("attention-sequence-75", kind) for kind in ("tuned", "random")]
+    assert rows[0]
+    said = (
+        f"cost {change(rows[0])['value']:+.3f} nats, random tokens {change(rows[1])['value']:+.3f}"
     )
+    worse_by = against(rows[0], rows[1])
+    assert worse_by
+    yield said, worse_by["low"] > 0
+    yield f"{ran(rows[0]):.3f} of them ran", abs(ran(rows[0]) - 0.75) > 0.02
+    published, mlp = read("attention-token-published", "tuned"), read("mlp-token-75", "tuned")
+    assert published and mlp
+    said = f"lets {ran(published):.3f} of the positions run, and costs"
+    yield f"{said} {change(published)['value']:+.3f} nats", abs(ran(published) - 0.75) > 0.02
+    yield f"An MLP is not redundant: {change(mlp)['value']:+.3f} nats", change(mlp)["low"] > 0.2
+    stages = json.loads((RESULTS / "mod.json").read_text())
+    ends = [stages[f"mod-50-{stage}"][-1]["eval_causal_loss"] for stage in ("routers", "all")]
+    yield f"{ends[0]:.1f} nats with routers alone, {ends[1]:.1f} with all weights", True
+
+
+def several(values: Sequence[float], form: str) -> str:
+    *most, last = (format(value, form) for value in values)
+    return f"{', '.join(most)} and {last}"

@@ -1,11 +1,11 @@
-"""Tunes and scores every cell of the table, one after another; what is done is not done again.
+"""Tunes and scores every cell, and trains MoD; what is done is not done again.
 
 Command   python experiments/router_tuning/run.py --pretrained=PATH --work=work/router_tuning
 Before    texts.py; `modjax data prepare --text work/router_tuning/texts/tune.jsonl --name tune
           --tokenizer=PATH --data-dir=work/router_tuning/data`; layers.txt, as `modjax tune
           --measure-layers` prints it; tasks/lambada.jsonl.gz, as texts.py names it
-Cost      about 10 minutes a cell on 2 idle cores
-Writes    results/CELL/KIND.json and KIND-lambada.json beside this file, as `modjax score --json`
+Cost      10 to 15 minutes a cell on 2 idle cores
+Writes    results/CELL/KIND.json and tuned-TASK.json beside this file, as `modjax score --json`
 """
 
 import argparse
@@ -15,12 +15,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from controls import KINDS, write
 
 from modjax.pretrained.tensors import by_number
 
 HERE = Path(__file__).resolve().parent
+TASKS = {"lambada": 250, "piqa": 250, "arc_easy": 150}  # documents of each
+MAIN = ("attention-token-75", "attention-token-50", "attention-token-75-base")
 TEXTS = ("books", "speeches", "passages")
 ATTENTION = "inner=attention unit=token capacity=0.75"
 CELLS = {
@@ -42,6 +45,13 @@ CELLS = {
     "block-sequence-75": "inner=block unit=sequence capacity=0.75",
 }
 
+MODS = {  # name -> stage of mod.py; the run that a second stage starts from
+    "mod-50-routers": ("capacity=0.5 trained=routers", None),
+    "mod-50-all": ("capacity=0.5 trained=all", "mod-50-routers"),
+    "mod-12-routers": ("capacity=0.125 trained=routers", None),
+    "mod-12-all": ("capacity=0.125 trained=all", "mod-12-routers"),
+}
+
 
 def call(*arguments: str, **environment: str) -> str:
     command = [sys.executable, "-m", "modjax.cli", *arguments]
@@ -52,29 +62,27 @@ def call(*arguments: str, **environment: str) -> str:
 
 
 def chosen(work: Path, kind: str) -> list[int]:
-    """Returns the numbers of the blocks whose `kind` costs the least, in ascending order."""
-    said = re.search(rf"^{kind.upper()} = (.*)$", (work / "layers.txt").read_text(), re.M)
-    assert said is not None
-    return json.loads(said[1])
+    """Returns the numbers of the blocks whose `kind` costs the least to drop, least first."""
+    lines = re.findall(rf"^{kind} +([0-9]+) ", (work / "layers.txt").read_text(), re.M)
+    return [int(line) for line in lines[: len(lines) // 2]]
 
 
-def score(work: Path, pretrained: str, out: Path, kind: str, routers: Path) -> None:
-    shared = ("score", f"--pretrained={pretrained}", f"--routers={routers}", "--json")
-    shared += ("--imports", str(HERE / "controls.py"))
-    files = {
-        f"{kind}.json": [
-            "--seq-len=256",
-            "--text",
-            *(f"{work}/texts/{name}.jsonl" for name in TEXTS),
-        ],
-    }
-    if kind == "tuned":
-        task = ["--tasks", f"{work}/tasks/lambada.jsonl.gz", "--limit=250"]
-        files["tuned-lambada.json"] = task
-    for name, options in files.items():
-        if not (out / name).exists():
-            found = call(*shared, *options)
-            (out / name).write_text(found)
+def scored(*options: str) -> list[dict[str, Any]]:
+    """Returns what `modjax score` prints, with the names of files in place of their paths."""
+    found = json.loads(call("score", "--json", *options))
+    return [one | {"name": Path(one["name"]).name} for one in found]
+
+
+def score(args: argparse.Namespace, out: Path, files: list[Path], name: str, *options: str) -> None:
+    """Writes the scores of routers files, each to out/NAME, with the file's name in place of *."""
+    if all((out / name.replace("*", file.stem)).exists() for file in files):
+        return
+    imports = ("--imports", str(HERE / "controls.py"))
+    of = (f"--pretrained={args.pretrained}", *imports, "--routers", *map(str, files))
+    found = scored(*options, *of)
+    for file in files:
+        scores = [one | {"routers": file.stem} for one in found if one["routers"] == str(file)]
+        (out / name.replace("*", file.stem)).write_text(json.dumps(scores) + "\n")
 
 
 def main() -> None:
@@ -82,26 +90,43 @@ def main() -> None:
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args()
+    texts = ["--seq-len=256", "--text", *(f"{args.work}/texts/{name}.jsonl" for name in TEXTS)]
+    shared = f"--data-dir={args.work / 'data'}"
     for name, cell in CELLS.items():
         out, files = HERE / "results" / name, args.work / "runs" / name
-        kind = cell.split()[0].removeprefix("inner=")
-        layers = ",".join(map(str, chosen(args.work, kind)))
+        order = chosen(args.work, cell.split()[0].removeprefix("inner="))
+        numbers = sorted(order)
         tune = ("tune", f"--pretrained={args.pretrained}", f"--config={HERE / 'config.py'}")
-        tune += (f"--workdir={files}", f"--data-dir={args.work / 'data'}")
+        tune += (f"--workdir={files}", shared)
         if not list(files.glob("runs/*/routers.safetensors")):
-            call(*tune, CELL=f"{cell} layers={layers}")
+            call(*tune, CELL=f"{cell} layers={','.join(map(str, numbers))}")
         (routers,) = files.glob("runs/*/routers.safetensors")
         out.mkdir(parents=True, exist_ok=True)
-        score(args.work, args.pretrained, out, "tuned", routers)
+        score(args, out, [routers], "tuned.json", *texts)
+        for task, limit in TASKS.items():
+            options = ("--tasks", f"{args.work}/tasks/{task}.jsonl.gz", f"--limit={limit}")
+            if task == "lambada" or name in MAIN:
+                score(args, out, [routers], f"tuned-{task}.json", *options)
         scores = {one["name"]: one for one in json.loads((out / "tuned.json").read_text())}
         layers = scores["pooled"]["layers"]
         names = sorted((name for name in layers if name != "all"), key=by_number)
         shares = [layers[name]["skip_capacity"] for name in names]
         controls = args.work / "controls" / name
         if not controls.exists():
-            write(Path(args.pretrained), routers, shares, controls)
-        for control in KINDS:
-            score(args.work, args.pretrained, out, control, controls / f"{control}.safetensors")
+            places = [numbers.index(number) for number in order]
+            write(Path(args.pretrained), routers, shares, places, controls)
+        score(args, out, [controls / f"{kind}.safetensors" for kind in KINDS], "*.json", *texts)
+        print(f"{name}: done", flush=True)
+    for name, (stage, first) in MODS.items():
+        out, files = HERE / "results" / name, f"--workdir={args.work / 'runs' / name}"
+        if first is not None:
+            (base,) = (args.work / "runs" / first / "runs").iterdir()
+            stage += f" base={base}"
+        out.mkdir(parents=True, exist_ok=True)
+        call("train", f"--config={HERE / 'mod.py'}:{args.pretrained}", files, shared, STAGE=stage)
+        if not (out / "scored.json").exists():
+            found = scored(files, shared, *texts)
+            (out / "scored.json").write_text(json.dumps(found) + "\n")
         print(f"{name}: done", flush=True)
 
 
