@@ -21,7 +21,8 @@ FREE = "free"  # the content of a lease that its holder has given back
 RENEWALS = 4  # in the time after which a lease is over
 SECONDS_OF_A_LOOK = 600.0
 Guard = Callable[[], None]
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Lost(SharedFault):
