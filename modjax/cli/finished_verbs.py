@@ -152,11 +152,12 @@ def score(args: argparse.Namespace) -> None:
     require(limit is None or limit > 0, "--limit", limit, "must be greater than 0")
     tasks = {path: read_task(path, limit) for path in args.tasks}
     texts = {path: [d.text for d in islice(text_documents([path]), limit)] for path in args.text}
-    found, bases, width = [], {}, args.seq_len if texts else None
+    found, bases, files, width = [], {}, {}, args.seq_len if texts else None
     for routers in args.routers or [None]:
         speaker = _open_speaker(args, routers)
-        files = {str(p): score.text_units(speaker, p, texts[p], args.seq_len) for p in texts}
-        files |= {str(p): [score.task_unit(speaker, d) for d in tasks[p]] for p in tasks}
+        if not files:  # all models of a base have its tokenizer
+            files |= {str(p): score.text_units(speaker, p, texts[p], args.seq_len) for p in texts}
+            files |= {str(p): [score.task_unit(speaker, d) for d in tasks[p]] for p in tasks}
         scores = score.score(speaker, files, args.routing, width, bases)
         found += [one._replace(routers=routers and str(routers)) for one in scores]
     print(json_text(list(map(_as_dicts, found))) if args.json else scores_text(found))

@@ -267,6 +267,5 @@ def scores_text(scores: "Sequence[Score]") -> str:
     rows = [(one, name, found) for one in scores for name, found in one.measures.items()]
     layers, several = scores[-1].layers, len({one.routers for one in scores}) > 1
     columns = {"routers": lambda row: row[0].routers, **SCORED} if several else SCORED
-    return _table(columns, rows, left=2 + several) + (
-        f"\n\n{layers_text(layers)}" if layers else ""
-    )
+    scored = _table(columns, rows, left=2 + several)
+    return f"{scored}\n\n{layers_text(layers)}" if layers else scored

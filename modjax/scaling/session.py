@@ -124,7 +124,7 @@ class Session:
         """Gives the engine the runs that it has room for."""
         for run_id in [r for r in self.attempts if r in self.failures]:  # `modjax retry` opens them
             if not (self._folder(self.specs[run_id]) / "failure.json").exists():
-                del self.failures[run_id], self.attempts[run_id]
+                del self.failures[run_id], self.attempts[run_id], self.fruitless[run_id]
                 self.waiting.append(self.specs[run_id])
         room = engine.room()
         specs = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]

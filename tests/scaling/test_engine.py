@@ -1,4 +1,4 @@
-"""What a sweep decides, whatever engine does its runs; and orders from other processes."""
+"""Decisions of a sweep, whatever engine does its runs, and orders from other processes."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -147,7 +147,7 @@ class Actor(Worker):
         try:
             messages = ray.get(self.news)
         except RayError as error:
-            self.lost = f"lost with its node or actor: {type(error).__name__}"
+            self._lose(error)
             messages = [{"event": "died"}]
         if {"event": "died"} not in messages:
             self.news = self.actor.receive.remote()
@@ -175,8 +175,11 @@ class Actor(Worker):
         try:
             return ray.get(self.actor.call.remote(name), timeout=SECONDS_TO_ANSWER)
         except RayError as error:
-            self.lost = f"lost with its node or actor: {type(error).__name__}"
+            self._lose(error)
             return otherwise
+
+    def _lose(self, error: RayError) -> None:
+        self.lost = f"lost with its node or actor: {type(error).__name__}"
 
 
 class RayPool(Pool):

@@ -40,7 +40,6 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from modjax.scaling import sweep
-from modjax.scaling import sweep as sweeps
 from modjax.scaling.engines.engine import options_of
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.session import Stopped
