@@ -1,17 +1,20 @@
 """Tunes and scores every cell, and trains MoD; what is done is not done again.
 
 Command   python experiments/router_tuning/run.py --pretrained=PATH --work=work/router_tuning
+          [--only CELL ...]
 Before    texts.py; `modjax data prepare --text work/router_tuning/texts/tune.jsonl --name tune
           --tokenizer=PATH --data-dir=work/router_tuning/data`; layers.txt, as `modjax tune
           --measure-layers` prints it; tasks/lambada.jsonl.gz, as texts.py names it
 Cost      10 to 15 minutes a cell on 2 idle cores
-Writes    results/CELL/KIND.json and tuned-TASK.json beside this file, as `modjax score --json`
+Writes    results/CELL/KIND.json and tuned-TASK.json beside this file, as `modjax score --json`,
+          and the tuned routers.safetensors
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +26,7 @@ from modjax.pretrained.tensors import by_number
 
 HERE = Path(__file__).resolve().parent
 TASKS = {"lambada": 250, "piqa": 250, "arc_easy": 150}  # documents of each
-MAIN = ("attention-token-75", "attention-token-50", "attention-token-75-base")
+MAIN = "attention-token-75"
 TEXTS = ("books", "speeches", "passages")
 ATTENTION = "inner=attention unit=token capacity=0.75"
 CELLS = {
@@ -89,11 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pretrained", required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=(*CELLS, *MODS), default=(*CELLS, *MODS))
     args = parser.parse_args()
     texts = ["--seq-len=256", "--text", *(f"{args.work}/texts/{name}.jsonl" for name in TEXTS)]
     shared = f"--data-dir={args.work / 'data'}"
-    for name, cell in CELLS.items():
-        out, files = HERE / "results" / name, args.work / "runs" / name
+    for name in (name for name in args.only if name in CELLS):
+        cell, out, files = CELLS[name], HERE / "results" / name, args.work / "runs" / name
         order = chosen(args.work, cell.split()[0].removeprefix("inner="))
         numbers = sorted(order)
         tune = ("tune", f"--pretrained={args.pretrained}", f"--config={HERE / 'config.py'}")
@@ -102,10 +106,11 @@ def main() -> None:
             call(*tune, CELL=f"{cell} layers={','.join(map(str, numbers))}")
         (routers,) = files.glob("runs/*/routers.safetensors")
         out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(routers, out)
         score(args, out, [routers], "tuned.json", *texts)
         for task, limit in TASKS.items():
             options = ("--tasks", f"{args.work}/tasks/{task}.jsonl.gz", f"--limit={limit}")
-            if task == "lambada" or name in MAIN:
+            if task == "lambada" or name == MAIN:
                 score(args, out, [routers], f"tuned-{task}.json", *options)
         scores = {one["name"]: one for one in json.loads((out / "tuned.json").read_text())}
         layers = scores["pooled"]["layers"]
@@ -117,7 +122,8 @@ def main() -> None:
             write(Path(args.pretrained), routers, shares, places, controls)
         score(args, out, [controls / f"{kind}.safetensors" for kind in KINDS], "*.json", *texts)
         print(f"{name}: done", flush=True)
-    for name, (stage, first) in MODS.items():
+    for name in (name for name in args.only if name in MODS):
+        stage, first = MODS[name]
         out, files = HERE / "results" / name, f"--workdir={args.work / 'runs' / name}"
         if first is not None:
             (base,) = (args.work / "runs" / first / "runs").iterdir()
