@@ -63,7 +63,10 @@ class Engine(Protocol):
         ...
 
     def start(self, specs: Sequence[RunSpec]) -> None:
-        """Takes runs. An event for each says how it ends."""
+        """Takes runs. An event for each says how it ends.
+
+        Raises HandedOver if it does none itself, which ends the session.
+        """
         ...
 
     def events(self, seconds: float) -> Iterator[Event]:
@@ -97,6 +100,10 @@ class Refused(InputError):
         ValueError.__init__(self, line)
 
 
+class HandedOver(Exception):
+    """The engine has written the runs down for the user to start, in these words."""
+
+
 def raise_for_all(kind: str, why: str, run_id: str, workdir: str) -> None:
     """Raises for an end that would stop every other run, too. run_id: "" for the check of all."""
     if kind == "fault" or (kind == "refused" and not run_id):
@@ -112,6 +119,7 @@ def describe_exit(code: int) -> str:
 
 OWN = "modjax.scaling.engines."
 ENGINES: dict[str, type[Options] | str] = {
+    "gke": OWN + "gke:Gke",
     "local": OWN + "local:Local",
     "ray": OWN + "ray:Ray",
     "slurm": OWN + "slurm:Slurm",
