@@ -1,5 +1,5 @@
 #!/bin/sh
-# Does a sweep on GKE, or on another Kubernetes: sh launch/gke/sweep.sh CONFIG WORKDIR DATA_DIR [OVERRIDE...]
+# Does a sweep on GKE or another Kubernetes: sh launch/gke/sweep.sh CONFIG WORKDIR DATA_DIR [OVERRIDE...]
 #
 # It submits one Job a run and shows the progress. If it ends early, the Jobs go on. The same command
 # finds them again, and submits no run twice. Ctrl-C lets all runs save their state, and deletes them.
@@ -11,7 +11,9 @@ config=${1:?CONFIG} workdir=${2:?WORKDIR} data_dir=${3:?DATA_DIR}
 shift 3
 
 set -- "$@" --engine.image=IMAGE            # REGISTRY/NAME:TAG
+set -- "$@" --engine.python=python          # in the image
 set -- "$@" --engine.namespace=default
+set -- "$@" --engine.account=default        # a service account
 set -- "$@" --engine.queue=user-queue       # Kueue's LocalQueue; "" if there is no Kueue
 set -- "$@" --engine.claim=files            # a PersistentVolumeClaim,
 set -- "$@" --engine.mount=/mnt/files       # which pods and this machine see here
@@ -19,6 +21,9 @@ set -- "$@" --engine.accelerator=tpu-v5-lite-podslice
 set -- "$@" --engine.topology=2x4           # of a slice
 set -- "$@" --engine.hosts=1                # of a slice. JobSet must be there for more than one
 set -- "$@" --engine.tpus=8                 # chips of a host
+set -- "$@" --engine.gpus=0                 # of a host; so are cores and memory, in GB
+set -- "$@" --engine.cores=0
+set -- "$@" --engine.memory=0
 set -- "$@" --engine.slices=1               # that do each run together
 set -- "$@" --engine.spot=True
 set -- "$@" --engine.notice=25              # seconds to save its state; spot machines give 30

@@ -1,5 +1,6 @@
 """Decisions of a sweep, whatever engine does its runs, and orders from other processes."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,6 +173,14 @@ def test_a_config_may_name_its_engine(own_engine, tmp_path, tiny_data_dir, capsy
     assert capsys.readouterr().err == said
     assert main([*command, "--engine=local", "--jobs=0"]) == 2, "another engine, other options"
     assert capsys.readouterr().err == "modjax: --engine.jobs = 0: must be greater than 0\n"
+
+
+@pytest.mark.parametrize("name", ["slurm", "gke"])
+def test_the_example_of_an_engine_has_every_option(name):
+    script = (CONFIG.parents[1] / "launch" / name / "sweep.sh").read_text()
+    texts = dict(re.findall(r"--engine\.(\w+)=('[^']*'|\S*)", script))
+    options = options_of(name, {field: text.strip("'") for field, text in texts.items()})
+    assert texts.keys() == vars(options).keys()
 
 
 def test_unknown_engines_are_one_line():

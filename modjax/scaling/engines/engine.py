@@ -119,10 +119,10 @@ def describe_exit(code: int) -> str:
 
 OWN = "modjax.scaling.engines."
 ENGINES: dict[str, type[Options] | str] = {
-    "gke": OWN + "gke:Gke",
     "local": OWN + "local:Local",
     "ray": OWN + "ray:Ray",
     "slurm": OWN + "slurm:Slurm",
+    "gke": OWN + "gke:Gke",
 }
 
 
