@@ -1,6 +1,8 @@
 """Decisions of a sweep, whatever engine does its runs, and orders from other processes."""
 
+import json
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +90,19 @@ def test_causes_decide_how_often_a_run_is_tried(folders, kind, starts):
     assert engine.starts.count(run_ids()[-1]) == starts
     assert status(folders[0]).count("failed") == 1
     assert do(folders, Scripted({})).failures == {}, "the next sweep tries again"
+
+
+def test_a_run_that_waits_for_its_turn_again_keeps_nobody_busy(folders):
+    class Waiting(Scripted):
+        def events(self, seconds):
+            yield from super().events(seconds) if self.news or not self.under_way else ()
+            yield from [Event("waiting", run_id) for run_id in self.under_way]
+            time.sleep(0.1)
+
+    engine = Waiting({})
+    assert do(folders, engine).failures == {} and len(engine.starts) == 6
+    (session,) = json.loads((folders[0] / "sweep.json").read_text())
+    assert session["busy_seconds"] < 0.1
 
 
 def test_of_a_thousand_runs_none_is_lost_or_doubled(folders):

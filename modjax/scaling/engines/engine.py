@@ -27,6 +27,7 @@ class Event(NamedTuple):
       checked        the engine has found no run that would be refused
       note           `why` is for the user
       started        a process does the run
+      waiting        it waits for its turn again
       progress       `step`, and `loss` if it is known
     or how a run ended:
       done           it has finished here
