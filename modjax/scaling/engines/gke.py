@@ -74,7 +74,7 @@ class Gke:
 
     @property
     def together(self) -> bool:
-        """Whether several hosts do a run together."""
+        """Says whether several hosts do a run together."""
         return self.slices * self.hosts > 1
 
     def __post_init__(self):
