@@ -11,7 +11,9 @@ set -eu
 config=${1:?CONFIG} workdir=${2:?WORKDIR} data_dir=${3:?DATA_DIR}
 shift 3
 
-set -- "$@" --engine.partition=gpu      # as sbatch takes it; so are account and constraint
+set -- "$@" --engine.partition=gpu      # as sbatch takes it; so are the next two
+set -- "$@" --engine.account=           # empty: the cluster's default
+set -- "$@" --engine.constraint=
 set -- "$@" --engine.time=4:00:00       # of one run. A run that needs more goes on in a next turn
 set -- "$@" --engine.notice=300         # seconds to save its state before that
 set -- "$@" --engine.gpus=1             # of each host

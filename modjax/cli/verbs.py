@@ -165,6 +165,7 @@ def run_plan(
 ) -> int:
     """Does a plan, or one run of it, on an engine; None takes one local process."""
     from modjax.cli.tables import outcome_text
+    from modjax.scaling.engines.engine import HandedOver
     from modjax.scaling.engines.local import Local
     from modjax.scaling.session import Stopped
     from modjax.scaling.sweep import sweep
@@ -182,6 +183,9 @@ def run_plan(
         )
     except Stopped as stopped:
         return _stopped(INTERRUPTED if stopped.is_interrupt else STOPPED, stopped.saved)
+    except HandedOver as handed_over:
+        print(handed_over)
+        return 0
     print(json_text(to_dict(outcome)) if args.json else outcome_text(outcome))
     return RUNS_FAILED if outcome.failures else 0
 

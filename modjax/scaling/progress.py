@@ -45,6 +45,11 @@ class Running:
             self.first_step, self.first_seen = step, self.heard
         self.step, self.loss = step, self.loss if loss is None else loss
 
+    def wait(self) -> float:
+        """Ends the time of a process, and returns how long that was."""
+        seconds, self.began = self.seconds(), None
+        return seconds
+
     def seconds(self) -> float:
         """Returns how long a process has been at it."""
         return 0.0 if self.began is None else time.monotonic() - self.began

@@ -160,6 +160,8 @@ class Session:
     def _handle(self, event: Event) -> None:
         if event.kind == "started":
             self.running[event.run_id].start()
+        elif event.kind == "waiting":
+            self.busy_seconds += self.running[event.run_id].wait()
         elif event.kind == "progress":
             self.running[event.run_id].advance(event.step, event.loss)
             if event.step > self.reached[event.run_id]:

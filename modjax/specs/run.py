@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -132,7 +133,7 @@ class RunSpec:
         accepted = "needs a layer with the routing 'all', such as Skip(Attention())"
         require(able, "train.objective", objective, accepted)
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """A readable prefix, and 8 hex digits of a hash of the format and the canonical form."""
         values = {"format": FORMAT} | canonical(self)

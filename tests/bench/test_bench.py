@@ -51,7 +51,7 @@ def test_every_benchmark_declares_its_rows():
         rows = importlib.import_module(f"modjax.bench.{name}").ROWS
         assert all(row.value is None and row.better in ("lower", "higher") for row in rows)
         whats += [row.what for row in rows]
-    assert len(whats) == len(set(whats)) == 50
+    assert len(whats) == len(set(whats)) == 54
 
 
 def test_json_holds_every_row_and_a_failure_costs_only_its_own_values(add, capsys):
@@ -132,13 +132,23 @@ def test_the_second_sweep_finds_programs_but_no_results_and_preparing_is_not_tim
     monkeypatch.setattr(sweep, "call", lambda command, where: calls.append((command[3:], where)))
     monkeypatch.setattr(sweep, "read_records", records)
     monkeypatch.setattr(sweep, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    overhead, compiled, waited = sweep.measure()
+    monkeypatch.setattr(sweep, "_seconds_between", {"local": 0.01, "ray": 0.02}.get)
+    monkeypatch.setattr(sweep, "_launcher", lambda: (3.0, 9.0))
+    overhead, compiled, waited, *overheads = sweep.measure()
+    assert [row.value for row in overheads] == [10.0, 20.0, 3.0, 9.0]
     assert overhead.value == pytest.approx(1 - 28 / (2 * 20))
     assert (compiled.value, waited.value) == (0.125, pytest.approx(0.005))
     (prepare, *_), (first, one), (second, other) = calls
     assert prepare[-2:] == ["data", "prepare"] and one == other
     differing = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
     assert [a.startswith("--workdir=") for a, _ in differing] == [True]
+
+
+def test_runs_that_do_nothing_measure_the_launcher(monkeypatch):
+    monkeypatch.setattr(sweep, "SEEDS", {20: 1, 40: 2})
+    monkeypatch.setattr(sweep, "SLOTS", 30)
+    milliseconds, files = sweep._launcher()
+    assert milliseconds > 0 and files >= 3, "its spec is written, its result written and read"
 
 
 def test_the_start_up_is_measured_with_nothing_from_the_current_folder(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Decisions of a sweep, whatever engine does its runs, and orders from other processes."""
 
+import json
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +92,19 @@ def test_causes_decide_how_often_a_run_is_tried(folders, kind, starts):
     assert do(folders, Scripted({})).failures == {}, "the next sweep tries again"
 
 
+def test_a_run_that_waits_for_its_turn_again_keeps_nobody_busy(folders):
+    class Waiting(Scripted):
+        def events(self, seconds):
+            yield from super().events(seconds) if self.news or not self.under_way else ()
+            yield from [Event("waiting", run_id) for run_id in self.under_way]
+            time.sleep(0.1)
+
+    engine = Waiting({})
+    assert do(folders, engine).failures == {} and len(engine.starts) == 6
+    (session,) = json.loads((folders[0] / "sweep.json").read_text())
+    assert session["busy_seconds"] < 0.1
+
+
 def test_of_a_thousand_runs_none_is_lost_or_doubled(folders):
     specs = load(str(CONFIG), MANY).specs
     assert len(specs) == 1000
@@ -172,6 +188,14 @@ def test_a_config_may_name_its_engine(own_engine, tmp_path, tiny_data_dir, capsy
     assert capsys.readouterr().err == said
     assert main([*command, "--engine=local", "--jobs=0"]) == 2, "another engine, other options"
     assert capsys.readouterr().err == "modjax: --engine.jobs = 0: must be greater than 0\n"
+
+
+@pytest.mark.parametrize("name", ["slurm", "gke"])
+def test_the_example_of_an_engine_has_every_option(name):
+    script = (CONFIG.parents[1] / "launch" / name / "sweep.sh").read_text()
+    texts = dict(re.findall(r"--engine\.(\w+)=('[^']*'|\S*)", script))
+    options = options_of(name, {field: text.strip("'") for field, text in texts.items()})
+    assert texts.keys() == vars(options).keys()
 
 
 def test_unknown_engines_are_one_line():

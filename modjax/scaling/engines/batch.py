@@ -29,7 +29,7 @@ from modjax.specs import RunSpec, to_dict
 UNDER_WAY = WAITING, RUNNING = "waiting", "running"
 MOST_AT_ONCE = 1000  # tasks of a submission: Slurm's usual limit
 SECONDS_BETWEEN_LOOKS = 3.0
-SECONDS_OF_LAG = 10.0  # until a file that another machine wrote is seen for sure
+SECONDS_OF_LAG = 60.0  # until a file that another machine wrote is seen, as NFS has it
 SECONDS_TO_STOP = 90.0
 States = Mapping[tuple[str, int], tuple[str, str]]
 
@@ -54,6 +54,11 @@ class Task:
     @property
     def file(self) -> Path:
         return self.folder / f"{self.number}.json"
+
+    @property
+    def log(self) -> Path:
+        """The file with what its process printed before and after the run."""
+        return self.folder / f"{self.number}.log"
 
 
 class Batch(ABC):
@@ -180,13 +185,13 @@ class Batch(ABC):
                 task.gone = task.gone or (time.monotonic(), kind, why)
                 continue
             task.gone = None
-            if kind == RUNNING != task.state:
-                yield Event("started", task.run_id)
+            if task.run_id and (kind == RUNNING) != (task.state == RUNNING):
+                yield Event("started" if kind == RUNNING else "waiting", task.run_id)
             task.state = kind
             if kind == WAITING and not task.run_id:
                 yield from self._note("the task that checks the runs waits for its turn")
             with suppress(InputError):
-                step = last_step(run_dir(Path(self.settings.workdir), task.run_id))
+                step = last_step(self._folder(task))
                 if kind == RUNNING and step > task.step:
                     task.step = step
                     yield Event("progress", task.run_id, step=step)
@@ -206,6 +211,8 @@ class Batch(ABC):
             return None
         if values is not None:
             kind, why = values["kind"], values["why"]
+        elif kind == "died" and not (self._folder(task) / "log.txt").exists():
+            why = f"{why}; see {task.log}"  # it died before the run had a log
         if not task.run_id:
             if kind in ("preempted", "node lost"):
                 self._plan(list(read_tasks(task.folder).orders), [""])
@@ -222,11 +229,14 @@ class Batch(ABC):
 
     def _cannot_run(self, task: Task, why: str) -> InputError:
         """Returns the error for a check that did not even begin, or met a fault of the program."""
-        log = task.folder / f"{task.number}.log"
-        if not log.exists():
+        if not task.log.exists():
             return InputError("--workdir", self.settings.workdir, f"a node does not see it: {why}")
-        said = last_line(read(log, "").decode(errors="replace"))
-        return InputError("python", sys.executable, f"does no runs there: {why}; {said}; see {log}")
+        said = last_line(read(task.log, "").decode(errors="replace"))
+        accepted = f"does no runs there: {why}; {said}; see {task.log}"
+        return InputError("python", sys.executable, accepted)
+
+    def _folder(self, task: Task) -> Path:
+        return run_dir(Path(self.settings.workdir), task.run_id)
 
     def _note(self, line: str) -> Iterator[Event]:
         if line not in self.said:

@@ -27,6 +27,7 @@ class Event(NamedTuple):
       checked        the engine has found no run that would be refused
       note           `why` is for the user
       started        a process does the run
+      waiting        it waits for its turn again
       progress       `step`, and `loss` if it is known
     or how a run ended:
       done           it has finished here
@@ -63,7 +64,10 @@ class Engine(Protocol):
         ...
 
     def start(self, specs: Sequence[RunSpec]) -> None:
-        """Takes runs. An event for each says how it ends."""
+        """Takes runs. An event for each says how it ends.
+
+        Raises HandedOver if it does none itself, which ends the session.
+        """
         ...
 
     def events(self, seconds: float) -> Iterator[Event]:
@@ -97,6 +101,10 @@ class Refused(InputError):
         ValueError.__init__(self, line)
 
 
+class HandedOver(Exception):
+    """The engine has written the runs down for the user to start, in these words."""
+
+
 def raise_for_all(kind: str, why: str, run_id: str, workdir: str) -> None:
     """Raises for an end that would stop every other run, too. run_id: "" for the check of all."""
     if kind == "fault" or (kind == "refused" and not run_id):
@@ -115,6 +123,7 @@ ENGINES: dict[str, type[Options] | str] = {
     "local": OWN + "local:Local",
     "ray": OWN + "ray:Ray",
     "slurm": OWN + "slurm:Slurm",
+    "gke": OWN + "gke:Gke",
 }
 
 

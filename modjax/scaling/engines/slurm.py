@@ -20,10 +20,10 @@ from modjax.errors import MOST_SAID, InputError, one_line, require
 from modjax.files import reason
 from modjax.scaling.engines.batch import RUNNING, WAITING, Batch, States
 from modjax.scaling.engines.engine import Engine, describe_exit
+from modjax.scaling.workers.task import STOPPED
 from modjax.scaling.workers.worker import Settings, environment
 from modjax.specs.fields import NotNegative, Positive, check
 
-STOPPED = 75  # the exit code of a task that a signal stopped, once its state was saved
 PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol")
 SECONDS_TO_ANSWER = 60.0
 ENDS = {

@@ -23,7 +23,8 @@ from modjax.scaling.workers.run_lock import run
 from modjax.scaling.workers.worker import Settings, do, prepare
 from modjax.specs import from_dict
 
-CODES = {"done": 0, "found": 0, "busy": 0, "checked": 0, "preempted": 75}
+STOPPED = 75
+CODES = {"done": 0, "found": 0, "busy": 0, "checked": 0, "preempted": STOPPED}
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ def planned(folders, quick):
 def test_a_task_that_has_gone_ends_as_the_scheduler_says(planned, said):
     planned.states = {} if said is None else {0: said}
     (event,) = events_until(planned, said[0] if said else "died")
-    assert event.why == (said[1] if said else "the scheduler has forgotten its task")
+    forgotten = f"the scheduler has forgotten its task; see {planned.submitted[0]}/0.log"
+    assert event.why == (said[1] if said else forgotten)
     assert list(planned.events(0)) == [] and planned.stop([])
 
 
@@ -213,7 +214,7 @@ def test_a_task_that_is_queued_again_is_still_under_way(planned):
     file = planned.submitted[0] / "0.json"
     file.write_text(json.dumps({"kind": "preempted", "why": "stopped"}))
     planned.states[0] = ("waiting", "")
-    time.sleep(0.2)
+    assert [e[:2] for e in events_until(planned, "waiting")] == [("waiting", run_id)]
     assert list(planned.events(0.5)) == [] and list(planned.events(0.2)) == []
     planned.states = {}
     assert [e[0::2][:2] for e in events_until(planned, "preempted")] == [("preempted", "stopped")]

@@ -1,0 +1,125 @@
+"""Manifests of Kubernetes for the runs of a sweep: a Job, or a JobSet if several hosts do a run."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from modjax.errors import require
+from modjax.files import damaged, read
+from modjax.scaling.workers.task import STOPPED
+
+if TYPE_CHECKING:
+    from modjax.scaling.engines.gke import Gke
+
+# Labels of an object: the sweep's folder, one submission's name, and the number of its task.
+SWEEP, NAME, NUMBER = (f"modjax/{label}" for label in ("sweep", "tasks", "number"))
+SECONDS_KEPT = 86_400  # that Kubernetes remembers a finished run
+GKE = "cloud.google.com/gke-"
+LOST = {"type": "DisruptionTarget", "status": "True"}  # of a pod whose node is taken away
+REMEDY = "write more of a pod's spec there"
+
+
+def manifests(options: "Gke", sweep: str, pod: dict[str, Any], folder: Path, count: int) -> str:
+    """Returns the manifests of tasks 0 to `count` - 1 of a folder, as YAML.
+
+    sweep: label of the sweep. pod: from `pod_of`.
+    """
+    each = [_manifest(options, sweep, pod, folder, number) for number in range(count)]
+    return yaml.safe_dump_all(each, sort_keys=False)
+
+
+def _manifest(
+    options: "Gke", sweep: str, pod: dict[str, Any], folder: Path, number: int
+) -> dict[str, Any]:
+    """Returns the Job, or the JobSet, of a task."""
+    labels = {SWEEP: sweep, NAME: folder.name, NUMBER: str(number)}
+    module = f"{shlex.quote(options.python)} -P -m modjax.scaling.workers.task"
+    task = f"exec {module} {shlex.quote(str(folder))} {number}"
+    log = f">> {shlex.quote(str(folder))}/{number}.log 2>&1"
+    container = pod["containers"][0] | {"command": ["/bin/sh", "-c", f"{task} {log}"]}
+    pod = pod | {"containers": [container, *pod["containers"][1:]]}
+    # All hosts of a run stop together, and JobSet starts all of them again.
+    action = "FailJob" if options.together else "Ignore"
+    job = {
+        "completions": options.hosts,
+        "parallelism": options.hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {
+            "rules": [
+                {"action": action, "onPodConditions": [LOST]},
+                {"action": action, "onExitCodes": {"operator": "In", "values": [STOPPED]}},
+            ]
+        },
+        "template": {"metadata": {"labels": labels}, "spec": pod},
+    }
+    queue = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
+    about: dict[str, Any] = {"name": f"modjax-{folder.name}-{number}", "labels": labels | queue}
+    if options.namespace:
+        about["namespace"] = options.namespace
+    if not options.together:
+        spec = job | {"ttlSecondsAfterFinished": SECONDS_KEPT}
+        return {"apiVersion": "batch/v1", "kind": "Job", "metadata": about, "spec": spec}
+    if options.topology:
+        about["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": f"{GKE}nodepool"}
+    again = {
+        "action": "RestartJobSetAndIgnoreMaxRestarts",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+    }
+    template = {"metadata": {"labels": labels}, "spec": job}
+    spec = {
+        "ttlSecondsAfterFinished": SECONDS_KEPT,
+        "failurePolicy": {"maxRestarts": 0, "rules": [again]},
+        "replicatedJobs": [{"name": "slice", "replicas": options.slices, "template": template}],
+    }
+    kind = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet"}
+    return kind | {"metadata": about, "spec": spec}
+
+
+def pod_of(options: "Gke") -> dict[str, Any]:
+    """Returns the spec of a pod, without its command. Raises InputError for a bad `pod` file."""
+    own: Any = {}
+    if options.pod:
+        try:
+            own = yaml.safe_load(read(Path(options.pod), REMEDY))
+        except yaml.YAMLError as error:
+            raise damaged(Path(options.pod), REMEDY, error) from error
+        require(isinstance(own, dict), "--engine.pod", options.pod, "must hold a pod's spec")
+    container, *others = own.get("containers") or [{}]
+    asked = {
+        "google.com/tpu": options.tpus,
+        "nvidia.com/gpu": options.gpus,
+        "cpu": f"{options.cores:g}" if options.cores else 0,
+        "memory": f"{options.memory:g}G" if options.memory else 0,
+    }
+    resources = {name: value for name, value in asked.items() if value}
+    chosen = {
+        f"{GKE}tpu-accelerator": options.accelerator,
+        f"{GKE}tpu-topology": options.topology,
+        f"{GKE}spot": "true" if options.spot else "",
+    }
+    nodes = {name: value for name, value in chosen.items() if value}
+    mounts, volumes, tolerations = [], [], []
+    if options.claim:
+        mounts = [{"name": "files", "mountPath": options.mount}]
+        volumes = [{"name": "files", "persistentVolumeClaim": {"claimName": options.claim}}]
+    if options.spot:
+        tolerations = [{"key": f"{GKE}spot", "operator": "Equal", "value": "true"}]
+    more = {
+        "name": "modjax",
+        "image": options.image,
+        "resources": {"requests": resources, "limits": resources},
+        "volumeMounts": [*container.get("volumeMounts", ()), *mounts],
+    }
+    about = {"serviceAccountName": options.account} if options.account else {}
+    about |= {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": options.notice,
+        "nodeSelector": own.get("nodeSelector", {}) | nodes,
+        "tolerations": [*own.get("tolerations", ()), *tolerations],
+        "volumes": [*own.get("volumes", ()), *volumes],
+        "containers": [container | more, *others],
+    }
+    return own | about
