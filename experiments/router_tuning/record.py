@@ -33,6 +33,13 @@ def cells() -> list[str]:
     return sorted(path.parent.name for path in RESULTS.glob("*/tuned.json"))
 
 
+def times() -> dict[str, float]:
+    """Returns the time of a prefill over that of the base, by cell or "CELL, static"."""
+    file = RESULTS / "times.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return {name: one["ratio"] for name, one in found.items() if name != "base"}
+
+
 def interval(estimate: dict[str, float], form: str = "+.3f") -> str:
     value, low, high = (format(estimate[end], form) for end in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
@@ -57,7 +64,7 @@ def ran(found: dict[str, Any]) -> float:
 
 
 def tables() -> dict[str, str]:
-    rows, tasks = [], []
+    rows, tasks, taken = [], [], times()
     for cell in cells():
         tuned = read(cell, "tuned")
         assert tuned is not None
@@ -68,6 +75,7 @@ def tables() -> dict[str, str]:
                 cell,
                 f"{ran(tuned):.3f}",
                 f"{tuned['layers']['all']['skip_variance']:.3f}",
+                f"{taken[cell]:.2f}" if cell in taken else "",
                 interval(change(tuned)),
                 *("" if one is None else f"{change(one)['value']:+.3f}" for one in controls),
                 "" if random is None else interval(random),
@@ -81,7 +89,7 @@ def tables() -> dict[str, str]:
                 tasks.append(
                     (cell, task, found["count"], f"{ran(found):.3f}", nats, interval(share, "+.1f"))
                 )
-    columns = ("cell", "ran", "variance", "tuned", *CONTROLS, "tuned - random")
+    columns = ("cell", "ran", "variance", "time", "tuned", *CONTROLS, "tuned - random")
     about = ("cell", "task", "n", "ran", "nats", "points")
     return {"cells": markdown(columns, rows), "tasks": markdown(about, tasks)}
 
