@@ -179,7 +179,7 @@ class Pool(ABC):
         asked_to = code == -signal.SIGTERM  # by whoever runs this machine: no fault of the run
         if was_checker:
             self.checker = None
-        if (was_checker or not was_ready) and not asked_to:
+        if (was_checker or not was_ready) and not asked_to and code is not None:
             self.failed_starts += 1
             if self.failed_starts >= MAX_FAILED_STARTS:
                 raise self._cannot_start(worker, how)

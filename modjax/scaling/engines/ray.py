@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from modjax.errors import InputError, describe, require
@@ -140,7 +140,7 @@ class Actor(Worker):
         actor: Any = ray.remote(Holder)
         actor = actor.options(max_concurrency=3, **options)
         self.actor: Any = actor.remote(to_dict(settings))
-        self.news, self.lost = self.actor.receive.remote(), ""
+        self.news, self.lost, self.refused = self.actor.receive.remote(), "", False
 
     def receive(self) -> Iterator[dict[str, Any]]:
         """Yields the messages that have come; {"event": "died"} if its process or actor has."""
@@ -166,9 +166,9 @@ class Actor(Worker):
         return self.lost != "" or self._ask("has_ended", True)
 
     def end(self) -> tuple[int | None, str]:
-        found = (None, self.lost) if self.lost else self._ask("end", None)
+        found = None if self.lost else self._ask("end", None)
         ray.kill(self.actor)
-        return found or (None, self.lost)
+        return found or (1 if self.refused else None, self.lost)
 
     def _ask(self, name: str, otherwise: Any) -> Any:
         """Returns what a method of the process returns, or `otherwise` if the actor has gone."""
@@ -179,7 +179,9 @@ class Actor(Worker):
             return otherwise
 
     def _lose(self, error: RayError) -> None:
-        self.lost = f"lost with its node or actor: {type(error).__name__}"
+        self.refused = isinstance(error, RayActorError) and error.actor_init_failed
+        how = "its actor cannot start" if self.refused else "lost with its node or actor"
+        self.lost = f"{how}: {describe(error) if self.refused else type(error).__name__}"
 
 
 class RayPool(Pool):
