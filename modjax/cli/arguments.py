@@ -46,6 +46,7 @@ Run the same command again to continue where it stopped.
 """
 RESUMING = ("prepare", "sweep", "train", "tune")
 KEEPING = (*RESUMING, "report")  # verbs whose result is in files, so that lost output is no failure
+WRITING = (*KEEPING, "stop", "retry")  # into --workdir
 EPILOG = """\
 exit codes: 0 done; 2 bad input, or a machine that refuses (a full disk, no memory), explained in
 one line; 3 ended, but some runs were given up or not evaluated; 70 a fault of modjax, in one line

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from modjax.backend import last_line
-from modjax.errors import InputError
-from modjax.files import entries, read, read_json, reason
+from modjax.bucket import get, local, names
+from modjax.errors import InputError, require
+from modjax.files import entries, is_copy, read, read_json, reason, remove
 from modjax.metrics_file import last_step
 from modjax.records import run_dir, write_json
 from modjax.scaling.engines.engine import Event, raise_for_all
@@ -64,7 +65,10 @@ class Batch(ABC):
     """
 
     def __init__(self, settings: Settings, runs: int, jobs: int, together: bool, again: str):
-        self.settings, workdir = settings, Path(settings.workdir)
+        self.settings, self.workdir = settings, local(settings.workdir)
+        accepted = "must be a folder that all hosts of a run share, no bucket"
+        require(not (together and is_copy(self.workdir)), "--workdir", settings.workdir, accepted)
+        workdir = self.workdir
         self.makes_workdir = not workdir.exists()
         self.home, self.jobs, self.slots = workdir / "tasks", jobs, min(jobs or runs, runs)
         self.together, self.again = together, again
@@ -119,6 +123,7 @@ class Batch(ABC):
         if time.monotonic() - self.looked > SECONDS_BETWEEN_LOOKS:
             try:
                 yield from self._compare(self.look())
+                self._pull()
             except OSError as error:
                 yield from self._note(f"{reason(error)}; trying again")
             self.looked = time.monotonic()
@@ -145,6 +150,13 @@ class Batch(ABC):
             time.sleep(1.0 if names and save else 0.0)
         return all(task.state == WAITING or task.file.exists() for task in running)
 
+    def _pull(self) -> None:
+        """Fetches how tasks have ended, if the workdir is a bucket. Raises OSError."""
+        if self.tasks and is_copy(self.home):
+            there, files = set(names(self.home)), [task.file for task in self.tasks.values()]
+            of = {file: file.relative_to(self.home).as_posix() for file in files}
+            get(self.home, [name for file, name in of.items() if name in there or file.exists()])
+
     def _plan(self, orders: list[dict[str, Any]], runs: list[str]) -> None:
         """Writes tasks into a folder, which is submitted after the next look."""
         folder = self.home / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
@@ -159,6 +171,7 @@ class Batch(ABC):
         states, found = self.look(), {}
         for folder in {name: self.home / name for name, _ in states}.values():
             with suppress(InputError):  # it belongs to another workdir
+                get(folder, ["tasks.json"])
                 tasks = read_tasks(folder)
                 if tasks.settings != self.settings:
                     continue
@@ -186,7 +199,7 @@ class Batch(ABC):
             if kind == WAITING and not task.run_id:
                 yield from self._note("the task that checks the runs waits for its turn")
             with suppress(InputError):
-                step = last_step(run_dir(Path(self.settings.workdir), task.run_id))
+                step = last_step(run_dir(self.workdir, task.run_id))
                 if kind == RUNNING and step > task.step:
                     task.step = step
                     yield Event("progress", task.run_id, step=step)
@@ -212,6 +225,8 @@ class Batch(ABC):
                 return None
             if kind not in ("checked", "refused", "fault", "disk full"):
                 raise self._cannot_run(task, why)
+            for name in ("tasks.json", task.file.name):
+                remove(task.folder / name)
             shutil.rmtree(task.folder)
             with suppress(OSError):  # unless there is more
                 self.home.rmdir()
