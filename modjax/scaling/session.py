@@ -168,7 +168,9 @@ class Session:
             if run.began is not None and time.monotonic() - run.heard > SECONDS_OF_SILENCE:
                 run.heard = time.monotonic()
                 said = f"no progress for {clock(SECONDS_OF_SILENCE)}, compiling or stuck"
-                self.display.note(f"{run_id}: {said}; see {shown(self._folder(run.spec) / 'log.txt')}")
+                self.display.note(
+                    f"{run_id}: {said}; see {shown(self._folder(run.spec) / 'log.txt')}"
+                )
 
     def _handle(self, event: Event) -> None:
         if event.kind == "started":

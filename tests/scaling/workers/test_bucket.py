@@ -1,26 +1,14 @@
 """Sweeps whose folder is in an object store, by machines that share nothing else."""
 
 import json
-import os
-import random
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from modjax import bucket as stores
 from modjax.bucket import local, open_copy
-from modjax.errors import InputError
-from modjax.files import user_cache
-from modjax.records import read_record, run_dir
-from modjax.scaling import orders
-from modjax.scaling.plan.experiment import load
 from modjax.scaling.status import status
-from modjax.scaling.workers import lease
-from modjax.scaling.workers.lease import Lost, Observer
-from tests.scaling.small_sweep import CONFIG, SMALL, run, run_ids, start, wait_until
+from tests.scaling.small_sweep import run_ids, start
 
 URL = "gs://bucket/w"
 SECONDS = 0.4
