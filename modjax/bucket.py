@@ -31,6 +31,7 @@ TOGETHER = 16  # folders, or files of a checkpoint, in flight at once
 SCHEMES = ("gs", "s3")
 SMALL = re.compile(r"[^./][^/]*\.(json|jsonl|txt|safetensors)|stop")
 FENCED = ("plan.json", "sweep.json", "metrics.jsonl")  # written by one process after another
+LOG = "log.txt"
 MISSING = b"\2"  # tensorstore's generation of an object that does not exist
 NOTES = ".generations.json"  # in a folder of a copy: what the store has of its files
 # Of a file: its generation in the store, and the size and time that the copy had then.
@@ -243,6 +244,9 @@ def get(folder: Path, wanted: Iterable[str]) -> None:
             asked[path] = store.read(key, if_not_equal=unchanged)
         found = {path: future.result(SECONDS) for path, future in asked.items()}
     for path, one in found.items():
+        if path.name == LOG and one.state != "unspecified" and path.exists():
+            if path.read_bytes().startswith(bytes(one.value)):
+                continue  # a process of this machine has added to it
         if one.state == "value":
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, bytes(one.value))

@@ -60,6 +60,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         (name,) = query["name"]
         self.bucket.requests.append(("POST", name))
         time.sleep(self.bucket.seconds)
+        if not self._is_here():
+            return self._answer(404, b"no such bucket")
         if name in self.bucket.refuse or self._too_late():
             return self._answer(403, b"no permission")
         with self.bucket.lock:
@@ -74,6 +76,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Lists the names in a range, or returns an object or a range of its bytes."""
         parts = urlsplit(self.path)
         query = parse_qs(parts.query)
+        if not self._is_here():
+            return self._answer(404, b"no such bucket")
         if self._too_late():
             return self._answer(403, b"no permission")
         if "alt" not in query:
@@ -102,6 +106,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self._too_late():
             return self._answer(403, b"no permission")
         self._answer(404 if self.bucket.objects.pop(name, None) is None else 204)
+
+    def _is_here(self) -> bool:
+        return "/b/bucket/" in self.path
 
     def _too_late(self) -> bool:
         with self.bucket.lock:

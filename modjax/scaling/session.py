@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from modjax.bucket import get, local, pull_run, shown
+from modjax.bucket import get, local, pull_run, shown, write
 from modjax.errors import InputError
 from modjax.files import WatchedFolder, is_copy, read
 from modjax.metrics_file import last_step
@@ -236,6 +236,8 @@ class Session:
     def _give_up(self, spec: RunSpec, why: str) -> None:
         log, tail = self._folder(spec) / "log.txt", []
         with contextlib.suppress(InputError):
+            if is_copy(log):  # its process has died before it could
+                write(log, read(log, ""))
             tail = read(log, "", last=LOG_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:]
         failure = {"run_id": spec.run_id, "why": why, "log": tail}
         write_json(self._folder(spec) / "failure.json", failure)
