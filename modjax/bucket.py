@@ -212,20 +212,20 @@ def fetch(folder: Path) -> None:
 
 def _pull(folder: Path, there: Iterable[str], patience: float = 0.0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    here = (path.name for path in entries(folder))
-    known = folder / NOTES
-    is_run = folder.parent.name == "runs"
-    with lock(folder / ("lock" if is_run else "plan.lock"), patience=patience) as locked:
+    name = "lock" if folder.parent.name == "runs" else "plan.lock"
+    with lock(folder / name, patience=patience) as locked:
         if not locked:  # a process of this machine writes here, and to the store
             return
+        notes = {}
         with contextlib.suppress(OSError, ValueError):
-            notes = json.loads(known.read_bytes())
+            notes = json.loads((folder / NOTES).read_bytes())
             _seen.update({folder / n: (bytes.fromhex(g), s) for n, (g, s) in notes.items()})
-        wanted = sorted(filter(SMALL.fullmatch, {*there, *here}))
+        wanted = set(filter(SMALL.fullmatch, {*there, *os.listdir(folder)}))
         get(folder, wanted)
-        stored = {name: _seen[folder / name] for name in wanted if folder / name in _seen}
-        notes = {name: (generation.hex(), stat) for name, (generation, stat) in stored.items()}
-        replace_file(known, json.dumps(notes).encode())
+        seen = {name: _seen[folder / name] for name in wanted if folder / name in _seen}
+        now = {name: [generation.hex(), stat] for name, (generation, stat) in seen.items()}
+        if now != notes:
+            replace_file(folder / NOTES, json.dumps(now).encode())
 
 
 def get(folder: Path, wanted: Iterable[str]) -> None:

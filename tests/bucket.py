@@ -18,17 +18,19 @@ class Bucket:
     seconds: time that it takes to store an object.
     failing: the share of requests that it refuses at random.
     requests: method and name of each request that stores or deletes, in order.
+    sent: name of each object whose content was asked for and sent, in order.
     """
 
     def __init__(self):
         self.objects: dict[str, bytes] = {}
         self.generations: dict[str, int] = {}
-        self.count, self.failing, self.rng = itertools.count(1), 0.0, random.Random(0)
+        self.count, self.failing, self.rng = itertools.count(2), 0.0, random.Random(0)
         self.refuse: set[str] = set()
         self.left: int | None = None
         self.lock = threading.Lock()
         self.seconds = 0.0
         self.requests: list[tuple[str, str]] = []
+        self.sent: list[str] = []
         handler = type("Handler", (_Handler,), {"bucket": self})
         self.server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -90,6 +92,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content, generation = self.bucket.objects[name], str(self.bucket.generation(name))
         if query.get("ifGenerationNotMatch") == [generation]:
             return self._answer(304, generation=generation)
+        self.bucket.sent.append(name)
         wanted = self.headers.get("Range")
         if not wanted:
             return self._answer(200, content, generation=generation)

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from modjax.bucket import _store
+from modjax.bucket import _seen, _store, local
 from modjax.data.manifest import Manifest, Split
 from modjax.data.prepare.writer import Written, write_split
 from modjax.data.token_cache import cache_dir
@@ -114,6 +115,22 @@ def bucket(monkeypatch):
     _store.cache_clear()
     yield bucket
     bucket.close()
+
+
+@pytest.fixture
+def machine(bucket, tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Makes this process, and those that it starts, a machine of that name.
+
+    Returns its copy of gs://bucket/w.
+    """
+
+    def be(name: str) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        _seen.clear()
+        return local("gs://bucket/w")
+
+    be("first")
+    return be
 
 
 @pytest.fixture

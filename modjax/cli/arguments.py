@@ -166,7 +166,8 @@ def _add_sweep_verbs(commands: Any) -> None:
         default=0.0,
         metavar="SECONDS",
         help="where locks of files do not hold between machines, as on gcsfuse: take over a run "
-        "that has been silent for so long; all sweeps of a folder need the same option",
+        "that has been silent for so long; all sweeps of a folder need the same option; default in "
+        "a bucket: 120",
     )
     _add(commands, "sweep", verbs.sweep, options.SWEEP, *running, JOBS, ENGINE, IMPORTS, lease)
     _add(commands, "status", verbs.status, options.STATUS, WORKDIR, JSON)

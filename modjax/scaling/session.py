@@ -152,8 +152,11 @@ class Session:
         for spec in list(self.elsewhere if self.looks else ()):
             if is_running(self._folder(spec), self.observer):
                 continue
+            try:
+                self._pull(spec)
+            except OSError:  # the store may answer the next time
+                continue
             self.elsewhere.remove(spec)
-            self._pull(spec)
             if (self._folder(spec) / "result.json").exists():
                 self._finish(spec, here=False)
             else:

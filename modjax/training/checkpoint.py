@@ -83,9 +83,9 @@ class Checkpoints:
 
         This method or `wait` raises the error of an earlier write: OSError for a full disk.
         """
+        self._pushing.result()
         if step in self._manager.all_steps():
             return
-        self._pushing.result()
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state._replace(frozen={})),  # type: ignore[call-arg]
             meta=ocp.args.JsonSave({**self._identity, "seconds": dict(seconds)}),  # type: ignore

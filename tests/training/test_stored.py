@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modjax import bucket as stores
-from modjax.bucket import Conflict, local
+from modjax.bucket import Conflict
 from modjax.files import write_atomically
 from modjax.training.stored import DIGEST, digest_of, find_damage, pull_newest, pull_one, push
 from tests.training.child import LEASE
@@ -20,16 +20,9 @@ RUN = f"w/runs/{run_spec(**KILLED).run_id}"
 
 
 @pytest.fixture
-def machine(bucket, tmp_path, monkeypatch):
+def checkpoints(machine):
     """Makes this process a machine of that name, and returns the folder of its checkpoints."""
-
-    def be(name: str) -> Path:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-        stores._seen.clear()
-        return local(f"gs://bucket/{RUN}/checkpoints")
-
-    be("first")
-    return be
+    return lambda name: machine(name) / "runs" / Path(RUN).name / "checkpoints"
 
 
 def steps(bucket, file: str = DIGEST) -> list[int]:
@@ -52,7 +45,7 @@ def make(folder: Path, step: int, text: str = "") -> None:
 
 
 def test_a_killed_run_is_taken_over_by_another_machine_and_ends_in_the_same_bytes(
-    bucket, machine, start, undisturbed, tmp_path
+    bucket, checkpoints, start, undisturbed, tmp_path
 ):
     process = start(URL, XDG_CACHE_HOME=str(tmp_path / "first"), **bucket.environment)
     wait_for(process, 20)
@@ -68,20 +61,20 @@ def test_a_killed_run_is_taken_over_by_another_machine_and_ends_in_the_same_byte
     assert process.returncode == 0, errors
     assert time.monotonic() - began > LEASE, "it has waited for the end of the lease"
     assert newest < int(output.split()[1]) <= newest + 2, "it goes on from the checkpoint"
-    copy = machine("second").parent
+    copy = checkpoints("second").parent
     assert_same_end(copy, undisturbed)
     for name in ("metrics.jsonl", "result.json"):
         assert bucket.objects[f"{RUN}/{name}"] == (copy / name).read_bytes()
     assert steps(bucket)[-1] == KILLED["steps"] and len(steps(bucket)) <= 2
     assert steps(bucket, "_CHECKPOINT_METADATA") == steps(bucket)
     assert not [name for name in bucket.objects if "tmp" in name]
-    last = machine("third") / str(KILLED["steps"])
+    last = checkpoints("third") / str(KILLED["steps"])
     pull_one(last)
     assert digest_of(last) == digest_of(copy / "checkpoints" / last.name)
 
 
-def test_a_half_written_checkpoint_is_never_used(bucket, machine):
-    folder, used = machine("first"), set()
+def test_a_half_written_checkpoint_is_never_used(bucket, checkpoints):
+    folder, used = checkpoints("first"), set()
     make(folder, 5)
     push(folder)
     make(folder, 10)
@@ -89,7 +82,7 @@ def test_a_half_written_checkpoint_is_never_used(bucket, machine):
     for left in range(1, 40):
         bucket.objects = dict(before)
         bucket.left = left
-        machine("first")
+        checkpoints("first")
         try:
             push(folder)
         except OSError:
@@ -98,7 +91,7 @@ def test_a_half_written_checkpoint_is_never_used(bucket, machine):
         bucket.left = None
         if whole:
             break
-        other = machine(f"other{left}")
+        other = checkpoints(f"other{left}")
         pull_newest(other)
         (found,) = other.iterdir()
         assert find_damage(found) is None
@@ -109,17 +102,17 @@ def test_a_half_written_checkpoint_is_never_used(bucket, machine):
 
 
 def test_the_bucket_forgets_what_training_deletes_and_what_another_machine_has_damaged(
-    bucket, machine
+    bucket, checkpoints
 ):
-    first = machine("first")
+    first = checkpoints("first")
     make(first, 5)
     make(first, 10)
     push(first)
-    second = machine("second")
+    second = checkpoints("second")
     pull_newest(second)
     assert [path.name for path in second.iterdir()] == ["10"]
     bucket.objects[f"{RUN}/checkpoints/10/meta"] = b"damaged"
-    third = machine("third")
+    third = checkpoints("third")
     pull_newest(third)
     assert sorted(path.name for path in third.iterdir()) == ["10", "5"]
     assert find_damage(third / "10") is not None and find_damage(third / "5") is None
@@ -129,16 +122,16 @@ def test_the_bucket_forgets_what_training_deletes_and_what_another_machine_has_d
     push(third)
     assert bucket.objects[f"{RUN}/checkpoints/10/meta"] == b"10 meta again"
     assert steps(bucket) == [5, 10, 15]
-    machine("first")
+    checkpoints("first")
     pull_newest(first)
     assert sorted(path.name for path in first.iterdir()) == ["10", "15", "5"]
     assert all(find_damage(path) is None for path in first.iterdir())
 
 
 def test_a_process_that_has_lost_its_run_writes_no_checkpoint_over_another_one(
-    bucket, machine, monkeypatch
+    bucket, checkpoints, monkeypatch
 ):
-    first = machine("first")
+    first = checkpoints("first")
     make(first, 5)
 
     def listed(folder):
@@ -154,17 +147,17 @@ def test_a_process_that_has_lost_its_run_writes_no_checkpoint_over_another_one(
     assert steps(bucket) == []
 
 
-def test_metrics_of_a_process_that_has_lost_its_run_are_refused(bucket, machine):
-    first = machine("first").parent
+def test_metrics_of_a_process_that_has_lost_its_run_are_refused(bucket, checkpoints):
+    first = checkpoints("first").parent
     first.mkdir(parents=True)
     write_atomically(first / "metrics.jsonl", "1\n")
     kept = dict(stores._seen)
-    second = machine("second").parent
+    second = checkpoints("second").parent
     second.mkdir(parents=True)
     stores.fetch(second)
     assert (second / "metrics.jsonl").read_bytes() == b"1\n"
     write_atomically(second / "metrics.jsonl", "1\n2\n")
-    machine("first")
+    checkpoints("first")
     stores._seen.update(kept)
     with pytest.raises(Conflict, match=r"^--workdir = 'gs://bucket/w/runs/.*/metrics.jsonl': was"):
         write_atomically(first / "metrics.jsonl", "1\nother\n")

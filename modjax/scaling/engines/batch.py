@@ -10,14 +10,14 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modjax import bucket
 from modjax.backend import last_line
-from modjax.bucket import get, local, names
 from modjax.errors import InputError, require
 from modjax.files import entries, is_copy, read, read_json, reason, remove
 from modjax.metrics_file import last_step
@@ -65,7 +65,7 @@ class Batch(ABC):
     """
 
     def __init__(self, settings: Settings, runs: int, jobs: int, together: bool, again: str):
-        self.settings, self.workdir = settings, local(settings.workdir)
+        self.settings, self.workdir = settings, bucket.local(settings.workdir)
         accepted = "must be a folder that all hosts of a run share, no bucket"
         require(not (together and is_copy(self.workdir)), "--workdir", settings.workdir, accepted)
         workdir = self.workdir
@@ -123,7 +123,7 @@ class Batch(ABC):
         if time.monotonic() - self.looked > SECONDS_BETWEEN_LOOKS:
             try:
                 yield from self._compare(self.look())
-                self._pull()
+                self._pull(self.tasks.values())
             except OSError as error:
                 yield from self._note(f"{reason(error)}; trying again")
             self.looked = time.monotonic()
@@ -148,14 +148,17 @@ class Batch(ABC):
                 living = {name for (name, _), (kind, _) in self.look().items() if kind in UNDER_WAY}
                 names &= living
             time.sleep(1.0 if names and save else 0.0)
+        with suppress(OSError):
+            self._pull(running)
         return all(task.state == WAITING or task.file.exists() for task in running)
 
-    def _pull(self) -> None:
+    def _pull(self, tasks: Iterable[Task]) -> None:
         """Fetches how tasks have ended, if the workdir is a bucket. Raises OSError."""
-        if self.tasks and is_copy(self.home):
-            there, files = set(names(self.home)), [task.file for task in self.tasks.values()]
-            of = {file: file.relative_to(self.home).as_posix() for file in files}
-            get(self.home, [name for file, name in of.items() if name in there or file.exists()])
+        files = {f"{task.folder.name}/{task.file.name}": task.file for task in tasks}
+        if files and is_copy(self.home):
+            there = set(bucket.names(self.home))
+            there |= {name for name, file in files.items() if file.exists()}
+            bucket.get(self.home, there.intersection(files))
 
     def _plan(self, orders: list[dict[str, Any]], runs: list[str]) -> None:
         """Writes tasks into a folder, which is submitted after the next look."""
@@ -171,7 +174,7 @@ class Batch(ABC):
         states, found = self.look(), {}
         for folder in {name: self.home / name for name, _ in states}.values():
             with suppress(InputError):  # it belongs to another workdir
-                get(folder, ["tasks.json"])
+                bucket.get(folder, ["tasks.json"])
                 tasks = read_tasks(folder)
                 if tasks.settings != self.settings:
                     continue

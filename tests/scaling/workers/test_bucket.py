@@ -1,51 +1,24 @@
 """Sweeps whose folder is in an object store, by machines that share nothing else."""
 
 import json
-import multiprocessing
 import os
 import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from modjax import bucket as stores
-from modjax.bucket import local, open_copy
+from modjax.bucket import open_copy
 from modjax.cli.main import main
 from modjax.errors import InputError
 from modjax.scaling import orders, session, workdir
 from modjax.scaling.engines.engine import options_of
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.status import status
-from modjax.scaling.workers import lease
-from modjax.scaling.workers.lease import Lost, Observer
+from modjax.scaling.workers.run_lock import held
 from tests.scaling.small_sweep import CONFIG, SMALL, run, run_ids, start, wait_until
-from tests.scaling.workers.test_lease import _write_under_lease, wait_until_free
 
 URL = "gs://bucket/w"
-SECONDS = 0.4
-
-
-@pytest.fixture
-def machine(bucket, tmp_path, monkeypatch):
-    """Makes this process, and those that it starts, a machine of that name. Returns its copy."""
-
-    def be(name: str) -> Path:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-        stores._seen.clear()
-        return local(URL)
-
-    be("first")
-    return be
-
-
-@pytest.fixture
-def folder(machine) -> Path:
-    """The copy of a run's folder."""
-    folder = machine("first") / "runs" / "one"
-    folder.mkdir(parents=True)
-    return folder
 
 
 def of_runs(bucket, name: str) -> dict[str, bytes]:
@@ -244,93 +217,56 @@ def test_a_run_of_several_hosts_is_refused(bucket, machine, data_dir, capsys):
     assert "a folder that all hosts share, no bucket" in capsys.readouterr().err
 
 
-def test_of_many_rivals_one_gets_the_lease(bucket, folder):
-    bucket.seconds, got, ready = 0.02, [], threading.Barrier(8)
-
-    def rival():
-        ready.wait()
-        with Observer(SECONDS).hold(folder) as guard:
-            got.append(guard is not None)
-            ready.wait()
-
-    threads = [threading.Thread(target=rival) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(got) == 1
-    assert bucket.objects["w/runs/one/lease-000000001"] == lease.FREE.encode()
-
-
-def test_a_paused_holder_that_wakes_writes_no_more(folder):
-    process = multiprocessing.get_context("spawn").Process(
-        target=_write_under_lease, args=(folder, SECONDS)
-    )
-    process.start()
-    observer, written = Observer(SECONDS), folder / "written"
-    try:
-        wait_until(written.exists, 60)
-        os.kill(process.pid, signal.SIGSTOP)
-        wait_until_free(observer, folder)
-        with observer.hold(folder) as guard:
-            guard()
-            before = written.read_text()
-            os.kill(process.pid, signal.SIGCONT)
-            process.join(20)
-            assert process.exitcode == 1, "it raised Lost"
-            assert len(written.read_text().splitlines()) <= len(before.splitlines()) + 1
-            guard()
-    finally:
-        process.kill()
-
-
-def test_a_holder_whose_clock_stood_still_sees_its_successor(folder, monkeypatch):
-    first = Observer(SECONDS, clock=lambda: 0.0)
-    with first.hold(folder) as guard:
-        stores.write(folder / "lease-000000002", b"of another")
-        guard()  # it does not look at each step of training
-        first.clock = lambda: SECONDS / 2
-        with pytest.raises(Lost):
-            guard()
-
-
-def test_a_store_that_is_slow_and_fails_at_times_loses_no_lease(bucket, folder):
-    seconds = 1.0
-    bucket.seconds, bucket.failing = seconds / 20, 0.05
-    other, asked, failed = Observer(seconds), 0, 0
-    while True:
-        try:
-            with Observer(seconds).hold(folder) as guard:
-                until = time.monotonic() + 6 * seconds
-                while guard is not None and time.monotonic() < until:
-                    guard()
-                    try:
-                        assert other.is_held(folder)
-                        asked += 1
-                    except OSError:
-                        failed += 1
-                    time.sleep(0.02)
-                break
-        except OSError:
-            continue
-    assert failed > 0 and asked > 5 * failed
-    assert [name for name in bucket.objects if "lease" in name] == ["w/runs/one/lease-000000001"]
-
-
-def test_a_lease_is_taken_over_from_a_store_that_fails_at_times(bucket, folder):
-    for name, content in (("lease-000000003", "left"), ("lease-000000002", lease.FREE)):
-        bucket.objects[f"w/runs/one/{name}"] = content.encode()
-    bucket.failing = 0.3
-    with Observer(SECONDS).hold(folder) as guard:
-        bucket.failing = 0.0
-        if guard is not None:  # else it could not create one
-            guard()
-            assert "w/runs/one/lease-000000004" in bucket.objects
-
-
 def test_stop_is_not_asked_for_at_each_look(bucket, machine, folders, monkeypatch):
     (folders[1] / "seconds").write_text("1")
     asked, real = [], orders.last_stop
     monkeypatch.setattr(session, "last_stop", lambda workdir: asked.append(1) or real(workdir))
     run((open_copy(URL, writes=True), folders[1]), load(str(CONFIG), SMALL))
     assert len(asked) == 2, "once at the begin, and once in the seconds of a lease of 120 s"
+
+
+def test_what_has_not_changed_is_not_fetched_again(bucket, machine):
+    bucket.objects |= {"w/plan.json": b"{}", "w/runs/a/metrics.jsonl": b"1\n", "w/stop": b"1"}
+    copy = open_copy(URL, writes=False)
+    assert sorted(bucket.sent) == sorted(bucket.objects)
+    bucket.sent.clear()
+    machine("first")  # another process
+    open_copy(URL, writes=False)
+    assert bucket.sent == []
+    stores.write(copy / "runs" / "a" / "metrics.jsonl", b"1\n2\n")
+    bucket.objects.pop("w/plan.json")
+    machine("first")
+    open_copy(URL, writes=False)
+    assert bucket.sent == ["w/runs/a/metrics.jsonl"]
+    assert (copy / "runs" / "a" / "metrics.jsonl").read_bytes() == b"1\n2\n"
+    assert not (copy / "plan.json").exists()
+
+
+def test_a_reader_leaves_the_files_of_a_run_that_is_done_here_alone(bucket, machine):
+    metrics = machine("first") / "runs" / "a" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    bucket.objects["w/runs/a/metrics.jsonl"] = b"1\n"
+    with held(metrics.parent, 10.0) as guard, open(metrics, "a") as file:
+        assert guard is not None
+        file.write("2\n")
+        file.flush()
+        open_copy(URL, writes=False)
+        assert metrics.read_bytes() == b"1\n2\n"
+        with held(metrics.parent, 10.0) as other:
+            assert other is None
+    open_copy(URL, writes=False)
+    assert metrics.read_bytes() == b"1\n"
+
+
+def test_a_finished_run_is_read_from_a_bucket(
+    bucket, machine, finished_workdir, tiny_data_dir, capsys
+):
+    for path in filter(Path.is_file, finished_workdir.rglob("*")):
+        bucket.objects[f"w/{path.relative_to(finished_workdir)}"] = path.read_bytes()
+    said = []
+    for folder in (finished_workdir, URL):
+        arguments = [f"--workdir={folder}", f"--data-dir={tiny_data_dir}", "--prompt=ab"]
+        assert main(["sample", *arguments, "--tokens=4"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert bucket.requests == []
