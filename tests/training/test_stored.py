@@ -1,6 +1,7 @@
 """Checkpoints in a bucket: takeovers by other machines, half-written ones, and rivals."""
 
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -108,9 +109,11 @@ def test_the_bucket_forgets_what_training_deletes_and_what_another_machine_has_d
     make(first, 5)
     make(first, 10)
     push(first)
+    bucket.objects[f"{RUN}/checkpoints/10/../../../../escaped"] = b"not into the copy"
     second = checkpoints("second")
     pull_newest(second)
     assert [path.name for path in second.iterdir()] == ["10"]
+    assert not list(second.parents[6].rglob("escaped"))
     bucket.objects[f"{RUN}/checkpoints/10/meta"] = b"damaged"
     third = checkpoints("third")
     pull_newest(third)
@@ -126,6 +129,9 @@ def test_the_bucket_forgets_what_training_deletes_and_what_another_machine_has_d
     pull_newest(first)
     assert sorted(path.name for path in first.iterdir()) == ["10", "15", "5"]
     assert all(find_damage(path) is None for path in first.iterdir())
+    shutil.rmtree(first / "5")
+    push(first)
+    assert steps(bucket, "meta") == [10, 15]
 
 
 def test_a_process_that_has_lost_its_run_writes_no_checkpoint_over_another_one(
