@@ -199,10 +199,10 @@ def pull(workdir: Path) -> None:
         list(pool.map(_pull, found.keys(), found.values()))
 
 
-def pull_run(folder: Path, patience: float = SECONDS) -> None:
-    """Does what `pull` does for the folder of one run. patience: seconds to wait for its lock."""
+def pull_run(folder: Path) -> None:
+    """Does what `pull` does for the folder of one run, whose lock it waits for."""
     if is_copy(folder):
-        _pull(folder, names(folder), patience)
+        _pull(folder, names(folder), SECONDS)
 
 
 def fetch(folder: Path) -> None:
@@ -210,16 +210,17 @@ def fetch(folder: Path) -> None:
     get(folder, filter(SMALL.fullmatch, {*names(folder), *os.listdir(folder)}))
 
 
-def _pull(folder: Path, there: Iterable[str], patience: float = 0.0) -> None:
+def _pull(folder: Path, there: Iterable[str], patience: float | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name = "lock" if folder.parent.name == "runs" else "plan.lock"
-    with lock(folder / name, patience=patience) as locked:
+    name, usual = ("lock", 0.0) if folder.parent.name == "runs" else ("plan.lock", SECONDS)
+    with lock(folder / name, patience=usual if patience is None else patience) as locked:
         if not locked:  # a process of this machine writes here, and to the store
             return
         notes = {}
         with contextlib.suppress(OSError, ValueError):
             notes = json.loads((folder / NOTES).read_bytes())
-            _seen.update({folder / n: (bytes.fromhex(g), s) for n, (g, s) in notes.items()})
+            for name, (generation, stat) in notes.items():
+                _seen.setdefault(folder / name, (bytes.fromhex(generation), stat))
         wanted = set(filter(SMALL.fullmatch, {*there, *os.listdir(folder)}))
         get(folder, wanted)
         seen = {name: _seen[folder / name] for name in wanted if folder / name in _seen}
@@ -257,11 +258,10 @@ def get(folder: Path, wanted: Iterable[str]) -> None:
 
 
 def _stat(path: Path) -> list[int] | None:
-    try:
+    with contextlib.suppress(OSError):
         found = path.stat()
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
+        return [found.st_size, found.st_mtime_ns]
+    return None
 
 
 def _place(path: Path) -> tuple["ts.KvStore", str]:

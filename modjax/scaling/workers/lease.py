@@ -7,7 +7,6 @@ lease, and writes no more. The leases on runs in a bucket are files of the bucke
 """
 
 import contextlib
-import errno
 import os
 import threading
 import time
@@ -154,7 +153,9 @@ def is_recent(folder: Path) -> bool:
         path = newest(folder)
         if path is not None and (content := _read(path)) != FREE:
             # tensorstore does not tell when an object was written.
-            since = float(content.split()[1]) if is_copy(folder) else path.stat().st_mtime
+            since = (
+                float(content.partition(" ")[2] or 0) if is_copy(folder) else path.stat().st_mtime
+            )
             return time.time() - since < SECONDS_OF_A_LOOK
     return False
 
@@ -167,10 +168,7 @@ def _new() -> str:
 def _read(path: Path) -> str:
     if not is_copy(path):
         return path.read_text(encoding="utf-8")
-    content = bucket.read(path)
-    if content is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return content.decode()
+    return (bucket.read(path) or b"").decode()
 
 
 def _write(path: Path, content: str) -> None:
@@ -186,7 +184,7 @@ def _create(path: Path, content: str) -> None:
         with open(path, "x", encoding="utf-8") as file:
             file.write(content)
     elif not bucket.create(path, content.encode()):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        raise FileExistsError(path)
 
 
 def _number(path: Path) -> int:
