@@ -95,9 +95,9 @@ class Ray:
             most = max(node["Resources"].get(name, 0) for node in nodes)
             accepted = f"no node has so much of it: at most {most:g}"
             require(number <= most, f"--engine: {name}", number, accepted)
-        sees: Any = ray.remote(num_cpus=0)(os.path.exists)
         if url(settings.workdir):
             return
+        sees: Any = ray.remote(num_cpus=0)(os.path.exists)
         folder = Path(settings.workdir).absolute()
         folder = next(path for path in (folder, *folder.parents) if path.is_dir())
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".modjax-probe-") as file:
