@@ -5,9 +5,11 @@ Call `read` without asking first whether a file exists: it may be gone a moment 
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -95,12 +97,23 @@ def entries(folder: Path) -> list[Path]:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file, which at any time holds its old content or all of the new.
 
+    Writes a file of a bucket's copy to the bucket first, see bucket.py.
     Raises an OSError that names the file.
     """
+    content = content.encode() if isinstance(content, str) else content
+    if is_copy(path) and "checkpoints" not in path.parts:
+        from modjax.bucket import write
+
+        write(path, content)
+    replace_file(path, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Does what `write_atomically` does, on this machine alone."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -110,6 +123,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, if it exists; in the bucket, too, if it belongs to the copy of one."""
+    if is_copy(path):
+        from modjax.bucket import delete
+
+        delete(path)
+    path.unlink(missing_ok=True)
 
 
 def damaged(
@@ -149,6 +171,34 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def lock(path: Path, *, patience: float = 0.0, shared: bool = False) -> Iterator[bool]:
+    """Locks the file `path` for the `with` block; yields False if another process has locked it.
+
+    patience: seconds to keep trying.
+    shared: takes a read lock, to see whether the file is locked. Raises FileNotFoundError if there
+      is no file.
+    The kernel releases the lock when the process ends, however it ends.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = time.monotonic() + patience
+    locked = False
+    # Looking must not need the right to write: a sweep may be someone else's.
+    file = os.open(path, os.O_RDONLY if shared else os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        while not locked:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.02)
+        yield locked
+    finally:
+        os.close(file)
+
+
 class WatchedFolder:
     """A folder in use, which notices that it was moved or deleted.
 
@@ -180,4 +230,9 @@ class WatchedFolder:
 def user_cache(name: str) -> Path:
     """Returns modjax's folder `name` in the user's cache folder ($XDG_CACHE_HOME)."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "modjax" / name
+    return Path(base).absolute() / "modjax" / name
+
+
+def is_copy(path: Path) -> bool:
+    """Returns whether a path belongs to the copy of a bucket, see bucket.py."""
+    return path.is_relative_to(user_cache("buckets"))

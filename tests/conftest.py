@@ -3,18 +3,21 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from modjax.bucket import _seen, _store, local
 from modjax.data.manifest import Manifest, Split
 from modjax.data.prepare.writer import Written, write_split
 from modjax.data.token_cache import cache_dir
 from modjax.specs import DataConfig, Predictor
 from modjax.specs.imports import IMPORTED
 from modjax.specs.layer import NAMES, ORIGINS
+from tests.bucket import Bucket
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -101,6 +104,33 @@ def data_dir(tmp_path_factory) -> Path:
     manifest = Manifest("stdlib", "bytes", 259, 1, "random", "f00", splits)
     (path / "manifest.json").write_text(manifest.to_json())
     return folder
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An object store at gs://bucket, for this process and those that it starts."""
+    bucket = Bucket()
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    _store.cache_clear()
+    yield bucket
+    bucket.close()
+
+
+@pytest.fixture
+def machine(bucket, tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Makes this process, and those that it starts, a machine of that name.
+
+    Returns its copy of gs://bucket/w.
+    """
+
+    def be(name: str) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        _seen.clear()
+        return local("gs://bucket/w")
+
+    be("first")
+    return be
 
 
 @pytest.fixture

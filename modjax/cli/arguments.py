@@ -46,6 +46,7 @@ Run the same command again to continue where it stopped.
 """
 RESUMING = ("prepare", "sweep", "train", "tune")
 KEEPING = (*RESUMING, "report")  # verbs whose result is in files, so that lost output is no failure
+WRITING = (*KEEPING, "stop", "retry")  # into --workdir
 EPILOG = """\
 exit codes: 0 done; 2 bad input, or a machine that refuses (a full disk, no memory), explained in
 one line; 3 ended, but some runs were given up or not evaluated; 70 a fault of modjax, in one line
@@ -165,7 +166,8 @@ def _add_sweep_verbs(commands: Any) -> None:
         default=0.0,
         metavar="SECONDS",
         help="where locks of files do not hold between machines, as on gcsfuse: take over a run "
-        "that has been silent for so long; all sweeps of a folder need the same option",
+        "that has been silent for so long; all sweeps of a folder need the same option; default in "
+        "a bucket: 120",
     )
     _add(commands, "sweep", verbs.sweep, options.SWEEP, *running, JOBS, ENGINE, IMPORTS, lease)
     _add(commands, "status", verbs.status, options.STATUS, WORKDIR, JSON)

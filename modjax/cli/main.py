@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from modjax.bucket import open_copy, with_urls
 from modjax.cli import verbs
-from modjax.cli.arguments import KEEPING, RESUMING, make_parser
+from modjax.cli.arguments import KEEPING, RESUMING, WRITING, make_parser
 from modjax.errors import MOST_SHOWN, InputError, one_line
 from modjax.packages import check_packages
 
@@ -105,6 +106,8 @@ def _run(args: argparse.Namespace) -> int:
     """Runs the verb. Turns any exception into one line and an exit code."""
     try:
         check_packages()
+        if vars(args).get("workdir") is not None:
+            args.workdir = open_copy(args.workdir, writes=args.called in WRITING)
         return args.verb(args) or 0
     except InputError as error:
         return _fail(str(error))
@@ -122,7 +125,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _fail(line: str, code: int = verbs.BAD_INPUT) -> int:
-    print(f"modjax: {line}", file=sys.stderr)
+    print(f"modjax: {with_urls(line)}", file=sys.stderr)
     return code
 
 

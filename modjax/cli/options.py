@@ -26,7 +26,12 @@ CONFIG = option(
     help="the experiment, whose get_config is called with ARGUMENT; override its values with "
     "--config.GROUP.FIELD=VALUE",
 )
-WORKDIR = option("--workdir", required=True, type=Path, help="the folder of the runs")
+WORKDIR = option(
+    "--workdir",
+    required=True,
+    type=Path,
+    help="the folder of the runs, or one in a bucket, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER",
+)
 DATA_DIR = option(
     "--data-dir",
     type=Path,

@@ -8,8 +8,10 @@ import os
 import sys
 
 from modjax.backend import start, starting
+from modjax.bucket import write
 from modjax.cli import verbs
 from modjax.errors import require
+from modjax.files import is_copy
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -54,6 +56,8 @@ def tune(args: argparse.Namespace) -> int:
 
         run = load(folder, other_code=args.other_code)
         save_routers(file, spec.model, calibrated(run, args.data_dir), given)
+        if is_copy(file):
+            write(file, file.read_bytes())
     said = f"{file} ({count(file.stat().st_size)}B)"
     print(said, file=sys.stderr if args.json else sys.stdout)
     return 0

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
+from modjax.bucket import STORE_ERRORS, kvstore, open_store, shown, url
 from modjax.data.codecs.codec import Codec
 from modjax.data.codecs.tokenizer import MOST_CONTENT
 from modjax.data.manifest import Manifest
@@ -29,9 +30,6 @@ from modjax.errors import MOST_SHOWN, InputError, SharedFault, one_line, require
 from modjax.files import MOST_JSON, read_file, reason
 from modjax.specs import DataConfig, ModelSpec
 
-# With few retries, an object store that does not answer is an error after 15 seconds, not an hour.
-FEW_RETRIES = {f"{store}_request_retries": {"max_retries": 4} for store in ("gcs", "s3", "http")}
-STORE_ERRORS = (ValueError, OSError, RuntimeError)  # raised by tensorstore if a store fails
 # Memory for decoded chunks, so that random windows rarely decode a chunk anew.
 CACHE_POOL_BYTES = 512 * 2**20
 
@@ -42,30 +40,6 @@ def cache_dir(data_dir: Path, data: DataConfig) -> Path:
     VOCAB is "bytes", "sentencepiece-SIZE", or the name of a FILE.model or a tokenizer's NAME.json.
     """
     return Path(data_dir) / f"{data.name}-{data.vocabulary}"
-
-
-def url(path: Path | str) -> str | None:
-    """Returns `path` as a URL such as gs://bucket/folder, or None for a local folder."""
-    found = re.fullmatch(r"([a-z][\w+.-]*):/+(.*?)/*", str(path))  # Path() folds the double slash
-    if found is None:
-        return None
-    root = "/" if found[1] == "file" else ""
-    return f"{found[1]}://{root}{found[2]}"
-
-
-def shown(path: Path | str) -> str:
-    """Returns `path` as text for messages. Restores the // of a URL, which Path() folds."""
-    return url(path) or str(path)
-
-
-def kvstore(path: Path | str) -> str:
-    """Returns the tensorstore URL of a local folder or a URL."""
-    return f"{url(path) or Path(path).absolute().as_uri()}/"
-
-
-def open_store(path: Path | str) -> ts.KvStore:
-    """Opens the files of `path`, a local folder or a URL."""
-    return ts.KvStore.open(kvstore(path), context=ts.Context(FEW_RETRIES)).result()
 
 
 class TokenCache:

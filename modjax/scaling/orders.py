@@ -3,8 +3,9 @@
 import uuid
 from pathlib import Path
 
+from modjax.bucket import get
 from modjax.errors import require
-from modjax.files import read
+from modjax.files import read, remove, write_atomically
 from modjax.records import run_dir
 from modjax.scaling.status import RunStatus, status
 
@@ -15,12 +16,13 @@ MOST_LOG = 1_000_000  # bytes
 def stop(workdir: Path) -> None:
     """Stops every launcher of the sweep, once the runs under way have saved their state."""
     status(workdir)  # raises InputError for another folder
-    (workdir / STOP).write_text(uuid.uuid4().hex, encoding="utf-8")
+    write_atomically(workdir / STOP, uuid.uuid4().hex)
 
 
 def last_stop(workdir: Path) -> str:
     """Returns what the last `stop` wrote, "" if that is unknown. Launchers stop when it changes."""
     try:
+        get(workdir, [STOP])
         return (workdir / STOP).read_text(encoding="utf-8")
     except OSError:
         return ""
@@ -31,7 +33,7 @@ def retry(workdir: Path, run_id: str) -> None:
     state = _find(workdir, run_id).state
     accepted = f"is {state}: only runs that were given up can be tried again"
     require(state == "failed", "RUN", run_id, accepted)
-    (run_dir(workdir, run_id) / "failure.json").unlink(missing_ok=True)
+    remove(run_dir(workdir, run_id) / "failure.json")
 
 
 def log(workdir: Path, run_id: str) -> str:

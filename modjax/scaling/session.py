@@ -11,8 +11,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from modjax.bucket import get, local, pull_run, shown, write
 from modjax.errors import InputError
-from modjax.files import WatchedFolder, read
+from modjax.files import WatchedFolder, is_copy, read
+from modjax.metrics_file import last_step
 from modjax.records import read_record, run_dir, write_json
 from modjax.scaling.engines.engine import Engine, Event, Options, Refused
 from modjax.scaling.formatting import clock
@@ -28,6 +30,7 @@ FREE = ("preempted", "node lost")  # costs a run no attempt
 FINAL = ("refused", "out of memory")  # would happen again
 SECONDS_OF_SILENCE = 300.0
 SECONDS_OF_WATCHING = 0.5
+LOOKS = 16  # into a bucket, in the time after which a lease is over
 LOG_LINES, LOG_BYTES = 20, 65_536  # of the end of a log
 
 
@@ -58,8 +61,11 @@ class Session:
         options: Options,
         flops_per_second: float,
     ):
-        self.workdir = Path(settings.workdir)
+        self.workdir = local(settings.workdir)
         self.observer = Observer(settings.lease) if settings.lease else None
+        # A look into a bucket is a request; what others do is not that urgent.
+        self.pause = settings.lease / LOOKS if is_copy(self.workdir) else 0.0
+        self.looked, self.looks = float("-inf"), True
         self.home: WatchedFolder | None = None
         self.finished: list[str] = []
         self.found: list[str] = []
@@ -112,7 +118,9 @@ class Session:
 
     def _events(self, engine: Engine, received: Sequence[int]) -> Iterator[Event]:
         """Yields the engine's events. Raises Stopped after a signal."""
-        stop = last_stop(self.workdir)  # "" if the store does not answer
+        self.looks = time.monotonic() - self.looked > self.pause
+        stop = last_stop(self.workdir) if self.looks else ""  # "" if the store does not answer
+        self.looked = time.monotonic() if self.looks else self.looked
         if received or (stop and stop != self.earlier_stop):
             raise Stopped(next(iter(received), signal.SIGTERM))
         for event in engine.events(SECONDS_OF_WATCHING):
@@ -122,8 +130,12 @@ class Session:
 
     def _start(self, engine: Engine) -> None:
         """Gives the engine the runs that it has room for."""
-        for run_id in [r for r in self.attempts if r in self.failures]:  # `modjax retry` opens them
-            if not (self._folder(self.specs[run_id]) / "failure.json").exists():
+        given_up = [r for r in self.attempts if r in self.failures and self.looks]
+        for run_id in given_up:  # `modjax retry` opens them
+            folder = self._folder(self.specs[run_id])
+            with contextlib.suppress(OSError):  # the store may answer the next time
+                get(folder, ["failure.json"])
+            if not (folder / "failure.json").exists():
                 del self.failures[run_id], self.attempts[run_id], self.fruitless[run_id]
                 self.waiting.append(self.specs[run_id])
         room = engine.room()
@@ -137,8 +149,12 @@ class Session:
 
     def _poll_other_sweeps(self) -> None:
         """Records runs that other sweeps on this folder finished; requeues runs they dropped."""
-        for spec in list(self.elsewhere):
+        for spec in list(self.elsewhere if self.looks else ()):
             if is_running(self._folder(spec), self.observer):
+                continue
+            try:
+                self._pull(spec)
+            except OSError:  # the store may answer the next time
                 continue
             self.elsewhere.remove(spec)
             if (self._folder(spec) / "result.json").exists():
@@ -155,7 +171,9 @@ class Session:
             if run.began is not None and time.monotonic() - run.heard > SECONDS_OF_SILENCE:
                 run.heard = time.monotonic()
                 said = f"no progress for {clock(SECONDS_OF_SILENCE)}, compiling or stuck"
-                self.display.note(f"{run_id}: {said}; see {self._folder(run.spec) / 'log.txt'}")
+                self.display.note(
+                    f"{run_id}: {said}; see {shown(self._folder(run.spec) / 'log.txt')}"
+                )
 
     def _handle(self, event: Event) -> None:
         if event.kind == "started":
@@ -164,8 +182,7 @@ class Session:
             self.busy_seconds += self.running[event.run_id].wait()
         elif event.kind == "progress":
             self.running[event.run_id].advance(event.step, event.loss)
-            if event.step > self.reached[event.run_id]:
-                self.reached[event.run_id], self.fruitless[event.run_id] = event.step, 0
+            self._reach(event.run_id, event.step)
         elif event.run_id:
             run = self.running.pop(event.run_id)
             self.busy_seconds += run.seconds()
@@ -178,6 +195,7 @@ class Session:
             self.elsewhere.append(spec)
             return
         self._require_home()
+        self._pull(spec)
         self.attempts[run_id] += kind not in FREE
         self.fruitless[run_id] += 1
         if self.fruitless[run_id] >= MOST_FRUITLESS and kind in FREE:
@@ -223,11 +241,24 @@ class Session:
     def _give_up(self, spec: RunSpec, why: str) -> None:
         log, tail = self._folder(spec) / "log.txt", []
         with contextlib.suppress(InputError):
+            if is_copy(log):  # its process has died before it could
+                write(log, read(log, ""))
             tail = read(log, "", last=LOG_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:]
         failure = {"run_id": spec.run_id, "why": why, "log": tail}
         write_json(self._folder(spec) / "failure.json", failure)
         self.failures[spec.run_id] = why
-        self.display.note(f"{spec.run_id}: given up, {why}; see {log}")
+        self.display.note(f"{spec.run_id}: given up, {why}; see {shown(log)}")
+
+    def _pull(self, spec: RunSpec) -> None:
+        """Fetches what another machine wrote for a run that it has ended."""
+        if not (self._folder(spec) / "result.json").exists():
+            pull_run(self._folder(spec))
+        with contextlib.suppress(InputError):
+            self._reach(spec.run_id, last_step(self._folder(spec)))
+
+    def _reach(self, run_id: str, step: int) -> None:
+        if step > self.reached[run_id]:
+            self.reached[run_id], self.fruitless[run_id] = step, 0
 
     def _require_home(self) -> None:
         assert self.home is not None

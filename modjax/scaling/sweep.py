@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modjax.bucket import url, url_of
 from modjax.errors import InputError, require
+from modjax.files import is_copy
 from modjax.provenance import require_same, source_code
 from modjax.records import RunRecord, read_records, run_dir
 from modjax.scaling.engines.engine import Options
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from modjax.data.token_cache import TokenCache
 
 SHORTEST_LEASE = 1.0  # seconds
+LEASE_OF_A_BUCKET = 120.0  # unless another one is given
 # Workers call its `check` once before the plan is claimed, and its `train` for every run.
 JOB = "modjax.scaling.workers.job"
 
@@ -106,13 +109,15 @@ def sweep(
     engine: what does them, see modjax.scaling.engines.engine.
     only: the single run of the plan to do; None does all.
     other_code: whether to resume runs that other code, or another environment, began.
-    lease: seconds after which a run counts as dropped whose process is silent; 0 relies on locks.
+    workdir: a folder, or the copy of a bucket, as bucket.open_copy returns it.
+    lease: seconds after which a run counts as dropped whose process is silent; 0 relies on locks,
+      or in a bucket on LEASE_OF_A_BUCKET.
     Raises InputError for bad input, OSError for a full disk and Stopped after a signal.
     """
     accepted = f"must be 0, for locks, or at least {SHORTEST_LEASE:g} seconds"
     require(lease == 0 or lease >= SHORTEST_LEASE, "--lease", lease, accepted)
-    from modjax.data.token_cache import url
-
+    if is_copy(workdir.absolute()):
+        lease = lease or LEASE_OF_A_BUCKET
     check_claim(experiment, workdir, data_fingerprint)
     started, began = time.time(), time.monotonic()
     specs = experiment.specs if only is None else [only]
@@ -122,7 +127,7 @@ def sweep(
     settings = Settings(
         job=JOB,
         # Workers elsewhere have another current folder.
-        workdir=str(workdir.absolute()),
+        workdir=url_of(workdir.absolute()) or str(workdir.absolute()),
         data_dir=str(data_dir if url(data_dir) else data_dir.absolute()),
         fingerprint=data_fingerprint,
         execution=experiment.execution,

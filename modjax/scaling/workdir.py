@@ -7,17 +7,19 @@ workdir/runs/<run_id>/          lock, spec.json, provenance.json, log.txt, metri
                                 was given up
 """
 
+import contextlib
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modjax.bucket import Conflict, get
 from modjax.errors import InputError, require
-from modjax.files import Missing, read_json
+from modjax.files import Missing, lock, read_json
 from modjax.records import WRITTEN_AGAIN, read_as, require_format, run_dir, write_json, write_spec
 from modjax.scaling.plan.experiment import Experiment
-from modjax.scaling.workers.run_lock import lock
 from modjax.specs import from_dict, to_dict
 from modjax.specs.run import FORMAT
 
@@ -90,7 +92,8 @@ def claim(experiment: Experiment, workdir: Path, fingerprint: str) -> None:
     except FileNotFoundError as error:  # its parent takes no folders, as /proc
         reason = f"cannot be made: {error.strerror}"
         raise InputError("--workdir", str(workdir), reason) from error
-    with lock(workdir / "plan.lock", patience=math.inf):
+
+    def write_plan() -> None:
         earlier = check_claim(experiment, workdir, fingerprint)
         run_ids, command = tuple(spec.run_id for spec in experiment.specs), experiment.command
         if earlier is not None and len(earlier.runs) == len(run_ids):
@@ -104,11 +107,14 @@ def claim(experiment: Experiment, workdir: Path, fingerprint: str) -> None:
         plan = Plan(file, command, config, fingerprint, run_ids, FORMAT)
         write_json(workdir / "plan.json", to_dict(plan))
 
+    _rewrite(workdir / "plan.json", write_plan)
+
 
 def log_session(workdir: Path, entry: dict[str, Any]) -> None:
     """Appends a session to sweep.json. Renames a damaged file to sweep.json.damaged."""
     path = workdir / "sweep.json"
-    with lock(workdir / "plan.lock", patience=math.inf):
+
+    def append() -> None:
         earlier = []
         try:
             earlier = read_json(path, "")
@@ -120,3 +126,14 @@ def log_session(workdir: Path, entry: dict[str, Any]) -> None:
             logger.warning("modjax: %s is damaged: kept as %s.damaged", path, path.name)
             earlier = []
         write_json(path, [*earlier, entry])
+
+    _rewrite(path, append)
+
+
+def _rewrite(path: Path, change: Callable[[], None]) -> None:
+    """Calls `change`, which reads and writes a file, until no other process does so meanwhile."""
+    with lock(path.parent / "plan.lock", patience=math.inf):
+        while True:
+            get(path.parent, [path.name])
+            with contextlib.suppress(Conflict):
+                return change()

@@ -17,9 +17,10 @@ from modjax.files import damaged
 from modjax.pretrained import match_weights, open_files, read_weights
 from modjax.records import read_record, read_spec
 from modjax.specs import RunSpec
-from modjax.training.checkpoint import find_damage, read_checkpoint
+from modjax.training.checkpoint import read_checkpoint
 from modjax.training.programs import init_state
 from modjax.training.state import Model, TrainState, abstract_model, abstract_weights, joined
+from modjax.training.stored import find_damage, pull_one
 
 
 def initial_state(mesh: Mesh, model: Model, spec: RunSpec) -> TrainState:
@@ -153,5 +154,6 @@ def _require_whole(checkpoint: Path) -> None:
         "holds the run's final weights, which no earlier checkpoint can replace: put it back, or "
         "delete the run's result.json, and the same `modjax sweep` or `train` makes it again"
     )
+    pull_one(checkpoint)
     if damage := find_damage(checkpoint):
         raise damaged(checkpoint, remedy, damage)

@@ -12,11 +12,11 @@ checkpoints/damaged-<step>      damaged checkpoint, set aside
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,26 +25,38 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from modjax.errors import describe, require
-from modjax.files import MOST_JSON, is_disk_full, read_file, write_atomically
+from modjax.errors import require
+from modjax.files import is_copy, is_disk_full, write_atomically
 from modjax.training.state import TrainState, Weights
+from modjax.training.stored import DIGEST, digest_of, find_damage, pull_newest, push
 
 Part = TypeVar("Part", TrainState, Weights)
 logger = logging.getLogger("modjax")
-DIGEST = "digest.json"
-WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
     """Checkpoints of one run, for the process that holds the run's lock.
 
+    In the copy of a bucket, begins with the bucket's newest checkpoint, and writes to the bucket.
+
     keep: number of checkpoints to keep.
     identity: entries that the meta data of every checkpoint must have, see `read_checkpoint`.
+    guard: called before each write to a bucket. It raises an error if the run was lost.
     """
 
-    def __init__(self, folder: Path, *, keep: int, identity: dict[str, str]):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        identity: dict[str, str],
+        guard: Callable[[], None] = lambda: None,
+    ):
         self._folder = folder.absolute()
-        self._identity = identity
+        self._identity, self._guard = identity, guard
+        self._pushes, self._pushing = ThreadPoolExecutor(1), Future[None]()
+        self._pushing.set_result(None)
+        pull_newest(self._folder)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.LatestN(keep),
             cleanup_tmp_directories=True,
@@ -71,6 +83,7 @@ class Checkpoints:
 
         This method or `wait` raises the error of an earlier write: OSError for a full disk.
         """
+        self._pushing.result()
         if step in self._manager.all_steps():
             return
         args = ocp.args.Composite(
@@ -79,14 +92,31 @@ class Checkpoints:
         )
         with self._disk():
             self._manager.save(step, args=args, force=True)
+        if is_copy(self._folder):
+            self._pushing = self._pushes.submit(self._push)
 
     def wait(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until everything is on disk, and in the bucket."""
+        self._pushing.result()
         with self._disk():
             self._manager.wait_until_finished()
+        if is_copy(self._folder):
+            self._guard()
+            push(self._folder)
 
     def close(self) -> None:
+        self._pushes.shutdown()
         self._manager.close()
+
+    def _push(self) -> None:
+        """Waits until the last checkpoint is on disk, and copies it to the bucket."""
+        with self._disk():
+            self._manager.wait_until_finished()
+        self._guard()
+        try:
+            push(self._folder)
+        except OSError as error:
+            logger.warning("modjax: %s; trying again at the next checkpoint", error)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -102,7 +132,7 @@ class Checkpoints:
     def _write_digest(self) -> None:
         if jax.process_index() == 0:
             for folder in self._folder.glob("*orbax-checkpoint-tmp*"):
-                write_atomically(folder / DIGEST, json.dumps(_digest(folder), indent=1))
+                write_atomically(folder / DIGEST, json.dumps(digest_of(folder), indent=1))
 
     def _set_aside(self, folder: Path, damage: str) -> None:
         target = folder.with_name(f"damaged-{folder.name}")
@@ -147,27 +177,3 @@ def _read(folder: Path, **item: Any) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         (found,) = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**item)).values()
         return found
-
-
-def find_damage(folder: Path) -> str | None:
-    """Returns how a checkpoint differs from its digest, as text, or None if it does not."""
-    try:
-        expected, found = json.loads(read_file(folder / DIGEST, MOST_JSON)), _digest(folder)
-        changed = [name for name, digest in expected.items() if found.get(name) != digest]
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        return describe(error)
-    if changed:
-        return f"{changed[0]} has changed or is missing"
-    unknown = found.keys() - expected.keys()
-    return f"{DIGEST} leaves out {min(unknown)}" if unknown else None
-
-
-def _digest(folder: Path) -> dict[str, str]:
-    """Returns the sha256 of every file, except the digest and files that orbax writes after it."""
-    digest = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_file() and name not in (DIGEST, *WRITTEN_AT_COMMIT):
-            with open(path, "rb") as file:
-                digest[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digest

@@ -76,7 +76,7 @@ class Trainer:
         data = self.cache.manifest.fingerprint
         identity = {"run_id": self.spec.run_id, "data_fingerprint": data} | identity_of(frozen)
         folder, keep = run_dir / "checkpoints", self.execution.keep_checkpoints
-        self.checkpoints = Checkpoints(folder, keep=keep, identity=identity)
+        self.checkpoints = Checkpoints(folder, keep=keep, identity=identity, guard=home.check)
         stack.callback(self.checkpoints.close)
         start, unlogged = 0, 0
         if restored := self.checkpoints.restore(self.abstract):

@@ -9,7 +9,6 @@ import pytest
 
 from modjax.data.manifest import Manifest, Split
 from modjax.data.prepare.writer import Written, write_split
-from tests.data.bucket import Bucket
 
 EOS = 1
 
@@ -35,16 +34,6 @@ def make_cache(tmp_path) -> Callable[..., Path]:
         return path
 
     return make
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """An object store at gs://bucket."""
-    bucket = Bucket()
-    for name, value in bucket.environment.items():
-        monkeypatch.setenv(name, value)
-    yield bucket
-    bucket.close()
 
 
 @pytest.fixture(scope="module")

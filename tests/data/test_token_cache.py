@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modjax.bucket import kvstore
 from modjax.data.manifest import Manifest, Split, bits_per_byte
 from modjax.data.token_cache import (
     cache_dir,
     check_epochs,
     check_vocab,
     epochs,
-    kvstore,
     list_caches,
     num_windows,
     open_cache,

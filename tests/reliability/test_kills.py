@@ -79,3 +79,28 @@ def test_several_launchers_under_kills_do_every_run_once(
     count("SIGKILLs under several launchers", kills)
     count("runs that several launchers did once", len(first_seen))
     count("arrays compared bit for bit", assert_same_bytes(workdir, undisturbed))
+
+
+def test_killed_on_one_machine_a_sweep_in_a_bucket_ends_in_the_same_bytes_on_another(
+    bucket, sweep, undisturbed, tmp_path, count
+):
+    def done(name):
+        return [key for key in dict(bucket.objects) if key.startswith("w/") and key.endswith(name)]
+
+    def start(name):
+        return sweep("gs://bucket/w", "--lease=2", XDG_CACHE_HOME=str(tmp_path / name))
+
+    for turn in range(3):
+        process, before = start(f"machine-{turn}"), len(done("/digest.json"))
+        deadline = time.monotonic() + 120
+        while len(done("/digest.json")) <= before and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.Random(turn).uniform(0, 1.0))
+        count("SIGKILLs of machines with a bucket", kill_all(process))
+    finish(start("last"))
+    assert len(done("/result.json")) == RUNS
+    for key, content in bucket.objects.items():
+        (tmp_path / "copied" / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copied" / key).write_bytes(content)
+    count("arrays compared bit for bit", assert_same_bytes(tmp_path / "copied" / "w", undisturbed))

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ import pytest
 
 from modjax.records import RunRecord, write_record
 from modjax.scaling import sweep
+from modjax.scaling.engines import batch
+
+SLURM = Path(__file__).parent / "engines" / "slurm_stand_in.py"
 
 
 def _record(**changes) -> RunRecord:
@@ -160,3 +164,23 @@ def folders(tmp_path, monkeypatch):
     orders.mkdir()
     (orders / "seconds").write_text("0.05")
     return tmp_path / "work", orders
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(batch, "SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr(batch, "SECONDS_OF_LAG", 0.3)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch, quick) -> Path:
+    """Returns the folder of the stand-in, which is on the PATH."""
+    programs, home = tmp_path / "programs", tmp_path / "slurm's own"
+    programs.mkdir()
+    home.mkdir()
+    for name in ("sbatch", "squeue", "scancel", "scontrol"):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {SLURM} {name} "$@"\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STAND_IN", str(home))
+    return home

@@ -19,6 +19,7 @@ SMALL = ("sweep.sizes=3", "sweep.budgets=5e11")
 DRIVER = """
 import sys
 from pathlib import Path
+from modjax.bucket import open_copy
 from modjax.scaling import sweep
 from modjax.scaling.engines.local import Local
 from modjax.scaling.session import Stopped
@@ -26,7 +27,7 @@ from modjax.scaling.plan.experiment import load
 sweep.JOB = "stand_in"
 config, workdir, data_dir, jobs, lease = sys.argv[1:6]
 try:
-    outcome = sweep.sweep(load(config, sys.argv[6:]), workdir=Path(workdir),
+    outcome = sweep.sweep(load(config, sys.argv[6:]), workdir=open_copy(workdir, writes=True),
                           data_dir=Path(data_dir), engine=Local(int(jobs)), data_fingerprint="f",
                           lease=float(lease))
 except Stopped as stopped:

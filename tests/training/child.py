@@ -1,5 +1,6 @@
 """A training process for tests to kill: python -m tests.training.child RUN_DIR DATA_DIR CHANGES.
 
+RUN_DIR may be the URL of a workdir in a bucket. The process then takes a lease on the run.
 Prints "step N" for every line of metrics, and takes its time for it.
 """
 
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import jax
 
+from modjax.bucket import local, url
+from modjax.scaling.workers.run_lock import run
 from modjax.specs import Execution
 from modjax.training.loop import Preempted, train
 from tests.training.tiny import run_spec
 
-SECONDS_PER_LINE = 0.03
+SECONDS_PER_LINE, LEASE = 0.03, 2.0
 EXECUTION = Execution(data=1, log_every=2, checkpoint_seconds=0.05)
 
 
@@ -26,14 +29,17 @@ def main() -> None:
         print("step", line["step"], flush=True)
         time.sleep(SECONDS_PER_LINE)
 
+    spec = run_spec(**json.loads(changes))
+
+    def train_in(folder: Path, guard=lambda: None):
+        where = {"run_dir": folder, "data_dir": Path(data_dir)}
+        return train(spec, EXECUTION, **where, progress=progress, guard=guard)
+
     try:
-        train(
-            run_spec(**json.loads(changes)),
-            EXECUTION,
-            run_dir=Path(run_dir),
-            data_dir=Path(data_dir),
-            progress=progress,
-        )
+        if url(run_dir):
+            assert run(spec, local(run_dir), train_in, LEASE) is not None
+        else:
+            train_in(Path(run_dir))
     except Preempted:
         sys.exit(75)
     assert "tensorflow" not in sys.modules

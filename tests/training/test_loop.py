@@ -4,27 +4,19 @@ import dataclasses
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from modjax.errors import InputError
 from modjax.records import read_record, write_spec
 from modjax.specs import Execution
-from modjax.training.checkpoint import Checkpoints
 from modjax.training.loop import train
-from modjax.training.mesh import make_mesh
-from modjax.training.state import abstract_model, abstract_state
+from tests.training.killed import ONE_DEVICE, assert_same_end, wait_for
 from tests.training.tiny import run_spec
 
-ONE_DEVICE = Execution(data=1)
-# Long enough to be killed in the middle of: about 2 s.
-KILLED = {"steps": 60, "eval_every": 14}
 # Forward FLOPs of a sequence of `run_spec`, by hand: d 16, d_ff 32, vocabulary 260; the dense block
 # takes all 32 tokens, the routed one 8.
 FORWARD = (
@@ -34,83 +26,8 @@ FORWARD = (
 )
 
 
-@pytest.fixture
-def start(child_environment, tiny_data_dir):
-    """A function that starts a training process in a folder."""
-    processes = []
-
-    def start(run_dir: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "tests.training.child"]
-        process = subprocess.Popen(
-            [*command, str(run_dir), str(tiny_data_dir), json.dumps(KILLED)],
-            env=child_environment,
-            cwd=Path(__file__).parents[2],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(child_environment, tiny_data_dir, tmp_path_factory):
-    """The folder of the same run, which was never stopped."""
-    run_dir = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.training.child",
-            str(run_dir),
-            str(tiny_data_dir),
-            json.dumps(KILLED),
-        ],
-        env=child_environment,
-        cwd=Path(__file__).parents[2],
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    return run_dir
-
-
-def wait_for(process: subprocess.Popen, step: int) -> None:
-    """Waits until the process has printed a step at or after `step`."""
-    for line in process.stdout:
-        if int(line.split()[1]) >= step:
-            return
-    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
-
-
 def metrics_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def final_state(run_dir: Path):
-    spec = run_spec(**KILLED)
-    split = abstract_model(spec.model)
-    identity = {"run_id": spec.run_id, "data_fingerprint": "tiny-1"}
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep=2, identity=identity)
-    state, _ = checkpoints.restore(abstract_state(make_mesh(ONE_DEVICE), split, spec.train))
-    checkpoints.close()
-    return state
-
-
-def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
-    ours, expected = final_state(run_dir), final_state(undisturbed)
-    assert int(expected.step) == KILLED["steps"]
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    metrics = (undisturbed / "metrics.jsonl").read_bytes()
-    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
-    ours, expected = read_record(run_dir), read_record(undisturbed)
-    assert ours.eval_loss == expected.eval_loss
-    assert ours.train_loss == expected.train_loss
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from modjax.bucket import shown, url
 from modjax.data.codecs.tokenizer import MOST_CONTENT
 from modjax.data.manifest import SPLITS, Manifest, Split
 from modjax.data.prepare.corpus import (
@@ -31,7 +32,7 @@ from modjax.data.prepare.replace import begin, locked, put_in_place, tidy
 from modjax.data.prepare.upload import check_writable, upload
 from modjax.data.prepare.writer import Written, has_tokens, read_journal, write_journal, write_split
 from modjax.data.progress import say
-from modjax.data.token_cache import cache_dir, open_cache, read_manifest, shown, url
+from modjax.data.token_cache import cache_dir, open_cache, read_manifest
 from modjax.data.vocabulary import (
     TRAINING_BYTES,
     file_of,

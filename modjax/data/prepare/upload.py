@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tensorstore as ts
 
+from modjax.bucket import STORE_ERRORS, kvstore, open_store
 from modjax.data.manifest import Manifest
-from modjax.data.token_cache import STORE_ERRORS, kvstore, open_store
 from modjax.errors import MOST_SHOWN, InputError, one_line, words
 
 MANIFEST = "manifest.json"

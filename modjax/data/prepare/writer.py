@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
+from modjax.bucket import kvstore
 from modjax.data.manifest import SPLITS
-from modjax.data.token_cache import kvstore
 from modjax.files import MOST_JSON, read_file, write_atomically
 from modjax.specs import from_dict
 

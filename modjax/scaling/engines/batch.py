@@ -10,15 +10,16 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modjax import bucket
 from modjax.backend import last_line
-from modjax.errors import InputError
-from modjax.files import entries, read, read_json, reason
+from modjax.errors import InputError, require
+from modjax.files import entries, is_copy, read, read_json, reason, remove
 from modjax.metrics_file import last_step
 from modjax.records import run_dir, write_json
 from modjax.scaling.engines.engine import Event, raise_for_all
@@ -69,7 +70,10 @@ class Batch(ABC):
     """
 
     def __init__(self, settings: Settings, runs: int, jobs: int, together: bool, again: str):
-        self.settings, workdir = settings, Path(settings.workdir)
+        self.settings, self.workdir = settings, bucket.local(settings.workdir)
+        accepted = "must be a folder that all hosts of a run share, no bucket"
+        require(not (together and is_copy(self.workdir)), "--workdir", settings.workdir, accepted)
+        workdir = self.workdir
         self.makes_workdir = not workdir.exists()
         self.home, self.jobs, self.slots = workdir / "tasks", jobs, min(jobs or runs, runs)
         self.together, self.again = together, again
@@ -124,6 +128,7 @@ class Batch(ABC):
         if time.monotonic() - self.looked > SECONDS_BETWEEN_LOOKS:
             try:
                 yield from self._compare(self.look())
+                self._pull(self.tasks.values())
             except OSError as error:
                 yield from self._note(f"{reason(error)}; trying again")
             self.looked = time.monotonic()
@@ -148,7 +153,17 @@ class Batch(ABC):
                 living = {name for (name, _), (kind, _) in self.look().items() if kind in UNDER_WAY}
                 names &= living
             time.sleep(1.0 if names and save else 0.0)
+        with suppress(OSError):
+            self._pull(running)
         return all(task.state == WAITING or task.file.exists() for task in running)
+
+    def _pull(self, tasks: Iterable[Task]) -> None:
+        """Fetches how tasks have ended, if the workdir is a bucket. Raises OSError."""
+        files = {f"{task.folder.name}/{task.file.name}": task.file for task in tasks}
+        if files and is_copy(self.home):
+            there = set(bucket.names(self.home))
+            there |= {name for name, file in files.items() if file.exists()}
+            bucket.get(self.home, there.intersection(files))
 
     def _plan(self, orders: list[dict[str, Any]], runs: list[str]) -> None:
         """Writes tasks into a folder, which is submitted after the next look."""
@@ -164,6 +179,7 @@ class Batch(ABC):
         states, found = self.look(), {}
         for folder in {name: self.home / name for name, _ in states}.values():
             with suppress(InputError):  # it belongs to another workdir
+                bucket.get(folder, ["tasks.json"])
                 tasks = read_tasks(folder)
                 if tasks.settings != self.settings:
                     continue
@@ -219,6 +235,8 @@ class Batch(ABC):
                 return None
             if kind not in ("checked", "refused", "fault", "disk full"):
                 raise self._cannot_run(task, why)
+            for name in ("tasks.json", task.file.name):
+                remove(task.folder / name)
             shutil.rmtree(task.folder)
             with suppress(OSError):  # unless there is more
                 self.home.rmdir()
@@ -236,7 +254,7 @@ class Batch(ABC):
         return InputError("python", sys.executable, accepted)
 
     def _folder(self, task: Task) -> Path:
-        return run_dir(Path(self.settings.workdir), task.run_id)
+        return run_dir(self.workdir, task.run_id)
 
     def _note(self, line: str) -> Iterator[Event]:
         if line not in self.said:

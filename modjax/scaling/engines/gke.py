@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modjax.data.token_cache import url
+from modjax.bucket import url
 from modjax.errors import MOST_SAID, InputError, one_line, require
 from modjax.files import reason, write_atomically
 from modjax.scaling.engines.batch import RUNNING, WAITING, Batch, States

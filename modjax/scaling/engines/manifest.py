@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from modjax.bucket import url_of
 from modjax.errors import require
 from modjax.files import damaged, read
 from modjax.scaling.workers.task import STOPPED
@@ -36,9 +37,10 @@ def _manifest(
     """Returns the Job, or the JobSet, of a task."""
     labels = {SWEEP: sweep, NAME: folder.name, NUMBER: str(number)}
     module = f"{shlex.quote(options.python)} -P -m modjax.scaling.workers.task"
-    task = f"exec {module} {shlex.quote(str(folder))} {number}"
-    log = f">> {shlex.quote(str(folder))}/{number}.log 2>&1"
-    container = pod["containers"][0] | {"command": ["/bin/sh", "-c", f"{task} {log}"]}
+    at = url_of(folder)
+    log = "" if at else f" >> {shlex.quote(str(folder))}/{number}.log 2>&1"
+    task = f"exec {module} {shlex.quote(at or str(folder))} {number}{log}"
+    container = pod["containers"][0] | {"command": ["/bin/sh", "-c", task]}
     pod = pod | {"containers": [container, *pod["containers"][1:]]}
     # All hosts of a run stop together, and JobSet starts all of them again.
     action = "FailJob" if options.together else "Ignore"

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from modjax.bucket import url
 from modjax.errors import InputError, describe, require
 from modjax.scaling.engines.engine import Engine
 from modjax.scaling.engines.pool import Pool, Worker
@@ -94,6 +95,8 @@ class Ray:
             most = max(node["Resources"].get(name, 0) for node in nodes)
             accepted = f"no node has so much of it: at most {most:g}"
             require(number <= most, f"--engine: {name}", number, accepted)
+        if url(settings.workdir):
+            return
         sees: Any = ray.remote(num_cpus=0)(os.path.exists)
         folder = Path(settings.workdir).absolute()
         folder = next(path for path in (folder, *folder.parents) if path.is_dir())

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from modjax.bucket import url_of
 from modjax.errors import MOST_SAID, InputError, one_line, require
 from modjax.files import reason
 from modjax.scaling.engines.batch import RUNNING, WAITING, Batch, States
@@ -120,7 +121,7 @@ class SlurmBatch(Batch):
         script = SCRIPT.format(
             launch=launch if self.together else "",
             python=shlex.quote(sys.executable),
-            folder=shlex.quote(str(folder)),
+            folder=shlex.quote(url_of(folder) or str(folder)),
         )
         log = str(folder).replace("\\", "\\\\").replace("%", "%%") + "/%a.log"
         fixed = ("--requeue", "--export=ALL", "--open-mode=append", f"--output={log}")

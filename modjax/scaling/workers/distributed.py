@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from modjax.backend import start
-from modjax.errors import InputError, describe
+from modjax.bucket import url_of
+from modjax.errors import InputError, describe, require
+from modjax.files import is_copy
 from modjax.records import RunRecord, run_dir
 from modjax.scaling.plan.experiment import Experiment
 from modjax.scaling.workdir import claim
@@ -26,6 +28,8 @@ def train_together(
     the others. Raises InputError if no cluster is found or another process trains the run, and
     Preempted after a signal.
     """
+    accepted = "must be a folder that all hosts share, no bucket"
+    require(not is_copy(workdir), "--workdir", url_of(workdir), accepted)
     first = join() == 0
     from modjax.scaling.workers.job import check, train  # they ask for the devices of the cluster
 

@@ -3,7 +3,7 @@
 The n-th holder of a run creates runs/ID/lease-n, which the store does only if there is no such
 file, and keeps changing it. A lease is over when its file has not changed for so many seconds by
 the observer's own clock: no two clocks are compared. A holder that sees a later file has lost its
-lease, and writes no more.
+lease, and writes no more. The leases on runs in a bucket are files of the bucket.
 """
 
 import contextlib
@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from modjax import bucket
 from modjax.errors import SharedFault
+from modjax.files import is_copy
 
 FREE = "free"  # the content of a lease that its holder has given back
 RENEWALS = 4  # in the time after which a lease is over
@@ -50,7 +52,7 @@ class Observer:
         if path is None:
             return False
         asked = self.clock()
-        content = path.read_text(encoding="utf-8")
+        content = _read(path)
         if content == FREE:
             return False
         seen, since = self.seen.get(path, (None, 0.0))
@@ -93,27 +95,29 @@ class Observer:
             number = 1 + (0 if earlier is None else _number(earlier))
             path, asked = folder / f"lease-{number:09d}", self.clock()
             try:
-                with open(path, "x", encoding="utf-8") as file:
-                    file.write(uuid.uuid4().hex)
+                _create(path, _new())
             except OSError:  # another process was first, or may have been
                 path = None
         if path is None:
             yield None
             return
-        ended, renewed = threading.Event(), [asked]
+        ended, renewed, looked = threading.Event(), [asked], [asked]
 
         def renew() -> None:
             while not ended.wait(self.seconds / RENEWALS):
                 with contextlib.suppress(OSError):  # the next one may succeed
                     asked = self.clock()
-                    path.write_text(uuid.uuid4().hex, encoding="utf-8")
+                    _write(path, _new())
                     renewed[0] = asked
 
         def guard() -> None:
             # Nobody takes a lease before it has been unchanged for so long.
-            late = self.clock() - renewed[0] > self.seconds
-            with contextlib.suppress(OSError):  # the store may answer the next time
-                late = late or newest(folder) != path
+            late, now = self.clock() - renewed[0] > self.seconds, self.clock()
+            # A look at a bucket takes longer than a step of training.
+            if not is_copy(folder) or now - looked[0] > self.seconds / RENEWALS / 4:
+                with contextlib.suppress(OSError):  # the store may answer the next time
+                    late = late or newest(folder) != path
+                    looked[0] = now
             if late:
                 raise Lost(folder)
 
@@ -125,28 +129,62 @@ class Observer:
             ended.set()
             thread.join()
             with contextlib.suppress(OSError):
-                path.write_text(FREE, encoding="utf-8")
+                _write(path, FREE)
 
 
 def newest(folder: Path) -> Path | None:
     """Returns the file of the last holder, or None if there was no holder."""
-    try:
-        names = [name for name in os.listdir(folder) if name.startswith("lease-")]
-    except FileNotFoundError:
-        return None
+    if is_copy(folder):
+        names = bucket.names(folder, "lease-")
+    else:
+        try:
+            names = [name for name in os.listdir(folder) if name.startswith("lease-")]
+        except FileNotFoundError:
+            return None
     return max((folder / name for name in names), key=_number, default=None)
 
 
 def is_recent(folder: Path) -> bool:
     """Returns whether a lease was renewed a while ago, if the store's clock is right.
 
-    A single look cannot tell more.
+    In a bucket, if the clock of the holder is right. A single look cannot tell more.
     """
     with contextlib.suppress(OSError):
         path = newest(folder)
-        if path is not None and path.read_text(encoding="utf-8") != FREE:
-            return time.time() - path.stat().st_mtime < SECONDS_OF_A_LOOK
+        if path is not None and (content := _read(path)) != FREE:
+            # tensorstore does not tell when an object was written.
+            since = (
+                float(content.partition(" ")[2] or 0) if is_copy(folder) else path.stat().st_mtime
+            )
+            return time.time() - since < SECONDS_OF_A_LOOK
     return False
+
+
+def _new() -> str:
+    """Returns the content of a renewed lease, which differs from every other one."""
+    return f"{uuid.uuid4().hex} {time.time():.0f}"
+
+
+def _read(path: Path) -> str:
+    if not is_copy(path):
+        return path.read_text(encoding="utf-8")
+    return (bucket.read(path) or b"").decode()
+
+
+def _write(path: Path, content: str) -> None:
+    if is_copy(path):
+        bucket.write(path, content.encode())
+    else:
+        path.write_text(content, encoding="utf-8")
+
+
+def _create(path: Path, content: str) -> None:
+    """Writes a lease. Raises OSError if there is one already, or may be."""
+    if not is_copy(path):
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(content)
+    elif not bucket.create(path, content.encode()):
+        raise FileExistsError(path)
 
 
 def _number(path: Path) -> int:

@@ -1,43 +1,16 @@
 """One run in its folder: the process that does it holds the lock runs/<run_id>/lock, or a lease."""
 
 import contextlib
-import fcntl
-import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from modjax.bucket import fetch
+from modjax.files import is_copy, lock, remove
 from modjax.records import RunRecord, read_record, run_dir
 from modjax.scaling.workers.lease import Guard, Observer, is_recent
 from modjax.specs import RunSpec
 
-
-@contextlib.contextmanager
-def lock(path: Path, *, patience: float = 0.0, shared: bool = False) -> Iterator[bool]:
-    """Locks the file `path` for the `with` block; yields False if another process has locked it.
-
-    patience: seconds to keep trying.
-    shared: takes a read lock, to see whether the file is locked. Raises FileNotFoundError if there
-      is no file.
-    The kernel releases the lock when the process ends, however it ends.
-    """
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    deadline = time.monotonic() + patience
-    locked = False
-    # Looking must not need the right to write: a sweep may be someone else's.
-    file = os.open(path, os.O_RDONLY if shared else os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        while not locked:
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-                locked = True
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(0.02)
-        yield locked
-    finally:
-        os.close(file)
+SECONDS_OF_A_PULL = 5.0  # which locks a run, too
 
 
 def is_running(folder: Path, observer: Observer | None = None) -> bool:
@@ -62,11 +35,20 @@ def is_running(folder: Path, observer: Observer | None = None) -> bool:
 def held(folder: Path, lease: float) -> Iterator[Guard | None]:
     """Holds a run for the `with` block; yields None if another process holds it.
 
-    lease: seconds of a lease; 0 takes a lock.
+    lease: seconds of a lease; 0 takes a lock. In the copy of a bucket, a lease; the copy then has
+      the small files of the bucket.
     Yields a function to call before each write, which raises an error if the run was lost.
     """
     if lease:
-        with Observer(lease).hold(folder) as guard:
+        with contextlib.ExitStack() as stack:
+            if is_copy(folder):  # the lock is for the processes of this machine
+                folder.mkdir(parents=True, exist_ok=True)
+                if not stack.enter_context(lock(folder / "lock", patience=SECONDS_OF_A_PULL)):
+                    yield None
+                    return
+            guard = stack.enter_context(Observer(lease).hold(folder))
+            if guard is not None and is_copy(folder):
+                fetch(folder)
             yield guard
         return
     if is_recent(folder):  # another sweep of this folder relies on leases
@@ -96,5 +78,5 @@ def run(
         if record is not None:
             return record, False
         record = train(folder, guard)
-        (folder / "failure.json").unlink(missing_ok=True)
+        remove(folder / "failure.json")
         return record, True

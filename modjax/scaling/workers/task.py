@@ -1,8 +1,9 @@
 """One run, or the check of all, in a process of its own: `python -P -m THIS_MODULE FOLDER NUMBER`.
 
-The process does task NUMBER of FOLDER/tasks.json, which holds Tasks. FOLDER/NUMBER.json then says
-how it ended: {"kind": KIND, "why": LINE}, with the events of workers/worker.py, or "died". After
-SIGTERM or SIGUSR2, training saves its state. After SIGUSR2, the task asks to be started again.
+The process does task NUMBER of FOLDER/tasks.json, which holds Tasks. FOLDER may be in a bucket.
+FOLDER/NUMBER.json then says how it ended: {"kind": KIND, "why": LINE}, with the events of
+workers/worker.py, or "died". After SIGTERM or SIGUSR2, training saves its state. After SIGUSR2, the
+task asks to be started again.
 
 Exit codes: 0 finished, checked, or done by another process; 75 stopped by a signal; 1 other ends.
 """
@@ -17,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from modjax.bucket import get, local
 from modjax.errors import InputError, Preempted, describe
+from modjax.files import remove
 from modjax.records import read_as, write_json
 from modjax.scaling.workers.run_lock import run
-from modjax.scaling.workers.worker import Settings, do, prepare
+from modjax.scaling.workers.worker import Settings, do, prepare, send_log
 from modjax.specs import from_dict
 
 STOPPED = 75
@@ -50,6 +53,7 @@ def read_tasks(folder: Path) -> Tasks:
 
 def main(folder: Path, number: int) -> NoReturn:
     faulthandler.enable()
+    get(folder, ["tasks.json", f"{number}.json"])
     tasks, file, rank = read_tasks(folder), folder / f"{number}.json", 0
     asked: list[int] = []  # SIGUSR2: to make room, and be started again; SIGTERM may be a cancel
 
@@ -84,7 +88,7 @@ def main(folder: Path, number: int) -> NoReturn:
             except InputError as error:  # a fault of this job, but not of all others
                 end("died", str(error))
         if rank == 0:
-            file.unlink(missing_ok=True)  # of the time before it was stopped
+            remove(file)  # of the time before it was stopped
         settings = tasks.settings
         job = prepare(settings)
         end(*do(tasks.orders[number], settings, job, lambda **_: None, in_its_folder))
@@ -94,8 +98,9 @@ def main(folder: Path, number: int) -> NoReturn:
         end("fault", str(error))
     except BaseException as error:
         traceback.print_exc()
+        send_log()
         end("died", describe(error))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(local(sys.argv[1]), int(sys.argv[2]))

@@ -40,9 +40,10 @@ from pathlib import Path
 from typing import Any
 
 from modjax.backend import compilation_cache, starting
+from modjax.bucket import Conflict, local, write
 from modjax.errors import InputError, Preempted, SharedFault, describe
 from modjax.faults import is_out_of_memory, machine_error_line
-from modjax.files import is_disk_full
+from modjax.files import is_copy, is_disk_full
 from modjax.provenance import fix_settings, require_unchanged
 from modjax.records import RunRecord, run_dir
 from modjax.scaling.workers.lease import Guard, Lost
@@ -52,6 +53,7 @@ from modjax.specs.imports import import_all
 
 SECONDS_BETWEEN_PROGRESS = 0.25
 SECONDS_TO_SAVE = 60.0
+_logs: list[Path] = []  # that of the run that this process does, or did last
 InItsFolder = Callable[
     [RunSpec, Path, Callable[[Path, Guard], RunRecord], float], tuple[RunRecord, bool] | None
 ]
@@ -108,7 +110,7 @@ def main() -> None:
     except BaseException as error:
         send("broken", error=describe(error))
         traceback.print_exc()
-        sys.stderr.flush()
+        send_log()
         os._exit(1)
 
 
@@ -185,12 +187,12 @@ def do(
             _check(order["check"], settings, job)
             return "checked", ""
         return _run(from_dict(RunSpec, order["spec"]), settings, job, progress, in_its_folder), ""
-    except Lost as error:
+    except (Lost, Conflict) as error:
         return "busy", str(error)
     except InputError as error:
         return "fault" if isinstance(error, SharedFault) else "refused", str(error)
     except Exception as error:
-        line = machine_error_line(error, Path(settings.workdir))
+        line = machine_error_line(error, local(settings.workdir))
         if is_disk_full(error):
             return "disk full", ""
         if "check" in order and line is not None:
@@ -226,24 +228,43 @@ def _run(
             progress(step=line.get("step"), loss=line.get("loss"))
 
     def train(folder: Path, guard: Guard) -> RunRecord:
-        return job.train(
-            spec,
-            settings.execution,
-            run_dir=folder,
-            data_dir=Path(settings.data_dir),
-            fingerprint=settings.fingerprint,
-            progress=report,
-            other_code=settings.other_code,
-            guard=guard,
-        )
+        _print_to(folder / "log.txt")  # of an earlier process elsewhere, if it is in a bucket
+        _logs[:] = [folder / "log.txt"]
+        try:
+            return job.train(
+                spec,
+                settings.execution,
+                run_dir=folder,
+                data_dir=Path(settings.data_dir),
+                fingerprint=settings.fingerprint,
+                progress=report,
+                other_code=settings.other_code,
+                guard=guard,
+            )
+        except (Lost, Conflict):
+            _logs.clear()  # it is another process's now
+            raise
+        finally:
+            send_log()
 
-    workdir = Path(settings.workdir)
+    workdir = local(settings.workdir)
+    if is_copy(workdir):
+        run_dir(workdir, spec.run_id).mkdir(parents=True, exist_ok=True)
     _print_to(run_dir(workdir, spec.run_id) / "log.txt")
     done = in_its_folder(spec, workdir, train, settings.lease)
     if done is None:
         return "busy"
     _, here = done
     return "done" if here else "found"
+
+
+def send_log() -> None:
+    """Copies the log of the last run of this process to its bucket, if it has one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for path in filter(is_copy, _logs):
+        with contextlib.suppress(OSError):
+            write(path, path.read_bytes())
 
 
 def _print_to(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Manifests against the schemas of Kubernetes, and sweeps through a stand-in for kubectl."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -120,6 +121,15 @@ def test_a_file_adds_to_the_pod(folders, tmp_path):
     ours, other = pod["containers"]
     assert ours["volumeMounts"] == [mount, {"name": "files", "mountPath": "/mnt"}]
     assert ours["image"] == "modjax:1" and other == {"name": "other"}
+
+
+def test_a_task_in_a_bucket_is_named_by_its_url(folders):
+    settings = dataclasses.replace(settings_of(folders), workdir="gs://bucket/w")
+    engine = Jobs(Gke(image="modjax:1"), settings, 6)
+    (found,) = yaml.safe_load_all(engine.manifests(engine.home / "name", 1))
+    (container,) = found["spec"]["template"]["spec"]["containers"]
+    task = "exec python -P -m modjax.scaling.workers.task gs://bucket/w/tasks/name 0"
+    assert container["command"] == ["/bin/sh", "-c", task]
 
 
 def test_a_sweep_does_each_run_once(folders, cluster):

@@ -32,32 +32,10 @@ from tests.scaling.small_sweep import (
     wait_until,
 )
 
-STAND_IN = Path(__file__).with_name("slurm_stand_in.py")
-
 
 def settings_of(folders) -> Settings:
     workdir, data_dir = map(str, folders)
     return Settings("stand_in", workdir, data_dir, "f", Execution(), {}, {}, False)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(batch, "SECONDS_BETWEEN_LOOKS", 0.1)
-    monkeypatch.setattr(batch, "SECONDS_OF_LAG", 0.3)
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch, quick) -> Path:
-    """Returns the folder of the stand-in, which is on the PATH."""
-    programs, home = tmp_path / "programs", tmp_path / "slurm's own"
-    programs.mkdir()
-    home.mkdir()
-    for name in ("sbatch", "squeue", "scancel", "scontrol"):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_IN} {name} "$@"\n')
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_STAND_IN", str(home))
-    return home
 
 
 def slurm_sweep(folders, **texts: str):

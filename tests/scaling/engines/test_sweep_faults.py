@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from modjax.errors import InputError
+from modjax.files import lock
 from modjax.records import write_record
 from modjax.scaling import session
 from modjax.scaling.plan.experiment import load
 from modjax.scaling.status import status
-from modjax.scaling.workers.run_lock import lock
 from tests.scaling.small_sweep import CONFIG, SMALL, alive, lines, run_ids, start, sweep, wait_until
 from tests.scaling.stand_in import record_of
 from tests.scaling.workers.worker_messages import settings, worker_says
