@@ -148,7 +148,7 @@ def create(path: Path, content: bytes) -> bool:
 def _write(path: Path, content: bytes, known: bytes | None) -> bool:
     store, key = _place(path)
     with _errors(path):
-        generation = store.write(key, content, if_equal=known).result().generation
+        generation = store.write(key, content, if_equal=known).result(SECONDS).generation
     if not generation:  # it has another one; but the answer to an earlier try may have been lost
         with _errors(path):
             found = store.read(key).result(SECONDS)

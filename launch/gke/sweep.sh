@@ -2,7 +2,7 @@
 # Does a sweep on GKE or another Kubernetes: sh launch/gke/sweep.sh CONFIG WORKDIR DATA_DIR [OVERRIDE...]
 #
 # It submits one Job a run and shows the progress. If it ends early, the Jobs go on. The same command
-# finds them again, and submits no run twice. Ctrl-C lets all runs save their state, and deletes them.
+# finds them again, and submits no run twice. Ctrl-C lets all runs save their state, and deletes the Jobs.
 #
 # The image must have the modjax of this machine. Pods and this machine must see WORKDIR and DATA_DIR
 # at the same path. If that is gcsfuse, whose locks do not hold, add --lease=120.
@@ -28,7 +28,8 @@ set -- "$@" --engine.slices=1               # that do each run together
 set -- "$@" --engine.spot=True
 set -- "$@" --engine.notice=25              # seconds to save its state; spot machines give 30
 set -- "$@" --engine.jobs=0                 # the most at a time; 0 leaves it to the cluster
-# --engine.pod=FILE adds to the pods whatever else they need, such as volumes of gcsfuse.
+# --engine.pod=FILE has more of the pods' template (`spec`, `metadata`), such as a volume of gcsfuse
+# and its annotation.
 # --engine.render=FOLDER only writes the manifests, and needs neither a cluster nor kubectl.
 
 exec modjax sweep --engine=gke --config="$config" --workdir="$workdir" --data-dir="$data_dir" "$@"

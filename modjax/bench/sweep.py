@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from modjax.bench import Row, call, fill, fresh_environment, progress
+from modjax.errors import InputError
 from modjax.records import RunRecord, read_records, run_dir, write_record
 from modjax.scaling import sweep as sweeps
 from modjax.scaling.engines.engine import Event, options_of
@@ -59,8 +60,13 @@ def measure() -> list[Row]:
     spent = sum(r.train_seconds + r.compile_seconds for r in first)
     compiled = sum(r.compile_seconds for r in second) / sum(r.compile_seconds for r in first)
     waited = sum(r.data_wait_seconds for r in first) / sum(r.train_seconds for r in first)
-    gaps = [_seconds_between(name) * 1e3 for name in ("local", "ray")]
-    return fill(ROWS, [1 - spent / (JOBS * first_wall), compiled, waited, *gaps, *_launcher()])
+    rows = fill(ROWS[:3], [1 - spent / (JOBS * first_wall), compiled, waited])
+    for engine, row in zip(("local", "ray"), ROWS[3:5], strict=True):
+        try:
+            rows += fill([row], [_seconds_between(engine) * 1e3])
+        except InputError as error:  # it needs its extra
+            rows.append(dataclasses.replace(row, why=str(error)))
+    return rows + fill(ROWS[5:], _launcher())
 
 
 def _sweep(workdir: Path, environment: dict[str, str]) -> tuple[list[RunRecord], float]:

@@ -116,13 +116,15 @@ class Session:
             finally:
                 engine.stop(received)
 
-    def _events(self, engine: Engine, received: Sequence[int]) -> Iterator[Event]:
+    def _events(self, engine: Engine, received: list[int]) -> Iterator[Event]:
         """Yields the engine's events. Raises Stopped after a signal."""
         self.looks = time.monotonic() - self.looked > self.pause
         stop = last_stop(self.workdir) if self.looks else ""  # "" if the store does not answer
         self.looked = time.monotonic() if self.looks else self.looked
-        if received or (stop and stop != self.earlier_stop):
-            raise Stopped(next(iter(received), signal.SIGTERM))
+        if not received and stop and stop != self.earlier_stop:
+            received.append(signal.SIGTERM)
+        if received:
+            raise Stopped(received[0])
         for event in engine.events(SECONDS_OF_WATCHING):
             if event.kind == "note":
                 self.display.note(event.why)
@@ -195,7 +197,11 @@ class Session:
             self.elsewhere.append(spec)
             return
         self._require_home()
-        self._pull(spec)
+        try:
+            self._pull(spec)
+        except OSError:  # the bucket may answer the next time
+            self.elsewhere.append(spec)
+            return
         self.attempts[run_id] += kind not in FREE
         self.fruitless[run_id] += 1
         if self.fruitless[run_id] >= MOST_FRUITLESS and kind in FREE:
@@ -242,7 +248,8 @@ class Session:
         log, tail = self._folder(spec) / "log.txt", []
         with contextlib.suppress(InputError):
             if is_copy(log):  # its process has died before it could
-                write(log, read(log, ""))
+                with contextlib.suppress(OSError):
+                    write(log, read(log, ""))
             tail = read(log, "", last=LOG_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:]
         failure = {"run_id": spec.run_id, "why": why, "log": tail}
         write_json(self._folder(spec) / "failure.json", failure)

@@ -5,8 +5,10 @@ knows the submission by the same NAME, so a launcher that is started again finds
 Two launchers on one folder that follow the same task see it end alike.
 """
 
+import errno
 import secrets
 import shutil
+import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -18,20 +20,21 @@ from typing import Any
 
 from modjax import bucket
 from modjax.backend import last_line
-from modjax.errors import InputError, require
+from modjax.errors import MOST_SAID, InputError, one_line, require
 from modjax.files import entries, is_copy, read, read_json, reason, remove
 from modjax.metrics_file import last_step
 from modjax.records import run_dir, write_json
 from modjax.scaling.engines.engine import Event, raise_for_all
 from modjax.scaling.workers.task import Tasks, read_tasks
-from modjax.scaling.workers.worker import Settings
+from modjax.scaling.workers.worker import Settings, environment
 from modjax.specs import RunSpec, to_dict
 
 UNDER_WAY = WAITING, RUNNING = "waiting", "running"
 MOST_AT_ONCE = 1000  # tasks of a submission: Slurm's usual limit
-SECONDS_BETWEEN_LOOKS = 3.0
+SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_OF_LAG = 60.0  # until a file that another machine wrote is seen, as NFS has it
-SECONDS_TO_STOP = 90.0
+SECONDS_TO_ANSWER = 60.0  # of a scheduler's program
+SECONDS_BETWEEN_METRICS = 60.0
 States = Mapping[tuple[str, int], tuple[str, str]]
 
 
@@ -43,6 +46,7 @@ class Task:
     state: WAITING or RUNNING, or "" if it is not yet known.
     step: the last one that the run has logged.
     gone: when the scheduler was first seen without it, as time.monotonic; its event; and why.
+    pulled: when its metrics were last fetched from a bucket.
     """
 
     run_id: str
@@ -51,6 +55,7 @@ class Task:
     state: str = WAITING
     step: int = 0
     gone: tuple[float, str, str] | None = None
+    pulled: float = float("-inf")
 
     @property
     def file(self) -> Path:
@@ -69,6 +74,8 @@ class Batch(ABC):
     together, again: as in Tasks.
     """
 
+    seconds_to_stop = 90.0
+
     def __init__(self, settings: Settings, runs: int, jobs: int, together: bool, again: str):
         self.settings, self.workdir = settings, bucket.local(settings.workdir)
         accepted = "must be a folder that all hosts of a run share, no bucket"
@@ -76,16 +83,20 @@ class Batch(ABC):
         workdir = self.workdir
         self.makes_workdir = not workdir.exists()
         self.home, self.jobs, self.slots = workdir / "tasks", jobs, min(jobs or runs, runs)
-        self.together, self.again = together, again
+        self.runs, self.together, self.again = runs, together, again
         self.tasks: dict[str, Task] = {}  # by run id
         self.earlier: dict[str, Task] = {}  # of earlier launchers
         self.unsent: dict[Path, int] = {}  # folder -> its number of tasks
+        self.runs_there = "python", sys.executable  # named when it does not
         self.checked, self.looked = False, float("-inf")
         self.said: set[str] = set()
 
     @abstractmethod
-    def submit(self, folder: Path, count: int) -> None:
-        """Submits tasks 0 to `count` - 1 of a folder, under its name. Raises OSError."""
+    def submit(self, folder: Path, numbers: Sequence[int]) -> None:
+        """Submits tasks of a folder, under its name.
+
+        Raises OSError, after which those that the scheduler lacks are submitted again.
+        """
 
     @abstractmethod
     def look(self) -> States:
@@ -96,11 +107,15 @@ class Batch(ABC):
         """
 
     @abstractmethod
-    def cancel(self, name: str, save: bool) -> None:
-        """Cancels the waiting tasks of a submission, and stops those that run.
+    def cancel(self, names: Sequence[str], save: bool) -> None:
+        """Cancels the waiting tasks of submissions, and stops those that run.
 
         save: whether they get the time to save their state. Raises OSError.
         """
+
+    def where_to_read(self, task: Task) -> str:
+        """Returns where the user finds what the process of a task has printed."""
+        return f"see {task.log}"
 
     def check(self, specs: Sequence[RunSpec]) -> None:
         self.earlier = self._earlier()
@@ -142,13 +157,14 @@ class Batch(ABC):
 
     def stop(self, received: Sequence[int]) -> bool:
         running, began = list(self.tasks.values()), time.monotonic()
+        if not received:  # no order, but an error: another launcher finds them
+            return not running
         self.tasks = {}
         names, save = {task.folder.name for task in running}, True
         while names and save:
-            save = len(received) < 2 and time.monotonic() - began < SECONDS_TO_STOP
-            for name in names:
-                with suppress(OSError):
-                    self.cancel(name, save)
+            save = len(received) < 2 and time.monotonic() - began < self.seconds_to_stop
+            with suppress(OSError):
+                self.cancel(sorted(names), save)
             with suppress(OSError):
                 living = {name for (name, _), (kind, _) in self.look().items() if kind in UNDER_WAY}
                 names &= living
@@ -191,11 +207,10 @@ class Batch(ABC):
 
     def _compare(self, states: States) -> Iterator[Event]:
         """Compares the tasks with what the scheduler knows, and submits those that it lacks."""
-        known = {name for name, _ in states}
         for task in self.tasks.values():
-            if task.folder in self.unsent and task.folder.name not in known:
+            if task.folder in self.unsent and (task.folder.name, task.number) not in states:
                 continue
-            gone = "died", "the scheduler has forgotten its task"
+            gone = "node lost", "the scheduler has forgotten its task"
             kind, why = states.get((task.folder.name, task.number), gone)
             if kind not in UNDER_WAY:
                 task.gone = task.gone or (time.monotonic(), kind, why)
@@ -206,14 +221,20 @@ class Batch(ABC):
             task.state = kind
             if kind == WAITING and not task.run_id:
                 yield from self._note("the task that checks the runs waits for its turn")
+            if kind == WAITING and why:
+                yield from self._note(f"a task waits: {why}")
+            if kind == RUNNING and time.monotonic() - task.pulled > SECONDS_BETWEEN_METRICS:
+                task.pulled = time.monotonic()
+                bucket.get(self._folder(task), ["metrics.jsonl"])
             with suppress(InputError):
                 step = last_step(self._folder(task))
                 if kind == RUNNING and step > task.step:
                     task.step = step
                     yield Event("progress", task.run_id, step=step)
         for folder, count in list(self.unsent.items()):
-            if folder.name not in known:  # else its submission was answered by an error, but done
-                self.submit(folder, count)
+            missing = [n for n in range(count) if (folder.name, n) not in states]
+            if missing:  # else an error answered a submission that was done
+                self.submit(folder, missing)
             del self.unsent[folder]
 
     def _end(self, task: Task, ended: bool) -> Event | None:
@@ -227,8 +248,8 @@ class Batch(ABC):
             return None
         if values is not None:
             kind, why = values["kind"], values["why"]
-        elif kind == "died" and not (self._folder(task) / "log.txt").exists():
-            why = f"{why}; see {task.log}"  # it died before the run had a log
+        elif task.run_id and kind == "died" and not (self._folder(task) / "log.txt").exists():
+            why = f"{why}; {self.where_to_read(task)}"  # it ended before the run had a log
         if not task.run_id:
             if kind in ("preempted", "node lost"):
                 self._plan(list(read_tasks(task.folder).orders), [""])
@@ -247,11 +268,12 @@ class Batch(ABC):
 
     def _cannot_run(self, task: Task, why: str) -> InputError:
         """Returns the error for a check that did not even begin, or met a fault of the program."""
-        if not task.log.exists():
+        if task.log.exists():
+            why = f"{why}; {last_line(read(task.log, '').decode(errors='replace'))}"
+        elif not is_copy(self.home):
             return InputError("--workdir", self.settings.workdir, f"a node does not see it: {why}")
-        said = last_line(read(task.log, "").decode(errors="replace"))
-        accepted = f"does no runs there: {why}; {said}; see {task.log}"
-        return InputError("python", sys.executable, accepted)
+        accepted = f"does no runs there: {why}; {self.where_to_read(task)}"
+        return InputError(*self.runs_there, accepted)
 
     def _folder(self, task: Task) -> Path:
         return run_dir(self.workdir, task.run_id)
@@ -260,3 +282,22 @@ class Batch(ABC):
         if line not in self.said:
             self.said.add(line)
             yield Event("note", why=line)
+
+
+def call(*command: str, text: str = "") -> str:
+    """Returns what a scheduler's program prints. Raises OSError with its last line if it fails."""
+    try:
+        done = subprocess.run(
+            command,
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_TO_ANSWER,
+            env=environment(),
+            start_new_session=True,  # Ctrl-C reaches the launcher alone
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(errno.EIO, f"{command[0]} does not answer") from error
+    if done.returncode != 0:
+        raise OSError(errno.EIO, one_line(done.stderr, MOST_SAID))
+    return done.stdout

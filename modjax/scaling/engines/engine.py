@@ -81,7 +81,8 @@ class Engine(Protocol):
         """Ends the runs under way once they have saved their state, and frees everything.
 
         May be called again. received: the signals so far; it may grow. A second one ends the runs
-        at once. Returns whether every run has saved its state.
+        at once. Without any, an error ends the session: runs that another launcher can find go on.
+        Returns whether every run has saved its state.
         """
         ...
 

@@ -4,13 +4,12 @@ A pod that a signal stopped exits with 75 once its state is saved. Kubernetes st
 does after the loss of its node. Kueue, if there is a queue, admits each run by itself.
 """
 
-import errno
 import hashlib
 import json
 import math
 import shlex
 import shutil
-import subprocess
+import signal
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +18,17 @@ from typing import Any
 
 from modjax.bucket import url
 from modjax.errors import MOST_SAID, InputError, one_line, require
-from modjax.files import reason, write_atomically
-from modjax.scaling.engines.batch import RUNNING, WAITING, Batch, States
+from modjax.files import is_copy, reason, write_atomically
+from modjax.scaling.engines.batch import RUNNING, WAITING, Batch, States, Task, call
 from modjax.scaling.engines.engine import Engine, HandedOver, describe_exit
-from modjax.scaling.engines.manifest import LOST, NAME, NUMBER, SWEEP, manifests, pod_of
+from modjax.scaling.engines.manifest import LOST, NAME, NUMBER, SWEEP, manifests, name_of, pod_of
 from modjax.scaling.workers.task import STOPPED
 from modjax.scaling.workers.worker import Settings
 from modjax.specs import RunSpec
 from modjax.specs.fields import NotNegative, Positive, check
 
-SECONDS_TO_ANSWER = 60.0
+SECONDS_TO_GO = 30.0  # of a pod, after the time that it has to save its state
+MOST_IN_A_CALL = 50  # Jobs that kubectl makes within the time that it has to answer
 TPU_SIDES = "must be the sides of a slice, such as 4x4"
 OUT_OF_REACH = "kubectl is not on the PATH: --engine.render=FOLDER only writes the manifests"
 
@@ -43,10 +43,12 @@ class Gke:
     namespace, account: of the pods; "" leaves them to kubectl and to Kubernetes.
     queue: Kueue's LocalQueue; "" for none.
     claim, mount: a PersistentVolumeClaim, and the path at which pods and this machine see it.
-    pod: a file of YAML with more of a pod's spec, such as volumes; "" for none.
+    pod: a file of YAML with more of a pod's template, such as volumes; "" for none.
     accelerator, topology: of a TPU slice, such as tpu-v5-lite-podslice and 4x4; "" for none.
-    slices: that do a run together. hosts: of each slice, or that do a run together.
-    tpus, gpus, cores, memory: of a host; memory in GB. 0 asks for none.
+    slices: TPU slices that do a run together.
+    hosts: machines of a slice, or of a run where there are no slices.
+    tpus, gpus, cores, memory: of a host; memory in GB. 0 asks for none: give the memory of a host
+      that others use, too, where a pod without is the first to be evicted.
     spot: whether the hosts are spot machines.
     notice: seconds to save its state that a pod has after it was told to stop.
     """
@@ -79,6 +81,8 @@ class Gke:
 
     def __post_init__(self):
         check(self, "--engine")
+        accepted = "takes TPUs: hosts with GPUs are one slice"
+        require(self.slices == 1 or self.tpus > 0, "--engine.slices", self.slices, accepted)
         if self.topology:
             sides, chips = self.topology.split("x"), self.hosts * self.tpus
             require(all(map(str.isdigit, sides)), "--engine.topology", self.topology, TPU_SIDES)
@@ -97,9 +101,9 @@ class Gke:
         if not self.render:
             require(shutil.which("kubectl") is not None, "--engine", "gke", OUT_OF_REACH)
             try:
-                engine.apply(Path("check"), 1, "--dry-run=server")
+                engine.submit(Path("check"), [0], "--dry-run=server")
             except OSError as error:
-                accepted = f"the cluster refuses such a run: {reason(error)}"
+                accepted = f"the cluster takes no such run: {reason(error)}"
                 raise InputError("--engine", "gke", accepted) from error
         return engine
 
@@ -108,11 +112,13 @@ class Jobs(Batch):
     """Jobs or JobSets, which are labelled with their folder and number."""
 
     def __init__(self, options: Gke, settings: Settings, runs: int):
-        jobs = 0 if options.render else options.jobs
-        super().__init__(settings, runs, jobs, options.together, "")
+        super().__init__(settings, runs, options.jobs, options.together, "")
         self.options, self.pod = options, pod_of(options)
         self.kind = "jobsets.jobset.x-k8s.io" if options.together else "jobs.batch"
-        self.sweep = hashlib.sha256(settings.workdir.encode()).hexdigest()[:16]
+        self.sweep = f"w{hashlib.sha256(settings.workdir.encode()).hexdigest()[:15]}"
+        self.kubectl = ("kubectl", *[f"--namespace={options.namespace}"][: bool(options.namespace)])
+        self.seconds_to_stop = options.notice + SECONDS_TO_GO
+        self.runs_there = "--engine.image", options.image
 
     def check(self, specs: Sequence[RunSpec]) -> None:
         if self.options.render:
@@ -120,58 +126,47 @@ class Jobs(Batch):
         else:
             super().check(specs)
 
+    def room(self) -> int:
+        return self.runs if self.options.render else super().room()
+
     def start(self, specs: Sequence[RunSpec]) -> None:
         super().start(specs)
         if self.options.render:
             (folder,), self.tasks = self.unsent, {}
             file = Path(self.options.render) / f"{folder.name}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, self.manifests(folder, len(specs)))
+            write_atomically(file, self.manifests(folder, range(len(specs))))
             raise HandedOver(f"kubectl apply -f {shlex.quote(str(file))}  # does {len(specs)} runs")
 
-    def manifests(self, folder: Path, count: int) -> str:
-        return manifests(self.options, self.sweep, self.pod, folder, count)
+    def manifests(self, folder: Path, numbers: Sequence[int]) -> str:
+        return manifests(self.options, self.sweep, self.pod, folder, numbers)
 
-    def apply(self, folder: Path, count: int, *options: str) -> None:
-        self._call("apply", "--filename=-", *options, text=self.manifests(folder, count))
-
-    def submit(self, folder: Path, count: int) -> None:
-        self.apply(folder, count)
+    def submit(self, folder: Path, numbers: Sequence[int], *options: str) -> None:
+        for i in range(0, len(numbers), MOST_IN_A_CALL):
+            text = self.manifests(folder, numbers[i : i + MOST_IN_A_CALL])
+            call(*self.kubectl, "create", "--filename=-", *options, text=text)
 
     def look(self) -> States:
         chosen = f"--selector={SWEEP}={self.sweep}"
-        items = json.loads(self._call("get", f"{self.kind},pods", chosen, "--output=json"))["items"]
-        pods = defaultdict(list)
+        items = call(*self.kubectl, "get", f"{self.kind},pods", chosen, "--output=json")
+        items, pods = json.loads(items)["items"], defaultdict(list)
         for item in items:
             if item["kind"] == "Pod":
                 pods[_task(item)].append(item["status"])
         others = [item for item in items if item["kind"] != "Pod"]
         return {_task(item): state_of(item.get("status", {}), pods[_task(item)]) for item in others}
 
-    def cancel(self, name: str, save: bool) -> None:
-        chosen = f"--selector={NAME}={name}"
+    def cancel(self, names: Sequence[str], save: bool) -> None:
+        which = (f"--selector={NAME} in ({','.join(names)})", "--wait=false")
         # A Job that is deleted in the foreground stays until its pods have gone.
-        self._call("delete", self.kind, chosen, "--cascade=foreground", "--wait=false")
+        call(*self.kubectl, "delete", self.kind, *which, "--cascade=foreground")
         if not save:
-            self._call("delete", "pods", chosen, "--grace-period=0", "--force", "--wait=false")
+            call(*self.kubectl, "delete", "pods", *which, "--grace-period=0", "--force")
 
-    def _call(self, *arguments: str, text: str = "") -> str:
-        """Returns what kubectl prints. Raises OSError with its last line if it fails."""
-        where = (f"--namespace={self.options.namespace}",) if self.options.namespace else ()
-        try:
-            done = subprocess.run(
-                ("kubectl", *where, *arguments),
-                input=text,
-                capture_output=True,
-                text=True,
-                timeout=SECONDS_TO_ANSWER,
-                start_new_session=True,  # Ctrl-C reaches the launcher alone
-            )
-        except subprocess.TimeoutExpired as error:
-            raise OSError(errno.EIO, "kubectl does not answer") from error
-        if done.returncode != 0:
-            raise OSError(errno.EIO, one_line(done.stderr, MOST_SAID))
-        return done.stdout
+    def where_to_read(self, task: Task) -> str:
+        if not is_copy(self.home):
+            return super().where_to_read(task)
+        return f"see {' '.join(self.kubectl)} logs job/{name_of(task.folder, task.number)}"
 
 
 def _task(item: Mapping[str, Any]) -> tuple[str, int]:
@@ -184,20 +179,26 @@ def state_of(status: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> tu
     conditions = {c["type"]: c for c in status.get("conditions", ()) if c["status"] == "True"}
     if conditions.keys() & {"Complete", "Completed"}:
         return "died", "ended without a word"
+    judged = [pod for pod in pods if not _is_lost(pod)]
+    containers = [state["state"] for pod in judged for state in pod.get("containerStatuses", ())]
     if "Failed" not in conditions:
         parts = status.get("replicatedJobsStatus", [status])
-        return (RUNNING if any(part.get("ready", 0) for part in parts) else WAITING), ""
-    ends = [
-        container["state"]["terminated"]
-        for pod in pods
-        for container in pod.get("containerStatuses", ())
-        if "terminated" in container["state"]
-    ]
+        if any(part.get("ready", 0) for part in parts):
+            return RUNNING, ""
+        waiting = [state["waiting"].get("reason", "") for state in containers if "waiting" in state]
+        waiting += [c.get("message", "") for pod in judged for c in pod.get("conditions", ())]
+        return WAITING, one_line(next(filter(None, waiting), ""), MOST_SAID)
+    ends = [state["terminated"] for state in containers if "terminated" in state]
     if any(end.get("reason") == "OOMKilled" for end in ends):
-        return "out of memory", "more than --engine.memory"
-    if any(LOST.items() <= c.items() for pod in pods for c in pod.get("conditions", ())):
-        return "node lost", "its pod was evicted"
-    codes = [end["exitCode"] for end in ends if end["exitCode"] not in (0, STOPPED)]
+        return "out of memory", "killed for its memory, see --engine.memory"
+    codes = [end["exitCode"] for end in ends if end.get("reason") != "Unknown"]  # of a reboot
+    codes = [code for code in codes if code not in (0, STOPPED)]
     if codes:
-        return "died", describe_exit(codes[0] if codes[0] < 128 else 128 - codes[0])
-    return "died", one_line(conditions["Failed"].get("message", "failed"), MOST_SAID)
+        code, known = codes[-1], {128 + number for number in signal.Signals}
+        return "died", describe_exit(128 - code if code in known else code)
+    return "node lost", one_line(conditions["Failed"].get("message", "failed"), MOST_SAID)
+
+
+def _is_lost(pod: Mapping[str, Any]) -> bool:
+    """Returns whether a pod was taken away, after which there is another."""
+    return any(LOST.items() <= condition.items() for condition in pod.get("conditions", ()))

@@ -1,6 +1,7 @@
 """Manifests of Kubernetes for the runs of a sweep: a Job, or a JobSet if several hosts do a run."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,24 @@ if TYPE_CHECKING:
 
 # Labels of an object: the sweep's folder, one submission's name, and the number of its task.
 SWEEP, NAME, NUMBER = (f"modjax/{label}" for label in ("sweep", "tasks", "number"))
-SECONDS_KEPT = 86_400  # that Kubernetes remembers a finished run
+SECONDS_KEPT = 600  # that Kubernetes remembers a finished run
 GKE = "cloud.google.com/gke-"
-LOST = {"type": "DisruptionTarget", "status": "True"}  # of a pod whose node is taken away
-REMEDY = "write more of a pod's spec there"
+LOST = {"type": "DisruptionTarget", "status": "True"}  # of a pod that is taken away, or its node
+REMEDY = "write more of a pod's template there"
 
 
-def manifests(options: "Gke", sweep: str, pod: dict[str, Any], folder: Path, count: int) -> str:
-    """Returns the manifests of tasks 0 to `count` - 1 of a folder, as YAML.
+def name_of(folder: Path, number: int) -> str:
+    return f"modjax-{folder.name}-{number}"
+
+
+def manifests(
+    options: "Gke", sweep: str, pod: dict[str, Any], folder: Path, numbers: Sequence[int]
+) -> str:
+    """Returns the manifests of tasks of a folder, as YAML.
 
     sweep: label of the sweep. pod: from `pod_of`.
     """
-    each = [_manifest(options, sweep, pod, folder, number) for number in range(count)]
+    each = [_manifest(options, sweep, pod, folder, number) for number in numbers]
     return yaml.safe_dump_all(each, sort_keys=False)
 
 
@@ -40,8 +47,10 @@ def _manifest(
     at = url_of(folder)
     log = "" if at else f" >> {shlex.quote(str(folder))}/{number}.log 2>&1"
     task = f"exec {module} {shlex.quote(at or str(folder))} {number}{log}"
-    container = pod["containers"][0] | {"command": ["/bin/sh", "-c", task]}
-    pod = pod | {"containers": [container, *pod["containers"][1:]]}
+    container, *others = pod["spec"]["containers"]
+    container = container | {"command": ["/bin/sh", "-c", task]}
+    about = {**pod["metadata"], "labels": pod["metadata"].get("labels", {}) | labels}
+    template = {"metadata": about, "spec": pod["spec"] | {"containers": [container, *others]}}
     # All hosts of a run stop together, and JobSet starts all of them again.
     action = "FailJob" if options.together else "Ignore"
     job = {
@@ -55,10 +64,10 @@ def _manifest(
                 {"action": action, "onExitCodes": {"operator": "In", "values": [STOPPED]}},
             ]
         },
-        "template": {"metadata": {"labels": labels}, "spec": pod},
+        "template": template,
     }
     queue = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
-    about: dict[str, Any] = {"name": f"modjax-{folder.name}-{number}", "labels": labels | queue}
+    about: dict[str, Any] = {"name": name_of(folder, number), "labels": labels | queue}
     if options.namespace:
         about["namespace"] = options.namespace
     if not options.together:
@@ -67,6 +76,7 @@ def _manifest(
     if options.topology:
         about["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": f"{GKE}nodepool"}
     again = {
+        "name": "stopped",
         "action": "RestartJobSetAndIgnoreMaxRestarts",
         "onJobFailureReasons": ["PodFailurePolicy"],
     }
@@ -81,15 +91,19 @@ def _manifest(
 
 
 def pod_of(options: "Gke") -> dict[str, Any]:
-    """Returns the spec of a pod, without its command. Raises InputError for a bad `pod` file."""
-    own: Any = {}
+    """Returns a pod's template, without its command. Raises InputError for a bad `pod` file."""
+    file: Any = {}
     if options.pod:
         try:
-            own = yaml.safe_load(read(Path(options.pod), REMEDY))
+            file = yaml.safe_load(read(Path(options.pod), REMEDY))
         except yaml.YAMLError as error:
             raise damaged(Path(options.pod), REMEDY, error) from error
-        require(isinstance(own, dict), "--engine.pod", options.pod, "must hold a pod's spec")
+        accepted = "must hold a pod's template, with `spec`, `metadata` or both"
+        fits = isinstance(file, dict) and file.keys() <= {"spec", "metadata"}
+        require(fits, "--engine.pod", options.pod, accepted)
+    own = {name: value for name, value in (file.get("spec") or {}).items() if value is not None}
     container, *others = own.get("containers") or [{}]
+    theirs = container.get("resources", {})
     asked = {
         "google.com/tpu": options.tpus,
         "nvidia.com/gpu": options.gpus,
@@ -112,7 +126,7 @@ def pod_of(options: "Gke") -> dict[str, Any]:
     more = {
         "name": "modjax",
         "image": options.image,
-        "resources": {"requests": resources, "limits": resources},
+        "resources": {kind: theirs.get(kind, {}) | resources for kind in ("requests", "limits")},
         "volumeMounts": [*container.get("volumeMounts", ()), *mounts],
     }
     about = {"serviceAccountName": options.account} if options.account else {}
@@ -124,4 +138,4 @@ def pod_of(options: "Gke") -> dict[str, Any]:
         "volumes": [*own.get("volumes", ()), *volumes],
         "containers": [container | more, *others],
     }
-    return own | about
+    return {"metadata": file.get("metadata") or {}, "spec": own | about}

@@ -5,28 +5,26 @@ SIGUSR2 would bypass the SIGTERM that training saves its state at, and it takes 
 a job of at most ten minutes for the end of its time.
 """
 
-import errno
 import getpass
 import os
 import shlex
 import shutil
-import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from modjax.bucket import url_of
-from modjax.errors import MOST_SAID, InputError, one_line, require
+from modjax.errors import InputError, require
 from modjax.files import reason
-from modjax.scaling.engines.batch import RUNNING, WAITING, Batch, States
+from modjax.scaling.engines.batch import RUNNING, WAITING, Batch, States, call
 from modjax.scaling.engines.engine import Engine, describe_exit
 from modjax.scaling.workers.task import STOPPED
-from modjax.scaling.workers.worker import Settings, environment
+from modjax.scaling.workers.worker import Settings
 from modjax.specs.fields import NotNegative, Positive, check
 
 PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol")
-SECONDS_TO_ANSWER = 60.0
 ENDS = {
     "NODE_FAIL": "node lost",
     "BOOT_FAIL": "node lost",
@@ -116,7 +114,7 @@ class SlurmBatch(Batch):
         super().__init__(settings, runs, options.jobs, options.hosts > 1, AGAIN)
         self.options = options
 
-    def submit(self, folder: Path, count: int) -> None:
+    def submit(self, folder: Path, numbers: Sequence[int]) -> None:
         launch = f"srun --kill-on-bad-exit=1 --cpus-per-task={self.options.cores} "
         script = SCRIPT.format(
             launch=launch if self.together else "",
@@ -125,7 +123,9 @@ class SlurmBatch(Batch):
         )
         log = str(folder).replace("\\", "\\\\").replace("%", "%%") + "/%a.log"
         fixed = ("--requeue", "--export=ALL", "--open-mode=append", f"--output={log}")
-        name = (f"--job-name={folder.name}", f"--array=0-{count - 1}")
+        whole = list(numbers) == list(range(len(numbers)))
+        array = f"0-{len(numbers) - 1}" if whole else ",".join(map(str, numbers))
+        name = (f"--job-name={folder.name}", f"--array={array}")
         call("sbatch", *self.options.options(), *fixed, *name, text=script)
 
     def look(self) -> States:
@@ -142,13 +142,13 @@ class SlurmBatch(Batch):
                 states[name, int(number)] = kind, _explain(state, why, int(status))
         return states
 
-    def cancel(self, name: str, save: bool) -> None:
-        if not save:
-            call("scancel", f"--name={name}")
-            return
-        call("scancel", f"--name={name}", "--state=PENDING")
+    def cancel(self, names: Sequence[str], save: bool) -> None:
         to = () if self.together else ("--batch",)  # else to the steps
-        call("scancel", f"--name={name}", "--state=RUNNING", "--signal=USR2", *to)
+        running = ("--state=RUNNING", "--signal=USR2", *to)
+        for name in names:
+            for which in [("--state=PENDING",), running] if save else [()]:
+                with suppress(OSError):
+                    call("scancel", f"--name={name}", *which)
 
 
 def _explain(state: str, why: str, status: int) -> str:
@@ -157,22 +157,3 @@ def _explain(state: str, why: str, status: int) -> str:
         with suppress(ValueError):  # Slurm uses numbers of no signal, too
             return describe_exit(os.waitstatus_to_exitcode(status))
     return f"{state} in Slurm ({why})"
-
-
-def call(*command: str, text: str = "") -> str:
-    """Returns what a program of Slurm prints. Raises OSError with its last line if it fails."""
-    try:
-        done = subprocess.run(
-            command,
-            input=text,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS_TO_ANSWER,
-            env=environment(),
-            start_new_session=True,  # Ctrl-C reaches the launcher alone
-        )
-    except subprocess.TimeoutExpired as error:
-        raise OSError(errno.EIO, f"{command[0]} does not answer") from error
-    if done.returncode != 0:
-        raise OSError(errno.EIO, one_line(done.stderr, MOST_SAID))
-    return done.stdout

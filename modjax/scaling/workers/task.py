@@ -8,6 +8,7 @@ task asks to be started again.
 Exit codes: 0 finished, checked, or done by another process; 75 stopped by a signal; 1 other ends.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -63,7 +64,9 @@ def main(folder: Path, number: int) -> NoReturn:
         stopped = kind == "preempted"
         # A failure of one process stops the others, which must not hide it.
         if (rank == 0 and not (stopped and file.exists())) or kind not in CODES:
-            write_json(file, {"kind": kind, "why": why})
+            # The exit code says that it was stopped, if a bucket does not answer.
+            with contextlib.suppress(*([OSError] if stopped else [])):
+                write_json(file, {"kind": kind, "why": why})
         if rank == 0 and stopped and tasks.again and asked:
             subprocess.run(tasks.again, shell=True)
         sys.stdout.flush()

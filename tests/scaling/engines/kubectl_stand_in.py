@@ -4,13 +4,14 @@
 $KUBECTL_STAND_IN has a folder for each Job, with job.json, pid, and at the end the exit status. A
 Job whose pod exits with 75 gets a new one. Files for orders:
 
-  refuse      what `apply --dry-run` says when it refuses
+  refuse      what `create --dry-run` says when it refuses
   busy        what every command says while the cluster does not answer
   called      gets every command
 """
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -28,16 +29,16 @@ def option(name: str, arguments: list[str]) -> str:
 
 
 def chosen(arguments: list[str]) -> list[Path]:
-    label, _, value = option("selector", arguments).partition("=")
-    jobs = [path.parent for path in HOME.glob("*/job.json")]
-    return [job for job in jobs if manifest(job)["metadata"]["labels"].get(label) == value]
+    label, values = re.fullmatch(r"(\S+?)(?:=| in )(.*)", option("selector", arguments)).groups()
+    jobs, wanted = [path.parent for path in HOME.glob("*/job.json")], values.strip("()").split(",")
+    return [job for job in jobs if manifest(job)["metadata"]["labels"].get(label) in wanted]
 
 
 def manifest(job: Path) -> dict:
     return json.loads((job / "job.json").read_text())
 
 
-def apply(arguments: list[str]) -> None:
+def create(arguments: list[str]) -> None:
     if option("dry-run", arguments):
         if (HOME / "refuse").exists():
             sys.exit((HOME / "refuse").read_text())

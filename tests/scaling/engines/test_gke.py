@@ -58,7 +58,7 @@ def gke_sweep(folders, **texts: str):
 
 def rendered(folders, **options: Any) -> list:
     engine = Jobs(Gke(image="modjax:1", **options), settings_of(folders), 6)
-    return list(yaml.safe_load_all(engine.manifests(Path("/mnt/w/tasks/20261130-01-ab"), 2)))
+    return list(yaml.safe_load_all(engine.manifests(Path("/mnt/w/tasks/20261130-01-ab"), [0, 1])))
 
 
 @pytest.mark.parametrize("version", ["1.31", "1.37"])
@@ -112,21 +112,27 @@ def test_a_file_adds_to_the_pod(folders, tmp_path):
     mount = {"name": "bucket", "mountPath": "/bucket"}
     bucket = {"name": "bucket", "csi": {"driver": "gcsfuse.csi.storage.gke.io"}}
     own = {"containers": [{"volumeMounts": [mount]}, {"name": "other"}], "volumes": [bucket]}
-    (tmp_path / "pod.yaml").write_text(yaml.safe_dump(own | {"hostNetwork": True}))
-    more = {"pod": str(tmp_path / "pod.yaml"), "claim": "files", "mount": "/mnt"}
+    own["containers"][0]["resources"] = {"limits": {"ephemeral-storage": "9Gi"}}
+    metadata = {"annotations": {"gke-gcsfuse/volumes": "true"}, "labels": {"team": "a"}}
+    template = {"spec": own | {"hostNetwork": True, "tolerations": None}, "metadata": metadata}
+    (tmp_path / "pod.yaml").write_text(yaml.safe_dump(template))
+    more = {"pod": str(tmp_path / "pod.yaml"), "claim": "files", "mount": "/mnt", "cores": 2}
     (found, _) = rendered(folders, **more)
-    pod = found["spec"]["template"]["spec"]
+    pod, about = (found["spec"]["template"][name] for name in ("spec", "metadata"))
+    assert about["annotations"] == metadata["annotations"]
+    assert about["labels"] == {"team": "a"} | found["metadata"]["labels"]
     claimed = {"name": "files", "persistentVolumeClaim": {"claimName": "files"}}
     assert pod["volumes"] == [bucket, claimed] and pod["hostNetwork"] is True
     ours, other = pod["containers"]
     assert ours["volumeMounts"] == [mount, {"name": "files", "mountPath": "/mnt"}]
+    assert ours["resources"]["limits"] == {"ephemeral-storage": "9Gi", "cpu": "2"}
     assert ours["image"] == "modjax:1" and other == {"name": "other"}
 
 
 def test_a_task_in_a_bucket_is_named_by_its_url(folders):
     settings = dataclasses.replace(settings_of(folders), workdir="gs://bucket/w")
     engine = Jobs(Gke(image="modjax:1"), settings, 6)
-    (found,) = yaml.safe_load_all(engine.manifests(engine.home / "name", 1))
+    (found,) = yaml.safe_load_all(engine.manifests(engine.home / "name", [0]))
     (container,) = found["spec"]["template"]["spec"]["containers"]
     task = "exec python -P -m modjax.scaling.workers.task gs://bucket/w/tasks/name 0"
     assert container["command"] == ["/bin/sh", "-c", task]
@@ -173,12 +179,14 @@ def test_rendered_manifests_do_the_runs_when_they_are_applied(folders, cluster, 
         gke_sweep(folders, render=str(tmp_path / "out"), jobs="2")
     (file,) = (tmp_path / "out").iterdir()
     assert not (cluster / "called").exists() and (folders[0] / "plan.json").exists()
-    os.system(f"kubectl apply --filename={file}")
+    os.system(f"kubectl create --filename={file}")
     assert gke_sweep(folders).failures == {}
     assert_one_result_per_run(folders)
 
 
 FAILED = {"type": "Failed", "status": "True", "message": "Job has reached its limit"}
+UNPLACED = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available"}
+UNPULLED = {"containerStatuses": [{"state": {"waiting": {"reason": "ImagePullBackOff"}}}]}
 LOST = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
 
 
@@ -198,11 +206,25 @@ def pod(code: int, reason: str = "Error", conditions=()) -> dict:
         ({"conditions": [{"type": "Complete", "status": "True"}]}, [], ("died", "ended without")),
         ({"conditions": [{"type": "Completed", "status": "True"}]}, [], ("died", "ended without")),
         ({"conditions": [{"type": "Suspended", "status": "True"}]}, [], ("waiting", "")),
-        ({"conditions": [FAILED]}, [], ("died", "Job has reached its limit")),
+        ({"active": 1}, [UNPULLED], ("waiting", "ImagePullBackOff")),
+        ({"active": 1}, [{"conditions": [UNPLACED]}], ("waiting", "0/3 nodes are available")),
+        ({"conditions": [FAILED]}, [], ("node lost", "Job has reached its limit")),
+        ({"conditions": [FAILED]}, [{"reason": "OutOfcpu"}], ("node lost", "Job has reached")),
+        ({"conditions": [FAILED]}, [pod(255, "Unknown")], ("node lost", "Job has reached")),
+        ({"conditions": [FAILED]}, [pod(255)], ("died", "exit status 255")),
+        ({"conditions": [FAILED]}, [pod(128, "StartError")], ("died", "exit status 128")),
         ({"conditions": [FAILED]}, [pod(75), pod(137)], ("died", "killed by SIGKILL")),
         ({"conditions": [FAILED]}, [pod(1)], ("died", "exit status 1")),
-        ({"conditions": [FAILED]}, [pod(1), pod(137, "OOMKilled")], ("out of memory", "more than")),
-        ({"conditions": [FAILED]}, [pod(1), pod(137, "Error", [LOST])], ("node lost", "its pod")),
+        (
+            {"conditions": [FAILED]},
+            [pod(1), pod(137, "OOMKilled")],
+            ("out of memory", "killed for"),
+        ),
+        (
+            {"conditions": [FAILED]},
+            [pod(137, "Error", [LOST]), pod(139)],
+            ("died", "killed by SIGS"),
+        ),
     ],
 )
 def test_states_of_jobs_and_jobsets(status, pods, state):
@@ -220,8 +242,9 @@ def test_states_of_jobs_and_jobsets(status, pods, state):
             {"claim": "c", "mount": "/mnt"},
             "^--workdir = '/.*': pods see only --engine.mount =",
         ),
-        ({"pod": "/nowhere"}, "^/nowhere = 'damaged or missing': write more of a pod's spec there"),
-        ({}, "^--engine = 'gke': the cluster refuses such a run: error: no matches for kind"),
+        ({"pod": "/nowhere"}, "^/nowhere = 'damaged or missing': write more of a pod's template"),
+        ({"slices": "2", "gpus": "8"}, "^--engine.slices = 2: takes TPUs: hosts with GPUs are one"),
+        ({}, "^--engine = 'gke': the cluster takes no such run: error: no matches for kind"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_submitted(folders, cluster, texts, reason):

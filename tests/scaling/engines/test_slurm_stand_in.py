@@ -147,12 +147,13 @@ class Planned(batch.Batch):
 
     def __init__(self, folders):
         super().__init__(settings_of(folders), 6, 0, False, "")
-        self.states, self.submitted, self.fault = {}, [], ""
+        self.states, self.submitted, self.numbers, self.fault = {}, [], [], ""
 
-    def submit(self, folder, count):
+    def submit(self, folder, numbers):
         if self.fault:
             raise OSError(5, self.fault)
         self.submitted.append(folder)
+        self.numbers.append(list(numbers))
 
     def look(self):
         return {
@@ -161,7 +162,7 @@ class Planned(batch.Batch):
             for number, state in self.states.items()
         }
 
-    def cancel(self, name, save):
+    def cancel(self, names, save):
         self.states = {}
 
 
@@ -179,9 +180,8 @@ def planned(folders, quick):
 @pytest.mark.parametrize("said", [("node lost", "NODE_FAIL"), ("out of memory", "x"), None])
 def test_a_task_that_has_gone_ends_as_the_scheduler_says(planned, said):
     planned.states = {} if said is None else {0: said}
-    (event,) = events_until(planned, said[0] if said else "died")
-    forgotten = f"the scheduler has forgotten its task; see {planned.submitted[0]}/0.log"
-    assert event.why == (said[1] if said else forgotten)
+    (event,) = events_until(planned, said[0] if said else "node lost")
+    assert event.why == (said[1] if said else "the scheduler has forgotten its task")
     assert list(planned.events(0)) == [] and planned.stop([])
 
 
@@ -222,6 +222,25 @@ def test_a_scheduler_that_does_not_answer_is_asked_again(planned):
     planned.fault = ""
     list(planned.events(0.15))
     assert len(planned.submitted) == 2
+
+
+def test_tasks_that_a_failed_submission_left_out_are_submitted_again(folders, quick):
+    engine = Planned(folders)
+
+    def submit(folder, numbers):
+        engine.states |= {n: ("waiting", "quota") for n in numbers[:2]}
+        Planned.submit(engine, folder, numbers)
+        if len(numbers) > 2:
+            raise OSError(5, "exceeded quota")
+
+    engine.submit = submit
+    engine.start(load(str(CONFIG), SMALL).specs[:5])
+    events = [event for _ in range(9) for event in engine.events(0.11)]
+    assert engine.numbers == [[0, 1, 2, 3, 4], [2, 3, 4], [4]]
+    assert [e[0::2][:2] for e in events] == [
+        ("note", "exceeded quota; trying again"),
+        ("note", "a task waits: quota"),
+    ]
 
 
 @pytest.mark.parametrize(("kind", "error"), [("fault", Refused), ("disk full", OSError)])
