@@ -12,13 +12,13 @@ from modjax.finished.paired import compare
 
 RESULTS = Path(__file__).parent / "results"
 CONTROLS = ("random", "pattern", "mean", "static")
+UNITS = (("attention", 75), ("attention", 50), ("mlp", 75), ("block", 75))
 TASKS = ("lambada", "piqa", "arc_easy")
 GIVEN = (
     "below 0.02 nats",
     "with 12% of all attention off",
     "the 15 of 30 attentions",
     "a base of 3.75 nats",
-    "MoD at 12.5%",
     "capacity 0.5",
 )
 
@@ -132,23 +132,46 @@ def claims() -> Iterator[tuple[str, bool]]:
     both = [change(half)["value"], change(chance)["value"]]
     said = f"At half, they cost {both[0]:+.3f} nats, random tokens {both[1]:+.3f}"
     yield said, both[0] <= 0.5 * both[1]
-    rows = [read("attention-sequence-75", kind) for kind in ("tuned", "random")]
-    assert rows[0]
-    said = (
-        f"cost {change(rows[0])['value']:+.3f} nats, random tokens {change(rows[1])['value']:+.3f}"
+    others = [f"{inner}-token-{n}" for inner in ("block", "mlp") for n in (75, 50)]
+    costs, chances = ([change(read(c, k)) for c in others] for k in ("tuned", "random"))
+    said = several([one["value"] for one in costs], "+.3f")
+    yield (
+        f"Blocks and MLPs cost {said} nats (blocks at 0.75 and 0.5, MLPs at 0.75 and 0.5)",
+        all(one["low"] > 0.2 for one in costs),
     )
-    worse_by = against(rows[0], rows[1])
-    assert worse_by
-    yield said, worse_by["low"] > 0
-    yield f"{ran(rows[0]):.3f} of them ran", abs(ran(rows[0]) - 0.75) > 0.02
-    published, mlp = read("attention-token-published", "tuned"), read("mlp-token-75", "tuned")
-    assert published and mlp
-    said = f"lets {ran(published):.3f} of the positions run, and costs"
-    yield f"{said} {change(published)['value']:+.3f} nats", abs(ran(published) - 0.75) > 0.02
-    yield f"An MLP is not redundant: {change(mlp)['value']:+.3f} nats", change(mlp)["low"] > 0.2
+    yield f"random tokens {several([one['value'] for one in chances], '+.3f')}", True
+    rows = [f"{name}-sequence-{n}" for name, n in UNITS]
+    costs, chances = ([change(read(c, k))["value"] for c in rows] for k in ("tuned", "random"))
+    yield (
+        f"cost {several(costs, '+.3f')} nats, random tokens {several(chances, '+.3f')}",
+        all(a > b for a, b in zip(costs, chances, strict=True)),
+    )
+    shares = [ran(found) for cell in rows if (found := read(cell, "tuned"))]
+    yield f"{several(shares, '.3f')} of them ran, where 0.75, 0.5, 0.75 and 0.75", True
+    published = [read(f"attention-{unit}-published", "tuned") for unit in ("token", "sequence")]
+    chance = [read(f"attention-{unit}-published", "random") for unit in ("token", "sequence")]
+    assert published[0] and published[1]
+    rates, costs, by_chance = (
+        [ran(one) for one in published if one],
+        [change(one)["value"] for one in published],
+        [change(one)["value"] for one in chance],
+    )
+    yield (
+        f"lets {several(rates, '.3f')} of the positions run (by token, by sequence), and costs "
+        f"{several(costs, '+.3f')} nats, random tokens {several(by_chance, '+.3f')}",
+        all(abs(rate - 0.75) > 0.02 for rate in rates),
+    )
+    routed = read("attention-token-75-routed", "tuned")
+    last_routed = change(read("attention-token-75-routed", "tuned-lambada"), "greedy")
+    yield (
+        f"costs {change(routed)['value']:+.3f} nats, and LAMBADA {100 * last_routed['value']:+.1f}",
+        change(routed)["low"] > max(increase),
+    )
     stages = json.loads((RESULTS / "mod.json").read_text())
-    ends = [stages[f"mod-50-{stage}"][-1]["eval_causal_loss"] for stage in ("routers", "all")]
-    yield f"{ends[0]:.1f} nats with routers alone, {ends[1]:.1f} with all weights", True
+    for share, words in ((50, "At a half"), (12, "At an eighth")):
+        ends = [stages[f"mod-{share}-{stage}"][-1] for stage in ("routers", "all")]
+        losses = [end["eval_causal_loss"] for end in ends]
+        yield f"{words}: {losses[0]:.1f} nats with routers alone, {losses[1]:.1f} with all", True
 
 
 def several(values: Sequence[float], form: str) -> str:
