@@ -46,8 +46,9 @@ def main() -> None:
     text = "\n\n".join(json.loads(line)["text"] for line in lines)
     tokens_BL = jnp.asarray(base.tokenizer.prompt(text, "text")[:LENGTH], np.int32)[None]
     steps = {"base": prefilling(base, tokens_BL)}
-    for out in sorted(path for path in (HERE / "results").iterdir() if (path / "routers.safetensors").exists()):
-        files = {out.name: out / "routers.safetensors"}
+    for routers in sorted((HERE / "results").glob("*/routers.safetensors")):
+        out = routers.parent
+        files = {out.name: routers}
         if out.name in ("attention-token-75", "attention-token-50", "mlp-token-75"):
             static = args.work / "controls" / out.name / f"{KINDS[-1]}.safetensors"
             files[f"{out.name}, static"] = static
