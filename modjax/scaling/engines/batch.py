@@ -63,7 +63,6 @@ class Task:
 
     @property
     def log(self) -> Path:
-        """The file with what its process printed before and after the run."""
         return self.folder / f"{self.number}.log"
 
 
@@ -75,19 +74,18 @@ class Batch(ABC):
     """
 
     seconds_to_stop = 90.0
+    runs_there = "python", sys.executable  # named when it does not
 
     def __init__(self, settings: Settings, runs: int, jobs: int, together: bool, again: str):
         self.settings, self.workdir = settings, bucket.local(settings.workdir)
         accepted = "must be a folder that all hosts of a run share, no bucket"
         require(not (together and is_copy(self.workdir)), "--workdir", settings.workdir, accepted)
-        workdir = self.workdir
-        self.makes_workdir = not workdir.exists()
-        self.home, self.jobs, self.slots = workdir / "tasks", jobs, min(jobs or runs, runs)
+        self.makes_workdir, self.home = not self.workdir.exists(), self.workdir / "tasks"
+        self.jobs, self.slots = jobs, min(jobs or runs, runs)
         self.runs, self.together, self.again = runs, together, again
         self.tasks: dict[str, Task] = {}  # by run id
         self.earlier: dict[str, Task] = {}  # of earlier launchers
         self.unsent: dict[Path, int] = {}  # folder -> its number of tasks
-        self.runs_there = "python", sys.executable  # named when it does not
         self.checked, self.looked = False, float("-inf")
         self.said: set[str] = set()
 
@@ -147,9 +145,8 @@ class Batch(ABC):
             except OSError as error:
                 yield from self._note(f"{reason(error)}; trying again")
             self.looked = time.monotonic()
-        there = {
-            file for folder in {t.folder for t in self.tasks.values()} for file in entries(folder)
-        }
+        folders = {task.folder for task in self.tasks.values()}
+        there = {file for folder in folders for file in entries(folder)}
         for task in list(self.tasks.values()):
             if event := self._end(task, task.file in there):
                 del self.tasks[task.run_id]

@@ -34,11 +34,13 @@ def in_copies(*copies: Path, name: str) -> list[Path]:
 
 
 def test_two_machines_do_each_run_once(bucket, machine, folders):
-    (folders[1] / "seconds").write_text("0.5")
+    (folders[1] / "seconds").write_text("8")  # until the second one has begun, too
     copies, launchers = [], []
     for name in ("first", "second"):
         copies.append(machine(name))
-        launchers.append(start((URL, folders[1]), lease=2.0))
+        launchers.append(start((URL, folders[1]), jobs=1, lease=2.0))
+    wait_until(lambda: all(in_copies(copy, name="starts") for copy in copies), 60)
+    (folders[1] / "seconds").write_text("0.05")
     for launcher in launchers:
         output, errors = launcher.communicate(timeout=120)
         assert output.split() == [b"6", b"0"], errors.decode()
