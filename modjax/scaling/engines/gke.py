@@ -103,7 +103,7 @@ class Gke:
             try:
                 engine.submit(Path("check"), [0], "--dry-run=server")
             except OSError as error:
-                accepted = f"the cluster takes no such run: {reason(error)}"
+                accepted = f"kubectl cannot submit a run: {reason(error)}"
                 raise InputError("--engine", "gke", accepted) from error
         return engine
 

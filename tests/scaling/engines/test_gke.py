@@ -244,7 +244,7 @@ def test_states_of_jobs_and_jobsets(status, pods, state):
         ),
         ({"pod": "/nowhere"}, "^/nowhere = 'damaged or missing': write more of a pod's template"),
         ({"slices": "2", "gpus": "8"}, "^--engine.slices = 2: takes TPUs: hosts with GPUs are one"),
-        ({}, "^--engine = 'gke': the cluster takes no such run: error: no matches for kind"),
+        ({}, "^--engine = 'gke': kubectl cannot submit a run: error: no matches for kind"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_submitted(folders, cluster, texts, reason):
