@@ -21,74 +21,36 @@ from modjax.errors import MOST_SAID, InputError, one_line, require
 from modjax.files import is_copy, reason, write_atomically
 from modjax.scaling.engines.batch import RUNNING, WAITING, Batch, States, Task, call
 from modjax.scaling.engines.engine import Engine, HandedOver, describe_exit
-from modjax.scaling.engines.manifest import LOST, NAME, NUMBER, SWEEP, manifests, name_of, pod_of
+from modjax.scaling.engines.manifest import (
+    LOST,
+    NAME,
+    NUMBER,
+    SWEEP,
+    Pods,
+    manifests,
+    name_of,
+    pod_of,
+)
 from modjax.scaling.workers.task import STOPPED
 from modjax.scaling.workers.worker import Settings
 from modjax.specs import RunSpec
-from modjax.specs.fields import NotNegative, Positive, check
+from modjax.specs.fields import NotNegative
 
 SECONDS_TO_GO = 30.0  # of a pod, after the time that it has to save its state
 MOST_IN_A_CALL = 50  # Jobs that kubectl makes within the time that it has to answer
-TPU_SIDES = "must be the sides of a slice, such as 4x4"
 OUT_OF_REACH = "kubectl is not on the PATH: --engine.render=FOLDER only writes the manifests"
 
 
 @dataclass(frozen=True)
-class Gke:
-    """Jobs of Kubernetes, each for one run.
+class Gke(Pods):
+    """Jobs of Kubernetes, each for one run. The other fields are those of Pods.
 
     jobs: the most at a time; 0 submits all.
     render: a folder for the manifests, which are then not submitted; "" submits them.
-    image, python: the container image, which has modjax, and the Python in it.
-    namespace, account: of the pods; "" leaves them to kubectl and to Kubernetes.
-    queue: Kueue's LocalQueue; "" for none.
-    claim, mount: a PersistentVolumeClaim, and the path at which pods and this machine see it.
-    pod: a file of YAML with more of a pod's template, such as volumes; "" for none.
-    accelerator, topology: of a TPU slice, such as tpu-v5-lite-podslice and 4x4; "" for none.
-    slices: TPU slices that do a run together.
-    hosts: machines of a slice, or of a run where there are no slices.
-    tpus, gpus, cores, memory: of a host; memory in GB. 0 asks for none: give the memory of a host
-      that others use, too, where a pod without is the first to be evicted.
-    spot: whether the hosts are spot machines.
-    notice: seconds to save its state that a pod has after it was told to stop.
     """
 
     jobs: NotNegative[int] = 0
     render: str = ""
-    image: str = ""
-    python: str = "python"
-    namespace: str = ""
-    account: str = ""
-    queue: str = ""
-    claim: str = ""
-    mount: str = ""
-    pod: str = ""
-    accelerator: str = ""
-    topology: str = ""
-    slices: Positive[int] = 1
-    hosts: Positive[int] = 1
-    tpus: NotNegative[int] = 0
-    gpus: NotNegative[int] = 0
-    cores: NotNegative[float] = 0.0
-    memory: NotNegative[float] = 0.0
-    spot: bool = False
-    notice: Positive[int] = 120
-
-    @property
-    def together(self) -> bool:
-        """Says whether several hosts do a run together."""
-        return self.slices * self.hosts > 1
-
-    def __post_init__(self):
-        check(self, "--engine")
-        accepted = "takes TPUs: hosts with GPUs are one slice"
-        require(self.slices == 1 or self.tpus > 0, "--engine.slices", self.slices, accepted)
-        if self.topology:
-            sides, chips = self.topology.split("x"), self.hosts * self.tpus
-            require(all(map(str.isdigit, sides)), "--engine.topology", self.topology, TPU_SIDES)
-            accepted = f"has not {chips} chips, as --engine.hosts x --engine.tpus"
-            fits = math.prod(map(int, sides)) == chips
-            require(fits, "--engine.topology", self.topology, accepted)
 
     def open(self, settings: Settings, runs: int) -> Engine:
         accepted = "must name a container image that has modjax"

@@ -1,9 +1,11 @@
 """Manifests of Kubernetes for the runs of a sweep: a Job, or a JobSet if several hosts do a run."""
 
+import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -11,9 +13,7 @@ from modjax.bucket import url_of
 from modjax.errors import require
 from modjax.files import damaged, read
 from modjax.scaling.workers.task import STOPPED
-
-if TYPE_CHECKING:
-    from modjax.scaling.engines.gke import Gke
+from modjax.specs.fields import NotNegative, Positive, check
 
 # Labels of an object: the sweep's folder, one submission's name, and the number of its task.
 SWEEP, NAME, NUMBER = (f"modjax/{label}" for label in ("sweep", "tasks", "number"))
@@ -21,6 +21,61 @@ SECONDS_KEPT = 600  # that Kubernetes remembers a finished run
 GKE = "cloud.google.com/gke-"
 LOST = {"type": "DisruptionTarget", "status": "True"}  # of a pod that is taken away, or its node
 REMEDY = "write more of a pod's template there"
+TPU_SIDES = "must be the sides of a slice, such as 4x4"
+
+
+@dataclass(frozen=True)
+class Pods:
+    """Options of the pods that do runs.
+
+    image, python: the container image, which has modjax, and the Python in it.
+    namespace, account: of the pods; "" leaves them to kubectl and to Kubernetes.
+    queue: Kueue's LocalQueue; "" for none.
+    claim, mount: a PersistentVolumeClaim, and the path at which pods and this machine see it.
+    pod: a file of YAML with more of a pod's template, such as volumes; "" for none.
+    accelerator, topology: of a TPU slice, such as tpu-v5-lite-podslice and 4x4; "" for none.
+    slices: TPU slices that do a run together.
+    hosts: machines of a slice, or of a run where there are no slices.
+    tpus, gpus, cores, memory: of a host; memory in GB. 0 asks for none: give the memory of a host
+      that others use, too, where a pod without is the first to be evicted.
+    spot: whether the hosts are spot machines.
+    notice: seconds to save its state that a pod has after it was told to stop.
+    """
+
+    image: str = ""
+    python: str = "python"
+    namespace: str = ""
+    account: str = ""
+    queue: str = ""
+    claim: str = ""
+    mount: str = ""
+    pod: str = ""
+    accelerator: str = ""
+    topology: str = ""
+    slices: Positive[int] = 1
+    hosts: Positive[int] = 1
+    tpus: NotNegative[int] = 0
+    gpus: NotNegative[int] = 0
+    cores: NotNegative[float] = 0.0
+    memory: NotNegative[float] = 0.0
+    spot: bool = False
+    notice: Positive[int] = 120
+
+    @property
+    def together(self) -> bool:
+        """Says whether several hosts do a run together."""
+        return self.slices * self.hosts > 1
+
+    def __post_init__(self):
+        check(self, "--engine")
+        accepted = "takes TPUs: hosts with GPUs are one slice"
+        require(self.slices == 1 or self.tpus > 0, "--engine.slices", self.slices, accepted)
+        if self.topology:
+            sides, chips = self.topology.split("x"), self.hosts * self.tpus
+            require(all(map(str.isdigit, sides)), "--engine.topology", self.topology, TPU_SIDES)
+            accepted = f"has not {chips} chips, as --engine.hosts x --engine.tpus"
+            fits = math.prod(map(int, sides)) == chips
+            require(fits, "--engine.topology", self.topology, accepted)
 
 
 def name_of(folder: Path, number: int) -> str:
@@ -28,7 +83,7 @@ def name_of(folder: Path, number: int) -> str:
 
 
 def manifests(
-    options: "Gke", sweep: str, pod: dict[str, Any], folder: Path, numbers: Sequence[int]
+    options: Pods, sweep: str, pod: dict[str, Any], folder: Path, numbers: Sequence[int]
 ) -> str:
     """Returns the manifests of tasks of a folder, as YAML.
 
@@ -39,7 +94,7 @@ def manifests(
 
 
 def _manifest(
-    options: "Gke", sweep: str, pod: dict[str, Any], folder: Path, number: int
+    options: Pods, sweep: str, pod: dict[str, Any], folder: Path, number: int
 ) -> dict[str, Any]:
     """Returns the Job, or the JobSet, of a task."""
     labels = {SWEEP: sweep, NAME: folder.name, NUMBER: str(number)}
@@ -90,7 +145,7 @@ def _manifest(
     return kind | {"metadata": about, "spec": spec}
 
 
-def pod_of(options: "Gke") -> dict[str, Any]:
+def pod_of(options: Pods) -> dict[str, Any]:
     """Returns a pod's template, without its command. Raises InputError for a bad `pod` file."""
     file: Any = {}
     if options.pod:
