@@ -47,6 +47,10 @@ def interval(estimate: dict[str, float], form: str = "+.3f") -> str:
     return f"{value} [{low}, {high}]"
 
 
+def rounded(nats: float) -> str:
+    return f"{round(nats, 3) + 0.0:+.3f}"  # 0.0 turns -0.0 into 0.0
+
+
 def change(found: dict[str, Any] | None, measure: str = "nats") -> dict[str, float]:
     """Returns a measure minus that of the model that skips nothing."""
     assert found is not None
@@ -79,7 +83,10 @@ def tables() -> dict[str, str]:
                 f"{tuned['layers']['all']['skip_variance']:.3f}",
                 f"{taken[cell]:.2f}" if cell in taken else "",
                 interval(change(tuned)),
-                *("" if one is None else f"{change(one)['value']:+.3f}" for one in controls),
+                *(
+                    "" if one is None else f"{round(change(one)['value'], 3) + 0:+.3f}"
+                    for one in controls
+                ),
                 "" if random is None else interval(random),
             )
         )
