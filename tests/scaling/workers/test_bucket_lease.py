@@ -1,9 +1,5 @@
 """Leases in an object store: what test_lease.py tests on a file system."""
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from pathlib import Path
 
@@ -12,10 +8,11 @@ import pytest
 from modjax import bucket as stores
 from modjax.scaling.workers import lease
 from modjax.scaling.workers.lease import Lost, Observer
-from tests.scaling.small_sweep import wait_until
-from tests.scaling.workers.test_lease import _write_under_lease, wait_until_free
-
-SECONDS = 0.4
+from tests.scaling.workers.test_lease import (
+    SECONDS,
+    assert_a_paused_holder_writes_no_more,
+    winners,
+)
 
 
 @pytest.fixture
@@ -27,43 +24,13 @@ def folder(machine) -> Path:
 
 
 def test_of_many_rivals_one_gets_the_lease(bucket, folder):
-    bucket.seconds, got, ready = 0.02, [], threading.Barrier(8)
-
-    def rival():
-        ready.wait()
-        with Observer(SECONDS).hold(folder) as guard:
-            got.append(guard is not None)
-            ready.wait()
-
-    threads = [threading.Thread(target=rival) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(got) == 1
+    bucket.seconds = 0.02
+    assert winners(folder) == 1
     assert bucket.objects["w/runs/one/lease-000000001"] == lease.FREE.encode()
 
 
 def test_a_paused_holder_that_wakes_writes_no_more(folder):
-    process = multiprocessing.get_context("spawn").Process(
-        target=_write_under_lease, args=(folder, SECONDS)
-    )
-    process.start()
-    observer, written = Observer(SECONDS), folder / "written"
-    try:
-        wait_until(written.exists, 60)
-        os.kill(process.pid, signal.SIGSTOP)
-        wait_until_free(observer, folder)
-        with observer.hold(folder) as guard:
-            guard()
-            before = written.read_text()
-            os.kill(process.pid, signal.SIGCONT)
-            process.join(20)
-            assert process.exitcode == 1, "it raised Lost"
-            assert len(written.read_text().splitlines()) <= len(before.splitlines()) + 1
-            guard()
-    finally:
-        process.kill()
+    assert_a_paused_holder_writes_no_more(folder)
 
 
 def test_a_holder_whose_clock_stood_still_sees_its_successor(folder, monkeypatch):
