@@ -20,8 +20,8 @@ from modjax.nn.layers.dense import RMSNorm
 from modjax.nn.layers.ends import Head
 from modjax.nn.records import Record
 from modjax.nn.routing.selection import gather
-from modjax.nn.sharding import constrain_stream
 from modjax.nn.stack import Stack, empty_caches, read_layers
+from modjax.sharding import constrain_stream
 
 
 class Cache(NamedTuple):

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from modjax.data.codecs.files import find_tokenizer
 from modjax.data.codecs.tokenizer import Tokenizer
 from modjax.errors import require
-from modjax.nn.sharding import weight_sharding
 from modjax.nn.weights import places
 from modjax.pretrained.config import read_config, without_training
 from modjax.pretrained.families import family_of
@@ -27,6 +26,7 @@ from modjax.pretrained.tensors import (
     read_weights,
     router_slots,
 )
+from modjax.sharding import weight_sharding
 from modjax.specs import MLP, Attention, Layer, ModelSpec, MoE, Router, to_dict
 from modjax.specs.layer import segments_of
 from modjax.specs.run import ROUTER_ROLES

@@ -1,4 +1,4 @@
-"""The device mesh and the sharding of batches; modjax/nn/sharding.py has the table of axes.
+"""The device mesh and the sharding of batches; modjax/sharding.py has the table of axes.
 
 Legend: B batch, L positions.
 """
@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from modjax.backend import starting
 from modjax.errors import require
-from modjax.nn.sharding import LOGICAL_TO_MESH, MESH_AXES, num_shards, partition_spec
+from modjax.sharding import LOGICAL_TO_MESH, MESH_AXES, num_shards, partition_spec
 from modjax.specs import Execution, TrainConfig
 
 

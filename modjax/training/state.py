@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax.nn import Transformer
 from modjax.nn.params import Measured
-from modjax.nn.sharding import weight_sharding
+from modjax.sharding import weight_sharding
 from modjax.specs import ModelSpec, TrainConfig
 from modjax.specs.run import ROUTER_ROLES
 from modjax.training.optimizer import make_schedule, optimizer_for

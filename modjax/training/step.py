@@ -14,7 +14,7 @@ from flax import nnx
 from modjax.data.batches import Batch
 from modjax.nn import Record, TokenLoss, Transformer, in_chunks, losses, observe, totals
 from modjax.nn.records import counts
-from modjax.nn.sharding import constrain
+from modjax.sharding import constrain
 from modjax.specs import TrainConfig
 from modjax.training.optimizer import Schedule, gradient_norm, learning_rate, optimizer_for
 from modjax.training.state import Model, TrainState

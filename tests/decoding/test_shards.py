@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import modjax
-from modjax.nn.sharding import LOGICAL_TO_MESH
+from modjax.sharding import LOGICAL_TO_MESH
 from modjax.specs import Dense, Execution, MoD, ModelSpec, Predictor
 from modjax.training.mesh import make_mesh
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import modjax
-from modjax.nn.sharding import per_sequence
+from modjax.sharding import per_sequence
 from modjax.specs import Binary, TopK
 
 

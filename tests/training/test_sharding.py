@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from modjax.errors import InputError
 from modjax.nn import Routed
-from modjax.nn.sharding import (
+from modjax.sharding import (
     LOGICAL_TO_MESH,
     MESH_AXES,
     constrain,

@@ -22,7 +22,7 @@ from modjax.nn.records import Inside, Record, inside, is_record, statistics
 from modjax.nn.routing.routed_layer import RoutedLayer
 from modjax.nn.routing.routing_records import Routed
 from modjax.nn.routing.selection import Selection, gather, scatter_add
-from modjax.nn.sharding import constrain_stream
+from modjax.sharding import constrain_stream
 from modjax.specs import Shape
 from modjax.specs.layers.mod import MoDConfig
 

@@ -17,7 +17,7 @@ from modjax.kernels import project, project_back
 from modjax.nn.build import LayerModule, build
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.params import bias_param, make_param, normal_param, read
-from modjax.nn.sharding import constrain_stream
+from modjax.sharding import constrain_stream
 from modjax.specs.layers.dense import GATED
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

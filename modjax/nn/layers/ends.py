@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from modjax import specs
 from modjax.kernels import product
 from modjax.nn.params import normal_param, read
-from modjax.nn.sharding import batch_shards, constrain, per_device
+from modjax.sharding import batch_shards, constrain, per_device
 
 # The most float32 numbers of logits that a device has at once: half a gigabyte.
 MOST_NUMBERS = 2**27

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from modjax.kernels import grouped_matmul, project, project_back
 from modjax.nn.layers.dense import mlp
-from modjax.nn.sharding import LOGICAL_TO_MESH, batch_shards, num_shards, partition_spec
+from modjax.sharding import LOGICAL_TO_MESH, batch_shards, num_shards, partition_spec
 
 Matrices = Mapping[str, jax.Array]  # of an MLP, stacked over experts: (E, D, F)
 MATRIX_AXES = ("experts", "embed", "mlp")

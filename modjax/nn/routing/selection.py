@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.nn.sharding import per_sequence
+from modjax.sharding import per_sequence
 
 # Ranks that differ by less than this share of their row's largest count as equal: other devices and
 # other batches round them differently.

@@ -16,7 +16,7 @@ from modjax.nn.cache import unwritten
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.records import Inside, inside
 from modjax.nn.routing.selection import Selection, gather, scatter_add, wide
-from modjax.nn.sharding import batch_shards, constrain_stream
+from modjax.sharding import batch_shards, constrain_stream
 
 # Returns a layer's update of the stream, from the scores and the layer's input and output.
 Update = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

@@ -15,7 +15,7 @@ from modjax.data.batches import Batch, eval_batches
 from modjax.data.manifest import Manifest, bits_per_byte
 from modjax.data.token_cache import TokenCache
 from modjax.nn.records import Counts, outcomes
-from modjax.nn.sharding import LOGICAL_TO_MESH, num_shards
+from modjax.sharding import LOGICAL_TO_MESH, num_shards
 from modjax.specs import TrainConfig
 from modjax.training.mesh import put_batch
 

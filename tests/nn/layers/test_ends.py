@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from modjax.errors import InputError
 from modjax.nn import build
 from modjax.nn.layers import ends
-from modjax.nn.sharding import partition_spec
+from modjax.sharding import partition_spec
 from modjax.specs import (
     MLP,
     Execution,
