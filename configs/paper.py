@@ -33,7 +33,7 @@ def get_config(budget: str = "all") -> ml_collections.ConfigDict:
     config.model = {"vocab_size": 32_128, "dtype": "bfloat16"}
     config.train = {"seq_len": 2048, "b2": 0.98, "eval_sequences": 4096, "eval_every": 0}
     config.data = {"name": "c4", "vocab": "sentencepiece:32000", "seed": 0, "max_epochs": 1.0}
-    config.execution = {"remat": "dots", "fsdp": 1, "checkpoint_seconds": 600.0}
+    config.execution = {"remat": "full", "fsdp": 1, "checkpoint_seconds": 600.0}
     config.sweep = {
         "arms": {
             "dense": {"layers": "Dense()"},

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from modjax.specs.masks import Mask
 
@@ -81,6 +82,7 @@ def attend(
         p_BGQLM, total_BGQL1 = _probabilities(*scored, scoring, own=own)
         value_BGMH = v_BGMH[:, :, columns]
         out_BGQLH = jnp.einsum("BGQLM,BGMH->BGQLH", p_BGQLM.astype(v_BGMH.dtype), value_BGMH)
+        out_BGQLH = checkpoint_name(out_BGQLH, "context")  # the gradient of the division reads it
         # Normalising after the product with the values divides H numbers a query, not M.
         parts.append((out_BGQLH / total_BGQL1.astype(out_BGQLH.dtype)).astype(q_BNLH.dtype))
     out_BGQLH = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)

@@ -84,8 +84,9 @@ class Stack(nnx.Module):
                 return out.x, dict(out.records)
 
             if call.remat != "none":
-                dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                run = jax.checkpoint(run, policy=dots if call.remat == "dots" else None)
+                kept = () if call.remat == "full" else call.remat.split(",")
+                policy = jax.checkpoint_policies.save_only_these_names(*kept)
+                run = jax.checkpoint(run, policy=policy)
             if scan and not isinstance(params, list):
                 x, found = jax.lax.scan(run, x, (params, jnp.arange(segment.repeats)))
             else:

@@ -13,11 +13,17 @@ from modjax.specs.model import ModelSpec
 
 FORMAT = 2  # of run names and weights: a run of another format cannot be resumed or opened
 ROUTER_ROLES = ("router", "predictor")  # roles of the parameters that trained="routers" trains
+# Activations of a layer that Execution.remat may keep. "hidden": an MLP's, before its activation.
+KEPT = ("queries", "keys", "values", "context", "hidden")
 
 Share = Annotated[float, Accepts("must be in [0, 1]", lambda share: 0 <= share <= 1)]
 Decay = Annotated[float, Accepts("must be in [0, 1)", lambda decay: 0 <= decay < 1)]
 Seed = Annotated[NotNegative[int], Accepts("must be below 2**31", lambda seed: seed < 2**31)]
 Rest = Annotated[int, Accepts("must be 0 (the rest) or more", lambda size: size >= 0)]
+
+
+def _is_remat(remat: str) -> bool:
+    return remat in ("none", "full") or set(remat.split(",")) <= set(KEPT)
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,8 @@ class Execution:
 
     layer_loop: "scan", "unroll", or "auto", which unrolls on CPU, where a scan costs more than it
       saves, and scans elsewhere.
-    remat: "none", "dots" (keeps matrix products), or "full" (keeps block inputs only).
+    remat: what the backward pass recomputes: "none", "full" (all but the inputs of the layers), or
+      "full" but for some of the activations KEPT, such as "queries,keys,values,context".
     data, fsdp, tensor, expert: sizes of the mesh axes, greater than 0; data = 0 takes the remaining
       devices.
     log_every: steps between lines of metrics, greater than 0.
@@ -162,7 +169,9 @@ class Execution:
     """
 
     layer_loop: Annotated[str, one_of("auto", "scan", "unroll")] = "auto"
-    remat: Annotated[str, one_of("none", "dots", "full")] = "none"
+    remat: Annotated[
+        str, Accepts(f"must be none, full, or names of {', '.join(KEPT)}", _is_remat)
+    ] = "none"
     data: Rest = 0
     fsdp: Positive[int] = 1
     tensor: Positive[int] = 1

@@ -13,11 +13,15 @@ from modjax import flops
 from modjax.nn import At, Call, MoDBlock, Transformer
 from modjax.nn.layers.attention import rotary_tables
 from modjax.specs import Dense, Logits, MoD, MoDConfig, ModelSpec, Random, Rope, Tied
+from modjax.specs.run import KEPT
 from tests.nn.small import QUICK, build
 
 ROUTED = MoD(Dense(), capacity=0.25)
 CONFIG = ModelSpec(40, 16, 4, 4, 2, 32, layers=(Dense(), ROUTED))
 TOKENS = jax.random.randint(jax.random.key(7), (3, 24), 0, 40)
+
+
+DENSE = dataclasses.replace(CONFIG, layers=(Dense(),))
 
 
 def forward(config, *args):
@@ -83,7 +87,7 @@ def test_a_pattern_of_twelve_runs_its_blocks_in_order():
 
 
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["queries,keys,values,context,hidden", "full"])
 def test_rematerialisation_changes_what_is_kept_and_nothing_else(layer_loop, remat):
     plain, params = loss_and_grads(layer_loop=layer_loop)
     saving, _ = loss_and_grads(layer_loop=layer_loop, remat=remat)
@@ -92,7 +96,15 @@ def test_rematerialisation_changes_what_is_kept_and_nothing_else(layer_loop, rem
     assert_same(*(jax.jit(f, compiler_options=QUICK)(params) for f in (plain, saving)))
 
 
-DENSE = dataclasses.replace(CONFIG, layers=(Dense(),))
+def test_every_activation_that_remat_names_is_kept_and_saves_its_products():
+    products = {}
+    for remat in ("full", *KEPT):
+        f, params = loss_and_grads(DENSE, layer_loop="scan", remat=remat)
+        products[remat] = str(jax.make_jaxpr(f)(params)).count("dot_general")
+    # The backward pass recomputes a layer's products of queries, keys, values, scores, context,
+    # and of the MLP's first matrix. The last needs no product of the second matrix.
+    less = {name: products["full"] - products[name] for name in KEPT}
+    assert less == {"queries": 1, "keys": 1, "values": 1, "context": 1, "hidden": 1}
 
 
 def test_dense_model_is_causal_by_perturbation_and_by_gradient():

@@ -176,7 +176,7 @@ class NoWay(Rule):
         (TrainConfig, TRAIN, "b2", 1.0, "train.b2 = 1.0: must be in [0, 1)"),
         (TrainConfig, TRAIN, "learning_rate", -1.0, "train.learning_rate = -1.0: must be greater"),
         (DataConfig, {}, "max_epochs", 0.0, "data.max_epochs = 0.0: must be greater than 0"),
-        (Execution, {}, "remat", "some", "execution.remat = 'some': must be one of none"),
+        (Execution, {}, "remat", "some", "execution.remat = 'some': must be none, full"),
         (Execution, {}, "fsdp", 0, "execution.fsdp = 0: must be greater than 0"),
     ],
 )

@@ -22,7 +22,7 @@ from tests.training.test_sharding import count_collectives
 # 220M, the size of the paper's Figure 3; the batch of one slice of 16 chips.
 DENSE = ModelSpec(32_128, 1024, 16, 8, 8, 4096, dtype="bfloat16")
 TRAIN = TrainConfig(128, 2048, 1000, 1e-3, 20)
-EXECUTION = Execution(data=4, fsdp=4, layer_loop="scan", remat="dots")
+EXECUTION = Execution(data=4, fsdp=4, layer_loop="scan", remat="full")
 
 
 def compile_for_tpu(config: ModelSpec):

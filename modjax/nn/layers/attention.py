@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from modjax import specs
@@ -95,11 +96,12 @@ class Attention(Sublayer):
 
     def queries(self, y_BLD: jax.Array, at: At) -> jax.Array:
         """Returns rotated queries, (B, N, L, H)."""
-        return self._turned(self._heads(y_BLD, "q"), at)
+        return checkpoint_name(self._turned(self._heads(y_BLD, "q"), at), "queries")
 
     def keys(self, source_BMD: jax.Array, at: At) -> tuple[jax.Array, jax.Array]:
         """Returns rotated keys and values, each (B, G, M, H). at: the source's context."""
-        return self._turned(self._heads(source_BMD, "k"), at), self._heads(source_BMD, "v")
+        k_BGMH = checkpoint_name(self._turned(self._heads(source_BMD, "k"), at), "keys")
+        return k_BGMH, checkpoint_name(self._heads(source_BMD, "v"), "values")
 
     def _heads(self, y_BLD: jax.Array, name: str) -> jax.Array:
         """Returns the heads before rotation, (B, N or G, L, H). name: "q", "k" or "v"."""

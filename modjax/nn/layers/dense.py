@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from modjax import specs
@@ -111,9 +112,10 @@ def mlp(
 ) -> jax.Array:
     """Returns the output of an MLP. product, back: multiply by a matrix and by its transpose."""
     act = ACTIVATIONS[activation]
-    h = plus(product(x, weights["w_in"]), weights.get("b_in"))
+    h = checkpoint_name(plus(product(x, weights["w_in"]), weights.get("b_in")), "hidden")
     if "w_gate" in weights:
-        h = act(plus(product(x, weights["w_gate"]), weights.get("b_gate"))) * h
+        gate = plus(product(x, weights["w_gate"]), weights.get("b_gate"))
+        h = act(checkpoint_name(gate, "hidden")) * h
     else:
         h = act(h)
     return plus(back(h, weights["w_out"]), weights.get("b_out"))
