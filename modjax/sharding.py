@@ -72,6 +72,14 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
+def gathered(w: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
+    """Returns a weight with these logical axes, whole along the mesh axis "fsdp"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _is_ours(mesh) or mesh.shape["fsdp"] == 1:
+        return w
+    return constrain(w, *(None if LOGICAL_TO_MESH[n] == "fsdp" else n for n in logical_axes))
+
+
 def constrain_stream(x: jax.Array) -> jax.Array:
     """Fixes the sharding of activations (B, L, ...), of any rank."""
     return constrain(x, "batch", "length", *[None] * (x.ndim - 2))
@@ -110,6 +118,47 @@ def per_device(function: Callable[..., jax.Array], weights: Any, *arrays: jax.Ar
         axis_names=set(LOGICAL_TO_MESH["batch"] or ()),
         check_vma=False,
     )(weights, *arrays)
+
+
+def on_each_shard(
+    function: Callable[..., jax.Array],
+    axes: Sequence[Sequence[str | None]],
+    out_axes: Sequence[str | None],
+    *arrays: jax.Array,
+) -> jax.Array:
+    """Returns function(*arrays), computed by every device on its own part of each array.
+
+    The partitioner cannot split a kernel, and would gather its inputs.
+
+    function: its result splits as its arguments do; no part needs another.
+    axes: the logical axes of each array. A dim that does not split evenly is not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _is_ours(mesh) or mesh.size == 1:
+        return function(*arrays)
+    sizes: dict[str | None, list[int]] = {}
+    for names, x in zip(axes, arrays, strict=True):
+        for name, size in zip(names, x.shape, strict=True):
+            sizes.setdefault(name, []).append(size)
+
+    def spec(names: Sequence[str | None]) -> PartitionSpec:
+        # Heads and kv heads lie on one mesh axis: they split together, or not at all.
+        even = {
+            axis: all(
+                size % num_shards(mesh, axis) == 0
+                for name, all_sizes in sizes.items()
+                if LOGICAL_TO_MESH[name] == axis
+                for size in all_sizes
+            )
+            for axis in partition_spec(names)
+        }
+        return PartitionSpec(*(axis if even[axis] else None for axis in partition_spec(names)))
+
+    in_specs = tuple(map(spec, axes))
+    run = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False
+    )
+    return run(*arrays)
 
 
 def _row_by_row(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:

@@ -1,6 +1,9 @@
 """Expensive operations, implemented to suit the platform."""
 
-from modjax.kernels.attention import Scoring, Side, attend, received_attention
+from modjax.kernels.attention import attend
 from modjax.kernels.grouped import grouped_matmul
-from modjax.kernels.matmul import product, project, project_back
+from modjax.kernels.matmul import from_heads, product, project, project_back, to_heads
+from modjax.kernels.plain import received_attention
+from modjax.kernels.rotary import rotate
+from modjax.kernels.scoring import Scoring, Side
 from modjax.kernels.target import target

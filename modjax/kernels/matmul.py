@@ -1,6 +1,7 @@
 """Products of activations with matrices.
 
-Legend: B batch, L positions, D model width, F feed-forward width, T rows, U parts, X numbers.
+Legend: B batch, L positions, D model width, F feed-forward width, N heads, H head width, T rows,
+U parts, X numbers.
 """
 
 import math
@@ -45,6 +46,24 @@ def project_back(x_BLF: jax.Array, w_DF: jax.Array) -> jax.Array:
     w_UXF = _parts(w_DF.astype(x_BLF.dtype))
     x_UF = jnp.broadcast_to(x_BLF[0], (w_UXF.shape[0], w_UXF.shape[2]))
     return jnp.einsum("UF,UXF->UX", x_UF, w_UXF).reshape(1, 1, -1)
+
+
+def to_heads(x_BLD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+    """Returns x @ w for every head, (B, N, L, H), in the layout that attention reads."""
+    if target() != "cpu":  # the product writes it in this layout
+        return jnp.einsum("BLD,DNH->BNLH", x_BLD, w_DNH)
+    (batch, length, width), (_, heads, head_dim) = x_BLD.shape, w_DNH.shape
+    z_BLF = project(x_BLD, w_DNH.reshape(width, -1))
+    return z_BLF.reshape(batch, length, heads, head_dim).transpose(0, 2, 1, 3)
+
+
+def from_heads(x_BNLH: jax.Array, w_NHD: jax.Array) -> jax.Array:
+    """Returns the sum over heads of x @ w, (B, L, D)."""
+    if target() != "cpu":
+        return jnp.einsum("BNLH,NHD->BLD", x_BNLH, w_NHD)
+    batch, heads, length, head_dim = x_BNLH.shape
+    x_BLF = x_BNLH.transpose(0, 2, 1, 3).reshape(batch, length, heads * head_dim)
+    return project(x_BLF, w_NHD.reshape(heads * head_dim, -1))
 
 
 def _is_single(x_BLD: jax.Array) -> bool:

@@ -61,6 +61,9 @@ class Call(NamedTuple):
     selected: the positions were selected by content. The index of a position in the selection then
       depends on other documents, so no layer may use it.
     layer_loop, remat: how the stack runs its layers, see specs.Execution.
+    layout: what is known of At.positions_BL and valid_BL, for kernels. "whole": the positions are
+      0, 1, ..., and those that are not valid come last. "part": the valid ones ascend, and come
+      first. "masked": the valid ones ascend, and lie anywhere.
     """
 
     routing: str = "trained"
@@ -70,6 +73,7 @@ class Call(NamedTuple):
     selected: bool = False
     layer_loop: str = "auto"
     remat: str = "none"
+    layout: str = "whole"
 
     def inside(self, index: int | jax.Array) -> "Call":
         """Returns the call for layer number `index` within another, with its own key."""

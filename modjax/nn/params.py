@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from modjax.sharding import gathered
+
 
 class Measured(nnx.Variable):
     """Variable that training measures, such as a threshold; it has no gradient."""
@@ -31,13 +33,18 @@ def make_param(
     return nnx.Param(value, out_sharding=axes, eager_sharding=False, **about)
 
 
-def read(param: nnx.Variable, dtype: DTypeLike | None = jnp.float32) -> jax.Array:
+def read(param: nnx.Variable, dtype: DTypeLike = jnp.float32, *, whole: bool = True) -> jax.Array:
     """Returns a parameter in the dtype to compute in. Layers read all weights through this.
 
     Trained weights are stored in float32, frozen ones in the model's dtype.
-    dtype: None returns it as stored. The product then casts it, and XLA may skip the rounding.
+
+    whole: whether to gather the parts that lie on the mesh axis "fsdp", after the cast. XLA would
+      split the product over these parts instead, into a loop of small ones.
     """
-    return param[...] if dtype is None else param[...].astype(dtype)
+    value = param[...].astype(dtype)
+    axes = param.get_metadata("out_sharding", None)
+    # A layer of a scan has lost the dim "layers", which comes first.
+    return gathered(value, axes[len(axes) - value.ndim :]) if whole and axes else value
 
 
 def normal_param(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.kernels import Scoring, Side, attend, attention
+from modjax.kernels import Scoring, Side, attend
 from modjax.specs import Bidirectional, Blocks, Causal, Prefix, Window
 
 B, N, G, L, H = 2, 4, 2, 11, 6
@@ -57,7 +57,7 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_a_query_sees_what_the_mask_says_across_chunk_borders(monkeypatch, mask):
-    monkeypatch.setattr(attention, "MIN_QUERY_CHUNK", 2)
+    monkeypatch.setattr("modjax.kernels.plain.MIN_QUERY_CHUNK", 2)
     q, k, v = tensors()
     for segmented, softcap in ((False, None), (True, 0.7)):
         side = Side(POSITIONS, SEGMENTS if segmented else None)
@@ -86,8 +86,8 @@ def test_queries_and_keys_may_be_at_different_positions_and_some_keys_hidden(mas
 
 @pytest.mark.parametrize("mask", [Causal(), Causal() & Window(4), Prefix(7)], ids=str)
 def test_gathered_queries_see_the_same_though_later_blocks_of_keys_are_not_read(monkeypatch, mask):
-    monkeypatch.setattr(attention, "MIN_QUERY_CHUNK", 2)
-    monkeypatch.setattr(attention, "KEY_BLOCK", 4)
+    monkeypatch.setattr("modjax.kernels.plain.MIN_QUERY_CHUNK", 2)
+    monkeypatch.setattr("modjax.kernels.plain.KEY_BLOCK", 4)
     q, k, v = tensors(5)
     places = np.array([[0, 2, 3, 7, 8], [1, 4, 5, 6, 0]])  # the last one does not count
     queries = Side(*(np.take_along_axis(x, places, axis=1) for x in (POSITIONS, SEGMENTS)))

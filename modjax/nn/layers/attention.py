@@ -14,7 +14,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from modjax import specs
-from modjax.kernels import Scoring, Side, attend, project, received_attention
+from modjax.kernels import (
+    Scoring,
+    Side,
+    attend,
+    from_heads,
+    received_attention,
+    rotate,
+    to_heads,
+)
 from modjax.nn.cache import KVCache, KVWrite
 from modjax.nn.call import At, Call, Out
 from modjax.nn.layers.dense import RMSNorm, Sublayer, depth_scale, plus
@@ -75,7 +83,8 @@ class Attention(Sublayer):
             seen, write = self.look(y_BLD, at, call, cache)
         if cache is None and self.spec.received:
             passed["received"] = received_attention(q_BNLH, seen.k_BGMH, self.scoring, side(at))
-        return Out(self.added(x_BLD, self.attend(q_BNLH, at, *seen)), write, {}, passed)
+        y_BLD = self.attend(q_BNLH, at, *seen, layout=call.layout)
+        return Out(self.added(x_BLD, y_BLD), write, {}, passed)
 
     def look(self, y_BLD: jax.Array, at: At, call: Call, cache: Any) -> tuple[Seen, Any]:
         """Returns what queries may see, with the keys of these positions, and the cache's update.
@@ -106,17 +115,13 @@ class Attention(Sublayer):
     def _heads(self, y_BLD: jax.Array, name: str) -> jax.Array:
         """Returns the heads before rotation, (B, N or G, L, H). name: "q", "k" or "v"."""
         w_DNH, clip = getattr(self, f"w_{name}"), self.spec.clip
-        (batch, length, width), (_, heads, head_dim) = y_BLD.shape, w_DNH.shape
-        z_BLNH = project(y_BLD, read(w_DNH, None).reshape(width, -1))
-        z_BLNH = z_BLNH.reshape(batch, length, heads, head_dim)
+        z_BNLH = to_heads(y_BLD, read(w_DNH, y_BLD.dtype))
         if self.spec.bias is not None:
-            z_BLNH = plus(z_BLNH, read(getattr(self, f"b_{name}"), None))
+            z_BNLH = plus(z_BNLH, read(getattr(self, f"b_{name}"), y_BLD.dtype)[:, None])
         if self.spec.qk_norm is not None and name != "v":
-            normed = (heads, head_dim) if self.spec.qk_norm == "head" else (1, heads * head_dim)
-            z_BLNH = getattr(self, f"{name}_norm")(z_BLNH.reshape(batch, length, *normed))
-            z_BLNH = z_BLNH.reshape(batch, length, heads, head_dim)
-        z_BLNH = z_BLNH if clip is None else jnp.clip(z_BLNH, -clip, clip)
-        return z_BLNH.transpose(0, 2, 1, 3)
+            norm = getattr(self, f"{name}_norm")
+            z_BNLH = norm(z_BNLH) if self.spec.qk_norm == "head" else _over_heads(norm, z_BNLH)
+        return z_BNLH if clip is None else jnp.clip(z_BNLH, -clip, clip)
 
     def _turned(self, x_BNLH: jax.Array, at: At) -> jax.Array:
         rope = self.spec.rope
@@ -130,16 +135,19 @@ class Attention(Sublayer):
         v_BGMH: jax.Array,
         keys: Side | None = None,
         places_BL: jax.Array | None = None,
+        *,
+        layout: str = "masked",
     ) -> jax.Array:
         """Returns the attention's output, projected back to the stream, (B, L, D).
 
-        at: the queries' context. keys, places_BL: see `Seen`.
+        at: the queries' context. keys, places_BL: see `Seen`. layout: see `Call`.
         """
-        out_BNLH = attend(q_BNLH, k_BGMH, v_BGMH, self.scoring, side(at), keys, places_BL)
-        batch, heads, length, head_dim = out_BNLH.shape
-        out_BLD = out_BNLH.transpose(0, 2, 1, 3).reshape(batch, length, heads * head_dim)
-        out_BLD = project(out_BLD, read(self.w_out, None).reshape(heads * head_dim, -1))
-        return plus(out_BLD, read(self.b_out, None)) if self.spec.bias == "all" else out_BLD
+        out_BNLH = attend(
+            q_BNLH, k_BGMH, v_BGMH, self.scoring, side(at), keys, places_BL, layout=layout
+        )
+        dtype = out_BNLH.dtype
+        out_BLD = from_heads(out_BNLH, read(self.w_out, dtype))
+        return plus(out_BLD, read(self.b_out, dtype)) if self.spec.bias == "all" else out_BLD
 
     def empty(self, batch: int, length: int, slack: float | None, dtype: DTypeLike) -> KVCache:
         """Returns an empty cache for `length` positions of each row; a window needs fewer slots."""
@@ -148,6 +156,13 @@ class Attention(Sublayer):
         k_BGWH = jnp.zeros((batch, heads, slots, width), dtype)
         none_B, none_BW = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32)
         return KVCache(k_BGWH, jnp.zeros_like(k_BGWH), none_B, none_BW)
+
+
+def _over_heads(norm: RMSNorm, x_BNLH: jax.Array) -> jax.Array:
+    """Returns x, normalised over all heads together."""
+    x_BLNH = x_BNLH.swapaxes(1, 2)
+    y_BLD = norm(x_BLNH.reshape(*x_BLNH.shape[:2], -1))
+    return y_BLD.reshape(x_BLNH.shape).swapaxes(1, 2)
 
 
 def side(at: At) -> Side:
@@ -173,15 +188,3 @@ def rotary_tables(
         tables = tuple(scaling.magnitude * table for table in tables)
     cos_BLH, sin_BLH = (table.astype(dtype) for table in tables)
     return cos_BLH, sin_BLH
-
-
-def rotate(x_BNLH: jax.Array, rope_BLH: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each pair of dims (i, i + n) by its angle, for i < n; later dims stay.
-
-    rope_BLH: cos and sin, each (B, L, n).
-    """
-    cos_B1LH, sin_B1LH = (table[:, None] for table in rope_BLH)
-    half = cos_B1LH.shape[-1]
-    a, b, rest = jnp.split(x_BNLH, (half, 2 * half), axis=-1)
-    turned = [a * cos_B1LH - b * sin_B1LH, b * cos_B1LH + a * sin_B1LH]
-    return jnp.concatenate(turned + ([rest] if rest.shape[-1] else []), axis=-1)

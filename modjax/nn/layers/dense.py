@@ -97,7 +97,7 @@ class MLP(Sublayer):
         names = mlp_weights(self.spec.activation)
         if self.spec.bias:
             names += tuple(name.replace("w_", "b_") for name in names)
-        weights = {name: read(getattr(self, name), None) for name in names}
+        weights = {name: read(getattr(self, name), x_BLD.dtype) for name in names}
         y_BLD = mlp(self.before(x_BLD), weights, self.spec.activation, project, project_back)
         return Out(self.added(x_BLD, y_BLD))
 

@@ -52,7 +52,8 @@ class Logits(nnx.Module):
             self.w_logits = normal_param(rngs, size, axes, std=std, role="embedding")
 
     def __call__(self, x_BLD: jax.Array, embed: Any) -> jax.Array:
-        w_DV = read(self.w_logits, None) if embed is None else read(embed.table, None).T
+        dtype = x_BLD.dtype
+        w_DV = read(self.w_logits, dtype) if embed is None else read(embed.table, dtype).T
         z_BLV, cap = product(x_BLD, w_DV, jnp.float32), self.softcap
         return z_BLV if cap is None else cap * jnp.tanh(z_BLV / cap)
 

@@ -137,7 +137,6 @@ def _on_each_device(
     split: whether `matrices` are those of the device's own experts, so that rows must travel.
     to_experts: keep the experts split; False gathers the matrices of all experts on each device.
     """
-    matrices = {name: w_EDF.astype(x_BLD.dtype) for name, w_EDF in matrices.items()}
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or batch_shards(x_BLD.shape[0]) == 1:
         return local(x_BLD, routed, matrices, False)

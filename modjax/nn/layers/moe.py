@@ -52,7 +52,7 @@ class MoE(Sublayer):
     def __call__(self, x_BLD: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         spec, (batch, length) = self.spec, x_BLD.shape[:2]
         valid_BL = jnp.ones((batch, length), bool) if at.valid_BL is None else at.valid_BL
-        y_BLD = self.before(x_BLD)
+        y_BLD, dtype = self.before(x_BLD), x_BLD.dtype
         scored = self.router(y_BLD, at, call, cache or None)
         scores_BLR = SCORES[spec.rule.scores](scored.x)
         picks = self.rule.pick(scores_BLR, at, valid_BL, spec.slots, call)
@@ -63,13 +63,14 @@ class MoE(Sublayer):
             slots = slots_of(picks, spec.experts, spec.slots(length), size_B)
             taken_BL = slots.taken_BL
             computed_B = jnp.full(batch, spec.computed(length))
-            z_BLD = in_slots(y_BLD, slots, self._stacked(), spec.activation)
+            z_BLD = in_slots(y_BLD, slots, self._stacked(dtype), spec.activation)
         elif batch * length <= FEW:
-            z_BLD = one_by_one(y_BLD, picks, self._each(), spec.activation)
+            z_BLD = one_by_one(y_BLD, picks, self._each(dtype), spec.activation)
         else:
-            z_BLD = in_groups(y_BLD, picks, self._stacked(), spec.activation)
+            z_BLD = in_groups(y_BLD, picks, self._stacked(dtype), spec.activation)
         if self.shared is not None:
-            z_BLD += mlp(y_BLD, _read(self.shared), spec.activation, project, project_back)
+            shared = {name: read(w, dtype) for name, w in self.shared.items()}
+            z_BLD += mlp(y_BLD, shared, spec.activation, project, project_back)
         picks_B = jnp.sum(picks.rows_BR, axis=1)
         own = Dispatched(
             picked_BL, taken_BL, valid_BL, picks.experts_BLP, picks_B, computed_B, picks.tied_BE
@@ -85,20 +86,22 @@ class MoE(Sublayer):
     def split_weights(self) -> None:
         """Stores each expert's weights separately, so that a step reads only those that it uses."""
         if not isinstance(self.experts, nnx.List):
-            each = [{name: nnx.Param(w) for name, w in one.items()} for one in self._each()]
+            of = range(self.spec.experts)
+            each = [{name: nnx.Param(w[...][e]) for name, w in self.experts.items()} for e in of]
             self.experts = nnx.List([nnx.Dict(one) for one in each])
 
-    def _each(self) -> list[dict[str, jax.Array]]:
+    def _each(self, dtype: DTypeLike) -> list[dict[str, jax.Array]]:
         if isinstance(self.experts, nnx.List):
-            return [_read(one) for one in self.experts]
-        stacked = _read(self.experts)
+            return [_read(one, dtype) for one in self.experts]
+        stacked = _read(self.experts, dtype)
         return [{name: w[e] for name, w in stacked.items()} for e in range(self.spec.experts)]
 
-    def _stacked(self) -> dict[str, jax.Array]:
+    def _stacked(self, dtype: DTypeLike) -> dict[str, jax.Array]:
         if isinstance(self.experts, nnx.List):
-            return jax.tree.map(lambda *each: jnp.stack(each), *self._each())
-        return _read(self.experts)
+            return jax.tree.map(lambda *each: jnp.stack(each), *self._each(dtype))
+        return _read(self.experts, dtype)
 
 
-def _read(matrices: Any) -> dict[str, jax.Array]:
-    return {name: read(w, None) for name, w in matrices.items()}
+def _read(matrices: Any, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """Returns the matrices of experts, which experts.py gathers."""
+    return {name: read(w, dtype, whole=False) for name, w in matrices.items()}

@@ -183,8 +183,11 @@ class Anchored(LayerModule):
         A decoding step runs it only in rows whose new position is an anchor, and reports nothing.
         """
 
+        layout = "part" if call.layout == "whole" else call.layout
+        inner_call = call.inside(0)._replace(layout=layout)
+
         def run(inputs: tuple[jax.Array, At, Any]) -> Out:
-            return self.inner(*inputs[:2], call.inside(0), inputs[2])
+            return self.inner(*inputs[:2], inner_call, inputs[2])
 
         def run_step(inputs: tuple[jax.Array, At, Any]) -> Out:
             out, none_BL = run(inputs), jnp.zeros(inputs[0].shape[:2], jnp.int32)

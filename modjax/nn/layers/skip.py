@@ -157,7 +157,9 @@ class Skip(LayerModule):
     ) -> Out:
         """Runs `inner` at all positions, and keeps the result where it is wanted."""
         shown_BL = at.valid_BL if self.spec.sees_all else wanted_BL
-        out = self.inner(x, at._replace(valid_BL=shown_BL), call.inside(0), cache)
+        at, call = at._replace(valid_BL=shown_BL), call.inside(0)
+        call = call if self.spec.sees_all else call._replace(layout="masked")
+        out = self.inner(x, at, call, cache)
         x_new = jnp.where(wide(wanted_BL, x), out.x, x)
         x_new += wide(through_BL.astype(x.dtype), x) * (out.x - x)
         depth_BL = jnp.where(wanted_BL, 1 + out.depth_BL, 0)

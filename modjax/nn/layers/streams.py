@@ -64,14 +64,14 @@ class Projected(nnx.Module):
         self.w_close = normal_param(rngs, size, axes, std=std)
 
     def open(self, x_BLD: jax.Array) -> jax.Array:
-        others = [_sized(product(x_BLD, w_DD), x_BLD) for w_DD in read(self.w_open, None)]
+        others = [_sized(product(x_BLD, w_DD), x_BLD) for w_DD in read(self.w_open, x_BLD.dtype)]
         return jnp.stack([x_BLD, *others], axis=2)
 
     def close(self, x_BLSD: jax.Array) -> jax.Array:
         first_BLD = x_BLSD[:, :, 0]
         others = [
             _sized(product(x_BLSD[:, :, s], w_DD), first_BLD)
-            for s, w_DD in enumerate(read(self.w_close, None), 1)
+            for s, w_DD in enumerate(read(self.w_close, x_BLSD.dtype), 1)
         ]
         return sum(others, first_BLD) / (len(others) + 1)
 

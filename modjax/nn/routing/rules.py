@@ -235,7 +235,7 @@ class Predictor(Rule):
         x32_BLD = x_BLD.astype(jnp.float32)
         scale_BL1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True) + 1e-6)
         normed_BLD = (x32_BLD * scale_BL1).astype(x_BLD.dtype)
-        h_BLF = jax.nn.silu(project(normed_BLD, read(self.w_in, None)))
+        h_BLF = jax.nn.silu(project(normed_BLD, read(self.w_in, normed_BLD.dtype)))
         logits_BL = jnp.einsum("BLF,F->BL", h_BLF.astype(jnp.float32), read(self.w_out))
         slope, offset = read(self.line)
         return logits_BL + slope * scores_BL + offset

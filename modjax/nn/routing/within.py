@@ -34,7 +34,7 @@ def within(
     """
     part, part_at = gather((x, at._replace(valid_BL=None)), selection.indices_BK)
     part, part_at = constrain_stream(part), part_at._replace(valid_BL=selection.valid_BK)
-    out = layer(part, part_at, call.inside(0)._replace(selected=True), cache)
+    out = layer(part, part_at, call.inside(0)._replace(selected=True, layout="part"), cache)
     taken_BK = jnp.where(selection.valid_BK, 1 + out.depth_BL, 0)
     none_BL = jnp.zeros(x.shape[:2], taken_BK.dtype)
     return part, out._replace(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modjax.kernels import Scoring, Side, attend, attention
+from modjax.kernels import Scoring, Side, attend
 from modjax.nn import At, Call, build
 from modjax.nn.layers.attention import rotary_tables, rotate, side
 from modjax.specs import Attention, Bidirectional, Causal, Rope, Shape, Window
@@ -35,7 +35,7 @@ def inputs(length, heads=4, kv_heads=2, width=6):
 @pytest.mark.parametrize("length", [1, 5, 8, 19])
 @pytest.mark.parametrize("segmented", [False, True])
 def test_attention_equals_plain_numpy_across_chunk_borders(monkeypatch, length, segmented):
-    monkeypatch.setattr(attention, "MIN_QUERY_CHUNK", 3)
+    monkeypatch.setattr("modjax.kernels.plain.MIN_QUERY_CHUNK", 3)
     q, k, v = inputs(length)
     segments = np.random.default_rng(0).integers(1, 3, (2, length)).cumsum(1) // 4
     segments = segments if segmented else None
@@ -45,7 +45,7 @@ def test_attention_equals_plain_numpy_across_chunk_borders(monkeypatch, length, 
 
 
 def test_attention_gradients_equal_those_of_another_implementation(monkeypatch):
-    monkeypatch.setattr(attention, "MIN_QUERY_CHUNK", 3)
+    monkeypatch.setattr("modjax.kernels.plain.MIN_QUERY_CHUNK", 3)
     q, k, v = inputs(19)
 
     def other(q, k, v):

@@ -58,7 +58,7 @@ def plain_received(q, k, segments):
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_received_attention_equals_plain_numpy_across_chunk_borders(monkeypatch, segmented):
-    monkeypatch.setattr("modjax.kernels.attention.MIN_QUERY_CHUNK", 3)
+    monkeypatch.setattr("modjax.kernels.plain.MIN_QUERY_CHUNK", 3)
     rng = np.random.default_rng(1)
     q = rng.normal(size=(2, 4, 11, 6)).astype(np.float32)
     k = rng.normal(size=(2, 2, 11, 6)).astype(np.float32)
