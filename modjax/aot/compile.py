@@ -38,6 +38,8 @@ class Compiled(NamedTuple):
 
     what: str
     spec: RunSpec
+    topology: str
+    slices: int
     mesh: Mesh
     chip: Chip
     inputs: dict[str, Any]
@@ -76,7 +78,8 @@ def compile_step(
         raise DoesNotFit("--topology", topology, accepted) from error
     seconds = time.monotonic() - began
     what = f"decoding of {DRAWN} tokens" if decode else "train step"
-    return Compiled(what, spec, mesh, chip_of(devices[0]), inputs, executable, seconds)
+    chip = chip_of(devices[0])
+    return Compiled(what, spec, topology, slices, mesh, chip, inputs, executable, seconds)
 
 
 def _lower_train(mesh: Mesh, spec: RunSpec, execution: Execution) -> tuple[Any, dict[str, Any]]:

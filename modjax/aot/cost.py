@@ -6,7 +6,8 @@ The parts of a model are the names of `jax.named_scope` around its operations.
 import re
 from typing import NamedTuple
 
-from modjax.aot.hlo import Instruction, Program
+from modjax.aot.hlo import Instruction
+from modjax.aot.program import Program
 
 PARTS = (
     "attention",
@@ -26,7 +27,7 @@ PARTS = (
 )
 OTHER = "other"
 # Operations whose time the compiler does not estimate, alone or in a fusion.
-UNESTIMATED = ("sort", "gather", "scatter")
+UNESTIMATED = {"sort", "gather", "scatter"}
 
 
 class Collective(NamedTuple):
@@ -82,7 +83,7 @@ def cycles_by_part(program: Program) -> dict[str, float]:
 def unestimated(program: Program) -> list[Unestimated]:
     """Returns the operations without an estimate, most frequent first.
 
-    Collectives are not among them: see `collectives`.
+    Collectives and kernels are not among them: see `collectives` and `kernels_of`.
     """
     found: dict[tuple[str, str], float] = {}
     for _, one, times in program.executed():
@@ -94,8 +95,7 @@ def unestimated(program: Program) -> list[Unestimated]:
 
 def _without_estimate(program: Program, one: Instruction) -> set[str]:
     inside = program.within({one.name: one}) if one.opcode == "fusion" else (one,)
-    found = {f"kernel {inner.kernel}" if inner.kernel else inner.opcode for inner in inside}
-    return {what for what in found if what in UNESTIMATED or what.startswith("kernel ")}
+    return {inner.opcode for inner in inside} & UNESTIMATED
 
 
 def collectives(program: Program) -> list[Collective]:

@@ -12,7 +12,8 @@ import jax
 
 from modjax.aot.compile import Compiled
 from modjax.aot.cost import part_of
-from modjax.aot.hlo import Array, Program
+from modjax.aot.hlo import Array
+from modjax.aot.program import Program
 from modjax.specs import ModelSpec
 
 SMALLEST = 0.002  # of the chip's memory; smaller arrays are not listed

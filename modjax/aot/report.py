@@ -11,8 +11,9 @@ from modjax.aot.cost import (
     cycles_by_part,
     unestimated,
 )
-from modjax.aot.hlo import Program
+from modjax.aot.kernels import Bounded, kernels_of, text_of
 from modjax.aot.memory import Buffer, Memory, inputs, memory_of, temporaries
+from modjax.aot.program import Program
 from modjax.flops import causal_train_flops, train_flops
 
 MOST_BUFFERS = 8
@@ -36,9 +37,12 @@ class Report(NamedTuple):
     inputs, temporaries: largest arrays per device; temporaries are named by their shapes.
     flops: of the whole step: "full" and "causal" (none for decoding), and by XLA's own count per
       device, in which the body of a loop runs once.
-    cycles: estimated cycles by part of the model.
-    seconds: estimated time of the program.
-    share: None for decoding.
+    cycles: estimated cycles by part of the model, without kernels.
+    kernels: with lower bounds on their cycles.
+    kernel_cycles: sum of these bounds.
+    seconds: estimated time of the program, kernels at their bounds included.
+    share: without the time of kernels; None for decoding.
+    share_with_kernels: with the time of kernels at their bounds.
     unknown: loops that count once, because the text does not tell their trips.
     """
 
@@ -54,49 +58,58 @@ class Report(NamedTuple):
     temporaries: list[Buffer]
     flops: dict[str, float]
     cycles: dict[str, float]
+    total_cycles: float
+    kernels: list[Bounded]
+    kernel_cycles: float
     seconds: float
     share: Share | None
+    share_with_kernels: Share | None
     unestimated: list[Unestimated]
     collectives: list[Collective]
     unknown: list[str]
     compile_seconds: float
     versions: dict[str, str]
 
-    @property
-    def total_cycles(self) -> float:
-        return sum(self.cycles.values())
 
-
-def report_on(compiled: Compiled, topology: str, slices: int = 1) -> Report:
+def report_on(compiled: Compiled) -> Report:
     """Returns the report on a program of `compile_step`."""
-    program = Program(compiled.executable.as_text())
-    cycles, chip, devices = cycles_by_part(program), compiled.chip, compiled.mesh.size
-    flops = _flops(compiled)
+    program = Program(text_of(compiled.executable))
+    chip, flops, cycles = compiled.chip, _flops(compiled), cycles_by_part(program)
+    kernels = kernels_of(program, compiled.topology, chip.name)
     total = sum(cycles.values())
-    assert chip.flops_per_cycle is not None
-    most = devices * total * chip.flops_per_cycle
-    trains = "causal" in flops and most > 0
+    bounds = sum(kernel.times * (kernel.cycles or 0.0) for kernel in kernels)
     return Report(
         run_id=compiled.spec.run_id,
         what=compiled.what,
-        topology=topology,
-        slices=slices,
+        topology=compiled.topology,
+        slices=compiled.slices,
         chip=chip.name,
-        devices=devices,
+        devices=compiled.mesh.size,
         mesh=dict(compiled.mesh.shape),
         memory=memory_of(compiled),
         inputs=inputs(compiled),
         temporaries=temporaries(compiled, program)[:MOST_BUFFERS],
         flops=flops,
         cycles=cycles,
-        seconds=total / chip.clock,
-        share=Share(flops["full"] / most, flops["causal"] / most) if trains else None,
+        total_cycles=total,
+        kernels=kernels,
+        kernel_cycles=bounds,
+        seconds=(total + bounds) / chip.clock,
+        share=_share(compiled, flops, total),
+        share_with_kernels=_share(compiled, flops, total + bounds),
         unestimated=unestimated(program),
         collectives=collectives(program),
         unknown=program.unknown,
         compile_seconds=compiled.seconds,
         versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu", "modjax")},
     )
+
+
+def _share(compiled: Compiled, flops: dict[str, float], cycles: float) -> Share | None:
+    if "full" not in flops or cycles == 0:
+        return None
+    most = compiled.mesh.size * compiled.chip.flops * cycles / compiled.chip.clock
+    return Share(flops["full"] / most, flops["causal"] / most)
 
 
 def _flops(compiled: Compiled) -> dict[str, float]:
@@ -113,13 +126,12 @@ def _flops(compiled: Compiled) -> dict[str, float]:
 
 def plain(report: Report) -> dict[str, Any]:
     """Returns the report as plain data, for JSON."""
-    values = report._asdict()
-    for name in ("inputs", "temporaries", "unestimated", "collectives"):
-        values[name] = [one._asdict() for one in values[name]]
-    values["memory"] = report.memory._asdict() | {
-        "total": report.memory.total,
-        "fits": report.memory.fits,
-    }
-    values["share"] = report.share and report.share._asdict()
-    values["total_cycles"] = report.total_cycles
-    return values
+
+    def one(value: Any) -> Any:
+        if hasattr(value, "_asdict"):
+            return {name: one(inner) for name, inner in value._asdict().items()}
+        return [one(inner) for inner in value] if isinstance(value, list) else value
+
+    memory = {"total": report.memory.total, "fits": report.memory.fits}
+    values = one(report)
+    return values | {"memory": values["memory"] | memory}

@@ -38,15 +38,15 @@ def compile_and_report(
     args: argparse.Namespace, spec: Any, execution: Any, *, decode: bool = False
 ) -> "Report":
     """Compiles a run for --topology and --slices, and says so on standard error."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the devices of this machine are not needed
+    # The devices of this machine are not needed, and jax cannot read these programs from a cache.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     start()
     with starting():
         from modjax.aot.compile import compile_step
         from modjax.aot.report import report_on
 
     print(f"modjax: compiling {spec.run_id} for {args.topology} ...", file=sys.stderr, flush=True)
-    compiled = compile_step(spec, execution, args.topology, args.slices, decode=decode)
-    return report_on(compiled, args.topology, args.slices)
+    return report_on(compile_step(spec, execution, args.topology, args.slices, decode=decode))
 
 
 def report_text(report: "Report") -> str:
@@ -103,15 +103,34 @@ def _memory_text(report: "Report") -> str:
 
 
 def _time_text(report: "Report") -> str:
-    total = report.total_cycles
-    rows = [(part, count(c), f"{c / total:.1%}") for part, c in report.cycles.items()]
+    total = report.total_cycles + report.kernel_cycles
+    parts = [*report.cycles.items()]
+    if report.kernels:
+        parts.append(("kernels, at least", report.kernel_cycles))
+    rows = [(part, count(cycles), f"{cycles / total:.1%}") for part, cycles in parts]
     rows.append(("sum", count(total), f"{report.seconds * 1e3:.1f} ms"))
     lines = [text_table(("estimated cycles", "", "share"), rows)]
-    if report.share is not None:
-        lines.append(
-            f"estimated share of peak: {report.share.causal:.3f} of causal FLOPs "
-            f"({report.flops['causal']:.4g} a step), {report.share.full:.3f} of all "
-            f"({report.flops['full']:.4g})"
-        )
+    if report.kernels:
+        bounds = [
+            (
+                one.name,
+                one.part,
+                f"{one.times:g}",
+                "none" if one.cycles is None else count(one.cycles),
+            )
+            for one in report.kernels
+        ]
+        header = ("kernel", "part", "times", "cycles each, bounded from its schedule")
+        lines += ["", text_table(header, bounds, left=2), ""]
+    shares = {"": report.share_with_kernels}
+    if report.kernels:
+        shares[", without the time of kernels"] = report.share
+    for note, share in shares.items():
+        if share is not None:
+            lines.append(
+                f"estimated share of peak{note}: {share.causal:.3f} by causal FLOPs "
+                f"({report.flops['causal']:.4g} a step), {share.full:.3f} by all "
+                f"({report.flops['full']:.4g})"
+            )
     lines.append(f"XLA's own count, loop bodies once: {report.flops['xla']:.4g} FLOPs per chip")
     return "\n".join(lines)
