@@ -66,7 +66,25 @@ def train_flops(
     A backward pass costs two forward passes, for the gradients of activations and of parameters.
     Frozen layers save the second. Those before the first trained parameters save both.
     """
-    found, reached = 0.0, trained == "all"  # whether the first trained parameters are reached
+    found = 0.0
+    for name, flops in _train_flops(model, seq_len, trained):
+        if CONVENTIONS[convention](name):
+            found += flops
+    return found * sequences
+
+
+def causal_train_flops(
+    model: ModelSpec, seq_len: int, sequences: int, trained: str = "all"
+) -> float:
+    """Returns `train_flops` with half of the scores and values, as most others publish them."""
+    each = _train_flops(model, seq_len, trained)
+    half = sum(flops for name, flops in each if name in ("scores", "values")) / 2
+    return train_flops(model, seq_len, sequences, trained=trained) - half * sequences
+
+
+def _train_flops(model: ModelSpec, seq_len: int, trained: str) -> Iterator[tuple[str, float]]:
+    """Yields the component and the training FLOPs of each cost of one sequence."""
+    reached = trained == "all"  # whether the first trained parameters are reached
     for cost in costs(model, seq_len, in_order=trained != "all"):  # only frozen layers need order
         backward = cost.backward
         if trained != "all" and cost.params:
@@ -74,9 +92,7 @@ def train_flops(
                 backward -= 1  # without the gradient of the parameters
             elif not reached:
                 reached, backward = True, 1.0  # nothing before it needs the gradient of its input
-        if CONVENTIONS[convention](cost.name):
-            found += cost.forward * (1 + (backward if reached else 0.0))
-    return found * sequences
+        yield cost.name, cost.forward * (1 + (backward if reached else 0.0))
 
 
 def run_flops(model: ModelSpec, train: TrainConfig, steps: int) -> float:

@@ -4,28 +4,27 @@ Sizes are those of `bench step` (d 256, 8 layers) and `bench decode` (d 512, 12 
 """
 
 import dataclasses
-import os
-from typing import Any
 
+from modjax.aot.compile import compile_step
 from modjax.bench import Row, fill
 from modjax.bench.decode import DENSE as DECODED
 from modjax.bench.decode import draw_in_turn
 from modjax.bench.step import DENSE, jax_step, per_flop, ratio, train_in_turn
+from modjax.errors import InputError
 from modjax.flops import train_flops
 from modjax.specs import (
     Attention,
+    DataConfig,
     Execution,
     Layer,
     MoD,
     ModelSpec,
     MoE,
+    RunSpec,
     Seq,
     TokenChoice,
     TrainConfig,
 )
-from modjax.training.mesh import make_mesh
-from modjax.training.programs import lower_train_step
-from modjax.training.state import abstract_model
 
 TIGHT = MoE(8, capacity_factor=1.0)
 ROWS = (
@@ -69,8 +68,8 @@ def measure() -> list[Row]:
     ]
     try:
         return fill(ROWS, [*values, flops_on_a_slice()])
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it is there but cannot compile
-        why = f"needs the TPU compiler, pip install 'jax[tpu]': {str(error).splitlines()[0]}"
+    except (InputError, RuntimeError) as error:  # RuntimeError: it is there but cannot compile
+        why = f"needs the TPU compiler: {str(error).splitlines()[0]}"
         return [*fill(ROWS[:-1], values), dataclasses.replace(ROWS[-1], why=why)]
 
 
@@ -86,19 +85,7 @@ def flops_on_a_slice() -> float:
     model = ModelSpec(1024, 512, 2, 4, 4, 2048, dtype="bfloat16", layers=moe)
     train = TrainConfig(16, 1024, 1000, 1e-3, 10)
     execution = Execution(data=1, expert=8, layer_loop="unroll")
-    step = compiled_for_tpu(model, train, execution, "v5e:2x4")
+    step = compile_step(RunSpec("moe", 1.0, model, train, DataConfig()), execution, "v5e:2x4")
     useful = dataclasses.replace(model, layers=tight)
     useful_flops = train_flops(useful, train.seq_len, train.batch_size)
-    return step.cost_analysis()["flops"] * 8 / useful_flops
-
-
-def compiled_for_tpu(
-    config: ModelSpec, train: TrainConfig, execution: Execution, topology: str
-) -> Any:
-    """Returns the train step compiled for a TPU slice. Needs libtpu, but no TPU."""
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    mesh = make_mesh(execution, devices)
-    return lower_train_step(mesh, abstract_model(config), train, execution).compile()
+    return step.executable.cost_analysis()["flops"] * 8 / useful_flops

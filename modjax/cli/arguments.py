@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import modjax
-from modjax.cli import finished_verbs, options, tuning, verbs
+from modjax.cli import aot, finished_verbs, options, tuning, verbs
 from modjax.cli.options import (
     CONFIG,
     DATA_DIR,
@@ -19,6 +19,8 @@ from modjax.cli.options import (
     RUN_OF_PLAN,
     SIZE,
     SLACK,
+    SLICES,
+    TOPOLOGY,
     WORKDIR,
     Option,
     option,
@@ -86,6 +88,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_sweep_verbs(commands)
     _add_finished_verbs(commands)
     _add(commands, "flops", verbs.flops, options.FLOPS, CONFIG, JSON, RUN_OF_PLAN)
+    flag, keywords = TOPOLOGY
+    topology = option(flag, **keywords | {"required": True})
+    decode = option("--decode", action="store_true", help="compile the loop of sampling instead")
+    described = (topology, SLICES, decode)
+    _add(commands, "aot", aot.aot, options.AOT, CONFIG, JSON, RUN_OF_PLAN, *described)
     name = option("name", metavar="NAME", help="the figure, or `all`")
     _add(commands, "bench", verbs.bench, options.BENCH, JSON, name)
     return parser

@@ -88,6 +88,14 @@ OTHER_CODE = option(
     "continued run says so",
 )
 JSON = option("--json", action="store_true", help="print JSON")
+TOPOLOGY = option(
+    "--topology",
+    metavar="CHIP:SIDExSIDE",
+    help="the TPU slice to compile for, such as v5e:4x4, v6e:16x16 or v5p:2x2x1",
+)
+SLICES = option(
+    "--slices", type=int, default=1, metavar="N", help="the number of such slices; default 1"
+)
 RUN_OF_PLAN = option("--run", metavar="RUN_ID", help="the run of the sweep's plan")
 
 PREPARE = """make the token cache of a corpus: the only step that needs TensorFlow.
@@ -158,6 +166,13 @@ FLOPS = """print the parameters and FLOPs of a model by component, and in sum un
 
 For a config with a `sweep` group: the run that --run names, or else the middle size of every arm at
 the largest budget."""
+AOT = """compile a run for a TPU slice, which need not be there, and print what the compiler says.
+
+Compiles the real train step, or with --decode the loop of sampling. Prints its memory per chip,
+estimated cycles by part of the model, share of the chips' peak, and collectives. The compiler's
+estimates of time are no measurements, and leave out collectives, sorts, gathers and scatters, which
+are listed. Needs the compiler, pip install 'modjax[aot]', but no TPU. A compilation takes a minute
+or more. Exits with 2 if the run does not fit."""
 BENCH = """measure a performance figure against its target.
 
 """ + "\n".join(f"  {name:8} {text}" for name, text in BENCHMARKS.items())

@@ -111,8 +111,8 @@ def generate(
     require(tokens_BL.shape[1] <= reading.max_length, "tokens_BL", tokens_BL.shape[1], accepted)
     _warn_of_unmeasured(model, params, routing)
     key, lengths_B = jax.random.key(seed), jnp.asarray(lengths_B, jnp.int32)
-    logits_BV, cache, depths_BL = _read_first(model, params, tokens_BL, lengths_B, key, reading)
-    state = _first_state(logits_BV, cache, key, reading, stop)
+    logits_BV, cache, depths_BL = read_first(model, params, tokens_BL, lengths_B, key, reading)
+    state = first_state(logits_BV, cache, key, reading, stop)
     drawn = _draw(model, params, state, max_new_tokens, sampling)
     return drawn._replace(prompt_depths_BL=depths_BL)
 
@@ -190,7 +190,7 @@ def _warn_of_unmeasured(model: Any, params: Any, routing: str) -> None:
             return
 
 
-def _first_state(
+def first_state(
     logits_BV: jax.Array, cache: Any, key: jax.Array, reading: Reading, stop: Stop
 ) -> State:
     batch, longest_stop = len(logits_BV), max(map(len, stop), default=1)
@@ -203,12 +203,12 @@ def _draw(model: Any, params: Any, state: State, new: int, sampling: Sampling) -
     if new == 0:  # the prompt alone was to be read
         none_BO = jnp.zeros((state.done_B.shape[0], 0), jnp.int32)
         return Generated(none_BO, none_BO, none_BO, None, state)
-    (tokens_BO, depths_BO, overflow_BO), state = _loop(model, params, state, new, sampling)
+    (tokens_BO, depths_BO, overflow_BO), state = draw_loop(model, params, state, new, sampling)
     return Generated(tokens_BO, depths_BO, overflow_BO, None, state)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "reading"))
-def _read_first(model, params, tokens_BL, lengths_B, key, reading):
+def read_first(model, params, tokens_BL, lengths_B, key, reading):
     read = nnx.merge(model, params).reader(**reading._asdict(), key=key)
     return read(tokens_BL, lengths_B, None)
 
@@ -226,7 +226,7 @@ def _read(model, params, state, tokens_BL, lengths_B):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "new", "sampling"), donate_argnames="state")
-def _loop(model, params, state, new, sampling):
+def draw_loop(model, params, state, new, sampling):
     """Draws up to `new` tokens: returns (tokens, depths, overflows), (B, O) each, and the state."""
     read = _reader(model, params, state)
 

@@ -26,7 +26,7 @@ def test_no_cache_is_copied(layer, batch):
     model = modjax.unstack(*nnx.split(modjax.Transformer(spec, rngs=nnx.Rngs(0))))
     tokens_BL = np.ones((batch, 8), np.int32)
     state = generate.generate(*model, tokens_BL, max_new_tokens=0, max_length=LENGTH).state
-    loop = generate._loop.lower(*model, state, 16, modjax.Sampling()).compile().as_text()
+    loop = generate.draw_loop.lower(*model, state, 16, modjax.Sampling()).compile().as_text()
     slots = 8 if "Window" in str(layer) else LENGTH
     cache = re.escape(f"f32[{batch},2,{slots},16]")
     made = re.findall(rf"= {cache}\S* ([\w-]+)\(", loop)

@@ -4,15 +4,17 @@ import dataclasses
 
 import pytest
 
-from modjax.bench.moe import compiled_for_tpu
+from modjax.aot.compile import compile_step
 from modjax.flops import train_flops
 from modjax.specs import (
     Attention,
+    DataConfig,
     Dense,
     Execution,
     MoD,
     ModelSpec,
     MoE,
+    RunSpec,
     Seq,
     TokenChoice,
     TrainConfig,
@@ -25,9 +27,10 @@ TRAIN = TrainConfig(128, 2048, 1000, 1e-3, 20)
 EXECUTION = Execution(data=4, fsdp=4, layer_loop="scan", remat="full")
 
 
-def compile_for_tpu(config: ModelSpec):
-    pytest.importorskip("libtpu", reason="holds the TPU compiler: pip install 'jax[tpu]'")
-    return compiled_for_tpu(config, TRAIN, EXECUTION, "v5e:4x4")
+def compile_for_tpu(config: ModelSpec, train=TRAIN, execution=EXECUTION, topology="v5e:4x4"):
+    pytest.importorskip("libtpu", reason="holds the TPU compiler: pip install 'modjax[aot]'")
+    spec = RunSpec("run", 1.0, config, train, DataConfig())
+    return compile_step(spec, execution, topology).executable
 
 
 @pytest.mark.slow
@@ -47,9 +50,8 @@ def test_experts_travel_by_all_to_all_on_a_tpu_slice_and_no_expert_moves():
     moe = MoE(8, TokenChoice(2))
     small = ModelSpec(1024, 512, 2, 4, 4, 2048, Seq(Attention(), moe), dtype="bfloat16")
     train = TrainConfig(16, 1024, 1000, 1e-3, 10)
-    pytest.importorskip("libtpu", reason="holds the TPU compiler: pip install 'jax[tpu]'")
     execution = Execution(data=1, expert=8, layer_loop="unroll")
-    compiled = compiled_for_tpu(small, train, execution, "v5e:2x4")
+    compiled = compile_for_tpu(small, train, execution, "v5e:2x4")
     # There and back in two layers, and the same in the gradient.
     assert count_collectives(compiled)["all-to-all"] == 8
     useful = train_flops(

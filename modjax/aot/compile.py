@@ -1,0 +1,130 @@
+"""Compiling the real train step, or the real loop of sampling, for devices that are not there."""
+
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from modjax.decoding.generate import Reading, draw_loop, first_state, read_first
+from modjax.decoding.sampling import PLAIN
+from modjax.errors import InputError
+from modjax.kernels.chips import GIB, Chip, chip_of, described_devices
+from modjax.nn import unstack
+from modjax.nn.sharding import batch_shards, partition_spec
+from modjax.specs import Execution, RunSpec
+from modjax.training.mesh import check_batch, make_mesh
+from modjax.training.programs import abstract_batch, lower_train_step
+from modjax.training.state import abstract_model, abstract_state, abstract_weights, joined, struct
+
+DRAWN = 32  # tokens of one call of the loop, as `modjax sample` streams them
+REMEDY = "raise execution.fsdp, set execution.remat to store less, or choose a larger topology"
+
+
+class DoesNotFit(InputError):
+    """A program that needs more memory than the chip has, by the compiler's own account."""
+
+
+class Compiled(NamedTuple):
+    """A program compiled for devices that need not be there.
+
+    what: the program, in words.
+    inputs: name of a group of inputs -> its arrays, without their values.
+    executable: as `jax.stages.Lowered.compile` returns it.
+    seconds: time that the compiler took.
+    """
+
+    what: str
+    spec: RunSpec
+    topology: str
+    slices: int
+    mesh: Mesh
+    chip: Chip
+    inputs: dict[str, Any]
+    executable: Any
+    seconds: float
+
+
+def compile_step(
+    spec: RunSpec,
+    execution: Execution,
+    topology: str,
+    slices: int = 1,
+    *,
+    decode: bool = False,
+) -> Compiled:
+    """Returns a run's train step, compiled for a topology such as "v5e:4x4".
+
+    decode: instead, the loop of sampling that draws DRAWN tokens after each sequence of the batch.
+    Raises InputError for an unknown topology, without the compiler, and for a mesh that does not
+    suit the topology or the batch; DoesNotFit if the compiler finds no room for the program.
+    """
+    devices = described_devices(topology, slices)
+    mesh = make_mesh(execution, devices)
+    check_batch(mesh, spec.train)
+    lowered, inputs = (_lower_decode if decode else _lower_train)(mesh, spec, execution)
+    began = time.monotonic()
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"on HBM, .*?\(([\d.]+)([KMG])\)", str(error))
+        if needed is None:
+            raise
+        gib = float(needed[1]) / {"G": 1, "M": 2**10, "K": 2**20}[needed[2]]
+        most = chip_of(devices[0]).memory / GIB
+        accepted = f"does not fit: temporaries take {gib:.2f} GiB of {most:.2f} per chip: {REMEDY}"
+        raise DoesNotFit("--topology", topology, accepted) from error
+    seconds = time.monotonic() - began
+    what = f"decoding of {DRAWN} tokens" if decode else "train step"
+    chip = chip_of(devices[0])
+    return Compiled(what, spec, topology, slices, mesh, chip, inputs, executable, seconds)
+
+
+def _lower_train(mesh: Mesh, spec: RunSpec, execution: Execution) -> tuple[Any, dict[str, Any]]:
+    model, train = abstract_model(spec.model, spec.train.trained), spec.train
+    state = abstract_state(mesh, model, train)
+    inputs = {
+        "parameters": (state.params, state.frozen, state.measured),
+        "moments of the optimizer": state.opt_state,
+        "batch": abstract_batch(mesh, train.batch_size, train.seq_len),
+    }
+    return lower_train_step(mesh, model, train, execution), inputs
+
+
+def _lower_decode(mesh: Mesh, spec: RunSpec, execution: Execution) -> tuple[Any, dict[str, Any]]:
+    """Lowers the loop after a prompt that leaves room for DRAWN tokens in a sequence."""
+    model, batch, length = abstract_model(spec.model), spec.train.batch_size, spec.train.seq_len
+    weights = joined(*abstract_weights(mesh, model))
+    graphdef: Any = None
+
+    def apart(weights: Any) -> Any:
+        nonlocal graphdef
+        graphdef, unstacked = unstack(model.graphdef, weights)
+        return unstacked
+
+    def start(weights: Any, tokens_BL: Any, lengths_B: Any, key: Any) -> Any:
+        reading = Reading(length, "causal", None)
+        logits_BV, cache, _ = read_first(graphdef, weights, tokens_BL, lengths_B, key, reading)
+        return first_state(logits_BV, cache, key, reading, ())
+
+    with jax.set_mesh(mesh):
+        placed = jax.jit(apart).lower(weights).compile().output_shardings
+        weights = jax.tree.map(struct, jax.eval_shape(apart, weights), placed)
+        prompt_BL = jax.ShapeDtypeStruct((batch, max(1, length - DRAWN)), jnp.int32)
+        lengths_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        state = jax.eval_shape(start, weights, prompt_BL, lengths_B, key)
+        state = jax.tree_util.tree_map_with_path(lambda at, x: _placed(mesh, batch, at, x), state)
+        lowered = draw_loop.lower(graphdef, weights, state, DRAWN, PLAIN)
+    return lowered, {"parameters": weights, "caches": state.cache, "logits": state.logits_BV}
+
+
+def _placed(mesh: Mesh, batch: int, path: Any, leaf: Any) -> Any:
+    """Returns an array of the decoding state with a sharding, by the dims that its name tells."""
+    dims = str(path[-1]).rpartition("_")[2] if leaf.ndim else ""
+    logical = {"B": "batch" if batch_shards(batch) > 1 else None, "G": "kv_heads"}
+    known = len(dims) == leaf.ndim and dims.startswith("B")
+    spec = partition_spec([logical.get(dim) for dim in dims]) if known else PartitionSpec()
+    return struct(leaf, NamedSharding(mesh, spec))

@@ -1,0 +1,137 @@
+"""What a compiled program keeps in memory, in words.
+
+The sums are the compiler's. It does not say which arrays they consist of: inputs are known from the
+state of training, and temporaries are named by their shapes and by the operations that make them.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from modjax.aot.compile import Compiled
+from modjax.aot.cost import part_of
+from modjax.aot.hlo import Array
+from modjax.aot.program import Program
+from modjax.specs import ModelSpec
+
+SMALLEST = 0.002  # of the chip's memory; smaller arrays are not listed
+VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant")
+
+
+class Memory(NamedTuple):
+    """Bytes per device. outputs: those that take no input's place. code: the program itself."""
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    code: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.outputs
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+
+class Buffer(NamedTuple):
+    """Arrays of one kind. shape: "" for inputs, which have many.
+
+    bytes: of all of them, per device.
+    """
+
+    what: str
+    shape: str
+    count: int
+    bytes: int
+
+
+def memory_of(compiled: Compiled) -> Memory:
+    """Returns the compiler's account of the memory of each device."""
+    found = compiled.executable.memory_analysis()
+    return Memory(
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.output_size_in_bytes - found.alias_size_in_bytes,
+        found.generated_code_size_in_bytes,
+        compiled.chip.memory,
+    )
+
+
+def inputs(compiled: Compiled) -> list[Buffer]:
+    """Returns the groups of inputs."""
+    found = []
+    for name, tree in compiled.inputs.items():
+        leaves = jax.tree.leaves(tree)
+        sizes = (math.prod(_shard(leaf)) * leaf.dtype.itemsize for leaf in leaves)
+        found.append(Buffer(name, "", len(leaves), sum(sizes)))
+    return found
+
+
+def temporaries(compiled: Compiled, program: Program) -> list[Buffer]:
+    """Returns the largest temporary arrays, by shape, largest sum first.
+
+    count: how many of this shape a loop carries at once, or 1.
+    """
+    least = SMALLEST * compiled.chip.memory
+    words = _Words(compiled)
+    found: dict[tuple[str, Array], int] = {}
+    for arrays, op_name in _arrays(program):
+        counts: dict[tuple[str, Array], int] = {}
+        for array in arrays:
+            if array.main and array.bytes >= least:
+                key = words.name(array, op_name), array
+                counts[key] = counts.get(key, 0) + 1
+        for key, count in counts.items():
+            found[key] = max(count, found.get(key, 0))
+    buffers = [Buffer(w, str(a), n, n * a.bytes) for (w, a), n in found.items()]
+    return sorted(buffers, key=lambda buffer: -buffer.bytes)
+
+
+def _arrays(program: Program) -> Iterator[tuple[tuple[Array, ...], str]]:
+    """Yields the arrays that exist at once, with the operation that makes them."""
+    for _, one, _ in program.executed():
+        if one.opcode == "while":
+            yield one.arrays, one.op_name
+        elif one.opcode not in VIEWS and not one.opcode.endswith(("-start", "-done")):
+            yield one.arrays, one.op_name
+
+
+class _Words:
+    """Names of arrays by their shapes."""
+
+    def __init__(self, compiled: Compiled):
+        model: ModelSpec = compiled.spec.model
+        leaves = jax.tree.leaves(compiled.inputs["parameters"])
+        self._weights = set()
+        for leaf in leaves:
+            for dims in (tuple(leaf.shape), _shard(leaf)):
+                self._weights |= {_bare(dims), _bare(dims[1:])}
+        self._vocab = {model.vocab_size // n for n in (1, compiled.mesh.shape["tensor"])}
+        self._repeats = {segment.times for segment in model.segments}
+
+    def name(self, array: Array, op_name: str) -> str:
+        dims = _bare(array.dims)
+        if dims in self._weights:
+            gradient = "transpose(" in op_name or array.dtype == "f32"
+            return "gradients" if gradient else f"parameters as {array.dtype}"
+        if self._vocab & set(dims):
+            return "logits"
+        part = part_of(op_name)
+        of = "" if part == "other" else f" of {part}"
+        if array.dims and array.dims[0] in self._repeats and len(array.dims) > 2:
+            return f"saved activations{of}"
+        return f"activations{of}"
+
+
+def _bare(dims: Iterable[int]) -> tuple[int, ...]:
+    """Returns the dims other than 1, in order of size: layouts and orders of products vary."""
+    return tuple(sorted(dim for dim in dims if dim > 1))
+
+
+def _shard(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.sharding.shard_shape(leaf.shape))
