@@ -13,7 +13,7 @@ from modjax.decoding.sampling import PLAIN
 from modjax.errors import InputError
 from modjax.kernels.chips import GIB, Chip, chip_of, described_devices
 from modjax.nn import unstack
-from modjax.nn.sharding import batch_shards, partition_spec
+from modjax.sharding import batch_shards, partition_spec
 from modjax.specs import Execution, RunSpec
 from modjax.training.mesh import check_batch, make_mesh
 from modjax.training.programs import abstract_batch, lower_train_step
