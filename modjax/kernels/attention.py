@@ -12,6 +12,7 @@ from modjax.kernels.target import target
 FUSED = {"tpu": splash, "gpu": cudnn}
 
 
+@jax.named_scope("attention")
 def attend(
     q_BNLH: jax.Array,
     k_BGMH: jax.Array,

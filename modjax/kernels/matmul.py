@@ -48,6 +48,7 @@ def project_back(x_BLF: jax.Array, w_DF: jax.Array) -> jax.Array:
     return jnp.einsum("UF,UXF->UX", x_UF, w_UXF).reshape(1, 1, -1)
 
 
+@jax.named_scope("projections")
 def to_heads(x_BLD: jax.Array, w_DNH: jax.Array) -> jax.Array:
     """Returns x @ w for every head, (B, N, L, H), in the layout that attention reads."""
     if target() != "cpu":  # the product writes it in this layout
@@ -57,6 +58,7 @@ def to_heads(x_BLD: jax.Array, w_DNH: jax.Array) -> jax.Array:
     return z_BLF.reshape(batch, length, heads, head_dim).transpose(0, 2, 1, 3)
 
 
+@jax.named_scope("projections")
 def from_heads(x_BNLH: jax.Array, w_NHD: jax.Array) -> jax.Array:
     """Returns the sum over heads of x @ w, (B, L, D)."""
     if target() != "cpu":

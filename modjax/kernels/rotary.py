@@ -10,6 +10,7 @@ import numpy as np
 from modjax.kernels.target import target
 
 
+@jax.named_scope("rotary")
 def rotate(x_BNLH: jax.Array, rope_BLH: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates each pair of dims (i, i + n) by its angle, for i < n; later dims stay.
 

@@ -36,6 +36,7 @@ def next_token(
     return in_chunks(_nll, model.head, x_BLD, batch.targets_BL, numbers=vocab), records
 
 
+@jax.named_scope("loss")
 def _nll(head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, targets_BL: jax.Array):
     logits_BLV = constrain(head(x_BLD), "batch", "length", "vocab")
     return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
@@ -56,6 +57,7 @@ def to_base(model: Transformer, batch: Any, **options: Any) -> tuple[jax.Array, 
     return in_chunks(_kl, heads, x_BLD, base_BLD, numbers=numbers), records
 
 
+@jax.named_scope("loss")
 def _kl(heads: tuple[Callable[[jax.Array], jax.Array], ...], *features: jax.Array) -> jax.Array:
     ours_BLV, base_BLV = (
         jax.nn.log_softmax(constrain(head(x_BLD), "batch", "length", "vocab"))
@@ -95,13 +97,15 @@ def make_train_step(
         key, parts = stream_key(schedule.seed, TRAIN_STREAM, state.step), train.accumulation
         grads, (loss, records, tokens) = _gradient(forward, state.params, batch, key, parts)
         optimizer = optimizer_for(model.roles, model.decays, train, schedule)
-        grad_norm = gradient_norm(grads, model.roles)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes its int counters with floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            grad_norm = gradient_norm(grads, model.roles)
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes its int counters with floats
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         diverged = (state.diverged_step == 0) & ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         new_state = state._replace(
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             measured=_observed(state, records, tokens),
             opt_state=opt_state,
             step=step,

@@ -40,6 +40,7 @@ class RMSNorm(nnx.Module):
         scale = jnp.full((width,), 1 - self.offset, jnp.float32)
         self.scale = make_param(scale, ("replicated",), role="norm")
 
+    @jax.named_scope("norm")
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         scale = read(self.scale) + self.offset if self.offset else read(self.scale)
         return (unit_rms(x_BLD, self.eps) * _aligned(scale, x_BLD)).astype(x_BLD.dtype)
@@ -107,6 +108,7 @@ def mlp_weights(activation: str) -> tuple[str, ...]:
     return ("w_in", "w_gate", "w_out") if activation in GATED else ("w_in", "w_out")
 
 
+@jax.named_scope("mlp")
 def mlp(
     x: jax.Array, weights: Mapping[str, Any], activation: str, product: Product, back: Product
 ) -> jax.Array:

@@ -36,6 +36,7 @@ class Tokens(nnx.Module):
         size, axes = (shape.vocab_size, d), ("vocab", "embed")
         self.table = normal_param(rngs, size, axes, std=std, role="embedding")
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens_BL: jax.Array, dtype: DTypeLike) -> jax.Array:
         x_BLD = constrain(read(self.table, dtype), "vocab", None)[tokens_BL]
         return x_BLD if self.scale is None else x_BLD * jnp.asarray(self.scale, dtype)
@@ -51,6 +52,7 @@ class Logits(nnx.Module):
             std = 1 / math.sqrt(shape.width)
             self.w_logits = normal_param(rngs, size, axes, std=std, role="embedding")
 
+    @jax.named_scope("logits")
     def __call__(self, x_BLD: jax.Array, embed: Any) -> jax.Array:
         dtype = x_BLD.dtype
         w_DV = read(self.w_logits, dtype) if embed is None else read(embed.table, dtype).T

@@ -53,6 +53,7 @@ class Slots(NamedTuple):
     taken_BL: jax.Array
 
 
+@jax.named_scope("router")
 def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
     """Returns slots with each expert's first size_B <= size positions. Later ones are dropped."""
     mine_BLPE = jax.nn.one_hot(picks.experts_BLP, experts, dtype=bool)
@@ -68,6 +69,7 @@ def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
     return Slots(tokens_BEC, weights_BEC, taken_BL)
 
 
+@jax.named_scope("experts")
 def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str) -> jax.Array:
     """Returns the weighted sum of the experts' outputs for the positions in slots, (B, L, D)."""
 
@@ -93,6 +95,7 @@ def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str
     return _on_each_device(local, x_BLD, slots, matrices, to_experts=True)
 
 
+@jax.named_scope("experts")
 def in_groups(x_BLD: jax.Array, picks: Picks, matrices: Matrices, activation: str) -> jax.Array:
     """Returns the weighted sum of the experts' outputs over all picks, (B, L, D)."""
     experts = jax.tree.leaves(matrices)[0].shape[0]

@@ -54,6 +54,7 @@ class Received(LayerModule):
         return Out(jnp.repeat(received_BL[..., None], self.outputs, axis=2))
 
 
+@jax.named_scope("router")
 def linear(x_BLD: jax.Array, w_DR: jax.Array) -> jax.Array:
     """Returns x w in float32, (B, L, R)."""
     # Full float32: accelerators would multiply in bfloat16, and ties would be common.

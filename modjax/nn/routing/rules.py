@@ -229,6 +229,7 @@ class Predictor(Rule):
         log_odds_BL = self.logits(x_BLD, choice.scores_BL)
         return selection_loss("predictor", self.spec.weight, log_odds_BL, selection, at)
 
+    @jax.named_scope("router")
     def logits(self, x_BLD: jax.Array, scores_BL: jax.Array) -> jax.Array:
         """Returns float32 logits (B, L), above 0 for positions that should be processed."""
         x_BLD, scores_BL = jax.lax.stop_gradient((x_BLD, scores_BL))

@@ -70,6 +70,7 @@ def of_valid(
     return jnp.asarray(table)[jnp.sum(valid_BL, axis=1)]
 
 
+@jax.named_scope("top_k")
 def select_first_k(
     requested_BL: jax.Array, scores_BL: jax.Array, k: int, k_B: jax.Array | None = None
 ) -> Selection:
@@ -79,6 +80,7 @@ def select_first_k(
     return _best(requested_BL.astype(jnp.float32), scores_BL, k, count_B)
 
 
+@jax.named_scope("top_k")
 def select_top_k(
     ranking_BL: jax.Array,
     scores_BL: jax.Array,
@@ -129,6 +131,7 @@ def _best(
     return Selection(indices_BK, gather(scores_BL, indices_BK), valid_BK)
 
 
+@jax.named_scope("gather")
 def gather(tree: Any, indices_BK: jax.Array) -> Any:
     """Returns a tree of arrays (B or 1, L, ...) at the indices, (B, K, ...); 0 beyond the end."""
 
@@ -144,6 +147,7 @@ def gather(tree: Any, indices_BK: jax.Array) -> Any:
     return jax.tree.map(rows, tree)
 
 
+@jax.named_scope("scatter")
 def scatter_add(x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array) -> jax.Array:
     """Adds updates at each sequence's indices; other positions keep their bits."""
 
