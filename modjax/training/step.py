@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from modjax.data.batches import Batch
+from modjax.kernels import cross_entropy
 from modjax.nn import Record, TokenLoss, Transformer, in_chunks, losses, observe, totals
 from modjax.nn.records import counts
 from modjax.sharding import constrain
@@ -39,7 +40,7 @@ def next_token(
 @jax.named_scope("loss")
 def _nll(head: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, targets_BL: jax.Array):
     logits_BLV = constrain(head(x_BLD), "batch", "length", "vocab")
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
+    return cross_entropy(logits_BLV, targets_BL)
 
 
 def to_base(model: Transformer, batch: Any, **options: Any) -> tuple[jax.Array, dict[str, Record]]:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from modjax import specs
-from modjax.kernels import product
+from modjax.kernels import NORMALISER, product
 from modjax.nn.params import normal_param, read
 from modjax.sharding import batch_shards, constrain, per_device
 
@@ -96,7 +96,10 @@ def in_chunks(
         return jnp.moveaxis(x, 1, 0)
 
     def on_device(weights: Any, *arrays: jax.Array) -> jax.Array:
-        one = jax.checkpoint(lambda chunk: function(weights, *chunk), prevent_cse=False)
+        policy = jax.checkpoint_policies.save_only_these_names(NORMALISER)
+        one = jax.checkpoint(
+            lambda chunk: function(weights, *chunk), policy=policy, prevent_cse=False
+        )
         found = jnp.moveaxis(jax.lax.map(one, tuple(map(split, arrays))), 0, 1)
         return found.reshape(found.shape[0], -1)[:, :length]
 
