@@ -41,9 +41,30 @@ class Repetition(NamedTuple):
 
     def run(self, x: jax.Array, at: At, call: Call, cache: Any = None) -> Out:
         """Runs its layers in order. `At.passed` starts empty: repetitions pass nothing on."""
-        blocks = {name: self.blocks[name] for name in self.segment.layers}
+        blocks = {name: _kept(self.blocks[name], call.remat) for name in self.segment.layers}
         call = call.inside(self.index)
         return in_order(blocks, x, at._replace(passed={}), call, cache, self.segment.first)
+
+
+def _kept(layer: Any, remat: str) -> Any:
+    """Returns a layer whose activations are recomputed in the backward pass, see specs.Execution.
+
+    Each layer is on its own: together, they would also recompute the output of all but the last.
+    """
+    if remat == "none":
+        return layer
+    names = () if remat == "full" else remat.split(",")
+
+    def run(x: jax.Array, at: At, call: Call, cache: Any) -> Out:
+        def one(x: jax.Array) -> tuple[Any, ...]:
+            out = layer(x, at, call, cache)
+            return out.x, dict(out.records), dict(out.passed), out.depth_BL
+
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        x, records, passed, depth_BL = jax.checkpoint(one, policy=policy)(x)
+        return Out(x, (), records, passed, depth_BL)
+
+    return run
 
 
 class Stack(nnx.Module):
@@ -83,10 +104,6 @@ class Stack(nnx.Module):
                 out = Repetition(nnx.merge(graphdef, params), segment, index).run(x, at, call)
                 return out.x, dict(out.records)
 
-            if call.remat != "none":
-                kept = () if call.remat == "full" else call.remat.split(",")
-                policy = jax.checkpoint_policies.save_only_these_names(*kept)
-                run = jax.checkpoint(run, policy=policy)
             if scan and not isinstance(params, list):
                 x, found = jax.lax.scan(run, x, (params, jnp.arange(segment.repeats)))
             else:
