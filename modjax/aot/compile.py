@@ -20,11 +20,18 @@ from modjax.training.programs import abstract_batch, lower_train_step
 from modjax.training.state import abstract_model, abstract_state, abstract_weights, joined, struct
 
 DRAWN = 32  # tokens of one call of the loop, as `modjax sample` streams them
-REMEDY = "raise execution.fsdp, set execution.remat to store less, or choose a larger topology"
 
 
 class DoesNotFit(InputError):
-    """A program that needs more memory than the chip has, by the compiler's own account."""
+    """A program that needs more memory than the chip has. needed: bytes."""
+
+    def __init__(self, topology: str, what: str, needed: int, chip: Chip):
+        self.needed = needed
+        accepted = (
+            f"does not fit: {what} {needed / GIB:.2f} GiB of {chip.memory / GIB:.2f} per chip: "
+            "raise execution.fsdp, store less by execution.remat, or choose a larger topology"
+        )
+        super().__init__("--topology", topology, accepted)
 
 
 class Compiled(NamedTuple):
@@ -47,6 +54,14 @@ class Compiled(NamedTuple):
     seconds: float
 
 
+def mesh_for(spec: RunSpec, execution: Execution, topology: str, slices: int = 1) -> Mesh:
+    """Returns the mesh of a run on a topology. Raises the InputErrors of `compile_step`."""
+    mesh = make_mesh(execution, described_devices(topology, slices))
+    check_batch(mesh, spec.train)
+    abstract_weights(mesh, abstract_model(spec.model, spec.train.trained))
+    return mesh
+
+
 def compile_step(
     spec: RunSpec,
     execution: Execution,
@@ -59,26 +74,22 @@ def compile_step(
 
     decode: instead, the loop of sampling that draws DRAWN tokens after each sequence of the batch.
     Raises InputError for an unknown topology, without the compiler, and for a mesh that does not
-    suit the topology or the batch; DoesNotFit if the compiler finds no room for the program.
+    suit the topology or the run; DoesNotFit if the compiler finds no room for the program.
     """
-    devices = described_devices(topology, slices)
-    mesh = make_mesh(execution, devices)
-    check_batch(mesh, spec.train)
+    mesh = mesh_for(spec, execution, topology, slices)
+    chip = chip_of(mesh.devices.flat[0])
     lowered, inputs = (_lower_decode if decode else _lower_train)(mesh, spec, execution)
     began = time.monotonic()
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"on HBM, .*?\(([\d.]+)([KMG])\)", str(error))
-        if needed is None:
+        found = re.search(r"on HBM, .*?\(([\d.]+)([KMG])\)", str(error))
+        if found is None:
             raise
-        gib = float(needed[1]) / {"G": 1, "M": 2**10, "K": 2**20}[needed[2]]
-        most = chip_of(devices[0]).memory / GIB
-        accepted = f"does not fit: temporaries take {gib:.2f} GiB of {most:.2f} per chip: {REMEDY}"
-        raise DoesNotFit("--topology", topology, accepted) from error
+        needed = int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": GIB}[found[2]])
+        raise DoesNotFit(topology, "temporaries take", needed, chip) from error
     seconds = time.monotonic() - began
     what = f"decoding of {DRAWN} tokens" if decode else "train step"
-    chip = chip_of(devices[0])
     return Compiled(what, spec, topology, slices, mesh, chip, inputs, executable, seconds)
 
 

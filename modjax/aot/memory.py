@@ -1,11 +1,12 @@
-"""What a compiled program keeps in memory, in words.
+"""The memory of a compiled program, in words.
 
 The sums are the compiler's. It does not say which arrays they consist of: inputs are known from the
 state of training, and temporaries are named by their shapes and by the operations that make them.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,12 @@ import jax
 from modjax.aot.compile import Compiled
 from modjax.aot.cost import part_of
 from modjax.aot.hlo import Array
-from modjax.aot.program import Program
+from modjax.aot.program import VIEWS, Program
 from modjax.specs import ModelSpec
 
 SMALLEST = 0.002  # of the chip's memory; smaller arrays are not listed
-VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant")
+# Instructions that make no array.
+NONE_MADE = (*VIEWS, "parameter", "get-tuple-element", "tuple", "conditional", "constant")
 
 
 class Memory(NamedTuple):
@@ -92,12 +94,14 @@ def temporaries(compiled: Compiled, program: Program) -> list[Buffer]:
     return sorted(buffers, key=lambda buffer: -buffer.bytes)
 
 
-def _arrays(program: Program) -> Iterator[tuple[tuple[Array, ...], str]]:
-    """Yields the arrays that exist at once, with the operation that makes them."""
-    for _, one, _ in program.executed():
+def _arrays(program: Program) -> Iterator[tuple[Sequence[Array], str]]:
+    """Yields arrays that exist at once, and the operation that makes them. Inputs are left out."""
+    for computation, one, _ in program.executed():
         if one.opcode == "while":
-            yield one.arrays, one.op_name
-        elif one.opcode not in VIEWS and not one.opcode.endswith(("-start", "-done")):
+            entering = (program.enters(computation, one, i, VIEWS) for i in range(len(one.arrays)))
+            made = (source is None or source.opcode != "parameter" for source in entering)
+            yield list(itertools.compress(one.arrays, made)), one.op_name
+        elif one.opcode not in NONE_MADE and not one.opcode.endswith(("-start", "-done")):
             yield one.arrays, one.op_name
 
 

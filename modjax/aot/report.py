@@ -30,7 +30,7 @@ class Share(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the compiler says about a program. All times are its estimates.
+    """The compiler's account of a program. All times are its estimates.
 
     run_id, what: the run, and the program.
     mesh: sizes of the mesh's axes.

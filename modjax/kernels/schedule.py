@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """What the mask of an attention kernel leaves of its grid.
+    """The part of its grid that the mask of an attention kernel leaves.
 
     share: of the blocks.
     width: blocks of a row of the grid.
