@@ -60,28 +60,10 @@ def text_of(executable: Any) -> str:
 
 
 def _kernel(operands: Sequence[Array], one: Instruction) -> Kernel:
-    """Returns a kernel with its operands and results in the memories where the program has them."""
     start = one.text.index("backend_config=") + len("backend_config=")
     settings, _ = json.JSONDecoder().raw_decode(one.text, start)
-    config = settings["custom_call_config"] | {
-        "input_memory_space_colors": [
-            {"operand_index": index, "color": _color(array)} for index, array in enumerate(operands)
-        ],
-        "output_memory_space_colors": [
-            {"shape_index": [index] if len(one.arrays) > 1 else [], "color": _color(array)}
-            for index, array in enumerate(one.arrays)
-        ],
-    }
-    text = json.dumps({"custom_call_config": config})
-    return Kernel(tuple(map(_plain, operands)), tuple(map(_plain, one.arrays)), text)
-
-
-def _color(array: Array) -> int:
-    return 0 if array.main else 1
-
-
-def _plain(array: Array) -> tuple[str, tuple[int, ...]]:
-    return array.dtype, array.dims
+    config = json.dumps(settings["custom_call_config"])
+    return Kernel(tuple(operands), one.arrays, config)
 
 
 def _blocks(program: Program, computation: str, one: Instruction) -> Blocks | None:
