@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax.decoding.generate import Reading, draw_loop, first_state, read_first
 from modjax.decoding.sampling import PLAIN
-from modjax.errors import InputError
+from modjax.errors import InputError, require
 from modjax.kernels.chips import GIB, Chip, chip_of, described_devices
 from modjax.nn import unstack
 from modjax.nn.sharding import batch_shards, partition_spec
@@ -56,7 +56,11 @@ class Compiled(NamedTuple):
 
 def mesh_for(spec: RunSpec, execution: Execution, topology: str, slices: int = 1) -> Mesh:
     """Returns the mesh of a run on a topology. Raises the InputErrors of `compile_step`."""
-    mesh = make_mesh(execution, described_devices(topology, slices))
+    devices = described_devices(topology, slices)
+    size = execution.data * execution.fsdp * execution.tensor * execution.expert
+    accepted = f"must be 0, or make the mesh as large as the topology, {len(devices)} chips"
+    require(size in (0, len(devices)), "execution.data", execution.data, accepted)
+    mesh = make_mesh(execution, devices)
     check_batch(mesh, spec.train)
     abstract_weights(mesh, abstract_model(spec.model, spec.train.trained))
     return mesh
