@@ -75,8 +75,33 @@ class Program:
             return self.source(computation, holder.operands[place], aliases)
         if holder.opcode == "parameter" and computation in self._callers:
             computation, holder = self._callers[computation]
-        if holder.opcode == "while" and self._passes(holder.called["body"][0], place):
-            return self.enters(computation, holder, place, aliases)
+        if holder.opcode == "while":
+            return self._through(computation, holder, place, aliases)
+        return None
+
+    def _through(
+        self, computation: str, loop: Instruction, place: int, aliases: Sequence[str]
+    ) -> Instruction | None:
+        """Returns the `source` of a place of a loop's tuple, if it is the same in every trip.
+
+        A trip may fill the place with a copy of another one.
+        """
+        found = self.enters(computation, loop, place, aliases)
+        body, places = loop.called["body"][0], {place}
+        root = _root(self.computations[body])
+        while root.opcode == "tuple":
+            next_one = self._origin(body, root.operands[place], aliases)
+            if next_one is None or next_one.opcode != "get-tuple-element":
+                return None
+            holder = self._origin(body, next_one.operands[0], aliases)
+            if holder is None or holder.opcode != "parameter":
+                return None
+            place = _index(next_one)
+            if place in places:
+                return found
+            places.add(place)
+            if self.enters(computation, loop, place, aliases) is not found:
+                return None
         return None
 
     def enters(
@@ -95,14 +120,6 @@ class Program:
         while found is not None and found.opcode in aliases:
             found = self.computations[computation].get(found.operands[0])
         return found
-
-    def _passes(self, body: str, place: int) -> bool:
-        """Returns whether each trip of a loop passes on this place of its tuple unchanged."""
-        root = _root(self.computations[body])
-        if root.opcode != "tuple":
-            return False
-        found = self._origin(body, root.operands[place])
-        return found is not None and found.opcode == "get-tuple-element" and _index(found) == place
 
     @cached_property
     def _callers(self) -> dict[str, tuple[str, Instruction]]:

@@ -122,6 +122,41 @@ def test_a_kernel_takes_several_lines_of_a_text():
     assert list(program.computations)[3] == "condition"
 
 
+FETCHED = """HloModule step
+
+%body (b: (s8[2], s8[2], s8[2])) -> (s8[2], s8[2], s8[2]) {
+  %b = (s8[2], s8[2], s8[2]) parameter(0)
+  %quick = s8[2]{0:S(1)} get-tuple-element(%b), index=0
+  %slow = s8[2] get-tuple-element(%b), index=1
+  %changes = s8[2] get-tuple-element(%b), index=2
+  %used = s8[2] add(%quick, %changes)
+  %start = (s8[2]{0:S(1)}, s8[2], u32[]) copy-start(%slow)
+  %again = s8[2]{0:S(1)} copy-done(%start)
+  ROOT %next = (s8[2], s8[2], s8[2]) tuple(%again, %slow, %quick)
+}
+
+%condition (c: (s8[2], s8[2], s8[2])) -> pred[] {
+  %c = (s8[2], s8[2], s8[2]) parameter(0)
+  ROOT %never = pred[] constant(false)
+}
+
+ENTRY %main () -> (s8[2], s8[2], s8[2]) {
+  %mask = s8[2] constant({1, 2})
+  %other = s8[2] constant({3, 4})
+  %begin = (s8[2]{0:S(1)}, s8[2], u32[]) copy-start(%mask)
+  %first = s8[2]{0:S(1)} copy-done(%begin)
+  %carried = (s8[2], s8[2], s8[2]) tuple(%first, %mask, %other)
+  ROOT %loop = (s8[2], s8[2], s8[2]) while(%carried), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_constant_is_found_through_loops_that_fetch_it_again_and_never_if_it_changes():
+    program = Program(FETCHED)
+    assert [program.constant("body", name).name for name in ("quick", "slow")] == ["mask"] * 2
+    assert program.constant("body", "changes") is None
+
+
 @pytest.mark.parametrize(
     "op_name, part, cause",
     [

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 
 from modjax.aot import memory, plan
@@ -149,15 +148,6 @@ def test_a_mesh_that_does_not_suit_the_topology_or_the_model_is_refused(executio
         return
     with pytest.raises(InputError, match=field):
         mesh_for(SPEC, execution, "v5e:2x2")
-
-
-def test_slices_are_joined_along_data():
-    pytest.importorskip("libtpu", reason="holds the TPU compiler: pip install 'modjax[aot]'")
-    mesh = mesh_for(SPEC, Execution(fsdp=2), "v5e:2x2", slices=2)
-    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-    assert mesh.shape["data"] == 4 and slices[:, :, 0, 0].tolist() == [[0, 0]] * 2 + [[1, 1]] * 2
-    with pytest.raises(InputError, match=r"execution\.data"):
-        mesh_for(SPEC, Execution(fsdp=8), "v5e:2x2", slices=2)
 
 
 def test_runs_that_differ_in_their_schedule_share_a_compilation(monkeypatch):
