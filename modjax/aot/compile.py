@@ -1,6 +1,5 @@
 """Compiling the real train step, or the real loop of sampling, for devices that are not there."""
 
-import re
 import time
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from modjax.decoding.generate import Reading, draw_loop, first_state, read_first
 from modjax.decoding.sampling import PLAIN
 from modjax.errors import InputError, require
-from modjax.kernels.chips import GIB, Chip, chip_of, described_devices
+from modjax.kernels.chips import GIB, Chip, chip_of, described_devices, memory_lacked
 from modjax.nn import unstack
 from modjax.nn.sharding import batch_shards, partition_spec
 from modjax.specs import Execution, RunSpec
@@ -74,7 +73,7 @@ def compile_step(
     *,
     decode: bool = False,
 ) -> Compiled:
-    """Returns a run's train step, compiled for a topology such as "v5e:4x4".
+    """Returns a run's train step, compiled for a topology, see modjax.kernels.chips.
 
     decode: instead, the loop of sampling that draws DRAWN tokens after each sequence of the batch.
     Raises InputError for an unknown topology, without the compiler, and for a mesh that does not
@@ -87,10 +86,9 @@ def compile_step(
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"on HBM, .*?\(([\d.]+)([KMG])\)", str(error))
-        if found is None:
+        needed = memory_lacked(error)
+        if needed is None:
             raise
-        needed = int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": GIB}[found[2]])
         raise DoesNotFit(topology, "temporaries take", needed, chip) from error
     seconds = time.monotonic() - began
     what = f"decoding of {DRAWN} tokens" if decode else "train step"

@@ -153,5 +153,10 @@ def _time_text(report: "Report") -> str:
                 f"({report.flops['causal']:.4g} a step), {share.full:.3f} by all "
                 f"({report.flops['full']:.4g})"
             )
+    if report.token_seconds is not None:
+        lines.append(
+            f"estimated time of a token of each sequence: {report.token_seconds * 1e3:.3f} ms; to "
+            f"read all arguments once takes {report.read_seconds * 1e3:.3f} ms"
+        )
     lines.append(f"XLA's own count, loop bodies once: {report.flops['xla']:.4g} FLOPs per chip")
     return "\n".join(lines)

@@ -74,6 +74,17 @@ class Region(NamedTuple):
     trips: int | None
 
 
+def blocks_of(kernel: str, kinds: Sequence[int], dims: tuple[int, ...]) -> Blocks | None:
+    """Returns the blocks of splash attention by the kinds in its mask; None for another kernel.
+
+    kinds: of dims (heads, query blocks, key blocks); 0 is hidden whole.
+    """
+    if not kernel.startswith("splash") or len(dims) != 3:
+        return None
+    width = dims[1] if "dkv" in kernel else dims[2]
+    return Blocks(sum(kind != 0 for kind in kinds) / len(kinds), width)
+
+
 def schedules(kernels: Sequence[Kernel], topology: str) -> list[str]:
     """Returns the final schedules of kernels for a topology. It takes about a second each.
 

@@ -178,6 +178,9 @@ def test_decoding_reports_its_weights_and_caches():
     assert sizes["parameters"] == 4 * NUMBERS  # on every chip
     keys = 2 * 2 * L * (B // CHIPS) * S * D  # and values, in bfloat16
     assert keys < sizes["caches"] < 1.05 * keys  # and positions
+    assert report.token_seconds == report.seconds / DRAWN
+    assert report.read_seconds == report.memory.arguments / 819e9
+    assert "estimated time of a token" in report_text(report)
     assert report.share is None and report.flops.keys() == {"xla"}
     # The loop of tokens has known trips.
     program = Program(compiled.executable.as_text())
