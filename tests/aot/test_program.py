@@ -119,7 +119,7 @@ def test_a_kernel_takes_several_lines_of_a_text():
     assert one.op_name == "jit(step)/jvp(attention)/pallas_call"
     assert [str(array) for array in one.arrays] == ["bf16[8,8]", "f32[8]"]
     assert [array.main for array in one.arrays] == [False, True]
-    assert list(program.computations)[3] == "condition"
+    assert list(program.computations)[4] == "condition"
 
 
 FETCHED = """HloModule step
