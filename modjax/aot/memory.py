@@ -116,7 +116,7 @@ class _Words:
             for dims in (tuple(leaf.shape), _shard(leaf)):
                 self._weights |= {_bare(dims), _bare(dims[1:])}
         self._vocab = {model.vocab_size // n for n in (1, compiled.mesh.shape["tensor"])}
-        self._repeats = {segment.times for segment in model.segments}
+        self._repeats = {segment.times for segment in model.segments} - {1}
 
     def name(self, array: Array, op_name: str) -> str:
         dims = _bare(array.dims)
