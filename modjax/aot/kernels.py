@@ -1,6 +1,7 @@
 """Kernels of a compiled program, and lower bounds on their cycles."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 from modjax.aot.cost import part_of
 from modjax.aot.hlo import Array, Instruction
 from modjax.aot.program import Program
-from modjax.kernels.schedule import Blocks, Kernel, bound, schedules
+from modjax.kernels.schedule import Blocks, Kernel, blocks_of, bound, schedules
 
 
 class Bounded(NamedTuple):
@@ -32,7 +33,7 @@ def kernels_of(program: Program, topology: str, chip: str) -> list[Bounded]:
     found: dict[tuple[str, str, Kernel, Blocks | None], float] = {}
     for computation, one, times in program.executed():
         if one.kernel is not None:
-            blocks = _blocks(program, computation, one)
+            blocks = _mask(program, computation, one)
             inside = program.computations[computation]
             operands = [inside[name].arrays[0] for name in one.operands]
             key = one.kernel, part_of(one.op_name), _kernel(operands, one), blocks
@@ -60,48 +61,22 @@ def text_of(executable: Any) -> str:
 
 
 def _kernel(operands: Sequence[Array], one: Instruction) -> Kernel:
-    """Returns a kernel with its operands and results in the memories where the program has them."""
     start = one.text.index("backend_config=") + len("backend_config=")
     settings, _ = json.JSONDecoder().raw_decode(one.text, start)
-    config = settings["custom_call_config"] | {
-        "input_memory_space_colors": [
-            {"operand_index": index, "color": _color(array)} for index, array in enumerate(operands)
-        ],
-        "output_memory_space_colors": [
-            {"shape_index": [index] if len(one.arrays) > 1 else [], "color": _color(array)}
-            for index, array in enumerate(one.arrays)
-        ],
-    }
-    text = json.dumps({"custom_call_config": config})
-    return Kernel(tuple(map(_plain, operands)), tuple(map(_plain, one.arrays)), text)
+    config = json.dumps(settings["custom_call_config"])
+    return Kernel(tuple(operands), one.arrays, config)
 
 
-def _color(array: Array) -> int:
-    return 0 if array.main else 1
+def _mask(program: Program, computation: str, one: Instruction) -> Blocks | None:
+    """Returns what the mask of a kernel leaves; None without one.
 
-
-def _plain(array: Array) -> tuple[str, tuple[int, ...]]:
-    return array.dtype, array.dims
-
-
-def _blocks(program: Program, computation: str, one: Instruction) -> Blocks | None:
-    """Returns what the mask of a splash attention leaves; None without one.
-
-    Its first two operands are constants: the next block of each, and the kind of each, which is 0
-    for a block that is hidden whole.
+    A mask is the second operand, a constant. The first has the same shape.
     """
     constants = [program.constant(computation, name) for name in one.operands[:2]]
-    if len(constants) < 2 or any(constant is None for constant in constants):
+    if len(constants) < 2 or constants[0] is None or constants[1] is None:
         return None
-    following, mask = constants
-    assert following is not None and mask is not None
-    dims = mask.arrays[0].dims
-    kinds = [int(kind) for kind in re.findall(r"-?\d+", mask.text.partition("),")[0])]
-    if (
-        len(dims) != 3
-        or following.arrays != mask.arrays
-        or len(kinds) != dims[0] * dims[1] * dims[2]
-    ):
+    (first,), (mask,) = (constant.arrays for constant in constants if constant)
+    kinds = re.findall(r"-?\d+", constants[1].text.partition("),")[0])
+    if first.dims != mask.dims or len(kinds) != math.prod(mask.dims):
         return None
-    width = dims[1] if "dkv" in one.name else dims[2]
-    return Blocks(sum(kind != 0 for kind in kinds) / len(kinds), width)
+    return blocks_of(one.name, list(map(int, kinds)), mask.dims)

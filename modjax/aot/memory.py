@@ -1,23 +1,25 @@
-"""What a compiled program keeps in memory, in words.
+"""The memory of a compiled program, in words.
 
 The sums are the compiler's. It does not say which arrays they consist of: inputs are known from the
 state of training, and temporaries are named by their shapes and by the operations that make them.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from modjax.aot.compile import Compiled
-from modjax.aot.cost import part_of
+from modjax.aot.cost import OTHER, part_of
 from modjax.aot.hlo import Array
-from modjax.aot.program import Program
+from modjax.aot.program import VIEWS, Program
 from modjax.specs import ModelSpec
 
 SMALLEST = 0.002  # of the chip's memory; smaller arrays are not listed
-VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "constant")
+# Instructions that make no array.
+NONE_MADE = (*VIEWS, "parameter", "get-tuple-element", "tuple", "conditional", "constant")
 
 
 class Memory(NamedTuple):
@@ -73,31 +75,33 @@ def inputs(compiled: Compiled) -> list[Buffer]:
 
 
 def temporaries(compiled: Compiled, program: Program) -> list[Buffer]:
-    """Returns the largest temporary arrays, by shape, largest sum first.
+    """Returns the largest temporary arrays, largest sum first.
 
-    count: how many of this shape a loop carries at once, or 1.
+    Arrays of one kind and size are one entry, whose count is that of the loop that carries most of
+    them, or 1. They need not all exist at once.
     """
-    least = SMALLEST * compiled.chip.memory
-    words = _Words(compiled)
-    found: dict[tuple[str, Array], int] = {}
+    least, words = SMALLEST * compiled.chip.memory, _Words(compiled)
+    found: dict[tuple[str, str, int], Buffer] = {}
     for arrays, op_name in _arrays(program):
-        counts: dict[tuple[str, Array], int] = {}
+        together: dict[tuple[str, str, int], Buffer] = {}
         for array in arrays:
             if array.main and array.bytes >= least:
-                key = words.name(array, op_name), array
-                counts[key] = counts.get(key, 0) + 1
-        for key, count in counts.items():
-            found[key] = max(count, found.get(key, 0))
-    buffers = [Buffer(w, str(a), n, n * a.bytes) for (w, a), n in found.items()]
-    return sorted(buffers, key=lambda buffer: -buffer.bytes)
+                key = words.name(array, op_name), array.dtype, array.bytes
+                count = 1 + (together[key].count if key in together else 0)
+                together[key] = Buffer(key[0], str(array), count, count * array.bytes)
+        for key, buffer in together.items():
+            found[key] = max(buffer, found.get(key, buffer), key=lambda one: one.count)
+    return sorted(found.values(), key=lambda buffer: -buffer.bytes)
 
 
-def _arrays(program: Program) -> Iterator[tuple[tuple[Array, ...], str]]:
-    """Yields the arrays that exist at once, with the operation that makes them."""
-    for _, one, _ in program.executed():
+def _arrays(program: Program) -> Iterator[tuple[Sequence[Array], str]]:
+    """Yields arrays that exist at once, and the operation that makes them. Inputs are left out."""
+    for computation, one, _ in program.executed():
         if one.opcode == "while":
-            yield one.arrays, one.op_name
-        elif one.opcode not in VIEWS and not one.opcode.endswith(("-start", "-done")):
+            entering = (program.enters(computation, one, i, VIEWS) for i in range(len(one.arrays)))
+            made = (source is None or source.opcode != "parameter" for source in entering)
+            yield list(itertools.compress(one.arrays, made)), one.op_name
+        elif one.opcode not in NONE_MADE and not one.opcode.endswith(("-start", "-done")):
             yield one.arrays, one.op_name
 
 
@@ -112,7 +116,7 @@ class _Words:
             for dims in (tuple(leaf.shape), _shard(leaf)):
                 self._weights |= {_bare(dims), _bare(dims[1:])}
         self._vocab = {model.vocab_size // n for n in (1, compiled.mesh.shape["tensor"])}
-        self._repeats = {segment.times for segment in model.segments}
+        self._repeats = {segment.times for segment in model.segments} - {1}
 
     def name(self, array: Array, op_name: str) -> str:
         dims = _bare(array.dims)
@@ -121,11 +125,10 @@ class _Words:
             return "gradients" if gradient else f"parameters as {array.dtype}"
         if self._vocab & set(dims):
             return "logits"
-        part = part_of(op_name)
-        of = "" if part == "other" else f" of {part}"
         if array.dims and array.dims[0] in self._repeats and len(array.dims) > 2:
-            return f"saved activations{of}"
-        return f"activations{of}"
+            return "saved activations"
+        part = part_of(op_name)
+        return "activations" if part == OTHER else f"activations of {part}"
 
 
 def _bare(dims: Iterable[int]) -> tuple[int, ...]:

@@ -1,16 +1,17 @@
-"""How often each instruction of a compiled program runs, and the sum of its estimated cycles.
+"""The trips of the loops of a compiled program, and the sum of its estimated cycles.
 
 The compiler prints an estimate of cycles beside most instructions. It prints no trip counts, so
 they are derived from the condition, the step and the start of each loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from modjax.aot.hlo import Computation, Instruction, parse
 
-# Instructions that pass on a value.
-ALIASES = ("bitcast", "copy", "copy-start", "copy-done", "convert", "opt-barrier")
+# Instructions that pass on an array, and that pass on its value.
+VIEWS = ("bitcast", "opt-barrier")
+COPIES = (*VIEWS, "copy", "copy-start", "copy-done", "convert")
 INTEGERS = ("s32[]", "u32[]")
 
 
@@ -54,42 +55,71 @@ class Program:
 
     def constant(self, computation: str, name: str) -> Instruction | None:
         """Returns the constant that a value is, or None. Looks through copies and loops."""
-        found = self._origin(computation, name)
-        if found is None or found.opcode == "constant":
+        found = self.source(computation, name)
+        return found if found is not None and found.opcode == "constant" else None
+
+    def source(
+        self, computation: str, name: str, aliases: Sequence[str] = COPIES
+    ) -> Instruction | None:
+        """Returns the instruction that makes a value, or None if a loop changes it.
+
+        Looks through `aliases`, tuples, and loops that pass the value on.
+        """
+        found = self._origin(computation, name, aliases)
+        if found is None or found.opcode != "get-tuple-element":
             return found
-        if found.opcode != "get-tuple-element":
+        place, holder = _index(found), self._origin(computation, found.operands[0], aliases)
+        if holder is None:
             return None
-        place, source = _index(found), self._origin(computation, found.operands[0])
-        if source is None:
-            return None
-        if source.opcode == "tuple":
-            return self.constant(computation, source.operands[place])
-        if source.opcode == "parameter" and computation in self._callers:
-            computation, source = self._callers[computation]
-        if source.opcode == "while" and self._passes(source.called["body"][0], place):
-            return self._entering(computation, source, place)
+        if holder.opcode == "tuple":
+            return self.source(computation, holder.operands[place], aliases)
+        if holder.opcode == "parameter" and computation in self._callers:
+            computation, holder = self._callers[computation]
+        if holder.opcode == "while":
+            return self._through(computation, holder, place, aliases)
         return None
 
-    def _origin(self, computation: str, name: str) -> Instruction | None:
+    def _through(
+        self, computation: str, loop: Instruction, place: int, aliases: Sequence[str]
+    ) -> Instruction | None:
+        """Returns the `source` of a place of a loop's tuple, if it is the same in every trip.
+
+        A trip may fill the place with a copy of another one.
+        """
+        found = self.enters(computation, loop, place, aliases)
+        body, places = loop.called["body"][0], {place}
+        root = _root(self.computations[body])
+        while root.opcode == "tuple":
+            next_one = self._origin(body, root.operands[place], aliases)
+            if next_one is None or next_one.opcode != "get-tuple-element":
+                return None
+            holder = self._origin(body, next_one.operands[0], aliases)
+            if holder is None or holder.opcode != "parameter":
+                return None
+            place = _index(next_one)
+            if place in places:
+                return found
+            places.add(place)
+            if self.enters(computation, loop, place, aliases) is not found:
+                return None
+        return None
+
+    def enters(
+        self, computation: str, loop: Instruction, place: int, aliases: Sequence[str] = COPIES
+    ) -> Instruction | None:
+        """Returns the `source` of the value with which a loop begins at a place of its tuple."""
+        entering = self._origin(computation, loop.operands[0], aliases)
+        if entering is None or entering.opcode != "tuple" or place >= len(entering.operands):
+            return None  # a tuple may contain others
+        return self.source(computation, entering.operands[place], aliases)
+
+    def _origin(
+        self, computation: str, name: str, aliases: Sequence[str] = COPIES
+    ) -> Instruction | None:
         found = self.computations[computation].get(name)
-        while found is not None and found.opcode in ALIASES:
+        while found is not None and found.opcode in aliases:
             found = self.computations[computation].get(found.operands[0])
         return found
-
-    def _passes(self, body: str, place: int) -> bool:
-        """Returns whether each trip of a loop passes on this place of its tuple unchanged."""
-        root = _root(self.computations[body])
-        if root.opcode != "tuple":
-            return False
-        found = self._origin(body, root.operands[place])
-        return found is not None and found.opcode == "get-tuple-element" and _index(found) == place
-
-    def _entering(self, computation: str, loop: Instruction, place: int) -> Instruction | None:
-        """Returns the constant with which a loop begins at a place of its tuple, or None."""
-        entering = self._origin(computation, loop.operands[0])
-        if entering is None or entering.opcode != "tuple":
-            return None
-        return self.constant(computation, entering.operands[place])
 
     @cached_property
     def _callers(self) -> dict[str, tuple[str, Instruction]]:
@@ -119,9 +149,9 @@ class Program:
         ]
         if len(read) != 1:
             return max(integers)
-        start = self._entering(computation, loop, read[0])
-        begun = max(integers) - (0 if start is None else int(_value(start)))
-        return max(0, -(-begun // self._step(loop.called["body"][0], read[0])))
+        start = self.enters(computation, loop, read[0])
+        first = int(_value(start)) if start and start.opcode == "constant" else 0
+        return max(0, -((first - max(integers)) // self._step(loop.called["body"][0], read[0])))
 
     def within(self, computation: Computation) -> Iterator[Instruction]:
         """Yields the instructions of a computation, with those of its fusions."""

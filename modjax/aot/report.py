@@ -3,7 +3,7 @@
 import importlib.metadata
 from typing import Any, NamedTuple
 
-from modjax.aot.compile import Compiled
+from modjax.aot.compile import DRAWN, Compiled
 from modjax.aot.cost import (
     Collective,
     Unestimated,
@@ -15,6 +15,7 @@ from modjax.aot.kernels import Bounded, kernels_of, text_of
 from modjax.aot.memory import Buffer, Memory, inputs, memory_of, temporaries
 from modjax.aot.program import Program
 from modjax.flops import causal_train_flops, train_flops
+from modjax.kernels.chips import compiler_version
 
 MOST_BUFFERS = 8
 
@@ -30,7 +31,7 @@ class Share(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the compiler says about a program. All times are its estimates.
+    """The compiler's account of a program. All times are its estimates.
 
     run_id, what: the run, and the program.
     mesh: sizes of the mesh's axes.
@@ -41,6 +42,8 @@ class Report(NamedTuple):
     kernels: with lower bounds on their cycles.
     kernel_cycles: sum of these bounds.
     seconds: estimated time of the program, kernels at their bounds included.
+    token_seconds: the same for a token of each sequence; None for a train step.
+    read_seconds: time to read all arguments once, at the bandwidth of the chip's memory.
     share: without the time of kernels; None for decoding.
     share_with_kernels: with the time of kernels at their bounds.
     unknown: loops that count once, because the text does not tell their trips.
@@ -62,6 +65,8 @@ class Report(NamedTuple):
     kernels: list[Bounded]
     kernel_cycles: float
     seconds: float
+    token_seconds: float | None
+    read_seconds: float
     share: Share | None
     share_with_kernels: Share | None
     unestimated: list[Unestimated]
@@ -78,6 +83,7 @@ def report_on(compiled: Compiled) -> Report:
     kernels = kernels_of(program, compiled.topology, chip.name)
     total = sum(cycles.values())
     bounds = sum(kernel.times * (kernel.cycles or 0.0) for kernel in kernels)
+    memory, seconds = memory_of(compiled), (total + bounds) / chip.clock
     return Report(
         run_id=compiled.spec.run_id,
         what=compiled.what,
@@ -86,7 +92,7 @@ def report_on(compiled: Compiled) -> Report:
         chip=chip.name,
         devices=compiled.mesh.size,
         mesh=dict(compiled.mesh.shape),
-        memory=memory_of(compiled),
+        memory=memory,
         inputs=inputs(compiled),
         temporaries=temporaries(compiled, program)[:MOST_BUFFERS],
         flops=flops,
@@ -94,14 +100,17 @@ def report_on(compiled: Compiled) -> Report:
         total_cycles=total,
         kernels=kernels,
         kernel_cycles=bounds,
-        seconds=(total + bounds) / chip.clock,
+        seconds=seconds,
+        token_seconds=None if "full" in flops else seconds / DRAWN,
+        read_seconds=memory.arguments / chip.bandwidth,
         share=_share(compiled, flops, total),
         share_with_kernels=_share(compiled, flops, total + bounds),
         unestimated=unestimated(program),
         collectives=collectives(program),
         unknown=program.unknown,
         compile_seconds=compiled.seconds,
-        versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu", "modjax")},
+        versions={name: importlib.metadata.version(name) for name in ("jax", "modjax")}
+        | compiler_version(),
     )
 
 

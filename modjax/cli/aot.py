@@ -1,9 +1,11 @@
-"""The verb that compiles a run for devices that are not there, and the text of its report."""
+"""Runs compiled for devices that are not there: the verb, its text, and columns of a plan."""
 
 import argparse
+import dataclasses
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from modjax.backend import start, starting
 from modjax.cli import verbs
@@ -13,6 +15,8 @@ from modjax.scaling.report.terminal import text_table
 if TYPE_CHECKING:
     from modjax.aot.memory import Buffer
     from modjax.aot.report import Report
+    from modjax.scaling.plan.experiment import Experiment
+    from modjax.scaling.plan.plan_table import PlannedRun
 
 GIB = 2**30
 
@@ -20,33 +24,50 @@ GIB = 2**30
 def aot(args: argparse.Namespace) -> int:
     experiment = verbs.experiment_of(args)
     spec = verbs.choose(args, experiment.specs)
-    report = compile_and_report(args, spec, experiment.execution, decode=args.decode)
-    from modjax.aot.report import plain
+    _start()
+    from modjax.aot.compile import DoesNotFit, compile_step
+    from modjax.aot.report import plain, report_on
 
+    _say(f"compiling {spec.run_id} for {args.topology} ...")
+    execution, sizes = experiment.execution, (args.topology, args.slices)
+    compiled = compile_step(spec, execution, *sizes, decode=args.decode)
+    report = report_on(compiled)
     print(verbs.json_text(plain(report)) if args.json else report_text(report))
-    if report.memory.fits:
-        return 0
-    from modjax.aot.compile import REMEDY
-
-    needed, most = report.memory.total / GIB, report.memory.available / GIB
-    said = f"does not fit: it takes {needed:.2f} GiB of {most:.2f} per chip: {REMEDY}"
-    print(f"modjax: --topology = {args.topology!r}: {said}", file=sys.stderr)
-    return verbs.BAD_INPUT
+    if not report.memory.fits:
+        raise DoesNotFit(args.topology, "it takes", report.memory.total, compiled.chip)
+    return 0
 
 
-def compile_and_report(
-    args: argparse.Namespace, spec: Any, execution: Any, *, decode: bool = False
-) -> "Report":
-    """Compiles a run for --topology and --slices, and says so on standard error."""
-    # The devices of this machine are not needed, and jax cannot read these programs from a cache.
+def with_fits(
+    args: argparse.Namespace, experiment: "Experiment", cells: "Sequence[PlannedRun]"
+) -> "list[PlannedRun]":
+    """Returns the rows of a plan with memory and time of their train steps on --topology."""
+    _start()
+    from modjax.aot.plan import fits_of
+
+    found = fits_of(experiment.specs, experiment.execution, args.topology, args.slices, _say)
+    rows = []
+    for cell in cells:
+        fit = found[cell.run_id]
+        flags = (*cell.flags, *([] if fit.fits else ["does not fit"]))
+        sizes = {"bytes_per_chip": fit.memory, "step_seconds": fit.step_seconds}
+        rows.append(dataclasses.replace(cell, flags=flags, **sizes))
+    return rows
+
+
+def _start() -> None:
+    """Starts jax on the CPU: the devices to compile for are described, and need not be there."""
+    # Nor can jax read their programs from a cache.
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     start()
     with starting():
-        from modjax.aot.compile import compile_step
-        from modjax.aot.report import report_on
+        import jax
 
-    print(f"modjax: compiling {spec.run_id} for {args.topology} ...", file=sys.stderr, flush=True)
-    return report_on(compile_step(spec, execution, args.topology, args.slices, decode=decode))
+        jax.devices()
+
+
+def _say(line: str) -> None:
+    print(f"modjax: {line}", file=sys.stderr, flush=True)
 
 
 def report_text(report: "Report") -> str:
@@ -132,5 +153,10 @@ def _time_text(report: "Report") -> str:
                 f"({report.flops['causal']:.4g} a step), {share.full:.3f} by all "
                 f"({report.flops['full']:.4g})"
             )
+    if report.token_seconds is not None:
+        lines.append(
+            f"estimated time of a token of each sequence: {report.token_seconds * 1e3:.3f} ms; to "
+            f"read all arguments once takes {report.read_seconds * 1e3:.3f} ms"
+        )
     lines.append(f"XLA's own count, loop bodies once: {report.flops['xla']:.4g} FLOPs per chip")
     return "\n".join(lines)

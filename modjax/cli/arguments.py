@@ -164,7 +164,8 @@ def _add_sweep_verbs(commands: Any) -> None:
         action="store_true",
         help="train together with other hosts that run the same command; see launch/README.md",
     )
-    _add(commands, "plan", verbs.plan, options.PLAN, CONFIG, DATA_DIR, JOBS, JSON, speed, noise)
+    costs = (JOBS, JSON, speed, noise, TOPOLOGY, SLICES)
+    _add(commands, "plan", verbs.plan, options.PLAN, CONFIG, DATA_DIR, *costs)
     _add(commands, "check", verbs.check, options.CHECK, CONFIG, JSON)
     running = (CONFIG, WORKDIR, DATA_DIR, OTHER_CODE, JSON)
     lease = option(

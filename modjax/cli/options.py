@@ -107,7 +107,11 @@ Trains nothing. Flags: off-budget (achieved FLOPs differ by more than 1%), off-c
 centre is more than 0.15 decades from the predicted optimum), can't tell (the expected interval of
 the optimum is wider than the sampled sizes), repeats data, too many epochs (more than
 data.max_epochs). A sweep refuses cells that are off-budget or take too many epochs. If the data is
-not prepared, the table is printed with epochs "?" and the exit code is 2."""
+not prepared, the table is printed with epochs "?" and the exit code is 2.
+
+With --topology, compiles the train step of every run for a TPU slice, as `modjax aot` does, a
+minute or more each. Adds its memory per chip, its time by the compiler's estimate, and the flag
+"does not fit"."""
 CHECK = """test whether the layers of a config look ahead: what each claims, and what was seen.
 
 Edits each token of a short text in turn, and compares all outputs before the edit, for every

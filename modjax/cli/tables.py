@@ -70,15 +70,21 @@ PLANNED: Columns = {
     "FLOPs": lambda run: f"{run.train_flops:.3g}",
     "achieved": lambda run: f"{run.achieved:.2%}",
     "time": lambda run: clock(run.seconds),
-    "flags": lambda run: ", ".join(run.flags) or "-",
 }
+COMPILED: Columns = {
+    "GiB/chip": lambda run: f"{run.bytes_per_chip / 2**30:.2f}",
+    "step (est.)": lambda run: "" if run.step_seconds is None else f"{run.step_seconds:.3f}s",
+}
+FLAGS: Columns = {"flags": lambda run: ", ".join(run.flags) or "-"}
 
 
 def plan_text(cells: Sequence[PlannedRun], jobs: int) -> str:
     flops, seconds = sum(c.train_flops for c in cells), sum(c.seconds for c in cells)
     flagged = sum(bool(c.flags) for c in cells)
+    compiled = {} if cells[0].bytes_per_chip is None else COMPILED
+    columns = {**PLANNED, **compiled, **FLAGS}
     return (
-        f"{_table(PLANNED, cells)}\n\n{_predictions_text(cells)}{len(cells)} runs, {flops:.3g} "
+        f"{_table(columns, cells)}\n\n{_predictions_text(cells)}{len(cells)} runs, {flops:.3g} "
         f"training FLOPs, about {clock(seconds / jobs)} on {jobs} worker{'s' * (jobs > 1)}; "
         f"{flagged} flagged"
     )

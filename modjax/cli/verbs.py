@@ -86,6 +86,10 @@ def plan(args: argparse.Namespace) -> int:
     warn_left_out(found.left_out)
     noise = NOISE if args.noise is None else args.noise
     cells = plan_table(experiment, cache, found.records, noise)
+    if args.topology is not None:
+        from modjax.cli.aot import with_fits
+
+        cells = with_fits(args, experiment, cells)
     print(json_text(list(map(to_json, cells))) if args.json else plan_text(cells, jobs))
     if unread is None:
         return 0

@@ -1,6 +1,7 @@
 """Accelerator chips, and descriptions of devices that are not there, to compile for."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -100,6 +101,17 @@ def described_devices(topology: str, slices: int = 1) -> list[Any]:
         except Exception as error:
             raise InputError("--topology", topology, f"{ACCEPTED}: {error}") from error
     return list(found.devices)
+
+
+def memory_lacked(error: Exception) -> int | None:
+    """Returns the bytes per chip that a program needs, if a compiler refused it for them."""
+    found = re.search(r"Ran out of memory on HBM, .*?\(([\d.]+)([KMG])\)", str(error))
+    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": GIB}[found[2]]) if found else None
+
+
+def compiler_version() -> dict[str, str]:
+    """Returns the package that holds the compiler for described devices, and its version."""
+    return {"libtpu": importlib.metadata.version("libtpu")}
 
 
 @contextlib.contextmanager

@@ -40,20 +40,23 @@ _TRIPS = re.compile(r"totalorder [^,]*, (\d+) /\* loop exit test")
 _PRODUCT = re.compile(r"vmatmul[.\w]*?\.(bf16|f32|s8|\w+)\.[.\w]*mxu(\d)")
 
 
+Placed = tuple[str, tuple[int, ...], bool]
+
+
 class Kernel(NamedTuple):
     """A kernel as a compiled program calls it.
 
-    operands, results: dtype in HLO's words, and dims, of each array.
-    config: the kernel itself, in the form that the compiler reads.
+    operands, results: dtype in HLO's words, dims, and whether in main memory, of each array.
+    config: the kernel itself, as JSON, in the form that the compiler reads.
     """
 
-    operands: tuple[tuple[str, tuple[int, ...]], ...]
-    results: tuple[tuple[str, tuple[int, ...]], ...]
+    operands: tuple[Placed, ...]
+    results: tuple[Placed, ...]
     config: str
 
 
 class Blocks(NamedTuple):
-    """What the mask of an attention kernel leaves of its grid.
+    """The part of its grid that the mask of an attention kernel leaves.
 
     share: of the blocks.
     width: blocks of a row of the grid.
@@ -69,6 +72,17 @@ class Region(NamedTuple):
     start: int
     end: int
     trips: int | None
+
+
+def blocks_of(kernel: str, kinds: Sequence[int], dims: tuple[int, ...]) -> Blocks | None:
+    """Returns the blocks of splash attention by the kinds in its mask; None for another kernel.
+
+    kinds: of dims (heads, query blocks, key blocks); 0 is hidden whole.
+    """
+    if not kernel.startswith("splash") or len(dims) != 3:
+        return None
+    width = dims[1] if "dkv" in kernel else dims[2]
+    return Blocks(sum(kind != 0 for kind in kinds) / len(kinds), width)
 
 
 def schedules(kernels: Sequence[Kernel], topology: str) -> list[str]:
@@ -108,14 +122,25 @@ def _dump(topology: str, folder: Path) -> None:
     one = jax.sharding.SingleDeviceSharding(described_devices(topology)[0])
     for index, (operands, results, config) in enumerate(json.load(sys.stdin)):
         given = [_array(array, one) for array in operands]
-        call = jax.ffi.ffi_call(
-            "tpu_custom_call",
-            [_array(array) for array in results],
-            custom_call_api_version=1,
-            legacy_backend_config=config,
-        )
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(call).lower(*given).compile()
+        places = {
+            "input_memory_space_colors": [
+                {"operand_index": i, "color": int(not main)}
+                for i, (*_, main) in enumerate(operands)
+            ],
+            "output_memory_space_colors": [
+                {"shape_index": [i] * (len(results) > 1), "color": int(not main)}
+                for i, (*_, main) in enumerate(results)
+            ],
+        }
+        made = [_array(array) for array in results]
+        for added in (places, {}):  # a program of its own may have no room in the fast memory
+            text = json.dumps({"custom_call_config": json.loads(config) | added})
+            call = jax.ffi.ffi_call(
+                "tpu_custom_call", made, custom_call_api_version=1, legacy_backend_config=text
+            )
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                jax.jit(call).lower(*given).compile()
+                break
         for path in folder.glob("*-*-final_bundles.txt"):
             if re.search(r"-ffi_call[.\d]*-\d+-final_bundles", path.name):
                 path.replace(folder / f"{index}.txt")
@@ -123,10 +148,10 @@ def _dump(topology: str, folder: Path) -> None:
                 path.unlink()
 
 
-def _array(array: tuple[str, Sequence[int]], sharding: Any = None) -> Any:
+def _array(array: Placed, sharding: Any = None) -> Any:
     import jax
 
-    dtype, dims = array
+    dtype, dims, _ = array
     return jax.ShapeDtypeStruct(tuple(dims), DTYPES.get(dtype, dtype), sharding=sharding)
 
 

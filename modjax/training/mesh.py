@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from modjax.backend import starting
@@ -17,7 +16,7 @@ from modjax.specs import Execution, TrainConfig
 
 
 def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh with the axes MESH_AXES. Of these, only "data" crosses slices of devices.
+    """Returns a mesh with the axes MESH_AXES.
 
     devices: devices to use; None uses all. `execution.data` = 0 takes those that are left.
     Raises InputError if the sizes of the axes do not fit the number of devices.
@@ -34,13 +33,7 @@ def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mes
     require(data * inner <= count, "execution.data", data, need)
     shape = (data, execution.fsdp, execution.tensor, execution.expert)
     types = (AxisType.Auto,) * len(MESH_AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[: data * inner])
-    need = f"must be {count // inner}, for all devices, and a multiple of {slices}, the slices"
-    require(data * inner == count and data % slices == 0, "execution.data", data, need)
-    within, across = (data // slices, *shape[1:]), (slices, 1, 1, 1)
-    return Mesh(create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=types)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[: data * inner])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

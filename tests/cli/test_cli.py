@@ -41,13 +41,14 @@ def test_help_shows_every_verb_and_what_exit_codes_mean(capsys):
         "report",
         "train",
         "flops",
+        "aot",
         "bench",
     ):
         assert f"\n    {verb} " in out
     assert "exit codes" in out and "75" in out
 
 
-@pytest.mark.parametrize("verb", ["plan", "sweep", "train", "flops"])
+@pytest.mark.parametrize("verb", ["plan", "sweep", "train", "flops", "aot"])
 def test_the_help_of_experiment_verbs_explains_overrides(verb, capsys):
     code, out, _ = said(capsys, verb, "--help")
     assert code == 0 and "Config values are overridden as --config.GROUP.FIELD=VALUE" in out

@@ -24,6 +24,8 @@ class PlannedRun:
 
     epochs: None while the token cache is not prepared.
     train_flops, achieved: what the run spends, and its ratio to budget_flops.
+    bytes_per_chip, step_seconds: memory and estimated time of a train step on the topology that the
+      plan was asked for, or None.
     """
 
     run_id: str
@@ -48,6 +50,8 @@ class PlannedRun:
     seconds: float
     flags: tuple[str, ...]
     prediction: Prediction
+    bytes_per_chip: int | None = None
+    step_seconds: float | None = None
 
 
 def cells(
