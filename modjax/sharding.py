@@ -80,11 +80,6 @@ def gathered(w: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
     return constrain(w, *(None if LOGICAL_TO_MESH[n] == "fsdp" else n for n in logical_axes))
 
 
-def constrain_stream(x: jax.Array) -> jax.Array:
-    """Fixes the sharding of activations (B, L, ...), of any rank."""
-    return constrain(x, "batch", "length", *[None] * (x.ndim - 2))
-
-
 def per_sequence(function: Callable[[jax.Array], jax.Array], x_BL: jax.Array) -> jax.Array:
     """Returns function(x_BL), computed by every device on its own rows.
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from modjax import specs
 from modjax.errors import require
+from modjax.kernels import constrain_stream
 from modjax.nn.build import build
 from modjax.nn.cache import overflow
 from modjax.nn.call import At, Call, number_rows
@@ -21,7 +22,6 @@ from modjax.nn.layers.ends import Head
 from modjax.nn.records import Record
 from modjax.nn.routing.selection import gather
 from modjax.nn.stack import Stack, empty_caches, read_layers
-from modjax.sharding import constrain_stream
 
 
 class Cache(NamedTuple):

@@ -22,6 +22,7 @@ from modjax.nn.cache import written
 from modjax.nn.call import At, Call, Out
 from modjax.nn.layers.dense import in_order, names
 from modjax.nn.records import Record
+from modjax.nn.routing.selection import ROUTING
 
 
 class Segment(NamedTuple):
@@ -53,7 +54,7 @@ def _kept(layer: Any, remat: str) -> Any:
     """
     if remat == "none":
         return layer
-    names = () if remat == "full" else remat.split(",")
+    names = (ROUTING, *(() if remat == "full" else remat.split(",")))
 
     def run(x: jax.Array, at: At, call: Call, cache: Any) -> Out:
         def one(x: jax.Array) -> tuple[Any, ...]:

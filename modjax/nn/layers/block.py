@@ -16,13 +16,13 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from modjax.errors import InputError, require
+from modjax.kernels import constrain_stream
 from modjax.nn.call import At, Call, number_rows
 from modjax.nn.params import read
 from modjax.nn.records import Inside, Record, inside, is_record, statistics
 from modjax.nn.routing.routed_layer import RoutedLayer
 from modjax.nn.routing.routing_records import Routed
 from modjax.nn.routing.selection import Selection, gather, scatter_add
-from modjax.sharding import constrain_stream
 from modjax.specs import Shape
 from modjax.specs.layers.mod import MoDConfig
 

@@ -14,11 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from modjax import specs
-from modjax.kernels import project, project_back
+from modjax.kernels import constrain_stream, project, project_back
 from modjax.nn.build import LayerModule, build
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.params import bias_param, make_param, normal_param, read
-from modjax.sharding import constrain_stream
 from modjax.specs.layers.dense import GATED
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

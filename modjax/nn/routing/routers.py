@@ -8,11 +8,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from modjax import specs
 from modjax.nn.build import LayerModule
 from modjax.nn.call import At, Call, Out
 from modjax.nn.params import normal_param, read
+from modjax.nn.routing.selection import ROUTING
 
 
 class Linear(LayerModule):
@@ -59,4 +61,5 @@ def linear(x_BLD: jax.Array, w_DR: jax.Array) -> jax.Array:
     """Returns x w in float32, (B, L, R)."""
     # Full float32: accelerators would multiply in bfloat16, and ties would be common.
     precision = jax.lax.Precision.HIGHEST
-    return jnp.einsum("BLD,DR->BLR", x_BLD.astype(jnp.float32), w_DR, precision=precision)
+    scores_BLR = jnp.einsum("BLD,DR->BLR", x_BLD.astype(jnp.float32), w_DR, precision=precision)
+    return checkpoint_name(scores_BLR, ROUTING)

@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from modjax.sharding import per_sequence
 
 # Ranks that differ by less than this share of their row's largest count as equal: other devices and
 # other batches round them differently.
 ROUNDING = 2.0**-18
+# Name of scores and selections, which rematerialisation always keeps: they are few numbers.
+ROUTING = "routing"
+IN_BOUNDS = "promise_in_bounds"
 
 
 class Selection(NamedTuple):
@@ -29,6 +33,7 @@ class Selection(NamedTuple):
     tied_B: whether a top k left out a position that ties with the k-th best, to within ROUNDING;
       None for other selections.
     kth_B: the k-th highest ranking score, infinite where k is 0; None without a ranking.
+    padded: whether entries may be not valid. Gathers and scatters are faster without.
     """
 
     indices_BK: jax.Array
@@ -36,6 +41,7 @@ class Selection(NamedTuple):
     valid_BK: jax.Array
     tied_B: Any = None
     kth_B: Any = None
+    padded: bool = True
 
 
 def position_noise(
@@ -127,18 +133,22 @@ def _best(
         # Distinct indices beyond the end keep "sorted and unique" true for the scatter.
         beyond_K = ranking_BL.shape[1] + jnp.arange(k, dtype=indices_BK.dtype)
         indices_BK = jnp.where(valid_BK, indices_BK, beyond_K[None])
-    indices_BK = jnp.sort(indices_BK, axis=1)
-    return Selection(indices_BK, gather(scores_BL, indices_BK), valid_BK)
+    indices_BK = checkpoint_name(jnp.sort(indices_BK, axis=1), ROUTING)
+    padded = count_B is not None
+    scores_BK = gather(scores_BL, indices_BK, padded=padded)
+    return Selection(indices_BK, scores_BK, valid_BK, padded=padded)
 
 
 @jax.named_scope("gather")
-def gather(tree: Any, indices_BK: jax.Array) -> Any:
-    """Returns a tree of arrays (B or 1, L, ...) at the indices, (B, K, ...); 0 beyond the end."""
+def gather(tree: Any, indices_BK: jax.Array, *, padded: bool = True) -> Any:
+    """Returns a tree of arrays (B or 1, L, ...) at the indices, (B, K, ...); 0 beyond the end.
+
+    padded: whether an index may lie beyond the end.
+    """
+    mode: dict[str, Any] = {"mode": "fill", "fill_value": 0} if padded else {"mode": IN_BOUNDS}
 
     def one(x_L, indices_K):
-        return x_L.at[indices_K].get(
-            mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
-        )
+        return x_L.at[indices_K].get(indices_are_sorted=True, unique_indices=True, **mode)
 
     def rows(x_BL):
         shared = x_BL.shape[0] == 1
@@ -148,12 +158,17 @@ def gather(tree: Any, indices_BK: jax.Array) -> Any:
 
 
 @jax.named_scope("scatter")
-def scatter_add(x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array) -> jax.Array:
-    """Adds updates at each sequence's indices; other positions keep their bits."""
+def scatter_add(
+    x_BLD: jax.Array, indices_BK: jax.Array, update_BKD: jax.Array, *, padded: bool = True
+) -> jax.Array:
+    """Adds updates at each sequence's indices; other positions keep their bits. See `gather`."""
 
     def one(x_LD, indices_K, update_KD):
         return x_LD.at[indices_K].add(
-            update_KD, mode="drop", indices_are_sorted=True, unique_indices=True
+            update_KD,
+            mode="drop" if padded else IN_BOUNDS,
+            indices_are_sorted=True,
+            unique_indices=True,
         )
 
     return jax.vmap(one)(x_BLD, indices_BK, update_BKD)
@@ -167,4 +182,5 @@ def wide(mask: jax.Array, like: jax.Array) -> jax.Array:
 def selected_mask(selection: Selection, length: int) -> jax.Array:
     """Returns the selected positions as a mask, (B, L) bool."""
     zeros_BL = jnp.zeros((len(selection.indices_BK), length), jnp.int32)
-    return scatter_add(zeros_BL, selection.indices_BK, selection.valid_BK.astype(jnp.int32)) > 0
+    ones_BK = selection.valid_BK.astype(jnp.int32)
+    return scatter_add(zeros_BL, selection.indices_BK, ones_BK, padded=selection.padded) > 0

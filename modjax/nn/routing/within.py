@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from modjax.kernels import constrain_stream
 from modjax.nn.cache import unwritten
 from modjax.nn.call import At, Call, Out, under
 from modjax.nn.records import Inside, inside
 from modjax.nn.routing.selection import Selection, gather, scatter_add, wide
-from modjax.sharding import batch_shards, constrain_stream
+from modjax.sharding import batch_shards
 
 # Returns a layer's update of the stream, from the scores and the layer's input and output.
 Update = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -32,14 +33,15 @@ def within(
       records: wrapped as `Inside` of the selection;
       depth_BL: the layer's own, plus 1 at the selected positions.
     """
-    part, part_at = gather((x, at._replace(valid_BL=None)), selection.indices_BK)
+    indices_BK, padded = selection.indices_BK, selection.padded
+    part, part_at = gather((x, at._replace(valid_BL=None)), indices_BK, padded=padded)
     part, part_at = constrain_stream(part), part_at._replace(valid_BL=selection.valid_BK)
     out = layer(part, part_at, call.inside(0)._replace(selected=True, layout="part"), cache)
     taken_BK = jnp.where(selection.valid_BK, 1 + out.depth_BL, 0)
     none_BL = jnp.zeros(x.shape[:2], taken_BK.dtype)
     return part, out._replace(
-        records=under("inner", inside(dict(out.records), selection.indices_BK, selection.valid_BK)),
-        depth_BL=scatter_add(none_BL, selection.indices_BK, taken_BK),
+        records=under("inner", inside(dict(out.records), indices_BK, selection.valid_BK)),
+        depth_BL=scatter_add(none_BL, indices_BK, taken_BK, padded=padded),
     )
 
 
@@ -48,7 +50,8 @@ def update_selected(
 ) -> Out:
     """Runs `layer` on the selected positions of x, and adds its updates there."""
     part, out = within(selection, layer, x, at, call, cache)
-    x_new = scatter_add(x, selection.indices_BK, update(selection.scores_BK, part, out.x))
+    change = update(selection.scores_BK, part, out.x)
+    x_new = scatter_add(x, selection.indices_BK, change, padded=selection.padded)
     return Out(x_new, unwritten(out.write), out.records, {}, out.depth_BL)
 
 
