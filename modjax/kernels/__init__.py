@@ -7,5 +7,6 @@ from modjax.kernels.matmul import from_heads, product, project, project_back, to
 from modjax.kernels.plain import received_attention
 from modjax.kernels.rotary import rotate
 from modjax.kernels.scoring import Scoring, Side
+from modjax.kernels.slots import first_with_counts, weighted_product
 from modjax.kernels.stream import constrain_stream
 from modjax.kernels.target import target

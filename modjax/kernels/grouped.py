@@ -8,12 +8,12 @@ Legend: T rows, E experts, D model width, F feed-forward width, Z rows of a bloc
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from modjax.kernels.target import target
+from modjax.kernels.varying import varies_over, varying, varying_alike
 
 # Rows that are multiplied at once: few waste little on a group's last block.
 BLOCK = {"cpu": 64, "gpu": 512}
@@ -39,9 +39,7 @@ def grouped_matmul(
     if kernel is None:
         kernel = "megablox" if target() == "tpu" else "blocks"
     w_EDF = w_EDF.astype(x_TD.dtype)
-    axes = _varies_over(x_TD) | _varies_over(w_EDF) | _varies_over(sizes_E)
-    x_TD, w_EDF, sizes_E = (_varying(z, axes) for z in (x_TD, w_EDF, sizes_E))
-    return _grouped(x_TD, w_EDF, sizes_E, back, kernel)
+    return _grouped(*varying_alike(x_TD, w_EDF, sizes_E), back, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -125,7 +123,7 @@ def _multiply_by_blocks(x_TD, w_EDF, sizes_E, back):
 
         return jax.lax.fori_loop(0, -(-sizes_E[e] // block), one, out_TF)
 
-    out_TF = _varying(jnp.zeros((rows + block, width), x_TD.dtype), _varies_over(x_TD))
+    out_TF = varying(jnp.zeros((rows + block, width), x_TD.dtype), varies_over(x_TD))
     return jax.lax.fori_loop(0, w_EDF.shape[0], group, out_TF)[:rows]
 
 
@@ -143,7 +141,7 @@ def _sum_by_blocks(x_TD, y_TF, sizes_E):
             return sum_DF + jnp.matmul(x_DZ, y_ZF, preferred_element_type=jnp.float32)
 
         zero_DF = jnp.zeros((x_TD.shape[1], y_TF.shape[1]), jnp.float32)
-        zero_DF = _varying(zero_DF, _varies_over(x_TD))
+        zero_DF = varying(zero_DF, varies_over(x_TD))
         return None, jax.lax.fori_loop(0, -(-sizes_E[e] // block), one, zero_DF)
 
     return jax.lax.scan(group, None, jnp.arange(sizes_E.shape[0]))[1]
@@ -153,14 +151,3 @@ def _layout(rows: int, sizes_E: jax.Array) -> tuple[int, jax.Array, jax.Array]:
     """Returns the rows of a block, and where each group starts and ends."""
     ends_E = jnp.cumsum(sizes_E)
     return min(BLOCK.get(target(), BLOCK["cpu"]), rows), ends_E - sizes_E, ends_E
-
-
-def _varies_over(x: jax.Array) -> frozenset[Any]:
-    """Returns the mesh axes between whose devices x differs, inside a shard_map."""
-    return jax.typeof(x).manual_axis_type.varying  # type: ignore[attr-defined]
-
-
-def _varying(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
-    """Returns x, marked as differing between the devices of these mesh axes as well."""
-    more = tuple(axes - _varies_over(x))
-    return jax.lax.pcast(x, more, to="varying") if more else x

@@ -15,10 +15,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from modjax.kernels import grouped_matmul, project, project_back
+from modjax.kernels import (
+    first_with_counts,
+    grouped_matmul,
+    project,
+    project_back,
+    weighted_product,
+)
 from modjax.nn.layers.dense import mlp
+from modjax.nn.routing.selection import ROUTING
 from modjax.sharding import LOGICAL_TO_MESH, batch_shards, num_shards, partition_spec
 
 Matrices = Mapping[str, jax.Array]  # of an MLP, stacked over experts: (E, D, F)
@@ -60,9 +68,9 @@ def slots_of(picks: Picks, experts: int, size: int, size_B: jax.Array) -> Slots:
     weights_BLE = jnp.sum(jnp.where(mine_BLPE, picks.weights_BLP[..., None], 0.0), axis=2)
     mine_BEL = jnp.any(mine_BLPE, axis=2).swapaxes(1, 2)
     count_BEL = jnp.cumsum(mine_BEL, axis=2, dtype=jnp.int32)
-    find = functools.partial(jnp.searchsorted, v=jnp.arange(1, size + 1))
     filled_B1C = jnp.arange(size)[None, None] < size_B[:, None, None]
-    tokens_BEC = jnp.where(filled_B1C, jax.vmap(jax.vmap(find))(count_BEL), mine_BEL.shape[2])
+    tokens_BEC = jnp.where(filled_B1C, first_with_counts(count_BEL, size), mine_BEL.shape[2])
+    tokens_BEC = checkpoint_name(tokens_BEC, ROUTING)
     weight_at = jax.vmap(jax.vmap(lambda w_L, t_C: w_L.at[t_C].get(mode="fill", fill_value=0)))
     weights_BEC = weight_at(weights_BLE.swapaxes(1, 2), tokens_BEC)
     taken_BL = jnp.sum(mine_BEL & (count_BEL <= size_B[:, None, None]), axis=1)
@@ -85,11 +93,14 @@ def in_slots(x_BLD: jax.Array, slots: Slots, matrices: Matrices, activation: str
         if split:
             x_EZD = jax.lax.all_to_all(x_EZD, "expert", 0, 1, tiled=True)
         product = functools.partial(jnp.einsum, "EZD,EDF->EZF")
-        back = functools.partial(jnp.einsum, "EZF,EDF->EZD")
-        y_EZD = mlp(x_EZD, matrices, activation, product, back)
-        if split:
-            y_EZD = jax.lax.all_to_all(y_EZD, "expert", 1, 0, tiled=True)
-        y_EZD = y_EZD * weight_EZ[..., None].astype(y_EZD.dtype)
+        weight_EZ = weight_EZ.astype(x_EZD.dtype)
+        if split:  # the weights do not travel
+            back = functools.partial(jnp.einsum, "EZF,EDF->EZD")
+            y_EZD = mlp(x_EZD, matrices, activation, product, back)
+            y_EZD = jax.lax.all_to_all(y_EZD, "expert", 1, 0, tiled=True) * weight_EZ[..., None]
+        else:
+            back = functools.partial(weighted_product, weight_EZ=weight_EZ)
+            y_EZD = mlp(x_EZD, matrices, activation, product, back)
         return jnp.zeros_like(x_TD).at[row_EZ].add(y_EZD, mode="drop").reshape(x_BLD.shape)
 
     return _on_each_device(local, x_BLD, slots, matrices, to_experts=True)
