@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from modjax.backend import starting
@@ -41,14 +42,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch", "length")))
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Returns a batch on the mesh. The host arrays, (B, L), must be equal on all processes."""
-    sharding = batch_sharding(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(
-        lambda x_BL: jax.make_array_from_callback(x_BL.shape, sharding, lambda i: x_BL[i]), batch
-    )
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Returns the rows of a batch that the devices of this process need, sorted."""
+    sharding, rows = NamedSharding(mesh, partition_spec(("batch",))), np.arange(batch_size)
+    parts = sharding.addressable_devices_indices_map(rows.shape).values()
+    return np.unique(np.concatenate([rows[part] for part in parts]))
+
+
+def put_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
+    """Returns a batch on the mesh.
+
+    batch: host arrays, (B, L), of this process's `local_rows`.
+    batch_size: rows of the whole batch; None if `batch` has all of them.
+    """
+
+    def put(x_BL: np.ndarray) -> jax.Array:
+        shape = (batch_size or len(x_BL), *x_BL.shape[1:])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), x_BL, shape)
+
+    return jax.tree.map(put, batch)
 
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -26,7 +27,7 @@ from modjax.files import WatchedFolder
 from modjax.specs import DataConfig, Execution, RunSpec
 from modjax.training.base_weights import check_base, identity_of, initial_state
 from modjax.training.checkpoint import Checkpoints
-from modjax.training.mesh import check_batch, make_mesh, put_batch
+from modjax.training.mesh import check_batch, local_rows, make_mesh, put_batch
 from modjax.training.programs import compile_programs
 from modjax.training.results.clock import Clock
 from modjax.training.results.evaluate import evaluate, summary, validation_batches
@@ -179,22 +180,28 @@ class Trainer:
 
 def _batches(cache: TokenCache, spec: RunSpec, mesh: Mesh, start: int) -> prefetch[Batch]:
     """Returns an iterator over the batches after step `start`, made ahead and put on the mesh."""
-    config = spec.train
+    config, size = spec.train, spec.train.batch_size
+    row_B = local_rows(mesh, size)
     # Small batches are read several at a time: a read costs about 1 ms, however small.
-    steps_per_read = max(1, READ_TOKENS // (config.batch_size * config.seq_len))
-    size = steps_per_read * config.batch_size
+    steps_per_read = max(1, READ_TOKENS // (size * config.seq_len))
+    rows = np.concatenate([row_B + i * size for i in range(steps_per_read)])
 
     @functools.lru_cache(maxsize=1)
     def read(index: int) -> Batch:
         # The order of windows does not depend on how many are taken at once.
         return train_batch(
-            cache, seq_len=config.seq_len, batch_size=size, seed=spec.data.seed, step=index
+            cache,
+            seq_len=config.seq_len,
+            batch_size=steps_per_read * size,
+            seed=spec.data.seed,
+            step=index,
+            rows=rows,
         )
 
     def make(step: int) -> Batch:
         index, offset = divmod(step, steps_per_read)
-        rows = slice(offset * config.batch_size, (offset + 1) * config.batch_size)
-        return put_batch(Batch(*(x[rows] for x in read(index))), mesh)
+        part = slice(offset * len(row_B), (offset + 1) * len(row_B))
+        return put_batch(Batch(*(x[part] for x in read(index))), mesh, size)
 
     return prefetch(make, start, config.steps, depth=2 * steps_per_read)
 
