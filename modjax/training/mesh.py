@@ -21,12 +21,14 @@ from modjax.specs import Execution, TrainConfig
 def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh with the axes MESH_AXES, of which only `data` lies across slices.
 
-    devices: devices to use; None uses all. `execution.data` = 0 takes those that are left.
+    devices: devices to use; None uses all. `execution.data` = 0 takes those that are left, and
+      `execution.fsdp` = 0 takes 1, see fitting.py.
     Raises InputError if the sizes of the axes do not fit the devices and their slices.
     """
     if devices is None:
         with starting():
             devices = jax.devices()
+    execution = execution.settled()
     inner = execution.fsdp * execution.tensor * execution.expert
     count, sizes = len(devices), "fsdp * tensor * expert"
     need = f"must divide the number of devices, {count}"

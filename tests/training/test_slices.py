@@ -10,11 +10,14 @@ from modjax.errors import InputError
 from modjax.flops import parameters
 from modjax.kernels.chips import described_devices
 from modjax.specs import Dense, Execution, MoD, ModelSpec, TrainConfig
+from modjax.training.fitting import fitted
 from modjax.training.mesh import make_mesh
 from modjax.training.programs import lower_train_step
 from modjax.training.state import abstract_model
 
 pytest.importorskip("libtpu", reason="describes TPUs: pip install 'jax[tpu]'")
+
+SMALL = ModelSpec(1024, 512, 2, 4, 4, 2048, (Dense(), MoD()), dtype="bfloat16")
 
 
 def slices_of(mesh) -> np.ndarray:
@@ -52,6 +55,12 @@ def test_other_axes_across_slices_are_refused(sizes):
     assert "\n" not in said
 
 
+def test_parameters_that_need_more_than_a_slice_do_not_fit():
+    model, train = abstract_model(SMALL), TrainConfig(16, 512, 1000, 1e-3, 20)
+    with pytest.raises(InputError, match=r"train.batch_size = 16: does not fit"):
+        fitted(model, train, Execution(), described_devices("v5e:2x2", 2), memory=20_000_000)
+
+
 def test_devices_that_form_no_block_are_refused():
     with pytest.raises(InputError, match=r"execution.data = 3: .*devices"):
         make_mesh(Execution(data=3), described_devices("v5e:2x2"))
@@ -59,11 +68,10 @@ def test_devices_that_form_no_block_are_refused():
 
 @pytest.mark.slow
 def test_only_the_reduction_of_gradients_crosses_slices():
-    config = ModelSpec(1024, 512, 2, 4, 4, 2048, (Dense(), MoD()), dtype="bfloat16")
     execution = Execution(fsdp=2, layer_loop="unroll", remat="full")
     mesh = make_mesh(execution, described_devices("v5e:2x2", 2))
     train = TrainConfig(16, 512, 1000, 1e-3, 20)
-    step = lower_train_step(mesh, abstract_model(config), train, execution).compile()
+    step = lower_train_step(mesh, abstract_model(SMALL), train, execution).compile()
     # The program is that of one slice, which hands over what it has reduced inside.
     sent = re.findall(
         r'= \(\w+\[([\d,]*)\]\S*, u32\[\], token\[\]\) send\(.*_transfer_type="(\w+)"',
@@ -71,5 +79,5 @@ def test_only_the_reduction_of_gradients_crosses_slices():
     )
     assert {kind for _, kind in sent} == {"ALL_REDUCE"}
     numbers = sum(math.prod(int(size) for size in shape.split(",") if size) for shape, _ in sent)
-    gradients = parameters(config)["total"] / 4  # each device of the slice hands over its part
+    gradients = parameters(SMALL)["total"] / 4  # each device of the slice hands over its part
     assert gradients <= numbers < 1.01 * gradients
