@@ -1,5 +1,6 @@
 """The choice of mesh and rematerialisation, against the rule applied to every choice."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -79,6 +80,24 @@ def test_given_sizes_and_remat_are_kept():
         dataclasses.replace(SCAN, fsdp=2, remat="full"),
         None,
     )
+
+
+def test_choosing_again_for_another_run_of_the_same_shape_compiles_nothing():
+    memory, found = needed(1, "none") - 1, collections.Counter()
+    first = fit(memory)
+
+    def listen(event: str, **about) -> None:
+        found.update([event.rpartition("/")[2]])
+
+    jax.clear_caches()
+    jax.monitoring.register_event_listener(listen)
+    try:
+        changed = dataclasses.replace(TRAIN, learning_rate=0.5, steps=99, seed=7)
+        again = fit(memory, train=changed)
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+    assert again.execution == first.execution
+    assert found["cache_hits"] >= 3 and found["cache_misses"] == 0
 
 
 def test_without_a_known_memory_nothing_is_compiled():
