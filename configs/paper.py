@@ -12,7 +12,8 @@ Command   modjax data prepare --tfds c4 --vocab sentencepiece:32000
           without an argument all three; see launch/README.md)
 Cost      2.9e20 FLOPs for 6e18 (49 runs), 9.8e20 for 2e19, 4.9e21 for 1e20. The time that
           `modjax plan` prints assumes 5e15 FLOP/s, such as 64 TPU v5e chips at 40%: set
-          --config.sweep.flops_per_second to yours.
+          --config.sweep.flops_per_second to yours. Each run shards its parameters over as few
+          chips, and recomputes as little, as memory allows (execution.fsdp, execution.remat).
 Expected  the paper's: optimal MoD models of 12.5% are larger than the optimal baseline and better
           by up to 1.5%, and random routing is much worse. Not run by us.
 
@@ -33,7 +34,7 @@ def get_config(budget: str = "all") -> ml_collections.ConfigDict:
     config.model = {"vocab_size": 32_128, "dtype": "bfloat16"}
     config.train = {"seq_len": 2048, "b2": 0.98, "eval_sequences": 4096, "eval_every": 0}
     config.data = {"name": "c4", "vocab": "sentencepiece:32000", "seed": 0, "max_epochs": 1.0}
-    config.execution = {"remat": "full", "fsdp": 1, "checkpoint_seconds": 600.0}
+    config.execution = {"checkpoint_seconds": 600.0}
     config.sweep = {
         "arms": {
             "dense": {"layers": "Dense()"},

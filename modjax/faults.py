@@ -12,7 +12,13 @@ from modjax.errors import MOST_SHOWN, describe, one_line
 from modjax.files import is_disk_full
 
 MACHINE = (ENOENT, EMFILE, ENFILE, ENOMEM, EAGAIN, EFBIG, EIO)  # even if they name no file
-OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED: Out of memory", "std::bad_alloc")  # in XLA's words
+OUT_OF_MEMORY = (  # in XLA's words, when it runs and when it compiles
+    "RESOURCE_EXHAUSTED: Out of memory",
+    "RESOURCE_EXHAUSTED: Ran out of memory",
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory",
+    "RESOURCE_EXHAUSTED: Error allocating device buffer",
+    "std::bad_alloc",
+)
 
 
 def machine_error_line(error: BaseException, folder: Path | None = None) -> str | None:

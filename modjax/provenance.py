@@ -49,7 +49,9 @@ DEVICE_COUNT = "--xla_force_host_platform_device_count="  # left out of the flag
 CODE = "code of "
 THEN = " then "
 UNRECORDED = "not recorded"
-FREE = ("devices", "cores")  # these counts move near ties, but a run may continue with others
+# These move near ties, but a run may continue with others.
+FREE = ("devices", "mesh", "remat", "cores")
+OF_A_RUN = ("mesh", "remat", "cores")  # these may differ between the runs of a sweep
 MOST_NAMED = 3
 
 
@@ -109,7 +111,9 @@ def provenance(model: ModelSpec, mesh: Any) -> dict[str, str]:
     import jax
 
     settings = {name: str(jax.config.values.get(name, SETTINGS[name])) for name in SETTINGS}
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     hardware = {"device": mesh.devices.flat[0].device_kind, "devices": str(mesh.size)}
+    hardware["mesh"] = axes or "one device"
     if hasattr(os, "sched_getaffinity"):
         hardware["cores"] = str(len(os.sched_getaffinity(0)))
     return _without_jax(model) | settings | hardware
@@ -194,7 +198,7 @@ def _last(value: str) -> str:
 def differences(records: Iterable[RunRecord]) -> list[str]:
     """Returns a sentence for each value in which the records' provenance differs.
 
-    Ignores the number of cores: the workers of one sweep may have different shares.
+    Ignores OF_A_RUN: each run of a sweep has a share of the cores and a mesh that suits it.
     """
     found = {record.run_id: record.provenance for record in records}
     without = [run_id for run_id, values in found.items() if not values]
@@ -204,7 +208,7 @@ def differences(records: Iterable[RunRecord]) -> list[str]:
     for name in dict.fromkeys(name for values in found.values() for name in values):
         runs_by_value: dict[str, list[str]] = {}
         for run_id, values in found.items():
-            if name in values and name != "cores":
+            if name in values and name not in OF_A_RUN:
                 runs_by_value.setdefault(str(values[name]), []).append(run_id)
         if len(runs_by_value) > 1:
             each = (f"{v} ({len(ids)}: {_some(ids)})" for v, ids in runs_by_value.items())

@@ -9,11 +9,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modjax.decoding.generate import Reading, draw_loop, first_state, read_first
 from modjax.decoding.sampling import PLAIN
-from modjax.errors import InputError, require
+from modjax.errors import require
 from modjax.kernels.chips import GIB, Chip, chip_of, described_devices, memory_lacked
 from modjax.nn import unstack
 from modjax.sharding import batch_shards, partition_spec
 from modjax.specs import Execution, RunSpec
+from modjax.training.fitting import DoesNotFit, fitted
 from modjax.training.mesh import check_batch, make_mesh
 from modjax.training.programs import abstract_batch, lower_train_step
 from modjax.training.state import abstract_model, abstract_state, abstract_weights, joined, struct
@@ -21,22 +22,11 @@ from modjax.training.state import abstract_model, abstract_state, abstract_weigh
 DRAWN = 32  # tokens of one call of the loop, as `modjax sample` streams them
 
 
-class DoesNotFit(InputError):
-    """A program that needs more memory than the chip has. needed: bytes."""
-
-    def __init__(self, topology: str, what: str, needed: int, chip: Chip):
-        self.needed = needed
-        accepted = (
-            f"does not fit: {what} {needed / GIB:.2f} GiB of {chip.memory / GIB:.2f} per chip: "
-            "raise execution.fsdp, store less by execution.remat, or choose a larger topology"
-        )
-        super().__init__("--topology", topology, accepted)
-
-
 class Compiled(NamedTuple):
     """A program compiled for devices that need not be there.
 
     what: the program, in words.
+    remat: of the train step, chosen if it was "auto"; empty for another program.
     inputs: name of a group of inputs -> its arrays, without their values.
     executable: as `jax.stages.Lowered.compile` returns it.
     seconds: time that the compiler took.
@@ -47,6 +37,7 @@ class Compiled(NamedTuple):
     topology: str
     slices: int
     mesh: Mesh
+    remat: str
     chip: Chip
     inputs: dict[str, Any]
     executable: Any
@@ -76,23 +67,41 @@ def compile_step(
     """Returns a run's train step, compiled for a topology, see modjax.kernels.chips.
 
     decode: instead, the loop of sampling that draws DRAWN tokens after each sequence of the batch.
+    An open fsdp and remat of the train step are chosen as in a run, see training/fitting.py.
     Raises InputError for an unknown topology, without the compiler, and for a mesh that does not
     suit the topology or the run; DoesNotFit if the compiler finds no room for the program.
     """
-    mesh = mesh_for(spec, execution, topology, slices)
-    chip = chip_of(mesh.devices.flat[0])
+    mesh, began = mesh_for(spec, execution, topology, slices), time.monotonic()
+    chip, executable = chip_of(mesh.devices.flat[0]), None
+    if not decode:
+        model, devices = abstract_model(spec.model, spec.train.trained), list(mesh.devices.flat)
+        chosen = fitted(model, spec.train, execution, devices, chip.memory)
+        mesh, execution, executable = chosen.mesh, chosen.execution, chosen.step
     lowered, inputs = (_lower_decode if decode else _lower_train)(mesh, spec, execution)
-    began = time.monotonic()
-    try:
-        executable = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = memory_lacked(error)
-        if needed is None:
-            raise
-        raise DoesNotFit(topology, "temporaries take", needed, chip) from error
+    if executable is None:
+        began = time.monotonic()
+        try:
+            executable = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = memory_lacked(error)
+            if needed is None:
+                raise
+            raise too_large(topology, "temporaries take", needed, chip) from error
     seconds = time.monotonic() - began
     what = f"decoding of {DRAWN} tokens" if decode else "train step"
-    return Compiled(what, spec, topology, slices, mesh, chip, inputs, executable, seconds)
+    remat = "" if decode else execution.remat
+    return Compiled(what, spec, topology, slices, mesh, remat, chip, inputs, executable, seconds)
+
+
+def too_large(topology: str, what: str, needed: int, chip: Chip) -> DoesNotFit:
+    """Returns the error for a program that needs these bytes."""
+    accepted = (
+        f"does not fit: {what} {needed / GIB:.2f} GiB of {chip.memory / GIB:.2f} per chip: "
+        "raise execution.fsdp, store less by execution.remat, or choose a larger topology"
+    )
+    error = DoesNotFit("--topology", topology, accepted)
+    error.needed = needed
+    return error
 
 
 def _lower_train(mesh: Mesh, spec: RunSpec, execution: Execution) -> tuple[Any, dict[str, Any]]:

@@ -4,21 +4,23 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from modjax.aot.compile import DoesNotFit, compile_step, mesh_for
+from modjax.aot.compile import compile_step, mesh_for
 from modjax.aot.report import report_on
 from modjax.specs import Execution, RunSpec, TrainConfig
+from modjax.training.fitting import DoesNotFit
 from modjax.training.optimizer import Schedule
 
 
 class Fit(NamedTuple):
     """A train step on a topology.
 
-    memory: bytes per chip; of temporaries alone if the step does not compile for lack of memory.
+    memory: bytes per chip; of temporaries alone if the step does not compile for lack of memory,
+      and None if no mesh and remat was found.
     step_seconds: the compiler's estimate; None if the step does not compile.
     """
 
     fits: bool
-    memory: int
+    memory: int | None
     step_seconds: float | None
 
 

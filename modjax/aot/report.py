@@ -34,7 +34,7 @@ class Report(NamedTuple):
     """The compiler's account of a program. All times are its estimates.
 
     run_id, what: the run, and the program.
-    mesh: sizes of the mesh's axes.
+    mesh: sizes of the mesh's axes. remat: see Compiled.
     inputs, temporaries: largest arrays per device; temporaries are named by their shapes.
     flops: of the whole step: "full" and "causal" (none for decoding), and by XLA's own count per
       device, in which the body of a loop runs once.
@@ -56,6 +56,7 @@ class Report(NamedTuple):
     chip: str
     devices: int
     mesh: dict[str, int]
+    remat: str
     memory: Memory
     inputs: list[Buffer]
     temporaries: list[Buffer]
@@ -92,6 +93,7 @@ def report_on(compiled: Compiled) -> Report:
         chip=chip.name,
         devices=compiled.mesh.size,
         mesh=dict(compiled.mesh.shape),
+        remat=compiled.remat,
         memory=memory,
         inputs=inputs(compiled),
         temporaries=temporaries(compiled, program)[:MOST_BUFFERS],

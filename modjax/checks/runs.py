@@ -28,7 +28,7 @@ def check(
         if spec.data not in caches:
             caches[spec.data] = open_data(spec.data, data_dir, fingerprint)
         check_run(spec, execution, caches[spec.data], mesh)
-    if execution.fsdp * execution.tensor * execution.expert > 1:
+    if mesh.shape["data"] < mesh.size:
         for config in dict.fromkeys(spec.model for spec in specs):
             abstract_weights(mesh, abstract_model(config))
     for finding in probed(specs):

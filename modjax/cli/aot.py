@@ -25,7 +25,7 @@ def aot(args: argparse.Namespace) -> int:
     experiment = verbs.experiment_of(args)
     spec = verbs.choose(args, experiment.specs)
     _start()
-    from modjax.aot.compile import DoesNotFit, compile_step
+    from modjax.aot.compile import compile_step, too_large
     from modjax.aot.report import plain, report_on
 
     _say(f"compiling {spec.run_id} for {args.topology} ...")
@@ -34,7 +34,7 @@ def aot(args: argparse.Namespace) -> int:
     report = report_on(compiled)
     print(verbs.json_text(plain(report)) if args.json else report_text(report))
     if not report.memory.fits:
-        raise DoesNotFit(args.topology, "it takes", report.memory.total, compiled.chip)
+        raise too_large(args.topology, "it takes", report.memory.total, compiled.chip)
     return 0
 
 
@@ -73,11 +73,12 @@ def _say(line: str) -> None:
 def report_text(report: "Report") -> str:
     """Returns the report as tables. Everything about time in it is called an estimate."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1)
+    remat = f", remat {report.remat}" if report.remat else ""
     slices = f"{report.slices} x " if report.slices > 1 else ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     head = (
         f"{report.run_id}: {report.what} on {slices}{report.topology}, {report.devices} chips "
-        f"({mesh or 'one device'}), compiled in {clock(report.compile_seconds)} ({versions})"
+        f"({mesh or 'one device'}{remat}), compiled in {clock(report.compile_seconds)} ({versions})"
     )
     tables = [head, _memory_text(report), _time_text(report)]
     if report.unestimated:

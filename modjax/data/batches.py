@@ -60,28 +60,44 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def train_batch(cache: TokenCache, *, seq_len: int, batch_size: int, seed: int, step: int) -> Batch:
+def train_batch(
+    cache: TokenCache,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    step: int,
+    rows: np.ndarray | None = None,
+) -> Batch:
     """Returns the training batch of a step: windows [step * B, step * B + B) in training order.
 
     Training order is that of epoch 0, then epoch 1, and so on; a batch may span two epochs.
+    rows: rows of the batch to read; None reads all.
     Raises InputError if the training split is shorter than one window.
     """
     size = train_windows(cache, seq_len)
-    epoch_B, index_B = np.divmod(step * batch_size + np.arange(batch_size), size)
-    window_B = np.empty(batch_size, np.int64)
+    row_B = np.arange(batch_size) if rows is None else rows
+    epoch_B, index_B = np.divmod(step * batch_size + row_B, size)
+    window_B = np.empty(len(row_B), np.int64)
     for epoch in np.unique(epoch_B):
-        rows = epoch_B == epoch
-        window_B[rows] = permute(index_B[rows], size, seed, int(epoch))
+        chosen = epoch_B == epoch
+        window_B[chosen] = permute(index_B[chosen], size, seed, int(epoch))
     return _read(cache, "train", window_B, seq_len)
 
 
 def eval_batches(
-    cache: TokenCache, *, seq_len: int, batch_size: int, sequences: int
+    cache: TokenCache,
+    *,
+    seq_len: int,
+    batch_size: int,
+    sequences: int,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Returns batches of a fixed set of `sequences` validation windows, spread over the split.
 
     The last batch is padded to `batch_size` rows. Raises InputError, at the call and not at the
     first batch, if the split has fewer windows.
+    rows: rows of each batch to read, sorted; None reads all.
     """
     size = num_windows(cache, "validation", seq_len)
     accepted = (
@@ -90,11 +106,13 @@ def eval_batches(
     )
     require(sequences <= size, "train.eval_sequences", sequences, accepted)
     windows = np.arange(sequences) * size // sequences
+    row_B = np.arange(batch_size) if rows is None else rows
 
     def batches() -> Iterator[Batch]:
         for start in range(0, sequences, batch_size):
-            batch = _read(cache, "validation", windows[start : start + batch_size], seq_len)
-            missing = batch_size - len(batch.inputs_BL)
+            there = start + row_B[start + row_B < sequences]
+            batch = _read(cache, "validation", windows[there], seq_len)
+            missing = len(row_B) - len(there)
             yield Batch(*(np.pad(x_BL, ((0, missing), (0, 0))) for x_BL in batch))
 
     return batches()

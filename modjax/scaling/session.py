@@ -185,6 +185,8 @@ class Session:
         elif event.kind == "progress":
             self.running[event.run_id].advance(event.step, event.loss)
             self._reach(event.run_id, event.step)
+            if event.why:
+                self.display.note(f"{event.run_id}: {event.why}")
         elif event.run_id:
             run = self.running.pop(event.run_id)
             self.busy_seconds += run.seconds()

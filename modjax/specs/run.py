@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -20,10 +20,11 @@ Share = Annotated[float, Accepts("must be in [0, 1]", lambda share: 0 <= share <
 Decay = Annotated[float, Accepts("must be in [0, 1)", lambda decay: 0 <= decay < 1)]
 Seed = Annotated[NotNegative[int], Accepts("must be below 2**31", lambda seed: seed < 2**31)]
 Rest = Annotated[int, Accepts("must be 0 (the rest) or more", lambda size: size >= 0)]
+Fewest = Annotated[int, Accepts("must be 0 (the fewest) or more", lambda size: size >= 0)]
 
 
 def _is_remat(remat: str) -> bool:
-    return remat in ("none", "full") or set(remat.split(",")) <= set(KEPT)
+    return remat in ("auto", "none", "full") or set(remat.split(",")) <= set(KEPT)
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,11 @@ class Execution:
 
     layer_loop: "scan", "unroll", or "auto", which unrolls on CPU, where a scan costs more than it
       saves, and scans elsewhere.
-    remat: what the backward pass recomputes: "none", "full" (all but the inputs of the layers), or
-      "full" but for some of the activations KEPT, such as "queries,keys,values,context".
+    remat: what the backward pass recomputes: "none", "full" (all but the inputs of the layers),
+      "full" but for some of the activations KEPT, such as "queries,keys,values,context", or "auto",
+      the least that fits the devices' memory.
     data, fsdp, tensor, expert: sizes of the mesh axes, greater than 0; data = 0 takes the remaining
-      devices.
+      devices, and fsdp = 0 the fewest that have enough memory together.
     log_every: steps between lines of metrics, greater than 0.
     checkpoint_seconds: seconds between checkpoints, greater than 0.
     keep_checkpoints: number of checkpoints to keep, greater than 0.
@@ -170,10 +172,10 @@ class Execution:
 
     layer_loop: Annotated[str, one_of("auto", "scan", "unroll")] = "auto"
     remat: Annotated[
-        str, Accepts(f"must be none, full, or names of {', '.join(KEPT)}", _is_remat)
-    ] = "none"
+        str, Accepts(f"must be auto, none, full, or names of {', '.join(KEPT)}", _is_remat)
+    ] = "auto"
     data: Rest = 0
-    fsdp: Positive[int] = 1
+    fsdp: Fewest = 0
     tensor: Positive[int] = 1
     expert: Positive[int] = 1
     log_every: Positive[int] = 10
@@ -183,3 +185,8 @@ class Execution:
 
     def __post_init__(self):
         check(self, "execution")
+
+    def settled(self) -> "Execution":
+        """Returns the settings where memory does not matter: fsdp 1 for 0, remat none for auto."""
+        remat = "none" if self.remat == "auto" else self.remat
+        return replace(self, fsdp=self.fsdp or 1, remat=remat)

@@ -38,7 +38,8 @@ def train(
     A run that has a result.json is not trained again.
 
     fingerprint: fingerprint of the data that the run was planned for; None accepts any data.
-    progress: called with every line that is added to metrics.jsonl.
+    progress: called with every line that is added to metrics.jsonl, and first with the mesh and
+      remat if memory decided them.
     other_code: resume a run that was begun by other code or in another environment.
     guard: called before each write. It raises an error if another process may do the run.
 
@@ -49,7 +50,10 @@ def train(
         return record
     run = Trainer(spec, execution, data_dir, fingerprint)
     _claim(run_dir, spec)
-    writes, now = jax.process_index() == 0, provenance(spec.model, run.mesh)
+    writes = jax.process_index() == 0
+    now = provenance(spec.model, run.mesh) | {"remat": run.execution.remat}
+    if progress and run.step is not None:
+        progress({"step": 0, "mesh": now["mesh"], "remat": now["remat"]})
     depends_on = begin(run_dir, now, write=writes, other_code=other_code)
     steps, eval_every = spec.train.steps, spec.train.eval_every
     found = {}

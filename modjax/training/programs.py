@@ -40,12 +40,13 @@ class Programs(NamedTuple):
     statistics: Callable[[Any], dict[str, jax.Array]]
 
 
-def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, execution: Execution) -> Programs:
-    """Returns the compiled programs of a run. Call it under `jax.set_mesh(mesh)`."""
+def compile_programs(mesh: Mesh, model: Model, spec: RunSpec, compiled: Any) -> Programs:
+    """Returns the compiled programs of a run. Call it under `jax.set_mesh(mesh)`.
+
+    compiled: the compiled result of `lower_train_step`.
+    """
     train, schedule = spec.train, make_schedule(spec.train)
-    lowered = lower_train_step(mesh, model, train, execution)
-    compiled = lowered.compile()
-    shapes, shardings = lowered.out_info[1]["records"], compiled.output_shardings[1]["records"]
+    shapes, shardings = compiled.out_info[1]["records"], compiled.output_shardings[1]["records"]
     records = jax.tree.map(struct, shapes, shardings)
 
     def scalars(records: Any) -> dict[str, jax.Array]:
@@ -79,12 +80,13 @@ def lower_train_step(mesh: Mesh, model: Model, train: TrainConfig, execution: Ex
     """Returns the lowered train step (state, batch, schedule).
 
     Outside `jax.set_mesh`, the mesh may consist of devices that are not there, such as those of a
-    TPU topology.
+    TPU topology. `execution.remat` = "auto" counts as "none", see fitting.py.
     """
     # Under `jax.set_mesh`, their small arrays would be made on devices that may not exist.
     state, schedule = abstract_state(mesh, model, train), make_schedule(train)
+    remat = execution.settled().remat
     step = jax.jit(
-        make_train_step(model, train, layer_loop=execution.layer_loop, remat=execution.remat),
+        make_train_step(model, train, layer_loop=execution.layer_loop, remat=remat),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )

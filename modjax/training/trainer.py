@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -26,8 +27,9 @@ from modjax.files import WatchedFolder
 from modjax.specs import DataConfig, Execution, RunSpec
 from modjax.training.base_weights import check_base, identity_of, initial_state
 from modjax.training.checkpoint import Checkpoints
-from modjax.training.mesh import check_batch, make_mesh, put_batch
-from modjax.training.programs import compile_programs
+from modjax.training.fitting import device_memory, fitted
+from modjax.training.mesh import check_batch, local_rows, make_mesh, put_batch
+from modjax.training.programs import compile_programs, lower_train_step
 from modjax.training.results.clock import Clock
 from modjax.training.results.evaluate import evaluate, summary, validation_batches
 from modjax.training.results.metrics import MetricsWriter, require_tensorboard
@@ -52,13 +54,16 @@ class Trainer:
         self, spec: RunSpec, execution: Execution, data_dir: Path, fingerprint: str | None
     ):
         """Checks the run and writes nothing. Raises InputError if it cannot start."""
-        self.spec, self.execution = spec, execution
-        self.clock, self.diverged_step = Clock(), 0
+        self.spec, self.clock, self.diverged_step = spec, Clock(), 0
         self.cache = open_data(spec.data, data_dir, fingerprint)
-        self.mesh = make_mesh(execution)
-        check_run(spec, execution, self.cache, self.mesh)
+        check_run(spec, execution, self.cache, make_mesh(execution))
         self.model = abstract_model(spec.model, spec.train.trained)
         check_base(spec, self.model)
+        self.clock.lap("setup")
+        self.mesh, self.execution, self.step = fitted(
+            self.model, spec.train, execution, jax.devices(), device_memory()
+        )
+        self.clock.lap("compile")
         self.abstract = abstract_state(self.mesh, self.model, spec.train)
 
     def restore(
@@ -93,7 +98,10 @@ class Trainer:
 
     def compile(self, start: int) -> None:
         """Compiles the programs, and makes the initial state if none was restored."""
-        self.programs = compile_programs(self.mesh, self.model, self.spec, self.execution)
+        if self.step is None:
+            train = self.spec.train
+            self.step = lower_train_step(self.mesh, self.model, train, self.execution).compile()
+        self.programs = compile_programs(self.mesh, self.model, self.spec, self.step)
         if self.state is None:
             self.state = initial_state(self.mesh, self.model, self.spec)
         self.clock.lap("compile", start)
@@ -179,22 +187,28 @@ class Trainer:
 
 def _batches(cache: TokenCache, spec: RunSpec, mesh: Mesh, start: int) -> prefetch[Batch]:
     """Returns an iterator over the batches after step `start`, made ahead and put on the mesh."""
-    config = spec.train
+    config, size = spec.train, spec.train.batch_size
+    local = local_rows(mesh, size)
     # Small batches are read several at a time: a read costs about 1 ms, however small.
-    steps_per_read = max(1, READ_TOKENS // (config.batch_size * config.seq_len))
-    size = steps_per_read * config.batch_size
+    steps_per_read = max(1, READ_TOKENS // (size * config.seq_len))
+    rows = np.concatenate([local + i * size for i in range(steps_per_read)])
 
     @functools.lru_cache(maxsize=1)
     def read(index: int) -> Batch:
         # The order of windows does not depend on how many are taken at once.
         return train_batch(
-            cache, seq_len=config.seq_len, batch_size=size, seed=spec.data.seed, step=index
+            cache,
+            seq_len=config.seq_len,
+            batch_size=steps_per_read * size,
+            seed=spec.data.seed,
+            step=index,
+            rows=rows,
         )
 
     def make(step: int) -> Batch:
         index, offset = divmod(step, steps_per_read)
-        rows = slice(offset * config.batch_size, (offset + 1) * config.batch_size)
-        return put_batch(Batch(*(x[rows] for x in read(index))), mesh)
+        part = slice(offset * len(local), (offset + 1) * len(local))
+        return put_batch(Batch(*(x[part] for x in read(index))), mesh, size)
 
     return prefetch(make, start, config.steps, depth=2 * steps_per_read)
 

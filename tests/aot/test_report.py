@@ -6,7 +6,7 @@ import json
 import pytest
 
 from modjax.aot import memory, plan
-from modjax.aot.compile import DRAWN, DoesNotFit, compile_step, mesh_for
+from modjax.aot.compile import DRAWN, compile_step, mesh_for
 from modjax.aot.memory import Buffer
 from modjax.aot.plan import fits_of
 from modjax.aot.program import Program
@@ -14,6 +14,7 @@ from modjax.aot.report import plain, report_on
 from modjax.cli.aot import report_text
 from modjax.errors import InputError
 from modjax.specs import DataConfig, Execution, ModelSpec, RunSpec, TrainConfig
+from modjax.training.fitting import DoesNotFit
 
 D, L, S, V, B, CHIPS = 256, 2, 384, 640, 8, 4
 MODEL = ModelSpec(V, D, L, 2, 2, 4 * D, dtype="bfloat16")

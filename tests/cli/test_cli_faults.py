@@ -81,6 +81,7 @@ OUTSIDE = {
     "somewhere: Too many open files": OSError(errno.EMFILE, "Too many open files"),
     "out of memory: MemoryError": MemoryError(),
     "out of memory: RuntimeError: RESOURCE": RuntimeError("RESOURCE_EXHAUSTED: Out of memory a"),
+    "out of memory: ValueError: RESOURCE": ValueError("RESOURCE_EXHAUSTED: Ran out of memory on H"),
 }
 
 

@@ -93,6 +93,23 @@ def test_the_order_of_sequences_does_not_depend_on_the_batch_size(counting):
     assert order(4) == order(6) == order(24)
 
 
+def test_some_rows_of_a_batch_are_those_of_the_whole_batch(counting):
+    rows, arguments = np.array([1, 2, 4]), dict(seq_len=8, batch_size=5)
+    for step in range(3):  # the second batch spans two epochs
+        whole = train_batch(counting, **arguments, seed=3, step=step)
+        part = train_batch(counting, **arguments, seed=3, step=step, rows=rows)
+        for one, other in zip(part, whole, strict=True):
+            np.testing.assert_array_equal(one, other[rows])
+    # Of the last batch, only the first row is there: this part of it is all padding.
+    whole, part = (
+        list(eval_batches(counting, **arguments, sequences=11, rows=r)) for r in (None, rows)
+    )
+    assert len(whole) == 3
+    for ours, theirs in zip(part, whole, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one, other[rows])
+
+
 def test_a_batch_is_a_function_of_seed_and_step_alone(make_cache):
     rng = np.random.default_rng(0)
     path = make_cache(rng.integers(1, 259, 10_000), rng.integers(1, 259, 1_000))

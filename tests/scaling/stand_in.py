@@ -7,6 +7,7 @@
   refuse, diverge            ids of runs that are refused, and of runs that diverge
   disk_full, no_memory       ids of runs that fill the disk, and of runs that fill the memory
   quick                      ids of runs that take no time
+  choose                     ids of runs that choose a mesh
   uncheckable                refuses the plan
   unforeseen, no_files       raises as a fault of the program does, and as one of the machine
   stubborn                   runs ignore SIGTERM
@@ -120,6 +121,8 @@ def train(
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
     if (data_dir / "stubborn").exists():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if ordered("choose"):
+        progress({"step": 0, "mesh": "data 4, fsdp 2", "remat": "full"})
     seconds = 0.0 if ordered("quick") else float((data_dir / "seconds").read_text())
     for step in range(1, STEPS + 1):
         time.sleep(seconds / STEPS)

@@ -176,8 +176,9 @@ class NoWay(Rule):
         (TrainConfig, TRAIN, "b2", 1.0, "train.b2 = 1.0: must be in [0, 1)"),
         (TrainConfig, TRAIN, "learning_rate", -1.0, "train.learning_rate = -1.0: must be greater"),
         (DataConfig, {}, "max_epochs", 0.0, "data.max_epochs = 0.0: must be greater than 0"),
-        (Execution, {}, "remat", "some", "execution.remat = 'some': must be none, full"),
-        (Execution, {}, "fsdp", 0, "execution.fsdp = 0: must be greater than 0"),
+        (Execution, {}, "remat", "some", "execution.remat = 'some': must be auto, none, full"),
+        (Execution, {}, "fsdp", -1, "execution.fsdp = -1: must be 0 (the fewest) or more"),
+        (Execution, {}, "tensor", 0, "execution.tensor = 0: must be greater than 0"),
     ],
 )
 def test_a_value_out_of_range_is_refused_in_one_line(cls, base, field, value, says):

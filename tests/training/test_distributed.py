@@ -1,5 +1,6 @@
 """One run over two processes of this machine, started as by Slurm."""
 
+import collections
 import json
 import socket
 from pathlib import Path
@@ -25,9 +26,17 @@ def lines_of(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def windows_of(reads: Path) -> dict[str, collections.Counter]:
+    """Returns how often each window of a split was read, by the place where it starts."""
+    found: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for split, starts in map(json.loads, reads.read_text().splitlines()):
+        found[split].update(starts)
+    return found
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_leave_one_result(modjax, tiny_data_dir, tmp_path):
-    def train(workdir: Path, *more: str, **environment: str):
+    def train(workdir: Path, reads: Path, *more: str, **environment: str):
         overrides = [f"--config.{override}" for override in OVERRIDES]
         return modjax(
             "train",
@@ -35,14 +44,16 @@ def test_two_processes_train_as_one_and_leave_one_result(modjax, tiny_data_dir, 
             f"--workdir={workdir}",
             "--json",
             f"--data-dir={tiny_data_dir}",
+            f"--config.model.imports={[str(Path(__file__).with_name('reads.py'))]}",
             *overrides,
             *more,
+            READS=str(reads),
             **environment,
         )
 
     # Two devices here as well: on one the sums round otherwise, and a router makes another choice
     # of that. test_sharding.py compares with one device.
-    alone = train(tmp_path / "alone", JAX_NUM_CPU_DEVICES="2")
+    alone = train(tmp_path / "alone", tmp_path / "all", JAX_NUM_CPU_DEVICES="2")
     _, err = alone.communicate(timeout=120)
     assert alone.returncode == 0, err
 
@@ -52,6 +63,7 @@ def test_two_processes_train_as_one_and_leave_one_result(modjax, tiny_data_dir, 
     processes = [
         train(
             tmp_path / "two",
+            tmp_path / f"part-{i}",
             "--distributed",
             SLURM_JOB_ID="1",
             SLURM_STEP_NODELIST="127.0.0.1",
@@ -79,4 +91,9 @@ def test_two_processes_train_as_one_and_leave_one_result(modjax, tiny_data_dir, 
         assert line.keys() == other.keys()
         for name in ("loss", "grad_norm", "eval_loss"):
             if name in line:
-                assert line[name] == pytest.approx(other[name], rel=1e-5), (name, line["step"])
+                assert line[name] == other[name], (name, line["step"])
+
+    whole, *parts = (windows_of(tmp_path / name) for name in ("all", "part-0", "part-1"))
+    for split in ("train", "validation"):
+        assert parts[0][split] + parts[1][split] == whole[split]
+        assert parts[0][split].total() == parts[1][split].total() == whole[split].total() / 2

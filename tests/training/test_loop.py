@@ -135,6 +135,30 @@ def test_a_line_tells_the_mean_loss_of_all_steps_since_the_line_before(
         start = line["step"]
 
 
+class Stop(Exception):
+    pass
+
+
+def test_a_run_goes_on_in_another_mesh(finished, tiny_data_dir, tmp_path):
+    _, record, lines = finished
+    where = {"run_dir": tmp_path, "data_dir": tiny_data_dir}
+
+    def stop(line):
+        if line["step"] == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        first = Execution(data=4, log_every=2, checkpoint_seconds=1e-9)
+        train(run_spec(), first, progress=stop, **where)
+    later = []
+    second = Execution(data=2, fsdp=2, log_every=5)
+    again = train(run_spec(), second, progress=later.append, **where)
+    assert later[0]["step"] > 5, "must go on from a checkpoint"
+    assert again.eval_loss == pytest.approx(record.eval_loss, rel=1e-4)
+    assert later[-1]["eval_loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-4)
+    assert again.provenance["mesh"] == "data 4 then data 2, fsdp 2"
+
+
 def test_a_finished_run_is_not_trained_again(finished, tmp_path):
     run_dir, record, _ = finished
     assert train(run_spec(), ONE_DEVICE, run_dir=run_dir, data_dir=tmp_path / "gone") == record

@@ -28,7 +28,7 @@ class Event(NamedTuple):
       note           `why` is for the user
       started        a process does the run
       waiting        it waits for its turn again
-      progress       `step`, and `loss` if it is known
+      progress       `step`, and `loss` if it is known; `why`, if any, is for the user
     or how a run ended:
       done           it has finished here
       found          it had its result already

@@ -166,7 +166,7 @@ class Pool(ABC):
             raise_for_all(event, why, run_id, self.settings.workdir)
             if event == "progress":
                 worker.begun = True
-                yield Event(event, run_id, "", message["step"], message["loss"])
+                yield Event(event, run_id, why, message["step"], message["loss"])
             else:
                 worker.spec, self.failed_starts = None, 0
                 yield Event(event, run_id, why)

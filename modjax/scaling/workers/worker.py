@@ -223,7 +223,11 @@ def _run(
 
     def report(line: dict[str, Any]) -> None:
         nonlocal last_sent
-        if time.monotonic() - last_sent > SECONDS_BETWEEN_PROGRESS:
+        if "mesh" in line:
+            said = f"mesh: {line['mesh']}; remat: {line['remat']}"
+            print(f"modjax: {said}", flush=True)  # to its log
+            progress(step=0, loss=None, error=said)
+        elif time.monotonic() - last_sent > SECONDS_BETWEEN_PROGRESS:
             last_sent = time.monotonic()
             progress(step=line.get("step"), loss=line.get("loss"))
 

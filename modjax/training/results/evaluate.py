@@ -17,7 +17,7 @@ from modjax.data.token_cache import TokenCache
 from modjax.nn.records import Counts, outcomes
 from modjax.sharding import LOGICAL_TO_MESH, num_shards
 from modjax.specs import TrainConfig
-from modjax.training.mesh import put_batch
+from modjax.training.mesh import local_rows, put_batch
 
 # Sequences per forward pass, whatever the run's own batch size. The number decides how sums are
 # rounded, and rounding decides near ties.
@@ -62,8 +62,14 @@ def validation_batches(cache: TokenCache, train: TrainConfig, mesh: Mesh) -> Ite
     Raises InputError, before the first batch, if the validation split is too small.
     """
     size, sequences = eval_batch_size(mesh), train.eval_sequences
-    batches = eval_batches(cache, seq_len=train.seq_len, batch_size=size, sequences=sequences)
-    return (put_batch(batch, mesh) for batch in batches)
+    batches = eval_batches(
+        cache,
+        seq_len=train.seq_len,
+        batch_size=size,
+        sequences=sequences,
+        rows=local_rows(mesh, size),
+    )
+    return (put_batch(batch, mesh, size) for batch in batches)
 
 
 def evaluate(eval_step: Callable, weights: Any, batches: Iterable[Any]) -> Scores:

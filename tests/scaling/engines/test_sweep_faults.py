@@ -153,6 +153,16 @@ def test_a_run_without_progress_is_said(folders, monkeypatch, capsys):
     assert f"{run_ids()[0]}: no progress for 0s, compiling or stuck; see" in capsys.readouterr().err
 
 
+def test_the_mesh_that_a_run_chooses_is_said_and_logged(folders, capsys):
+    first, second = run_ids()[:2]
+    (folders[1] / "choose").write_text(first)
+    sweep(folders, jobs=1)
+    said, err = "mesh: data 4, fsdp 2; remat: full", capsys.readouterr().err
+    assert err.count(f"{first}: {said}\n") == 1 == err.count("mesh:")
+    logs = [(folders[0] / "runs" / run_id / "log.txt").read_text() for run_id in (first, second)]
+    assert f"modjax: {said}\n" in logs[0] and "mesh" not in logs[1]
+
+
 def test_a_worker_ended_by_sigterm_is_no_failure_of_its_run(folders):
     (folders[1] / "seconds").write_text("1.5")
     (folders[1] / "quick").write_text(" ".join(run_ids()[1:]))

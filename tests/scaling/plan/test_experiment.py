@@ -52,7 +52,7 @@ BAD = {
     "sweep.budgets=1e3": "sweep.budgets = 1000.0: too small for a step of arm dense",
     "sweep.budgets=-1.0": "sweep.budgets = -1.0: must be greater than 0",
     "train.seq_len=0": "train.seq_len = 0: must be a positive number",
-    "execution.remat=maybe": "execution.remat = 'maybe': must be none, full, or names of queries",
+    "execution.remat=maybe": "execution.remat = 'maybe': must be auto, none, full, or names",
     **{
         f"sweep.arms.mod12.layers={layers}": f"sweep.arms.mod12.layers = {said}"
         for layers, said in BAD_LAYERS.items()
