@@ -59,7 +59,7 @@ def test_the_account_of_memory_tells_the_choices_apart():
         ((1, "none"), 1, (1, REMATS[1])),
         ((1, REMATS[2]), 0, (1, REMATS[2])),
         ((1, "full"), 0, (1, "full")),
-        ((1, "full"), 1, (2, "full")),
+        ((1, "full"), 1, (2, "context")),
     ],
 )
 def test_the_fewest_chips_come_first_and_then_the_least_recomputation(fits, short, chosen):
