@@ -47,9 +47,10 @@ class Compiled(NamedTuple):
 def mesh_for(spec: RunSpec, execution: Execution, topology: str, slices: int = 1) -> Mesh:
     """Returns the mesh of a run on a topology. Raises the InputErrors of `compile_step`."""
     devices = described_devices(topology, slices)
-    size = execution.data * execution.fsdp * execution.tensor * execution.expert
-    accepted = f"must be 0, or make the mesh as large as the topology, {len(devices)} chips"
-    require(size in (0, len(devices)), "execution.data", execution.data, accepted)
+    size, count = execution.data * execution.tensor * execution.expert, len(devices)
+    accepted = f"must be 0, or make the mesh as large as the topology, {count} chips"
+    fits = count == size * execution.fsdp if execution.fsdp else count % max(1, size) == 0
+    require(execution.data == 0 or fits, "execution.data", execution.data, accepted)
     mesh = make_mesh(execution, devices)
     check_batch(mesh, spec.train)
     abstract_weights(mesh, abstract_model(spec.model, spec.train.trained))
@@ -74,7 +75,8 @@ def compile_step(
     mesh, began = mesh_for(spec, execution, topology, slices), time.monotonic()
     chip, executable = chip_of(mesh.devices.flat[0]), None
     if not decode:
-        model, devices = abstract_model(spec.model, spec.train.trained), list(mesh.devices.flat)
+        model = abstract_model(spec.model, spec.train.trained)
+        devices = described_devices(topology, slices)
         chosen = fitted(model, spec.train, execution, devices, chip.memory)
         mesh, execution, executable = chosen.mesh, chosen.execution, chosen.step
     lowered, inputs = (_lower_decode if decode else _lower_train)(mesh, spec, execution)

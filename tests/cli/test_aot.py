@@ -59,7 +59,8 @@ def test_a_step_that_compiles_but_does_not_fit_is_reported_and_ends_with_2(
     pytest.importorskip("libtpu", reason=LIBTPU)
     small = chips.CHIPS["TPU v5 lite"]._replace(memory=2**20)
     monkeypatch.setitem(chips.CHIPS, "TPU v5 lite", small)
-    code, out, err = said("aot", config, "--topology=v5e:2x2")
+    given = "--config.execution.fsdp=1", "--config.execution.remat=full"
+    code, out, err = said("aot", config, "--topology=v5e:2x2", *given)
     assert code == 2
     assert "DOES NOT FIT" in out and "estimated cycles" in out
     assert "does not fit: it takes 0.0" in err.splitlines()[-1]

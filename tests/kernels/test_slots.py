@@ -1,6 +1,6 @@
 """Operations of experts in slots against plain NumPy and JAX's own gradient.
 
-Legend: B batch, E experts, L positions, C slots of an expert, Z rows of an expert, D model width,
+Legend: B batch, E experts, L positions, C slots of an expert, Z rows of a block, D model width,
 F feed-forward width.
 """
 
