@@ -65,9 +65,10 @@ def fix_settings() -> None:
 
 @functools.cache
 def _own_source() -> str:
-    """Returns the hash of modjax's code in the folders COMPUTING, at the first call."""
+    """Returns the hash of modjax's code that decides a run's numbers, at the first call."""
     root, digests = Path(__file__).parent, []
-    for path in (path for folder in COMPUTING for path in (root / folder).rglob(SOURCES)):
+    folders = (path for folder in COMPUTING for path in (root / folder).rglob(SOURCES))
+    for path in (*root.glob("sharding.py"), *folders):
         content = path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes()
         digests.append(hashlib.sha256(content).hexdigest())
     return combined(digests)

@@ -115,6 +115,17 @@ def per_device(function: Callable[..., jax.Array], weights: Any, *arrays: jax.Ar
     )(weights, *arrays)
 
 
+def takes_kernels() -> bool:
+    """Returns whether a kernel can be called here that the partitioner cannot split.
+
+    Under another mesh, or with shardings but no mesh, the partitioner would refuse it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or _is_ours(mesh) or AxisType.Manual in mesh.axis_types
+
+
 def on_each_shard(
     function: Callable[..., jax.Array],
     axes: Sequence[Sequence[str | None]],

@@ -124,8 +124,8 @@ def test_modjaxs_own_hash_is_of_the_code_that_computes(tmp_path, monkeypatch):
         return p._own_source()
 
     monkeypatch.setattr(p, "__file__", str(tmp_path / "provenance.py"))
-    for name in ("nn/layers/mod.py", "training/step.py", "scaling/report/page.py"):
-        (tmp_path / name).parent.mkdir(parents=True)
+    for name in ("sharding.py", "nn/layers/mod.py", "training/step.py", "scaling/report/page.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     first = digest()
     (tmp_path / "scaling/report/page.py").write_text("2")
@@ -134,7 +134,9 @@ def test_modjaxs_own_hash_is_of_the_code_that_computes(tmp_path, monkeypatch):
     (tmp_path / "nn/.#mod.py").symlink_to("somebody@somewhere:1")  # as Emacs locks a file
     second = digest()
     (tmp_path / "nn/layers/mod.py").rename(tmp_path / "nn/layers/moe.py")
-    assert len({first, second, digest()}) == 3
+    third = digest()
+    (tmp_path / "sharding.py").write_text("2")
+    assert len({first, second, third, digest()}) == 4
     p._own_source.cache_clear()
 
 

@@ -167,7 +167,7 @@ class Program:
         if new is None or new.opcode != "add":
             return 1
         added = (self.constant(body, operand) for operand in new.operands)
-        return max(1, *(int(_value(one)) for one in added if one is not None))
+        return max([1, *(int(_value(one)) for one in added if one is not None)])
 
     def _visit(
         self, name: str, times: float, fused: bool, op_name: str = ""

@@ -84,7 +84,7 @@ def flops_on_a_slice() -> float:
     moe, tight = (with_experts(MoE(8, TokenChoice(2), capacity_factor=f)) for f in (1.25, 1.0))
     model = ModelSpec(1024, 512, 2, 4, 4, 2048, dtype="bfloat16", layers=moe)
     train = TrainConfig(16, 1024, 1000, 1e-3, 10)
-    execution = Execution(data=1, expert=8, layer_loop="unroll")
+    execution = Execution(data=1, fsdp=1, expert=8, layer_loop="unroll", remat="none")
     step = compile_step(RunSpec("moe", 1.0, model, train, DataConfig()), execution, "v5e:2x4")
     useful = dataclasses.replace(model, layers=tight)
     useful_flops = train_flops(useful, train.seq_len, train.batch_size)

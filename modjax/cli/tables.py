@@ -72,7 +72,7 @@ PLANNED: Columns = {
     "time": lambda run: clock(run.seconds),
 }
 COMPILED: Columns = {
-    "GiB/chip": lambda run: f"{run.bytes_per_chip / 2**30:.2f}",
+    "GiB/chip": lambda run: f"{run.bytes_per_chip / 2**30:.2f}" if run.bytes_per_chip else "",
     "step (est.)": lambda run: "" if run.step_seconds is None else f"{run.step_seconds:.3f}s",
 }
 FLAGS: Columns = {"flags": lambda run: ", ".join(run.flags) or "-"}
@@ -81,7 +81,7 @@ FLAGS: Columns = {"flags": lambda run: ", ".join(run.flags) or "-"}
 def plan_text(cells: Sequence[PlannedRun], jobs: int) -> str:
     flops, seconds = sum(c.train_flops for c in cells), sum(c.seconds for c in cells)
     flagged = sum(bool(c.flags) for c in cells)
-    compiled = {} if cells[0].bytes_per_chip is None else COMPILED
+    compiled = COMPILED if any(c.bytes_per_chip is not None for c in cells) else {}
     columns = {**PLANNED, **compiled, **FLAGS}
     return (
         f"{_table(columns, cells)}\n\n{_predictions_text(cells)}{len(cells)} runs, {flops:.3g} "

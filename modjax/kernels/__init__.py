@@ -9,4 +9,4 @@ from modjax.kernels.rotary import rotate
 from modjax.kernels.scoring import Scoring, Side
 from modjax.kernels.slots import first_with_counts, weighted_product
 from modjax.kernels.stream import constrain_stream
-from modjax.kernels.target import target
+from modjax.kernels.target import slice_of, target

@@ -10,7 +10,7 @@ from modjax.kernels.scoring import Scoring, Side
 from modjax.sharding import on_each_shard
 from modjax.specs.masks import Bidirectional, Both, Causal, Mask, Window
 
-WIDEST = 256  # head width
+WIDEST = 128  # head width; 256 on Hopper and later
 
 
 def applies(q_BNLH: jax.Array, scoring: Scoring, queries: Side, layout: str) -> bool:

@@ -77,7 +77,8 @@ def _call(
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # slow to import
 
     heads, length = q_BNLH.shape[1:3]
-    block = min(BLOCK, length + -length % LANES)
+    share = -(-length // -(-length // BLOCK))  # of the fewest blocks, which are equal
+    block = share + -share % LANES
     more = -length % block
     # Padding comes last: a causal mask hides it, and so does a segment of its own.
     if more and not segments and type(scoring.mask) is not Causal:

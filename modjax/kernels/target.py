@@ -1,5 +1,7 @@
 """The platform that a program is compiled for."""
 
+from typing import Any
+
 import jax
 
 
@@ -10,3 +12,8 @@ def target() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def slice_of(device: Any) -> int:
+    """Returns the number of a device's TPU slice; 0 on other platforms, which number hosts so."""
+    return device.slice_index if device.platform == "tpu" and hasattr(device, "slice_index") else 0

@@ -110,18 +110,25 @@ def _bytes(leaf: Any) -> int:
 def _compiled(
     mesh: Mesh, model: Model, train: TrainConfig, execution: Execution, memory: int
 ) -> Any:
-    """Returns the compiled train step, or None if it needs more memory on each device."""
+    """Returns the compiled train step, or None if a process finds that it needs more memory."""
     lowered = lower_train_step(mesh, model, train, execution)
     try:
         step = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return None
+        step = None
+    fits = step is not None and _needed(step) <= memory
+    if jax.process_count() > 1:  # their compilers may differ, but all must choose alike
+        fits = bool(np.min(multihost_utils.process_allgather(np.int32(fits))))
+    return step if fits else None
+
+
+def _needed(step: Any) -> int:
+    """Returns the bytes that a compiled train step takes on each device."""
     found = step.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes  # the state is donated
-    needed = found.argument_size_in_bytes + found.temp_size_in_bytes + outputs
-    return step if needed <= memory else None
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + outputs
 
 
 def device_memory() -> int | None:

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from modjax.backend import starting
 from modjax.errors import InputError, require
+from modjax.kernels import slice_of
 from modjax.sharding import LOGICAL_TO_MESH, MESH_AXES, num_shards, partition_spec
 from modjax.specs import Execution, TrainConfig
 
@@ -43,7 +44,7 @@ def make_mesh(execution: Execution, devices: Sequence[Any] | None = None) -> Mes
 
 def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Returns the devices in a mesh of this shape, whose first axis lies across slices."""
-    sizes = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    sizes = collections.Counter(map(slice_of, devices))
     slices, size, data = len(sizes), min(sizes.values()), shape[0]
     need = f"must be a multiple of the {slices} slices: other axes lie in one, of {size} devices"
     fits = size * slices == len(devices) and data % slices == 0

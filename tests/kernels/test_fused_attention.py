@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modjax.kernels import Scoring, Side, attend, cudnn, plain, splash
+from modjax.kernels import Scoring, Side, cudnn, plain, splash
 from modjax.specs import Bidirectional, Blocks, Causal, Execution, Window
 from modjax.training.mesh import make_mesh
 
@@ -143,7 +143,6 @@ def test_what_cudnn_is_asked_for_is_the_plain_form(monkeypatch, case):
             return asked(*args, implementation="xla", **options)
 
         monkeypatch.setattr(jax.nn, "dot_product_attention", answered)
-        monkeypatch.setattr("modjax.kernels.attention.target", lambda: "gpu")
 
     def result(function):
         def total(inputs):
@@ -154,7 +153,7 @@ def test_what_cudnn_is_asked_for_is_the_plain_form(monkeypatch, case):
         return jax.tree.map(lambda x: x.astype(jnp.float32), (out, grads))
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        ours = result(lambda *x: attend(*x, scoring, side, layout=layout))
+        ours = result(lambda *x: cudnn.attend(*x, scoring, side, layout))
     theirs = result(lambda *x: plain.attend(*x, scoring, side, None, None))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         # A window of one position more differs by 0.3 of it.

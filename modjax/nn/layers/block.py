@@ -167,8 +167,8 @@ class MoDBlock(RoutedLayer):
         selection: Selection,
     ) -> tuple[jax.Array, Inside | None]:
         """Returns the new x_BLD, and what `inner` returned beside x, for a selection."""
-        selected = selection.indices_BK, selection.valid_BK
-        x_BKD, *others = gather((x_BLD, *per_position), selection.indices_BK)
+        selected, padded = (selection.indices_BK, selection.valid_BK), selection.padded
+        x_BKD, *others = gather((x_BLD, *per_position), selection.indices_BK, padded=padded)
         pairs = jax.tree.map(lambda leaf: _gather_pairs(leaf, selection), dict(pairwise))
         x_BKD = constrain_stream(x_BKD)
         out = self.inner(x_BKD, *others, **pairs, **whole)  # type: ignore[operator]
@@ -181,7 +181,7 @@ class MoDBlock(RoutedLayer):
             require(isinstance(leaf, get_args(ArrayLike)), "inner", leaf, need)
         update_BKD = self.update(selection.scores_BK, x_BKD, y_BKD)
         beside = None if extra is None else Inside(inside(extra, *selected), *selected)
-        return scatter_add(x_BLD, selection.indices_BK, update_BKD), beside
+        return scatter_add(x_BLD, selection.indices_BK, update_BKD, padded=padded), beside
 
     def _warn_unmeasured(self, routing: str) -> None:
         """Warns, when the program runs, if it selects by a threshold that is still 0."""
