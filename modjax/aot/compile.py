@@ -13,11 +13,18 @@ from modjax.errors import require
 from modjax.kernels.chips import GIB, Chip, chip_of, described_devices, memory_lacked
 from modjax.nn import unstack
 from modjax.sharding import batch_shards, partition_spec
-from modjax.specs import Execution, RunSpec
+from modjax.specs import Execution, RunSpec, TrainConfig
 from modjax.training.fitting import DoesNotFit, fitted
 from modjax.training.mesh import check_batch, make_mesh
 from modjax.training.programs import abstract_batch, lower_train_step
-from modjax.training.state import abstract_model, abstract_state, abstract_weights, joined, struct
+from modjax.training.state import (
+    Model,
+    abstract_model,
+    abstract_state,
+    abstract_weights,
+    joined,
+    struct,
+)
 
 DRAWN = 32  # tokens of one call of the loop, as `modjax sample` streams them
 
@@ -73,13 +80,18 @@ def compile_step(
     suit the topology or the run; DoesNotFit if the compiler finds no room for the program.
     """
     mesh, began = mesh_for(spec, execution, topology, slices), time.monotonic()
+    lowered: Any = None
     chip, executable = chip_of(mesh.devices.flat[0]), None
     if not decode:
         model = abstract_model(spec.model, spec.train.trained)
         devices = described_devices(topology, slices)
         chosen = fitted(model, spec.train, execution, devices, chip.memory)
         mesh, execution, executable = chosen.mesh, chosen.execution, chosen.step
-    lowered, inputs = (_lower_decode if decode else _lower_train)(mesh, spec, execution)
+        inputs = _train_inputs(mesh, model, spec.train)
+        if executable is None:
+            lowered = lower_train_step(mesh, model, spec.train, execution)
+    else:
+        lowered, inputs = _lower_decode(mesh, spec)
     if executable is None:
         began = time.monotonic()
         try:
@@ -106,18 +118,16 @@ def too_large(topology: str, what: str, needed: int, chip: Chip) -> DoesNotFit:
     return error
 
 
-def _lower_train(mesh: Mesh, spec: RunSpec, execution: Execution) -> tuple[Any, dict[str, Any]]:
-    model, train = abstract_model(spec.model, spec.train.trained), spec.train
+def _train_inputs(mesh: Mesh, model: Model, train: TrainConfig) -> dict[str, Any]:
     state = abstract_state(mesh, model, train)
-    inputs = {
+    return {
         "parameters": (state.params, state.frozen, state.measured),
         "moments of the optimizer": state.opt_state,
         "batch": abstract_batch(mesh, train.batch_size, train.seq_len),
     }
-    return lower_train_step(mesh, model, train, execution), inputs
 
 
-def _lower_decode(mesh: Mesh, spec: RunSpec, execution: Execution) -> tuple[Any, dict[str, Any]]:
+def _lower_decode(mesh: Mesh, spec: RunSpec) -> tuple[Any, dict[str, Any]]:
     """Lowers the loop after a prompt that leaves room for DRAWN tokens in a sequence."""
     model, batch, length = abstract_model(spec.model), spec.train.batch_size, spec.train.seq_len
     weights = joined(*abstract_weights(mesh, model))

@@ -6,7 +6,7 @@ Legend: B batch, L positions, N heads, G kv heads, H head width.
 import jax
 import jax.numpy as jnp
 
-from modjax.kernels.scoring import Scoring, Side
+from modjax.kernels.scoring import KEY_AXES, QUERY_AXES, Scoring, Side
 from modjax.sharding import on_each_shard
 from modjax.specs.masks import Bidirectional, Both, Causal, Mask, Window
 
@@ -54,8 +54,8 @@ def attend(
         )
         return out_BLNH.swapaxes(1, 2)
 
-    heads, kv_heads = ("batch", "heads", None, None), ("batch", "kv_heads", None, None)
-    return on_each_shard(call, (heads, kv_heads, kv_heads), heads, q_BNLH, k_BGLH, v_BGLH)
+    axes = QUERY_AXES, KEY_AXES, KEY_AXES
+    return on_each_shard(call, axes, QUERY_AXES, q_BNLH, k_BGLH, v_BGLH)
 
 
 def _window(mask: Mask) -> int | None:

@@ -10,6 +10,9 @@ import jax
 
 from modjax.specs.masks import Mask
 
+# Logical axes of queries (B, N, L, H), and of keys and values (B, G, L, H).
+QUERY_AXES, KEY_AXES = (("batch", heads, None, None) for heads in ("heads", "kv_heads"))
+
 
 class Side(NamedTuple):
     """Queries or keys of attention.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modjax.kernels.scoring import Scoring, Side
+from modjax.kernels.scoring import KEY_AXES, QUERY_AXES, Scoring, Side
 from modjax.sharding import on_each_shard
 from modjax.specs.masks import Causal, Mask
 
@@ -56,10 +56,9 @@ def attend(
             seen_BL = _see_a_key(q_BL, valid_BL)
             segments = q_BL, jnp.where(valid_BL, q_BL, HIDDEN)
     call = functools.partial(_call, scoring=scoring, interpret=interpret)
-    heads, kv_heads = ("batch", "heads", None, None), ("batch", "kv_heads", None, None)
     rows = [("batch", None)] * len(segments)
-    axes = heads, kv_heads, kv_heads, *rows
-    out_BNLH = on_each_shard(call, axes, heads, q_BNLH, k_BGLH, v_BGLH, *segments)
+    axes = QUERY_AXES, KEY_AXES, KEY_AXES, *rows
+    out_BNLH = on_each_shard(call, axes, QUERY_AXES, q_BNLH, k_BGLH, v_BGLH, *segments)
     if seen_BL is None:
         return out_BNLH
     return jnp.where(seen_BL[:, None, :, None], out_BNLH, jnp.zeros_like(out_BNLH))
